@@ -1,0 +1,85 @@
+"""Magnitude pruning (Han 2015, arXiv 1506.02626): masks over the matrices inside the layers, kept as exact zeros.
+
+Per layer: every matrix loses the same fraction. Global: one threshold over all of them. 2:4: in every four
+consecutive inputs of an output the two smaller ones go (Mishra 2021, arXiv 2104.08378). Counts are exact under ties:
+of equal magnitudes the earlier ones go first.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from efflm import trees
+from efflm.compress.step import LINEAR, Context, record
+from efflm.config import flag, require, require_sparsity
+from efflm.model import LanguageModel
+from efflm.ops.qarray import QArray, dequantize
+
+Scope = Literal["layer", "global", "2:4"]
+
+
+def _smallest(magnitudes: jax.Array, count: int) -> jax.Array:
+    """True for exactly `count` elements of a flat array: the smallest, the earlier ones first among equals."""
+    order = jnp.argsort(magnitudes, stable=True)
+    return jnp.zeros(magnitudes.shape, bool).at[order[:count]].set(True)
+
+
+def _two_of_four(w: jax.Array) -> jax.Array:
+    inputs, outputs = w.shape
+    groups = jnp.abs(w).reshape(inputs // 4, 4, outputs)
+    ranks = jnp.argsort(jnp.argsort(groups, axis=1, stable=True), axis=1, stable=True)
+    return (ranks >= 2).reshape(inputs, outputs)
+
+
+def magnitude_masks(params: Any, sparsity: float, scope: Scope = "layer", selected: str = LINEAR) -> dict[str, Any]:
+    """{path: bool mask, True to keep} for the selected matrices [in, out].
+
+    Of n weights round(sparsity * n) are dropped, in each matrix ("layer") or in all together ("global"); for "2:4"
+    sparsity must be 0.5. Raises InputError.
+    """
+    require_sparsity(sparsity)
+    weights = {path: dequantize(leaf).astype(jnp.float32) for path, leaf in trees.select(params, selected)}
+    if scope == "2:4":
+        require(sparsity == 0.5, f"sparsity is {sparsity}, but 2:4 always removes half: leave it at 0.5")
+        for path, w in weights.items():
+            require(w.shape[0] % 4 == 0, f"{path} has {w.shape[0]} inputs, which 2:4 cannot group by four")
+        return {path: _two_of_four(w) for path, w in weights.items()}
+    if scope == "layer":
+        drop = lambda w: _smallest(jnp.abs(w).ravel(), round(sparsity * w.size)).reshape(w.shape)
+        return {path: ~drop(w) for path, w in weights.items()}
+    everything = jnp.concatenate([jnp.abs(w).ravel() for w in weights.values()])
+    dropped, start, masks = _smallest(everything, round(sparsity * everything.size)), 0, {}
+    for path, w in weights.items():
+        masks[path], start = ~dropped[start : start + w.size].reshape(w.shape), start + w.size
+    return masks
+
+
+def apply_masks(params: Any, masks: dict[str, jax.Array]) -> Any:
+    """The tree with dropped weights exactly zero, in whatever format they are."""
+
+    def one(path, w):
+        if path not in masks:
+            return w
+        if isinstance(w, QArray):
+            return w.replace(values=w.values * masks[path].astype(w.values.dtype))
+        return jnp.where(masks[path], w, jnp.zeros((), w.dtype))
+
+    return trees.map_with_path(one, params)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prune:
+    """Set the smallest weights of the matrices inside the layers to zero."""
+
+    sparsity: float = flag(0.5, "fraction of weights to remove, in [0, 1)")
+    scope: Literal["layer", "global", "2:4"] = flag("layer", "per matrix, over all matrices, or 2 of every 4 inputs")
+
+    def __post_init__(self):
+        require_sparsity(self.sparsity)
+
+    def __call__(self, model: LanguageModel, context: Context):
+        masks = magnitude_masks(model.params, self.sparsity, self.scope)
+        after = LanguageModel(model.config, apply_masks(model.params, masks))
+        return after, record(self, model, after, context)

@@ -1,0 +1,50 @@
+"""Casting to bfloat16, and int8 weights with one scale per output channel, round-to-nearest.
+
+W8A16 leaves activations in floating point; W8A8 rounds them too, dynamically, one scale a row (as in LLM.int8(),
+Dettmers 2022, arXiv 2208.07339, without its outlier path). The scheme is symmetric absmax.
+"""
+
+import dataclasses
+import re
+from typing import Any, Literal
+
+from efflm import trees
+from efflm.compress.step import MATRICES, Context, record
+from efflm.config import flag
+from efflm.model import LanguageModel
+from efflm.ops.qarray import Activations, dequantize, quantize_array
+from efflm.precision import cast
+
+
+def quantize(params: Any, activations: Activations = "float", selected: str = MATRICES) -> Any:
+    """The tree with every selected matrix as a QArray; anything else as it was."""
+
+    def one(path, w):
+        if not re.search(selected, path):
+            return w
+        axis = 1 if path.endswith("/embedding") or path == "embedding" else 0  # a row of it is an output channel
+        return quantize_array(dequantize(w), axis, activations)
+
+    return trees.map_with_path(one, params)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """Int8 matrices, round-to-nearest, per output channel."""
+
+    activations: Literal["float", "int8"] = flag("float", "int8 also rounds activations, row by row (W8A8)")
+
+    def __call__(self, model: LanguageModel, context: Context):
+        after = LanguageModel(model.config, quantize(model.params, self.activations))
+        return after, record(self, model, after, context)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cast:
+    """Every floating-point weight in another dtype."""
+
+    dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "dtype of the weights, and of their products")
+
+    def __call__(self, model: LanguageModel, context: Context):
+        after = LanguageModel(model.config, cast(model.params, self.dtype))
+        return after, record(self, model, after, context)

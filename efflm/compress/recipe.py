@@ -1,0 +1,61 @@
+"""Chains of compression steps, and the named ones."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from efflm.compress.distill import Distill
+from efflm.compress.finetune import Finetune
+from efflm.compress.prune import Prune
+from efflm.compress.quantize import Cast, Quantize
+from efflm.compress.shrink import Shrink
+from efflm.compress.step import Context, Record, Step
+from efflm.config import InputError
+from efflm.model import LanguageModel
+
+W8A16 = Quantize(activations="float")
+W8A8 = Quantize(activations="int8")
+
+RECIPES: dict[str, tuple[Step, ...]] = {
+    "bfloat16": (Cast(dtype="bfloat16"),),
+    "w8a16": (W8A16,),
+    "w8a8": (W8A8,),
+    "masks50": (Prune(sparsity=0.5),),
+    "masks50_global": (Prune(sparsity=0.5, scope="global"),),
+    "masks24": (Prune(sparsity=0.5, scope="2:4"),),
+    "masks50_trained": (Prune(sparsity=0.5), Finetune(steps=20, learning_rate=5e-4)),
+    "student_scratch": (Shrink(init="random"), Finetune()),
+    "student_distilled": (Shrink(init="random"), Distill()),
+    "shrink_distill_int8": (Shrink(), Distill(), W8A16),
+}
+
+
+def named(names: str) -> tuple[Step, ...]:
+    """The steps of one recipe, or of several joined by commas, one after the other. Raises InputError."""
+    steps: list[Step] = []
+    for name in names.split(","):
+        if name not in RECIPES:
+            raise InputError(f"unknown recipe {name!r}: choose from {', '.join(RECIPES)}, or several joined by commas")
+        steps += RECIPES[name]
+    return tuple(steps)
+
+
+def override(steps: Sequence[Step], changes: dict[type, dict[str, Any]]) -> tuple[Step, ...]:
+    """Every step with the fields that `changes` names for its type. Raises InputError for a type not in the chain."""
+    for kind, fields in changes.items():
+        if fields and not any(type(step) is kind for step in steps):
+            raise InputError(
+                f"{', '.join(fields)} set for {kind.__name__}, which is not in this recipe: choose another recipe"
+            )
+    return tuple(dataclasses.replace(step, **changes.get(type(step), {})) for step in steps)
+
+
+def run(model: LanguageModel, steps: Sequence[Step], context: Context) -> tuple[LanguageModel, tuple[Record, ...]]:
+    """Apply the steps in order; the teacher is the first model unless the context names one."""
+    if context.teacher is None:
+        context = dataclasses.replace(context, teacher=model)
+    records = []
+    for step in steps:
+        model, done = step(model, context)
+        records.append(done)
+    return model, tuple(records)

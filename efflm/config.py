@@ -1,0 +1,270 @@
+"""What a run is told: frozen dataclasses, validated when made, and the one bridge from them to absl flags."""
+
+import dataclasses
+import difflib
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from absl import flags
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line: the thing, its value, and the remedy."""
+
+
+def flag(default: Any, help: str) -> Any:
+    """A dataclass field that the bridge turns into a flag with this default and help text."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise InputError(message) unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def require_sparsity(value: float) -> None:
+    require(0 <= value < 1, f"sparsity is {value}, but must be in [0, 1): the fraction of weights to remove")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """One Transformer layer. Layers may differ, since compressed layers do."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            require(value > 0, f"{name} is {value}, but must be positive")
+        require(
+            self.heads % self.kv_heads == 0,
+            f"heads {self.heads} is not divisible by kv_heads {self.kv_heads}: choose a divisor of the heads",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only Transformer.
+
+    The Llama family is norm="rms", position="rotary", feedforward="swiglu", no biases; the GPT-2 family is
+    norm="layer", position="learned", feedforward="gelu" (the tanh form), biases, tied embeddings.
+    """
+
+    vocabulary: int
+    width: int
+    context: int
+    blocks: tuple[BlockConfig, ...]
+    norm: Literal["rms", "layer"] = "rms"
+    position: Literal["rotary", "learned"] = "rotary"
+    feedforward: Literal["swiglu", "gelu"] = "swiglu"
+    bias: bool = False
+    tied: bool = True
+    rope_base: float = 10000.0
+    norm_epsilon: float = 1e-5
+
+    def __post_init__(self):
+        for name in ("vocabulary", "width", "context"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
+        require(len(self.blocks) > 0, "a model needs at least one layer: set layers to 1 or more")
+        if self.position == "rotary":
+            for block in self.blocks:
+                require(
+                    block.head_dim % 2 == 0, f"head_dim is {block.head_dim}, but rotary positions need an even one"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON holds them."""
+        return dataclasses.asdict(self) | {"blocks": [dataclasses.asdict(block) for block in self.blocks]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
+        return cls(**values | {"blocks": tuple(BlockConfig(**block) for block in values["blocks"])})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """A model whose layers are all alike, as flags say it."""
+
+    family: Literal["llama", "gpt2"] = flag("llama", "RMSNorm, RoPE, SwiGLU; or LayerNorm, learned positions, GELU")
+    layers: int = flag(6, "number of Transformer layers")
+    width: int = flag(256, "width of the residual stream")
+    heads: int = flag(4, "query heads; must divide the width")
+    kv_heads: int = flag(2, "key and value heads; must divide the heads")
+    hidden: int = flag(704, "width inside the feed-forward part")
+    vocabulary: int = flag(4096, "entries of the byte-level BPE vocabulary")
+    context: int = flag(1024, "longest sequence the model is asked to read")
+    tied: bool = flag(True, "share the input and output embeddings")
+
+    def __post_init__(self):
+        require(
+            self.layers > 0, f"model.layers is {self.layers}: a model needs at least one layer, so set it to 1 or more"
+        )
+        require(self.heads > 0, f"model.heads is {self.heads}, but must be positive")
+        require(
+            self.width > 0 and self.width % self.heads == 0,
+            f"model.width {self.width} is not divisible by model.heads {self.heads}: change one of them",
+        )
+        require(
+            self.vocabulary >= 257,
+            f"model.vocabulary is {self.vocabulary}, but 256 bytes and a separator need at least 257",
+        )
+        self.config()
+
+    def config(self) -> ModelConfig:
+        block = BlockConfig(
+            heads=self.heads, kv_heads=self.kv_heads, head_dim=self.width // self.heads, hidden=self.hidden
+        )
+        common = dict(
+            vocabulary=self.vocabulary,
+            width=self.width,
+            context=self.context,
+            blocks=(block,) * self.layers,
+            tied=self.tied,
+        )
+        if self.family == "llama":
+            return ModelConfig(**common)
+        return ModelConfig(**common, norm="layer", position="learned", feedforward="gelu", bias=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run: AdamW with warm-up, cosine decay and clipping."""
+
+    steps: int = flag(200, "optimizer steps")
+    batch: int = flag(8, "rows in a batch, over all devices")
+    length: int = flag(256, "tokens in a row")
+    learning_rate: float = flag(3e-3, "peak learning rate")
+    warmup: int = flag(20, "steps of linear warm-up")
+    final_fraction: float = flag(0.1, "learning rate at the end, as a fraction of the peak")
+    weight_decay: float = flag(0.1, "decoupled decay of matrices; norms, biases and embeddings are spared")
+    beta1: float = flag(0.9, "decay of the first moment")
+    beta2: float = flag(0.95, "decay of the second moment")
+    clip: float = flag(1.0, "largest global norm of the gradient")
+    policy: Literal["float32", "bfloat16"] = flag("float32", "dtype of the products; weights and moments are float32")
+    scan: bool = flag(False, "one compiled layer looped over (short compile times) in place of unrolled layers")
+    log_every: int = flag(10, "steps between lines in metrics.jsonl")
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "length", "log_every"):
+            require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}, but must be positive")
+        for name in ("learning_rate", "clip"):
+            require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}, but must be positive")
+        require(
+            0 <= self.warmup < self.steps,
+            f"train.warmup is {self.warmup}, but must lie in [0, train.steps={self.steps}): shorten the warm-up",
+        )
+
+
+# --- the bridge: dataclasses in, absl flags, dataclasses out -------------------------------------------------------
+
+_DEFINERS = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+
+
+def _define(values: flags.FlagValues, prefix: str, default: Any) -> None:
+    for field in dataclasses.fields(default):
+        kind, name = typing.get_type_hints(type(default))[field.name], f"{prefix}{field.name}"
+        value, text = getattr(default, field.name), field.metadata["help"]
+        if typing.get_origin(kind) is Literal:
+            flags.DEFINE_enum(name, value, list(typing.get_args(kind)), text, flag_values=values)
+        else:
+            _DEFINERS[kind](name, value, text, flag_values=values)
+
+
+def parse(argv: list[str], **groups: Any) -> dict[str, Any]:
+    """Parse argv[1:] into copies of the given dataclass instances, whose values are the defaults.
+
+    The group named `run` has bare flags (--seed); any other has its name before each (--train.steps). Fields
+    without help text are not flags. Raises InputError for anything that does not parse or validate.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_boolean("help", False, "print this help", flag_values=values, short_name="h")
+    for group, default in groups.items():
+        _define(values, "" if group == "run" else f"{group}.", default)
+    try:
+        rest = values(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        close = difflib.get_close_matches(error.flagname, list(values), n=1, cutoff=0.5)
+        hint = f"did you mean --{close[0]}?" if close else "--help lists the flags"
+        raise InputError(f"unknown flag --{error.flagname}: {hint}") from None
+    except flags.Error as error:
+        raise InputError(" ".join(str(error).split())) from None
+    require(not rest, f"unexpected argument {rest[0] if rest else ''!r}: flags are given as --name=value")
+    if values.help:
+        raise HelpWanted(_help(values, groups))
+    out = {}
+    for group, default in groups.items():
+        prefix = "" if group == "run" else f"{group}."
+        out[group] = dataclasses.replace(
+            default, **{field.name: values[prefix + field.name].value for field in dataclasses.fields(default)}
+        )
+    return out
+
+
+class HelpWanted(Exception):
+    """--help was given; the text is its argument."""
+
+
+def _help(values: flags.FlagValues, groups: dict[str, Any]) -> str:
+    lines = []
+    for group, default in groups.items():
+        prefix = "" if group == "run" else f"{group}."
+        lines.append(f"\n{(type(default).__doc__ or group).splitlines()[0]}")
+        for field in dataclasses.fields(default):
+            item = values[prefix + field.name]
+            choices = f" [{'|'.join(item.parser.enum_values)}]" if hasattr(item.parser, "enum_values") else ""
+            shown = str(item.value).lower() if isinstance(item.value, bool) else item.value
+            lines.append(f"  --{item.name}={shown}{choices}\n        {item.help}")
+    return "\n".join(lines)
+
+
+def launch(main: Callable[..., None], doc: str, argv: list[str] | None = None, **groups: Any) -> None:
+    """Run main(**groups) with the flags applied; a user's mistake is one line on stderr and exit code 2.
+
+    What the operating system refuses (a full disk, a missing permission) is reported the same way. Anything else
+    is our own bug and keeps its traceback.
+    """
+    try:
+        main(**parse(sys.argv if argv is None else argv, **groups))
+    except HelpWanted as wanted:
+        print(f"{doc.strip()}\n{wanted}")
+    except InputError as error:
+        sys.exit(_fail(str(error)))
+    except OSError as error:
+        sys.exit(_fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error)))
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def writable_directory(path: Path, needs: int) -> None:
+    """Check, leaving no trace, that `path` is or can become a directory with `needs` bytes free. Raises InputError."""
+    import shutil
+    import tempfile
+
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    require(existing.is_dir(), f"{existing} is a file, so {path} cannot be a directory: give another --run_dir")
+    require(
+        bool(existing.stat().st_mode & 0o222),
+        f"{existing} is read-only: give another --run_dir or change its permissions",
+    )
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write into {existing} ({error.strerror}): give another --run_dir") from None
+    free = shutil.disk_usage(existing).free
+    require(
+        free >= needs,
+        f"{existing} has {free / 1e6:.0f} MB free, but this run needs about {needs / 1e6:.0f} MB: free some space or "
+        "give another --run_dir",
+    )

@@ -1,0 +1,162 @@
+"""Text in: the running Python's standard library, or any file or folder of UTF-8, through one TFDS builder."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import shutil
+import sysconfig
+from pathlib import Path
+
+from efflm.config import InputError, require
+
+DEFAULT = "stdlib"
+SPLITS = {"test": 0.10, "validation": 0.05}  # of the documents; the rest trains
+LEFT_OUT = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "__pycache__"}
+FEW_FILES = 64  # a corpus of fewer files is cut into pieces, so that every split gets some of it
+PIECE_BYTES = 16 * 1024
+
+Document = tuple[str, str]  # (name, text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Documents by split, and a hash of all their names and bytes."""
+
+    name: str
+    digest: str
+    train: list[Document]
+    validation: list[Document]
+    test: list[Document]
+
+    def describe(self) -> str:
+        size = sum(len(text.encode()) for split in (self.train, self.validation, self.test) for _, text in split)
+        counts = f"{len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test documents"
+        return f"{self.name}, {size / 1e6:.1f} MB, {counts}"
+
+
+def load(source: str, cache: Path, least_bytes: int = 0) -> Corpus:
+    """Read `source` ("stdlib", a file or a folder), prepare it once under `cache`, and return it. Raises InputError.
+
+    Splits follow a hash of each document's path. `least_bytes` is the smallest training split that will do.
+    """
+    name, documents = _read(source)
+    splits = _split(documents)
+    size = sum(len(text.encode()) for _, text in splits["train"])
+    require(
+        size >= least_bytes and all(splits.values()),
+        f"corpus {name} is too small: {size:,} bytes in {len(splits['train'])} documents to train on, but one batch "
+        f"needs about {least_bytes:,} bytes and each split a document: give more text or lower --train.batch",
+    )
+    digest = hashlib.sha256(json.dumps(splits).encode()).hexdigest()[:16]
+    return Corpus(name, digest, **_through_tfds(splits, cache / digest))
+
+
+def _read(source: str) -> tuple[str, list[Document]]:
+    if source == DEFAULT:
+        root = Path(sysconfig.get_path("stdlib"))
+        paths = [path for path in root.rglob("*.py") if not LEFT_OUT & set(path.relative_to(root).parts)]
+        return "Python's standard library", _documents(root, paths)
+    root = Path(source).expanduser()
+    require(root.exists(), f"corpus {source} does not exist: give a file or folder of UTF-8 text")
+    if root.is_file():
+        return str(root), _pieces(_documents(root.parent, [root]))
+    paths = [
+        path
+        for path in root.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    ]
+    require(bool(paths), f"corpus {source} is empty: it holds no files")
+    documents = _documents(root, paths)
+    return str(root), documents if len(documents) >= FEW_FILES else _pieces(documents)
+
+
+def _documents(root: Path, paths: list[Path]) -> list[Document]:
+    documents = []
+    for path in sorted(paths):
+        data = path.read_bytes()
+        require(b"\0" not in data, f"corpus file {path} is binary: give UTF-8 text")
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"corpus file {path} is not UTF-8 (byte {data[error.start]:#04x} at offset {error.start}): "
+                "convert it, or leave it out"
+            ) from None
+        if text.strip():
+            documents.append((path.relative_to(root).as_posix(), text))
+    require(bool(documents), f"corpus {root if len(paths) != 1 else paths[0]} is empty: it holds no text")
+    return documents
+
+
+def _pieces(documents: list[Document]) -> list[Document]:
+    """Each document cut at line ends into pieces of about PIECE_BYTES, or smaller ones if that gives too few."""
+    total = sum(len(text) for _, text in documents)
+    size = max(1, min(PIECE_BYTES, total // FEW_FILES))
+    out = []
+    for name, text in documents:
+        piece, length, index = [], 0, 0
+        for line in text.splitlines(keepends=True):
+            for start in range(0, len(line), 4 * size):  # a file may be one endless line
+                part = line[start : start + 4 * size]
+                piece.append(part)
+                length += len(part)
+                if length >= size:
+                    out.append((f"{name}#{index}", "".join(piece)))
+                    piece, length, index = [], 0, index + 1
+        if piece:
+            out.append((f"{name}#{index}", "".join(piece)))
+    return [document for document in out if document[1].strip()]
+
+
+def _split(documents: list[Document]) -> dict[str, list[Document]]:
+    by_hash = sorted(documents, key=lambda document: hashlib.sha256(document[0].encode()).digest())
+    splits, start = {}, 0
+    for name, fraction in SPLITS.items():
+        end = start + max(1, round(fraction * len(by_hash)))
+        splits[name], start = by_hash[start:end], end
+    return {"train": by_hash[start:], **splits}
+
+
+def _through_tfds(splits: dict[str, list[Document]], folder: Path) -> dict[str, list[Document]]:
+    """Write the splits with a TFDS builder unless `folder` has them, and read them back."""
+    if folder.exists() and not list(folder.glob("*/*/dataset_info.json")):
+        shutil.rmtree(folder)  # an interrupted preparation
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        builder = _builder_class()(splits, data_dir=folder, file_format="array_record")
+        builder.download_and_prepare()
+        return {
+            split: [(row["name"].decode(), row["text"].decode()) for row in builder.as_data_source(split=split)]
+            for split in splits
+        }
+
+
+@functools.cache
+def _builder_class():
+    # Imported here, for its only use: it is slow to import, and --help must not wait for it.
+    import tensorflow_datasets as tfds
+
+    class TextCorpus(tfds.core.GeneratorBasedBuilder):
+        """Documents of UTF-8 text, in the order given."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def __init__(self, splits: dict[str, list[Document]], **settings):
+            self.documents = splits
+            super().__init__(**settings)
+
+        def _info(self):
+            text = tfds.features.Text()
+            features = tfds.features.FeaturesDict({"name": text, "text": text})
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples(documents) for split, documents in self.documents.items()}
+
+        def _generate_examples(self, documents):
+            for index, (name, text) in enumerate(documents):
+                yield index, {"name": name, "text": text}
+
+    return TextCorpus

@@ -1,0 +1,60 @@
+"""Documents into rows of a fixed length, once. Attention, positions and loss never cross a document.
+
+A row is four int32 arrays of `length`: inputs, targets (the token after each input), segments (1 + the document's
+index; 0 is padding) and positions (from 0 at the start of each stretch of a document in a row). A document that does
+not fit goes on in the next row, whose stretch begins with the last target: every token is a target exactly once.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+FIELDS = ("inputs", "targets", "segments", "positions")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Packed rows, each array int32 [rows, length]."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    segments: np.ndarray
+    positions: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int | slice | np.ndarray) -> dict[str, np.ndarray]:
+        return {name: getattr(self, name)[index] for name in FIELDS}
+
+
+def pack(documents: list[list[int]], separator: int, length: int, most: int | None = None) -> Rows:
+    """Pack token ids, the separator before and after each document; of each at most the first `most` targets."""
+    inputs, targets, segments = [], [], []
+    for index, ids in enumerate(documents):
+        stream = np.asarray([separator, *ids, separator], np.int32)[: None if most is None else most + 1]
+        inputs.append(stream[:-1])
+        targets.append(stream[1:])
+        segments.append(np.full(len(stream) - 1, index + 1, np.int32))
+    total = sum(map(len, inputs))
+    rows = -(-total // length)
+    to_rows = lambda parts: np.pad(np.concatenate(parts), (0, rows * length - total)).reshape(rows, length)
+    segments_RT = to_rows(segments)
+    column = np.broadcast_to(np.arange(length, dtype=np.int32), segments_RT.shape)
+    starts = np.concatenate([np.ones((rows, 1), bool), segments_RT[:, 1:] != segments_RT[:, :-1]], axis=1)
+    positions = column - np.maximum.accumulate(np.where(starts, column, 0), axis=1)
+    return Rows(to_rows(inputs), to_rows(targets), segments_RT, positions.astype(np.int32))
+
+
+def load_or_pack(path: Path, documents, tokenizer, length: int) -> Rows:
+    """The rows of (name, text) documents, from `path` if they were packed before."""
+    if path.exists():
+        with np.load(path) as stored:
+            return Rows(**{name: stored[name] for name in FIELDS})
+    rows = pack(tokenizer.encode_batch([text for _, text in documents]), tokenizer.separator, length)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, **rows[:])
+    partial.replace(path)
+    return rows

@@ -1,0 +1,81 @@
+"""What running a model costs on this machine: tokens a second in prefill and in decode, with their spread."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from efflm.infer.generate import decode, prefill
+from efflm.model import LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """Tokens a second: the median of the repeats, and the slowest and fastest of them."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """Prefill reads `prompt` tokens of one row; decode writes `new` more after the first 16, greedily."""
+
+    prompt: int = 512
+    new: int = 32
+    repeats: int = 7
+
+    def __str__(self) -> str:
+        return (
+            f"batch 1; prefill of {self.prompt} tokens; greedy decode of {self.new} tokens after 16; median of "
+            f"{self.repeats} rounds, models in turn, after warm-up"
+        )
+
+
+def rates(models: dict[str, LanguageModel], protocol: Protocol = Protocol()) -> dict[str, tuple[Rate, Rate]]:
+    """{name: (prefill, decode)}. The models take turns, so that what else the machine does falls on all alike."""
+    tokens = jnp.arange(protocol.prompt, dtype=jnp.int32)[None] % 251
+    runs: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {}
+    for name, model in models.items():
+        runs[name] = (_prefill_run(model, tokens), _decode_run(model, tokens[:, :16], protocol.new))
+    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
+    for round_ in range(protocol.repeats + 1):
+        for name, pair in runs.items():
+            for run, kept in zip(pair, seconds[name], strict=True):
+                took = run()
+                if round_:  # round 0 compiles and warms up
+                    kept.append(took)
+    counts = (protocol.prompt, protocol.new)
+    return {
+        name: tuple(_rate(count, kept) for count, kept in zip(counts, pair, strict=True))
+        for name, pair in seconds.items()
+    }
+
+
+def _prefill_run(model: LanguageModel, tokens: jax.Array) -> Callable[[], float]:
+    def run() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(prefill(model, tokens, length=tokens.shape[1]))
+        return time.perf_counter() - start
+
+    return run
+
+
+def _decode_run(model: LanguageModel, tokens: jax.Array, new: int) -> Callable[[], float]:
+    temperature, rng = jnp.float32(0), jax.random.key(0)
+
+    def run() -> float:
+        logits, cache = jax.block_until_ready(prefill(model, tokens, length=tokens.shape[1] + new))
+        start = time.perf_counter()
+        jax.block_until_ready(decode(model, logits, cache, temperature, rng, steps=new))
+        return time.perf_counter() - start
+
+    return run
+
+
+def _rate(tokens: int, seconds: list[float]) -> Rate:
+    return Rate(tokens / statistics.median(seconds), tokens / max(seconds), tokens / min(seconds))

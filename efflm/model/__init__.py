@@ -1,0 +1,17 @@
+"""What a Transformer is. Shapes are in the names of arrays, one letter an axis:
+
+B batch, T query positions, S key positions, D width of the residual stream, N query heads, K key-value heads,
+H size of a head, F feed-forward width, V vocabulary, L layers. `x_BTD` is an array of three axes.
+"""
+
+from efflm.model.transformer import Cache, LanguageModel, Transformer, empty_cache, init_params, stack_blocks, unstack_blocks
+
+__all__ = [
+    "Cache",
+    "LanguageModel",
+    "Transformer",
+    "empty_cache",
+    "init_params",
+    "stack_blocks",
+    "unstack_blocks",
+]

@@ -1,0 +1,58 @@
+"""Self-attention of one layer, with or without a KV cache."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from efflm import ops
+from efflm.config import BlockConfig, ModelConfig
+from efflm.model.linear import Linear
+from efflm.model.rotary import rotate
+from efflm.precision import Policy
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """Keys and values [B, S, K, H] of one layer; slot s of a row holds its position s."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def _write(buffer_BSKH: jax.Array, new_BTKH: jax.Array, start_B: jax.Array) -> jax.Array:
+    write_row = lambda row, new, start: lax.dynamic_update_slice(row, new, (start, 0, 0))
+    return jax.vmap(write_row)(buffer_BSKH, new_BTKH.astype(buffer_BSKH.dtype), start_B)
+
+
+class Attention(nn.Module):
+    """x_BTD in the compute dtype -> (float32 [B, T, D], the cache with this call's keys and values)."""
+
+    config: ModelConfig
+    block: BlockConfig
+    policy: Policy
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, mask_BTS: jax.Array, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        config, block, dtype = self.config, self.block, self.policy.compute
+        heads = lambda name, count: Linear(count * block.head_dim, config.bias, name=name)(x_BTD).reshape(
+            *x_BTD.shape[:2], count, block.head_dim
+        )
+        q_BTNH, k_BTKH, v_BTKH = heads("query", block.heads), heads("key", block.kv_heads), heads("value", block.kv_heads)
+        if config.position == "rotary":
+            q_BTNH = rotate(q_BTNH, positions_BT, config.rope_base)
+            k_BTKH = rotate(k_BTKH, positions_BT, config.rope_base)
+        q_BTNH, k_BTKH, v_BTKH = (x.astype(dtype) for x in (q_BTNH, k_BTKH, v_BTKH))
+        if cache is None:
+            k_BSKH, v_BSKH = k_BTKH, v_BTKH
+        else:
+            start_B = positions_BT[:, 0]
+            cache = LayerCache(_write(cache.keys, k_BTKH, start_B), _write(cache.values, v_BTKH, start_B))
+            k_BSKH, v_BSKH = cache.keys.astype(dtype), cache.values.astype(dtype)
+        out_BTNH = ops.attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+        merged = out_BTNH.reshape(*x_BTD.shape[:2], -1).astype(dtype)
+        residual_scale = (2 * len(config.blocks)) ** -0.5
+        return Linear(config.width, config.bias, residual_scale, name="output")(merged), cache

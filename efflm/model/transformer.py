@@ -1,0 +1,155 @@
+"""A decoder-only Transformer that covers the Llama and GPT-2 families by its config, and the model as a value."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from efflm import ops
+from efflm.config import BlockConfig, ModelConfig, require
+from efflm.model.attention import Attention, LayerCache
+from efflm.model.feedforward import FeedForward
+from efflm.model.linear import fetch
+from efflm.model.norms import Norm
+from efflm.precision import Policy
+
+
+EMBEDDING_STDDEV = 0.02
+
+
+@flax.struct.dataclass
+class LanguageModel:
+    """A model is a value: what it is, and its weights."""
+
+    config: ModelConfig = flax.struct.field(pytree_node=False)
+    params: Any
+
+
+@flax.struct.dataclass
+class Cache:
+    """What decoding remembers: a LayerCache for each layer, and how many positions each row has filled, int32 [B]."""
+
+    layers: tuple[LayerCache, ...]
+    length_B: jax.Array
+
+
+def empty_cache(config: ModelConfig, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
+    """Room for `length` positions in each of `batch` rows."""
+    layers = []
+    for block in config.blocks:
+        shape = (batch, length, block.kv_heads, block.head_dim)
+        layers.append(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
+    return Cache(tuple(layers), jnp.zeros(batch, jnp.int32))
+
+
+class Block(nn.Module):
+    """Pre-norm residual layer. The residual stream is float32; the operands of products are in the compute dtype."""
+
+    config: ModelConfig
+    block: BlockConfig
+    policy: Policy
+
+    @nn.compact
+    def __call__(self, x_BTD, positions_BT, mask_BTS, cache=None):
+        config, block, policy = self.config, self.block, self.policy
+        norm = lambda name, x: Norm(config.norm, config.norm_epsilon, name=name)(x).astype(policy.compute)
+        attended, cache = Attention(config, block, policy, name="attention")(
+            norm("attention_norm", x_BTD), positions_BT, mask_BTS, cache
+        )
+        x_BTD = x_BTD + attended
+        x_BTD = x_BTD + FeedForward(config, block, policy, name="feedforward")(norm("feedforward_norm", x_BTD))
+        return x_BTD, cache
+
+
+class Transformer(nn.Module):
+    """tokens [B, T] -> (logits [B, T, V] in the policy's output dtype, the cache after them or None).
+
+    segments: documents packed into a row, as integers; a position attends only within its own. positions: default
+    0, 1, 2, ... or, with a cache, onwards from each row's length. With a cache, which must have room for T more
+    positions, segments are not supported. `scanned` reads the layers stacked in one leading axis (see
+    stack_blocks) and knows no cache.
+    """
+
+    config: ModelConfig
+    policy: Policy = Policy()
+    scanned: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        segments: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        config, policy = self.config, self.policy
+        B, T = tokens.shape
+        if positions is None:
+            start_B = jnp.zeros(B, jnp.int32) if cache is None else cache.length_B
+            positions = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+        if cache is None:
+            mask_BTS = jnp.tril(jnp.ones((T, T), bool))[None]
+            if segments is not None:
+                mask_BTS = mask_BTS & (segments[:, :, None] == segments[:, None, :])
+        else:
+            slots = jnp.arange(cache.layers[0].keys.shape[1])
+            mask_BTS = slots[None, None, :] <= positions[:, :, None]
+
+        table = fetch(self, "embedding", (config.vocabulary, config.width), EMBEDDING_STDDEV)
+        x_BTD = ops.embed(table, tokens, jnp.float32)
+        if config.position == "learned":
+            rows = fetch(self, "position_embedding", (config.context, config.width), EMBEDDING_STDDEV)
+            x_BTD = x_BTD + ops.embed(rows, positions, jnp.float32)
+        if self.scanned:
+            x_BTD = self._scan(x_BTD, positions, mask_BTS)
+        else:
+            layers = []
+            for i, block in enumerate(config.blocks):
+                layer = Block(config, block, policy, name=f"block_{i}")
+                x_BTD, kept = layer(x_BTD, positions, mask_BTS, cache.layers[i] if cache else None)
+                layers.append(kept)
+            cache = Cache(tuple(layers), cache.length_B + T) if cache else None
+        x_BTD = Norm(config.norm, config.norm_epsilon, name="final_norm")(x_BTD).astype(policy.compute)
+        if config.tied:
+            logits = ops.unembed(x_BTD, table)
+        else:
+            logits = ops.dot(x_BTD, fetch(self, "unembedding", (config.width, config.vocabulary), config.width**-0.5))
+        return logits.astype(policy.output), cache
+
+    def _scan(self, x_BTD, positions_BT, mask_BTS):
+        config = self.config
+        layers = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=len(config.blocks),
+        )(config, config.blocks[0], self.policy, name="blocks")
+        return layers(x_BTD, positions_BT, mask_BTS)[0]
+
+
+def init_params(config: ModelConfig, seed: int) -> dict[str, Any]:
+    """Fresh float32 weights, a function of config and seed alone."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return jax.jit(Transformer(config).init)(jax.random.key(seed), tokens)["params"]
+
+
+def stack_blocks(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """block_0, block_1, ... as one subtree `blocks` with a leading layer axis. Raises InputError if layers differ."""
+    require(
+        len(set(config.blocks)) == 1,
+        "layers of different shapes cannot be scanned: train this model without scan",
+    )
+    rest = {name: leaf for name, leaf in params.items() if not name.startswith("block_")}
+    blocks = [params[f"block_{i}"] for i in range(len(config.blocks))]
+    return rest | {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
+
+
+def unstack_blocks(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `stack_blocks`."""
+    rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
+    layer = lambda i: jax.tree.map(lambda leaf: leaf[i], params["blocks"])
+    return rest | {f"block_{i}": layer(i) for i in range(len(config.blocks))}

@@ -1,0 +1,20 @@
+"""Looking rows up in an embedding of any format, and its use as the output layer."""
+
+from typing import Any
+
+import jax
+
+from efflm.ops.dot import dot_transposed
+from efflm.ops.qarray import QArray, dequantize
+
+
+def embed(table: Any, tokens: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of table [V, D] for integer tokens [...] -> [..., D] in `dtype`."""
+    if isinstance(table, QArray):
+        return dequantize(QArray(table.values[tokens], table.scale[tokens])).astype(dtype)
+    return table[tokens].astype(dtype)
+
+
+def unembed(x: jax.Array, table: Any) -> jax.Array:
+    """x [..., D] against every row of table [V, D] -> float32 [..., V]."""
+    return dot_transposed(x, table)

@@ -1,0 +1,88 @@
+"""Trees of weights: leaf paths, selection by regex, counting, bytes.
+
+A leaf is whatever has a shape: an array, or a weight in another format that knows its logical shape.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def is_leaf(node: Any) -> bool:
+    return hasattr(node, "shape")
+
+
+def _name(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def flatten(tree: Any, inside: bool = False) -> list[tuple[str, Any]]:
+    """[(path, leaf)] with paths such as "block_0/attention/query/kernel"; `inside` opens compressed weights too."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=None if inside else is_leaf)
+    return [("/".join(map(_name, path)), leaf) for path, leaf in leaves]
+
+
+def map_with_path(fn: Callable[..., Any], tree: Any, *rest: Any, inside: bool = False) -> Any:
+    """tree_map with fn(path, leaf, *leaves_of_rest)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf, *others: fn("/".join(map(_name, path)), leaf, *others),
+        tree,
+        *rest,
+        is_leaf=None if inside else is_leaf,
+    )
+
+
+def select(tree: Any, pattern: str) -> list[tuple[str, Any]]:
+    """The leaves whose path holds a match of the regex."""
+    return [(path, leaf) for path, leaf in flatten(tree) if re.search(pattern, path)]
+
+
+def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    """Nested dicts from paths joined by "/"."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *folders, name = path.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[name] = leaf
+    return tree
+
+
+def count(tree: Any) -> int:
+    """Number of parameters; a compressed weight counts its logical elements."""
+    return sum(int(np.prod(leaf.shape)) for _, leaf in flatten(tree))
+
+
+def _stored_values(leaf: Any) -> Any:
+    return getattr(leaf, "values", leaf)
+
+
+def nonzeros(tree: Any) -> int:
+    """Number of parameters that are not exactly zero."""
+    return sum(int(np.count_nonzero(np.asarray(_stored_values(leaf)))) for _, leaf in flatten(tree))
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays as they lie in memory."""
+    return sum(leaf.size * leaf.dtype.itemsize for _, leaf in flatten(tree, inside=True))
+
+
+def sparse_nbytes(array: Any) -> int:
+    """Bytes of an array stored as a bitmask and its non-zero values."""
+    return -(-array.size // 8) + int(np.count_nonzero(np.asarray(array))) * array.dtype.itemsize
+
+
+def stored_nbytes(tree: Any) -> int:
+    """Bytes of the tensors in an export, where a matrix is stored sparse if that is smaller."""
+    total = 0
+    for _, array in flatten(tree, inside=True):
+        dense = array.size * array.dtype.itemsize
+        total += min(dense, sparse_nbytes(array)) if array.ndim >= 2 else dense
+    return total
