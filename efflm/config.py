@@ -2,10 +2,10 @@
 
 import dataclasses
 import difflib
+import shlex
 import sys
 import typing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 from absl import flags
@@ -74,9 +74,7 @@ class ModelConfig:
         require(len(self.blocks) > 0, "a model needs at least one layer: set layers to 1 or more")
         if self.position == "rotary":
             for block in self.blocks:
-                require(
-                    block.head_dim % 2 == 0, f"head_dim is {block.head_dim}, but rotary positions need an even one"
-                )
+                require(block.head_dim % 2 == 0, f"head_dim is {block.head_dim}, but rotary positions need an even one")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them."""
@@ -168,8 +166,8 @@ _DEFINERS = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags
 
 def _define(values: flags.FlagValues, prefix: str, default: Any) -> None:
     for field in dataclasses.fields(default):
-        kind, name = typing.get_type_hints(type(default))[field.name], f"{prefix}{field.name}"
-        value, text = getattr(default, field.name), field.metadata["help"]
+        kind = typing.get_type_hints(default if isinstance(default, type) else type(default))[field.name]
+        name, value, text = f"{prefix}{field.name}", getattr(default, field.name), field.metadata["help"]
         if typing.get_origin(kind) is Literal:
             flags.DEFINE_enum(name, value, list(typing.get_args(kind)), text, flag_values=values)
         else:
@@ -179,13 +177,14 @@ def _define(values: flags.FlagValues, prefix: str, default: Any) -> None:
 def parse(argv: list[str], **groups: Any) -> dict[str, Any]:
     """Parse argv[1:] into copies of the given dataclass instances, whose values are the defaults.
 
-    The group named `run` has bare flags (--seed); any other has its name before each (--train.steps). Fields
-    without help text are not flags. Raises InputError for anything that does not parse or validate.
+    The group named `run` has bare flags (--seed); any other has its name before each (--train.steps). A group given
+    as a class comes back as a dict of just the fields the user set. Raises InputError for anything that does not
+    parse or validate.
     """
     values = flags.FlagValues()
     flags.DEFINE_boolean("help", False, "print this help", flag_values=values, short_name="h")
     for group, default in groups.items():
-        _define(values, "" if group == "run" else f"{group}.", default)
+        _define(values, _prefix(group), default)
     try:
         rest = values(argv)[1:]
     except flags.UnrecognizedFlagError as error:
@@ -199,11 +198,16 @@ def parse(argv: list[str], **groups: Any) -> dict[str, Any]:
         raise HelpWanted(_help(values, groups))
     out = {}
     for group, default in groups.items():
-        prefix = "" if group == "run" else f"{group}."
-        out[group] = dataclasses.replace(
-            default, **{field.name: values[prefix + field.name].value for field in dataclasses.fields(default)}
-        )
+        given = {field.name: values[_prefix(group) + field.name] for field in dataclasses.fields(default)}
+        if isinstance(default, type):
+            out[group] = {name: item.value for name, item in given.items() if item.present}
+        else:
+            out[group] = dataclasses.replace(default, **{name: item.value for name, item in given.items()})
     return out
+
+
+def _prefix(group: str) -> str:
+    return "" if group == "run" else f"{group}."
 
 
 class HelpWanted(Exception):
@@ -213,10 +217,10 @@ class HelpWanted(Exception):
 def _help(values: flags.FlagValues, groups: dict[str, Any]) -> str:
     lines = []
     for group, default in groups.items():
-        prefix = "" if group == "run" else f"{group}."
-        lines.append(f"\n{(type(default).__doc__ or group).splitlines()[0]}")
+        kind = default if isinstance(default, type) else type(default)
+        lines.append(f"\n{kind.__doc__.splitlines()[0]}")
         for field in dataclasses.fields(default):
-            item = values[prefix + field.name]
+            item = values[_prefix(group) + field.name]
             choices = f" [{'|'.join(item.parser.enum_values)}]" if hasattr(item.parser, "enum_values") else ""
             shown = str(item.value).lower() if isinstance(item.value, bool) else item.value
             lines.append(f"  --{item.name}={shown}{choices}\n        {item.help}")
@@ -244,27 +248,6 @@ def _fail(message: str) -> int:
     return 2
 
 
-def writable_directory(path: Path, needs: int) -> None:
-    """Check, leaving no trace, that `path` is or can become a directory with `needs` bytes free. Raises InputError."""
-    import shutil
-    import tempfile
-
-    existing = path
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    require(existing.is_dir(), f"{existing} is a file, so {path} cannot be a directory: give another --run_dir")
-    require(
-        bool(existing.stat().st_mode & 0o222),
-        f"{existing} is read-only: give another --run_dir or change its permissions",
-    )
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise InputError(f"cannot write into {existing} ({error.strerror}): give another --run_dir") from None
-    free = shutil.disk_usage(existing).free
-    require(
-        free >= needs,
-        f"{existing} has {free / 1e6:.0f} MB free, but this run needs about {needs / 1e6:.0f} MB: free some space or "
-        "give another --run_dir",
-    )
+def command_line(module: str, argv: list[str]) -> str:
+    """The command that does this run again."""
+    return shlex.join(["python", "-m", module, *argv[1:]])

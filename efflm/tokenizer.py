@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from efflm.config import InputError
+from efflm.rundir import write_whole
 
 SEPARATOR = "<|endoftext|>"
 
@@ -52,7 +53,7 @@ class Tokenizer:
         return hashlib.sha256(self.core.to_str().encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
-        self.core.save(str(path))
+        write_whole(path, self.core.to_str(pretty=True))
 
 
 def train(texts: Iterable[str], vocabulary: int) -> Tokenizer:

@@ -23,9 +23,10 @@ Document = tuple[str, str]  # (name, text)
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Documents by split, and a hash of all their names and bytes."""
+    """Documents by split. source: what `load` takes to find them again; digest: a hash of all names and bytes."""
 
     name: str
+    source: str
     digest: str
     train: list[Document]
     validation: list[Document]
@@ -51,7 +52,8 @@ def load(source: str, cache: Path, least_bytes: int = 0) -> Corpus:
         f"needs about {least_bytes:,} bytes and each split a document: give more text or lower --train.batch",
     )
     digest = hashlib.sha256(json.dumps(splits).encode()).hexdigest()[:16]
-    return Corpus(name, digest, **_through_tfds(splits, cache / digest))
+    source = source if source == DEFAULT else str(Path(source).expanduser().absolute())
+    return Corpus(name, source, digest, **_through_tfds(splits, cache / digest))
 
 
 def _read(source: str) -> tuple[str, list[Document]]:

@@ -6,6 +6,7 @@ not fit goes on in the next row, whose stretch begins with the last target: ever
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -47,13 +48,12 @@ def pack(documents: list[list[int]], separator: int, length: int, most: int | No
     return Rows(to_rows(inputs), to_rows(targets), segments_RT, positions.astype(np.int32))
 
 
-def load_or_pack(path: Path, documents, tokenizer, length: int) -> Rows:
-    """The rows of (name, text) documents, from `path` if they were packed before."""
+def load_or_pack(path: Path, make: Callable[[], Rows]) -> Rows:
+    """The rows stored at `path`, made and stored there first if there are none."""
     if path.exists():
         with np.load(path) as stored:
             return Rows(**{name: stored[name] for name in FIELDS})
-    rows = pack(tokenizer.encode_batch([text for _, text in documents]), tokenizer.separator, length)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = make()
     partial = path.with_suffix(".partial.npz")
     np.savez(partial, **rows[:])
     partial.replace(path)

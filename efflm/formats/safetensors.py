@@ -8,6 +8,7 @@ stand in the file's metadata.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +21,8 @@ from efflm.model import LanguageModel
 from efflm.ops.qarray import from_flat, to_flat
 
 
-def save(path: Path, model: LanguageModel) -> int:
-    """Write the model, whole or not at all, and return the file's size in bytes."""
+def save(path: Path, model: LanguageModel, about: dict[str, Any]) -> int:
+    """Write the model, whole or not at all, and return the file's size in bytes. `about`: JSON, how it was made."""
     flat, kinds = to_flat(model.params)
     tensors, sparse = {}, {}
     for name, array in flat.items():
@@ -32,10 +33,10 @@ def save(path: Path, model: LanguageModel) -> int:
             sparse[name] = list(array.shape)
         else:
             tensors[name] = array
-    about = {"format": "efflm", "config": model.config.to_dict(), "kinds": kinds, "sparse": sparse}
+    manifest = {"config": model.config.to_dict(), "kinds": kinds, "sparse": sparse, "about": about}
     partial = path.with_suffix(".partial")
     try:
-        safetensors.flax.save_file(tensors, partial, metadata={"efflm": json.dumps(about)})
+        safetensors.flax.save_file(tensors, partial, metadata={"efflm": json.dumps(manifest)})
         partial.replace(path)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
@@ -44,22 +45,23 @@ def save(path: Path, model: LanguageModel) -> int:
     return path.stat().st_size
 
 
-def load(path: Path) -> LanguageModel:
-    """Read what `save` wrote, bit for bit. Raises InputError."""
+def load(path: Path) -> tuple[LanguageModel, dict[str, Any]]:
+    """The model, bit for bit as `save` got it, and its `about`. Raises InputError."""
     require(path.is_file(), f"no model file at {path}")
     try:
         with safe_open(path, framework="flax") as file:
             metadata = (file.metadata() or {}).get("efflm")
             require(metadata is not None, f"{path} was not written by efflm: it has no config in its metadata")
-            about = json.loads(metadata)
+            manifest = json.loads(metadata)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        for name, shape in about["sparse"].items():
+        for name, shape in manifest["sparse"].items():
             kept = np.unpackbits(np.asarray(tensors.pop(f"{name}/bitmask")), count=int(np.prod(shape))).astype(bool)
             nonzeros = np.asarray(tensors.pop(f"{name}/nonzeros"))
             values = np.zeros(kept.shape, nonzeros.dtype)
             values[kept] = nonzeros
             tensors[name] = jnp.asarray(values.reshape(shape))
-        return LanguageModel(ModelConfig.from_dict(about["config"]), from_flat(tensors, about["kinds"]))
+        model = LanguageModel(ModelConfig.from_dict(manifest["config"]), from_flat(tensors, manifest["kinds"]))
+        return model, manifest["about"]
     except InputError:
         raise
     except (SafetensorError, ValueError, KeyError, TypeError) as error:

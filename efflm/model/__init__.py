@@ -4,7 +4,15 @@ B batch, T query positions, S key positions, D width of the residual stream, N q
 H size of a head, F feed-forward width, V vocabulary, L layers. `x_BTD` is an array of three axes.
 """
 
-from efflm.model.transformer import Cache, LanguageModel, Transformer, empty_cache, init_params, stack_blocks, unstack_blocks
+from efflm.model.transformer import (
+    Cache,
+    LanguageModel,
+    Transformer,
+    empty_cache,
+    init_params,
+    stack_blocks,
+    unstack_blocks,
+)
 
 __all__ = [
     "Cache",

@@ -3,7 +3,6 @@
 import flax.linen as nn
 import flax.struct
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from efflm import ops
@@ -41,7 +40,11 @@ class Attention(nn.Module):
         heads = lambda name, count: Linear(count * block.head_dim, config.bias, name=name)(x_BTD).reshape(
             *x_BTD.shape[:2], count, block.head_dim
         )
-        q_BTNH, k_BTKH, v_BTKH = heads("query", block.heads), heads("key", block.kv_heads), heads("value", block.kv_heads)
+        q_BTNH, k_BTKH, v_BTKH = (
+            heads("query", block.heads),
+            heads("key", block.kv_heads),
+            heads("value", block.kv_heads),
+        )
         if config.position == "rotary":
             q_BTNH = rotate(q_BTNH, positions_BT, config.rope_base)
             k_BTKH = rotate(k_BTKH, positions_BT, config.rope_base)

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from efflm import trees
+from efflm.config import require
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
@@ -34,6 +35,13 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Any = None
     """A mesh of the first data * fsdp * tensor devices, its axes left to XLA's partitioner."""
     devices = np.asarray(jax.devices() if devices is None else devices)[: data * fsdp * tensor]
     return Mesh(devices.reshape(data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def data_parallel(batch: int) -> Mesh:
+    """All devices along `data`. Raises InputError if they do not divide the batch."""
+    count = jax.device_count()
+    require(batch % count == 0, f"a batch of {batch} rows does not divide over {count} devices: use a multiple of them")
+    return make_mesh(data=count)
 
 
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -15,7 +15,6 @@ from efflm.model.linear import fetch
 from efflm.model.norms import Norm
 from efflm.precision import Policy
 
-
 EMBEDDING_STDDEV = 0.02
 
 

@@ -34,9 +34,7 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 def _int8_matmul(x: jax.Array, values: jax.Array, axis: int) -> jax.Array:
     """x rounded to int8 row by row, times int8 values contracted over `axis`, accumulated in int32."""
     rounded, row_scale = round_to_int8(x, axis=-1)
-    total = lax.dot_general(
-        rounded, values, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.int32
-    )
+    total = lax.dot_general(rounded, values, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.int32)
     return total.astype(jnp.float32) * row_scale
 
 

@@ -68,7 +68,9 @@ def load(directory: Path, mesh: Mesh) -> tuple[LanguageModel, dict[str, Any]]:
             restored = manager.restore(step, args=ocp.args.Composite(params=target)).params
     except (ValueError, KeyError, TypeError, OSError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"the checkpoint in {directory} cannot be read ({first_line}): delete it or give another") from error
+        raise InputError(
+            f"the checkpoint in {directory} cannot be read ({first_line}): delete it or give another"
+        ) from error
     params = from_flat(dict(trees.flatten(restored)), manifest["kinds"])
     return LanguageModel(ModelConfig.from_dict(manifest["config"]), params), manifest["about"]
 

@@ -79,7 +79,9 @@ def fit(
 def _report(step: int, metrics: dict[str, jax.Array], tokens: int, seconds: float, bar: "_Bar", lines: Any) -> None:
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     if not math.isfinite(values["loss"]):
-        raise InputError(f"the loss is {values['loss']} at step {step}: lower the learning rate or lengthen the warm-up")
+        raise InputError(
+            f"the loss is {values['loss']} at step {step}: lower the learning rate or lengthen the warm-up"
+        )
     rate = tokens / seconds if tokens and seconds > 0 else 0.0
     bar.show(values["loss"], rate)
     if lines:

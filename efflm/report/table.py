@@ -1,0 +1,45 @@
+"""The table in the terminal."""
+
+from rich.console import Console
+from rich.table import Table
+
+from efflm.report.rows import Row
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f}"
+
+
+# (heading, one row's entry): the terminal and the page show the same columns
+COLUMNS = (
+    ("model", lambda row: row.name),
+    ("parameters", lambda row: f"{row.parameters / 1e6:.2f} M"),
+    ("non-zero", lambda row: f"{row.nonzeros / 1e6:.2f} M"),
+    ("MB on disk", lambda row: megabytes(row.bytes)),
+    ("prefill tok/s", lambda row: spread(row.prefill_tokens_per_second, row.prefill_spread)),
+    ("decode tok/s", lambda row: spread(row.decode_tokens_per_second, row.decode_spread)),
+    ("bits/byte ± s.e.", lambda row: f"{row.bits_per_byte:.4f} ± {row.bits_per_byte_stderr:.4f}"),
+    ("KL to dense", lambda row: f"{row.kl_to_dense:.4f}"),
+    ("same top-1", lambda row: f"{row.top1_agreement:.1%}"),
+)
+
+
+def spread(median: float, bounds: tuple[float, float]) -> str:
+    return f"{median:,.0f} ({bounds[0]:,.0f}–{bounds[1]:,.0f})"
+
+
+def show(rows: list[Row], facts: list[str]) -> None:
+    """Print the table, then the note of each row, then `facts`."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
+    table = Table(header_style="bold", pad_edge=False)
+    for index, (heading, _) in enumerate(COLUMNS):
+        table.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(entry(row) for _, entry in COLUMNS))
+    console.print(table)
+    for row in rows:
+        console.print(f"  [bold]{row.name}[/bold]: {row.note}", highlight=False, soft_wrap=True)
+    for fact in facts:
+        console.print(f"  {fact}", highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,1 @@
+"""One flat file a question, each a main with absl flags."""

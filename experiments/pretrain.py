@@ -1,0 +1,143 @@
+"""Train a language model from nothing on a text corpus, and keep a checkpoint.
+
+    python -m experiments.pretrain --corpus=stdlib --run_dir=runs/pretrain --train.steps=200 --model.layers=6
+
+Expect `checkpoint/`, `tokenizer.json` and `metrics.jsonl` in the run directory, and a validation loss at the end.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from efflm import rundir, tokenizer
+from efflm.config import InputError, ModelConfig, ModelShape, TrainConfig, flag, launch, require
+from efflm.data import dataset
+from efflm.data.dataset import Dataset
+from efflm.evaluate import quality
+from efflm.model import LanguageModel, init_params, sharding, stack_blocks, unstack_blocks
+from efflm.precision import POLICIES
+from efflm.train import checkpoint, loop, losses, optimizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """The run"""
+
+    run_dir: str = flag(str(rundir.ROOT / "pretrain"), "where everything is written")
+    corpus: str = flag("stdlib", "'stdlib' (Python's own source files), or a file or folder of UTF-8 text")
+    seed: int = flag(0, "seed of the weights and of the order of rows")
+    init_from: str = flag("", "run directory of an earlier training run to start the weights from")
+    profile_steps: str = flag("", "FIRST,LAST: trace these steps into run_dir/profile, for TensorBoard and Perfetto")
+
+    def __post_init__(self):
+        self.profile()
+
+    def profile(self) -> tuple[int, int, Path] | None:
+        if not self.profile_steps:
+            return None
+        try:
+            first, last = map(int, self.profile_steps.split(","))
+        except ValueError:
+            raise InputError(f"profile_steps is {self.profile_steps!r}: give two step numbers, as in 10,12") from None
+        require(0 <= first <= last, f"profile_steps is {self.profile_steps!r}: the first must not be after the last")
+        return first, last, Path(self.run_dir) / "profile"
+
+
+def check(run: Run, config: ModelConfig, train: TrainConfig) -> None:
+    """Find what is wrong with the directories and checkpoints before anything is written. Raises InputError."""
+    require(
+        train.length <= config.context,
+        f"train.length {train.length} is longer than model.context {config.context}: raise the context",
+    )
+    profile = run.profile()
+    require(
+        profile is None or profile[1] < train.steps,
+        f"profile_steps {run.profile_steps} lies beyond the last step: train.steps is {train.steps}",
+    )
+    matrices = config.width * (config.vocabulary + sum(3 * block.hidden + 4 * config.width for block in config.blocks))
+    rundir.require_writable(Path(run.run_dir), needs=150_000_000 + 40 * matrices)
+    if run.init_from:
+        require(
+            checkpoint.exists(Path(run.init_from) / "checkpoint"),
+            f"no checkpoint in {run.init_from}: --init_from takes the directory of a finished training run",
+        )
+
+
+def prepare(run: Run, config: ModelConfig, train: TrainConfig) -> Dataset:
+    """The corpus in tokens; with --init_from, in the tokens of that run."""
+    data = dataset.prepare(
+        run.corpus,
+        Path(run.run_dir).parent / "corpora",
+        vocabulary=config.vocabulary,
+        length=train.length,
+        batch=train.batch,
+        tokenizer=tokenizer.load(Path(run.init_from) / "tokenizer.json") if run.init_from else None,
+    )
+    require(
+        data.tokenizer.vocabulary <= config.vocabulary,
+        f"the tokenizer of {run.init_from} has {data.tokenizer.vocabulary} entries, but model.vocabulary is "
+        f"{config.vocabulary}: set it to at least that",
+    )
+    return data
+
+
+def trained_model(run: Run, config: ModelConfig, train: TrainConfig, data: Dataset, mesh: Mesh) -> LanguageModel:
+    """The model of this run: from its checkpoint if it has one, else trained now and checkpointed."""
+    run_dir = Path(run.run_dir)
+    folder = run_dir / "checkpoint"
+    about: dict[str, Any] = {
+        "corpus": data.corpus.digest,
+        "tokenizer": data.tokenizer.digest,
+        "seed": run.seed,
+        "init_from": run.init_from,
+        **{f"train.{name}": value for name, value in dataclasses.asdict(train).items() if name != "log_every"},
+    }
+    if checkpoint.exists(folder):
+        model, found = checkpoint.load(folder, mesh)
+        checkpoint.require_same(config.to_dict(), model.config.to_dict(), folder)
+        checkpoint.require_same(about, found, folder)
+        print(f"  found the trained model in {folder}: not training again")
+        return model
+    if run.init_from:
+        start, _ = checkpoint.load(Path(run.init_from) / "checkpoint", mesh)
+        checkpoint.require_same(config.to_dict(), start.config.to_dict(), Path(run.init_from))
+        params = start.params
+    else:
+        params = init_params(config, run.seed)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    data.tokenizer.save(run_dir / "tokenizer.json")
+    params = loop.fit(
+        losses.language_model_loss(config, POLICIES[train.policy], train.scan),
+        stack_blocks(params, config) if train.scan else params,
+        {},
+        data.batches(train.batch, run.seed),
+        optimizer.adamw(train),
+        steps=train.steps,
+        mesh=mesh,
+        seed=run.seed,
+        log_every=train.log_every,
+        metrics_file=run_dir / "metrics.jsonl",
+        profile=run.profile(),
+    )
+    model = LanguageModel(config, unstack_blocks(params, config) if train.scan else params)
+    checkpoint.save(folder, train.steps, model, about | {"source": data.corpus.source})
+    return model
+
+
+def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
+    config = model.config()
+    check(run, config, train)
+    data = prepare(run, config, train)
+    rundir.use_compilation_cache(Path(run.run_dir).parent / "compilation_cache")
+    mesh = sharding.data_parallel(train.batch)
+    print(data.corpus.describe())
+    trained = trained_model(run, config, train, data, mesh)
+    measured = quality.measure(trained, data.validation[:], data.tokenizer.token_bytes, trained)
+    mean, error = quality.bits_per_byte(measured)
+    print(f"validation: {mean:.4f} ± {error:.4f} bits per byte; the model is in {run.run_dir}")
+
+
+if __name__ == "__main__":
+    launch(main, __doc__, run=Run(), model=ModelShape(), train=TrainConfig())

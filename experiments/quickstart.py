@@ -1,0 +1,139 @@
+"""Train a small language model on real text, compress it in nine ways, and show what each bought and cost.
+
+    bash launch/quickstart.sh                    # or: python -m experiments.quickstart --corpus=FOLDER --seed=1
+
+Expect, in at most 8 minutes on two cores, a table in the terminal and in runs/quickstart: results.json, pareto.png,
+report.html, metrics.jsonl, the trained model in checkpoint/ and every compressed one in models/.
+"""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from efflm import rundir, trees
+from efflm.compress import recipe
+from efflm.compress.step import Context
+from efflm.config import ModelShape, TrainConfig, command_line, launch
+from efflm.evaluate import quality
+from efflm.evaluate.cost import Protocol
+from efflm.formats import safetensors
+from efflm.infer.generate import generate
+from efflm.model import LanguageModel, sharding
+from efflm.report import page, plots, rows, table
+from experiments import pretrain
+
+NOTES = {
+    "float32": "the dense model that all others are compared with",
+    "bfloat16": "every weight cast to bfloat16, products in bfloat16, sums in float32",
+    "w8a16": "int8 matrices, one scale an output channel; activations in floating point",
+    "w8a8": "the same int8 matrices, activations rounded to int8 row by row; batch-1 decode on a CPU falls back in "
+    "XLA, which has no int8 matrix-vector kernel there",
+    "masks50": "the smaller half of every matrix in the layers set to zero",
+    "masks24": "two of every four inputs set to zero",
+    "masks50_trained": "masks50, then trained briefly with the zeros kept",
+    "student_scratch": "half the layers, fresh weights, trained on text alone",
+    "student_distilled": "the same fresh student on the same batches, taught by the dense model",
+    "shrink_distill_int8": "half the layers, begun with the dense model's own, distilled, then int8 matrices",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(pretrain.Run):
+    """The run"""
+
+    run_dir: str = pretrain.flag(str(rundir.ROOT / "quickstart"), "where everything is written")
+
+
+def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
+    began = time.perf_counter()
+    run_dir, config = Path(run.run_dir), model.config()
+    pretrain.check(run, config, train)
+    step = lambda number, words: print(f"[{time.perf_counter() - began:4.0f} s] {number}/6 {words}", flush=True)
+
+    step(1, f"Text: {run.corpus}")
+    data = pretrain.prepare(run, config, train)
+    rundir.use_compilation_cache(run_dir.parent / "compilation_cache")
+    print(f"  {data.corpus.describe()}")
+    step(2, f"Tokens: byte-level BPE of {data.tokenizer.vocabulary}, {len(data.train):,} rows of {train.length}")
+
+    mesh = sharding.data_parallel(train.batch)
+    step(3, f"Training: {len(config.blocks)} layers x {config.width}, {train.steps} steps of {train.batch} rows")
+    dense = pretrain.trained_model(run, config, train, data, mesh)
+
+    step(4, "Compression")
+    models, records, notes = {"float32": dense}, {"float32": ()}, dict(NOTES)
+    context = Context(batches=data.batches(train.batch, run.seed + 1), seed=run.seed + 1, mesh=mesh)
+    for name in list(NOTES)[1:]:
+        print(f"  {name}: {NOTES[name]}", flush=True)
+        models[name], records[name] = recipe.run(dense, recipe.named(name), context)
+        if name.startswith("masks"):
+            megabytes = table.megabytes(trees.nbytes(models[name].params))
+            notes[name] += f"; no faster, since a masked dense matrix multiplies its zeros too; {megabytes} MB if dense"
+    sizes = {}
+    (run_dir / "models").mkdir(parents=True, exist_ok=True)
+    data.tokenizer.save(run_dir / "models" / "tokenizer.json")
+    for name, compressed in models.items():
+        about = {"source": data.corpus.source, "recipe": name, "seed": run.seed}
+        sizes[name] = safetensors.save(run_dir / "models" / f"{name}.safetensors", compressed, about)
+
+    step(5, "Measuring")
+    protocol = Protocol()
+    show = lambda name: print(f"  {name}", flush=True)
+    test, token_bytes = data.test[:], data.tokenizer.token_bytes
+    measured, qualities = rows.collect(models, sizes, notes, test, token_bytes, dense, protocol, show)
+
+    step(6, "Report")
+    difference, error = quality.paired_difference(qualities["student_distilled"], qualities["student_scratch"])
+    verdict = (
+        "no difference beyond two standard errors"
+        if abs(difference) < 2 * error
+        else ("distillation helped" if difference < 0 else "distillation hurt")
+    )
+    facts = [
+        f"Distilled minus from scratch, paired over test documents: {difference:+.4f} ± {error:.4f} bits per byte, "
+        f"{verdict}.",
+        f"Quality: {data.protocol}. Smaller is better.",
+        f"Speed: {protocol}. In brackets the slowest and the fastest round.",
+        "Size: an uncompressed safetensors file; matrices with many zeros are stored as a bitmask and their values.",
+        "One seed, one small model, one corpus: orders of rows, not constants of nature.",
+    ]
+    table.show(measured, facts)
+    samples = {name: written(models[name], data.tokenizer) for name in ("float32", "w8a8", "shrink_distill_int8")}
+    plots.pareto(measured, run_dir / "pareto.png")
+    versions, command = rundir.machine(), command_line("experiments.quickstart", sys.argv)
+    rundir.write_json(
+        run_dir / "results.json",
+        {
+            "rows": [dataclasses.asdict(row) for row in measured],
+            "distilled_minus_scratch": {"bits_per_byte": difference, "stderr": error},
+            "records": {name: [dataclasses.asdict(record) for record in kept] for name, kept in records.items()},
+            "facts": facts,
+            "command": command,
+            "versions": versions,
+        },
+    )
+    page.write(
+        run_dir / "report.html",
+        title="efflm: what each way of making a language model cheaper bought, and what it cost",
+        rows=measured,
+        facts=facts,
+        plot=run_dir / "pareto.png",
+        samples=samples,
+        command=command,
+        versions=versions,
+    )
+    print(f"[{time.perf_counter() - began:4.0f} s] done: open {run_dir / 'report.html'}")
+
+
+def written(model: LanguageModel, tokenizer, prompt: str = "def main(", tokens: int = 60) -> str:
+    """A greedy continuation, to look at."""
+    ids = [tokenizer.separator, *tokenizer.encode(prompt)]
+    return prompt + tokenizer.decode(jax.device_get(generate(model, jnp.asarray([ids], jnp.int32), tokens))[0])
+
+
+if __name__ == "__main__":
+    launch(main, __doc__, run=Run(), model=ModelShape(layers=4), train=TrainConfig(steps=300))
