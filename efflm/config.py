@@ -118,13 +118,13 @@ class ModelShape:
         block = BlockConfig(
             heads=self.heads, kv_heads=self.kv_heads, head_dim=self.width // self.heads, hidden=self.hidden
         )
-        common = dict(
-            vocabulary=self.vocabulary,
-            width=self.width,
-            context=self.context,
-            blocks=(block,) * self.layers,
-            tied=self.tied,
-        )
+        common = {
+            "vocabulary": self.vocabulary,
+            "width": self.width,
+            "context": self.context,
+            "blocks": (block,) * self.layers,
+            "tied": self.tied,
+        }
         if self.family == "llama":
             return ModelConfig(**common)
         return ModelConfig(**common, norm="layer", position="learned", feedforward="gelu", bias=True)
@@ -134,15 +134,15 @@ class ModelShape:
 class TrainConfig:
     """One training run: AdamW with warm-up, cosine decay and clipping."""
 
-    steps: int = flag(200, "optimizer steps")
+    steps: int = flag(500, "optimizer steps")
     batch: int = flag(8, "rows in a batch, over all devices")
     length: int = flag(256, "tokens in a row")
-    learning_rate: float = flag(3e-3, "peak learning rate")
-    warmup: int = flag(20, "steps of linear warm-up")
+    learning_rate: float = flag(2e-3, "peak learning rate")
+    warmup: int = flag(40, "steps of linear warm-up")
     final_fraction: float = flag(0.1, "learning rate at the end, as a fraction of the peak")
     weight_decay: float = flag(0.1, "decoupled decay of matrices; norms, biases and embeddings are spared")
     beta1: float = flag(0.9, "decay of the first moment")
-    beta2: float = flag(0.95, "decay of the second moment")
+    beta2: float = flag(0.99, "decay of the second moment")
     clip: float = flag(1.0, "largest global norm of the gradient")
     policy: Literal["float32", "bfloat16"] = flag("float32", "dtype of the products; weights and moments are float32")
     scan: bool = flag(False, "one compiled layer looped over (short compile times) in place of unrolled layers")

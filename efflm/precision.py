@@ -19,13 +19,14 @@ class Policy:
     output: str = "float32"
 
 
-POLICIES = {"float32": Policy(), "bfloat16": Policy(compute="bfloat16")}
+FLOAT32 = Policy()
+POLICIES = {"float32": FLOAT32, "bfloat16": Policy(compute="bfloat16")}
 
 
 def policy_for(params: Any) -> Policy:
     """The policy a stored model runs under: bfloat16 products if any of its arrays is bfloat16, else float32."""
     stored = any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params))
-    return Policy(param="bfloat16", compute="bfloat16") if stored else Policy()
+    return Policy(param="bfloat16", compute="bfloat16") if stored else FLOAT32
 
 
 def cast(params: Any, dtype: Any) -> Any:

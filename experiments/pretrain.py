@@ -134,8 +134,8 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
     mesh = sharding.data_parallel(train.batch)
     print(data.corpus.describe())
     trained = trained_model(run, config, train, data, mesh)
-    measured = quality.measure(trained, data.validation[:], data.tokenizer.token_bytes, trained)
-    mean, error = quality.bits_per_byte(measured)
+    measured = quality.measure({"": trained}, data.validation[:], data.tokenizer.token_bytes, trained)
+    mean, error = quality.bits_per_byte(measured[""])
     print(f"validation: {mean:.4f} ± {error:.4f} bits per byte; the model is in {run.run_dir}")
 
 

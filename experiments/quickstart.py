@@ -80,11 +80,10 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
         about = {"source": data.corpus.source, "recipe": name, "seed": run.seed}
         sizes[name] = safetensors.save(run_dir / "models" / f"{name}.safetensors", compressed, about)
 
-    step(5, "Measuring")
+    step(5, "Measuring quality, then speed, all models in turn")
     protocol = Protocol()
-    show = lambda name: print(f"  {name}", flush=True)
     test, token_bytes = data.test[:], data.tokenizer.token_bytes
-    measured, qualities = rows.collect(models, sizes, notes, test, token_bytes, dense, protocol, show)
+    measured, qualities = rows.collect(models, sizes, notes, test, token_bytes, dense, protocol)
 
     step(6, "Report")
     difference, error = quality.paired_difference(qualities["student_distilled"], qualities["student_scratch"])
@@ -136,4 +135,4 @@ def written(model: LanguageModel, tokenizer, prompt: str = "def main(", tokens: 
 
 
 if __name__ == "__main__":
-    launch(main, __doc__, run=Run(), model=ModelShape(layers=4), train=TrainConfig(steps=300))
+    launch(main, __doc__, run=Run(), model=ModelShape(layers=4), train=TrainConfig(steps=600, batch=4))

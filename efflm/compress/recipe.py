@@ -23,7 +23,7 @@ RECIPES: dict[str, tuple[Step, ...]] = {
     "masks50": (Prune(sparsity=0.5),),
     "masks50_global": (Prune(sparsity=0.5, scope="global"),),
     "masks24": (Prune(sparsity=0.5, scope="2:4"),),
-    "masks50_trained": (Prune(sparsity=0.5), Finetune(steps=20, learning_rate=5e-4)),
+    "masks50_trained": (Prune(sparsity=0.5), Finetune(steps=60, learning_rate=2e-4)),
     "student_scratch": (Shrink(init="random"), Finetune()),
     "student_distilled": (Shrink(init="random"), Distill()),
     "shrink_distill_int8": (Shrink(), Distill(), W8A16),

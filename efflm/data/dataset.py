@@ -31,8 +31,8 @@ class Dataset:
         tokens = int(np.sum(self.test.segments > 0))
         return (
             f"{len(self.corpus.test)} test documents of {self.corpus.name}, at most the first {TEST_TOKENS} tokens of "
-            f"each ({tokens:,} in all), in rows of {self.test.inputs.shape[1]} without overlap; context never crosses a "
-            "document or a row; bits per byte of UTF-8, standard error over documents"
+            f"each ({tokens:,} in all), in rows of {self.test.inputs.shape[1]} without overlap; context crosses no "
+            "document or row; bits per byte of UTF-8, standard error over documents"
         )
 
 

@@ -26,8 +26,8 @@ class Protocol:
     """Prefill reads `prompt` tokens of one row; decode writes `new` more after the first 16, greedily."""
 
     prompt: int = 512
-    new: int = 32
-    repeats: int = 7
+    new: int = 64
+    repeats: int = 9
 
     def __str__(self) -> str:
         return (

@@ -38,35 +38,43 @@ class Quality:
 
 
 @jax.jit
-def _score(model: LanguageModel, reference: LanguageModel, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    read = lambda m: forward(m, batch["inputs"], segments=batch["segments"], positions=batch["positions"])[0]
-    logits, expected = read(model), read(reference)
+def _logits(model: LanguageModel, batch: dict[str, jax.Array]) -> jax.Array:
+    return forward(model, batch["inputs"], segments=batch["segments"], positions=batch["positions"])[0]
+
+
+@jax.jit
+def _score(expected: jax.Array, logits: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
     return {
-        "bits": next_token_nll(logits, batch["targets"]) / jnp.log(2.0),
+        "bits": next_token_nll(logits, targets) / jnp.log(2.0),
         "kl": kl_divergence(expected, logits),
         "agreement": jnp.argmax(expected, axis=-1) == jnp.argmax(logits, axis=-1),
     }
 
 
 def measure(
-    model: LanguageModel,
+    models: dict[str, LanguageModel],
     rows: dict[str, np.ndarray],
     token_bytes: np.ndarray,
     reference: LanguageModel,
     batch: int = 8,
-) -> Quality:
-    """Score packed rows (see data.packing). token_bytes [V]: the bytes of text each token stands for."""
+) -> dict[str, Quality]:
+    """Score packed rows (see data.packing) under each model; the reference reads every batch once for all of them.
+
+    token_bytes [V]: the bytes of text each token stands for.
+    """
     documents = int(rows["segments"].max())
-    sums = {name: np.zeros(documents + 1) for name in ("bits", "kl", "agreement", "bytes", "tokens")}
+    sums = {name: {part.name: np.zeros(documents + 1) for part in dataclasses.fields(Quality)} for name in models}
     for start in range(0, len(rows["inputs"]), batch):
         part = {name: array[start : start + batch] for name, array in rows.items()}
         missing = batch - len(part["inputs"])
         part = {name: np.pad(array, ((0, missing), (0, 0))) for name, array in part.items()}
-        scores = jax.device_get(_score(model, reference, part))
-        scores |= {"bytes": token_bytes[part["targets"]], "tokens": np.ones(part["targets"].shape)}
-        for name, values in scores.items():
-            np.add.at(sums[name], part["segments"], values.astype(np.float64))
-    return Quality(**{name: values[1:] for name, values in sums.items()})
+        counts = {"bytes": token_bytes[part["targets"]], "tokens": np.ones(part["targets"].shape)}
+        expected = _logits(reference, part)
+        for name, model in models.items():
+            scores = jax.device_get(_score(expected, _logits(model, part), part["targets"]))
+            for kind, values in (scores | counts).items():
+                np.add.at(sums[name][kind], part["segments"], values.astype(np.float64))
+    return {name: Quality(**{kind: values[1:] for kind, values in kinds.items()}) for name, kinds in sums.items()}
 
 
 def bits_per_byte(quality: Quality) -> tuple[float, float]:

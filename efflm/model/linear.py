@@ -7,8 +7,10 @@ import jax
 
 from efflm import ops
 
+STDDEV = 0.02  # of fresh matrices and embeddings alike, as in GPT-2: what a layer adds stays small beside its input
 
-def fetch(module: nn.Module, name: str, shape: tuple[int, ...], stddev: float) -> Any:
+
+def fetch(module: nn.Module, name: str, shape: tuple[int, ...], stddev: float = STDDEV) -> Any:
     """The parameter `name`: a float array or a compressed weight, of the logical `shape`. Raises ValueError."""
     weight = module.param(name, nn.initializers.normal(stddev), shape)
     if tuple(weight.shape) != shape:
@@ -26,8 +28,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        inputs = x.shape[-1]
-        y = ops.dot(x, fetch(self, "kernel", (inputs, self.features), self.init_scale * inputs**-0.5))
+        y = ops.dot(x, fetch(self, "kernel", (x.shape[-1], self.features), self.init_scale * STDDEV))
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))

@@ -15,8 +15,6 @@ from efflm.model.linear import fetch
 from efflm.model.norms import Norm
 from efflm.precision import Policy
 
-EMBEDDING_STDDEV = 0.02
-
 
 @flax.struct.dataclass
 class LanguageModel:
@@ -97,10 +95,10 @@ class Transformer(nn.Module):
             slots = jnp.arange(cache.layers[0].keys.shape[1])
             mask_BTS = slots[None, None, :] <= positions[:, :, None]
 
-        table = fetch(self, "embedding", (config.vocabulary, config.width), EMBEDDING_STDDEV)
+        table = fetch(self, "embedding", (config.vocabulary, config.width))
         x_BTD = ops.embed(table, tokens, jnp.float32)
         if config.position == "learned":
-            rows = fetch(self, "position_embedding", (config.context, config.width), EMBEDDING_STDDEV)
+            rows = fetch(self, "position_embedding", (config.context, config.width))
             x_BTD = x_BTD + ops.embed(rows, positions, jnp.float32)
         if self.scanned:
             x_BTD = self._scan(x_BTD, positions, mask_BTS)
@@ -115,7 +113,7 @@ class Transformer(nn.Module):
         if config.tied:
             logits = ops.unembed(x_BTD, table)
         else:
-            logits = ops.dot(x_BTD, fetch(self, "unembedding", (config.width, config.vocabulary), config.width**-0.5))
+            logits = ops.dot(x_BTD, fetch(self, "unembedding", (config.width, config.vocabulary)))
         return logits.astype(policy.output), cache
 
     def _scan(self, x_BTD, positions_BT, mask_BTS):

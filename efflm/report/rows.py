@@ -1,7 +1,6 @@
 """The evidence: one row for each model, measured side by side."""
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
@@ -39,18 +38,13 @@ def collect(
     token_bytes: np.ndarray,
     reference: LanguageModel,
     protocol: Protocol,
-    progress: Any = lambda name: None,
 ) -> tuple[list[Row], dict[str, Quality]]:
     """A row for each model, in order, and the sums by document behind it.
 
     sizes: bytes on disk. notes: what was done, to which the measured speeds are added in words. The first model is the
     one that speeds are compared with; divergence and agreement are against `reference`.
     """
-    qualities = {}
-    for name, model in models.items():
-        progress(name)
-        qualities[name] = quality.measure(model, test, token_bytes, reference)
-    progress("speed of all, in turn")
+    qualities = quality.measure(models, test, token_bytes, reference)
     rates = cost.rates(models, protocol)
     first = next(iter(models))
     rows = []

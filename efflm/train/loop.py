@@ -44,7 +44,7 @@ def fit(
     """
     state = init_state(trainable, optimizer, mesh)
     frozen = jax.device_put(frozen, shardings(frozen, mesh))
-    step_fn = make_step(loss_fn, optimizer, seed)
+    step_fn = make_step(loss_fn, optimizer, seed, state)
     lines = metrics_file.open("w") if metrics_file else None
     pending, started, counted = None, time.perf_counter(), 0
     bar = _Bar(title, steps)

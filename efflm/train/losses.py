@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from efflm.config import ModelConfig
 from efflm.model import Transformer
-from efflm.precision import Policy
+from efflm.precision import FLOAT32, Policy
 
 
 def next_token_nll(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -35,7 +35,7 @@ def batch_logits(config: ModelConfig, policy: Policy, params: Any, batch: dict[s
     return model.apply({"params": params}, batch["inputs"], segments=batch["segments"], positions=batch["positions"])[0]
 
 
-def language_model_loss(config: ModelConfig, policy: Policy = Policy(), scanned: bool = False):
+def language_model_loss(config: ModelConfig, policy: Policy = FLOAT32, scanned: bool = False):
     """loss_fn(params, frozen, batch, rng) -> (mean cross-entropy in nats, {}), for batches of `data.packing`."""
 
     def loss_fn(params: Any, frozen: Any, batch: dict[str, jax.Array], rng: jax.Array):

@@ -31,8 +31,11 @@ def init_state(trainable: Any, optimizer: optax.GradientTransformation, mesh: Me
     return jax.jit(fresh, out_shardings=specs)(trainable)
 
 
-def make_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, seed: int):
-    """A jitted step(state, frozen, batch) -> (state, metrics). The state is donated; metrics stay on the device."""
+def make_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, seed: int, state: TrainState):
+    """A jitted step(state, frozen, batch) -> (state, metrics). The state is donated; metrics stay on the device.
+
+    The new state lies where `state` does: left to the partitioner it could move, and the second step compile again.
+    """
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -40,10 +43,11 @@ def make_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, seed: in
         (loss, aux), grads = grad_fn(state.trainable, frozen, batch, rng)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": loss, "gradient_norm": optax.global_norm(grads), **aux}
+        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads), **aux}
         return TrainState(state.step + 1, trainable, optimizer_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    where = jax.tree.map(lambda array: array.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
 
 
 def place(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:

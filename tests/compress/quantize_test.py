@@ -1,0 +1,83 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efflm import trees
+from efflm.compress.quantize import Cast, Quantize, quantize
+from efflm.compress.step import Context
+from efflm.config import InputError
+from efflm.infer.generate import decode, forward, prefill
+from efflm.model import LanguageModel, sharding
+from efflm.ops import QArray
+from tests import tiny
+
+CONTEXT = Context(mesh=sharding.make_mesh())
+
+
+@pytest.mark.parametrize("name", tiny.SHAPES)
+def test_every_matrix_is_int8_and_nothing_else(name):
+    params = quantize(tiny.model(tiny.SHAPES[name]).params)
+    for path, leaf in trees.flatten(params):
+        matrix = len(leaf.shape) == 2 and "position" not in path
+        assert isinstance(leaf, QArray) == matrix, path
+        if matrix:
+            row_wise = path == "embedding"
+            assert leaf.scale.shape == ((leaf.shape[0], 1) if row_wise else (1, leaf.shape[1]))
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_logits_stay_near(activations):
+    model = tiny.model()
+    tokens = jnp.asarray(tiny.tokens(model.config, 2, 8))
+    after, record = Quantize(activations=activations)(model, CONTEXT)
+    full, low = forward(model, tokens)[0], forward(after, tokens)[0]
+    assert 0 < np.abs(full - low).max() < 0.08 * np.abs(full).max()
+    assert record.nbytes < 0.4 * trees.nbytes(model.params)
+    assert len(record.leaves) == 22
+
+
+def _s8_dots(program: str) -> int:
+    return len(re.findall(r"= s32\[[\d,]*\]\S* dot\(", program))
+
+
+def test_compiled_w8a8_prefill_multiplies_int8_into_int32():
+    model = tiny.model()
+    tokens = jnp.asarray(tiny.tokens(model.config, 1, 16))
+    compiled = lambda activations: (
+        prefill.lower(LanguageModel(model.config, quantize(model.params, activations)), tokens, length=16)
+        .compile()
+        .as_text()
+    )
+    program = compiled("int8")
+    assert _s8_dots(program) >= 7 * 3
+    for line in program.splitlines():
+        if re.search(r"= s32\[[\d,]*\]\S* dot\(", line):
+            names = re.search(r"dot\(([^)]*)\)", line).group(1).split(", ")
+            for name in names:
+                name = name.split()[-1]
+                assert re.search(rf"{re.escape(name)}( = |: )s8\[", program) or "s8[" in line, line
+    assert _s8_dots(compiled("float")) == 0
+
+
+def test_quantized_cached_decode_equals_full_forward():
+    model = tiny.model()
+    after, _ = Quantize()(model, CONTEXT)
+    tokens = jnp.asarray(tiny.tokens(model.config, 1, 6))
+    logits, cache = prefill(after, tokens, length=8)
+    np.testing.assert_allclose(logits, forward(after, tokens)[0][:, -1], rtol=1e-4, atol=1e-5)
+    ids, _ = decode(after, logits, cache, jnp.float32(0), jax.random.key(0), steps=1)
+    assert ids[0, 0] == np.argmax(logits)
+
+
+def test_cast_halves_the_bytes_and_doing_nothing_is_an_error():
+    model = tiny.model()
+    half, _ = Cast()(model, CONTEXT)
+    assert trees.nbytes(half.params) * 2 == trees.nbytes(model.params)
+    with pytest.raises(InputError, match="changed nothing"):
+        Cast()(half, CONTEXT)
+    eight, _ = Quantize()(model, CONTEXT)
+    with pytest.raises(InputError, match="changed nothing"):
+        Quantize()(eight, CONTEXT)

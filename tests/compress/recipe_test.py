@@ -1,0 +1,70 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from efflm import trees
+from efflm.compress import recipe
+from efflm.compress.distill import Distill
+from efflm.compress.finetune import Finetune
+from efflm.compress.prune import Prune
+from efflm.compress.quantize import Quantize
+from efflm.compress.shrink import Shrink, evenly_spaced, keep_layers
+from efflm.compress.step import Context
+from efflm.config import InputError
+from efflm.infer.generate import forward
+from efflm.model import sharding
+from tests import tiny
+
+CONTEXT = Context(mesh=sharding.make_mesh(), batches=lambda step: tiny.batch(tiny.LLAMA.config(), seed=step))
+STEPS = (Shrink(layers=2), Prune(sparsity=0.5), Distill(steps=1), Quantize())
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[::5])
+def test_steps_chain_in_any_order(order):
+    after, records = recipe.run(tiny.model(), [STEPS[i] for i in order], CONTEXT)
+    assert len(after.config.blocks) == 2
+    assert trees.nonzeros(after.params) < 0.85 * trees.count(after.params)
+    logits = forward(after, tiny.tokens(after.config, 1, 4))[0]
+    assert np.all(np.isfinite(logits))
+    assert [record.step for record in records] == [repr(STEPS[i]) for i in order]
+
+
+def test_named_recipes_join_and_unknown_ones_are_refused():
+    assert recipe.named("masks50,w8a8") == (*recipe.RECIPES["masks50"], *recipe.RECIPES["w8a8"])
+    with pytest.raises(InputError, match=r"unknown recipe 'w4a4': choose from .*w8a8"):
+        recipe.named("w8a8,w4a4")
+
+
+def test_fields_are_overridden_only_where_the_step_is_in_the_chain():
+    steps = recipe.override(recipe.named("masks50_trained"), {Prune: {"sparsity": 0.25}, Finetune: {"steps": 3}})
+    assert (steps[0].sparsity, steps[1].steps) == (0.25, 3)
+    with pytest.raises(InputError, match="sparsity set for Prune, which is not in this recipe"):
+        recipe.override(recipe.named("w8a8"), {Prune: {"sparsity": 0.25}})
+
+
+def test_shrinking_keeps_evenly_spaced_layers_and_the_same_function_of_them():
+    assert [evenly_spaced(6, k) for k in (1, 2, 3, 6)] == [[0], [0, 5], [0, 2, 5], [0, 1, 2, 3, 4, 5]]
+    model = tiny.model()
+    small = keep_layers(model, [0, 2])
+    for name in ("attention", "feedforward"):
+        pair = small.params["block_1"][name], model.params["block_2"][name]
+        assert pair[0] is pair[1]
+    assert small.config.blocks == model.config.blocks[:2]
+    same = keep_layers(model, [0, 1, 2])
+    tokens = tiny.tokens(model.config, 1, 5)
+    np.testing.assert_array_equal(forward(same, tokens)[0], forward(model, tokens)[0])
+
+
+def test_too_many_layers_are_refused():
+    with pytest.raises(InputError, match=r"shrink\.layers is 4, but the model has 3"):
+        Shrink(layers=4)(tiny.model(), CONTEXT)
+
+
+def test_every_named_recipe_runs():
+    short = {Finetune: {"steps": 1}, Distill: {"steps": 1}}
+    for name, steps in recipe.RECIPES.items():
+        mine = {kind: fields for kind, fields in short.items() if any(type(step) is kind for step in steps)}
+        after, records = recipe.run(tiny.model(), recipe.override(steps, mine), CONTEXT)
+        assert records[-1].nbytes == trees.stored_nbytes(after.params), name
+        assert records[-1].leaves, name

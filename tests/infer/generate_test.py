@@ -1,0 +1,41 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efflm.compress.quantize import quantize
+from efflm.infer.generate import forward, generate, sample
+from efflm.model import LanguageModel
+from efflm.precision import cast
+from tests import tiny
+
+
+@pytest.mark.parametrize("name", tiny.SHAPES)
+def test_greedy_equals_the_argmax_of_full_forwards(name):
+    model = tiny.model(tiny.SHAPES[name])
+    tokens = tiny.tokens(model.config, 2, 5)
+    out = np.asarray(generate(model, jnp.asarray(tokens), 6))
+    for _ in range(6):
+        best = np.argmax(forward(model, jnp.asarray(tokens))[0][:, -1], axis=-1)
+        tokens = np.concatenate([tokens, best[:, None]], axis=1)
+    np.testing.assert_array_equal(out, tokens[:, 5:])
+
+
+@pytest.mark.parametrize("format", ["bfloat16", "float", "int8"])
+def test_compressed_models_generate(format):
+    model = tiny.model()
+    params = cast(model.params, format) if format == "bfloat16" else quantize(model.params, format)
+    out = generate(LanguageModel(model.config, params), jnp.zeros((1, 3), jnp.int32), 4)
+    assert out.shape == (1, 4)
+    assert out.max() < model.config.vocabulary
+
+
+def test_sampling_follows_the_temperature():
+    logits = jnp.log(jnp.array([[0.7, 0.2, 0.1]]))
+    draw = jax.vmap(lambda key, t: sample(logits, t, key)[0], in_axes=(0, None))
+    keys = jax.random.split(jax.random.key(0), 4000)
+    share = lambda t: np.bincount(draw(keys, jnp.float32(t)), minlength=3) / 4000
+    np.testing.assert_array_equal(share(0.0), [1, 0, 0])
+    np.testing.assert_allclose(share(1.0), [0.7, 0.2, 0.1], atol=0.03)
+    squared = np.array([0.49, 0.04, 0.01]) / 0.54
+    np.testing.assert_allclose(share(0.5), squared, atol=0.03)

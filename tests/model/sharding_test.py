@@ -1,0 +1,60 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from efflm.compress.quantize import quantize
+from efflm.config import InputError, TrainConfig
+from efflm.model import sharding, stack_blocks
+from efflm.train import optimizer
+from tests import tiny
+
+MESH = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+
+
+@pytest.mark.parametrize("name", tiny.SHAPES)
+def test_every_leaf_of_every_family_has_a_rule(name):
+    model = tiny.model(tiny.SHAPES[name])
+    sharding.shardings(model.params, MESH)
+    sharding.shardings(stack_blocks(model.params, model.config), MESH)
+    sharding.shardings(quantize(model.params), MESH)
+
+
+def test_an_unmatched_leaf_is_an_error():
+    with pytest.raises(ValueError, match="no sharding rule matches block_0/mystery"):
+        sharding.partition_spec("block_0/mystery", (4, 4), MESH)
+
+
+def test_specs_follow_the_table():
+    spec = lambda path, *shape: sharding.partition_spec(path, shape, MESH)
+    assert spec("block_0/attention/query/kernel", 32, 32) == PartitionSpec("fsdp", "tensor")
+    assert spec("block_0/attention/output/kernel", 32, 32) == PartitionSpec("tensor", "fsdp")
+    assert spec("embedding", 300, 32) == PartitionSpec("tensor", "fsdp")
+    assert spec("embedding", 301, 32) == PartitionSpec(None, "fsdp")  # 301 does not divide: replicated
+    assert spec("blocks/feedforward/down/kernel", 3, 48, 32) == PartitionSpec(None, "tensor", "fsdp")
+    assert spec("block_0/feedforward/up/kernel/scale", 1, 48) == PartitionSpec(None, "tensor")
+
+
+def test_moments_lie_like_their_weights():
+    params = tiny.model().params
+    state = jax.eval_shape(optimizer.adamw(TrainConfig()).init, params)
+    weights, moments = sharding.shardings(params, MESH), sharding.shardings(state, MESH)
+    adam = moments[1][0]
+    assert jax.tree.leaves(adam.mu) == jax.tree.leaves(weights) == jax.tree.leaves(adam.nu)
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_is_refused():
+    with pytest.raises(InputError, match="batch of 6 rows does not divide over 8 devices"):
+        sharding.data_parallel(6)
+
+
+def test_sharded_forward_equals_unsharded():
+    from efflm.model import Transformer
+
+    model = tiny.model()
+    tokens = jnp.asarray(tiny.tokens(model.config, 4, 8))
+    apply = jax.jit(lambda params, tokens: Transformer(model.config).apply({"params": params}, tokens)[0])
+    sharded = jax.device_put(model.params, sharding.shardings(model.params, MESH))
+    rows = jax.device_put(tokens, jax.NamedSharding(MESH, sharding.BATCH))
+    np.testing.assert_allclose(apply(sharded, rows), apply(model.params, tokens), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,41 @@
+"""Small models and batches that tests share."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from efflm.config import ModelConfig, ModelShape
+from efflm.model import LanguageModel, init_params
+
+LLAMA = ModelShape(layers=3, width=32, heads=4, kv_heads=2, hidden=48, vocabulary=300, context=64)
+GPT2 = dataclasses.replace(LLAMA, family="gpt2", kv_heads=4)
+UNTIED = dataclasses.replace(LLAMA, tied=False)
+SHAPES = {"llama": LLAMA, "gpt2": GPT2, "untied": UNTIED}
+
+
+def model(shape: ModelShape = LLAMA, seed: int = 0) -> LanguageModel:
+    """A random model with nothing at its initial constant, so that no term of it can hide."""
+    config = shape.config()
+    leaves, tree = jax.tree.flatten(init_params(config, seed))
+    rng = np.random.default_rng(seed)
+    moved = [leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
+    return LanguageModel(config, jax.tree.unflatten(tree, moved))
+
+
+def tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, config.vocabulary, (batch, length)).astype(np.int32)
+
+
+def batch(config: ModelConfig, rows: int = 8, length: int = 16, seed: int = 0) -> dict[str, np.ndarray]:
+    """Two packed documents a row and some padding at the end."""
+    ids = tokens(config, rows, length + 1, seed)
+    first, second = length // 2, length - length // 2 - 2
+    segments = np.tile(np.repeat([1, 2, 0], [first, second, 2]), (rows, 1)).astype(np.int32)
+    positions = np.concatenate([np.arange(first), np.arange(second), np.arange(2)])
+    return {
+        "inputs": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "segments": segments,
+        "positions": np.tile(positions, (rows, 1)).astype(np.int32),
+    }
