@@ -68,7 +68,7 @@ def main(run: Run, quantize: dict, prune: dict, finetune: dict, distill: dict, s
     models = {"before": dense, name: compressed}
     sizes = {key: safetensors.save(run_dir / f"{key}.safetensors", model, about) for key, model in models.items()}
     tokens.save(run_dir / "tokenizer.json")
-    protocol = Protocol()
+    protocol = Protocol().within(dense.config.context)
     measured, _ = rows.collect(
         models,
         sizes,

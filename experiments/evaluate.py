@@ -73,7 +73,7 @@ def main(run: Run) -> None:
         batch=1,
         tokenizer=tokens,
     )
-    name, protocol = Path(run.model).stem, Protocol()
+    name, protocol = Path(run.model).stem, Protocol().within(model.config.context)
     measured, _ = rows.collect(
         {name: model},
         {name: size},

@@ -23,25 +23,34 @@ class Rate:
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """Prefill reads `prompt` tokens of one row; decode writes `new` more after the first 16, greedily."""
+    """Prefill reads `prompt` tokens of one row; decode writes `new` more after the first `start`, greedily."""
 
     prompt: int = 512
+    start: int = 16
     new: int = 64
     repeats: int = 9
 
+    def within(self, context: int) -> "Protocol":
+        """The same for a model that reads at most `context` positions."""
+        start = max(1, min(self.start, context // 2))
+        return Protocol(min(self.prompt, context), start, max(1, min(self.new, context - start)), self.repeats)
+
     def __str__(self) -> str:
         return (
-            f"batch 1; prefill of {self.prompt} tokens; greedy decode of {self.new} tokens after 16; median of "
-            f"{self.repeats} rounds, models in turn, after warm-up"
+            f"batch 1; prefill of {self.prompt} tokens; greedy decode of {self.new} tokens after {self.start}; median "
+            f"of {self.repeats} rounds, models in turn, after warm-up"
         )
 
 
 def rates(models: dict[str, LanguageModel], protocol: Protocol = Protocol()) -> dict[str, tuple[Rate, Rate]]:
     """{name: (prefill, decode)}. The models take turns, so that what else the machine does falls on all alike."""
-    tokens = jnp.arange(protocol.prompt, dtype=jnp.int32)[None] % 251
+    tokens = jnp.arange(max(protocol.prompt, protocol.start), dtype=jnp.int32)[None] % 251
     runs: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {}
     for name, model in models.items():
-        runs[name] = (_prefill_run(model, tokens), _decode_run(model, tokens[:, :16], protocol.new))
+        runs[name] = (
+            _prefill_run(model, tokens[:, : protocol.prompt]),
+            _decode_run(model, tokens[:, : protocol.start], protocol.new),
+        )
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
     for round_ in range(protocol.repeats + 1):
         for name, pair in runs.items():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from efflm.config import require
 from efflm.model import Cache, LanguageModel, Transformer, empty_cache
 from efflm.precision import policy_for
 
@@ -19,7 +20,15 @@ def forward(model: LanguageModel, tokens_BT: jax.Array, **inputs: Any) -> tuple[
 
 @functools.partial(jax.jit, static_argnames="length")
 def prefill(model: LanguageModel, tokens_BT: jax.Array, length: int) -> tuple[jax.Array, Cache]:
-    """Read a prompt into a fresh cache with room for `length` positions: the last logits [B, V] and the cache."""
+    """Read a prompt into a fresh cache with room for `length` positions: the last logits [B, V] and the cache.
+
+    Raises InputError if learned positions do not reach that far.
+    """
+    config = model.config
+    require(
+        config.position == "rotary" or length <= config.context,
+        f"{length} positions asked of a model that learned {config.context}: shorten the prompt or the continuation",
+    )
     cache = empty_cache(model.config, tokens_BT.shape[0], length, policy_for(model.params).compute)
     logits, cache = forward(model, tokens_BT, cache=cache)
     return logits[:, -1], cache

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 
 from efflm import trees
@@ -42,8 +43,9 @@ def collect(
     """A row for each model, in order, and the sums by document behind it.
 
     sizes: bytes on disk. notes: what was done, to which the measured speeds are added in words. The first model is the
-    one that speeds are compared with; divergence and agreement are against `reference`.
+    one that speeds are compared with; divergence and agreement are against `reference`. All run on one device.
     """
+    models, reference = jax.device_put((models, reference), jax.devices()[0])
     qualities = quality.measure(models, test, token_bytes, reference)
     rates = cost.rates(models, protocol)
     first = next(iter(models))

@@ -1,0 +1,99 @@
+import dataclasses
+
+import pytest
+
+from efflm import config, rundir
+from efflm.compress.prune import Prune
+from efflm.config import InputError, ModelConfig, ModelShape, TrainConfig, flag
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """The run"""
+
+    seed: int = flag(0, "a seed")
+
+
+def parsed(*argv, **groups):
+    return config.parse(["x", *argv], **(groups or {"run": Run(), "model": ModelShape(), "train": TrainConfig()}))
+
+
+def test_flags_reach_their_dataclass():
+    got = parsed("--seed=3", "--model.layers=2", "--train.learning_rate=1e-4", "--nomodel.tied", "--train.scan")
+    assert got["run"].seed == 3
+    assert (got["model"].layers, got["model"].tied) == (2, False)
+    assert (got["train"].learning_rate, got["train"].scan) == (1e-4, True)
+    assert got["model"].width == ModelShape().width
+
+
+def test_a_group_given_as_a_class_returns_only_what_was_set():
+    assert parsed("--prune.sparsity=0.5", run=Run(), prune=Prune)["prune"] == {"sparsity": 0.5}
+    assert parsed(run=Run(), prune=Prune)["prune"] == {}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--sed=3"], "unknown flag --sed: did you mean --seed"),
+        (["--model.leyers=3"], "did you mean --model.layers"),
+        (["--seed=x"], "seed"),
+        (["--model.family=bert"], "llama"),
+        (["stray"], "unexpected argument 'stray'"),
+        (["--model.width=100", "--model.heads=3"], "width 100 is not divisible by model.heads 3"),
+        (["--model.heads=4", "--model.kv_heads=3"], "heads 4 is not divisible by kv_heads 3"),
+        (["--model.layers=0"], "at least one layer"),
+        (["--model.vocabulary=100"], "at least 257"),
+        (["--train.steps=0"], "must be positive"),
+        (["--train.steps=10"], "train.warmup is 40"),
+    ],
+)
+def test_mistakes_are_one_line(argv, message):
+    with pytest.raises(InputError) as error:
+        parsed(*argv)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_mistakes_and_the_systems_refusals_exit_with_two(capsys):
+    def refuse(run):
+        raise OSError(28, "No space left on device", "/full/file")
+
+    for main, argv in ((lambda run: None, ["x", "--nope"]), (refuse, ["x"])):
+        with pytest.raises(SystemExit) as stopped:
+            config.launch(main, "doc", argv, run=Run())
+        assert stopped.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[1] == "error: No space left on device: /full/file"
+    with pytest.raises(ZeroDivisionError):  # our own bugs keep their traceback
+        config.launch(lambda run: 1 / 0, "doc", ["x"], run=Run())
+
+
+def test_help_shows_doc_flags_defaults_and_choices(capsys):
+    config.launch(lambda **_: 1 / 0, "What it does.", ["x", "--help"], run=Run(), model=ModelShape(), prune=Prune)
+    out = capsys.readouterr().out
+    for text in ("What it does.", "--seed=0", "--model.family=llama [llama|gpt2]", "--prune.sparsity=0.5"):
+        assert text in out
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_configs_survive_json(family):
+    import json
+
+    shape = ModelShape(family=family, kv_heads=4)
+    assert ModelConfig.from_dict(json.loads(json.dumps(shape.config().to_dict()))) == shape.config()
+
+
+def test_read_only_and_full_directories_are_refused(tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(0o555)
+    with pytest.raises(InputError, match="is read-only"):
+        rundir.require_writable(locked / "run", needs=1)
+    with pytest.raises(InputError, match="MB free, but this run needs about"):
+        rundir.require_writable(tmp_path / "run", needs=1 << 60)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        rundir.require_writable(tmp_path / "file", needs=1)
+    rundir.require_writable(tmp_path / "a" / "b", needs=1)
+    assert not (tmp_path / "a").exists()

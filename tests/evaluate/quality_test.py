@@ -1,0 +1,61 @@
+import numpy as np
+
+from efflm.evaluate import quality
+from efflm.evaluate.quality import Quality
+from tests import reference, tiny
+
+
+def log_softmax(x):
+    return x - x.max(-1, keepdims=True) - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
+
+
+def test_sums_by_document_equal_float64():
+    model, other = tiny.model(seed=0), tiny.model(seed=1)
+    rows = tiny.batch(model.config, rows=3, length=12)
+    rows["segments"] = np.where(rows["segments"] > 0, rows["segments"] + 2 * np.arange(3)[:, None], 0)
+    rows["segments"] = rows["segments"].astype(np.int32)
+    sizes = np.arange(model.config.vocabulary) % 5
+    got = quality.measure({"a": other, "same": model}, rows, sizes, reference=model, batch=2)
+    for document in range(1, 7):
+        r, mine = (document - 1) // 2, rows["segments"] == document
+        tokens, targets = rows["inputs"][mine], rows["targets"][mine]
+        q = log_softmax(reference.forward(other.config, other.params, tokens))
+        p = log_softmax(reference.forward(model.config, model.params, tokens))
+        assert np.all(mine[[i for i in range(3) if i != r]] == 0)
+        expected = {
+            "bits": -q[np.arange(len(targets)), targets].sum() / np.log(2),
+            "bytes": sizes[targets].sum(),
+            "tokens": len(targets),
+            "kl": (np.exp(p) * (p - q)).sum(),
+            "agreement": (p.argmax(-1) == q.argmax(-1)).sum(),
+        }
+        for name, value in expected.items():
+            np.testing.assert_allclose(getattr(got["a"], name)[document - 1], value, rtol=1e-3, err_msg=name)
+    assert got["same"].mean_kl == 0
+    assert got["same"].top1_agreement == 1
+    assert 0 < got["a"].top1_agreement + 0.5 < 1.5
+
+
+def of(bits, sizes):
+    bits, sizes = np.asarray(bits, float), np.asarray(sizes, float)
+    return Quality(bits, sizes, sizes, sizes, sizes)
+
+
+def test_the_ratio_and_its_error(rng):
+    assert quality.bits_per_byte(of([2, 4, 6], [1, 2, 3])) == (2.0, 0.0)  # all alike: no error
+    means, errors = [], []
+    for _ in range(400):
+        sizes = rng.integers(50, 150, 40)
+        means.append(quality.bits_per_byte(of(sizes * rng.normal(2.0, 0.3, 40), sizes))[0])
+        errors.append(quality.bits_per_byte(of(sizes * rng.normal(2.0, 0.3, 40), sizes))[1])
+    np.testing.assert_allclose(np.mean(errors), np.std(means), rtol=0.1)
+    assert np.isnan(quality.bits_per_byte(of([2], [1]))[1])
+
+
+def test_pairing_cancels_what_both_find_hard(rng):
+    sizes = np.full(50, 100.0)
+    hard = rng.normal(200, 50, 50)
+    first, second = of(hard - 10, sizes), of(hard, sizes)
+    difference, error = quality.paired_difference(first, second)
+    np.testing.assert_allclose(difference, -0.1)
+    assert error < 1e-9 < quality.bits_per_byte(first)[1]

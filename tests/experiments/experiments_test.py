@@ -1,0 +1,200 @@
+"""The experiments from their flags to their files, on models small enough for a test."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from efflm.compress import recipe
+from efflm.compress.distill import Distill
+from efflm.compress.finetune import Finetune
+from efflm.compress.prune import Prune
+from efflm.compress.quantize import Quantize
+from efflm.compress.shrink import Shrink
+from efflm.config import ModelShape, TrainConfig, launch
+from experiments import compress, evaluate, pretrain, quickstart
+
+TINY = [
+    "--model.layers=2", "--model.width=32", "--model.hidden=48", "--model.vocabulary=300", "--model.context=64",
+    "--train.steps=6", "--train.warmup=2", "--train.length=16", "--train.batch=8", "--train.log_every=2",
+]  # fmt: skip
+NAMES = [
+    "float32", "bfloat16", "w8a16", "w8a8", "masks50", "masks24", "masks50_trained", "student_scratch",
+    "student_distilled", "shrink_distill_int8",
+]  # fmt: skip
+FIELDS = {
+    "name", "parameters", "nonzeros", "bytes", "prefill_tokens_per_second", "decode_tokens_per_second",
+    "bits_per_byte", "bits_per_byte_stderr", "kl_to_dense", "top1_agreement", "note",
+}  # fmt: skip
+
+
+def run(module, *argv):
+    groups = {
+        quickstart: {"run": quickstart.Run(), "model": ModelShape(), "train": TrainConfig()},
+        pretrain: {"run": pretrain.Run(), "model": ModelShape(), "train": TrainConfig()},
+        compress: {
+            "run": compress.Run(), "quantize": Quantize, "prune": Prune, "finetune": Finetune, "distill": Distill,
+            "shrink": Shrink,
+        },
+        evaluate: {"run": evaluate.Run()},
+    }[module]  # fmt: skip
+    launch(module.main, module.__doc__, ["x", *argv], **groups)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    words = ["alpha", "beta", "gamma", "delta", "for", "while", "return", "(", ")", "\n"]
+    for i in range(80):
+        (folder / f"{i}.txt").write_text(" ".join(rng.choice(words, 200)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def short_recipes():
+    """Every named recipe with few training steps."""
+    kept = dict(recipe.RECIPES)
+    for name, steps in kept.items():
+        recipe.RECIPES[name] = tuple(
+            dataclasses.replace(step, steps=3) if isinstance(step, Distill | Finetune) else step for step in steps
+        )
+    yield
+    recipe.RECIPES.update(kept)
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, short_recipes, tmp_path_factory):
+    """A run directory with a finished quickstart in it."""
+    folder = tmp_path_factory.mktemp("runs") / "quickstart"
+    run(quickstart, f"--run_dir={folder}", f"--corpus={corpus}", *TINY)
+    return folder
+
+
+def rows_of(folder):
+    return json.loads((folder / "results.json").read_text())["rows"]
+
+
+def test_quickstart_leaves_the_whole_evidence(trained):
+    rows = rows_of(trained)
+    assert [row["name"] for row in rows] == NAMES
+    for row in rows:
+        assert set(row) >= FIELDS
+        assert row["bytes"] == (trained / "models" / f"{row['name']}.safetensors").stat().st_size
+        assert row["prefill_tokens_per_second"] > 0
+    by = {row["name"]: row for row in rows}
+    assert by["float32"]["kl_to_dense"] == 0
+    assert by["w8a16"]["bytes"] < 0.5 * by["float32"]["bytes"]
+    assert by["masks50"]["nonzeros"] == by["masks24"]["nonzeros"] == by["masks50_trained"]["nonzeros"]
+    assert by["student_scratch"]["parameters"] < by["float32"]["parameters"]
+    for name in ("masks50", "masks24"):
+        assert "no faster" in by[name]["note"]
+    for name in ("report.html", "pareto.png", "metrics.jsonl", "tokenizer.json", "checkpoint/6"):
+        assert (trained / name).exists(), name
+    assert [json.loads(line)["step"] for line in (trained / "metrics.jsonl").read_text().splitlines()] == [2, 4, 6]
+
+
+def test_a_second_quickstart_reuses_the_checkpoint_and_agrees(trained, corpus, capsys):
+    before = rows_of(trained)
+    run(quickstart, f"--run_dir={trained}", f"--corpus={corpus}", *TINY)
+    assert "not training again" in capsys.readouterr().out
+    timed = {name for name in before[0] if "second" in name or "spread" in name or name == "note"}
+    for old, new in zip(before, rows_of(trained), strict=True):
+        assert {k: v for k, v in old.items() if k not in timed} == {k: v for k, v in new.items() if k not in timed}
+
+
+def test_a_fresh_run_with_the_same_seed_gives_the_same_model(trained, corpus, tmp_path):
+    run(pretrain, f"--run_dir={tmp_path / 'again'}", f"--corpus={corpus}", *TINY)
+    losses = lambda folder: [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert losses(tmp_path / "again") == losses(trained)
+    run(pretrain, f"--run_dir={tmp_path / 'other'}", f"--corpus={corpus}", "--seed=1", *TINY)
+    assert losses(tmp_path / "other") != losses(trained)
+
+
+def test_init_from_starts_where_another_run_ended(trained, corpus, tmp_path):
+    run(pretrain, f"--run_dir={tmp_path / 'next'}", f"--corpus={corpus}", f"--init_from={trained}", *TINY)
+    first = lambda folder: json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert first(tmp_path / "next") < first(trained)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_scanned_pretraining_leaves_an_unstacked_checkpoint(corpus, tmp_path, family, capsys):
+    flags = [f"--corpus={corpus}", *TINY, f"--model.family={family}", "--train.scan", "--train.policy=bfloat16"]
+    run(pretrain, f"--run_dir={tmp_path / 'run'}", *flags)
+    run(evaluate, f"--model={tmp_path / 'run'}", "--length=16", f"--run_dir={tmp_path / 'out'}")
+    assert rows_of(tmp_path / "out")[0]["top1_agreement"] == 1
+    assert "bits per byte" in capsys.readouterr().out
+
+
+def test_compress_and_evaluate_a_trained_run(trained, tmp_path):
+    out = tmp_path / "out"
+    run(compress, f"--model={trained}", "--recipe=masks50,w8a8", "--prune.sparsity=0.25", "--length=16",
+        f"--run_dir={out}")  # fmt: skip
+    before, after = rows_of(out)
+    assert after["name"] == "masks50+w8a8"
+    layers = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48)
+    assert before["nonzeros"] - after["nonzeros"] >= layers // 4
+    run(evaluate, f"--model={out / 'masks50+w8a8.safetensors'}", f"--reference={trained}", "--length=16",
+        f"--run_dir={tmp_path / 'seen'}")  # fmt: skip
+    seen = rows_of(tmp_path / "seen")[0]
+    for field in ("bits_per_byte", "kl_to_dense", "nonzeros", "bytes"):
+        assert seen[field] == after[field], field
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--corpus=/nowhere"], "corpus /nowhere does not exist"),
+        (["--model.width=30"], "width 30 is not divisible by model.heads 4"),
+        (["--nonsense=1"], "unknown flag --nonsense"),
+        (["--train.length=100"], "train.length 100 is longer than model.context 64"),
+        (["--train.batch=7"], "batch of 7 rows does not divide over 8 devices"),
+        (["--train.batch=400000"], "too small"),
+        (["--profile_steps=3"], "give two step numbers"),
+        (["--profile_steps=3,10"], "beyond the last step"),
+        (["--init_from=/nowhere"], "no checkpoint in /nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(corpus, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stopped:
+        run(quickstart, f"--run_dir={tmp_path / 'runs' / 'q'}", f"--corpus={corpus}", *TINY, *flags)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "runs" / "q").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.layers=3"], "made with"),
+        (["--seed=5"], "made with seed=0, but this run asks for 5"),
+        (["--train.learning_rate=1"], "made with train.learning_rate=0.002"),
+    ],
+)
+def test_a_checkpoint_of_another_config_is_refused(trained, corpus, capsys, flags, message):
+    before = (trained / "metrics.jsonl").read_text()
+    with pytest.raises(SystemExit) as stopped:
+        run(quickstart, f"--run_dir={trained}", f"--corpus={corpus}", *TINY, *flags)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert (trained / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--recipe=w3a3"], "unknown recipe 'w3a3'"),
+        (["--recipe=masks50", "--prune.sparsity=1.0"], "sparsity is 1.0"),
+        (["--recipe=w8a8", "--prune.sparsity=0.3"], "not in this recipe"),
+        (["--model=/nowhere"], "no model at /nowhere"),
+    ],
+)
+def test_bad_recipes_are_refused(trained, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stopped:
+        run(compress, f"--model={trained}", f"--run_dir={tmp_path / 'out'}", "--length=16", *flags)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

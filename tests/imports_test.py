@@ -1,0 +1,93 @@
+"""Who may import whom: the arrows of the architecture, held by reading every import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "efflm").rglob("*.py"))
+BASE = {"config", "trees", "precision", "rundir"}
+ALLOWED = {
+    "config": set(),
+    "trees": set(),
+    "precision": set(),
+    "rundir": {"config"},
+    "tokenizer": BASE,
+    "ops": BASE,
+    "model": BASE | {"ops"},
+    "train": BASE | {"ops", "model"},
+    "infer": BASE | {"ops", "model"},
+    "evaluate": BASE | {"ops", "model", "infer", "train.losses"},
+    "report": BASE | {"ops", "model", "infer", "evaluate"},
+    "compress": BASE | {"ops", "model", "infer", "train"},
+    "data": BASE | {"tokenizer"},
+    "formats": BASE | {"ops", "model", "tokenizer", "train.checkpoint"},
+}
+ONE_PLACE = {
+    "absl": "config.py",
+    "tensorflow_datasets": "data/corpora.py",
+    "orbax": "train/checkpoint.py",
+    "tokenizers": "tokenizer.py",
+    "matplotlib": "report/plots.py",
+    "grain": "data/loader.py",
+}
+
+
+def imports(path):
+    """Every imported module, with what is taken from a package spelled out: efflm.train.loop."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            submodule = lambda name: (
+                (ROOT / (name.replace(".", "/") + ".py")).exists() or (ROOT / name.replace(".", "/")).is_dir()
+            )
+            yield from (name if submodule(name) else node.module for name in inside)
+
+
+def package(path):
+    return path.relative_to(ROOT / "efflm").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_arrows(path):
+    mine = package(path)
+    if mine == "__init__":
+        return
+    for name in imports(path):
+        top, *rest = name.split(".")
+        assert top != "experiments", f"{path} imports {name}"
+        assert top not in ("tensorflow", "torch"), f"{path} imports {name}"
+        if top in ONE_PLACE:
+            assert path.relative_to(ROOT / "efflm").as_posix() == ONE_PLACE[top], f"{path} imports {name}"
+        if top == "efflm" and rest and rest[0] != mine:
+            allowed = ALLOWED[mine]
+            assert rest[0] in allowed or ".".join(rest[:2]) in allowed, f"{mine} may not import {name}"
+
+
+def test_methods_of_compression_know_only_the_shared_step():
+    for path in (ROOT / "efflm" / "compress").glob("*.py"):
+        if path.stem in ("recipe", "step", "__init__"):
+            continue
+        taken = {name.split(".")[2] for name in imports(path) if name.startswith("efflm.compress.")}
+        assert taken <= {"step"}, path
+
+
+def test_importing_the_library_starts_nothing():
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in FILES]
+    program = f"import {', '.join(modules)}\nfrom jax._src import xla_bridge\nassert not xla_bridge._backends"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=120)
+
+
+def test_the_experiments_answer_help_without_the_slow_libraries():
+    program = (
+        "import sys, experiments.quickstart, experiments.compress\n"
+        "slow = {'orbax', 'tensorflow_datasets', 'grain', 'matplotlib'} & set(sys.modules)\n"
+        "assert not slow, slow"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=120)
