@@ -6,11 +6,16 @@ import jax
 import numpy as np
 
 from efflm.config import ModelConfig, ModelShape
+from efflm.infer.generate import forward
 from efflm.model import LanguageModel, init_params
 
 LLAMA = ModelShape(layers=3, width=32, heads=4, kv_heads=2, hidden=48, vocabulary=300, context=64)
 GPT2 = dataclasses.replace(LLAMA, family="gpt2", kv_heads=4)
 UNTIED = dataclasses.replace(LLAMA, tied=False)
+logits = jax.jit(
+    lambda model, tokens, **inputs: forward(model, tokens, **inputs)[0]
+)  # one program, not one an operation
+
 SHAPES = {"llama": LLAMA, "gpt2": GPT2, "untied": UNTIED}
 
 

@@ -12,7 +12,7 @@ from efflm import trees
 from efflm.compress.step import MATRICES, Context, record
 from efflm.config import flag
 from efflm.model import LanguageModel
-from efflm.ops.qarray import Activations, dequantize, quantize_array
+from efflm.ops.qarray import Activations, QArray, quantize_array
 from efflm.precision import cast
 
 
@@ -22,8 +22,10 @@ def quantize(params: Any, activations: Activations = "float", selected: str = MA
     def one(path, w):
         if not re.search(selected, path):
             return w
+        if isinstance(w, QArray):
+            return w.replace(activations=activations)
         axis = 1 if path.endswith("/embedding") or path == "embedding" else 0  # a row of it is an output channel
-        return quantize_array(dequantize(w), axis, activations)
+        return quantize_array(w, axis, activations)
 
     return trees.map_with_path(one, params)
 

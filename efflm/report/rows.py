@@ -45,7 +45,11 @@ def collect(
     sizes: bytes on disk. notes: what was done, to which the measured speeds are added in words. The first model is the
     one that speeds are compared with; divergence and agreement are against `reference`. All run on one device.
     """
-    models, reference = jax.device_put((models, reference), jax.devices()[0])
+    one = jax.devices()[0]
+    models, reference = (
+        {name: jax.device_put(model, one) for name, model in models.items()},
+        jax.device_put(reference, one),
+    )
     qualities = quality.measure(models, test, token_bytes, reference)
     rates = cost.rates(models, protocol)
     first = next(iter(models))

@@ -9,7 +9,7 @@ from efflm import trees
 from efflm.compress.quantize import Cast, Quantize, quantize
 from efflm.compress.step import Context
 from efflm.config import InputError
-from efflm.infer.generate import decode, forward, prefill
+from efflm.infer.generate import decode, prefill
 from efflm.model import LanguageModel, sharding
 from efflm.ops import QArray
 from tests import tiny
@@ -33,7 +33,7 @@ def test_logits_stay_near(activations):
     model = tiny.model()
     tokens = jnp.asarray(tiny.tokens(model.config, 2, 8))
     after, record = Quantize(activations=activations)(model, CONTEXT)
-    full, low = forward(model, tokens)[0], forward(after, tokens)[0]
+    full, low = tiny.logits(model, tokens), tiny.logits(after, tokens)
     assert 0 < np.abs(full - low).max() < 0.08 * np.abs(full).max()
     assert record.nbytes < 0.4 * trees.nbytes(model.params)
     assert len(record.leaves) == 22
@@ -67,7 +67,7 @@ def test_quantized_cached_decode_equals_full_forward():
     after, _ = Quantize()(model, CONTEXT)
     tokens = jnp.asarray(tiny.tokens(model.config, 1, 6))
     logits, cache = prefill(after, tokens, length=8)
-    np.testing.assert_allclose(logits, forward(after, tokens)[0][:, -1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(logits, tiny.logits(after, tokens)[:, -1], rtol=1e-4, atol=1e-5)
     ids, _ = decode(after, logits, cache, jnp.float32(0), jax.random.key(0), steps=1)
     assert ids[0, 0] == np.argmax(logits)
 

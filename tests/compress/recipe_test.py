@@ -12,7 +12,6 @@ from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink, evenly_spaced, keep_layers
 from efflm.compress.step import Context
 from efflm.config import InputError
-from efflm.infer.generate import forward
 from efflm.model import sharding
 from tests import tiny
 
@@ -25,7 +24,7 @@ def test_steps_chain_in_any_order(order):
     after, records = recipe.run(tiny.model(), [STEPS[i] for i in order], CONTEXT)
     assert len(after.config.blocks) == 2
     assert trees.nonzeros(after.params) < 0.85 * trees.count(after.params)
-    logits = forward(after, tiny.tokens(after.config, 1, 4))[0]
+    logits = tiny.logits(after, tiny.tokens(after.config, 1, 4))
     assert np.all(np.isfinite(logits))
     assert [record.step for record in records] == [repr(STEPS[i]) for i in order]
 
@@ -53,7 +52,7 @@ def test_shrinking_keeps_evenly_spaced_layers_and_the_same_function_of_them():
     assert small.config.blocks == model.config.blocks[:2]
     same = keep_layers(model, [0, 1, 2])
     tokens = tiny.tokens(model.config, 1, 5)
-    np.testing.assert_array_equal(forward(same, tokens)[0], forward(model, tokens)[0])
+    np.testing.assert_array_equal(tiny.logits(same, tokens), tiny.logits(model, tokens))
 
 
 def test_too_many_layers_are_refused():

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from efflm.compress.quantize import quantize
-from efflm.infer.generate import forward, generate, sample
+from efflm.config import InputError
+from efflm.infer.generate import generate, sample
 from efflm.model import LanguageModel
 from efflm.precision import cast
 from tests import tiny
@@ -13,12 +14,18 @@ from tests import tiny
 @pytest.mark.parametrize("name", tiny.SHAPES)
 def test_greedy_equals_the_argmax_of_full_forwards(name):
     model = tiny.model(tiny.SHAPES[name])
-    tokens = tiny.tokens(model.config, 2, 5)
-    out = np.asarray(generate(model, jnp.asarray(tokens), 6))
-    for _ in range(6):
-        best = np.argmax(forward(model, jnp.asarray(tokens))[0][:, -1], axis=-1)
-        tokens = np.concatenate([tokens, best[:, None]], axis=1)
+    tokens = np.zeros((2, 11), np.int32)  # what is not written yet is never looked at
+    tokens[:, :5] = tiny.tokens(model.config, 2, 5)
+    out = np.asarray(generate(model, jnp.asarray(tokens[:, :5]), 6))
+    for t in range(5, 11):
+        tokens[:, t] = np.argmax(tiny.logits(model, jnp.asarray(tokens))[:, t - 1], axis=-1)
     np.testing.assert_array_equal(out, tokens[:, 5:])
+
+
+def test_more_positions_than_were_learned_are_refused():
+    with pytest.raises(InputError, match="65 positions asked of a model that learned 64"):
+        generate(tiny.model(tiny.GPT2), jnp.zeros((1, 60), jnp.int32), 5)
+    assert generate(tiny.model(), jnp.zeros((1, 60), jnp.int32), 5).shape == (1, 5)  # rotary ones go on
 
 
 @pytest.mark.parametrize("format", ["bfloat16", "float", "int8"])

@@ -10,16 +10,12 @@ from efflm.precision import Policy
 from tests import reference, tiny
 
 
-def logits_of(model, tokens, **inputs):
-    return Transformer(model.config).apply({"params": model.params}, tokens, **inputs)[0]
-
-
 @pytest.mark.parametrize("name", tiny.SHAPES)
 def test_forward_equals_the_float64_reference(name):
     model = tiny.model(tiny.SHAPES[name])
     tokens = tiny.tokens(model.config, 2, 9)
     expected = np.stack([reference.forward(model.config, model.params, row) for row in tokens])
-    np.testing.assert_allclose(logits_of(model, tokens), expected, rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(tiny.logits(model, tokens), expected, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", tiny.SHAPES)
@@ -28,7 +24,7 @@ def test_a_position_sees_only_what_is_before_it(name):
     tokens = tiny.tokens(model.config, 1, 12)
     changed = tokens.copy()
     changed[0, 7] = (changed[0, 7] + 1) % model.config.vocabulary
-    before, after = logits_of(model, tokens), logits_of(model, changed)
+    before, after = tiny.logits(model, tokens), tiny.logits(model, changed)
     np.testing.assert_array_equal(before[:, :7], after[:, :7])
     assert np.all(np.any(np.asarray(before[:, 7:]) != np.asarray(after[:, 7:]), axis=-1))
 
@@ -37,8 +33,10 @@ def test_a_position_sees_only_what_is_before_it(name):
 def test_cached_decode_equals_full_forward(name):
     model = tiny.model(tiny.SHAPES[name])
     tokens = tiny.tokens(model.config, 3, 14)
-    full = logits_of(model, tokens)
-    apply = lambda tokens, cache: Transformer(model.config).apply({"params": model.params}, tokens, cache=cache)
+    full = tiny.logits(model, tokens)
+    apply = jax.jit(
+        lambda tokens, cache: Transformer(model.config).apply({"params": model.params}, tokens, cache=cache)
+    )
     prompt, cache = apply(tokens[:, :6], empty_cache(model.config, 3, 20))
     steps = [prompt]
     for t in range(6, 14):
@@ -54,8 +52,8 @@ def test_packed_documents_do_not_see_each_other(name):
     tokens = tiny.tokens(model.config, 1, 12)
     segments = np.repeat([[1, 2]], [5, 7], axis=1)
     positions = np.concatenate([np.arange(5), np.arange(7)])[None]
-    packed = logits_of(model, tokens, segments=segments, positions=positions)
-    alone = jnp.concatenate([logits_of(model, tokens[:, :5]), logits_of(model, tokens[:, 5:])], axis=1)
+    packed = tiny.logits(model, tokens, segments=segments, positions=positions)
+    alone = jnp.concatenate([tiny.logits(model, tokens[:, :5]), tiny.logits(model, tokens[:, 5:])], axis=1)
     np.testing.assert_allclose(packed, alone, rtol=1e-4, atol=2e-5)
 
 
@@ -67,8 +65,10 @@ def test_scanned_layers_equal_looped_ones_gradients_included(name):
     def loss(params, scanned):
         return jnp.mean(jnp.square(Transformer(config, scanned=scanned).apply({"params": params}, tokens)[0]))
 
-    looped, looped_grads = jax.value_and_grad(loss)(model.params, False)
-    scanned, scanned_grads = jax.value_and_grad(loss)(stack_blocks(model.params, config), True)
+    looped, looped_grads = jax.jit(jax.value_and_grad(loss), static_argnums=1)(model.params, False)
+    scanned, scanned_grads = jax.jit(jax.value_and_grad(loss), static_argnums=1)(
+        stack_blocks(model.params, config), True
+    )
     np.testing.assert_allclose(scanned, looped, rtol=1e-6)
     scanned_grads = unstack_blocks(scanned_grads, config)
     for path, grad in trees.flatten(looped_grads):
@@ -89,7 +89,7 @@ def test_layers_of_different_shapes_run_but_do_not_scan():
     model = LanguageModel(config, init_params(config, 0))
     tokens = tiny.tokens(config, 1, 6)
     expected = reference.forward(config, model.params, tokens[0])
-    np.testing.assert_allclose(logits_of(model, tokens)[0], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(tiny.logits(model, tokens)[0], expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match="different shapes"):
         stack_blocks(model.params, config)
 
@@ -98,13 +98,15 @@ def test_a_weight_of_the_wrong_shape_is_named():
     model = tiny.model()
     model.params["block_1"]["feedforward"]["up"]["kernel"] = jnp.zeros((32, 47))
     with pytest.raises(Exception, match=r"(?s)up.*47"):
-        logits_of(model, tiny.tokens(model.config, 1, 4))
+        tiny.logits(model, tiny.tokens(model.config, 1, 4))
 
 
 def test_bfloat16_policy_computes_in_bfloat16_and_returns_float32():
     model = tiny.model()
     tokens = tiny.tokens(model.config, 2, 8)
-    apply = lambda policy: Transformer(model.config, policy).apply({"params": model.params}, tokens)[0]
+    apply = jax.jit(
+        lambda policy: Transformer(model.config, policy).apply({"params": model.params}, tokens)[0], static_argnums=0
+    )
     low, full = apply(Policy(compute="bfloat16")), apply(Policy())
     assert low.dtype == jnp.float32
     assert 0 < np.abs(low - full).max() < 0.05 * np.abs(full).max()

@@ -36,7 +36,9 @@ def test_schedule_warms_up_and_decays_to_its_end():
 
 
 def test_two_steps_of_adamw_equal_its_equations(rng):
-    config = TrainConfig(steps=10, warmup=0, learning_rate=0.1, final_fraction=1.0, weight_decay=0.3, clip=1e9)
+    config = TrainConfig(
+        steps=10, warmup=0, learning_rate=0.1, final_fraction=1.0, weight_decay=0.3, beta2=0.95, clip=1e9
+    )
     w = rng.standard_normal((4, 3))
     params, tx = {"x": {"kernel": jnp.asarray(w, jnp.float32)}}, optimizer.adamw(config)
     state, m, v = tx.init(params), 0.0, 0.0

@@ -51,7 +51,7 @@ def test_the_second_step_does_not_compile_again():
 
 def test_padding_has_no_weight_in_the_loss():
     model = tiny.model()
-    loss = losses.language_model_loss(model.config)
+    loss = jax.jit(losses.language_model_loss(model.config))
     batch = tiny.batch(model.config)
     changed = {**batch, "targets": np.where(batch["segments"] == 0, 7, batch["targets"]).astype(np.int32)}
     key = jax.random.key(0)
