@@ -188,7 +188,7 @@ def parse(argv: list[str], **groups: Any) -> dict[str, Any]:
     try:
         rest = values(argv)[1:]
     except flags.UnrecognizedFlagError as error:
-        close = difflib.get_close_matches(error.flagname, list(values), n=1, cutoff=0.5)
+        close = difflib.get_close_matches(error.flagname, list(values), n=1, cutoff=0.7)
         hint = f"did you mean --{close[0]}?" if close else "--help lists the flags"
         raise InputError(f"unknown flag --{error.flagname}: {hint}") from None
     except flags.Error as error:
@@ -240,7 +240,8 @@ def launch(main: Callable[..., None], doc: str, argv: list[str] | None = None, *
     except InputError as error:
         sys.exit(_fail(str(error)))
     except OSError as error:
-        sys.exit(_fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error)))
+        where = error.filename or "free some space, or give another --run_dir"
+        sys.exit(_fail(f"{error.strerror}: {where}" if error.strerror else str(error)))
 
 
 def _fail(message: str) -> int:

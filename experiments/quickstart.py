@@ -97,7 +97,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
         f"Distilled minus from scratch, paired over test documents: {difference:+.4f} ± {error:.4f} bits per byte, "
         f"{verdict}.",
         f"Quality: {data.protocol}. Smaller is better.",
-        f"Speed: {protocol}. In brackets the slowest and the fastest round.",
+        f"Speed: {protocol}. In brackets the quartiles; a difference is claimed only where they do not overlap.",
         "Size: an uncompressed safetensors file; matrices with many zeros are stored as a bitmask and their values.",
         "One seed, one small model, one corpus: orders of rows, not constants of nature.",
     ]

@@ -14,7 +14,7 @@ from efflm.model import LanguageModel
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """Tokens a second: the median of the repeats, and the slowest and fastest of them."""
+    """Tokens a second: the median of the repeats, and their lower and upper quartile."""
 
     median: float
     low: float
@@ -28,7 +28,7 @@ class Protocol:
     prompt: int = 512
     start: int = 16
     new: int = 64
-    repeats: int = 9
+    repeats: int = 11
 
     def within(self, context: int) -> "Protocol":
         """The same for a model that reads at most `context` positions."""
@@ -87,4 +87,5 @@ def _decode_run(model: LanguageModel, tokens: jax.Array, new: int) -> Callable[[
 
 
 def _rate(tokens: int, seconds: list[float]) -> Rate:
-    return Rate(tokens / statistics.median(seconds), tokens / max(seconds), tokens / min(seconds))
+    fast, median, slow = statistics.quantiles(seconds, n=4, method="inclusive")
+    return Rate(tokens / median, tokens / slow, tokens / fast)

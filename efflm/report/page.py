@@ -10,15 +10,16 @@ from efflm.rundir import write_whole
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; padding: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 82rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th, td { padding: .35rem .5rem; font-size: .9rem; }
+th, td { border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
-img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
+img { width: 100%; min-width: 44rem; max-width: 66rem; height: auto; background: #fff; border-radius: 6px; }
 pre { background: var(--soft); padding: .7rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
 dt { font-weight: 600; margin-top: .6rem; } dd { margin: 0 0 0 1rem; }
-li { margin: .3rem 0; }
+li { margin: .3rem 0; } li, dd { max-width: 62rem; }
 """
 
 
@@ -55,7 +56,8 @@ def write(
 </tbody></table></div>
 <h2>What it says</h2><ul>{items}</ul>
 <h2>Quality against cost</h2><p>Lower left is better.</p>
-<img alt="bits per byte against bytes on disk and against decode time" src="data:image/png;base64,{picture}">
+<div class="wide"><img alt="bits per byte against bytes on disk and against decode time"
+src="data:image/png;base64,{picture}"></div>
 <h2>The rows</h2><dl>{notes}</dl>
 {f"<h2>What they write</h2>{texts}" if texts else ""}
 <h2>How it was made</h2><pre>{escape(command)}</pre><pre>{escape(listed)}</pre>

@@ -14,7 +14,11 @@ from efflm.model import LanguageModel
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """What a model is, what it costs here, and how good it is. Spreads are (slowest, fastest) of the repeats."""
+    """What a model is, what it costs here, and how good it is.
+
+    Spreads are the quartiles of the repeats. The difference to the dense model is paired over documents, so its
+    error is far below that of either alone.
+    """
 
     name: str
     parameters: int
@@ -26,6 +30,8 @@ class Row:
     decode_spread: tuple[float, float]
     bits_per_byte: float
     bits_per_byte_stderr: float
+    bits_per_byte_over_dense: float
+    bits_per_byte_over_dense_stderr: float
     kl_to_dense: float
     top1_agreement: float
     note: str
@@ -42,8 +48,8 @@ def collect(
 ) -> tuple[list[Row], dict[str, Quality]]:
     """A row for each model, in order, and the sums by document behind it.
 
-    sizes: bytes on disk. notes: what was done, to which the measured speeds are added in words. The first model is the
-    one that speeds are compared with; divergence and agreement are against `reference`. All run on one device.
+    sizes: bytes on disk. notes: what was done, to which the measured speeds are added in words. Speeds and bits
+    are compared with the first model's; divergence and agreement are against `reference`. All run on one device.
     """
     one = jax.devices()[0]
     models, reference = (
@@ -57,6 +63,7 @@ def collect(
     for name, model in models.items():
         (prefill, decode), measured = rates[name], qualities[name]
         bits, error = quality.bits_per_byte(measured)
+        over, over_error = quality.paired_difference(measured, qualities[first])
         words = [notes.get(name, "")]
         if name != first:
             words.append(_speed(prefill, rates[first][0], "prefill"))
@@ -73,6 +80,8 @@ def collect(
                 decode_spread=(round(decode.low, 1), round(decode.high, 1)),
                 bits_per_byte=bits,
                 bits_per_byte_stderr=error,
+                bits_per_byte_over_dense=over,
+                bits_per_byte_over_dense_stderr=over_error,
                 kl_to_dense=measured.mean_kl,
                 top1_agreement=measured.top1_agreement,
                 note="; ".join(word for word in words if word),
@@ -82,7 +91,7 @@ def collect(
 
 
 def _speed(rate: cost.Rate, base: cost.Rate, phase: str) -> str:
-    """A measured ratio in words; within the spread of both, no difference is claimed."""
+    """A measured ratio in words; where the quartiles of both overlap, no difference is claimed."""
     ratio = rate.median / base.median
     overlap = rate.low <= base.high and base.low <= rate.high
     return f"{phase} {ratio:.2f}x the first row" + (" (within the spread)" if overlap else "")

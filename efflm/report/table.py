@@ -6,6 +6,12 @@ from rich.table import Table
 from efflm.report.rows import Row
 
 
+def rate(median: float, bounds: tuple[float, float]) -> str:
+    """The median and (the quartiles)."""
+    short = lambda value: f"{value / 1000:.1f}k" if value >= 10_000 else f"{value:,.0f}"
+    return f"{short(median)} ({short(bounds[0])}–{short(bounds[1])})"
+
+
 def megabytes(count: int) -> str:
     return f"{count / 1e6:.2f}"
 
@@ -16,23 +22,23 @@ COLUMNS = (
     ("parameters", lambda row: f"{row.parameters / 1e6:.2f} M"),
     ("non-zero", lambda row: f"{row.nonzeros / 1e6:.2f} M"),
     ("MB on disk", lambda row: megabytes(row.bytes)),
-    ("prefill tok/s", lambda row: spread(row.prefill_tokens_per_second, row.prefill_spread)),
-    ("decode tok/s", lambda row: spread(row.decode_tokens_per_second, row.decode_spread)),
+    ("prefill tok/s", lambda row: rate(row.prefill_tokens_per_second, row.prefill_spread)),
+    ("decode tok/s", lambda row: rate(row.decode_tokens_per_second, row.decode_spread)),
     ("bits/byte ± s.e.", lambda row: f"{row.bits_per_byte:.4f} ± {row.bits_per_byte_stderr:.4f}"),
+    (
+        "over dense ± s.e.",
+        lambda row: f"{row.bits_per_byte_over_dense:+.4f} ± {row.bits_per_byte_over_dense_stderr:.4f}",
+    ),
     ("KL to dense", lambda row: f"{row.kl_to_dense:.4f}"),
     ("same top-1", lambda row: f"{row.top1_agreement:.1%}"),
 )
-
-
-def spread(median: float, bounds: tuple[float, float]) -> str:
-    return f"{median:,.0f} ({bounds[0]:,.0f}–{bounds[1]:,.0f})"
 
 
 def show(rows: list[Row], facts: list[str]) -> None:
     """Print the table, then the note of each row, then `facts`."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=150)
+        console = Console(width=170)
     table = Table(header_style="bold", pad_edge=False)
     for index, (heading, _) in enumerate(COLUMNS):
         table.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")

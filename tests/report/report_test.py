@@ -7,7 +7,8 @@ from efflm.report import page, plots, rows, table
 ROW = rows.Row(
     name="w8a16", parameters=4_000_000, nonzeros=3_900_000, bytes=4_070_000, prefill_tokens_per_second=14000.0,
     prefill_spread=(13000.0, 15000.0), decode_tokens_per_second=1400.0, decode_spread=(1300.0, 1500.0),
-    bits_per_byte=2.2, bits_per_byte_stderr=0.07, kl_to_dense=0.001, top1_agreement=0.995, note="<b>bold & free</b>",
+    bits_per_byte=2.2, bits_per_byte_stderr=0.07, bits_per_byte_over_dense=0.001,
+    bits_per_byte_over_dense_stderr=0.0005, kl_to_dense=0.001, top1_agreement=0.995, note="<b>bold & free</b>",
 )  # fmt: skip
 
 
@@ -24,7 +25,15 @@ def test_the_page_is_self_contained_and_escaped(tmp_path):
     assert "&lt;b&gt;bold &amp; free" in text
     assert "<b>bold" not in text
     assert 'name="viewport"' in text
-    for entry in ("4.07", "2.2000 ± 0.0700", "14,000 (13,000–15,000)", "99.5%", "jax 0.10"):
+    for entry in (
+        "4.07",
+        "2.2000 ± 0.0700",
+        "14.0k (13.0k–15.0k)",
+        "1,400 (1,300–1,500)",
+        "+0.0010 ± 0.0005",
+        "99.5%",
+        "jax 0.10",
+    ):
         assert entry in text
 
 

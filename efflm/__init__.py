@@ -1,0 +1,19 @@
+"""efflm: train language models in JAX, make them smaller, and measure what that bought and what it cost.
+
+config      frozen dataclasses, and their one bridge to flags
+trees       paths, selection, counting and bytes of trees of weights
+precision   which dtype weights, products and results have
+ops         how a weight is used, whatever its format
+model       the Transformer, and how its weights lie on a mesh
+tokenizer   byte-level BPE
+data        corpora, packing, the order of rows
+train       losses, the optimizer, the step, the loop, checkpoints
+infer       prefill, decode, sampling
+compress    steps from a model to a model, and recipes that chain them
+evaluate    quality and cost
+formats     models on disk
+report      the table, the plot, the page
+rundir      what every run does with its directory
+
+Importing it starts nothing.
+"""
