@@ -13,7 +13,7 @@ from efflm.train import losses
 class Finetune:
     """Train the model on the text in the format it is in; pruned weights stay zero."""
 
-    steps: int = flag(200, "optimizer steps")
+    steps: int = flag(150, "optimizer steps")
     learning_rate: float = flag(2e-3, "peak learning rate, reached after a tenth of the steps")
 
     def __post_init__(self):
