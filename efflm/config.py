@@ -138,7 +138,7 @@ class TrainConfig:
     batch: int = flag(8, "rows in a batch, over all devices")
     length: int = flag(256, "tokens in a row")
     learning_rate: float = flag(2e-3, "peak learning rate")
-    warmup: int = flag(40, "steps of linear warm-up")
+    warmup: int = flag(-1, "steps of linear warm-up; -1: a tenth of all steps, at most 40")
     final_fraction: float = flag(0.1, "learning rate at the end, as a fraction of the peak")
     weight_decay: float = flag(0.1, "decoupled decay of matrices; norms, biases and embeddings are spared")
     beta1: float = flag(0.9, "decay of the first moment")
@@ -154,9 +154,13 @@ class TrainConfig:
         for name in ("learning_rate", "clip"):
             require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}, but must be positive")
         require(
-            0 <= self.warmup < self.steps,
-            f"train.warmup is {self.warmup}, but must lie in [0, train.steps={self.steps}): shorten the warm-up",
+            -1 <= self.warmup < self.steps,
+            f"train.warmup is {self.warmup}, but must be less than train.steps={self.steps}: shorten the warm-up",
         )
+
+    @property
+    def warmup_steps(self) -> int:
+        return min(40, self.steps // 10) if self.warmup == -1 else self.warmup
 
 
 # --- the bridge: dataclasses in, absl flags, dataclasses out -------------------------------------------------------

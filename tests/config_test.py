@@ -44,7 +44,7 @@ def test_a_group_given_as_a_class_returns_only_what_was_set():
         (["--model.layers=0"], "at least one layer"),
         (["--model.vocabulary=100"], "at least 257"),
         (["--train.steps=0"], "must be positive"),
-        (["--train.steps=10"], "train.warmup is 40"),
+        (["--train.steps=10", "--train.warmup=10"], "train.warmup is 10, but must be less than train.steps=10"),
     ],
 )
 def test_mistakes_are_one_line(argv, message):

@@ -36,7 +36,7 @@ class Distill:
     """Train the model to imitate the teacher; pruned weights stay zero."""
 
     steps: int = flag(150, "optimizer steps")
-    learning_rate: float = flag(2e-3, "peak learning rate, reached after a tenth of the steps")
+    learning_rate: float = flag(2e-3, "peak learning rate, reached after a tenth of the steps or 40")
     temperature: float = flag(1.0, "softens both distributions")
     weight: float = flag(0.7, "share of the teacher's part in the loss, in (0, 1]")
 

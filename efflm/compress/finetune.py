@@ -14,7 +14,7 @@ class Finetune:
     """Train the model on the text in the format it is in; pruned weights stay zero."""
 
     steps: int = flag(150, "optimizer steps")
-    learning_rate: float = flag(2e-3, "peak learning rate, reached after a tenth of the steps")
+    learning_rate: float = flag(2e-3, "peak learning rate, reached after a tenth of the steps or 40")
 
     def __post_init__(self):
         require_schedule(self)

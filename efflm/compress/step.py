@@ -122,9 +122,7 @@ def train_step(
     like = model.params
     on_weights = lambda fn, tree: jax.tree.map(lambda weight, w: fn(w, weight), like, tree, is_leaf=trees.is_leaf)
     masters = jax.tree.map(lambda weight: dequantize(weight).astype(jnp.float32), like, is_leaf=trees.is_leaf)
-    settings = TrainConfig(
-        steps=step.steps, warmup=step.steps // 10, learning_rate=step.learning_rate, weight_decay=0.0
-    )
+    settings = TrainConfig(steps=step.steps, learning_rate=step.learning_rate, weight_decay=0.0)
     trained = loop.fit(
         lambda trainable, *rest: loss_fn(on_weights(straight_through, trainable), *rest),
         masters,

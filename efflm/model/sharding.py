@@ -5,6 +5,7 @@ dimension replicates it. Optimizer states hold their weights' paths inside their
 weight's arrays follow its path and rank, so an axis reduced to 1 replicates.
 """
 
+import math
 import re
 from typing import Any
 
@@ -13,7 +14,6 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from efflm import trees
-from efflm.config import require
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
@@ -38,10 +38,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Any = None
 
 
 def data_parallel(batch: int) -> Mesh:
-    """All devices along `data`. Raises InputError if they do not divide the batch."""
-    count = jax.device_count()
-    require(batch % count == 0, f"a batch of {batch} rows does not divide over {count} devices: use a multiple of them")
-    return make_mesh(data=count)
+    """As many of the devices as divide the batch, along `data`."""
+    return make_mesh(data=math.gcd(batch, jax.device_count()))
 
 
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -19,9 +19,9 @@ def decay_mask(params: Any) -> Any:
 def schedule(config: TrainConfig) -> optax.Schedule:
     """Linear warm-up from 0, then a cosine down to final_fraction of the peak at the last step."""
     return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if config.warmup else config.learning_rate,
+        init_value=0.0 if config.warmup_steps else config.learning_rate,
         peak_value=config.learning_rate,
-        warmup_steps=config.warmup,
+        warmup_steps=config.warmup_steps,
         decay_steps=config.steps,
         end_value=config.learning_rate * config.final_fraction,
     )

@@ -97,11 +97,19 @@ def test_training_moves_weights_but_no_zero(steps):
     assert [type(w) for _, w in trees.flatten(after.params)] == [type(w) for _, w in trees.flatten(model.params)]
 
 
-def test_the_wrapper_leaves_dense_weights_and_biases_alone():
-    params = {"block_0": {"attention": {"query": {"kernel": jnp.array([[0.0, 2.0]]), "bias": jnp.zeros(2)}}}}
-    tx = keep_zeros(optax.sgd(1.0))
-    grads = {"block_0": {"attention": {"query": {"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)}}}}
-    updates, _ = tx.update(grads, tx.init(params), params)
-    query = updates["block_0"]["attention"]["query"]
-    np.testing.assert_array_equal(query["kernel"], [[0, -1]])
-    np.testing.assert_array_equal(query["bias"], [-1, -1])
+def test_the_wrapper_keeps_zeros_whatever_the_optimizer_does():
+    query = lambda kernel, bias: {"block_0": {"attention": {"query": {"kernel": kernel, "bias": bias}}}}
+    params = query(jnp.array([[0.0, 2.0]]), jnp.zeros(2))
+    seen = []
+
+    def stubborn(updates, params):  # moves every weight, whatever its gradient
+        seen.append(updates)
+        return query(jnp.full((1, 2), -1.0), jnp.full(2, -1.0))
+
+    tx = keep_zeros(optax.stateless(stubborn))
+    updates, _ = tx.update(query(jnp.full((1, 2), 5.0), jnp.full(2, 5.0)), tx.init(params), params)
+    got = updates["block_0"]["attention"]["query"]
+    np.testing.assert_array_equal(got["kernel"], [[0, -1]])
+    np.testing.assert_array_equal(got["bias"], [-1, -1])  # a bias of zero is no mask
+    # Gradients of dropped weights do not reach the optimizer: they would count in its clipping and moments.
+    np.testing.assert_array_equal(seen[0]["block_0"]["attention"]["query"]["kernel"], [[0, 5]])

@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from efflm.compress.quantize import quantize
-from efflm.config import InputError, TrainConfig
+from efflm.config import TrainConfig
 from efflm.model import sharding, stack_blocks
 from efflm.train import optimizer
 from tests import tiny
@@ -44,9 +44,9 @@ def test_moments_lie_like_their_weights():
     assert jax.tree.leaves(adam.mu) == jax.tree.leaves(weights) == jax.tree.leaves(adam.nu)
 
 
-def test_a_batch_that_does_not_divide_over_the_devices_is_refused():
-    with pytest.raises(InputError, match="batch of 6 rows does not divide over 8 devices"):
-        sharding.data_parallel(6)
+@pytest.mark.parametrize(("batch", "devices"), [(16, 8), (4, 4), (6, 2), (7, 1)])
+def test_data_parallel_takes_as_many_devices_as_divide_the_batch(batch, devices):
+    assert dict(sharding.data_parallel(batch).shape) == {"data": devices, "fsdp": 1, "tensor": 1}
 
 
 def test_sharded_forward_equals_unsharded():

@@ -60,6 +60,13 @@ def test_the_gradient_is_clipped_to_its_norm():
     np.testing.assert_allclose(first(big), first(small), rtol=1e-5)  # both have norm 1 after clipping
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(600, 40), (200, 20), (5, 0)])
+def test_warm_up_is_a_tenth_unless_said_otherwise(steps, warmup):
+    assert TrainConfig(steps=steps).warmup_steps == warmup
+    assert TrainConfig(steps=steps, warmup=3).warmup_steps == 3
+    assert np.all(np.isfinite([optimizer.schedule(TrainConfig(steps=steps))(t) for t in (0, 1, steps)]))
+
+
 def test_warm_up_beyond_the_end_is_refused():
-    with pytest.raises(InputError, match=r"train.warmup is 20.*train.steps=10"):
+    with pytest.raises(InputError, match=r"train\.warmup is 20.*train\.steps=10"):
         TrainConfig(steps=10, warmup=20)
