@@ -24,8 +24,8 @@ def quantize(params: Any, activations: Activations = "float", selected: str = MA
             return w
         if isinstance(w, QArray):
             return w.replace(activations=activations)
-        axis = 1 if path.endswith("/embedding") or path == "embedding" else 0  # a row of it is an output channel
-        return quantize_array(w, axis, activations)
+        by_row = re.search(r"(^|/)(position_)?embedding$", path)  # a row of a table is what is looked up
+        return quantize_array(w, 1 if by_row else 0, activations)
 
     return trees.map_with_path(one, params)
 

@@ -18,7 +18,7 @@ from efflm.train import loop, optimizer
 from efflm.train.step import LossFn
 
 LINEAR = r"(attention|feedforward)/\w+/kernel$"  # the matrices inside the layers
-MATRICES = LINEAR + r"|(^|/)(un)?embedding$"
+MATRICES = LINEAR + r"|(^|/)(position_|un)?embedding$"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

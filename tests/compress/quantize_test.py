@@ -21,10 +21,10 @@ CONTEXT = Context(mesh=sharding.make_mesh())
 def test_every_matrix_is_int8_and_nothing_else(name):
     params = quantize(tiny.model(tiny.SHAPES[name]).params)
     for path, leaf in trees.flatten(params):
-        matrix = len(leaf.shape) == 2 and "position" not in path
+        matrix = len(leaf.shape) == 2
         assert isinstance(leaf, QArray) == matrix, path
         if matrix:
-            row_wise = path == "embedding"
+            row_wise = path in ("embedding", "position_embedding")
             assert leaf.scale.shape == ((leaf.shape[0], 1) if row_wise else (1, leaf.shape[1]))
 
 
