@@ -60,12 +60,15 @@ def test_padding_has_no_weight_in_the_loss():
     assert loss(model.params, {}, batch, key)[0] != loss(model.params, {}, moved, key)[0]
 
 
+def batches(step):
+    return {"inputs": np.zeros((8, 4), np.int32), "segments": np.ones((8, 4), np.int32)}
+
+
 def quadratic(trainable, frozen, batch, rng):
     return jnp.sum(jnp.square(trainable["scale"])) + 0 * jnp.sum(batch["inputs"]), {}
 
 
 def test_fit_trains_any_tree_and_writes_each_metric_once(tmp_path):
-    batches = lambda step: {"inputs": np.zeros((8, 4), np.int32), "segments": np.ones((8, 4), np.int32)}
     start = {"scale": jnp.ones(3)}
     out = loop.fit(
         quadratic,
@@ -85,7 +88,6 @@ def test_fit_trains_any_tree_and_writes_each_metric_once(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
-    batches = lambda step: {"inputs": np.zeros((8, 4), np.int32), "segments": np.ones((8, 4), np.int32)}
     diverging = lambda *args: (quadratic(*args)[0] * jnp.inf, {})
     with pytest.raises(InputError, match="loss is inf at step 1"):
         loop.fit(
@@ -101,7 +103,6 @@ def test_a_loss_that_is_not_finite_stops_the_run():
 
 
 def test_profile_leaves_a_trace_for_tensorboard_and_perfetto(tmp_path):
-    batches = lambda step: {"inputs": np.zeros((8, 4), np.int32), "segments": np.ones((8, 4), np.int32)}
     loop.fit(
         quadratic,
         {"scale": jnp.ones(3)},
