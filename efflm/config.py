@@ -32,16 +32,18 @@ def require_sparsity(value: float) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """One Transformer layer. Layers may differ, since compressed layers do."""
+    """One Transformer layer. Layers may differ, since compressed layers do. A window of 0 attends to all before."""
 
     heads: int
     kv_heads: int
     head_dim: int
     hidden: int
+    window: int = 0
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            require(value > 0, f"{name} is {value}, but must be positive")
+        for name in ("heads", "kv_heads", "head_dim", "hidden"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
+        require(self.window >= 0, f"window is {self.window}, but must be positive, or 0 for none")
         require(
             self.heads % self.kv_heads == 0,
             f"heads {self.heads} is not divisible by kv_heads {self.kv_heads}: choose a divisor of the heads",
@@ -97,6 +99,7 @@ class ModelShape:
     hidden: int = flag(704, "width inside the feed-forward part")
     vocabulary: int = flag(4096, "entries of the byte-level BPE vocabulary")
     context: int = flag(1024, "longest sequence the model is asked to read")
+    window: int = flag(0, "how many positions back a layer attends, its own included; 0: all of them")
     tied: bool = flag(True, "share the input and output embeddings")
 
     def __post_init__(self):
@@ -116,7 +119,11 @@ class ModelShape:
 
     def config(self) -> ModelConfig:
         block = BlockConfig(
-            heads=self.heads, kv_heads=self.kv_heads, head_dim=self.width // self.heads, hidden=self.hidden
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.width // self.heads,
+            hidden=self.hidden,
+            window=self.window,
         )
         common = {
             "vocabulary": self.vocabulary,
@@ -130,26 +137,42 @@ class ModelShape:
         return ModelConfig(**common, norm="layer", position="learned", feedforward="gelu", bias=True)
 
 
+Optimizer = Literal["adamw", "adamw8bit", "adam", "sgd", "lion", "adafactor", "muon", "schedule_free"]
+Schedule = Literal["cosine", "linear", "wsd", "constant"]
+PolicyName = Literal["float32", "bfloat16", "bfloat16_pure", "float16"]
+Remat = Literal["none", "dots", "full"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run: AdamW with warm-up, cosine decay and clipping."""
+    """One training run"""
 
     steps: int = flag(500, "optimizer steps")
     batch: int = flag(8, "rows in a batch, over all devices")
     length: int = flag(256, "tokens in a row")
+    optimizer: Optimizer = flag("adamw", "update rule; adamw8bit keeps both moments in 8 bits")
     learning_rate: float = flag(2e-3, "peak learning rate")
+    schedule: Schedule = flag("cosine", "of the learning rate, after the warm-up; wsd holds it and decays at the end")
     warmup: int = flag(-1, "steps of linear warm-up; -1: a tenth of all steps, at most 40")
+    decay: int = flag(-1, "steps of the decay that ends the wsd schedule; -1: a fifth of all steps")
     final_fraction: float = flag(0.1, "learning rate at the end, as a fraction of the peak")
     weight_decay: float = flag(0.1, "decoupled decay of matrices; norms, biases and embeddings are spared")
-    beta1: float = flag(0.9, "decay of the first moment")
+    beta1: float = flag(0.9, "decay of the first moment, or the momentum")
     beta2: float = flag(0.99, "decay of the second moment")
     clip: float = flag(1.0, "largest global norm of the gradient")
-    policy: Literal["float32", "bfloat16"] = flag("float32", "dtype of the products; weights and moments are float32")
+    z_loss: float = flag(0.0, "weight of the squared log-normalizer in the loss, which keeps logits small")
+    policy: PolicyName = flag(
+        "float32",
+        "dtype of the products, over float32 weights and moments; bfloat16_pure keeps the weights in bfloat16 too, "
+        "rounded stochastically; float16 scales the loss dynamically",
+    )
+    accumulate: int = flag(1, "parts a batch is read in, one after another, for less memory; must divide the batch")
+    remat: Remat = flag("none", "what the backward pass computes again: nothing, all but the products, or whole layers")
     scan: bool = flag(False, "one compiled layer looped over (short compile times) in place of unrolled layers")
     log_every: int = flag(10, "steps between lines in metrics.jsonl")
 
     def __post_init__(self):
-        for name in ("steps", "batch", "length", "log_every"):
+        for name in ("steps", "batch", "length", "log_every", "accumulate"):
             require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}, but must be positive")
         for name in ("learning_rate", "clip"):
             require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}, but must be positive")
@@ -157,10 +180,23 @@ class TrainConfig:
             -1 <= self.warmup < self.steps,
             f"train.warmup is {self.warmup}, but must be less than train.steps={self.steps}: shorten the warm-up",
         )
+        require(
+            self.schedule != "wsd" or (self.decay >= -1 and self.warmup_steps + self.decay_steps <= self.steps),
+            f"the wsd schedule is longer than the training: train.warmup {self.warmup_steps} + train.decay "
+            f"{self.decay_steps} exceed train.steps={self.steps}: shorten one of them",
+        )
+        require(
+            self.batch % self.accumulate == 0,
+            f"train.batch {self.batch} is not divisible by train.accumulate {self.accumulate}: change one of them",
+        )
 
     @property
     def warmup_steps(self) -> int:
         return min(40, self.steps // 10) if self.warmup == -1 else self.warmup
+
+    @property
+    def decay_steps(self) -> int:
+        return self.steps // 5 if self.decay == -1 else self.decay
 
 
 # --- the bridge: dataclasses in, absl flags, dataclasses out -------------------------------------------------------

@@ -34,7 +34,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, mask_BTS: jax.Array, cache: LayerCache | None
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
         config, block, dtype = self.config, self.block, self.policy.compute
         heads = lambda name, count: Linear(count * block.head_dim, config.bias, name=name)(x_BTD).reshape(
@@ -50,12 +50,12 @@ class Attention(nn.Module):
             k_BTKH = rotate(k_BTKH, positions_BT, config.rope_base)
         q_BTNH, k_BTKH, v_BTKH = (x.astype(dtype) for x in (q_BTNH, k_BTKH, v_BTKH))
         if cache is None:
-            k_BSKH, v_BSKH = k_BTKH, v_BTKH
+            out_BTNH = ops.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=segments_BT, window=block.window)
         else:
             start_B = positions_BT[:, 0]
             cache = LayerCache(_write(cache.keys, k_BTKH, start_B), _write(cache.values, v_BTKH, start_B))
             k_BSKH, v_BSKH = cache.keys.astype(dtype), cache.values.astype(dtype)
-        out_BTNH = ops.attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+            out_BTNH = ops.attention(q_BTNH, k_BSKH, v_BSKH, slots_BT=positions_BT, window=block.window)
         merged = out_BTNH.reshape(*x_BTD.shape[:2], -1).astype(dtype)
         residual_scale = (2 * len(config.blocks)) ** -0.5
         return Linear(config.width, config.bias, residual_scale, name="output")(merged), cache

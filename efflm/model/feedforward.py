@@ -18,10 +18,14 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         config, hidden = self.config, self.block.hidden
+        dtype = self.policy.compute
+        # Computed again in the backward pass: it costs less than to store and load its intermediate values.
+        swiglu = jax.checkpoint(lambda gate_BTF, up_BTF: (jax.nn.silu(gate_BTF) * up_BTF).astype(dtype))
+        gelu = jax.checkpoint(lambda up_BTF: jax.nn.gelu(up_BTF, approximate=True).astype(dtype))
         if config.feedforward == "swiglu":
             gate_BTF = Linear(hidden, config.bias, name="gate")(x_BTD)
-            h_BTF = jax.nn.silu(gate_BTF) * Linear(hidden, config.bias, name="up")(x_BTD)
+            h_BTF = swiglu(gate_BTF, Linear(hidden, config.bias, name="up")(x_BTD))
         else:
-            h_BTF = jax.nn.gelu(Linear(hidden, config.bias, name="up")(x_BTD), approximate=True)
+            h_BTF = gelu(Linear(hidden, config.bias, name="up")(x_BTD))
         residual_scale = (2 * len(config.blocks)) ** -0.5
-        return Linear(config.width, config.bias, residual_scale, name="down")(h_BTF.astype(self.policy.compute))
+        return Linear(config.width, config.bias, residual_scale, name="down")(h_BTF)

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from efflm import ops
-from efflm.config import BlockConfig, ModelConfig, require
+from efflm.config import BlockConfig, ModelConfig, Remat, require
 from efflm.model.attention import Attention, LayerCache
 from efflm.model.feedforward import FeedForward
 from efflm.model.linear import fetch
 from efflm.model.norms import Norm
+from efflm.ops.dot import PRODUCT
 from efflm.precision import Policy
 
 
@@ -49,15 +50,40 @@ class Block(nn.Module):
     policy: Policy
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, mask_BTS, cache=None):
+    def __call__(self, x_BTD, positions_BT, segments_BT, cache=None):
         config, block, policy = self.config, self.block, self.policy
         norm = lambda name, x: Norm(config.norm, config.norm_epsilon, name=name)(x).astype(policy.compute)
         attended, cache = Attention(config, block, policy, name="attention")(
-            norm("attention_norm", x_BTD), positions_BT, mask_BTS, cache
+            norm("attention_norm", x_BTD), positions_BT, segments_BT, cache
         )
         x_BTD = x_BTD + attended
         x_BTD = x_BTD + FeedForward(config, block, policy, name="feedforward")(norm("feedforward_norm", x_BTD))
         return x_BTD, cache
+
+
+# What the backward pass finds stored, by the name of the policy: everything; the results of the products with
+# weights, so that norms, activations and attention are computed again; or only the input of each layer.
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def _recomputed_late(layer: nn.Module, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None):
+    """layer(x) -> [B, T, D], what it computes again tied to the gradient that it is computed for.
+
+    XLA's CPU compiler drops the barriers of jax.checkpoint and would merge the second computation with the first,
+    so that all would be stored after all. What depends on the incoming gradient it cannot compute early.
+    """
+    call = lambda layer, x: layer(x, positions_BT, segments_BT)[0]
+
+    def backward(pull, gradient):
+        zero = 0 * gradient[0, 0, 0]
+        tie = lambda x: x + zero.astype(x.dtype) if x.ndim > 2 and jnp.issubdtype(x.dtype, jnp.floating) else x
+        return jax.tree.map(tie, pull)(gradient)
+
+    return nn.custom_vjp(call, lambda layer, x: nn.vjp(call, layer, x), backward)(layer, x_BTD)
 
 
 class Transformer(nn.Module):
@@ -66,15 +92,29 @@ class Transformer(nn.Module):
     segments: documents packed into a row, as integers; a position attends only within its own. positions: default
     0, 1, 2, ... or, with a cache, onwards from each row's length. With a cache, which must have room for T more
     positions, segments are not supported. `scanned` reads the layers stacked in one leading axis (see
-    stack_blocks) and knows no cache.
+    stack_blocks) and knows no cache. `remat` is a name in REMAT.
     """
 
     config: ModelConfig
     policy: Policy = Policy()
     scanned: bool = False
+    remat: Remat = "none"
+
+    def setup(self):
+        config = self.config
+        self.embedding = fetch(self, "embedding", (config.vocabulary, config.width))
+        if config.position == "learned":
+            self.position_embedding = fetch(self, "position_embedding", (config.context, config.width))
+        if not config.tied:
+            self.unembedding = fetch(self, "unembedding", (config.width, config.vocabulary))
+
+    def __call__(self, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, Cache | None]:
+        x_BTD, cache = self.hidden(tokens, **inputs)
+        logits = ops.unembed(x_BTD, self.embedding) if self.config.tied else ops.dot(x_BTD, self.unembedding)
+        return logits.astype(self.policy.output), cache
 
     @nn.compact
-    def __call__(
+    def hidden(
         self,
         tokens: jax.Array,
         *,
@@ -82,50 +122,40 @@ class Transformer(nn.Module):
         positions: jax.Array | None = None,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
+        """What the output layer reads: the normed states [B, T, D] after the last layer, in the compute dtype."""
         config, policy = self.config, self.policy
         B, T = tokens.shape
         if positions is None:
             start_B = jnp.zeros(B, jnp.int32) if cache is None else cache.length_B
             positions = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
-        if cache is None:
-            mask_BTS = jnp.tril(jnp.ones((T, T), bool))[None]
-            if segments is not None:
-                mask_BTS = mask_BTS & (segments[:, :, None] == segments[:, None, :])
-        else:
-            slots = jnp.arange(cache.layers[0].keys.shape[1])
-            mask_BTS = slots[None, None, :] <= positions[:, :, None]
-
-        table = fetch(self, "embedding", (config.vocabulary, config.width))
-        x_BTD = ops.embed(table, tokens, jnp.float32)
+        x_BTD = ops.embed(self.embedding, tokens, jnp.float32)
         if config.position == "learned":
-            rows = fetch(self, "position_embedding", (config.context, config.width))
-            x_BTD = x_BTD + ops.embed(rows, positions, jnp.float32)
+            x_BTD = x_BTD + ops.embed(self.position_embedding, positions, jnp.float32)
+        block_type = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat])
         if self.scanned:
-            x_BTD = self._scan(x_BTD, positions, mask_BTS)
+            x_BTD = self._scan(block_type, x_BTD, positions, segments)
         else:
             layers = []
             for i, block in enumerate(config.blocks):
-                layer = Block(config, block, policy, name=f"block_{i}")
-                x_BTD, kept = layer(x_BTD, positions, mask_BTS, cache.layers[i] if cache else None)
-                layers.append(kept)
+                layer = block_type(config, block, policy, name=f"block_{i}")
+                if self.remat == "none":
+                    x_BTD, layer_cache = layer(x_BTD, positions, segments, cache.layers[i] if cache else None)
+                    layers.append(layer_cache)
+                else:
+                    x_BTD = _recomputed_late(layer, x_BTD, positions, segments)
             cache = Cache(tuple(layers), cache.length_B + T) if cache else None
-        x_BTD = Norm(config.norm, config.norm_epsilon, name="final_norm")(x_BTD).astype(policy.compute)
-        if config.tied:
-            logits = ops.unembed(x_BTD, table)
-        else:
-            logits = ops.dot(x_BTD, fetch(self, "unembedding", (config.width, config.vocabulary)))
-        return logits.astype(policy.output), cache
+        return Norm(config.norm, config.norm_epsilon, name="final_norm")(x_BTD).astype(policy.compute), cache
 
-    def _scan(self, x_BTD, positions_BT, mask_BTS):
+    def _scan(self, block_type, x_BTD, positions_BT, segments_BT):
         config = self.config
         layers = nn.scan(
-            Block,
+            block_type,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=len(config.blocks),
         )(config, config.blocks[0], self.policy, name="blocks")
-        return layers(x_BTD, positions_BT, mask_BTS)[0]
+        return layers(x_BTD, positions_BT, segments_BT)[0]
 
 
 def init_params(config: ModelConfig, seed: int) -> dict[str, Any]:

@@ -1,21 +1,116 @@
+"""Against float64 loops over every query; gradients against the derivative of a plain float64 softmax."""
+
+import importlib
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from efflm import ops
 
+module = importlib.import_module("efflm.ops.attention")  # the package has a function of that name
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
-def test_attention_equals_float64_loops(rng, heads, kv_heads):
-    B, T, S, H = 2, 3, 5, 8
-    q, k, v = (rng.standard_normal((B, n, h, H)) for n, h in ((T, heads), (S, kv_heads), (S, kv_heads)))
-    mask = rng.random((B, T, S)) < 0.6
-    mask[:, :, 0] = True
-    out = np.zeros((B, T, heads, H))
-    for b, t, n in np.ndindex(B, T, heads):
-        shared = n // (heads // kv_heads)
-        scores = k[b, :, shared] @ q[b, t, n] / np.sqrt(H)
-        weights = np.exp(scores - scores.max()) * mask[b, t]
-        out[b, t, n] = weights / weights.sum() @ v[b, :, shared]
-    got = ops.attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), jnp.asarray(mask))
-    np.testing.assert_allclose(got, out, rtol=1e-4, atol=1e-5)
+
+def visible(T, S, slots, segments, window):
+    """[B, T, S], written out from the words of the docstring."""
+    B = len(slots)
+    seen = np.zeros((B, T, S), bool)
+    for b, t, s in np.ndindex(B, T, S):
+        own = slots[b, t]
+        seen[b, t, s] = s <= own and (not window or s > own - window)
+        if segments is not None:
+            seen[b, t, s] &= segments[b, s] == segments[b, t]
+    return seen
+
+
+def reference(q, k, v, seen, g):
+    """Output and the gradients of sum(output * g), float64, query by query."""
+    B, T, N, H = q.shape
+    group = N // k.shape[2]
+    out, dq, dk, dv = np.zeros(q.shape), np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
+    for b, t, n in np.ndindex(B, T, N):
+        keys, values = k[b, :, n // group], v[b, :, n // group]
+        scores = keys @ q[b, t, n] / np.sqrt(H)
+        p = np.exp(scores - scores[seen[b, t]].max()) * seen[b, t]
+        p /= p.sum()
+        out[b, t, n] = p @ values
+        dp = values @ g[b, t, n]
+        ds = p * (dp - p @ dp) / np.sqrt(H)
+        dq[b, t, n] = ds @ keys
+        dk[b, :, n // group] += np.outer(ds, q[b, t, n])
+        dv[b, :, n // group] += np.outer(p, g[b, t, n])
+    return out, dq, dk, dv
+
+
+@pytest.fixture(params=["unrolled", "loops"])
+def form(request, monkeypatch):
+    """Both ways through the blocks, on arrays small enough for the reference."""
+    if request.param == "loops":
+        monkeypatch.setattr(module, "UNROLLED", 1)
+        monkeypatch.setattr(module, "BLOCK", 8)
+    return request.param
+
+
+def draw(rng, B, T, S, N, K, H=8):
+    shapes = ((B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H))
+    return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+def compare(q, k, v, g, seen, **inputs):
+    run = jax.jit(lambda q, k, v: jax.vjp(lambda *a: ops.attention(*a, **inputs), q, k, v))
+    out, pull = run(q, k, v)
+    expected = reference(*(x.astype(np.float64) for x in (q, k, v)), seen, g.astype(np.float64))
+    for got, want in zip((out, *pull(jnp.asarray(g))), expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(("N", "K"), [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("window", [0, 5])
+def test_packed_rows_and_their_gradients(rng, form, N, K, window):
+    B, T = 2, 21
+    q, k, v, g = draw(rng, B, T, T, N, K)
+    segments = np.sort(rng.integers(0, 4, (B, T))).astype(np.int32)
+    slots = np.tile(np.arange(T), (B, 1))
+    seen = visible(T, T, slots, segments, window)
+    compare(q, k, v, g, seen, segments_BT=jnp.asarray(segments), window=window)
+
+
+def test_plain_rows_longer_than_a_span(rng, form):
+    q, k, v, g = draw(rng, 1, 150, 150, 2, 2)
+    compare(q, k, v, g, visible(150, 150, np.arange(150)[None], None, 0))
+    compare(q, k, v, g, visible(150, 150, np.arange(150)[None], None, 70), window=70)
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_a_cache_with_rows_of_different_lengths(rng, form, window):
+    B, T, S = 2, 5, 19
+    q, k, v, g = draw(rng, B, T, S, 4, 2)
+    slots = np.asarray([[3, 4, 5, 6, 7], [12, 13, 14, 15, 16]], np.int32)
+    compare(q, k, v, g, visible(T, S, slots, None, window), slots_BT=jnp.asarray(slots), window=window)
+
+
+def test_long_rows_hold_no_square_of_their_length():
+    B, T, N, H = 1, 8192, 1, 16
+    shape = jax.ShapeDtypeStruct((B, T, N, H), jnp.float32)
+    both = lambda q, k, v: jax.vjp(ops.attention, q, k, v)[1](q)
+    memory = jax.jit(both).lower(shape, shape, shape).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < T * T * 4 / 8
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_keeps_float32_softmax_and_sums(rng, form, dtype):
+    q, k, v, g = (jnp.asarray(x, dtype) for x in draw(rng, 1, 40, 40, 2, 2))
+    seen = visible(40, 40, np.arange(40)[None], None, 0)
+    out, pull = jax.vjp(ops.attention, q, k, v)
+    assert out.dtype == jnp.float32
+    expected = reference(*(np.asarray(x, np.float64) for x in (q, k, v)), seen, np.asarray(g, np.float64))
+    for got, want in zip((out, *pull(g.astype(jnp.float32))), expected, strict=True):
+        np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=0.03)
+
+
+def test_segments_with_slots_are_refused(rng):
+    q, k, v, _ = draw(rng, 1, 4, 4, 1, 1)
+    rows = jnp.zeros((1, 4), jnp.int32)
+    with pytest.raises(ValueError, match="one document"):
+        ops.attention(q, k, v, slots_BT=rows, segments_BT=rows)

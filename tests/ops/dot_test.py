@@ -1,10 +1,15 @@
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from efflm import ops
-from efflm.ops.dot import dot_transposed
+from efflm.ops.dot import dot_transposed, transposed, weight_gradient
+
+CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
@@ -41,6 +46,37 @@ def test_both_gradient_products_have_bfloat16_operands_and_float32_sums():
     for equation in found:
         assert [operand.aval.dtype for operand in equation.invars] == [jnp.bfloat16] * 2
         assert equation.outvars[0].aval.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("shape", [(2, 16, 48, 64), (1, 7, 24, 5), (3, 33, 16, 40), (2, 1, 3, 5), (1, 16, 1, 1)])
+def test_compiled_bfloat16_gradients_of_any_shape_sum_in_float32(rng, shape, turned):
+    B, T, K, N = shape
+    x = jnp.asarray(rng.standard_normal((B, T, K)), jnp.bfloat16)
+    w = jnp.asarray(rng.standard_normal((N, K) if turned else (K, N)), jnp.float32)
+    g = jnp.asarray(rng.standard_normal((B, T, N)), jnp.float32)
+    product = dot_transposed if turned else ops.dot
+    dx, dw = jax.jit(lambda x, w, g: jax.vjp(product, x, w)[1](g))(x, w, g)
+    low = lambda array: np.float64(array.astype(jnp.bfloat16))
+    expected = np.einsum("btk,btn->kn", low(x), low(g))
+    assert dw.dtype == jnp.float32  # of float32 masters: not rounded to the operands' dtype on the way
+    np.testing.assert_allclose(dw.T if turned else dw, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    expected = np.einsum("btn,kn->btk", low(g), low(w.T if turned else w))
+    np.testing.assert_allclose(np.float64(dx), expected, atol=0.02 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("shape", [(32, 48), (7, 32), (32, 7), (5, 3), (2, 3, 16, 9)])
+def test_transposed_only_swaps_the_last_axes(rng, shape):
+    x = rng.standard_normal(shape).astype(np.float32)
+    np.testing.assert_array_equal(jax.jit(transposed)(x), x.swapaxes(-1, -2))
+
+
+@pytest.mark.skipif("avx512_bf16" not in CPU, reason="the kernels differ from CPU to CPU")
+def test_the_compiled_weight_gradient_multiplies_bfloat16():
+    x, g = jax.ShapeDtypeStruct((8, 256, 384), jnp.bfloat16), jax.ShapeDtypeStruct((8, 256, 128), jnp.bfloat16)
+    program = jax.jit(weight_gradient).lower(x, g).compile().as_text()
+    (left,) = re.findall(r"dot\(%?(\w[\w.]*)", program)
+    assert re.search(rf"%?{re.escape(left)} = bf16\[|%?{re.escape(left)}: bf16\[", program)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
