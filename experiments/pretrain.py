@@ -17,7 +17,7 @@ from efflm.data import dataset
 from efflm.data.dataset import Dataset
 from efflm.evaluate import quality
 from efflm.model import LanguageModel, init_params, sharding, stack_blocks, unstack_blocks
-from efflm.precision import POLICIES
+from efflm.precision import POLICIES, cast, loss_scale_for
 from efflm.train import checkpoint, loop, losses, optimizer
 
 
@@ -108,15 +108,18 @@ def trained_model(run: Run, config: ModelConfig, train: TrainConfig, data: Datas
         params = init_params(config, run.seed)
     run_dir.mkdir(parents=True, exist_ok=True)
     data.tokenizer.save(run_dir / "tokenizer.json")
+    policy = POLICIES[train.policy]
     params = loop.fit(
-        losses.language_model_loss(config, POLICIES[train.policy], train.scan),
-        stack_blocks(params, config) if train.scan else params,
+        losses.language_model_loss(config, policy, scanned=train.scan, remat=train.remat, z_loss=train.z_loss),
+        cast(stack_blocks(params, config) if train.scan else params, policy.param),
         {},
         data.batches(train.batch, run.seed),
-        optimizer.adamw(train),
+        optimizer.make(train),
         steps=train.steps,
         mesh=mesh,
         seed=run.seed,
+        accumulate=train.accumulate,
+        loss_scale=loss_scale_for(policy),
         log_every=train.log_every,
         metrics_file=run_dir / "metrics.jsonl",
         profile=run.profile(),

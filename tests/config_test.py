@@ -45,6 +45,13 @@ def test_a_group_given_as_a_class_returns_only_what_was_set():
         (["--model.vocabulary=100"], "at least 257"),
         (["--train.steps=0"], "must be positive"),
         (["--train.steps=10", "--train.warmup=10"], "train.warmup is 10, but must be less than train.steps=10"),
+        (["--train.optimizer=adagrad"], "adamw8bit"),
+        (["--train.schedule=step"], "cosine"),
+        (
+            ["--train.schedule=wsd", "--train.steps=10", "--train.warmup=4", "--train.decay=7"],
+            "the wsd schedule is longer than the training: train.warmup 4 + train.decay 7 exceed train.steps=10",
+        ),
+        (["--train.batch=8", "--train.accumulate=3"], "train.batch 8 is not divisible by train.accumulate 3"),
     ],
 )
 def test_mistakes_are_one_line(argv, message):

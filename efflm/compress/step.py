@@ -128,7 +128,7 @@ def train_step(
         masters,
         frozen,
         context.batches,
-        keep_zeros(optimizer.adamw(settings)),
+        keep_zeros(optimizer.make(settings)),
         steps=step.steps,
         mesh=context.mesh,
         seed=context.seed,

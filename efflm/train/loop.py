@@ -16,6 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from efflm.config import InputError
 from efflm.model.sharding import shardings
+from efflm.precision import LossScale
+from efflm.train.optimizer import evaluation_params
 from efflm.train.step import LossFn, init_state, make_step, place
 
 Batches = Callable[[int], dict[str, np.ndarray]]  # step -> the rows of that step, whoever asks and whenever
@@ -31,20 +33,24 @@ def fit(
     steps: int,
     mesh: Mesh,
     seed: int = 0,
+    accumulate: int = 1,
+    loss_scale: LossScale | None = None,
     title: str = "training",
     log_every: int = 10,
     metrics_file: Path | None = None,
     profile: tuple[int, int, Path] | None = None,
 ) -> Any:
-    """Train for `steps` steps and return the trained tree.
+    """Train for `steps` steps and return the trained tree: Schedule-Free's averaged one where that is the optimizer.
 
-    Metrics go to `metrics_file` as JSON lines, one every `log_every` steps and one for the last. `profile` is (first
+    Metrics go to `metrics_file` as JSON lines, one every `log_every` steps and one for the last;
+    their seconds are counted from the end of the first step, which compiles. `profile` is (first
     step, last step, folder): a trace for TensorBoard and Perfetto. A step is dispatched before the metrics of
-    the one before it are fetched, so the device never waits for the host. Raises InputError if the loss is not finite.
+    the one before it are fetched, so the device never waits for the host. `accumulate` and `loss_scale` as in
+    train.step. Raises InputError if the loss is not finite, unless the step was skipped for a lower loss scale.
     """
-    state = init_state(trainable, optimizer, mesh)
+    state = init_state(trainable, optimizer, mesh, loss_scale)
     frozen = jax.device_put(frozen, shardings(frozen, mesh))
-    step_fn = make_step(loss_fn, optimizer, seed, state)
+    step_fn = make_step(loss_fn, optimizer, seed, state, accumulate)
     lines = metrics_file.open("w") if metrics_file else None
     pending, started, counted = None, time.perf_counter(), 0
     bar = _Bar(title, steps)
@@ -69,7 +75,7 @@ def fit(
                 started, counted = time.perf_counter(), 0
             bar.advance(step + 1)
         _report(*pending, bar, lines)
-        return state.trainable
+        return evaluation_params(state.optimizer, state.trainable)
     finally:
         bar.close()
         if lines:
@@ -78,14 +84,14 @@ def fit(
 
 def _report(step: int, metrics: dict[str, jax.Array], tokens: int, seconds: float, bar: "_Bar", lines: Any) -> None:
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    if not math.isfinite(values["loss"]):
+    if not math.isfinite(values["loss"]) and not values.get("skipped"):
         raise InputError(
             f"the loss is {values['loss']} at step {step}: lower the learning rate or lengthen the warm-up"
         )
     rate = tokens / seconds if tokens and seconds > 0 else 0.0
     bar.show(values["loss"], rate)
     if lines:
-        record = {"step": step, **values, "tokens_per_second": round(rate, 1)}
+        record = {"step": step, **values, "seconds": round(seconds, 4), "tokens_per_second": round(rate, 1)}
         lines.write(json.dumps(record) + "\n")
         lines.flush()
 

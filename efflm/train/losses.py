@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from efflm.config import ModelConfig
+from efflm import ops
+from efflm.config import ModelConfig, Remat
 from efflm.model import Transformer
 from efflm.precision import FLOAT32, Policy
 
@@ -29,23 +30,43 @@ def weighted_mean(values_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
     return jnp.sum(values_BT * weights_BT) / jnp.maximum(jnp.sum(weights_BT), 1)
 
 
-def batch_logits(config: ModelConfig, policy: Policy, params: Any, batch: dict[str, jax.Array], scanned: bool = False):
+def batch_logits(config: ModelConfig, policy: Policy, params: Any, batch: dict[str, jax.Array]):
     """Logits [B, T, V] of a batch of `data.packing`."""
-    model = Transformer(config, policy, scanned)
-    return model.apply({"params": params}, batch["inputs"], segments=batch["segments"], positions=batch["positions"])[0]
+    return Transformer(config, policy).apply({"params": params}, batch["inputs"], **_where(batch))[0]
 
 
-def language_model_loss(config: ModelConfig, policy: Policy = FLOAT32, scanned: bool = False):
-    """loss_fn(params, frozen, batch, rng) -> (mean cross-entropy in nats, {}), for batches of `data.packing`."""
+def _where(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {"segments": batch["segments"], "positions": batch["positions"]}
+
+
+def language_model_loss(
+    config: ModelConfig,
+    policy: Policy = FLOAT32,
+    *,
+    scanned: bool = False,
+    remat: Remat = "none",
+    z_loss: float = 0.0,
+):
+    """loss_fn(params, frozen, batch, rng) -> (mean loss in nats, its parts), for batches of `data.packing`.
+
+    The loss is the cross-entropy, weighted as `target_weights` says, plus z_loss * log_normalizer^2. It never holds
+    the logits of the whole batch (see ops.cross_entropy).
+    """
+    model = Transformer(config, policy, scanned, remat)
 
     def loss_fn(params: Any, frozen: Any, batch: dict[str, jax.Array], rng: jax.Array):
         del frozen, rng
-        logits = batch_logits(config, policy, params, batch, scanned)
-        return weighted_mean(next_token_nll(logits, batch["targets"]), target_weights(batch)), {}
+        x_BTD, _ = model.apply({"params": params}, batch["inputs"], **_where(batch), method=Transformer.hidden)
+        w, weights_BT = params["embedding" if config.tied else "unembedding"], target_weights(batch)
+        total, nll = ops.cross_entropy(x_BTD, w, batch["targets"], weights_BT, tied=config.tied, z_weight=z_loss)
+        weight = jnp.sum(weights_BT)
+        mean = lambda value: value / jnp.maximum(weight, 1e-9)
+        return mean(total), {"weight": weight} | ({"cross_entropy": mean(nll)} if z_loss else {})
 
     return loss_fn
 
 
 def target_weights(batch: dict[str, jax.Array]) -> jax.Array:
-    """1.0 where a target belongs to a document, 0.0 on padding; float32 [B, T]."""
-    return (batch["segments"] > 0).astype(jnp.float32)
+    """The weight of every target, float32 [B, T]: the batch's own "weights" if it has any, and 0.0 on padding."""
+    real_BT = (batch["segments"] > 0).astype(jnp.float32)
+    return real_BT * batch["weights"].astype(jnp.float32) if "weights" in batch else real_BT

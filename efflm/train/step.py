@@ -7,47 +7,118 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
+from efflm.config import require
 from efflm.model import sharding
+from efflm.precision import LossScale, cast, stochastic_round
 
-# loss_fn(trainable, frozen, batch, rng) -> (scalar loss, dict of scalars)
+# loss_fn(trainable, frozen, batch, rng) -> (scalar loss, dict of scalars). A loss that is a mean over weighted targets
+# gives the sum of their weights as "weight": so the parts of an accumulated batch add up to exactly the whole.
 LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 @flax.struct.dataclass
 class TrainState:
-    """What one step hands to the next."""
+    """What one step hands to the next. loss_scale is None unless gradients would underflow without it."""
 
     step: jax.Array
     trainable: Any
     optimizer: Any
+    loss_scale: LossScale | None = None
 
 
-def init_state(trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def init_state(
+    trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh, loss_scale: LossScale | None = None
+) -> TrainState:
     """A state on the mesh, its optimizer moments sharded like the weights. The given arrays are copied, not donated."""
-    fresh = lambda tree: TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, tree), optimizer.init(tree))
-    specs = sharding.shardings(jax.eval_shape(fresh, trainable), mesh)
-    return jax.jit(fresh, out_shardings=specs)(trainable)
+    # Moments are float32, whatever the weights are kept in.
+    moments = lambda tree: optimizer.init(cast(tree, jnp.float32))
+    fresh = lambda tree, scale: TrainState(jnp.int32(0), jax.tree.map(jnp.copy, tree), moments(tree), scale)
+    specs = sharding.shardings(jax.eval_shape(fresh, trainable, loss_scale), mesh)
+    return jax.jit(fresh, out_shardings=specs)(trainable, loss_scale)
 
 
-def make_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, seed: int, state: TrainState):
+def make_step(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, seed: int, state: TrainState, accumulate: int = 1
+):
     """A jitted step(state, frozen, batch) -> (state, metrics). The state is donated; metrics stay on the device.
+
+    The batch is read in `accumulate` parts one after another, which must divide its rows. Gradients and updates are
+    float32; weights kept in less are rounded stochastically. With a loss scale, a step whose gradients overflow
+    changes nothing but the scale and counts in "skipped".
 
     The new state lies where `state` does: left to the partitioner it could move, and the second step compile again.
     """
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, aux), grads = grad_fn(state.trainable, frozen, batch, rng)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads), **aux}
-        return TrainState(state.step + 1, trainable, optimizer_state), metrics
+        scale = state.loss_scale.scale if state.loss_scale else None
+        loss, aux, grads = _gradients(loss_fn, state.trainable, frozen, batch, rng, scale, accumulate)
+        masters = cast(state.trainable, jnp.float32)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, masters)
+        trainable = _apply(state.trainable, masters, updates, rng)
+        norm = optax.tree.norm(grads)
+        metrics = {"loss": loss, "gradient_norm": norm, **aux}
+        new = TrainState(state.step + 1, trainable, optimizer_state, state.loss_scale)
+        if state.loss_scale:
+            finite = jnp.isfinite(norm)
+            new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+            new = new.replace(step=state.step + 1, loss_scale=state.loss_scale.after(finite))
+            metrics |= {"loss_scale": scale, "skipped": 1.0 - finite}
+        return new, metrics
 
     where = jax.tree.map(lambda array: array.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+
+
+def _gradients(loss_fn, trainable, frozen, batch, rng, scale, accumulate):
+    """Loss, its parts, and float32 gradients of the whole batch."""
+
+    def part(rows, rng):
+        def scaled_loss(trainable):
+            loss, aux = loss_fn(trainable, frozen, rows, rng)
+            return (loss if scale is None else loss * scale), (loss, aux)
+
+        grads, (loss, aux) = jax.grad(scaled_loss, has_aux=True)(trainable)
+        grads = cast(grads, jnp.float32)
+        if scale is not None:
+            grads = jax.tree.map(lambda g: g / scale, grads)
+        return loss, aux, grads
+
+    if accumulate == 1:
+        return part(batch, rng)
+    size = jax.tree.leaves(batch)[0].shape[0]
+    require(
+        size % accumulate == 0, f"a batch of {size} rows is not divisible by {accumulate} parts: change one of them"
+    )
+    # Every n-th row, not every n-th stretch: where rows are spread over devices, each keeps its own.
+    parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+    share = lambda values: values[1].get("weight", jnp.float32(1))
+    weigh = lambda values: jax.tree.map(lambda x: x * share(values), values)
+
+    def add(carry, rows_and_index):
+        rows, index = rows_and_index
+        values = part(rows, jax.random.fold_in(rng, index))
+        sums, weight = carry
+        return (jax.tree.map(jnp.add, sums, weigh(values)), weight + share(values)), None
+
+    shapes = jax.eval_shape(lambda rows: part(jax.tree.map(lambda x: x[0], rows), rng), parts)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    (sums, weight), _ = lax.scan(add, (zeros, jnp.float32(0)), (parts, jnp.arange(accumulate)))
+    loss, aux, grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-9), sums)
+    return loss, aux | ({"weight": weight} if "weight" in aux else {}), grads
+
+
+def _apply(trainable, masters, updates, rng):
+    leaves, tree = jax.tree.flatten(trainable)
+    added = jax.tree.leaves(optax.apply_updates(masters, updates))
+    rounded = [
+        stochastic_round(new, old.dtype, jax.random.fold_in(rng, index))
+        for index, (old, new) in enumerate(zip(leaves, added))
+    ]
+    return jax.tree.unflatten(tree, rounded)
 
 
 def place(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:

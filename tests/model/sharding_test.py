@@ -38,7 +38,7 @@ def test_specs_follow_the_table():
 
 def test_moments_lie_like_their_weights():
     params = tiny.model().params
-    state = jax.eval_shape(optimizer.adamw(TrainConfig()).init, params)
+    state = jax.eval_shape(optimizer.make(TrainConfig()).init, params)
     weights, moments = sharding.shardings(params, MESH), sharding.shardings(state, MESH)
     adam = moments[1][0]
     assert jax.tree.leaves(adam.mu) == jax.tree.leaves(weights) == jax.tree.leaves(adam.nu)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -7,7 +8,8 @@ import optax
 import pytest
 
 from efflm.config import InputError, TrainConfig
-from efflm.model import sharding, stack_blocks
+from efflm.model import init_params, sharding, stack_blocks
+from efflm.precision import POLICIES, LossScale, cast, loss_scale_for
 from efflm.train import loop, losses, optimizer
 from efflm.train.step import init_state, make_step, place
 from tests import tiny
@@ -16,7 +18,7 @@ CONFIG = TrainConfig(steps=5, warmup=1, batch=8, length=16, learning_rate=1e-2)
 
 
 def trajectory(mesh, params, config, steps=5, scan=False):
-    adamw = optimizer.adamw(CONFIG)
+    adamw = optimizer.make(CONFIG)
     state = init_state(stack_blocks(params, config) if scan else params, adamw, mesh)
     step = make_step(losses.language_model_loss(config, scanned=scan), adamw, 0, state)
     out = []
@@ -58,6 +60,176 @@ def test_padding_has_no_weight_in_the_loss():
     assert loss(model.params, {}, batch, key)[0] == loss(model.params, {}, changed, key)[0]
     moved = {**batch, "targets": np.where(batch["segments"] == 1, 7, batch["targets"]).astype(np.int32)}
     assert loss(model.params, {}, batch, key)[0] != loss(model.params, {}, moved, key)[0]
+
+
+# --- memory: rematerialization and accumulation ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_rematerialized_gradients_are_the_same(remat, scan, name):
+    model = tiny.model(tiny.SHAPES[name])
+    params = stack_blocks(model.params, model.config) if scan else model.params
+    batch, key = tiny.batch(model.config), jax.random.key(0)
+    gradient = lambda remat: jax.jit(
+        jax.grad(lambda p: losses.language_model_loss(model.config, scanned=scan, remat=remat)(p, {}, batch, key)[0])
+    )(params)
+    same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    jax.tree.map(same, gradient(remat), gradient("none"))
+
+
+def test_full_rematerialization_halves_the_activations():
+    shape = dataclasses.replace(tiny.LLAMA, layers=8, width=64, hidden=192)
+    config = shape.config()
+    params = jax.eval_shape(lambda: init_params(config, 0))
+    rows = jax.ShapeDtypeStruct((16, 64), jnp.int32)
+    batch = dict.fromkeys(("inputs", "targets", "segments", "positions"), rows)
+
+    def temporaries(remat):
+        loss = losses.language_model_loss(config, remat=remat)
+        program = jax.jit(jax.grad(lambda p, batch: loss(p, {}, batch, None)[0])).lower(params, batch).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    nothing_stored, products_stored, all_stored = temporaries("full"), temporaries("dots"), temporaries("none")
+    assert all_stored > 2 * nothing_stored
+    assert all_stored > products_stored > nothing_stored
+
+
+def steps_of(loss, params, batch, accumulate=1, loss_scale=None, count=3):
+    tx = optimizer.make(CONFIG)
+    state = init_state(params, tx, sharding.make_mesh(), loss_scale)
+    step, out = make_step(loss, tx, 0, state, accumulate), []
+    for _ in range(count):
+        state, metrics = step(state, {}, batch)
+        out.append(jax.device_get(metrics))
+    return state, out
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_trains_like_the_whole(parts):
+    model = tiny.model()
+    batch = tiny.batch(model.config)
+    batch["segments"][:3] = np.where(np.arange(16) < 5, 1, 0)  # parts of unequal weight
+    loss = losses.language_model_loss(model.config)
+    whole, metrics = steps_of(loss, model.params, batch)
+    cut, cut_metrics = steps_of(loss, model.params, batch, parts)
+    for a, b in zip(cut_metrics, metrics, strict=True):
+        assert a.keys() == b.keys()
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4), a, b)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    jax.tree.map(close, cut.trainable, whole.trainable)
+
+
+def test_a_batch_in_parts_on_eight_devices_trains_like_one():
+    model = tiny.model()
+    batch = tiny.batch(model.config, rows=16)
+    loss, tx = losses.language_model_loss(model.config), optimizer.make(CONFIG)
+    outcomes = []
+    for mesh in (sharding.make_mesh(), sharding.make_mesh(data=8)):
+        state = init_state(model.params, tx, mesh)
+        _, metrics = make_step(loss, tx, 0, state, 2)(state, {}, place(batch, mesh))
+        outcomes.append(jax.device_get(metrics))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), *outcomes)
+
+
+def test_rows_that_do_not_divide_are_refused():
+    model = tiny.model()
+    with pytest.raises(InputError, match="8 rows is not divisible by 3"):
+        steps_of(losses.language_model_loss(model.config), model.params, tiny.batch(model.config), accumulate=3)
+
+
+def test_parts_take_less_memory():
+    model = tiny.model(dataclasses.replace(tiny.LLAMA, width=64, hidden=192))
+    batch, tx = tiny.batch(model.config, rows=64, length=64), optimizer.make(CONFIG)
+    state = init_state(model.params, tx, sharding.make_mesh())
+    loss = losses.language_model_loss(model.config)
+    compiled = [make_step(loss, tx, 0, state, parts).lower(state, {}, batch).compile() for parts in (1, 8)]
+    whole, cut = (program.memory_analysis().temp_size_in_bytes for program in compiled)
+    assert whole > 3 * cut
+
+
+# --- precision ------------------------------------------------------------------------------------------------------
+
+
+def test_label_weights_and_z_loss_enter_the_loss():
+    model = tiny.model()
+    batch, key = tiny.batch(model.config), jax.random.key(0)
+    logits = np.float64(tiny.logits(model, batch["inputs"], segments=batch["segments"], positions=batch["positions"]))
+    normalizer = np.log(np.exp(logits).sum(-1))
+    nll = normalizer - np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
+    weights = np.random.default_rng(0).random(nll.shape).astype(np.float32) * (batch["segments"] > 0)
+    loss = jax.jit(losses.language_model_loss(model.config, z_loss=0.01))
+    total, parts = loss(model.params, {}, {**batch, "weights": weights}, key)
+    np.testing.assert_allclose(total, (weights * (nll + 0.01 * normalizer**2)).sum() / weights.sum(), rtol=1e-5)
+    np.testing.assert_allclose(parts["cross_entropy"], (weights * nll).sum() / weights.sum(), rtol=1e-5)
+
+
+def test_an_overflow_skips_the_update_and_halves_the_scale():
+    weights = {"scale": jnp.ones(3)}
+    loss = lambda trainable, frozen, batch, rng: (jnp.sum(trainable["scale"] * batch["x"]), {})
+    tx = optax.adam(0.1)
+    state = init_state(weights, tx, sharding.make_mesh(), LossScale.start(1024.0, interval=2))
+    step, scales, skipped = make_step(loss, tx, 0, state), [], []
+    for x in (1.0, np.inf, 1.0, 1.0, 1.0):
+        before = jax.device_get((state.trainable, state.optimizer))
+        state, metrics = step(state, {}, {"x": jnp.full(3, x, jnp.float32)})
+        unchanged = jax.tree.map(np.array_equal, before, jax.device_get((state.trainable, state.optimizer)))
+        assert all(jax.tree.leaves(unchanged)) == (x == np.inf)
+        scales.append(float(state.loss_scale.scale))
+        skipped.append(float(metrics["skipped"]))
+    assert scales == [1024, 512, 512, 1024, 1024]  # two good steps in a row double it
+    assert skipped == [0, 1, 0, 0, 0]
+    assert int(state.step) == 5
+    np.testing.assert_allclose(metrics["gradient_norm"], 3**0.5, rtol=1e-6)  # as if there were no scale
+
+
+def test_a_skipped_step_does_not_stop_the_run():
+    spike = lambda step: {"inputs": np.full((8, 4), np.inf if step == 1 else 1.0), "segments": np.ones((8, 4))}
+    loss = lambda trainable, frozen, batch, rng: (jnp.sum(trainable["scale"]) * jnp.mean(batch["inputs"]), {})
+    out = loop.fit(
+        loss, {"scale": jnp.ones(3)}, {}, spike, optax.sgd(0.1), steps=3, mesh=sharding.make_mesh(), log_every=1,
+        loss_scale=LossScale.start(),
+    )  # fmt: skip
+    np.testing.assert_allclose(out["scale"], 0.8, rtol=1e-6)
+
+
+def test_float16_needs_its_loss_scale():
+    """Gradients around 1e-9 of a loss that is small by construction: below the least float16, 6e-8."""
+    model = tiny.model()
+    batch = tiny.batch(model.config)
+    whole = losses.language_model_loss(model.config, POLICIES["float16"])
+    small = lambda *args: (1e-6 * whole(*args)[0], {})
+    tx, ends = optax.chain(optax.scale(1e6), optimizer.make(CONFIG)), {}
+    for name, scale in (("with", LossScale.start(2.0**20)), ("without", None)):
+        state = init_state(model.params, tx, sharding.make_mesh(), scale)
+        step = make_step(small, tx, 0, state)
+        for _ in range(12):
+            state, metrics = step(state, {}, batch)
+        ends[name] = float(metrics["loss"]) * 1e6
+    start = float(whole(model.params, {}, batch, jax.random.key(0))[0])
+    assert start - ends["with"] > 2 * (start - ends["without"])
+
+
+def test_half_precision_trains_like_float32():
+    model = tiny.model()
+    batch = tiny.batch(model.config)
+    ends = {}
+    for name in POLICIES:
+        params = cast(model.params, POLICIES[name].param)
+        state, metrics = steps_of(
+            losses.language_model_loss(model.config, POLICIES[name]), params, batch,
+            loss_scale=loss_scale_for(POLICIES[name]), count=8,
+        )  # fmt: skip
+        ends[name] = float(metrics[-1]["loss"])
+        kept = {str(leaf.dtype) for leaf in jax.tree.leaves(state.trainable)}
+        assert kept == {POLICIES[name].param}
+        moments = {str(leaf.dtype) for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim}
+        assert moments == {"float32"}
+    start = float(metrics[0]["loss"])
+    assert start - ends["float32"] > 0.5
+    for name, end in ends.items():
+        np.testing.assert_allclose(end, ends["float32"], atol=0.05 * (start - ends["float32"]), err_msg=name)
 
 
 def batches(step):
