@@ -5,6 +5,7 @@ import jax
 
 from efflm.config import BlockConfig, ModelConfig
 from efflm.model.linear import Linear
+from efflm.ops.late import recomputed
 from efflm.precision import Policy
 
 
@@ -19,9 +20,8 @@ class FeedForward(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         config, hidden = self.config, self.block.hidden
         dtype = self.policy.compute
-        # Computed again in the backward pass: it costs less than to store and load its intermediate values.
-        swiglu = jax.checkpoint(lambda gate_BTF, up_BTF: (jax.nn.silu(gate_BTF) * up_BTF).astype(dtype))
-        gelu = jax.checkpoint(lambda up_BTF: jax.nn.gelu(up_BTF, approximate=True).astype(dtype))
+        swiglu = recomputed(lambda gate_BTF, up_BTF: (jax.nn.silu(gate_BTF) * up_BTF).astype(dtype))
+        gelu = recomputed(lambda up_BTF: jax.nn.gelu(up_BTF, approximate=True).astype(dtype))
         if config.feedforward == "swiglu":
             gate_BTF = Linear(hidden, config.bias, name="gate")(x_BTD)
             h_BTF = swiglu(gate_BTF, Linear(hidden, config.bias, name="up")(x_BTD))

@@ -14,6 +14,7 @@ from efflm.model.feedforward import FeedForward
 from efflm.model.linear import fetch
 from efflm.model.norms import Norm
 from efflm.ops.dot import PRODUCT
+from efflm.ops.late import late
 from efflm.precision import Policy
 
 
@@ -52,7 +53,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, positions_BT, segments_BT, cache=None):
         config, block, policy = self.config, self.block, self.policy
-        norm = lambda name, x: Norm(config.norm, config.norm_epsilon, name=name)(x).astype(policy.compute)
+        norm = lambda name, x: Norm(config.norm, config.norm_epsilon, policy.compute, name=name)(x)
         attended, cache = Attention(config, block, policy, name="attention")(
             norm("attention_norm", x_BTD), positions_BT, segments_BT, cache
         )
@@ -71,17 +72,15 @@ REMAT = {
 
 
 def _recomputed_late(layer: nn.Module, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None):
-    """layer(x) -> [B, T, D], what it computes again tied to the gradient that it is computed for.
+    """layer(x) -> [B, T, D], what it computes again tied to the gradient that it is for (see ops.late).
 
-    XLA's CPU compiler drops the barriers of jax.checkpoint and would merge the second computation with the first,
-    so that all would be stored after all. What depends on the incoming gradient it cannot compute early.
+    jax.checkpoint alone marks it with barriers, which XLA's CPU compiler drops: all would be stored after all.
     """
     call = lambda layer, x: layer(x, positions_BT, segments_BT)[0]
 
     def backward(pull, gradient):
-        zero = 0 * gradient[0, 0, 0]
-        tie = lambda x: x + zero.astype(x.dtype) if x.ndim > 2 and jnp.issubdtype(x.dtype, jnp.floating) else x
-        return jax.tree.map(tie, pull)(gradient)
+        activation = lambda x: x.ndim > 2 and jnp.issubdtype(x.dtype, jnp.floating)
+        return jax.tree.map(lambda x: late(x, gradient) if activation(x) else x, pull)(gradient)
 
     return nn.custom_vjp(call, lambda layer, x: nn.vjp(call, layer, x), backward)(layer, x_BTD)
 
@@ -144,7 +143,7 @@ class Transformer(nn.Module):
                 else:
                     x_BTD = _recomputed_late(layer, x_BTD, positions, segments)
             cache = Cache(tuple(layers), cache.length_B + T) if cache else None
-        return Norm(config.norm, config.norm_epsilon, name="final_norm")(x_BTD).astype(policy.compute), cache
+        return Norm(config.norm, config.norm_epsilon, policy.compute, name="final_norm")(x_BTD), cache
 
     def _scan(self, block_type, x_BTD, positions_BT, segments_BT):
         config = self.config

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from efflm.ops.dot import transposed
+from efflm.ops.late import late
 
 HIDDEN = -1e30  # the score of a key that a query may not see: finite, so that a wholly hidden block stays finite too
 UNROLLED = 1024  # rows up to this long are cut into a few blocks written out one by one, each with just its own keys
@@ -171,6 +172,7 @@ def _attend_forward(q, k, v, rows, keys, window, group, in_order):
 def _attend_backward(window, group, in_order, residuals, g):
     q, k, v, rows, keys, out, normalizer = residuals
     T, S = q.shape[2] // group, k.shape[2]
+    q = late(q, g)
     inner, g = jnp.sum(g * out, axis=-1), g.astype(q.dtype)
     if _unrolled(T, S):
         dqs, dk, dv = [], 0.0, 0.0
