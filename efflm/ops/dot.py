@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from efflm.ops.late import late
 from efflm.ops.qarray import QArray, round_to_int8
 
 PRODUCT = "product"
@@ -57,7 +56,7 @@ def _matmul_forward(x, w, turned):
 def _matmul_backward(turned, residuals, g):
     # The transpose rule would multiply a float32 cotangent with a low-precision operand, which no backend does fast.
     x, w = residuals
-    x, g = late(x, g), g.astype(x.dtype)
+    g = g.astype(x.dtype)
     dx = product(g, w.astype(x.dtype), not turned)
     dw = weight_gradient(g, x) if turned else weight_gradient(x, g)
     return dx.astype(x.dtype), dw.astype(w.dtype)

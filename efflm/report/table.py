@@ -1,9 +1,10 @@
 """The table in the terminal."""
 
+from collections.abc import Callable
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
-
-from efflm.report.rows import Row
 
 
 def rate(median: float, bounds: tuple[float, float]) -> str:
@@ -16,8 +17,11 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.2f}"
 
 
-# (heading, one row's entry): the terminal and the page show the same columns
-COLUMNS = (
+# (heading, one row's entry)
+Columns = tuple[tuple[str, Callable[[Any], str]], ...]
+
+# The terminal and the page show the same columns
+COLUMNS: Columns = (
     ("model", lambda row: row.name),
     ("parameters", lambda row: f"{row.parameters / 1e6:.2f} M"),
     ("non-zero", lambda row: f"{row.nonzeros / 1e6:.2f} M"),
@@ -34,16 +38,16 @@ COLUMNS = (
 )
 
 
-def show(rows: list[Row], facts: list[str]) -> None:
-    """Print the table, then the note of each row, then `facts`."""
+def show(rows: list[Any], facts: list[str], columns: Columns = COLUMNS) -> None:
+    """Print the table, then the note of each row, then `facts`. The rows of other columns need a name and a note."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=170)
     table = Table(header_style="bold", pad_edge=False)
-    for index, (heading, _) in enumerate(COLUMNS):
+    for index, (heading, _) in enumerate(columns):
         table.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(entry(row) for _, entry in COLUMNS))
+        table.add_row(*(entry(row) for _, entry in columns))
     console.print(table)
     for row in rows:
         console.print(f"  [bold]{row.name}[/bold]: {row.note}", highlight=False, soft_wrap=True)

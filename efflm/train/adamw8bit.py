@@ -132,14 +132,14 @@ def scale_by_adam8bit(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> 
     """
 
     def init(params):
-        def moment(signed):
-            def zeros(path, w):
-                w = jnp.zeros(w.shape, jnp.float32)
-                return w if w.ndim < 2 or re.search(VECTOR, path) else quantize(w, signed)
+        def zeros(path, w, signed):
+            w = jax.ShapeDtypeStruct(w.shape, jnp.float32)
+            vector = len(w.shape) < 2 or re.search(VECTOR, path)
+            kept = w if vector else jax.eval_shape(lambda w: quantize(w, signed), w)
+            return jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), kept)
 
-            return trees.map_with_path(zeros, params)
-
-        return Adam8bitState(jnp.zeros((), jnp.int32), moment(True), moment(False))
+        mu, nu = (trees.map_with_path(lambda path, w, s=s: zeros(path, w, s), params) for s in (True, False))
+        return Adam8bitState(jnp.zeros((), jnp.int32), mu, nu)
 
     def update(updates, state, params=None):
         del params

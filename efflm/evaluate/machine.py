@@ -1,0 +1,67 @@
+"""What this machine can do, measured on the spot: the two numbers of its roofline (Williams 2009)."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from efflm import ops
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """matmul: FLOP/s of a large square product of a dtype, by its name; bandwidth: bytes/s read and written."""
+
+    matmul: dict[str, float]
+    bandwidth: float
+
+    def seconds(self, flops: float, nbytes: float, dtype: str) -> float:
+        """The least time that work of so many FLOPs and so many bytes can take: the slower of the two decides."""
+        return max(flops / self.matmul[dtype], nbytes / self.bandwidth)
+
+
+def measure(dtypes: tuple[str, ...] = ("float32", "bfloat16"), size: int = 0, repeats: int = 7) -> Roofline:
+    """The best of `repeats` runs each, on the default device; `size` is the side of the squares."""
+    size = size or (2048 if jax.default_backend() == "cpu" else 8192)
+    return Roofline({dtype: matmul_peak(dtype, size, repeats) for dtype in dtypes}, bandwidth(repeats))
+
+
+def matmul_peak(dtype: Any, size: int, repeats: int = 7) -> float:
+    """FLOP/s of [size, size] @ [size, size] with operands of `dtype`, accumulated in float32."""
+    x = jnp.ones((size, size), dtype)
+    return 2 * size**3 / _fastest(jax.jit(ops.dot), x, x, repeats=repeats)
+
+
+def bandwidth(repeats: int = 7, nbytes: int = 1 << 29) -> float:
+    """Bytes a second of an update in place, which reads and writes an array far larger than the caches."""
+    add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x, times = jnp.zeros(nbytes // 4, jnp.float32), []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        x = jax.block_until_ready(add_one(x))
+        times.append(time.perf_counter() - start)
+    return 2 * nbytes / min(times)
+
+
+def _fastest(fn: Callable[..., Any], *args: Any, repeats: int) -> float:
+    jax.block_until_ready(fn(*args))  # compiles
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(fn(*args))
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def median_seconds(fn: Callable[[], Any], repeats: int) -> float:
+    """Median time of fn(), which must wait for its own result."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        fn()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

@@ -1,0 +1,297 @@
+"""What a Transformer costs, in closed form: parameters, and the FLOPs and bytes of its phases by component.
+
+FLOPs are those of matrix products (elementwise work is left out, as MFU does), a multiplication and an addition being
+two. Two kinds of them are told apart:
+
+    model      what the mathematics asks for: a query is multiplied with the keys it sees and no others, so causal
+               attention counts half of its square, and the backward pass is twice the forward (Chowdhery 2022, arXiv
+               2204.02311, appendix B, but for that half). `forward`, `token`, `train_flops`.
+    executed   what our program multiplies: attention in blocks (ops.attention), scores made again in the backward
+               pass, padding, rematerialization, the optimizer. `train_step`, `prefill`, `decode`.
+
+Bytes are the least that can move between memory and processor: each operand of a product is read once and each result
+written once, attention's scores stay inside; what elementwise operations move besides is not counted. Everything is
+a function of configs and lengths; nothing is traced or allocated. Documents are taken to be as long as their rows, and
+weights to be plain arrays. cuDNN's attention kernels, on GPUs, multiply about the model's half.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+
+from efflm.config import BlockConfig, ModelConfig, Optimizer, Remat
+from efflm.ops.attention import BLOCK, UNROLLED
+from efflm.ops.cross_entropy import CHUNK, MOST_CHUNKS
+from efflm.precision import FLOAT32, Policy
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+FLOAT = 4  # bytes of a float32, which all results of products, gradients and moments are
+COMPONENTS = ("projections", "attention", "feedforward", "output")  # of a forward pass; "optimizer" comes with a step
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """flops: of matrix products. nbytes: the least that must move to and from memory."""
+
+    flops: float
+    nbytes: float
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.nbytes + other.nbytes)
+
+    def __mul__(self, factor: float) -> "Work":
+        return Work(self.flops * factor, self.nbytes * factor)
+
+
+def total(work: dict[str, Work]) -> Work:
+    return sum(work.values(), Work(0, 0))
+
+
+# --- parameters ------------------------------------------------------------------------------------------------------
+
+
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of every parameter, with layers unstacked."""
+    D, V = config.width, config.vocabulary
+    out: dict[str, tuple[int, ...]] = {"embedding": (V, D)}
+    if config.position == "learned":
+        out["position_embedding"] = (config.context, D)
+    if not config.tied:
+        out["unembedding"] = (D, V)
+    norms = ["final_norm"]
+    for i, block in enumerate(config.blocks):
+        NH, KH, F = block.heads * block.head_dim, block.kv_heads * block.head_dim, block.hidden
+        linear = {"query": (D, NH), "key": (D, KH), "value": (D, KH), "output": (NH, D)}
+        linear = {f"attention/{name}": shape for name, shape in linear.items()}
+        gate = {"feedforward/gate": (D, F)} if config.feedforward == "swiglu" else {}
+        linear |= gate | {"feedforward/up": (D, F), "feedforward/down": (F, D)}
+        for name, shape in linear.items():
+            out[f"block_{i}/{name}/kernel"] = shape
+            if config.bias:
+                out[f"block_{i}/{name}/bias"] = shape[1:]
+        norms += [f"block_{i}/attention_norm", f"block_{i}/feedforward_norm"]
+    for name in norms:
+        out[f"{name}/scale"] = (D,)
+        if config.norm == "layer":
+            out[f"{name}/bias"] = (D,)
+    return out
+
+
+def parameters(config: ModelConfig) -> dict[str, int]:
+    """Counts by component: embedding (with positions, and with the output layer where it is tied), projections (of
+    attention), feedforward, norms, and output (0 where it is tied)."""
+    patterns = {"output": "unembedding", "embedding": "embedding", "norms": "norm/", "projections": "/attention/"}
+    counts = dict.fromkeys(("embedding", "projections", "feedforward", "norms", "output"), 0)
+    for path, shape in shapes(config).items():
+        counts[next((name for name, part in patterns.items() if part in path), "feedforward")] += math.prod(shape)
+    return counts
+
+
+def weight_bytes(config: ModelConfig, policy: Policy = FLOAT32) -> int:
+    return sum(parameters(config).values()) * ITEMSIZE[policy.param]
+
+
+def gradient_bytes(config: ModelConfig) -> int:
+    """Gradients are float32 under every policy."""
+    return sum(parameters(config).values()) * FLOAT
+
+
+def optimizer_bytes(config: ModelConfig, optimizer: Optimizer) -> int:
+    """What the update rule keeps between steps, but for a few counters: moments in float32 or 8 bits."""
+    full = lambda path, shape: FLOAT * math.prod(shape)
+    rules = {
+        "sgd": full,  # momentum
+        "lion": full,
+        "adam": lambda path, shape: 2 * full(path, shape),  # two moments
+        "adamw": lambda path, shape: 2 * full(path, shape),
+        "schedule_free": lambda path, shape: 2 * full(path, shape),  # the iterates z, and the second moment
+        "adamw8bit": _eight_bit_bytes,
+        "adafactor": _factored_bytes,
+        "muon": lambda path, shape: full(path, shape) if _is_layer_matrix(path) else 2 * full(path, shape),
+    }
+    return sum(rules[optimizer](path, shape) for path, shape in shapes(config).items())
+
+
+def _eight_bit_bytes(path: str, shape: tuple[int, ...]) -> int:
+    """Two moments: a byte an entry, and a float32 scale for each 256 of a row; vectors stay float32."""
+    if len(shape) < 2:
+        return 2 * FLOAT * math.prod(shape)
+    return 2 * (math.prod(shape) + FLOAT * shape[0] * math.ceil(shape[1] / 256))
+
+
+def _factored_bytes(path: str, shape: tuple[int, ...]) -> int:
+    """The row and column sums of a matrix with 128 or more of both; else the second moment; 1 where there is none."""
+    factored = len(shape) == 2 and min(shape) >= 128
+    return FLOAT * (sum(shape) + 1 if factored else math.prod(shape) + 2)
+
+
+def _is_layer_matrix(path: str) -> bool:
+    return bool(re.search(r"(attention|feedforward)/\w+/kernel$", path))
+
+
+def kv_cache_bytes(config: ModelConfig, batch: int, length: int, policy: Policy = FLOAT32) -> int:
+    """Keys and values of `length` positions in every layer; a window does not shrink our cache."""
+    entries = sum(2 * block.kv_heads * block.head_dim for block in config.blocks)
+    return batch * length * entries * ITEMSIZE[policy.compute]
+
+
+# --- the model's work ------------------------------------------------------------------------------------------------
+
+
+def seen_pairs(length: int, window: int = 0) -> float:
+    """(query, key) pairs in a causal row: each of `length` queries sees the keys up to itself, at most `window`."""
+    reach = min(window or length, length)
+    return reach * (reach + 1) / 2 + (length - reach) * reach
+
+
+def forward(config: ModelConfig, batch: int, length: int, policy: Policy = FLOAT32) -> dict[str, Work]:
+    """One forward pass over `batch` rows of `length` tokens with all their logits, by component."""
+    pairs = lambda block: batch * seen_pairs(length, block.window)
+    return _forward(config, policy, batch * length, pairs, batch * length, batch * length)
+
+
+def token(config: ModelConfig, seen: int, policy: Policy = FLOAT32) -> dict[str, Work]:
+    """One token that sees `seen` positions, itself included, and its logits: what decoding needs at batch 1."""
+    return _forward(config, policy, 1, lambda block: min(seen, block.window or seen), seen, 1)
+
+
+def train_flops(config: ModelConfig, batch: int, length: int) -> float:
+    """The model FLOPs of a training step, which MFU is defined on: forward and backward, without rematerialization.
+
+    Attention counts only the pairs a causal query sees: half of the square, less with a window.
+    """
+    return 3 * total(forward(config, batch, length)).flops
+
+
+def crossover_length(config: ModelConfig) -> float:
+    """How many positions a token must see for its attention (scores and values) to cost what its feed-forward costs.
+
+    Over a causal row it is an average of half the row: rows of about twice this length, where there is no window.
+    Infinity where windows are too short for it.
+    """
+    target = sum(work.flops for name, work in token(config, 1).items() if name == "feedforward")
+    reach = lambda block: block.window or math.inf
+    done = low = 0.0
+    for high in sorted({reach(block) for block in config.blocks}):
+        slope = sum(4 * block.heads * block.head_dim for block in config.blocks if reach(block) >= high)
+        if done + slope * (high - low) >= target:
+            return low + (target - done) / slope
+        done, low = done + slope * (high - low), high
+    return math.inf
+
+
+def _forward(
+    config: ModelConfig,
+    policy: Policy,
+    tokens: float,
+    pairs: Callable[[BlockConfig], float],
+    keys: float,
+    logits: float,
+) -> dict[str, Work]:
+    """The work of `tokens` new tokens, whose queries meet pairs(block) keys of the `keys` that are there."""
+    work = dict.fromkeys(COMPONENTS, Work(0, 0))
+    for path, shape in shapes(config).items():
+        if _is_layer_matrix(path):
+            name = "projections" if "/attention/" in path else "feedforward"
+            work[name] += _product(tokens, shape, policy)
+    for block in config.blocks:
+        entries = tokens * block.heads + 2 * keys * block.kv_heads  # queries, keys, values
+        moved = block.head_dim * (entries * ITEMSIZE[policy.compute] + tokens * block.heads * FLOAT)
+        work["attention"] += Work(4 * block.heads * block.head_dim * pairs(block), moved)
+    work["output"] = _product(logits, (config.width, config.vocabulary), policy)
+    return work
+
+
+def _product(rows: float, shape: tuple[int, ...], policy: Policy) -> Work:
+    """[rows, in] @ [in, out]. Its two products in the backward pass have the same three matrices, so the same work."""
+    fan_in, fan_out = shape
+    moved = (
+        rows * fan_in * ITEMSIZE[policy.compute] + fan_in * fan_out * ITEMSIZE[policy.param] + rows * fan_out * FLOAT
+    )
+    return Work(2 * rows * fan_in * fan_out, moved)
+
+
+# --- the work our programs do ----------------------------------------------------------------------------------------
+
+
+def unrolled(queries: int, keys: int) -> bool:
+    """Whether ops.attention writes its blocks out (`spans`), and does not loop over blocks of BLOCK."""
+    return queries * keys <= UNROLLED**2
+
+
+def spans(length: int, window: int = 0) -> list[tuple[int, int]]:
+    """(queries, keys) in each block of ops.attention on an unrolled row."""
+    size = max(64, -(-length // 4))
+    blocks = [(start, min(start + size, length)) for start in range(0, length, size)]
+    return [(end - start, end - (max(0, start - window + 1) if window else 0)) for start, end in blocks]
+
+
+def computed_pairs(queries: int, keys: int, window: int = 0, in_order: bool = True) -> float:
+    """(query, key) pairs that ops.attention multiplies in a row, seen or hidden. in_order: query t is at slot t and
+    there is no cache; otherwise the queries are the first of a cache with room for `keys`."""
+    if unrolled(queries, keys):
+        return sum(q * k for q, k in spans(queries, window)) if in_order else queries * keys
+    first = lambda start: max(start - window + 1, 0) // BLOCK if window else 0
+    last = lambda start: (min(start + BLOCK, queries) - 1) // BLOCK
+    return sum(BLOCK**2 * (last(start) - first(start) + 1) for start in range(0, queries, BLOCK))
+
+
+def loss_chunks(rows: int, length: int) -> int:
+    return max(1, min(MOST_CHUNKS, length, rows * length // CHUNK))
+
+
+def loss_tokens(rows: int, length: int) -> int:
+    """Tokens whose logits the loss computes: ops.cross_entropy pads rows to a whole number of chunks."""
+    chunks = loss_chunks(rows, length)
+    return rows * chunks * math.ceil(length / chunks)
+
+
+def train_step(
+    config: ModelConfig,
+    batch: int,
+    length: int,
+    policy: Policy = FLOAT32,
+    *,
+    remat: Remat = "none",
+    accumulate: int = 1,
+    optimizer: Optimizer = "adamw",
+) -> dict[str, Work]:
+    """One optimizer step, by component and "optimizer"."""
+    rows = batch // accumulate
+    pairs = lambda block: rows * computed_pairs(length, length, block.window)
+    ahead = _forward(config, policy, rows * length, pairs, rows * length, loss_tokens(rows, length))
+    products = 3 if config.feedforward == "swiglu" else 2
+    passes = {  # of the forward's work: forward, backward, recomputed
+        "projections": 1 + 2 + (remat == "full"),
+        "attention": 1 + 2.5 + (remat != "none"),  # backward: five products to the forward's two, with the scores
+        "feedforward": 1 + 2 + (remat == "full") * (products - 1) / products,  # the last one's result is not needed
+        "output": 1 + 2,
+    }
+    work = {name: ahead[name] * (passes[name] * accumulate) for name in COMPONENTS}
+    return work | {"optimizer": _update(config, policy, accumulate, optimizer)}
+
+
+def _update(config: ModelConfig, policy: Policy, accumulate: int, optimizer: Optimizer) -> Work:
+    """Gradients and weights read, weights written, state read and written, gradients summed; and Muon's products."""
+    moved = gradient_bytes(config) + 2 * weight_bytes(config, policy) + 2 * optimizer_bytes(config, optimizer)
+    moved += 3 * gradient_bytes(config) * accumulate * (accumulate > 1)
+    flops = 0
+    if optimizer == "muon":
+        for path, shape in shapes(config).items():
+            m, n = sorted(shape) if _is_layer_matrix(path) else (0, 0)
+            flops += 5 * (4 * m * m * n + 2 * m**3)  # a step of Newton-Schulz: x x^T, its square, and times x
+    return Work(flops, moved)
+
+
+def prefill(config: ModelConfig, batch: int, length: int, policy: Policy = FLOAT32, room: int = 0) -> dict[str, Work]:
+    """Reading prompts of `length` tokens into a cache with `room` (default: for no more), all logits computed."""
+    room = room or length
+    pairs = lambda block: batch * computed_pairs(length, room, block.window, in_order=False)
+    return _forward(config, policy, batch * length, pairs, batch * room, batch * length)
+
+
+def decode(config: ModelConfig, batch: int, room: int, policy: Policy = FLOAT32) -> dict[str, Work]:
+    """One token for each row against a cache with `room`: it meets every slot, filled or not, window or not."""
+    pairs = lambda block: batch * computed_pairs(1, room, block.window, in_order=False)
+    return _forward(config, policy, batch, pairs, batch * room, batch)

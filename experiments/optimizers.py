@@ -1,0 +1,318 @@
+"""What does adaptive optimization buy? Every optimizer at its own best learning rate, for the same number of steps.
+
+    python -m experiments.optimizers --reduced      # 3 minutes on two cores
+    python -m experiments.optimizers                # about 45 runs of one to two minutes
+
+Expect a table in the terminal and, in the run directory, results.json, loss curves against steps and against seconds
+(curves.png), and the metrics of every run (curves/).
+
+Protocol: for each optimizer the learning rate is swept with seed 0, on multiples of its usual one; the grid is widened
+where the best lies at its edge. Selected is the lowest loss on validation rows. The other seeds, of weights and of the
+order of rows alike, are then trained at that rate; seed 0 is counted with them. Reported is the loss on test rows,
+which selected nothing. The same seed has the same weights and batches under every optimizer, so differences are paired.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from efflm import config, rundir
+from efflm.config import InputError, ModelConfig, ModelShape, TrainConfig, command_line, flag, launch, require
+from efflm.data import dataset
+from efflm.data.dataset import Dataset
+from efflm.evaluate import quality
+from efflm.model import LanguageModel, init_params, sharding, stack_blocks, unstack_blocks
+from efflm.precision import POLICIES, cast, loss_scale_for
+from efflm.report import plots, table
+from efflm.train import loop, losses, optimizer
+
+# Untied, since with tied embeddings the seed decides when a small model leaves the loss of token frequencies.
+MODEL = ModelShape(layers=4, width=128, hidden=352, vocabulary=2048, context=256, tied=False)
+TRAIN = TrainConfig(steps=600, length=128, learning_rate=4e-3, log_every=5)
+REDUCED_MODEL = {"layers": 2, "width": 64, "heads": 2, "hidden": 176, "vocabulary": 512, "context": 64}
+REDUCED_TRAIN = {"steps": 250, "length": 64, "learning_rate": 6e-3}
+
+# Where an optimizer's usual settings differ from AdamW's: factors of the learning rate and of the weight decay (Lion's
+# product of the two stays: Chen 2023, section 5), and Muon's momentum (Jordan 2024).
+RATE = {"sgd": 30.0, "lion": 0.2}
+DECAY = {"lion": 5.0}
+MOMENTUM = {"muon": 0.95}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """The run"""
+
+    run_dir: str = flag(str(rundir.ROOT / "optimizers"), "where everything is written")
+    corpus: str = flag("stdlib", "'stdlib' (Python's own source files), or a file or folder of UTF-8 text")
+    optimizers: str = flag(",".join(get_args(config.Optimizer)), "which to compare; adamw is always among them")
+    multipliers: str = flag("0.5,1,2", "grid of learning rates, as multiples of each optimizer's usual one")
+    widen: int = flag(1, "further rates tried where the best of the grid lies at its edge")
+    seeds: int = flag(3, "runs at the best rate, over which mean and standard deviation are taken")
+    reduced: bool = flag(False, "a tiny model and few steps, in place of all flags that were left at their defaults")
+
+    def __post_init__(self):
+        require(self.seeds > 0, f"seeds is {self.seeds}, but must be positive")
+        require(self.widen >= 0, f"widen is {self.widen}, but must not be negative")
+        known = get_args(config.Optimizer)
+        for name in self.names():
+            require(name in known, f"unknown optimizer {name!r} in --optimizers: choose from {', '.join(known)}")
+        self.grid()
+
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(["adamw", *filter(None, self.optimizers.split(","))]))
+
+    def grid(self) -> list[float]:
+        try:
+            grid = sorted({float(number) for number in self.multipliers.split(",")})
+        except ValueError:
+            grid = []
+        require(
+            bool(grid) and grid[0] > 0 and grid[-1] < math.inf,
+            f"multipliers is {self.multipliers!r}: give positive numbers, as in 0.5,1,2",
+        )
+        return grid
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Trained:
+    """One finished run. curve: steps, seconds since the end of the first step, training losses. A run that diverged
+    has no model and an infinite validation loss."""
+
+    rate: float
+    curve: np.ndarray
+    tokens_per_second: float
+    model: LanguageModel | None
+    validation: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """What one optimizer reached. Deviations are over seeds; differences to AdamW are paired by seed."""
+
+    name: str
+    learning_rate: float
+    bits_per_byte: float
+    bits_per_byte_sd: float
+    over_adamw: float
+    over_adamw_sd: float
+    steps_to_adamw: int | None
+    seconds_to_adamw: float | None
+    tokens_per_second: float
+    state_bytes: float
+    note: str
+
+
+COLUMNS = (
+    ("optimizer", lambda row: row.name),
+    ("learning rate", lambda row: f"{row.learning_rate:.1e}"),
+    ("test bits/byte ± s.d.", lambda row: f"{row.bits_per_byte:.4f} ± {row.bits_per_byte_sd:.4f}"),
+    ("over AdamW ± s.d.", lambda row: f"{row.over_adamw:+.4f} ± {row.over_adamw_sd:.4f}"),
+    ("steps to AdamW's loss", lambda row: str(row.steps_to_adamw or "—")),
+    ("seconds to it", lambda row: f"{row.seconds_to_adamw:.1f}" if row.steps_to_adamw else "—"),
+    ("tokens/s", lambda row: f"{row.tokens_per_second:,.0f}"),
+    ("state bytes/parameter", lambda row: f"{row.state_bytes:.2f}"),
+)
+
+
+def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
+    began, run_dir = time.perf_counter(), Path(run.run_dir)
+    if run.reduced:
+        model, train = replace_defaults(model, MODEL, REDUCED_MODEL), replace_defaults(train, TRAIN, REDUCED_TRAIN)
+    if train.warmup == -1:  # a quarter: of small models, some have not recovered from a shorter one by the end
+        train = dataclasses.replace(train, warmup=train.steps // 4)
+    shape = model.config()
+    require(
+        train.length <= shape.context,
+        f"train.length {train.length} is longer than model.context {shape.context}: raise the context",
+    )
+    rundir.require_writable(run_dir, needs=200_000_000)
+    data = dataset.prepare(
+        run.corpus, run_dir.parent / "corpora", vocabulary=shape.vocabulary, length=train.length, batch=train.batch
+    )
+    (run_dir / "curves").mkdir(parents=True, exist_ok=True)
+    rundir.use_compilation_cache(run_dir.parent / "compilation_cache")
+    mesh = sharding.data_parallel(train.batch)
+    print(data.corpus.describe())
+
+    runs, fastest, notes = {}, {}, {}
+    for name in run.names():
+        usual = settings(name, train)
+        at = lambda rate, seed=0, usual=usual: fit(usual, rate, seed, shape, data, mesh, run_dir / "curves")
+        swept = sweep(at, [usual.learning_rate * factor for factor in run.grid()], run.widen)
+        best = min(swept, key=lambda one: one.validation)
+        runs[name] = [best, *(at(best.rate, seed) for seed in range(1, run.seeds))]
+        diverged = [seed for seed, one in enumerate(runs[name]) if one.model is None]
+        require(not diverged, f"{name} diverged at {best.rate:.1e} with seed {diverged}: lower --train.learning_rate")
+        fastest[name] = max([*swept, *runs[name]], key=lambda one: one.tokens_per_second if one.model else 0.0)
+        tried = ", ".join(f"{one.rate:.1e}: {one.validation:.4f}" for one in swept)
+        edge = "; the best is the last tried" if len(swept) > 1 and best in (swept[0], swept[-1]) else ""
+        notes[name] = f"validation bits per byte by learning rate {tried}{edge}"
+        print(f"[{time.perf_counter() - began:4.0f} s] {name}: {notes[name]}", flush=True)
+
+    test = {name: np.array([held_out(one.model, data.test[:], data) for one in group]) for name, group in runs.items()}
+    curves = {}
+    for name, group in runs.items():
+        mean = smoothed(np.mean([one.curve[2] for one in group], axis=0))
+        curves[name] = np.stack([group[0].curve[0], fastest[name].curve[1], mean])
+    rows = []
+    for name, group in runs.items():
+        over = test[name] - test["adamw"]
+        reached = np.flatnonzero(curves[name][2] <= curves["adamw"][2, -1])
+        steps, seconds, _ = curves[name][:, reached[0]] if len(reached) else (None, None, None)
+        rows.append(
+            Row(
+                name=name,
+                learning_rate=group[0].rate,
+                bits_per_byte=float(test[name].mean()),
+                bits_per_byte_sd=deviation(test[name]),
+                over_adamw=float(over.mean()),
+                over_adamw_sd=deviation(over),
+                steps_to_adamw=None if steps is None else int(steps),
+                seconds_to_adamw=seconds,
+                tokens_per_second=fastest[name].tokens_per_second,
+                state_bytes=optimizer.state_bytes(optimizer.make(settings(name, train)), group[0].model.params),
+                note=notes[name],
+            )
+        )
+    facts = [
+        *verdicts({row.name: row for row in rows}),
+        f"Trained for {train.steps} steps of {train.batch} x {train.length} tokens, {train.warmup} of them warm-up; "
+        f"seeds: {run.seeds}; {train.schedule} schedule (schedule_free: constant, and evaluated at its average).",
+        f"Quality: {data.protocol}. Smaller is better; learning rates were selected on validation text.",
+        "Steps to AdamW's loss: when the training loss, averaged over seeds and the tenth of the steps before, first "
+        "is at most AdamW's at its end. A run planned to end there might do so sooner, its rate decayed by then.",
+        "Seconds and tokens/s: of the fastest run of each optimizer, after its first step, which compiles.",
+    ]
+    table.show(rows, facts, COLUMNS)
+    plots.training_curves(curves, run_dir / "curves.png")
+    rundir.write_json(
+        run_dir / "results.json",
+        {
+            "rows": [dataclasses.asdict(row) for row in rows],
+            "test_bits_per_byte": {name: values.tolist() for name, values in test.items()},
+            "facts": facts,
+            "command": command_line("experiments.optimizers", sys.argv),
+            "versions": rundir.machine(),
+        },
+    )
+    print(f"[{time.perf_counter() - began:4.0f} s] done: see {run_dir / 'curves.png'}")
+
+
+def replace_defaults(given, usual, values: dict):
+    """`given` with the values, except where it differs from the usual: there the user spoke."""
+    return dataclasses.replace(given, **{k: v for k, v in values.items() if getattr(given, k) == getattr(usual, k)})
+
+
+def settings(name: str, train: TrainConfig) -> TrainConfig:
+    """The run's settings with the optimizer's usual learning rate, weight decay and momentum."""
+    return dataclasses.replace(
+        train,
+        optimizer=name,
+        learning_rate=train.learning_rate * RATE.get(name, 1.0),
+        weight_decay=train.weight_decay * DECAY.get(name, 1.0),
+        beta1=MOMENTUM.get(name, train.beta1),
+    )
+
+
+def at_rate(usual: TrainConfig, rate: float) -> optax.GradientTransformation:
+    """The optimizer with its peak learning rate in the state, an input of the step: one program serves every rate."""
+    return optax.inject_hyperparams(lambda learning_rate: optimizer.make(usual, learning_rate))(learning_rate=rate)
+
+
+def sweep(at, rates: list[float], widen: int) -> list[Trained]:
+    """Runs at all rates, in ascending order, and at up to `widen` more beyond an edge that is the best."""
+    swept = [at(rate) for rate in rates]
+    factor = rates[-1] / rates[-2] if len(rates) > 1 else 3.0
+    for _ in range(widen):
+        best = min(swept, key=lambda one: one.validation)
+        if best is swept[-1]:
+            swept.append(at(best.rate * factor))
+        elif best is swept[0]:
+            swept.insert(0, at(best.rate / factor))
+    return swept
+
+
+def fit(
+    usual: TrainConfig, rate: float, seed: int, shape: ModelConfig, data: Dataset, mesh: Mesh, folder: Path
+) -> Trained:
+    """Train at one rate and seed, and score on validation rows; the seed is that of the weights and of the batches."""
+    policy, file = POLICIES[usual.policy], folder / f"{usual.optimizer}-{rate:.2e}-seed{seed}.jsonl"
+    params = init_params(shape, seed)
+    try:
+        params = loop.fit(
+            losses.language_model_loss(shape, policy, scanned=usual.scan, remat=usual.remat, z_loss=usual.z_loss),
+            cast(stack_blocks(params, shape) if usual.scan else params, policy.param),
+            {},
+            data.batches(usual.batch, seed),
+            at_rate(usual, rate),
+            steps=usual.steps,
+            mesh=mesh,
+            accumulate=usual.accumulate,
+            loss_scale=loss_scale_for(policy),
+            title=f"{usual.optimizer}, rate {rate:.1e}, seed {seed}",
+            log_every=usual.log_every,
+            metrics_file=file,
+        )
+        model = LanguageModel(shape, unstack_blocks(params, shape) if usual.scan else params)
+        validation = held_out(model, data.validation[:], data)
+    except InputError as error:  # it diverged, which is an answer too
+        print(f"  {error}")
+        model, validation = None, math.inf
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    curve = np.array([[line[key] for line in lines] for key in ("step", "seconds", "loss")])
+    speed = lines[-1]["tokens_per_second"] if lines else 0.0
+    return Trained(rate=rate, curve=curve, tokens_per_second=speed, model=model, validation=validation)
+
+
+def held_out(model: LanguageModel, rows: dict[str, np.ndarray], data: Dataset) -> float:
+    """Bits per byte."""
+    return quality.bits_per_byte(quality.measure({"": model}, rows, data.tokenizer.token_bytes, model)[""])[0]
+
+
+def smoothed(losses: np.ndarray) -> np.ndarray:
+    """At each point the mean over the tenth of the curve that ends there: one point is the loss of one batch."""
+    window = max(1, len(losses) // 10)
+    return np.array([losses[max(0, end - window) : end].mean() for end in range(1, len(losses) + 1)])
+
+
+def deviation(values: np.ndarray) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+def verdicts(rows: dict[str, Row]) -> list[str]:
+    """What is published, and whether it held here."""
+    adamw, found = rows["adamw"], []
+    if "sgd" in rows:
+        more = rows["sgd"].over_adamw / adamw.bits_per_byte
+        found.append(f"What adaptive steps buy: SGD with momentum ends {more:+.1%} bits per byte from AdamW.")
+    faster = [row for row in rows.values() if row is not adamw and row.steps_to_adamw]
+    if faster:
+        best = min(faster, key=lambda row: row.steps_to_adamw)
+        ratio = adamw.steps_to_adamw / best.steps_to_adamw
+        found.append(
+            f"Fastest in steps: {best.name}, at AdamW's final loss {ratio:.2f}x as soon. Published: at most about 1.4x "
+            "over a tuned AdamW, by matrix methods on models of 0.1 B parameters, less on larger ones (Wen 2025, arXiv "
+            f"2509.02046): {'held' if ratio <= 1.45 else 'not held'} here."
+        )
+    if "adamw8bit" in rows:
+        eight = rows["adamw8bit"]
+        ratio = eight.bits_per_byte / adamw.bits_per_byte - 1
+        found.append(
+            f"8-bit moments: {ratio:+.2%} bits per byte, with {eight.state_bytes:.2f} bytes of state a parameter "
+            f"against {adamw.state_bytes:.2f}. Published: no loss (Dettmers 2021, arXiv 2110.02861); within 1%: "
+            f"{'held' if abs(ratio) <= 0.01 else 'not held'} here."
+        )
+    return found
+
+
+if __name__ == "__main__":
+    launch(main, __doc__, run=Run(), model=MODEL, train=TRAIN)

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Install what is needed, then run an experiment with the settings that make it fast on a CPU.
+#   bash launch/run.sh experiments.bench_train --policies=bfloat16
+set -euo pipefail
+# shellcheck source=launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+set_up >&2
+export XLA_FLAGS="--xla_cpu_prefer_vector_width=512 ${XLA_FLAGS:-}"
+exec "$root/.venv/bin/python" -P -m "$@"

@@ -1,0 +1,297 @@
+"""Closed-form FLOPs against a walk over jaxprs; bytes and temporary memory against arrays and compiled programs."""
+
+import dataclasses
+import importlib
+import math
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from efflm import trees
+from efflm.config import BlockConfig, ModelShape, Optimizer, TrainConfig
+from efflm.infer import generate
+from efflm.model import LanguageModel, cost, empty_cache, init_params, memory, sharding, stack_blocks
+from efflm.precision import POLICIES, cast
+from efflm.train import losses, optimizer
+from efflm.train.step import TrainState, make_step
+from tests import tiny
+from tests.flops import matrix_flops
+
+LONG = 1300  # positions, enough for attention to loop over blocks
+UNEQUAL = dataclasses.replace(
+    tiny.LLAMA.config(),
+    blocks=(
+        BlockConfig(heads=4, kv_heads=2, head_dim=8, hidden=48),
+        BlockConfig(heads=2, kv_heads=1, head_dim=8, hidden=96, window=16),
+    ),
+)
+CONFIGS = {
+    **{name: shape.config() for name, shape in tiny.SHAPES.items()},
+    "windowed": dataclasses.replace(tiny.LLAMA, window=24, kv_heads=1).config(),
+    "unequal": UNEQUAL,
+}
+
+
+def abstract_model(config):
+    return LanguageModel(config, jax.eval_shape(lambda: init_params(config, 0)))
+
+
+def ids(batch, length):
+    return jax.ShapeDtypeStruct((batch, length), jnp.int32)
+
+
+def training_step(config, train):
+    """A training step for one device, and its arguments without their values."""
+    policy, mesh, rule = POLICIES[train.policy], sharding.make_mesh(), optimizer.make(train)
+
+    def fresh():
+        params = init_params(config, 0)
+        params = cast(stack_blocks(params, config) if train.scan else params, policy.param)
+        return TrainState(jnp.int32(0), params, rule.init(cast(params, jnp.float32)))
+
+    state = jax.eval_shape(fresh)
+    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    state = jax.tree.map(place, state, sharding.shardings(state, mesh))
+    row = place(ids(train.batch, train.length), NamedSharding(mesh, sharding.BATCH))
+    loss = losses.language_model_loss(config, policy, scanned=train.scan, remat=train.remat)
+    step = make_step(loss, rule, 0, state, train.accumulate)
+    return step, (state, {}, dict.fromkeys(("inputs", "targets", "segments", "positions"), row))
+
+
+# --- parameters, and what is held between steps ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_shapes_are_those_of_fresh_parameters(name):
+    config = CONFIGS[name]
+    params = abstract_model(config).params
+    assert cost.shapes(config) == {path: leaf.shape for path, leaf in trees.flatten(params)}
+    counts = cost.parameters(config)
+    assert sum(counts.values()) == trees.count(params)
+    patterns = {
+        "projections": "/attention/",
+        "feedforward": "/feedforward/",
+        "norms": "norm/",
+        "output": "^unembedding",
+    }
+    for component, pattern in patterns.items():
+        assert counts[component] == sum(leaf.size for _, leaf in trees.select(params, pattern)), component
+    assert cost.weight_bytes(config) == cost.gradient_bytes(config) == trees.nbytes(params)
+    assert cost.weight_bytes(config, POLICIES["bfloat16_pure"]) == trees.nbytes(params) // 2
+
+
+@pytest.mark.parametrize("name", typing.get_args(Optimizer))
+def test_optimizer_bytes_are_those_of_a_fresh_state(name):
+    for shape in (tiny.GPT2, ModelShape(layers=2, width=256, heads=2, kv_heads=1, hidden=300, tied=False)):
+        config = shape.config()
+        state = jax.eval_shape(optimizer.make(TrainConfig(optimizer=name)).init, abstract_model(config).params)
+        counters = trees.nbytes(state) - cost.optimizer_bytes(config, name)
+        assert 0 <= counters <= 64
+
+
+def test_cache_bytes_are_those_of_an_empty_cache():
+    for policy in (POLICIES["float32"], POLICIES["bfloat16"]):
+        cache = jax.eval_shape(lambda policy=policy: empty_cache(UNEQUAL, 3, 40, policy.compute))
+        assert cost.kv_cache_bytes(UNEQUAL, 3, 40, policy) == trees.nbytes(cache.layers)
+    moved = lambda room: cost.total(cost.decode(UNEQUAL, 3, room)).nbytes
+    assert moved(50) - moved(10) == cost.kv_cache_bytes(UNEQUAL, 3, 40)
+
+
+# --- FLOPs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("length", "window"), [(1, 0), (7, 0), (7, 3), (5, 9), (64, 64)])
+def test_seen_pairs_are_those_of_the_causal_mask(length, window):
+    query, key = np.arange(length)[:, None], np.arange(length)[None]
+    seen = (key <= query) & (key > query - (window or length))
+    assert cost.seen_pairs(length, window) == seen.sum()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("length", [1, 50, 200])
+def test_forward_and_train_flops_count_what_queries_see(name, length):
+    config = CONFIGS[name]
+    counted = matrix_flops(
+        lambda model, tokens: generate.forward(model, tokens)[0], abstract_model(config), ids(2, length)
+    )
+    unseen = sum(
+        2 * 4 * block.heads * block.head_dim
+        * (cost.computed_pairs(length, length, block.window) - cost.seen_pairs(length, block.window))
+        for block in config.blocks
+    )  # fmt: skip
+    assert cost.total(cost.forward(config, 2, length)).flops == pytest.approx(counted - unseen, rel=0.01)
+    assert cost.train_flops(config, 2, length) == pytest.approx(3 * (counted - unseen), rel=0.01)
+    token_by_token = sum(cost.total(cost.token(config, seen + 1)).flops for seen in range(length))
+    assert token_by_token == pytest.approx((counted - unseen) / 2, rel=0.01)
+
+
+TRAINED = [
+    ("llama", {}),
+    ("llama", {"remat": "dots", "length": 100}),
+    ("llama", {"remat": "full", "scan": True, "batch": 1, "length": 77}),
+    ("gpt2", {"remat": "full", "policy": "bfloat16"}),
+    ("gpt2", {"remat": "dots", "scan": True, "length": 300}),
+    ("untied", {"accumulate": 4, "length": 300, "batch": 8}),
+    ("untied", {"optimizer": "muon", "remat": "full"}),
+    ("windowed", {"length": 1000, "batch": 2}),
+    ("windowed", {"length": LONG, "batch": 1, "remat": "full"}),
+    ("llama", {"length": LONG, "batch": 1, "scan": True, "remat": "dots"}),
+    ("unequal", {"accumulate": 2, "optimizer": "muon"}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), TRAINED)
+def test_train_step_multiplies_what_the_jaxpr_does(name, settings):
+    config, train = CONFIGS[name], TrainConfig(**{"batch": 4, "length": 256} | settings)
+    step, args = training_step(config, train)
+    work = cost.train_step(
+        config,
+        train.batch,
+        train.length,
+        POLICIES[train.policy],
+        remat=train.remat,
+        accumulate=train.accumulate,
+        optimizer=train.optimizer,
+    )
+    counted = matrix_flops(step, *args, trips=mean_trips(config, train.length, train.length))
+    assert cost.total(work).flops == pytest.approx(counted, rel=0.01)
+
+
+def mean_trips(config, queries, keys, in_order=True):
+    """How many blocks of keys a block of queries meets on average: NaN, which the walker turns to NaN, if unrolled."""
+    if cost.unrolled(queries, keys):
+        return math.nan
+    pairs = cost.computed_pairs(queries, keys, config.blocks[0].window, in_order)
+    return pairs / cost.BLOCK**2 / math.ceil(queries / cost.BLOCK)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("length", "room"), [(40, 40), (40, 64), (200, 900)])
+def test_prefill_and_decode_multiply_what_the_jaxpr_does(name, length, room):
+    config = dataclasses.replace(CONFIGS[name], context=1024)
+    model = abstract_model(config)
+    counted = matrix_flops(lambda model, tokens: generate.prefill(model, tokens, length=room), model, ids(3, length))
+    assert cost.total(cost.prefill(config, 3, length, room=room)).flops == pytest.approx(counted, rel=0.01)
+    cache = jax.eval_shape(lambda: empty_cache(config, 3, room))
+    logits = jax.ShapeDtypeStruct((3, config.vocabulary), jnp.float32)
+    steps = lambda model, logits, cache: generate.decode(
+        model, logits, cache, jnp.float32(0), jax.random.key(0), steps=5
+    )
+    counted = matrix_flops(steps, model, logits, cache)
+    assert 5 * cost.total(cost.decode(config, 3, room)).flops == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("length", "room", "window"), [(LONG, LONG, 0), (LONG, LONG, 200), (700, 2000, 0), (700, 2000, 600)]
+)
+def test_loops_of_attention_visit_the_predicted_blocks(length, room, window, monkeypatch):
+    """What the walker is told of loops: their trips, counted while they run, forward and backward."""
+    module, visits = importlib.import_module("efflm.ops.attention"), {"_forward_block": 0, "_backward_block": 0}
+
+    def count(name):
+        visits[name] += 1
+
+    for name in visits:
+        original = getattr(module, name)
+
+        def counted(*args, name=name, original=original):
+            jax.debug.callback(lambda: count(name))
+            return original(*args)
+
+        monkeypatch.setattr(module, name, counted)
+    slots = None if length == room else jnp.arange(length, dtype=jnp.int32)[None]
+    q, k = jnp.ones((1, length, 2, 4)), jnp.ones((1, room, 1, 4))
+    attend = lambda q: jnp.sum(module.attention(q, k, k, slots_BT=slots, window=window))
+    jax.block_until_ready(jax.jit(jax.grad(attend))(q))
+    jax.effects_barrier()
+    predicted = cost.computed_pairs(length, room, window, in_order=slots is None) / cost.BLOCK**2
+    assert visits == {"_forward_block": predicted, "_backward_block": predicted}
+
+
+def test_attention_overtakes_the_feedforward_part_at_the_crossover():
+    for config in (CONFIGS["llama"], CONFIGS["gpt2"], dataclasses.replace(UNEQUAL, width=8)):
+        at = cost.crossover_length(config)
+        work = cost.token(config, at)
+        assert work["attention"].flops == pytest.approx(work["feedforward"].flops)
+        longer = cost.token(config, at + 1)
+        assert longer["attention"].flops > longer["feedforward"].flops
+    windowed = dataclasses.replace(tiny.LLAMA, window=4).config()
+    assert cost.crossover_length(windowed) == math.inf
+    work = cost.token(windowed, 10**6)
+    assert work["attention"].flops < work["feedforward"].flops
+
+
+# --- temporary memory ------------------------------------------------------------------------------------------------
+
+
+def temporaries(config, train):
+    step, args = training_step(config, train)
+    return step.lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+def predicted_temporaries(config, train):
+    return memory.activation_bytes(
+        config,
+        train.batch,
+        train.length,
+        POLICIES[train.policy],
+        remat=train.remat,
+        scanned=train.scan,
+        accumulate=train.accumulate,
+        optimizer=train.optimizer,
+    )
+
+
+def check_temporaries(shape, settings):
+    config, train = shape.config(), TrainConfig(**settings)
+    assert predicted_temporaries(config, train) == pytest.approx(temporaries(config, train), rel=0.25)
+
+
+SMALL = ModelShape(layers=2, width=128, heads=4, kv_heads=2, hidden=352, vocabulary=1024, context=2048)
+SMALL_GPT2 = dataclasses.replace(SMALL, family="gpt2", kv_heads=4, hidden=512, tied=False)
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        (SMALL, {"batch": 8, "length": 128}),
+        (SMALL, {"batch": 8, "length": 256, "policy": "bfloat16", "remat": "full"}),
+        (SMALL_GPT2, {"batch": 8, "length": 128, "policy": "bfloat16", "remat": "dots", "scan": True}),
+        (dataclasses.replace(SMALL_GPT2, vocabulary=8192), {"batch": 4, "length": 128, "accumulate": 2}),
+    ],
+)
+def test_temporaries_are_those_of_the_compiled_step(shape, settings):
+    check_temporaries(shape, settings)
+
+
+BENCH = ModelShape(family="gpt2", layers=6, width=384, heads=6, kv_heads=6, hidden=1536, context=2048)
+DEEP = ModelShape(layers=12, context=2048)
+WIDE = ModelShape(layers=3, width=512, heads=16, kv_heads=4, hidden=1408, context=2048)
+LARGE = ModelShape(layers=4, kv_heads=4, vocabulary=49152)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        (BENCH, {"batch": 16, "length": 256}),
+        (BENCH, {"batch": 16, "length": 256, "scan": True}),
+        (BENCH, {"batch": 16, "length": 256, "remat": "dots", "accumulate": 4}),
+        (DEEP, {"batch": 1, "length": 2048, "scan": True}),
+        (DEEP, {"batch": 1, "length": 2048, "scan": True, "remat": "full"}),
+        (dataclasses.replace(DEEP, layers=4), {"batch": 2, "length": 2048}),
+        (dataclasses.replace(DEEP, layers=3), {"batch": 4, "length": 1024, "remat": "full"}),
+        (WIDE, {"batch": 4, "length": 512, "remat": "dots", "scan": True}),
+        (dataclasses.replace(WIDE, window=200), {"batch": 4, "length": 512}),
+        (LARGE, {"batch": 4, "length": 256}),
+        (dataclasses.replace(LARGE, tied=False), {"batch": 4, "length": 256, "remat": "full"}),
+        (LARGE, {"batch": 8, "length": 128, "accumulate": 4, "scan": True}),
+    ],
+)
+def test_temporaries_of_larger_models_are_those_of_the_compiled_step(shape, settings, policy):
+    check_temporaries(shape, settings | {"policy": policy})
