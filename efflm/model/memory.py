@@ -94,7 +94,7 @@ def moments(
 
     always: Arrays = {"gradient of the embedding, zero": of_output * (not config.tied)}
     if accumulate > 1:
-        always |= {"sums of gradients": gradients, "gradient of the output layer, before its weight": of_output}
+        always["sums of gradients"] = gradients
     if scanned:
         always["gradients of all layers, stacked"] = of_layers
     elif size.low < 1 and policy.param != policy.compute:
@@ -111,10 +111,14 @@ def moments(
         stored = [kept(config, each, B, T, policy) for each in rest]
         layer = ended = kept(config, block, B, T, policy)
     always["stored for the backward pass"] = sum(sum(arrays.values()) for arrays in stored)
-    backward = always | {"gradient of the output layer": of_output, "gradients of the residual stream": 3 * size.x}
+    backward = always | {
+        "gradient of the output layer": of_output,
+        "gradient of the output layer, before its weight": of_output * (accumulate > 1),
+        "gradients of the residual stream": 3 * size.x,
+    }
     freed = {name: held for name, held in layer.items() if name not in OF_FEEDFORWARD}
     return {
-        "loss": always | ended | {"final norm": (1 + size.big) * size.x} | loss(config, B, T, policy),
+        "loss": always | ended | {"final norm": (1 + size.big) * size.x} | loss(config, B, T, policy, accumulate > 1),
         "feed-forward": backward | layer | feedforward_gradients(size),
         "attention": backward | freed | attention_gradients(block, B, T, size.low),
         "update": {"gradients and clipped gradients": update_copies(policy, optimizer) * gradients},
@@ -203,18 +207,19 @@ def attention_gradients(block: BlockConfig, rows: int, length: int, low: float) 
     weights = scores(block, rows, length)
     return {
         "attention's weights": weights * (1 + low * (low < 1)),
-        "gradients of attention's weights, as operands and transposed": weights * (0.2 + 1.8 * low),
+        "gradients of attention's weights, in half precision transposed too": weights,
     }
 
 
-def loss(config: ModelConfig, rows: int, length: int, policy: Policy) -> Arrays:
+def loss(config: ModelConfig, rows: int, length: int, policy: Policy, looped: bool = False) -> Arrays:
     """ops.cross_entropy at work on a chunk. The gradients of its logits are an operand, in the compute dtype."""
     low, chunks = cost.ITEMSIZE[policy.compute] / FLOAT, cost.loss_chunks(rows, length)
     x, weight = FLOAT * rows * length * config.width, FLOAT * config.vocabulary * config.width
     logits = FLOAT * config.vocabulary * cost.loss_tokens(rows, length) / chunks
     of_logits = logits * low
-    in_place = not config.tied and low == 1  # a tied weight's gradient needs them transposed
-    most = max(logits + of_logits * (not in_place), of_logits + weight)
+    most = max(logits + of_logits * (low < 1), of_logits + weight)  # float32 gradients overwrite the logits
+    if config.tied and low == 1 and chunks == 1 and not looped:
+        most += max(logits, weight)  # outside of loops a tied weight's gradient is multiplied from transposed copies
     return {
         "hidden states and their gradients, in chunks": 2 * x * low,
         "weight as an operand": weight * low * (low < 1),

@@ -17,11 +17,11 @@ def transposed(x: jax.Array) -> jax.Array:
     """x [..., M, N] -> [..., N, M], as an array of its own and not as a view that a product then reads across.
 
     XLA's CPU compiler folds a plain transpose into the product that reads it, and a bfloat16 product with such a left
-    operand falls back to float32 at half the speed or less. A reshape in between is not folded. Elsewhere the folded
-    form is the fast one.
+    operand falls back to float32 at half the speed or less. A reshape in between is not folded. In float32, where
+    writing the operand costs more than it gains, and elsewhere, the folded form is the fast one.
     """
     M, N = x.shape[-2:]
-    if N % 16 and M % 16:
+    if x.dtype == jnp.float32 or (N % 16 and M % 16):
         return x.swapaxes(-1, -2)
     lead = x.ndim - 2
     before, after = ((M, N // 16, 16), (1, 2, 0)) if N % 16 == 0 else ((M // 16, 16, N), (2, 0, 1))

@@ -35,7 +35,7 @@ def make(config: TrainConfig, learning_rate: jax.Array | float | None = None) ->
     """The update rule of `config`: the gradient clipped to its largest global norm, then the optimizer.
 
     learning_rate: the peak, in place of the config's. It may be traced, so that under `optax.inject_hyperparams` one
-    compiled step serves any rate. Moments are float32 whatever the dtype of parameters and gradients.
+    compiled step serves any rate. Moments have the dtype of the parameters, float32 where train.step hands them over.
     """
     peak = config.learning_rate if learning_rate is None else learning_rate
     rules = {
@@ -48,17 +48,7 @@ def make(config: TrainConfig, learning_rate: jax.Array | float | None = None) ->
         "muon": muon,
         "schedule_free": schedule_free,
     }
-    return in_float32(optax.chain(optax.clip_by_global_norm(config.clip), rules[config.optimizer](config, peak)))
-
-
-def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Hand the inner transformation float32 copies of parameters and gradients, so that its state is float32."""
-    float32 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-
-    def update(updates, state, params=None):
-        return inner.update(float32(updates), state, None if params is None else float32(params))
-
-    return optax.GradientTransformation(lambda params: inner.init(float32(params)), update)
+    return optax.chain(optax.clip_by_global_norm(config.clip), rules[config.optimizer](config, peak))
 
 
 def decay_mask(params: Any) -> Any:

@@ -232,6 +232,22 @@ def test_half_precision_trains_like_float32():
         np.testing.assert_allclose(end, ends["float32"], atol=0.05 * (start - ends["float32"]), err_msg=name)
 
 
+def test_bfloat16_ends_within_two_deviations_of_float32():
+    """The deviation is float32's own, over seeds of weights and batches. Each seed is trained under both policies."""
+    config, tx, ends = tiny.LLAMA.config(), optimizer.make(CONFIG), {}
+    for name in ("float32", "bfloat16"):
+        step, ends[name] = None, []
+        for seed in range(5):
+            state = init_state(init_params(config, seed), tx, sharding.make_mesh())
+            step = step or make_step(losses.language_model_loss(config, POLICIES[name]), tx, 0, state)
+            for i in range(20):
+                state, metrics = step(state, {}, tiny.batch(config, seed=100 * seed + i))
+            ends[name].append(float(metrics["loss"]))
+    differences = np.subtract(ends["bfloat16"], ends["float32"])
+    assert np.all(differences != 0)
+    assert np.all(np.abs(differences) <= 2 * np.std(ends["float32"], ddof=1))
+
+
 def batches(step):
     return {"inputs": np.zeros((8, 4), np.int32), "segments": np.ones((8, 4), np.int32)}
 
