@@ -199,6 +199,25 @@ class TrainConfig:
         return self.steps // 5 if self.decay == -1 else self.decay
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How the devices are laid out; one axis may be -1: the devices that are left"""
+
+    data: int = flag(-1, "copies of the model, each reading rows of its own; -1 takes no more than divide the batch")
+    fsdp: int = flag(
+        1, "devices that keep a part of the weights, gradients and moments each, and read rows of their own"
+    )
+    context: int = flag(1, "devices that read a stretch of each row each")
+    tensor: int = flag(1, "devices that compute a part of every matrix product each")
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            require(size > 0 or size == -1, f"mesh.{name} is {size}, but must be positive, or -1 for what is left")
+        left = [f"mesh.{name}" for name, size in sizes.items() if size == -1]
+        require(len(left) < 2, f"{' and '.join(left)} are -1, but only one axis can take the devices that are left")
+
+
 # --- the bridge: dataclasses in, absl flags, dataclasses out -------------------------------------------------------
 
 _DEFINERS = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}

@@ -12,7 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from efflm import rundir, tokenizer
-from efflm.config import InputError, ModelConfig, ModelShape, TrainConfig, flag, launch, require
+from efflm.config import InputError, MeshConfig, ModelConfig, ModelShape, TrainConfig, flag, launch, require
 from efflm.data import dataset
 from efflm.data.dataset import Dataset
 from efflm.evaluate import quality
@@ -129,18 +129,18 @@ def trained_model(run: Run, config: ModelConfig, train: TrainConfig, data: Datas
     return model
 
 
-def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
+def main(run: Run, model: ModelShape, train: TrainConfig, mesh: MeshConfig) -> None:
     config = model.config()
     check(run, config, train)
+    devices = sharding.mesh_for(mesh, train.batch, train.length)
     data = prepare(run, config, train)
     rundir.use_compilation_cache(Path(run.run_dir).parent / "compilation_cache")
-    mesh = sharding.data_parallel(train.batch)
     print(data.corpus.describe())
-    trained = trained_model(run, config, train, data, mesh)
+    trained = trained_model(run, config, train, data, devices)
     measured = quality.measure({"": trained}, data.validation[:], data.tokenizer.token_bytes, trained)
     mean, error = quality.bits_per_byte(measured[""])
     print(f"validation: {mean:.4f} ± {error:.4f} bits per byte; the model is in {run.run_dir}")
 
 
 if __name__ == "__main__":
-    launch(main, __doc__, run=Run(), model=ModelShape(), train=TrainConfig())
+    launch(main, __doc__, run=Run(), model=ModelShape(), train=TrainConfig(), mesh=MeshConfig())

@@ -5,6 +5,7 @@ dimension replicates it. Optimizer states hold their weights' paths inside their
 weight's arrays follow its path and rank, so an axis reduced to 1 replicates.
 """
 
+import dataclasses
 import math
 import re
 from typing import Any
@@ -14,8 +15,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from efflm import trees
+from efflm.config import MeshConfig, require
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")  # the axis that talks most is innermost, among nearest neighbours
 BATCH = PartitionSpec(("data", "fsdp"))
 
 RULES = (
@@ -31,15 +33,48 @@ RULES = (
 LOGICAL = {"vocabulary": "tensor", "heads": "tensor", "hidden": "tensor", "width": "fsdp", None: None}
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
-    """A mesh of the first data * fsdp * tensor devices, its axes left to XLA's partitioner."""
-    devices = np.asarray(jax.devices() if devices is None else devices)[: data * fsdp * tensor]
-    return Mesh(devices.reshape(data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+def make_mesh(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
+    """A mesh of the first data * fsdp * context * tensor devices, its axes left to XLA's partitioner."""
+    shape = (data, fsdp, context, tensor)
+    devices = np.asarray(jax.devices() if devices is None else devices).ravel()[: math.prod(shape)]
+    return Mesh(devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def data_parallel(batch: int) -> Mesh:
     """As many of the devices as divide the batch, along `data`."""
     return make_mesh(data=math.gcd(batch, jax.device_count()))
+
+
+def mesh_for(config: MeshConfig, batch: int, length: int) -> Mesh:
+    """The mesh of the config on all devices there are, for rows [batch, length]. Raises InputError."""
+    sizes, count = dataclasses.asdict(config), jax.device_count()
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    asked = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items() if size != 1)
+    require(fixed <= count, f"{asked} asks for {fixed} devices, but there are {count}: lower one of them")
+    require(
+        count % fixed == 0 or -1 not in sizes.values(),
+        f"{asked}: {count} devices are not divisible by {fixed}: change one of them",
+    )
+    for name, size in sizes.items():
+        if size == -1:
+            left = count // fixed
+            sizes[name] = math.gcd(batch // config.fsdp, left) if name == "data" and jax.process_count() == 1 else left
+    rows = sizes["data"] * sizes["fsdp"]
+    require(
+        batch % rows == 0,
+        f"a batch of {batch} rows is not divisible by mesh.data {sizes['data']} x mesh.fsdp {sizes['fsdp']}: change "
+        "one of them",
+    )
+    require(
+        length % sizes["context"] == 0,
+        f"rows of {length} tokens are not divisible by mesh.context {sizes['context']}: change one of them",
+    )
+    used = math.prod(sizes.values())
+    require(
+        used == count or jax.process_count() == 1,
+        f"{asked or 'the mesh'} uses {used} of {count} devices, but every process must have a part: set one axis to -1",
+    )
+    return make_mesh(**sizes)
 
 
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
