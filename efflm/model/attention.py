@@ -7,6 +7,7 @@ from jax import lax
 
 from efflm import ops
 from efflm.config import BlockConfig, ModelConfig
+from efflm.model import context, sharding
 from efflm.model.linear import Linear
 from efflm.model.rotary import rotate
 from efflm.precision import Policy
@@ -48,8 +49,11 @@ class Attention(nn.Module):
         if config.position == "rotary":
             q_BTNH = rotate(q_BTNH, positions_BT, config.rope_base)
             k_BTKH = rotate(k_BTKH, positions_BT, config.rope_base)
-        q_BTNH, k_BTKH, v_BTKH = (x.astype(dtype) for x in (q_BTNH, k_BTKH, v_BTKH))
-        if cache is None:
+        place = lambda x: sharding.constrain(x.astype(dtype), "batch", "length", "heads", None)
+        q_BTNH, k_BTKH, v_BTKH = place(q_BTNH), place(k_BTKH), place(v_BTKH)
+        if cache is None and context.is_spread():
+            out_BTNH = context.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, block.window)
+        elif cache is None:
             out_BTNH = ops.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=segments_BT, window=block.window)
         else:
             start_B = positions_BT[:, 0]

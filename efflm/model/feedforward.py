@@ -5,6 +5,7 @@ import jax
 
 from efflm.config import BlockConfig, ModelConfig
 from efflm.model.linear import Linear
+from efflm.model.sharding import constrain
 from efflm.ops.late import recomputed
 from efflm.precision import Policy
 
@@ -27,5 +28,6 @@ class FeedForward(nn.Module):
             h_BTF = swiglu(gate_BTF, Linear(hidden, config.bias, name="up")(x_BTD))
         else:
             h_BTF = gelu(Linear(hidden, config.bias, name="up")(x_BTD))
+        h_BTF = constrain(h_BTF, "batch", "length", "hidden")
         residual_scale = (2 * len(config.blocks)) ** -0.5
         return Linear(config.width, config.bias, residual_scale, name="down")(h_BTF)

@@ -12,13 +12,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from efflm import trees
 from efflm.config import MeshConfig, require
 
 AXES = ("data", "fsdp", "context", "tensor")  # the axis that talks most is innermost, among nearest neighbours
-BATCH = PartitionSpec(("data", "fsdp"))
+BATCH = PartitionSpec(("data", "fsdp"), "context")  # of [B, T]
 
 RULES = (
     (r"(^|/)embedding(/|$)", ("vocabulary", "width")),
@@ -30,7 +31,11 @@ RULES = (
     (r"down/kernel(/|$)", ("hidden", "width")),
     (r"(scale|bias)$", (None,)),
 )
+# Weights in the first table, activations in the second: there "width" is whole, and each device has rows of its own.
 LOGICAL = {"vocabulary": "tensor", "heads": "tensor", "hidden": "tensor", "width": "fsdp", None: None}
+ACTIVATIONS = {"batch": ("data", "fsdp"), "length": "context", None: None} | dict.fromkeys(
+    ("heads", "hidden", "vocabulary"), "tensor"
+)
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
@@ -66,8 +71,8 @@ def mesh_for(config: MeshConfig, batch: int, length: int) -> Mesh:
         "one of them",
     )
     require(
-        length % sizes["context"] == 0,
-        f"rows of {length} tokens are not divisible by mesh.context {sizes['context']}: change one of them",
+        sizes["context"] == 1 or length % (2 * sizes["context"]) == 0,
+        f"rows of {length} tokens are not divisible by twice mesh.context {sizes['context']}: change one of them",
     )
     used = math.prod(sizes.values())
     require(
@@ -97,3 +102,31 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return trees.map_with_path(
         lambda path, leaf: NamedSharding(mesh, partition_spec(path, leaf.shape, mesh)), tree, inside=True
     )
+
+
+def on_mesh(mesh: Mesh):
+    """A context in which what is traced knows the mesh: `constrain` and `contexts` read it."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """x, an activation, told to lie on the mesh as ACTIVATIONS says of its axes. Outside of `on_mesh`, x as it is.
+
+    Without it the partitioner is free to follow the weights, and under fsdp splits the width in place of the rows.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+
+    def one(size: int, name: str | None):
+        names = ACTIVATIONS[name]
+        names = tuple(n for n in (names if isinstance(names, tuple) else (names,)) if n and n not in mesh.manual_axes)
+        return names if names and size % math.prod(mesh.shape[n] for n in names) == 0 else None
+
+    return lax.with_sharding_constraint(x, PartitionSpec(*map(one, x.shape, axes)))
+
+
+def contexts() -> int:
+    """Over how many devices each row is spread, as far as what is being traced knows: the size of `context`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["context"]

@@ -13,6 +13,7 @@ from efflm.model.attention import Attention, LayerCache
 from efflm.model.feedforward import FeedForward
 from efflm.model.linear import fetch
 from efflm.model.norms import Norm
+from efflm.model.sharding import constrain
 from efflm.ops.dot import PRODUCT
 from efflm.ops.late import late
 from efflm.precision import Policy
@@ -59,7 +60,7 @@ class Block(nn.Module):
         )
         x_BTD = x_BTD + attended
         x_BTD = x_BTD + FeedForward(config, block, policy, name="feedforward")(norm("feedforward_norm", x_BTD))
-        return x_BTD, cache
+        return constrain(x_BTD, "batch", "length", None), cache
 
 
 # What the backward pass finds stored, by the name of the policy: everything; the results of the products with
@@ -127,9 +128,12 @@ class Transformer(nn.Module):
         if positions is None:
             start_B = jnp.zeros(B, jnp.int32) if cache is None else cache.length_B
             positions = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
-        x_BTD = ops.embed(self.embedding, tokens, jnp.float32)
+        # The width is gathered before the lookup: rows are spread over the same devices.
+        table = lambda w, rows: jax.tree.map(lambda part: constrain(part, rows, None), w)
+        x_BTD = ops.embed(table(self.embedding, "vocabulary"), tokens, jnp.float32)
         if config.position == "learned":
-            x_BTD = x_BTD + ops.embed(self.position_embedding, positions, jnp.float32)
+            x_BTD = x_BTD + ops.embed(table(self.position_embedding, None), positions, jnp.float32)
+        x_BTD = constrain(x_BTD, "batch", "length", None)
         block_type = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat])
         if self.scanned:
             x_BTD = self._scan(block_type, x_BTD, positions, segments)

@@ -42,19 +42,21 @@ def attention(
     *,
     slots_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
+    key_segments_BS: jax.Array | None = None,
     window: int = 0,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v over the keys that each query may see -> float32 [B, T, N, H].
 
     A query sees the keys up to its own slot, slots_BT[b, t] of the S (default: t, with S = T), of these the last
-    `window` (0: all), and of these the ones in its own segment, where segments are given (which goes without slots).
+    `window` (0: all), and of these the ones in its own segment, where segments are given (key_segments_BS: the keys',
+    where keys are not the queries' own).
     Query head n reads key-value head n // (N / K).
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     group = N // K
-    if segments_BT is not None and slots_BT is not None:
-        raise ValueError("segments and slots together are not supported: a row of a cache holds one document")
+    if key_segments_BS is None:
+        key_segments_BS = segments_BT
     kernel = _backend_kernel(q_BTNH.dtype, T, H, plain=slots_BT is None and segments_BT is None)
     if kernel:
         return kernel(q_BTNH, k_BSKH, v_BSKH, window)
@@ -64,7 +66,14 @@ def attention(
     rows = _Rows(per_query(order if in_order else slots_BT), per_query(segments_BT))
     q_BKQH = q_BTNH.reshape(B, T, K, group, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * group, H)
     out_BKQH = _attend(
-        q_BKQH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), rows, _Rows(order, segments_BT), window, group, in_order
+        q_BKQH,
+        k_BSKH.swapaxes(1, 2),
+        v_BSKH.swapaxes(1, 2),
+        rows,
+        _Rows(order, key_segments_BS),
+        window,
+        group,
+        in_order,
     )
     return out_BKQH.reshape(B, K, T, group, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
 

@@ -44,12 +44,14 @@ def _chunks(x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array):
 
 
 def _values(x_MD, w, targets_M, weights_M, tied, z_weight):
-    """Of one chunk: logits, log-normalizers, and the two sums."""
+    """Of one chunk: logits, log-normalizers, which logits are the targets', and the two sums."""
     logits_MV = product(x_MD, w, tied)
     normalizer_M = jax.nn.logsumexp(logits_MV, axis=-1)
-    nll_M = normalizer_M - jnp.take_along_axis(logits_MV, targets_M[:, None], axis=-1)[:, 0]
+    # A mask and not a lookup, which the partitioner cannot do in a vocabulary spread over devices.
+    hit_MV = jnp.arange(logits_MV.shape[1], dtype=targets_M.dtype)[None] == targets_M[:, None]
+    nll_M = normalizer_M - jnp.sum(jnp.where(hit_MV, logits_MV, 0.0), axis=-1)
     loss = jnp.sum(weights_M * (nll_M + z_weight * jnp.square(normalizer_M)))
-    return logits_MV, normalizer_M, (loss, jnp.sum(weights_M * nll_M))
+    return logits_MV, normalizer_M, hit_MV, (loss, jnp.sum(weights_M * nll_M))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -58,7 +60,7 @@ def _cross_entropy(x_BTD, w, targets_BT, weights_BT, tied, z_weight):
 
     def one(sums, chunk):
         x_MD, targets_M, weights_M = chunk
-        return jax.tree.map(jnp.add, sums, _values(x_MD, w, targets_M, weights_M, tied, z_weight)[2]), None
+        return jax.tree.map(jnp.add, sums, _values(x_MD, w, targets_M, weights_M, tied, z_weight)[3]), None
 
     zero = jnp.zeros((), jnp.float32)
     return lax.scan(one, (zero, zero), _chunks(x_BTD, targets_BT, weights_BT))[0]
@@ -70,10 +72,9 @@ def _forward(x_BTD, w, targets_BT, weights_BT, tied, z_weight):
     def one(carry, chunk):
         sums, dw = carry
         x_MD, targets_M, weights_M = chunk
-        logits_MV, normalizer_M, new = _values(x_MD, low, targets_M, weights_M, tied, z_weight)
+        logits_MV, normalizer_M, hit_MV, new = _values(x_MD, low, targets_M, weights_M, tied, z_weight)
         slope_M = weights_M * (1 + 2 * z_weight * normalizer_M)
         softmax_MV = jnp.exp(logits_MV - normalizer_M[:, None]) * slope_M[:, None]
-        hit_MV = jnp.arange(logits_MV.shape[1], dtype=targets_M.dtype)[None] == targets_M[:, None]
         dlogits_MV = (softmax_MV - jnp.where(hit_MV, weights_M[:, None], 0.0)).astype(x_MD.dtype)
         dx_MD = product(dlogits_MV, low, not tied).astype(x_MD.dtype)
         dw = dw + (weight_gradient(dlogits_MV, x_MD) if tied else weight_gradient(x_MD, dlogits_MV))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from efflm.config import require
 from efflm.model import sharding
@@ -70,7 +70,13 @@ def make_step(
         return new, metrics
 
     where = jax.tree.map(lambda array: array.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+    mesh = jax.tree.leaves(where)[0].mesh
+
+    def step_on_mesh(state, frozen, batch):
+        with sharding.on_mesh(mesh):
+            return step(state, frozen, batch)
+
+    return jax.jit(step_on_mesh, donate_argnums=0, out_shardings=(where, None))
 
 
 def _gradients(loss_fn, trainable, frozen, batch, rng, scale, accumulate):
@@ -122,9 +128,9 @@ def _apply(trainable, masters, updates, rng):
 
 
 def place(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """Host arrays onto the mesh, rows split over its data axes; each host reads only its own rows of them."""
-    spec = NamedSharding(mesh, sharding.BATCH)
+    """Host arrays [B, T, ...] onto the mesh, rows and tokens split over its axes. Each host reads only its part."""
+    spec = lambda rows: NamedSharding(mesh, PartitionSpec(*sharding.BATCH[: rows.ndim]))
     return {
-        name: jax.make_array_from_callback(rows.shape, spec, lambda index, rows=rows: rows[index])
+        name: jax.make_array_from_callback(rows.shape, spec(rows), lambda index, rows=rows: rows[index])
         for name, rows in batch.items()
     }

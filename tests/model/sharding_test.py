@@ -64,7 +64,7 @@ def test_an_axis_takes_the_devices_that_are_left():
         ({"fsdp": 16}, 8, r"mesh.data=-1, mesh.fsdp=16 asks for 16 devices, but there are 8"),
         ({"tensor": 3}, 8, r"8 devices are not divisible by 3"),
         ({"fsdp": 4}, 6, r"a batch of 6 rows is not divisible by mesh.data 1 x mesh.fsdp 4"),
-        ({"data": 1, "context": -1}, 8, r"rows of 12 tokens are not divisible by mesh.context 8"),
+        ({"data": 1, "context": -1}, 8, r"rows of 12 tokens are not divisible by twice mesh.context 8"),
         ({"fsdp": -1}, 8, r"mesh.data and mesh.fsdp are -1"),
         ({"tensor": 0}, 8, r"mesh.tensor is 0"),
     ],

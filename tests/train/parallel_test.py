@@ -1,0 +1,110 @@
+"""On eight devices: every way of dividing the work trains like one device, and each device holds its part."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from efflm import trees
+from efflm.config import MeshConfig, TrainConfig
+from efflm.model import init_params, sharding, stack_blocks
+from efflm.train import losses, optimizer
+from efflm.train.step import init_state, make_step, place
+from tests import tiny
+
+TRAIN = TrainConfig(steps=20, warmup=2, batch=8, length=16, learning_rate=1e-2)
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"data": 1, "fsdp": 8},
+    "tensor": {"data": 4, "tensor": 2},
+    "context": {"data": 1, "context": 8},
+    "fsdp x tensor": {"fsdp": 4, "tensor": 2},
+    "data x fsdp x context x tensor": {"data": 1, "fsdp": 2, "context": 2, "tensor": 2},
+}
+
+
+def trained(shape, mesh, train=TRAIN):
+    config, rule = shape.config(), optimizer.make(train)
+    params = init_params(config, 0)
+    state = init_state(stack_blocks(params, config) if train.scan else params, rule, mesh)
+    loss = losses.language_model_loss(config, scanned=train.scan, remat=train.remat, z_loss=train.z_loss)
+    step, out = make_step(loss, rule, 0, state, train.accumulate), []
+    for i in range(train.steps):
+        state, metrics = step(
+            state, {}, place(tiny.batch(config, rows=train.batch, length=train.length, seed=i % 2), mesh)
+        )
+        out.append(float(metrics["loss"]))
+    return np.array(out), state
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {name: trained(shape, sharding.make_mesh())[0] for name, shape in tiny.SHAPES.items() if name != "untied"}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_twenty_steps_equal_those_of_one_device(name, alone):
+    mesh = sharding.mesh_for(MeshConfig(**MESHES[name]), TRAIN.batch, TRAIN.length)
+    assert mesh.size == 8
+    losses_on_eight, state = trained(tiny.LLAMA, mesh)
+    np.testing.assert_allclose(losses_on_eight, alone["llama"], rtol=1e-3)
+    assert losses_on_eight[-1] < losses_on_eight[0] - 0.3
+    held = dict(trees.flatten(state, inside=True))
+    for path, spec in trees.flatten(sharding.shardings(state, mesh), inside=True):
+        assert held[path].sharding == spec, path
+        part = np.prod(spec.shard_shape(held[path].shape))
+        assert held[path].addressable_shards[0].data.size == part
+
+
+@pytest.mark.parametrize(
+    "changes", [{"scan": True}, {"remat": "full"}, {"remat": "dots", "scan": True}, {"accumulate": 2}]
+)
+def test_spread_rows_train_like_whole_ones_in_every_mode(changes, alone):
+    train = dataclasses.replace(TRAIN, **changes)
+    mesh = sharding.make_mesh(data=2, context=2, tensor=2)
+    np.testing.assert_allclose(trained(tiny.SHAPES["gpt2"], mesh, train)[0], alone["gpt2"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_spread_rows_have_the_gradients_of_whole_ones(window, monkeypatch):
+    """Also where attention loops over blocks, here of 8 tokens."""
+    from importlib import import_module
+
+    config = dataclasses.replace(tiny.LLAMA, window=window, context=128).config()
+    params, batch = init_params(config, 0), tiny.batch(config, rows=2, length=96)
+    loss = losses.language_model_loss(config)
+    gradient = lambda params, batch: jax.grad(lambda p: loss(p, {}, batch, None)[0])(params)
+    whole = jax.jit(gradient)(params, batch)
+    mesh = sharding.make_mesh(context=4)
+
+    def on_mesh(params, batch):
+        with sharding.on_mesh(mesh):
+            return gradient(params, batch)
+
+    for unrolled in (1024, 1):
+        monkeypatch.setattr(import_module("efflm.ops.attention"), "UNROLLED", unrolled)
+        monkeypatch.setattr(import_module("efflm.ops.attention"), "BLOCK", 8)
+        ours = jax.jit(lambda params, batch: on_mesh(params, batch))(params, place(batch, mesh))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), ours, whole)
+
+
+def test_weights_are_gathered_a_layer_at_a_time():
+    """No array of the compiled program is as large as what all layers' matrices would be together."""
+    shape = dataclasses.replace(tiny.LLAMA, layers=8, width=64, hidden=192)
+    config, mesh, rule = shape.config(), sharding.make_mesh(fsdp=8), optimizer.make(TRAIN)
+    state = init_state(stack_blocks(init_params(config, 0), config), rule, mesh)
+    batch = place(tiny.batch(config, rows=8, length=16), mesh)
+    program = make_step(losses.language_model_loss(config, scanned=True, remat="full"), rule, 0, state)
+    text = program.lower(state, {}, batch).compile().as_text()
+    gathered = [shape_size(found) for found in re.findall(r"= (\S+) all-gather(?:-start)?\(", text)]
+    layer = config.width * max(block.hidden for block in config.blocks)
+    assert gathered
+    assert layer in gathered
+    assert max(gathered) <= max(layer, config.vocabulary * config.width)
+    assert max(gathered) < 8 * config.width**2  # one matrix of every layer
+
+
+def shape_size(text):
+    return max(int(np.prod([int(n) for n in dims.split(",") if n])) for dims in re.findall(r"\w+\[([\d,]*)\]", text))
