@@ -109,8 +109,12 @@ def test_half_precision_keeps_float32_softmax_and_sums(rng, form, dtype):
         np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=0.03)
 
 
-def test_segments_with_slots_are_refused(rng):
-    q, k, v, _ = draw(rng, 1, 4, 4, 1, 1)
-    rows = jnp.zeros((1, 4), jnp.int32)
-    with pytest.raises(ValueError, match="one document"):
-        ops.attention(q, k, v, slots_BT=rows, segments_BT=rows)
+@pytest.mark.parametrize("window", [0, 6])
+def test_some_queries_of_a_packed_row_see_its_keys(rng, form, window):
+    """A device's own stretches, one from the front and one from the back, against the keys of all."""
+    S, mine = 40, np.r_[5:10, 30:35]
+    q, k, v, g = draw(rng, 2, len(mine), S, 4, 2)
+    segments = np.sort(rng.integers(0, 3, (2, S))).astype(np.int32)
+    whole = visible(S, S, np.tile(np.arange(S), (2, 1)), segments, window)
+    where = {"slots_BT": mine[None].astype(np.int32), "segments_BT": segments[:, mine], "key_segments_BS": segments}
+    compare(q, k, v, g, whole[:, mine], window=window, **where)
