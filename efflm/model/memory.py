@@ -138,7 +138,7 @@ def kept(config: ModelConfig, block: BlockConfig, rows: int, length: int, policy
         "attention's outputs as operands": a * low * (low < 1),
         "log-normalizers": FLOAT * rows * length * block.heads,
         "gate and up": 2 * f if size.swiglu else f,
-        "hidden, as an operand": f * low * (size.big or low < 1 or not size.swiglu),
+        "hidden, as an operand": f * low,
     }
     if not cost.unrolled(length, length):  # loops hold float32, and start from zeros, which are made early
         return arrays | {
