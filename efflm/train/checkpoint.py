@@ -12,6 +12,8 @@ import contextlib
 import dataclasses
 import json
 import logging
+import re
+import shutil
 import signal
 import sys
 import threading
@@ -209,6 +211,7 @@ class _Writer:
             if jax.process_index() == 0:
                 manifest.remove(folder)  # what an earlier life of this run has left there, half-written or corrupt
                 folder.mkdir(parents=True)
+                self._require_room(trees.nbytes(arrays))
                 rundir.write_json(folder / "about.json", about)
             self.orbax = self.orbax or _orbax().StandardCheckpointer()
             self.orbax.save(folder / "arrays", trees.unflatten(arrays))
@@ -237,10 +240,16 @@ class _Writer:
         for step in sorted(set(steps) - set(self.kept(good))):
             manifest.remove(self.directory / str(step))
 
+    def _require_room(self, needed: int) -> None:
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise OSError(f"{free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed")
+
     def _failed(self, folder: Path, error: Exception) -> InputError:
         if jax.process_index() == 0:
             manifest.remove(folder)
         left = [step for step in _steps(self.directory) if manifest.exists(self.directory / str(step))]
+        sys.unraisablehook = _quiet(sys.unraisablehook)
         last = f"the last good one is that of step {left[-1]}" if left else "there is none before it"
         return InputError(
             f"the checkpoint {folder} could not be written ({_reason(error)}); {last}: free some space, or give "
@@ -297,4 +306,11 @@ def _read(folder: Path, leaves: dict[str, jax.ShapeDtypeStruct]) -> dict[str, ja
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """What went wrong in one line. TensorStore gives the system's word for it after a long list of paths."""
+    system = re.search(r": ([^:]+) \[os_error_code", str(error))
+    return system[1] if system else (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _quiet(hook: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Orbax gives up at the first write that fails; the others still running then complain that nobody listens."""
+    return lambda trouble: None if "Event loop is closed" in str(trouble.exc_value) else hook(trouble)
