@@ -154,6 +154,10 @@ class TrainingRun:
         """Raise InputError if the last save has failed by now."""
         self.writer.check()
 
+    def wait(self) -> None:
+        """Return when the last save is committed. Raises InputError if it failed."""
+        self.writer.wait()
+
 
 @contextlib.contextmanager
 def preemption() -> Iterator[Callable[[int], bool]]:
@@ -185,6 +189,8 @@ class _Writer:
         self.directory, self.kept = directory.absolute(), kept
         self.bad: set[int] = set()  # steps whose checkpoints are known not to be whole: they go with the next commit
         self.orbax = self.thread = self.error = None
+        self.hook = sys.unraisablehook
+        sys.unraisablehook = _quiet(self.hook)
 
     def __enter__(self) -> "_Writer":
         return self
@@ -194,8 +200,14 @@ class _Writer:
             self.thread.join()
         if self.orbax:
             self.orbax.close()
+        sys.unraisablehook = self.hook
         if kind is None:  # else there is a first error already
             self.check()
+
+    def wait(self) -> None:
+        if self.thread:
+            self.thread.join()
+        self.check()
 
     def check(self) -> None:
         error, self.error = self.error, None
@@ -203,9 +215,7 @@ class _Writer:
             raise error
 
     def write(self, step: int, arrays: dict[str, jax.Array], about: dict[str, Any]) -> None:
-        if self.thread:
-            self.thread.join()
-        self.check()
+        self.wait()
         folder = self.directory / str(step)
         try:
             if jax.process_index() == 0:
@@ -249,7 +259,7 @@ class _Writer:
         if jax.process_index() == 0:
             manifest.remove(folder)
         left = [step for step in _steps(self.directory) if manifest.exists(self.directory / str(step))]
-        sys.unraisablehook = _quiet(sys.unraisablehook)
+        self.hook = sys.unraisablehook  # stays: the complaints go on until the process ends
         last = f"the last good one is that of step {left[-1]}" if left else "there is none before it"
         return InputError(
             f"the checkpoint {folder} could not be written ({_reason(error)}); {last}: free some space, or give "

@@ -112,6 +112,7 @@ def fit(
                     saved.save(done, state)
                 saved.check()
                 if stop:
+                    saved.wait()
                     raise Stopped(
                         f"stopped at step {done} of {steps}, as told by SIGTERM: the same command goes on from the "
                         f"checkpoint in {checkpointing.directory}"

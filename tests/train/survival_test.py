@@ -272,11 +272,14 @@ def test_a_run_killed_in_its_first_checkpoint_begins_anew(tmp_path, capsys):
     assert "half-written" in capsys.readouterr().err
 
 
-def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(tmp_path):
-    """Files may not grow beyond a limit, from the fourth step on."""
+@pytest.mark.parametrize("told", [False, True])
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, told):
+    """Files may not grow beyond a limit, from the fourth step on: even if it was told to stop, it has failed."""
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def filling(step):
+        if step == 3 and told:
+            os.kill(os.getpid(), signal.SIGTERM)
         if step == 3:
             while not manifest.exists(tmp_path / "state" / "2"):
                 time.sleep(0.001)
