@@ -53,6 +53,7 @@ class Run:
     seed: int = flag(0, "seed of when is killed and what is damaged")
     role: Literal["drill", "train"] = flag("drill", "train: one of the processes that get killed")
     steps: int = flag(0, "steps to train; 0: as many as the kills need")
+    largest_file: int = flag(0, "bytes beyond which the system lets no file grow; 0: no limit")
 
     def __post_init__(self):
         require(self.kills >= 0, f"kills is {self.kills}, but must not be negative")
@@ -70,6 +71,8 @@ def checkpointing(run: Run) -> Checkpointing:
 
 def train(run: Run) -> None:
     """What is killed: the trainer as it is, on rows that are a function of the step."""
+    if run.largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (run.largest_file, run.largest_file))
     rundir.use_compilation_cache(Path(run.run_dir).parent / "compilation_cache")
     config = SHAPE.config()
 
@@ -146,13 +149,16 @@ def final_state(run: Run) -> str:
 def start(run: Run, run_dir: Path, largest_file: int = 0) -> subprocess.Popen:
     """A process that trains in run_dir; what it says goes to run_dir/log."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    flags = {"role": "train", "run_dir": run_dir, "every": run.every, "steps": run.train.steps}
+    flags = {
+        "role": "train",
+        "run_dir": run_dir,
+        "every": run.every,
+        "steps": run.train.steps,
+        "largest_file": largest_file,
+    }
     command = [sys.executable, "-m", "experiments.fault_drill", *(f"--{name}={value}" for name, value in flags.items())]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     with (run_dir.parent / f"{run_dir.name}.log").open("w") as log:
-        return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=limit if largest_file else None
-        )
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
 def said(run_dir: Path) -> str:

@@ -270,7 +270,7 @@ class _Writer:
 def _orbax() -> Any:
     import orbax.checkpoint as ocp  # here, for its only use: it is slow to import
 
-    for name in ("absl", "orbax"):
+    for name in ("absl", "orbax", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # it logs the errors that it raises
     return ocp
 
