@@ -15,6 +15,10 @@ class InputError(ValueError):
     """Something the user gave is wrong. The message is one line: the thing, its value, and the remedy."""
 
 
+class Stopped(Exception):
+    """A run was asked to stop and did so in good order: its message is for the user, and the exit code is 0."""
+
+
 def flag(default: Any, help: str) -> Any:
     """A dataclass field that the bridge turns into a flag with this default and help text."""
     return dataclasses.field(default=default, metadata={"help": help})
@@ -141,6 +145,7 @@ Optimizer = Literal["adamw", "adamw8bit", "adam", "sgd", "lion", "adafactor", "m
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 PolicyName = Literal["float32", "bfloat16", "bfloat16_pure", "float16"]
 Remat = Literal["none", "dots", "full"]
+OnNan = Literal["stop", "skip"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +174,7 @@ class TrainConfig:
     accumulate: int = flag(1, "parts a batch is read in, one after another, for less memory; must divide the batch")
     remat: Remat = flag("none", "what the backward pass computes again: nothing, all but the products, or whole layers")
     scan: bool = flag(False, "one compiled layer looped over (short compile times) in place of unrolled layers")
+    on_nan: OnNan = flag("stop", "at a loss or gradient that is not finite: stop, or skip that update and count it")
     log_every: int = flag(10, "steps between lines in metrics.jsonl")
 
     def __post_init__(self):
@@ -289,6 +295,8 @@ def _help(values: flags.FlagValues, groups: dict[str, Any]) -> str:
 def launch(main: Callable[..., None], doc: str, argv: list[str] | None = None, **groups: Any) -> None:
     """Run main(**groups) with the flags applied; a user's mistake is one line on stderr and exit code 2.
 
+    A run that was told to stop, and has left a checkpoint, says so and exits with code 0.
+
     What the operating system refuses (a full disk, a missing permission) is reported the same way. Anything else
     is our own bug and keeps its traceback.
     """
@@ -296,6 +304,8 @@ def launch(main: Callable[..., None], doc: str, argv: list[str] | None = None, *
         main(**parse(sys.argv if argv is None else argv, **groups))
     except HelpWanted as wanted:
         print(f"{doc.strip()}\n{wanted}")
+    except Stopped as stopped:
+        print(stopped)
     except InputError as error:
         sys.exit(_fail(str(error)))
     except OSError as error:

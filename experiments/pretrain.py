@@ -2,7 +2,9 @@
 
     python -m experiments.pretrain --corpus=stdlib --run_dir=runs/pretrain --train.steps=200 --model.layers=6
 
-Expect `checkpoint/`, `tokenizer.json` and `metrics.jsonl` in the run directory, and a validation loss at the end.
+Expect `checkpoint/`, `tokenizer.json`, `metrics.jsonl` and `tensorboard/` in the run directory, and a validation loss
+at the end. While it trains, `state/` holds what it goes on from, by the same command, when it was stopped or killed: a
+SIGTERM makes it write one last checkpoint and end with exit code 0.
 """
 
 import dataclasses
@@ -19,6 +21,7 @@ from efflm.evaluate import quality
 from efflm.model import LanguageModel, init_params, sharding, stack_blocks, unstack_blocks
 from efflm.precision import POLICIES, cast, loss_scale_for
 from efflm.train import checkpoint, loop, losses, optimizer
+from efflm.train.checkpoint import Checkpointing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,10 +32,23 @@ class Run:
     corpus: str = flag("stdlib", "'stdlib' (Python's own source files), or a file or folder of UTF-8 text")
     seed: int = flag(0, "seed of the weights and of the order of rows")
     init_from: str = flag("", "run directory of an earlier training run to start the weights from")
+    checkpoint_every: int = flag(200, "steps between checkpoints of the running training; 0: only at its end")
+    keep: int = flag(2, "how many of the newest of these checkpoints to keep")
+    keep_period: int = flag(0, "keep those of every so many steps for good; 0: none")
     profile_steps: str = flag("", "FIRST,LAST: trace these steps into run_dir/profile, for TensorBoard and Perfetto")
 
     def __post_init__(self):
         self.profile()
+        self.checkpointing({})
+
+    def checkpointing(self, about: dict[str, Any]) -> Checkpointing:
+        return Checkpointing(
+            directory=Path(self.run_dir) / "state",
+            every=self.checkpoint_every,
+            keep=self.keep,
+            keep_period=self.keep_period,
+            about=about,
+        )
 
     def profile(self) -> tuple[int, int, Path] | None:
         if not self.profile_steps:
@@ -57,7 +73,8 @@ def check(run: Run, config: ModelConfig, train: TrainConfig) -> None:
         f"profile_steps {run.profile_steps} lies beyond the last step: train.steps is {train.steps}",
     )
     matrices = config.width * (config.vocabulary + sum(3 * block.hidden + 4 * config.width for block in config.blocks))
-    rundir.require_writable(Path(run.run_dir), needs=150_000_000 + 40 * matrices)
+    # Weights and both moments in float32 for each checkpoint kept and the one being written; the model itself.
+    rundir.require_writable(Path(run.run_dir), needs=150_000_000 + (12 * (run.keep + 1) + 4) * matrices)
     if run.init_from:
         require(
             checkpoint.exists(Path(run.init_from) / "checkpoint"),
@@ -84,7 +101,8 @@ def prepare(run: Run, config: ModelConfig, train: TrainConfig) -> Dataset:
 
 
 def trained_model(run: Run, config: ModelConfig, train: TrainConfig, data: Dataset, mesh: Mesh) -> LanguageModel:
-    """The model of this run: from its checkpoint if it has one, else trained now and checkpointed."""
+    """The model of this run: from its checkpoint if it has one, else trained now, from where an earlier life of the run
+    was stopped, and checkpointed."""
     run_dir = Path(run.run_dir)
     folder = run_dir / "checkpoint"
     about: dict[str, Any] = {
@@ -92,7 +110,11 @@ def trained_model(run: Run, config: ModelConfig, train: TrainConfig, data: Datas
         "tokenizer": data.tokenizer.digest,
         "seed": run.seed,
         "init_from": run.init_from,
-        **{f"train.{name}": value for name, value in dataclasses.asdict(train).items() if name != "log_every"},
+        **{
+            f"train.{name}": value
+            for name, value in dataclasses.asdict(train).items()
+            if name not in ("log_every", "on_nan")  # what the run that is gone on with may change
+        },
     }
     if checkpoint.exists(folder):
         model, found = checkpoint.load(folder, mesh)
@@ -106,8 +128,6 @@ def trained_model(run: Run, config: ModelConfig, train: TrainConfig, data: Datas
         params = start.params
     else:
         params = init_params(config, run.seed)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    data.tokenizer.save(run_dir / "tokenizer.json")
     policy = POLICIES[train.policy]
     params = loop.fit(
         losses.language_model_loss(config, policy, scanned=train.scan, remat=train.remat, z_loss=train.z_loss),
@@ -120,11 +140,15 @@ def trained_model(run: Run, config: ModelConfig, train: TrainConfig, data: Datas
         seed=run.seed,
         accumulate=train.accumulate,
         loss_scale=loss_scale_for(policy),
+        on_nan=train.on_nan,
         log_every=train.log_every,
         metrics_file=run_dir / "metrics.jsonl",
+        tensorboard=run_dir / "tensorboard",
+        checkpointing=run.checkpointing(config.to_dict() | about),
         profile=run.profile(),
     )
     model = LanguageModel(config, unstack_blocks(params, config) if train.scan else params)
+    data.tokenizer.save(run_dir / "tokenizer.json")
     checkpoint.save(folder, train.steps, model, about | {"source": data.corpus.source})
     return model
 

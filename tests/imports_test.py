@@ -33,6 +33,7 @@ ONE_PLACE = {
     "tokenizers": "tokenizer.py",
     "matplotlib": "report/plots.py",
     "grain": "data/loader.py",
+    "tensorboardX": "train/metrics.py",
 }
 
 
@@ -87,7 +88,7 @@ def test_importing_the_library_starts_nothing():
 def test_the_experiments_answer_help_without_the_slow_libraries():
     program = (
         "import sys, experiments.quickstart, experiments.compress\n"
-        "slow = {'orbax', 'tensorflow_datasets', 'grain', 'matplotlib'} & set(sys.modules)\n"
+        "slow = {'orbax', 'tensorflow_datasets', 'grain', 'matplotlib', 'tensorboardX'} & set(sys.modules)\n"
         "assert not slow, slow"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=120)

@@ -1,78 +1,71 @@
-"""Models on disk, through Orbax: atomic, compressed weights included, described by a manifest."""
+"""Checkpoints, through Orbax: finished models, and training runs that may die at any moment.
 
+    DIRECTORY/STEP/arrays/         every array under its path, by Orbax, each process writing its own parts
+    DIRECTORY/STEP/about.json      what the arrays are and how they were made
+    DIRECTORY/STEP/manifest.json   the SHA-256 of each of these files, written last: the commit (train.manifest)
+
+Old checkpoints go only once the new one is committed, which is why Orbax's own manager, which knows no manifest,
+does not do it.
+"""
+
+import contextlib
+import dataclasses
+import json
 import logging
+import re
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from efflm import trees
+from efflm import rundir, trees
 from efflm.config import InputError, ModelConfig, require
 from efflm.model import LanguageModel, sharding
 from efflm.ops.qarray import from_flat, to_flat
+from efflm.train import manifest
+from efflm.train.step import TrainState
+
+FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError)  # what Orbax and TensorStore raise for a bad disk
 
 
-def _manager(directory: Path):
-    import orbax.checkpoint as ocp  # here, for its only use: it is slow to import
-
-    for name in ("absl", "orbax"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False, create=False)
-    return ocp, ocp.CheckpointManager(directory.absolute(), options=options)
+# --- finished models -----------------------------------------------------------------------------------------------
 
 
 def save(directory: Path, step: int, model: LanguageModel, about: dict[str, Any]) -> None:
     """Write the model under directory/<step>, whole or not at all. `about` is any JSON that tells how it was made."""
-    directory.mkdir(parents=True, exist_ok=True)
     flat, kinds = to_flat(model.params)
-    manifest = {
-        "config": model.config.to_dict(),
-        "kinds": kinds,
-        "leaves": {path: {"shape": list(leaf.shape), "dtype": leaf.dtype.name} for path, leaf in flat.items()},
-        "about": about,
-    }
-    ocp, manager = _manager(directory)
-    with manager:
-        manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(trees.unflatten(flat)), manifest=ocp.args.JsonSave(manifest)
-            ),
-            force=True,
-        )
+    leaves = {path: {"shape": list(leaf.shape), "dtype": leaf.dtype.name} for path, leaf in flat.items()}
+    described = {"config": model.config.to_dict(), "kinds": kinds, "leaves": leaves, "about": about}
+    with _Writer(directory, lambda _: [step]) as writer:
+        writer.write(step, flat, described)
 
 
 def exists(directory: Path) -> bool:
     """Whether a whole checkpoint lies there."""
-    return any(path.name.isdigit() for path in directory.glob("*")) if directory.is_dir() else False
+    return any(manifest.exists(directory / str(step)) for step in _steps(directory))
 
 
 def load(directory: Path, mesh: Mesh) -> tuple[LanguageModel, dict[str, Any]]:
     """The newest model under `directory`, laid on the mesh, and its `about`. Raises InputError."""
-    require(exists(directory), f"no checkpoint in {directory}: give a directory that a training run has written")
-    ocp, manager = _manager(directory)
-    try:
-        with manager:
-            step = manager.latest_step()
-            manifest = manager.restore(step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore())).manifest
-            leaves = {
-                path: jax.ShapeDtypeStruct(
-                    leaf["shape"],
-                    leaf["dtype"],
-                    sharding=jax.NamedSharding(mesh, sharding.partition_spec(path, tuple(leaf["shape"]), mesh)),
-                )
-                for path, leaf in manifest["leaves"].items()
-            }
-            target = ocp.args.StandardRestore(trees.unflatten(leaves))
-            restored = manager.restore(step, args=ocp.args.Composite(params=target)).params
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"the checkpoint in {directory} cannot be read ({first_line}): delete it or give another"
-        ) from error
-    params = from_flat(dict(trees.flatten(restored)), manifest["kinds"])
-    return LanguageModel(ModelConfig.from_dict(manifest["config"]), params), manifest["about"]
+    require(bool(_steps(directory)), f"no checkpoint in {directory}: give a directory that a training run has written")
+    step = _newest_good(directory)
+    require(step is not None, f"no checkpoint in {directory} is whole: delete it and train again, or give another")
+    about = _about(directory, step)
+    where = lambda path, shape: jax.NamedSharding(mesh, sharding.partition_spec(path, shape, mesh))
+    leaves = {
+        path: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"], sharding=where(path, tuple(leaf["shape"])))
+        for path, leaf in about["leaves"].items()
+    }
+    params = from_flat(_read(directory / str(step), leaves), about["kinds"])
+    return LanguageModel(ModelConfig.from_dict(about["config"]), params), about["about"]
 
 
 def require_same(wanted: dict[str, Any], found: dict[str, Any], directory: Path) -> None:
@@ -84,3 +77,250 @@ def require_same(wanted: dict[str, Any], found: dict[str, Any], directory: Path)
             f"the checkpoint in {directory} was made with {name}={other}, but this run asks for {value}: give another "
             "--run_dir, or the same settings",
         )
+
+
+# --- training runs -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpointing:
+    """Where a training run keeps its state and how often: every so many steps, and at its end.
+
+    The newest `keep` are kept, and for good those of every `keep_period`-th step (0: none). `about` is any JSON; a
+    checkpoint made with another one is refused.
+    """
+
+    directory: Path
+    every: int = 0
+    keep: int = 2
+    keep_period: int = 0
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        require(self.every >= 0, f"checkpoint_every is {self.every}, but must be positive, or 0 for the end only")
+        require(self.keep > 0, f"keep is {self.keep}, but must be positive: one checkpoint at least is kept")
+        require(self.keep_period >= 0, f"keep_period is {self.keep_period}, but must be positive, or 0 for none")
+
+    def kept(self, steps: list[int]) -> list[int]:
+        """Of ascending steps, those to keep."""
+        for_good = [step for step in steps if self.keep_period and step % self.keep_period == 0]
+        return sorted({*steps[-self.keep :], *for_good})
+
+
+class TrainingRun:
+    """The checkpoints of one run: `resume` once, then `save` as often as wanted, inside a `with`.
+
+    A checkpoint is the whole TrainState. It holds no more, since the rows a step sees and its randomness are functions
+    of the seed and the step. Training goes on while one is written; leaving the `with` waits for it.
+    """
+
+    def __init__(self, policy: Checkpointing):
+        self.policy = policy
+        self.writer = _Writer(policy.directory, policy.kept)
+
+    def __enter__(self) -> "TrainingRun":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.writer.__exit__(*error)
+
+    def resume(self, like: TrainState) -> TrainState | None:
+        """The newest good state, laid out as the abstract `like`; None at the start of a run.
+
+        One that is corrupt or half-written is passed over with a warning. Raises InputError if every committed one is
+        corrupt, or if the run was started with other settings.
+        """
+        directory = self.policy.directory
+        step = _newest_good(directory)
+        if step is None:
+            require(
+                not exists(directory),
+                f"no checkpoint in {directory} is whole: delete it to start over, or give another --run_dir",
+            )
+            return None
+        as_stored = json.loads(json.dumps(self.policy.about))
+        require_same(as_stored, _about(directory, step), directory)
+        self.writer.bad = {other for other in _steps(directory) if other > step}
+        flat = dict(trees.flatten(like, inside=True))
+        restored = _read(directory / str(step), flat)
+        return jax.tree.unflatten(jax.tree.structure(like), [restored[path] for path in flat])
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Begin to write the state after `step` steps; on return it may be donated. Raises InputError if this or the
+        save before it failed."""
+        self.writer.write(step, dict(trees.flatten(state, inside=True)), self.policy.about)
+
+    def check(self) -> None:
+        """Raise InputError if the last save has failed by now."""
+        self.writer.check()
+
+    def wait(self) -> None:
+        """Return when the last save is committed. Raises InputError if it failed."""
+        self.writer.wait()
+
+
+@contextlib.contextmanager
+def preemption() -> Iterator[Callable[[int], bool]]:
+    """Gives asked(step): whether the run was told to stop by a SIGTERM, which then no longer kills it.
+
+    On several hosts the signal, which may reach only one of them, is caught by jax.distributed, and all agree on the
+    step at which to stop: call it once a step, on each of them.
+    """
+    if jax.process_count() > 1:
+        yield _orbax().multihost.reached_preemption
+    elif threading.current_thread() is not threading.main_thread():
+        yield lambda step: False  # only the main thread may catch signals
+    else:
+        signals: list[int] = []
+        before = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
+        try:
+            yield lambda step: bool(signals)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+class _Writer:
+    """Writes one checkpoint at a time, in a thread of its own, and then drops the ones that `kept` leaves out."""
+
+    def __init__(self, directory: Path, kept: Callable[[list[int]], list[int]]):
+        self.directory, self.kept = directory.absolute(), kept
+        self.bad: set[int] = set()  # steps whose checkpoints are known not to be whole: they go with the next commit
+        self.orbax = self.thread = self.error = None
+        self.hook = sys.unraisablehook
+        sys.unraisablehook = _quiet(self.hook)
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if self.thread:
+            self.thread.join()
+        if self.orbax:
+            self.orbax.close()
+        sys.unraisablehook = self.hook
+        if kind is None:  # else there is a first error already
+            self.check()
+
+    def wait(self) -> None:
+        if self.thread:
+            self.thread.join()
+        self.check()
+
+    def check(self) -> None:
+        error, self.error = self.error, None
+        if error:
+            raise error
+
+    def write(self, step: int, arrays: dict[str, jax.Array], about: dict[str, Any]) -> None:
+        self.wait()
+        folder = self.directory / str(step)
+        try:
+            if jax.process_index() == 0:
+                manifest.remove(folder)  # what an earlier life of this run has left there, half-written or corrupt
+                folder.mkdir(parents=True)
+                self._require_room(trees.nbytes(arrays))
+                rundir.write_json(folder / "about.json", about)
+            self.orbax = self.orbax or _orbax().StandardCheckpointer()
+            self.orbax.save(folder / "arrays", trees.unflatten(arrays))
+        except FAILURES as error:
+            raise self._failed(folder, error) from error
+        self.thread = threading.Thread(target=self._commit, args=(step,), name=f"checkpoint {step}")
+        self.thread.start()
+
+    def _commit(self, step: int) -> None:
+        folder = self.directory / str(step)
+        try:
+            self.orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                manifest.write(folder)
+                self._drop(step)
+        except FAILURES as error:
+            self.error = self._failed(folder, error)
+        except BaseException as error:  # our own bug: the main thread raises it as it is
+            self.error = error
+
+    def _drop(self, newest: int) -> None:
+        """Delete what the newest checkpoint makes superfluous, and what is not whole."""
+        self.bad.discard(newest)
+        steps = _steps(self.directory)
+        good = [step for step in steps if step not in self.bad and manifest.exists(self.directory / str(step))]
+        for step in sorted(set(steps) - set(self.kept(good))):
+            manifest.remove(self.directory / str(step))
+
+    def _require_room(self, needed: int) -> None:
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise OSError(f"{free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed")
+
+    def _failed(self, folder: Path, error: Exception) -> InputError:
+        if jax.process_index() == 0:
+            manifest.remove(folder)
+        left = [step for step in _steps(self.directory) if manifest.exists(self.directory / str(step))]
+        self.hook = sys.unraisablehook  # stays: the complaints go on until the process ends
+        last = f"the last good one is that of step {left[-1]}" if left else "there is none before it"
+        return InputError(
+            f"the checkpoint {folder} could not be written ({_reason(error)}); {last}: free some space, or give "
+            "another --run_dir"
+        )
+
+
+def _orbax() -> Any:
+    import orbax.checkpoint as ocp  # here, for its only use: it is slow to import
+
+    for name in ("absl", "orbax", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # it logs the errors that it raises
+    return ocp
+
+
+def _steps(directory: Path) -> list[int]:
+    """The steps of which there is a folder, ascending."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit()) if directory.is_dir() else []
+
+
+def _newest_good(directory: Path) -> int | None:
+    """The newest step whose checkpoint is whole, every byte verified, the same on every host; a warning for each newer.
+
+    Process 0 looks, and tells the others: they must not choose differently.
+    """
+    good = None
+    if jax.process_index() == 0:
+        for step in reversed(_steps(directory)):
+            problem = manifest.problem(directory / str(step))
+            if not problem:
+                good = step
+                break
+            print(f"warning: passing over the checkpoint {directory / str(step)}: {problem}", file=sys.stderr)
+    if jax.process_count() > 1:
+        told = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if good is None else good)))
+        good = None if told < 0 else told
+    return good
+
+
+def _about(directory: Path, step: int) -> dict[str, Any]:
+    return json.loads((directory / str(step) / "about.json").read_text())
+
+
+def _read(folder: Path, leaves: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """The arrays of a verified checkpoint by path, each laid where its abstract leaf says."""
+    try:
+        with _orbax().StandardCheckpointer() as reader:
+            tree = reader.restore(folder.absolute() / "arrays", trees.unflatten(leaves))
+    except FAILURES as error:
+        raise InputError(f"the checkpoint {folder} cannot be read ({_reason(error)}): delete it or give another") from (
+            error
+        )
+    return dict(trees.flatten(tree))
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong in one line. TensorStore gives the system's word for it after a long list of paths."""
+    system = re.search(r": ([^:]+) \[os_error_code", str(error))
+    return system[1] if system else (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _quiet(hook: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Orbax gives up at the first write that fails; the others still running then complain that nobody listens."""
+    return lambda trouble: None if "Event loop is closed" in str(trouble.exc_value) else hook(trouble)

@@ -1,6 +1,6 @@
-"""The loop around the step: feeding, metrics, a progress bar, a profile. There is no other trainer."""
+"""The loop around the step: feeding, metrics, checkpoints, a progress bar, a profile. There is no other trainer."""
 
-import json
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -14,11 +14,14 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from efflm.config import InputError
+from efflm import trees
+from efflm.config import OnNan, Stopped, require
 from efflm.model.sharding import shardings
 from efflm.precision import LossScale
+from efflm.train.checkpoint import Checkpointing, TrainingRun, preemption
+from efflm.train.metrics import Metrics
 from efflm.train.optimizer import evaluation_params
-from efflm.train.step import LossFn, init_state, make_step, place
+from efflm.train.step import LossFn, abstract_state, init_state, make_step, place
 
 Batches = Callable[[int], dict[str, np.ndarray]]  # step -> the rows of that step, whoever asks and whenever
 
@@ -35,72 +38,146 @@ def fit(
     seed: int = 0,
     accumulate: int = 1,
     loss_scale: LossScale | None = None,
+    on_nan: OnNan = "stop",
     title: str = "training",
     log_every: int = 10,
     metrics_file: Path | None = None,
+    tensorboard: Path | None = None,
+    checkpointing: Checkpointing | None = None,
     profile: tuple[int, int, Path] | None = None,
 ) -> Any:
     """Train for `steps` steps and return the trained tree: Schedule-Free's averaged one where that is the optimizer.
 
-    Metrics go to `metrics_file` as JSON lines, one every `log_every` steps and one for the last;
-    their seconds are counted from the end of the first step, which compiles. `profile` is (first
-    step, last step, folder): a trace for TensorBoard and Perfetto. A step is dispatched before the metrics of
+    Metrics go to `metrics_file` as JSON lines, one every `log_every` steps and one for the last, and to event files in
+    the folder `tensorboard`; their seconds are counted from the end of the first step, which compiles. `profile` is
+    (first step, last step, folder): a trace for TensorBoard and Perfetto. A step is dispatched before the metrics of
     the one before it are fetched, so the device never waits for the host. `accumulate` and `loss_scale` as in
-    train.step. Raises InputError if the loss is not finite, unless the step was skipped for a lower loss scale.
+    train.step.
+
+    With `checkpointing`, the run goes on from its newest good checkpoint, to the same metrics and weights as if it had
+    never stopped, bit for bit on one device. Every step up to a checkpoint is known to have been finite before that is
+    written. A SIGTERM ends the run after the step in flight with a checkpoint and raises Stopped.
+
+    Raises InputError if the loss or a gradient is not finite, unless the step was skipped: for a lower loss scale, or
+    because of on_nan="skip". Raises it too if a checkpoint cannot be written; the one before is left as it is.
     """
-    state = init_state(trainable, optimizer, mesh, loss_scale)
-    frozen = jax.device_put(frozen, shardings(frozen, mesh))
-    step_fn = make_step(loss_fn, optimizer, seed, state, accumulate)
-    lines = metrics_file.open("w") if metrics_file else None
-    pending, started, counted = None, time.perf_counter(), 0
-    bar = _Bar(title, steps)
-    try:
-        for step in range(steps):
+    like = abstract_state(trainable, optimizer, mesh, loss_scale)
+    with contextlib.ExitStack() as stack:
+        # A SIGTERM is caught until the last checkpoint is written, so it is the last to be left.
+        asked_to_stop = stack.enter_context(preemption()) if checkpointing else lambda step: False
+        saved = stack.enter_context(TrainingRun(checkpointing)) if checkpointing else None
+        state = saved.resume(like) if saved else None
+        if state is None:
+            state = init_state(trainable, optimizer, mesh, loss_scale)
+        first = int(state.step)
+        if first:
+            print(f"  {title}: going on from step {first} of {steps}", flush=True)
+        frozen = jax.device_put(frozen, shardings(frozen, mesh))
+        step_fn = make_step(loss_fn, optimizer, seed, like, accumulate, on_nan)
+        report = stack.enter_context(
+            _Report(
+                metrics=Metrics(metrics_file if jax.process_index() == 0 else None, tensorboard, first),
+                bar=_Bar(title, first, steps),
+                excused=lambda values: (
+                    on_nan == "skip" or bool(loss_scale and not math.isfinite(values["gradient_norm"]))
+                ),
+                leaves=[path for path, _ in trees.flatten(trainable, inside=True)],
+            )
+        )
+        traced = False
+        for step in range(first, steps):
             batch = batches(step)
             if profile and step == profile[0]:
                 jax.block_until_ready(state)
                 jax.profiler.start_trace(str(profile[2]), create_perfetto_trace=True)
+                traced = True
             state, metrics = step_fn(state, frozen, place(batch, mesh))
-            counted += int(np.sum(batch["segments"] > 0))
-            if profile and step == profile[1]:
+            report.count(batch)
+            if traced and step == profile[1]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
-            if pending:
-                _report(*pending, bar, lines)
-                pending = None
-            if (step + 1) % log_every == 0 or step + 1 == steps:
-                pending = (step + 1, metrics, counted, time.perf_counter() - started)
-            if step == 0:  # the first step compiles: what it took says nothing of the rate
+            if report.due:
+                report.fetch()
+            done, last = step + 1, step + 1 == steps
+            if step == first:  # the first step compiles: what it took says nothing of the rate
                 jax.block_until_ready(state)
-                started, counted = time.perf_counter(), 0
-            bar.advance(step + 1)
-        _report(*pending, bar, lines)
+                report.start()
+            report.add(done, metrics, line=done % log_every == 0 or last)
+            report.bar.advance(done)
+            if saved:
+                stop = asked_to_stop(done) and not last
+                if stop or last or (checkpointing.every and done % checkpointing.every == 0):
+                    report.fetch()
+                    report.metrics.sync()
+                    saved.save(done, state)
+                saved.check()
+                if stop:
+                    saved.wait()
+                    raise Stopped(
+                        f"stopped at step {done} of {steps}, as told by SIGTERM: the same command goes on from the "
+                        f"checkpoint in {checkpointing.directory}"
+                    )
+        report.fetch()
         return evaluation_params(state.optimizer, state.trainable)
-    finally:
-        bar.close()
-        if lines:
-            lines.close()
 
 
-def _report(step: int, metrics: dict[str, jax.Array], tokens: int, seconds: float, bar: "_Bar", lines: Any) -> None:
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    if not math.isfinite(values["loss"]) and not values.get("skipped"):
-        raise InputError(
-            f"the loss is {values['loss']} at step {step}: lower the learning rate or lengthen the warm-up"
+class _Report:
+    """Fetches metrics some steps late, checks every step's, and writes those that are due a line."""
+
+    def __init__(self, metrics: Metrics, bar: "_Bar", excused: Callable[[dict[str, float]], bool], leaves: list[str]):
+        self.metrics, self.bar, self.excused, self.leaves = metrics, bar, excused, leaves
+        self.waiting: list[tuple[int, dict[str, jax.Array], bool, int, float]] = []
+        self.due = False
+        self.start()
+
+    def __enter__(self) -> "_Report":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.close()
+        self.metrics.close()
+
+    def start(self) -> None:
+        """Count tokens and seconds from now."""
+        self.started, self.tokens = time.perf_counter(), 0
+
+    def count(self, batch: dict[str, np.ndarray]) -> None:
+        self.tokens += int(np.sum(batch["segments"] > 0))
+
+    def add(self, step: int, metrics: dict[str, jax.Array], line: bool) -> None:
+        self.waiting.append((step, metrics, line, self.tokens, time.perf_counter() - self.started))
+        self.due = self.due or line
+
+    def fetch(self) -> None:
+        """Wait for the steps added so far. Raises InputError for the first that was not finite."""
+        waiting, self.waiting, self.due = self.waiting, [], False
+        fetched = jax.device_get([metrics for _, metrics, *_ in waiting])
+        for (step, _, line, tokens, seconds), metrics in zip(waiting, fetched):
+            values = {name: float(value) for name, value in metrics.items()}
+            leaf = int(values.pop("nonfinite"))
+            if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+                self._require_excuse(step, values, leaf)
+            if line:
+                rate = tokens / seconds if tokens and seconds > 0 else 0.0
+                self.bar.show(values["loss"], rate)
+                taken = {"seconds": round(self.metrics.seconds + seconds, 4), "tokens_per_second": round(rate, 1)}
+                self.metrics.write({"step": step, **values, **taken})
+
+    def _require_excuse(self, step: int, values: dict[str, float], leaf: int) -> None:
+        where = f"the first such gradient is that of {self.leaves[leaf]}" if leaf >= 0 else "no gradient is at fault"
+        require(
+            self.excused(values),
+            f"the loss is {values['loss']} at step {step}, the gradient's norm {values['gradient_norm']} ({where}): "
+            "lower the learning rate, lengthen the warm-up, or leave such steps out with --train.on_nan=skip",
         )
-    rate = tokens / seconds if tokens and seconds > 0 else 0.0
-    bar.show(values["loss"], rate)
-    if lines:
-        record = {"step": step, **values, "seconds": round(seconds, 4), "tokens_per_second": round(rate, 1)}
-        lines.write(json.dumps(record) + "\n")
-        lines.flush()
 
 
 class _Bar:
     """A progress bar on a terminal; a line now and then elsewhere."""
 
-    def __init__(self, title: str, steps: int):
-        self.console, self.title, self.steps, self.words, self.shown = Console(), title, steps, "", 0
+    def __init__(self, title: str, first: int, steps: int):
+        self.console, self.title, self.words = Console(), title, ""
+        self.first, self.steps, self.shown = first, steps, first * 5 // steps
         self.started = time.perf_counter()
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -113,7 +190,7 @@ class _Bar:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.task = self.progress.add_task(title, total=steps, words="")
+        self.task = self.progress.add_task(title, total=steps, completed=first, words="")
         self.progress.start()
 
     def show(self, loss: float, rate: float) -> None:
@@ -124,7 +201,7 @@ class _Bar:
         self.progress.update(self.task, completed=step)
         if not self.console.is_terminal and (step == self.steps or step * 5 // self.steps > self.shown):
             self.shown = step * 5 // self.steps
-            left = (time.perf_counter() - self.started) / step * (self.steps - step)
+            left = (time.perf_counter() - self.started) / (step - self.first) * (self.steps - step)
             print(f"  {self.title}: step {step}/{self.steps}  {self.words}  {left:.0f} s left", flush=True)
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from efflm.config import require
+from efflm.config import OnNan, require
 from efflm.model import sharding
 from efflm.precision import LossScale, cast, stochastic_round
 
@@ -21,33 +21,59 @@ LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Arr
 
 @flax.struct.dataclass
 class TrainState:
-    """What one step hands to the next. loss_scale is None unless gradients would underflow without it."""
+    """What one step hands to the next, and all that a run must keep to go on as if it had never stopped.
+
+    loss_scale is None unless gradients would underflow without it. skipped counts the steps that changed nothing
+    because something in them was not finite; None where nobody counts.
+    """
 
     step: jax.Array
     trainable: Any
     optimizer: Any
     loss_scale: LossScale | None = None
+    skipped: jax.Array | None = None
 
 
 def init_state(
     trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh, loss_scale: LossScale | None = None
 ) -> TrainState:
     """A state on the mesh, its optimizer moments sharded like the weights. The given arrays are copied, not donated."""
+    specs = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(trainable, optimizer, mesh, loss_scale))
+    return jax.jit(_fresh(optimizer), out_shardings=specs)(trainable, loss_scale)
+
+
+def abstract_state(
+    trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh, loss_scale: LossScale | None = None
+) -> TrainState:
+    """The shapes, dtypes and shardings of `init_state`'s, with nothing allocated."""
+    shapes = jax.eval_shape(_fresh(optimizer), trainable, loss_scale)
+    laid = lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spec)
+    return jax.tree.map(laid, shapes, sharding.shardings(shapes, mesh))
+
+
+def _fresh(optimizer: optax.GradientTransformation):
     # Moments are float32, whatever the weights are kept in.
     moments = lambda tree: optimizer.init(cast(tree, jnp.float32))
-    fresh = lambda tree, scale: TrainState(jnp.int32(0), jax.tree.map(jnp.copy, tree), moments(tree), scale)
-    specs = sharding.shardings(jax.eval_shape(fresh, trainable, loss_scale), mesh)
-    return jax.jit(fresh, out_shardings=specs)(trainable, loss_scale)
+    return lambda tree, scale: TrainState(
+        jnp.int32(0), jax.tree.map(jnp.copy, tree), moments(tree), scale, jnp.int32(0)
+    )
 
 
 def make_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, seed: int, state: TrainState, accumulate: int = 1
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    state: TrainState,
+    accumulate: int = 1,
+    on_nan: OnNan = "stop",
 ):
     """A jitted step(state, frozen, batch) -> (state, metrics). The state is donated; metrics stay on the device.
 
     The batch is read in `accumulate` parts one after another, which must divide its rows. Gradients and updates are
     float32; weights kept in less are rounded stochastically. With a loss scale, a step whose gradients overflow
-    changes nothing but the scale and counts in "skipped".
+    changes nothing but the scale; with on_nan="skip", neither does a step whose loss or gradients are not finite. The
+    metric "skipped" counts both since the start. "nonfinite" is the first leaf of the gradients (its place in
+    jax.tree.leaves) that holds what is not finite or cannot be squared, or -1: whoever stops can name it.
 
     The new state lies where `state` does: left to the partitioner it could move, and the second step compile again.
     """
@@ -59,14 +85,26 @@ def make_step(
         masters = cast(state.trainable, jnp.float32)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, masters)
         trainable = _apply(state.trainable, masters, updates, rng)
-        norm = optax.tree.norm(grads)
-        metrics = {"loss": loss, "gradient_norm": norm, **aux}
-        new = TrainState(state.step + 1, trainable, optimizer_state, state.loss_scale)
-        if state.loss_scale:
-            finite = jnp.isfinite(norm)
+        # The sums that clipping needs anyway tell which leaf is at fault: naming it costs no pass over the gradients.
+        squares = jnp.stack([jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)])
+        norm, bad = optax.tree.norm(grads), ~jnp.isfinite(squares)
+        metrics = {
+            "loss": loss,
+            "gradient_norm": norm,
+            **aux,
+            "nonfinite": jnp.where(jnp.any(bad), jnp.argmax(bad), -1),
+        }
+        new = TrainState(state.step + 1, trainable, optimizer_state, state.loss_scale, state.skipped)
+        if state.loss_scale or on_nan == "skip":
+            finite = jnp.isfinite(norm) & (jnp.isfinite(loss) | (on_nan == "stop"))
             new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-            new = new.replace(step=state.step + 1, loss_scale=state.loss_scale.after(finite))
-            metrics |= {"loss_scale": scale, "skipped": 1.0 - finite}
+            new = new.replace(step=state.step + 1)
+            if state.loss_scale:
+                new = new.replace(loss_scale=state.loss_scale.after(finite))
+                metrics["loss_scale"] = scale
+            if state.skipped is not None:
+                new = new.replace(skipped=state.skipped + ~finite)
+                metrics["skipped"] = new.skipped
         return new, metrics
 
     where = jax.tree.map(lambda array: array.sharding, state)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from efflm.compress.finetune import Finetune
 from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink
-from efflm.config import ModelShape, TrainConfig, launch
+from efflm.config import MeshConfig, ModelShape, TrainConfig, launch
+from efflm.train import loop
 from experiments import compress, evaluate, pretrain, quickstart
 
 TINY = [
@@ -32,7 +35,7 @@ FIELDS = {
 def run(module, *argv):
     groups = {
         quickstart: {"run": quickstart.Run(), "model": ModelShape(), "train": TrainConfig()},
-        pretrain: {"run": pretrain.Run(), "model": ModelShape(), "train": TrainConfig()},
+        pretrain: {"run": pretrain.Run(), "model": ModelShape(), "train": TrainConfig(), "mesh": MeshConfig()},
         compress: {
             "run": compress.Run(), "quantize": Quantize, "prune": Prune, "finetune": Finetune, "distill": Distill,
             "shrink": Shrink,
@@ -110,6 +113,32 @@ def test_a_fresh_run_with_the_same_seed_gives_the_same_model(trained, corpus, tm
     assert losses(tmp_path / "again") == losses(trained)
     run(pretrain, f"--run_dir={tmp_path / 'other'}", f"--corpus={corpus}", "--seed=1", *TINY)
     assert losses(tmp_path / "other") != losses(trained)
+
+
+def test_a_stopped_run_goes_on_by_the_same_command(corpus, tmp_path, monkeypatch, capsys):
+    flags = [f"--corpus={corpus}", *TINY, "--checkpoint_every=2", "--train.log_every=1"]
+    metrics = lambda name: [
+        {key: value for key, value in json.loads(line).items() if "second" not in key}
+        for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    ]
+    run(pretrain, f"--run_dir={tmp_path / 'calm'}", *flags)
+    calm, placed = capsys.readouterr().out.splitlines()[-1].split(";")[0], []
+    with monkeypatch.context() as patched:
+        place = loop.place
+        told = lambda batch, mesh: (placed.append(0), len(placed) == 3 and os.kill(os.getpid(), signal.SIGTERM))
+        patched.setattr(loop, "place", lambda batch, mesh: told(batch, mesh) and place(batch, mesh))
+        run(pretrain, f"--run_dir={tmp_path / 'stopped'}", *flags)  # no SystemExit: exit code 0
+    assert "stopped at step 3 of 6" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(pretrain, f"--run_dir={tmp_path / 'stopped'}", *flags, "--train.clip=2")
+    assert "train.clip=1.0, but this run asks for 2.0" in capsys.readouterr().err
+    run(pretrain, f"--run_dir={tmp_path / 'stopped'}", *flags, "--train.on_nan=skip")
+    out = capsys.readouterr().out
+    assert "going on from step 3 of 6" in out
+    assert out.splitlines()[-1].split(";")[0] == calm
+    without_skipped = lambda lines: [{key: line[key] for key in line if key != "skipped"} for line in lines]
+    assert without_skipped(metrics("stopped")) == metrics("calm")
+    assert list((tmp_path / "stopped" / "tensorboard").glob("events*"))
 
 
 def test_init_from_starts_where_another_run_ended(trained, corpus, tmp_path):

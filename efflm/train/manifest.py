@@ -1,0 +1,79 @@
+"""The commit mark of a checkpoint: a manifest with the SHA-256 of every file in its folder.
+
+It is written last, once every other file is on disk, and removed first. So a folder without one is half-written,
+whatever else lies in it, and a folder with one either holds exactly the bytes that were written or is told apart from
+it: tensor files carry no checksum of their own that would catch every flipped bit.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+NAME = "manifest.json"
+
+
+def exists(folder: Path) -> bool:
+    """Whether the checkpoint in `folder` was committed. Its bytes are not looked at."""
+    return (folder / NAME).is_file()
+
+
+def write(folder: Path) -> None:
+    """Commit: put every file of `folder` on disk, then the manifest of their hashes, whole or not at all."""
+    hashes = {str(file.relative_to(folder)): _digest(file, sync=True) for file in _files(folder)}
+    for inner in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        _sync(inner)
+    partial = folder / f"{NAME}.partial"
+    with partial.open("w") as file:
+        json.dump({"sha256": hashes}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(folder / NAME)
+    for changed in (folder, folder.parent):
+        _sync(changed)
+
+
+def problem(folder: Path) -> str:
+    """Why the checkpoint in `folder` must not be used, or "" if every byte is as it was written."""
+    if not exists(folder):
+        return f"it is half-written: it has no {NAME}"
+    try:
+        hashes = json.loads((folder / NAME).read_text())["sha256"]
+        for name, digest in hashes.items():
+            file = folder / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if _digest(file) != digest:
+                return f"{name} is not what was written: its SHA-256 differs"
+    except (ValueError, KeyError, TypeError, AttributeError):  # a manifest that was damaged itself
+        return f"{NAME} is damaged"
+    except OSError as error:
+        return f"{error.filename} cannot be read: {error.strerror}"
+    return ""
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint, its manifest first: what a crash leaves behind counts as half-written."""
+    (folder / NAME).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
+
+
+def _digest(file: Path, sync: bool = False) -> str:
+    with file.open("rb") as opened:
+        if sync:
+            os.fsync(opened.fileno())
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """The names in a folder are on disk only when the folder is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

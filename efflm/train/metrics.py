@@ -1,0 +1,71 @@
+"""Where a run's metrics go: JSON lines, and TensorBoard's event files beside them."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from efflm import rundir
+
+
+class Metrics:
+    """One line a record in `file`, each step once and in ascending order, however often the run was resumed.
+
+    Opened at the step a run (re)starts from, it drops the lines beyond it: those steps will be trained again. The JSON
+    lines are what counts; event files are written anew from the kept lines, since what TensorBoard has once seen
+    cannot be taken back line by line. With no file, nothing is written.
+    """
+
+    def __init__(self, file: Path | None, tensorboard: Path | None, step: int):
+        self.lines = self.events = None
+        self.seconds = 0.0  # that the run had taken at the last kept line
+        if file is None:
+            return
+        kept = [(text, record) for text, record in _read(file) if record["step"] <= step]
+        self.seconds = kept[-1][1].get("seconds", 0.0) if kept else 0.0
+        rundir.write_whole(file, "".join(text + "\n" for text, _ in kept))
+        self.lines = file.open("a")
+        if tensorboard:
+            from tensorboardX import SummaryWriter  # here, for its only use: --help must not wait for it
+
+            for old in tensorboard.glob("events.out.tfevents.*"):
+                old.unlink()
+            self.events, now = SummaryWriter(str(tensorboard), max_queue=1), time.time()
+            for _, record in kept:
+                self._show(record, now - self.seconds + record.get("seconds", 0.0))
+
+    def write(self, record: dict[str, Any]) -> None:
+        if self.lines:
+            self.lines.write(json.dumps(record) + "\n")
+            self.lines.flush()
+        if self.events:
+            self._show(record, time.time())
+            self.events.flush()
+
+    def sync(self) -> None:
+        """Put the lines on disk: a checkpoint must not outlive the lines before it."""
+        if self.lines:
+            os.fsync(self.lines.fileno())
+
+    def close(self) -> None:
+        for sink in (self.lines, self.events):
+            if sink:
+                sink.close()
+
+    def _show(self, record: dict[str, Any], when: float) -> None:
+        for name, value in record.items():
+            if name != "step":
+                self.events.add_scalar(f"train/{name}", value, record["step"], walltime=when)
+
+
+def _read(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The whole lines of the file: the last one may have been cut off."""
+    out = []
+    for text in file.read_text().splitlines() if file.exists() else []:
+        try:
+            record = json.loads(text)
+        except ValueError:
+            break
+        out.append((text, record))
+    return out

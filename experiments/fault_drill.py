@@ -1,0 +1,318 @@
+"""Kill a training run again and again, damage its checkpoints, fill its disk: does it lose or falsify anything?
+
+    python -m experiments.fault_drill --kills=20
+
+A tiny model is trained in processes of its own, with a checkpoint every few steps. Some are killed (kill -9) at a
+random step, some while a checkpoint is being written, some while they start; between two lives the newest checkpoint
+is now and then truncated, hit by a flipped bit, or robbed of its manifest. Then the same on a disk too small for the
+checkpoints: a tmpfs, or, where mounting is not permitted, a limit on the size of files.
+
+Every line of metrics and the last state are compared, bit for bit, with those of a run that nobody disturbed. Expect,
+in about 3 minutes on two cores, a line for each life and at the end two zeros and exit code 0: no life lost work beyond
+one checkpoint interval (apart from the interval whose checkpoint was still being written, or was damaged by us), and
+none went on in a wrong state without a word. Exit code 1 otherwise.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from efflm import rundir, trees
+from efflm.config import ModelShape, TrainConfig, flag, launch, require
+from efflm.model import init_params, sharding
+from efflm.train import loop, losses, manifest, optimizer
+from efflm.train.checkpoint import Checkpointing, TrainingRun
+from efflm.train.step import abstract_state
+
+SHAPE = ModelShape(layers=2, width=64, heads=4, kv_heads=2, hidden=128, vocabulary=512, context=32)
+ROWS, LENGTH, PAUSE = 4, 32, 0.02  # seconds a step waits for its rows, so that a kill hits the step it is meant for
+KEEP = 2
+DAMAGE = ("truncate", "flip", "no manifest")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """The drill"""
+
+    run_dir: str = flag(str(rundir.ROOT / "fault_drill"), "where everything is written; emptied first")
+    kills: int = flag(20, "how often the run is killed")
+    every: int = flag(5, "steps between checkpoints")
+    seed: int = flag(0, "seed of when is killed and what is damaged")
+    role: Literal["drill", "train"] = flag("drill", "train: one of the processes that get killed")
+    steps: int = flag(0, "steps to train; 0: as many as the kills need")
+    largest_file: int = flag(0, "bytes beyond which the system lets no file grow; 0: no limit")
+
+    def __post_init__(self):
+        require(self.kills >= 0, f"kills is {self.kills}, but must not be negative")
+        require(self.every > 0, f"every is {self.every}, but must be positive")
+
+    @property
+    def train(self) -> TrainConfig:
+        steps = self.steps or self.every * (3 * self.kills + 10)
+        return TrainConfig(steps=steps, batch=ROWS, length=LENGTH, log_every=1)
+
+
+def checkpointing(run: Run) -> Checkpointing:
+    return Checkpointing(directory=Path(run.run_dir) / "state", every=run.every, keep=KEEP, about={"seed": 0})
+
+
+def train(run: Run) -> None:
+    """What is killed: the trainer as it is, on rows that are a function of the step."""
+    if run.largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (run.largest_file, run.largest_file))
+    rundir.use_compilation_cache(Path(run.run_dir).parent / "compilation_cache")
+    config = SHAPE.config()
+
+    def batches(step: int) -> dict[str, np.ndarray]:
+        time.sleep(PAUSE)
+        tokens = np.random.default_rng(step).integers(0, config.vocabulary, (ROWS, LENGTH + 1)).astype(np.int32)
+        positions = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
+        ones = np.ones((ROWS, LENGTH), np.int32)
+        return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segments": ones, "positions": positions}
+
+    loop.fit(
+        losses.language_model_loss(config),
+        init_params(config, 0),
+        {},
+        batches,
+        optimizer.make(run.train),
+        steps=run.train.steps,
+        mesh=sharding.make_mesh(),
+        log_every=1,
+        metrics_file=Path(run.run_dir) / "metrics.jsonl",
+        checkpointing=checkpointing(run),
+    )
+
+
+# --- looking at a run from outside ---------------------------------------------------------------------------------
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    """The metrics, without what the clock says; a line that a kill cut off ends them."""
+    file, out = run_dir / "metrics.jsonl", []
+    for text in file.read_text().splitlines() if file.exists() else []:
+        try:
+            record = json.loads(text)
+        except ValueError:
+            break
+        out.append({name: value for name, value in record.items() if "second" not in name})
+    return out
+
+
+def last_step(run_dir: Path) -> int:
+    file = run_dir / "metrics.jsonl"
+    for text in reversed(file.read_text().splitlines()[-2:] if file.exists() else []):
+        with contextlib.suppress(ValueError):
+            return json.loads(text)["step"]
+    return 0
+
+
+def folders(run_dir: Path, committed: bool) -> list[int]:
+    found = [path for path in (run_dir / "state").glob("*") if path.name.isdigit()]
+    return sorted(int(path.name) for path in found if manifest.exists(path) == committed)
+
+
+def marked(run_dir: Path, step: int) -> tuple[int, ...]:
+    """Tells one checkpoint from another of the same step."""
+    folder = run_dir / "state" / str(step)
+    return tuple(path.stat().st_mtime_ns for path in (folder, folder / "about.json") if path.exists())
+
+
+def final_state(run: Run) -> str:
+    """A digest of the newest whole TrainState."""
+    params = jax.eval_shape(lambda: init_params(SHAPE.config(), 0))
+    like = abstract_state(params, optimizer.make(run.train), sharding.make_mesh())
+    with TrainingRun(checkpointing(run)) as kept:
+        state = kept.resume(like)
+    digest = hashlib.sha256()
+    for path, leaf in trees.flatten(state, inside=True):
+        digest.update(path.encode() + np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+# --- lives and faults ----------------------------------------------------------------------------------------------
+
+
+def start(run: Run, run_dir: Path, largest_file: int = 0) -> subprocess.Popen:
+    """A process that trains in run_dir; what it says goes to run_dir/log."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    flags = {
+        "role": "train",
+        "run_dir": run_dir,
+        "every": run.every,
+        "steps": run.train.steps,
+        "largest_file": largest_file,
+    }
+    command = [sys.executable, "-m", "experiments.fault_drill", *(f"--{name}={value}" for name, value in flags.items())]
+    with (run_dir.parent / f"{run_dir.name}.log").open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def said(run_dir: Path) -> str:
+    return (run_dir.parent / f"{run_dir.name}.log").read_text()
+
+
+def restored(run_dir: Path) -> int | None:
+    """The step that the last life went on from; None if it was killed before it said so."""
+    found = re.search(r"going on from step (\d+)", said(run_dir))
+    return int(found[1]) if found else None
+
+
+def kill_at_random(process: subprocess.Popen, run_dir: Path, every: int, rng: random.Random) -> str:
+    """Wait for a moment, kill -9 then, and tell which moment it was; "" if the run was finished before."""
+    how = rng.choice(["at a step", "at a step", "while writing", "while writing", "while starting"])
+    fresh, begun, wait = not folders(run_dir, committed=True), time.perf_counter(), rng.uniform(0, 3)
+
+    def until(reached) -> None:
+        while process.poll() is None and not reached():
+            time.sleep(0.001)
+
+    going_on = lambda: restored(run_dir) is not None or (fresh and last_step(run_dir) > 0)
+    if how == "while starting":
+        until(lambda: time.perf_counter() - begun > wait or going_on())
+    else:
+        until(going_on)
+        target = (restored(run_dir) or 0) + rng.randint(1, 3 * every)
+        # Beyond that lie lines of the life before, which this one is about to drop.
+        until(lambda: target <= last_step(run_dir) <= target + 3 * every)
+        if how == "while writing":
+            until(lambda: folders(run_dir, committed=False))
+            time.sleep(rng.uniform(0, 0.05))
+    if process.poll() is not None:
+        return ""
+    process.kill()
+    process.wait()
+    return how
+
+
+def damage(run_dir: Path, rng: random.Random) -> tuple[int, str] | None:
+    """Damage one file of the newest checkpoint, unless no other is left."""
+    committed = folders(run_dir, committed=True)
+    if len(committed) < 2:
+        return None
+    folder, how = run_dir / "state" / str(committed[-1]), rng.choice(DAMAGE)
+    if how == "no manifest":
+        (folder / manifest.NAME).unlink()
+        return committed[-1], how
+    file = rng.choice(sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size))
+    content = bytearray(file.read_bytes())
+    if how == "truncate":
+        del content[rng.randrange(len(content)) :]
+    else:
+        # Not in the manifest's blanks, where it would be no damage at all.
+        place = rng.choice([i for i, byte in enumerate(content[:4096]) if byte not in b" \n"])
+        content[place] ^= 1 << rng.randrange(8)
+    file.write_bytes(content)
+    return committed[-1], f"{how} {file.relative_to(folder)}"
+
+
+def main(run: Run) -> None:
+    if run.role == "train":
+        train(run)
+        return
+    root = Path(run.run_dir)
+    shutil.rmtree(root, ignore_errors=True)
+    calm, troubled = root / "calm", root / "troubled"
+    require(start(run, calm).wait() == 0, f"the undisturbed run failed: see {root}/calm.log")
+    truth = {line["step"]: line for line in lines(calm)}
+    undisturbed = final_state(dataclasses.replace(run, run_dir=str(calm)))
+
+    def is_true(run_dir: Path) -> bool:
+        """No gap, no double, and every number as in the undisturbed run."""
+        written = lines(run_dir)
+        return written == [truth[step] for step in range(1, len(written) + 1)]
+
+    rng, beyond, wrong, worst = random.Random(run.seed), 0, 0, 0
+    damaged, reached = {}, 0  # the checkpoints that we damaged, and the last step known to be done
+    for life in range(1, run.kills + 2):
+        damaged = {step: mark for step, mark in damaged.items() if marked(troubled, step) == mark}  # not yet rewritten
+        intact = [step for step in folders(troubled, committed=True) if step not in damaged]
+        expected = intact[-1] if intact else 0
+        process = start(run, troubled)
+        if life <= run.kills:
+            how = kill_at_random(process, troubled, run.every, rng)
+        else:
+            how = "" if process.wait() == 0 else "failed"
+        went_on = restored(troubled)
+        lost = reached - expected - run.every * len([step for step in damaged if step > expected])
+        # One interval may be under way, and the checkpoint of the one before it still being written.
+        bad_loss = lost > 2 * run.every or (went_on is not None and went_on != expected) or how == "failed"
+        false = not is_true(troubled)
+        beyond, wrong, worst = beyond + bad_loss, wrong + false, max(worst, lost)
+        reached = last_step(troubled)
+        print(
+            f"life {life:2}: went on from step {'?' if went_on is None else went_on}, of {expected} expected; "
+            f"reached {reached}; {'killed ' + how if how else 'finished'}"
+            f"{'; LOST WORK' if bad_loss else ''}{'; WRONG NUMBERS' if false else ''}",
+            flush=True,
+        )
+        if how and life <= run.kills and rng.random() < 0.5 and not damaged and (hit := damage(troubled, rng)):
+            damaged[hit[0]] = marked(troubled, hit[0])
+            print(f"         checkpoint {hit[0]}: {hit[1]}", flush=True)
+        if not how:
+            break
+    if final_state(dataclasses.replace(run, run_dir=str(troubled))) != undisturbed:
+        wrong += 1
+        print("the final state differs from the undisturbed run's")
+
+    lost, false = full_disk(run, root / "small", calm, undisturbed, is_true)
+    beyond, wrong = beyond + lost, wrong + false
+    print(f"steps done again by one life at most: {worst}, with a checkpoint every {run.every}")
+    print(f"runs that lost work beyond one checkpoint interval: {beyond}")
+    print(f"runs that produced a silently wrong state: {wrong}")
+    if beyond or wrong:
+        sys.exit(1)
+
+
+def full_disk(run: Run, disk: Path, calm: Path, undisturbed: str, is_true) -> tuple[bool, bool]:
+    """Train where two checkpoints fit and a third does not, then with more space. (lost work, wrong state)."""
+    size = sum(file.stat().st_size for file in (calm / "state" / str(run.train.steps)).rglob("*") if file.is_file())
+    disk.mkdir(parents=True)
+    mount = lambda options: (
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], capture_output=True).returncode
+    )
+    mounted = shutil.which("mount") and mount(f"size={int(2.6 * size)}") == 0
+    run_dir = disk / "run"
+    try:
+        if mounted:
+            code = start(run, run_dir).wait()
+        else:  # a life that leaves a checkpoint, then one that may not write files as large as it needs
+            process = start(run, run_dir)
+            while process.poll() is None and not folders(run_dir, committed=True):
+                time.sleep(0.001)
+            process.kill()
+            process.wait()
+            code = start(run, run_dir, largest_file=size // 4).wait()
+        words = [line for line in said(run_dir).splitlines() if not line.startswith("  training")]
+        whole = [s for s in folders(run_dir, committed=True) if not manifest.problem(run_dir / "state" / str(s))]
+        kept = bool(whole) and last_step(run_dir) - whole[-1] <= 2 * run.every
+        clear = code == 2 and len(words) == 1
+        print(f"full disk ({'tmpfs' if mounted else 'limited file size'}): exit code {code}, {' '.join(words)}")
+        if mounted:
+            mount(f"remount,size={40 * size}")
+        finished = start(run, run_dir).wait() == 0
+        same = (
+            finished and is_true(run_dir) and final_state(dataclasses.replace(run, run_dir=str(run_dir))) == undisturbed
+        )
+        print(f"with space again: went on from step {restored(run_dir)}, {'finished' if finished else 'FAILED'}")
+        return not (clear and kept and finished), finished and not same
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(disk)], check=False)
+
+
+if __name__ == "__main__":
+    launch(main, __doc__, run=Run())

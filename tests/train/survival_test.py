@@ -1,0 +1,381 @@
+"""A run that is killed, stopped, out of disk or fed nonsense goes on as if nothing had happened, or says why not."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from efflm.config import InputError, Stopped, TrainConfig
+from efflm.model import sharding, stack_blocks
+from efflm.precision import POLICIES, LossScale
+from efflm.train import loop, losses, manifest, optimizer
+from efflm.train.checkpoint import Checkpointing
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+class Killed(Exception):
+    pass
+
+
+def rows(step):
+    """Another number for each step."""
+    return {"inputs": np.full((8, 4), 1 + step % 3, np.float32), "segments": np.ones((8, 4), np.int32)}
+
+
+def quadratic(trainable, frozen, batch, rng):
+    noise = jax.random.normal(rng, trainable["scale"].shape)  # the randomness must be resumed as well
+    return jnp.mean(jnp.square(trainable["scale"] - batch["inputs"][0, 0] + 0.1 * noise)), {}
+
+
+def train(folder, *, steps=6, batches=rows, size=3, tensorboard=None, loss=quadratic, **settings):
+    """A quick run with a checkpoint every two steps and a line each step, in `folder`."""
+    kept = {name: settings.pop(name) for name in ("every", "keep", "keep_period", "about") if name in settings}
+    return loop.fit(
+        loss,
+        {"bias": jnp.zeros(2), "scale": jnp.asarray(np.random.default_rng(0).standard_normal(size), jnp.float32)},
+        {},
+        batches,
+        optax.adam(0.1),
+        steps=steps,
+        mesh=sharding.make_mesh(),
+        **{"log_every": 1, "metrics_file": folder / "metrics.jsonl"} | settings,
+        tensorboard=tensorboard,
+        checkpointing=Checkpointing(directory=folder / "state", **{"every": 2, "keep": 9} | kept),
+    )
+
+
+def dying_at(fatal, before=rows):
+    def batches(step):
+        if step == fatal:
+            raise Killed
+        return before(step)
+
+    return batches
+
+
+def metrics(folder):
+    """The lines, without what the clock says."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
+
+
+def steps_in(folder):
+    return sorted(int(path.name) for path in (folder / "state").iterdir())
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# --- resuming ------------------------------------------------------------------------------------------------------
+
+
+def test_resumed_is_uninterrupted_to_the_last_bit(tmp_path):
+    """With all that a state may hold: 8-bit moments, a loss scale that grows, stacked layers, a batch in parts."""
+    model, config = tiny.model(), TrainConfig(steps=4, optimizer="adamw8bit", policy="float16", scan=True, accumulate=2)
+
+    def trained():
+        return loop.fit(
+            losses.language_model_loss(model.config, POLICIES[config.policy], scanned=True),
+            stack_blocks(model.params, model.config),
+            {},
+            lambda step: tiny.batch(model.config, seed=step),
+            optimizer.make(config),
+            steps=config.steps,
+            mesh=sharding.make_mesh(),
+            accumulate=config.accumulate,
+            loss_scale=LossScale.start(2.0**4, interval=1),
+            log_every=1,
+            metrics_file=tmp_path / "metrics.jsonl",
+            checkpointing=Checkpointing(directory=tmp_path / "state", every=2),
+        )
+
+    whole, written = trained(), metrics(tmp_path)
+    assert [line["loss_scale"] for line in written] == [16, 32, 64, 128]
+    shutil.rmtree(tmp_path / "state" / "4")
+    same(trained(), whole)
+    assert metrics(tmp_path) == written
+
+
+def test_a_run_goes_on_on_another_mesh(tmp_path):
+    start = {"embedding": jnp.arange(32.0).reshape(8, 4) / 32, "scale": jnp.ones(4)}
+    loss = lambda tree, frozen, batch, rng: (
+        jnp.mean(jnp.square(tree["embedding"] * tree["scale"][None] - batch["inputs"])),
+        {},
+    )
+
+    def trained(mesh):
+        return loop.fit(
+            loss, start, {}, rows, optax.adam(0.1), steps=4, mesh=mesh, log_every=1,
+            metrics_file=tmp_path / "metrics.jsonl",
+            checkpointing=Checkpointing(directory=tmp_path / "state", every=2),
+        )  # fmt: skip
+
+    trained(sharding.make_mesh(fsdp=2))
+    written = metrics(tmp_path)
+    shutil.rmtree(tmp_path / "state" / "4")
+    out = trained(sharding.make_mesh(data=2, fsdp=2, tensor=2))
+    assert tuple(out["embedding"].sharding.spec) == ("tensor", "fsdp")
+    for line, before in zip(metrics(tmp_path), written, strict=True):
+        assert line == pytest.approx(before, rel=1e-5)
+
+
+def test_a_killed_run_writes_each_line_once(tmp_path):
+    calm = train(tmp_path / "calm")
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", batches=dying_at(5))
+    assert [line["step"] for line in metrics(tmp_path / "killed")] == [1, 2, 3, 4]
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 0.5}\n{"step": 6, "lo')  # from beyond the checkpoint, the last one cut off
+    same(train(tmp_path / "killed"), calm)
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "calm")
+    same(train(tmp_path / "killed", batches=dying_at(0)), calm)  # it is finished: no step is needed
+
+
+def test_lines_are_written_before_the_checkpoint_that_makes_them_old(tmp_path):
+    """A line is fetched late; a process killed right after a checkpoint must not lose it."""
+    with pytest.raises(Killed):
+        train(tmp_path, batches=dying_at(4), log_every=2)
+    assert [line["step"] for line in metrics(tmp_path)] == [2, 4]
+    train(tmp_path, log_every=2)
+    assert [line["step"] for line in metrics(tmp_path)] == [2, 4, 6]
+
+
+def event_steps(folder):
+    """(tag, step) of every scalar in the event files: TFRecord framing, read by hand."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    out = []
+    for file in folder.glob("events*"):
+        content, at = file.read_bytes(), 0
+        while at < len(content):
+            (size,) = struct.unpack_from("<Q", content, at)
+            event = Event.FromString(content[at + 12 : at + 12 + size])
+            out += [(value.tag, event.step) for value in event.summary.value]
+            at += 12 + size + 4
+    return out
+
+
+def test_event_files_hold_each_step_once(tmp_path):
+    with pytest.raises(Killed):
+        train(tmp_path, batches=dying_at(5), tensorboard=tmp_path / "events")
+    train(tmp_path, tensorboard=tmp_path / "events")
+    assert sorted(step for tag, step in event_steps(tmp_path / "events") if tag == "train/loss") == [1, 2, 3, 4, 5, 6]
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    train(tmp_path, steps=2, about={"seed": 1, "shape": (2, 3)})
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(InputError, match="seed=1, but this run asks for 2"):
+        train(tmp_path, about={"seed": 2, "shape": (2, 3)})
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    train(tmp_path, about={"seed": 1, "shape": (2, 3)})
+
+
+# --- what is kept, and what is damaged -----------------------------------------------------------------------------
+
+
+def test_the_newest_and_every_so_many_th_are_kept(tmp_path):
+    train(tmp_path, steps=16, every=2, keep=2, keep_period=6)
+    assert steps_in(tmp_path) == [6, 12, 14, 16]
+
+
+def flip(folder):
+    file = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def truncate(folder):
+    file = folder / "arrays" / "manifest.ocdbt"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def damage_the_manifest(folder):
+    file = folder / manifest.NAME
+    file.write_text(file.read_text()[:40])
+
+
+DAMAGES = {
+    flip: "SHA-256 differs",
+    truncate: "manifest.ocdbt is not what was written",
+    damage_the_manifest: "manifest.json is damaged",
+    lambda folder: (folder / manifest.NAME).unlink(): "half-written",
+    lambda folder: (folder / "about.json").unlink(): "about.json is missing",
+}
+
+
+@pytest.mark.parametrize(("damage", "why"), DAMAGES.items(), ids=DAMAGES.values())
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, damage, why):
+    calm = train(tmp_path)
+    damage(tmp_path / "state" / "6")
+    trained = []
+    same(train(tmp_path, batches=lambda step: trained.append(step) or rows(step)), calm)
+    assert trained == [4, 5]
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1
+    assert str(tmp_path / "state" / "6") in warnings[0]
+    assert why in warnings[0]
+    assert manifest.problem(tmp_path / "state" / "6") == ""
+
+
+def test_a_bit_in_any_file_is_noticed(tmp_path):
+    train(tmp_path, steps=2)
+    folder, files = tmp_path / "state" / "2", 0
+    for file in [path for path in folder.rglob("*") if path.is_file() and path.name != manifest.NAME]:
+        content = file.read_bytes()
+        for place in {0, len(content) // 2, len(content) - 1} if content else ():
+            changed = bytearray(content)
+            changed[place] ^= 1
+            file.write_bytes(changed)
+            assert manifest.problem(folder), file
+            file.write_bytes(content)
+            files += 1
+    assert files > 10
+    assert manifest.problem(folder) == ""
+
+
+def test_damaged_checkpoints_do_not_count_among_the_kept(tmp_path):
+    train(tmp_path, steps=6, keep=2)
+    flip(tmp_path / "state" / "6")
+    with pytest.raises(Killed):
+        train(tmp_path, steps=8, every=1, keep=2, batches=dying_at(5))
+    assert steps_in(tmp_path) == [4, 5]
+
+
+def test_only_damaged_checkpoints_are_one_clear_line(tmp_path):
+    train(tmp_path, steps=2)
+    flip(tmp_path / "state" / "2")
+    with pytest.raises(InputError, match="is whole: delete it to start over"):
+        train(tmp_path)
+
+
+def test_a_run_killed_in_its_first_checkpoint_begins_anew(tmp_path, capsys):
+    calm = train(tmp_path, steps=2)
+    (tmp_path / "state" / "2" / manifest.NAME).unlink()
+    same(train(tmp_path, steps=2), calm)
+    assert "half-written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, told):
+    """Files may not grow beyond a limit, from the fourth step on: even if it was told to stop, it has failed."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def filling(step):
+        if step == 3 and told:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if step == 3:
+            while not manifest.exists(tmp_path / "state" / "2"):
+                time.sleep(0.001)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
+        return rows(step)
+
+    settings = {"steps": 30, "size": 100_000, "metrics_file": None}
+    try:
+        with pytest.raises(
+            InputError, match=r"/4 could not be written .* the last good one is that of step 2"
+        ) as error:
+            train(tmp_path, batches=filling, **settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert "\n" not in str(error.value)
+    assert steps_in(tmp_path) == [2]
+    same(train(tmp_path, **settings), train(tmp_path / "calm", **settings))
+
+
+# --- being stopped -------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_without_room_is_not_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+    with pytest.raises(InputError, match=r"0 MB free, 0 MB needed.*free some space"):
+        train(tmp_path, size=10_000)
+    assert not (tmp_path / "state").exists() or steps_in(tmp_path) == []
+
+
+def test_a_sigterm_ends_the_run_after_the_step_in_flight(tmp_path):
+    def batches(step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rows(step)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="stopped at step 3 of 6"):
+        train(tmp_path, batches=batches, every=0)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert steps_in(tmp_path) == [3]
+    same(train(tmp_path), train(tmp_path / "calm"))
+    assert metrics(tmp_path) == metrics(tmp_path / "calm")
+
+
+def test_a_sigterm_is_exit_code_0_with_a_word(tmp_path):
+    program = (
+        "import sys, time\n"
+        "from efflm.config import launch\n"
+        "from tests.train import survival_test as t\n"
+        "from pathlib import Path\n"
+        "slow = lambda step: (print('step', step, flush=True), time.sleep(0.01), t.rows(step))[2]\n"
+        "launch(lambda: t.train(Path(sys.argv[1]), steps=100000, batches=slow, every=0), '', ['x'])\n"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    for line in run.stdout:
+        if line.startswith("step 5"):
+            run.send_signal(signal.SIGTERM)
+            break
+    rest, errors = run.communicate(timeout=60)
+    assert run.returncode == 0, errors
+    word = rest.splitlines()[-1]
+    assert word.startswith("stopped at step")
+    assert steps_in(tmp_path) == [int(word.split()[3])]
+    assert len([line for line in rest.splitlines() if not line.startswith(("step", "  training"))]) == 1
+
+
+# --- what is not finite --------------------------------------------------------------------------------------------
+
+
+def nonsense(*steps):
+    return lambda step: rows(step) | {"inputs": np.full((8, 4), np.inf if step in steps else 1.0, np.float32)}
+
+
+def test_a_step_that_is_not_finite_stops_the_run_before_its_checkpoint(tmp_path):
+    with pytest.raises(InputError, match=r"step 4, .* first such gradient is that of scale") as error:
+        train(tmp_path, batches=nonsense(3))
+    assert "\n" not in str(error.value)
+    assert steps_in(tmp_path) == [2]
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_a_gradient_alone_that_is_not_finite_stops_the_run(tmp_path):
+    """At 0 the root is finite and its slope is not: the weights would be lost, and the loss of the next step."""
+    root = lambda trainable, *rest: (jnp.sqrt(jnp.sum(trainable["bias"])), {})
+    with pytest.raises(InputError, match=r"loss is 0\.0 at step 1, .* that of bias"):
+        train(tmp_path, loss=root, log_every=5)
+
+
+def test_such_steps_can_be_skipped_and_are_counted(tmp_path):
+    with pytest.raises(Killed):
+        train(tmp_path, batches=dying_at(4, nonsense(1, 5)), on_nan="skip")
+    skipping = train(tmp_path, batches=nonsense(1, 5), on_nan="skip")
+    assert [line["skipped"] for line in metrics(tmp_path)] == [0, 1, 1, 1, 1, 2]
+    assert np.all(np.isfinite(skipping["scale"]))
+    ending = train(tmp_path / "shorter", batches=nonsense(1), on_nan="skip", steps=5)
+    same(skipping, ending)
