@@ -126,7 +126,7 @@ class _Report:
 
     def __init__(self, metrics: Metrics, bar: "_Bar", excused: Callable[[dict[str, float]], bool], leaves: list[str]):
         self.metrics, self.bar, self.excused, self.leaves = metrics, bar, excused, leaves
-        self.waiting: list[tuple[int, dict[str, jax.Array], bool, int, float]] = []
+        self.waiting: list[tuple[int, dict[str, jax.Array], bool, int]] = []
         self.due = False
         self.start()
 
@@ -145,14 +145,15 @@ class _Report:
         self.tokens += int(np.sum(batch["segments"] > 0))
 
     def add(self, step: int, metrics: dict[str, jax.Array], line: bool) -> None:
-        self.waiting.append((step, metrics, line, self.tokens, time.perf_counter() - self.started))
+        self.waiting.append((step, metrics, line, self.tokens))
         self.due = self.due or line
 
     def fetch(self) -> None:
         """Wait for the steps added so far. Raises InputError for the first that was not finite."""
         waiting, self.waiting, self.due = self.waiting, [], False
         fetched = jax.device_get([metrics for _, metrics, *_ in waiting])
-        for (step, _, line, tokens, seconds), metrics in zip(waiting, fetched):
+        seconds = time.perf_counter() - self.started  # now that they are done: the host runs ahead of the device
+        for (step, _, line, tokens), metrics in zip(waiting, fetched):
             values = {name: float(value) for name, value in metrics.items()}
             leaf = int(values.pop("nonfinite"))
             if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
