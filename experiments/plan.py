@@ -146,7 +146,10 @@ def start(devices: int) -> None:
 
 def tpu_devices(chip: hardware.Hardware, topology: str) -> list[Any]:
     """Devices of a TPU that is not there, to compile for."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask Google's metadata server what machine this is
+    # libtpu would ask Google's metadata server what machine this is, and complain of what it does not hear.
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": f"{chip.name}-8"}
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{chip.name}:{topology}").devices)
@@ -177,27 +180,32 @@ def compiled(
     began = time.perf_counter()
     if run.phase == "train":
         step, arguments = train_ahead.training_step(config, train, mesh)
-        lowered = step.lower(*arguments)
+        with jax.set_mesh(mesh):
+            lowered = step.lower(*arguments)
     else:
         model, policy = stored(config, run)
         lower = infer_ahead.prefill if run.phase == "prefill" else infer_ahead.decode
         lowered = lower(model, run.rows, run.room, mesh)
     print(f"[{time.perf_counter() - began:4.0f} s] traced", flush=True)
-    program = lowered.compile()
+    program, refused = compile_or_why_not(lowered)
     print(f"[{time.perf_counter() - began:4.0f} s] compiled by {how}", flush=True)
-    found = collectives.collectives(program.as_text())
+    stats = program and program.memory_analysis()
     if run.phase == "train":
         work, dtype = plan.train_work(config, train, abstract), POLICIES[train.policy].compute
-        rows = training_bytes(plan.held(config, train, abstract), program.memory_analysis())
+        rows = training_bytes(plan.held(config, train, abstract), stats)
     else:
         weights = plan.tree_bytes(model.params, abstract)
         work = plan.infer_work(config, run.phase, run.rows, run.room, policy, abstract, weight_bytes=weights)
         dtype = "int8" if run.activations == "int8" else policy.compute
         cache = plan.cache_bytes(config, run.rows, run.room, policy, abstract)
-        rows = inference_bytes(weights, cache, run.phase, program.memory_analysis())
+        rows = inference_bytes(weights, cache, run.phase, stats)
+    if program:
+        found = collectives.collectives(program.as_text())
+    else:
+        found = plan.train_traffic(config, train, abstract) if run.phase == "train" else []
     prediction = plan.predict(work, found, chip, dtype, mesh.size)
     tokens = batch * (1 if run.phase == "decode" else length)
-    needed = on_device(program.memory_analysis())
+    needed = on_device(stats) if stats else rows[-1].predicted
     traffic, times = planned.traffic(found, chip, mesh.size), planned.times(prediction, chip, dtype)
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
     facts = [
@@ -212,7 +220,7 @@ def compiled(
         f"The step takes {planned.seconds(prediction.seconds)} or more, bound by {prediction.bound} "
         f"({planned.seconds(prediction.unhidden)} if nothing overlaps): at most "
         f"{tokens / prediction.seconds:,.0f} tokens/s.",
-        fit(needed, chip),
+        fit(needed, chip) if program else f"It does NOT fit: {refused}",
     ]
     if run.phase == "train":
         used = cost.train_flops(config, train.batch, train.length) / mesh.size / prediction.seconds
@@ -224,7 +232,7 @@ def compiled(
     table.show(rows, [], planned.BYTES_COLUMNS)
     table.show(traffic, [], planned.TRAFFIC_COLUMNS)
     table.show(times, facts, planned.TIME_COLUMNS)
-    analysis = program.cost_analysis() or {}
+    analysis = (program and program.cost_analysis()) or {}
     return {
         "mesh": dict(mesh.shape),
         "train": dataclasses.asdict(train) if run.phase == "train" else None,
@@ -232,7 +240,7 @@ def compiled(
         "compiler": how,
         "bytes": [dataclasses.asdict(row) for row in rows],
         "needed_bytes": needed,
-        "fits": needed <= chip.memory,
+        "fits": bool(program) and needed <= chip.memory,
         "traffic": [dataclasses.asdict(row) for row in traffic],
         "collectives": [dataclasses.asdict(each) for each in found],
         "prediction": dataclasses.asdict(prediction) | {"seconds": prediction.seconds, "bound": prediction.bound},
@@ -245,6 +253,16 @@ def compiled(
         "compile_seconds": time.perf_counter() - began,
         "facts": facts,
     }
+
+
+def compile_or_why_not(lowered: Any) -> tuple[Any, str]:
+    """The program; or None and the line with which the TPU's compiler refuses one that does not fit."""
+    try:
+        return lowered.compile(), ""
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None, str(error).strip().splitlines()[0]
 
 
 def stored(config: ModelConfig, run: Run) -> tuple[LanguageModel, Policy]:
@@ -286,11 +304,16 @@ def training_bytes(held: plan.Held, found: Any) -> list[planned.Bytes]:
         row("weights", "exact, by the sharding table", held.weights),
         row("optimizer state", "exact for rules with whole moments", held.optimizer),
         row("batch", "tokens, targets, segments, positions", held.batch),
-        row("arguments", "the three above", held.arguments, found.argument_size_in_bytes),
+        row("arguments", "the three above", held.arguments, found and found.argument_size_in_bytes),
         row("gradients", "float32, exact, by the sharding table", held.gradients),
         row("activations", "and other temporaries, modelled on the CPU's program", held.activations),
-        row("temporaries", "the two above, at their peak", held.gradients + held.activations, found.temp_size_in_bytes),
-        row("all", "what must fit", held.total, on_device(found)),
+        row(
+            "temporaries",
+            "the two above, at their peak",
+            held.gradients + held.activations,
+            found and found.temp_size_in_bytes,
+        ),
+        row("all", "what must fit", held.total, found and on_device(found)),
     ]
 
 
@@ -302,10 +325,10 @@ def inference_bytes(weights: float, cache: float, phase: str, found: Any) -> lis
     return [
         row("weights", "exact, by the sharding table", weights),
         row("keys and values", "by rows, and by heads along tensor where it divides them", cache),
-        row("arguments", "the weights; decoding, the cache too", arguments, found.argument_size_in_bytes),
-        row("results", "prefilling, the cache", cache, found.output_size_in_bytes),
-        row("temporaries", "", None, found.temp_size_in_bytes),
-        row("all", "what must fit", weights + cache, on_device(found)),
+        row("arguments", "the weights; decoding, the cache too", arguments, found and found.argument_size_in_bytes),
+        row("results", "prefilling, the cache", cache, found and found.output_size_in_bytes),
+        row("temporaries", "", None, found and found.temp_size_in_bytes),
+        row("all", "what must fit", weights + cache, found and on_device(found)),
     ]
 
 

@@ -11,9 +11,14 @@ of collective communication operations in MPICH"):
 
 A collective inside a loop counts once for each trip, where the compiler knows how many there are.
 
-XLA's CPU compiler does not write reduce-scatter. It reduces everything everywhere, and each device then cuts out its
-part. An all-reduce of which nothing but a slice is read is therefore counted as the reduce-scatter that it becomes on
-a TPU or GPU, and marked so.
+Compilers write all-reduce for other things, too, and what counts here is the least that has to move:
+
+    an all-reduce of which a device reads only its own slice is a reduce-scatter. The CPU's compiler always writes it
+    so, and the TPU's on a large 3D torus.
+    an all-reduce of zeros into which each device has written its own slice is an all-gather: the TPU's again.
+    what was bfloat16 and is float32 only on its way counts as bfloat16: the CPU's compiler sends nothing in less.
+
+A combined operation is counted once for each kind in it.
 """
 
 import dataclasses
@@ -46,8 +51,8 @@ class Collective:
     """One collective operation of a program.
 
     group: the device numbers of one of the groups that talk. nbytes: received by a device in all its `trips`. dtype: of
-    its elements. sliced: it is written as an all-reduce of which each device reads only its part. known: whether the
-    compiler knew the trips of all loops around it; otherwise those unknown count as one.
+    its elements. disguised: it is written as an all-reduce. known: whether the compiler knew the trips of all loops
+    around it; otherwise those unknown count as one.
     """
 
     kind: str
@@ -56,7 +61,7 @@ class Collective:
     dtype: str
     nbytes: float
     trips: int
-    sliced: bool = False
+    disguised: bool = False
     known: bool = True
 
 
@@ -84,29 +89,47 @@ def collectives(text: str) -> list[Collective]:
     out = []
     for name, (trips, known) in _repetitions(programs, entry).items():
         for instruction in programs[name].values():
-            kind = instruction.opcode.removesuffix("-start")
-            if kind in KINDS:
-                out.append(_collective(kind, instruction, programs, name, trips, known))
+            if instruction.opcode.removesuffix("-start") in KINDS:
+                out += _collectives(instruction, programs, name, trips, known)
     return out
 
 
-def _collective(kind, instruction, programs, computation, trips, known) -> Collective:
-    program = programs[computation]
-    operands = [array for name in instruction.operands for array in _ARRAY.findall(program[name].shape)]
-    group = _group(instruction.rest, kind)
-    size, share = len(group), (len(group) - 1) / len(group)
-    given = sum(map(_nbytes, operands))
-    sliced = kind == "all-reduce" and _only_sliced(programs, computation, instruction.name)
-    kind = "reduce-scatter" if sliced else kind
-    moved = {
-        "all-gather": given * (size - 1),
-        "reduce-scatter": given * share,
-        "all-reduce": given * share * 2,
-        "all-to-all": given * share,
-        "collective-permute": given,
+def _collectives(instruction, programs, computation: str, trips: int, known: bool) -> list[Collective]:
+    """The operation, once for each kind of what it does to its operands."""
+    written = instruction.opcode.removesuffix("-start")
+    group = _group(instruction.rest, written)
+    bytes_of: dict[str, float] = {}
+    dtypes: dict[str, str] = {}
+    for index, name in enumerate(instruction.operands):
+        arrays = _ARRAY.findall(programs[computation][name].shape)
+        given = sum(map(_nbytes, arrays))
+        back = _back(programs, computation, name)
+        kind, dtype = written, max(arrays, key=_nbytes)[0] if arrays else ""
+        if dtype == "f32" and any(each.shape.startswith("bf16") for each, _ in back):
+            given, dtype = given / 2, "bf16"
+        if written == "all-reduce":
+            part = index if len(instruction.operands) > 1 else None
+            if _only_sliced(programs, computation, instruction.name, part):
+                kind = "reduce-scatter"
+            elif _own_part(programs, back):
+                kind, given = "all-gather", given / len(group)
+        bytes_of[kind], dtypes[kind] = bytes_of.get(kind, 0) + given * _received(kind, len(group)), dtype
+    return [
+        Collective(kind, instruction.name, group, dtypes[kind], nbytes * trips, trips, kind != written, known)
+        for kind, nbytes in bytes_of.items()
+    ]
+
+
+def _received(kind: str, size: int) -> float:
+    """Bytes that a device receives for each byte of its operand."""
+    share = (size - 1) / size
+    return {
+        "all-gather": size - 1,
+        "reduce-scatter": share,
+        "all-reduce": 2 * share,
+        "all-to-all": share,
+        "collective-permute": 1,
     }[kind]
-    dtype = max(operands, key=_nbytes)[0] if operands else ""
-    return Collective(kind, instruction.name, group, dtype, moved * trips, trips, sliced, known)
 
 
 def _nbytes(array: tuple[str, str]) -> float:
@@ -154,10 +177,12 @@ def _split_arguments(text: str) -> tuple[str, str]:
 
 
 def _group(rest: str, kind: str) -> tuple[int, ...]:
-    """The first group, from either of the forms HLO writes: a list of lists, or [groups,size]<=[dims]T(order)."""
+    """The first group, from any form HLO writes: lists, [groups,size]<=[dims]T(order), or axes of a mesh."""
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{(\{[\d,]+\})", rest)
         return tuple(int(number) for number in re.findall(r"\d+", pairs[1])) if pairs else (0, 1)
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+        return _group_of_mesh(found[1], found[2])
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
         groups, size = int(found[1]), int(found[2])
         devices = np.arange(groups * size).reshape([int(side) for side in found[3].split(",")])
@@ -166,6 +191,19 @@ def _group(rest: str, kind: str) -> tuple[int, ...]:
         return tuple(devices.reshape(groups, size)[0].tolist())
     found = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
     return tuple(int(number) for number in found[1].split(",")) if found else (0,)
+
+
+def _group_of_mesh(mesh: str, axes: str) -> tuple[int, ...]:
+    """From the form mesh['a'=4,'b'=16] {'a','b':(2)4}: whole axes, or the part of size 4 that follows one of 2."""
+    sides, talk = [], []
+    parts = dict.fromkeys(re.findall(r"'(\w+)'", axes))
+    parts |= {name: (int(before), int(size)) for name, before, size in re.findall(r"'(\w+)':\((\d+)\)(\d+)", axes)}
+    for name, side in re.findall(r"'(\w+)'=(\d+)", mesh):
+        before, size = parts.get(name) or (1, int(side))
+        sides += [before, size, int(side) // before // size]
+        talk += [False, name in parts, False]
+    devices = np.arange(math.prod(sides)).reshape(sides)
+    return tuple(devices[tuple(slice(None) if part else 0 for part in talk)].ravel().tolist())
 
 
 def _repetitions(programs, entry: str) -> dict[str, tuple[int, bool]]:
@@ -195,10 +233,21 @@ def _trips(loop: _Instruction, programs) -> int | None:
     return int(constants[0]) if len(constants) == 1 else None
 
 
-def _only_sliced(programs, computation: str, name: str) -> bool:
-    """Whether all that reads a value, in the end, is slices of it at a place that depends on the device."""
+# --- what becomes of a value, and where it comes from ------------------------------------------------------------
+
+
+def _called_by(instruction: _Instruction) -> str:
+    return re.search(r"(?:calls|to_apply)=%?([\w.\-]+)", instruction.rest)[1]
+
+
+def _only_sliced(programs, computation: str, name: str, index: int | None = None) -> bool:
+    """Whether all that reads a value (its part `index`, where it is a tuple) is, in the end, slices of it."""
     program = programs[computation]
-    users = [i for i in program.values() if name in i.operands and i.opcode not in ("parameter", "constant")]
+    users = [
+        each for each in program.values() if name in each.operands and each.opcode not in ("parameter", "constant")
+    ]
+    if index is not None:
+        users = [each for each in users if f"index={index}" in re.split(r"[,\s]+", each.rest)]
     if not users or program[name].root:
         return False
     return all(_slices(programs, computation, user, name) for user in users)
@@ -210,8 +259,42 @@ def _slices(programs, computation: str, user: _Instruction, name: str) -> bool:
     if user.opcode in PASSING:
         return _only_sliced(programs, computation, user.name)
     if user.opcode in ("fusion", "call"):
-        called = re.search(r"(?:calls|to_apply)=%?([\w.\-]+)", user.rest)[1]
+        called = _called_by(user)
         numbers = [str(index) for index, operand in enumerate(user.operands) if operand == name]
         inside = [i.name for i in programs[called].values() if i.opcode == "parameter" and i.operands[0] in numbers]
         return all(_only_sliced(programs, called, each) for each in inside)
     return False
+
+
+def _back(programs, computation: str, name: str, callers: tuple = ()) -> list[tuple[_Instruction, tuple]]:
+    """The instructions that a value has passed through unchanged, the last first, into fusions and out of them.
+
+    Each comes with its place: the computation it is in, and the calls that lead there.
+    """
+    out, part = [], 0
+    while found := programs[computation].get(name):
+        out.append((found, (computation, callers)))
+        if found.opcode in PASSING and found.operands:
+            name = found.operands[0]
+            if index := re.search(r"index=(\d+)", found.rest):
+                part = int(index[1])
+        elif found.opcode == "fusion":
+            callers, computation = (*callers, (computation, found)), _called_by(found)
+            name = next(each.name for each in programs[computation].values() if each.root)
+        elif found.opcode == "tuple":
+            name = found.operands[part]
+        elif found.opcode == "parameter" and callers:
+            (computation, call), callers = callers[-1], callers[:-1]
+            name = call.operands[int(found.operands[0])]
+        else:
+            break
+    return out
+
+
+def _own_part(programs, back: list[tuple[_Instruction, tuple]]) -> bool:
+    """Whether the value is zeros into which a slice was written."""
+    last, (computation, callers) = back[-1]
+    if last.opcode != "dynamic-update-slice":
+        return False
+    below, _ = _back(programs, computation, last.operands[0], callers)[-1]
+    return below.opcode in ("broadcast", "constant")

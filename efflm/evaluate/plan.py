@@ -1,18 +1,20 @@
 """What one device of a mesh holds, does and hears in a training step, prefill or decode: in closed form.
 
-bytes     of weights, gradients and moments exactly, by the sharding table: under fsdp=N, a leaf whose width N
-          divides costs 1/N, any other costs itself (ZeRO stage 3, Rajbhandari 2019, arXiv 1910.02054, section 5).
-          Activations and temporaries by model.memory, which is written from the CPU's program: a guide, beside which
-          a compiler's own figure stands.
-time      three bounds, none of which a real step beats: products at the peak, each operand and result moved once
-          through HBM, and all bytes received at the links' full speed. `seconds` is the largest of the three, as if
-          each were hidden behind it; a step that overlaps nothing takes their sum.
-traffic   what the partitioner has to move: weights gathered twice (forward and backward) and gradients scattered
-          along fsdp, gradients reduced along data, sums of partial products along tensor, keys and values along
-          context.
+bytes: of weights, gradients and moments exactly, by the sharding table. Under fsdp=N, a leaf whose width N divides
+costs 1/N, any other costs itself (ZeRO stage 3, Rajbhandari 2019, arXiv 1910.02054, section 5). Activations and
+temporaries by model.memory, which is written from the CPU's program: a guide, beside which a compiler's figure stands.
+
+time: three bounds, none of which a real step beats: products at the peak, each operand and result moved once through
+HBM, and all bytes received at the links' full speed. `seconds` is the largest of the three, as if the others were
+hidden behind it; a step that overlaps nothing takes their sum.
+
+traffic: what the partitioner has to move: weights gathered twice (forward and backward) and gradients scattered along
+fsdp, the output layer's once for each chunk of the loss; gradients reduced along data; sums of partial products along
+tensor; keys and values along context.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from typing import Any
@@ -74,6 +76,14 @@ class Prediction:
         return max(("compute", "memory", "network"), key=lambda name: getattr(self, name))
 
 
+# A search asks the same of many meshes.
+_shapes = functools.cache(cost.shapes)
+_parameters = functools.cache(lambda config: sum(cost.parameters(config).values()))
+_optimizer_bytes = functools.cache(cost.optimizer_bytes)
+_train_step = functools.cache(cost.train_step)
+_moments = functools.cache(memory.moments)
+
+
 def abstract_mesh(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> AbstractMesh:
     """A mesh without devices: all that bytes and work depend on."""
     return AbstractMesh((data, fsdp, context, tensor), sharding.AXES)
@@ -99,9 +109,10 @@ def _size(axes: str | tuple[str, ...] | None, mesh: AbstractMesh) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
+@functools.cache
 def weight_count(config: ModelConfig, mesh: AbstractMesh) -> int:
     """Weights on one device."""
-    return sum(math.prod(shape) // parts(path, shape, mesh) for path, shape in cost.shapes(config).items())
+    return sum(math.prod(shape) // parts(path, shape, mesh) for path, shape in _shapes(config).items())
 
 
 def tree_bytes(tree: Any, mesh: AbstractMesh) -> int:
@@ -145,12 +156,12 @@ def _kv_heads(block: BlockConfig, n: int) -> int:
 def held(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh) -> Held:
     """Bytes of a training step on one device; the moments exactly for rules that keep whole ones (adamw, adam, ...)."""
     policy, count = POLICIES[train.policy], weight_count(config, mesh)
-    share = count / sum(cost.parameters(config).values())
+    share = count / _parameters(config)
     gradients = count * FLOAT
     return Held(
         weights=count * ITEMSIZE[policy.param],
         gradients=gradients,
-        optimizer=cost.optimizer_bytes(config, train.optimizer) * share,
+        optimizer=_optimizer_bytes(config, train.optimizer) * share,
         batch=4 * 4 * train.batch * train.length / _size(sharding.BATCH[0], mesh),  # four int32 for each token
         activations=max(0.0, _temporaries(config, train, mesh) - gradients),
     )
@@ -159,7 +170,7 @@ def held(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh) -> Held:
 def _temporaries(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh) -> float:
     policy = POLICIES[train.policy]
     rows, length = rows_and_length(train.batch, train.length, mesh)
-    found = memory.moments(
+    found = _moments(
         local(config, mesh),
         rows,
         length,
@@ -176,10 +187,11 @@ def _temporaries(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh) ->
     return max(peak(arrays) + gathered * (moment != "update") for moment, arrays in found.items())
 
 
+@functools.cache
 def layer_weights(config: ModelConfig, mesh: AbstractMesh) -> list[int]:
     """The weights that each layer's products read on one device, gathered along fsdp."""
     counts = [0] * len(config.blocks)
-    for path, shape in cost.shapes(config).items():
+    for path, shape in _shapes(config).items():
         if path.startswith("block_"):
             counts[int(path.split("/")[0].removeprefix("block_"))] += math.prod(shape) // _tensor_parts(
                 path, shape, mesh
@@ -203,10 +215,10 @@ def train_work(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh) -> W
     policy, mine = POLICIES[train.policy], local(config, mesh)
     rows, length = rows_and_length(train.batch, train.length, mesh)
     settings = {"remat": train.remat, "accumulate": train.accumulate, "optimizer": train.optimizer}
-    work = cost.train_step(mine, rows, train.length, policy, **settings)  # queries see keys of the whole row ...
+    work = _train_step(mine, rows, train.length, policy, **settings)  # queries see keys of the whole row ...
     flops = sum(each.flops for name, each in work.items() if name != "optimizer") / mesh.shape["context"]  # of a part
-    moved = cost.train_step(mine, rows, length, policy, **settings)
-    share = weight_count(config, mesh) / sum(cost.parameters(mine).values())
+    moved = _train_step(mine, rows, length, policy, **settings)
+    share = weight_count(config, mesh) / _parameters(mine)
     update = work["optimizer"] * share
     return Work(flops, sum(each.nbytes for name, each in moved.items() if name != "optimizer")) + update
 
@@ -237,12 +249,19 @@ def group(axes: tuple[str, ...], mesh: AbstractMesh) -> tuple[int, ...]:
     return tuple(np.arange(math.prod(sides)).reshape(sides)[index].ravel().tolist())
 
 
+@functools.cache
+def _sizes(config: ModelConfig, mesh: AbstractMesh) -> tuple[dict[str, float], dict[str, float]]:
+    """{path: weights on a device, gathered along fsdp}: of all leaves, and of those that are cut along it."""
+    shapes = _shapes(config)
+    whole = {path: math.prod(shape) / _tensor_parts(path, shape, mesh) for path, shape in shapes.items()}
+    return whole, {path: n for path, n in whole.items() if _fsdp_parts(path, shapes[path], mesh) > 1}
+
+
 def train_traffic(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh) -> list[Collective]:
     """The collectives that a training step needs, in closed form."""
     policy, (rows, length) = POLICIES[train.policy], rows_and_length(train.batch, train.length, mesh)
     data, fsdp, context, tensor = (mesh.shape[name] for name in sharding.AXES)
-    whole = {path: math.prod(shape) / _tensor_parts(path, shape, mesh) for path, shape in cost.shapes(config).items()}
-    cut = {path: n for path, n in whole.items() if _fsdp_parts(path, cost.shapes(config)[path], mesh) > 1}
+    whole, cut = _sizes(config, mesh)
     low, share = ITEMSIZE[policy.compute], (fsdp - 1) / fsdp
     out = [
         _collective("all-gather", "weights", ("fsdp",), 2 * train.accumulate * share * low * sum(cut.values()), mesh),
@@ -250,6 +269,13 @@ def train_traffic(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh) -
             "reduce-scatter", "gradients", ("fsdp",), train.accumulate * share * FLOAT * sum(cut.values()), mesh
         ),
     ]
+    # The loss reads the output layer's weight, and hands on its gradient, for every chunk of tokens.
+    output = cut.get("embedding" if config.tied else "unembedding", 0)
+    chunks = train.accumulate * cost.loss_chunks(train.batch // train.accumulate, train.length) - train.accumulate
+    out.append(_collective("all-gather", "weight of the loss", ("fsdp",), chunks * share * low * output, mesh))
+    out.append(_collective("reduce-scatter", "gradient of the loss", ("fsdp",), chunks * share * FLOAT * output, mesh))
+    looked_up = 2 * share * FLOAT * rows * length * config.width  # the embedding of all tokens, by parts of its width
+    out.append(_collective("all-to-all", "embeddings", ("fsdp",), looked_up, mesh))
     copies = tuple(name for name, size in (("data", data), ("context", context)) if size > 1)
     of_device = sum(n / (fsdp if path in cut else 1) for path, n in whole.items())
     among = data * context

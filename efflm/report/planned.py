@@ -57,17 +57,19 @@ def seconds(value: float) -> str:
 def traffic(found: list[Collective], hardware: Hardware, devices: int) -> list[Traffic]:
     """The collectives by kind, those that are written as another kind told apart."""
     out = []
-    for kind, sliced in sorted({(each.kind, each.sliced) for each in found}):
-        some = [each for each in found if (each.kind, each.sliced) == (kind, sliced)]
+    for kind, disguised in sorted({(each.kind, each.disguised) for each in found}):
+        some = [each for each in found if (each.kind, each.disguised) == (kind, disguised)]
         groups = sorted({len(each.group) for each in some})
         note = f"among {' or '.join(map(str, groups))} devices"
-        if sliced:
-            note += "; written as all-reduce and slice by the CPU's compiler, counted as what a TPU's or GPU's writes"
+        if disguised:
+            note += (
+                f"; the compiler wrote all-reduce, counted as the {kind} it amounts to: twice as much if run as written"
+            )
         if not all(each.known for each in some):
             note += "; at least: inside of loops whose trips the compiler does not know"
         out.append(
             Traffic(
-                name=f"{kind} (as all-reduce)" if sliced else kind,
+                name=f"{kind} (as all-reduce)" if disguised else kind,
                 note=note,
                 count=sum(each.trips for each in some),
                 nbytes=sum(each.nbytes for each in some),
