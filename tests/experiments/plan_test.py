@@ -40,25 +40,25 @@ def test_training_is_compiled_and_predicted(tmp_path, capsys):
         assert words in shown
 
 
-@pytest.mark.parametrize("flags", [["--phase=prefill"], ["--phase=decode", "--int8", "--activations=int8"]])
-def test_inference_is_compiled_and_predicted(tmp_path, capsys, flags):
-    found = run(tmp_path / "out", "--mesh.fsdp=1", "--mesh.tensor=4", "--mesh.data=2", "--hardware=v6e", *flags)
+def test_decoding_in_int8_is_compiled_and_predicted(tmp_path, capsys):
+    flags = ["--phase=decode", "--int8", "--activations=int8", "--mesh.fsdp=1", "--mesh.tensor=4", "--mesh.data=2"]
+    found = run(tmp_path / "out", "--hardware=v6e", *flags)
     assert found["fits"]
     assert rows(found, "bytes")["arguments"]["compiled"] > 0
     shown = capsys.readouterr().out
-    assert ("weights in int8, activations too" in shown) == ("--int8" in flags)
+    assert "weights in int8, activations too" in shown
     assert "asks the TPU compiler" in shown  # how to
 
 
 def test_the_search_needs_no_compiler(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plan, "compiled", None)
     found = run(
-        tmp_path / "out", "--search", "--nocompile", "--model=llama3-70b", "--devices=512", "--train.batch=512",
+        tmp_path / "out", "--search", "--nocompile", "--model=llama3.2-1b", "--devices=16", "--train.batch=64",
         "--train.length=4096",
     )  # fmt: skip
     assert len(found["search"]) == 8
     assert found["search"][0]["fits"]
-    assert "512" not in found["mesh"] if "mesh" in found else True
+    assert "bytes" not in found
     assert "candidates" in capsys.readouterr().out
 
 
