@@ -146,8 +146,14 @@ def start(devices: int) -> None:
 
 def tpu_devices(chip: hardware.Hardware, topology: str) -> list[Any]:
     """Devices of a TPU that is not there, to compile for."""
-    # libtpu would ask Google's metadata server what machine this is, and complain of what it does not hear.
-    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": f"{chip.name}-8"}
+    # libtpu would ask Google what machine this is, complain of what it does not hear, and take the TPU
+    # that is not there for itself alone.
+    quiet = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": f"{chip.name}-8",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
