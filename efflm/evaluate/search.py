@@ -1,0 +1,68 @@
+"""Ranking the ways to train a model on so many devices, by the closed form of evaluate.plan: nothing is compiled."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+
+from efflm.config import ModelConfig, TrainConfig
+from efflm.evaluate import plan
+from efflm.evaluate.hardware import Hardware
+from efflm.evaluate.plan import Held, Prediction
+from efflm.model import sharding
+from efflm.precision import POLICIES
+
+REMATS = ("none", "dots", "full")
+SHORTEST = 1024  # tokens of a row that are worth a device of their own
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One way to train: sizes of the mesh axes, the training config, and what is predicted of it."""
+
+    sizes: dict[str, int]
+    train: TrainConfig
+    held: Held
+    prediction: Prediction
+    fits: bool
+
+    @property
+    def tokens_a_second(self) -> float:
+        return self.train.batch * self.train.length / self.prediction.seconds
+
+
+def meshes(devices: int) -> Iterator[dict[str, int]]:
+    """Every way to write the number of devices as a product of the mesh axes."""
+    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+    for sizes in itertools.product(divisors, repeat=len(sharding.AXES)):
+        if math.prod(sizes) == devices:
+            yield dict(zip(sharding.AXES, sizes))
+
+
+def possible(config: ModelConfig, batch: int, length: int, sizes: dict[str, int]) -> bool:
+    """Whether the mesh cuts nothing that it should not: rows, tokens, key-value heads, widths."""
+    tensor = sizes["tensor"]
+    blocks = all(block.kv_heads % tensor == 0 and block.hidden % tensor == 0 for block in set(config.blocks))
+    rows = batch % (sizes["data"] * sizes["fsdp"]) == 0 and length % sizes["context"] == 0
+    rows = rows and (sizes["context"] == 1 or length // sizes["context"] >= SHORTEST)
+    return blocks and rows and config.width % sizes["fsdp"] == 0
+
+
+def search(config: ModelConfig, train: TrainConfig, hardware: Hardware, devices: int) -> list[Candidate]:
+    """Meshes, remat policies, and batches of a quarter to four times the config's: the fastest first.
+
+    Those that fit come before those that do not; of equals the one that holds less.
+    """
+    out = []
+    batches = [batch for batch in (train.batch // 4, train.batch // 2, *(train.batch * n for n in (1, 2, 4))) if batch]
+    for sizes, batch, remat in itertools.product(meshes(devices), batches, REMATS):
+        if not possible(config, batch, train.length, sizes) or batch % train.accumulate:
+            continue
+        tried, mesh = dataclasses.replace(train, batch=batch, remat=remat), plan.abstract_mesh(**sizes)
+        bytes_held = plan.held(config, tried, mesh)
+        traffic = plan.train_traffic(config, tried, mesh)
+        prediction = plan.predict(
+            plan.train_work(config, tried, mesh), traffic, hardware, POLICIES[train.policy].compute, devices
+        )
+        out.append(Candidate(sizes, tried, bytes_held, prediction, bytes_held.total <= hardware.memory))
+    return sorted(out, key=lambda each: (not each.fits, -each.tokens_a_second, each.held.total))

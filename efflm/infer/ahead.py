@@ -1,0 +1,48 @@
+"""Prefill and decode as programs to compile, for any mesh and with no weights: shapes and shardings in their place."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from efflm.infer import generate
+from efflm.model import LanguageModel, empty_cache, sharding
+from efflm.precision import policy_for
+
+
+def _rows(mesh: Mesh, shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
+    """An array whose first axis is the rows of a batch, and whose further ones lie along `axes` of the mesh."""
+    spec = PartitionSpec(sharding.BATCH[0], *axes)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+
+def placed(model: LanguageModel, mesh: Mesh) -> LanguageModel:
+    """The abstract model, float or quantized, with the place that the table of model.sharding gives each array."""
+    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return model.replace(params=jax.tree.map(place, model.params, sharding.shardings(model.params, mesh)))
+
+
+def prefill(model: LanguageModel, rows: int, length: int, mesh: Mesh) -> Any:
+    """The lowered program that reads prompts of `length` tokens into a cache with room for no more."""
+    return generate.prefill.lower(placed(model, mesh), _rows(mesh, (rows, length), jnp.int32), length=length)
+
+
+def decode(model: LanguageModel, rows: int, room: int, mesh: Mesh) -> Any:
+    """The lowered program that decodes one token for each row, against a cache with `room`.
+
+    The cache is spread by rows, and by key-value heads along `tensor` where that divides them.
+    """
+    config, tensor = model.config, mesh.shape["tensor"]
+    dtype = policy_for(model.params).compute
+    cache = jax.eval_shape(lambda: empty_cache(config, rows, room, dtype))
+
+    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        heads = "tensor" if x.ndim == 4 and x.shape[2] % tensor == 0 else None
+        return _rows(mesh, x.shape, x.dtype, *((None, heads) if x.ndim == 4 else ()))
+
+    logits = _rows(mesh, (rows, config.vocabulary), jnp.float32)
+    whole = NamedSharding(mesh, PartitionSpec())
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    temperature, rng = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in (jnp.float32(0), rng))
+    return generate.decode.lower(placed(model, mesh), logits, jax.tree.map(place, cache), temperature, rng, steps=1)

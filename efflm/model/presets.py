@@ -1,0 +1,67 @@
+"""Published models by name, as configs without weights.
+
+Sources, all read from `config.json` of the named model card on huggingface.co, and held in a test against the parameter
+counts their authors publish: Llama 3 (arXiv 2407.21783, table 3), Llama 3.2, SmolLM2 (arXiv 2502.02737), GPT-2 (Radford
+2019, table 2; the counts are those of the released weights). Llama 3.2 also stretches the low frequencies of its rotary
+embedding, which changes no shape and no cost and is left out.
+"""
+
+from efflm.config import BlockConfig, InputError, ModelConfig
+
+
+def _llama(
+    layers: int,
+    width: int,
+    heads: int,
+    kv_heads: int,
+    hidden: int,
+    *,
+    vocabulary: int = 128_256,
+    context: int = 8192,
+    tied: bool = False,
+    rope_base: float = 500_000.0,
+) -> ModelConfig:
+    block = BlockConfig(heads=heads, kv_heads=kv_heads, head_dim=width // heads, hidden=hidden)
+    return ModelConfig(
+        vocabulary=vocabulary, width=width, context=context, blocks=(block,) * layers, tied=tied, rope_base=rope_base
+    )
+
+
+def _smollm2(layers: int, width: int, heads: int, kv_heads: int, hidden: int, base: float = 100_000.0) -> ModelConfig:
+    return _llama(layers, width, heads, kv_heads, hidden, vocabulary=49_152, tied=True, rope_base=base)
+
+
+def _gpt2(layers: int, width: int, heads: int) -> ModelConfig:
+    block = BlockConfig(heads=heads, kv_heads=heads, head_dim=width // heads, hidden=4 * width)
+    return ModelConfig(
+        vocabulary=50_257,
+        width=width,
+        context=1024,
+        blocks=(block,) * layers,
+        norm="layer",
+        position="learned",
+        feedforward="gelu",
+        bias=True,
+    )
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "llama3-8b": _llama(32, 4096, 32, 8, 14_336),
+    "llama3-70b": _llama(80, 8192, 64, 8, 28_672),
+    "llama3.2-1b": _llama(16, 2048, 32, 8, 8192, context=131_072, tied=True),
+    "llama3.2-3b": _llama(28, 3072, 24, 8, 8192, context=131_072, tied=True),
+    "smollm2-135m": _smollm2(30, 576, 9, 3, 1536),
+    "smollm2-360m": _smollm2(32, 960, 15, 5, 2560),
+    "smollm2-1.7b": _smollm2(24, 2048, 32, 32, 8192, 130_000.0),
+    "gpt2": _gpt2(12, 768, 12),
+    "gpt2-medium": _gpt2(24, 1024, 16),
+    "gpt2-large": _gpt2(36, 1280, 20),
+    "gpt2-xl": _gpt2(48, 1600, 25),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """The config of the published model `name`. Raises InputError with the names there are."""
+    if name not in PRESETS:
+        raise InputError(f"no model is named {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]

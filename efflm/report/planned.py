@@ -1,0 +1,144 @@
+"""The plan of a run on a mesh, as rows of tables: bytes on a device, what goes over the network, times, candidates."""
+
+import dataclasses
+
+from efflm.evaluate.collectives import Collective
+from efflm.evaluate.hardware import Hardware
+from efflm.evaluate.plan import Prediction
+from efflm.evaluate.search import Candidate
+from efflm.report.table import Columns
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bytes:
+    """Bytes of one kind on one device: by the closed form, and by the compiler, which tells only some kinds apart."""
+
+    name: str
+    note: str
+    predicted: float | None
+    compiled: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """All collectives of one kind in one step: how many run, and the bytes that a device receives."""
+
+    name: str
+    note: str
+    count: int
+    nbytes: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Time:
+    """One of the bounds, in seconds."""
+
+    name: str
+    note: str
+    seconds: float
+    bound: bool
+
+
+def size(nbytes: float | None) -> str:
+    """Bytes in decimal units."""
+    if nbytes is None:
+        return "–"
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.2f} {name}"
+    return f"{nbytes:.0f} B"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def traffic(found: list[Collective], hardware: Hardware, devices: int) -> list[Traffic]:
+    """The collectives by kind, those that are written as another kind told apart."""
+    out = []
+    for kind, disguised in sorted({(each.kind, each.disguised) for each in found}):
+        some = [each for each in found if (each.kind, each.disguised) == (kind, disguised)]
+        groups = sorted({len(each.group) for each in some})
+        note = f"among {' or '.join(map(str, groups))} devices"
+        if disguised:
+            note += (
+                f"; the compiler wrote all-reduce, counted as the {kind} it amounts to: twice as much if run as written"
+            )
+        if not all(each.known for each in some):
+            note += "; at least: inside of loops whose trips the compiler does not know"
+        out.append(
+            Traffic(
+                name=f"{kind} (as all-reduce)" if disguised else kind,
+                note=note,
+                count=sum(each.trips for each in some),
+                nbytes=sum(each.nbytes for each in some),
+                seconds=sum(each.nbytes / hardware.received_a_second(each.group, devices) for each in some),
+            )
+        )
+    return out
+
+
+def times(prediction: Prediction, hardware: Hardware, dtype: str) -> list[Time]:
+    """The three bounds."""
+    network = "every byte received at the full speed of the links its group has"
+    notes = {
+        "compute": f"products at {hardware.peak(dtype) / 1e12:,.0f} TFLOP/s, {hardware.name}'s peak in {dtype}",
+        "memory": f"operands and results moved once, at {hardware.bandwidth / 1e12:.2f} TB/s",
+        "network": f"{network}: {hardware.link / 1e9:.0f} GB/s"
+        + (f" within {hardware.node} devices, {hardware.network / 1e9:.0f} beyond" if hardware.node else ""),
+    }
+    row = lambda name: Time(
+        name=name, note=notes[name], seconds=getattr(prediction, name), bound=name == prediction.bound
+    )
+    return [row(name) for name in notes]
+
+
+BYTES_COLUMNS: Columns = (
+    ("on a device", lambda row: row.name),
+    ("predicted", lambda row: size(row.predicted)),
+    ("compiled", lambda row: size(row.compiled)),
+)
+TRAFFIC_COLUMNS: Columns = (
+    ("over the network", lambda row: row.name),
+    ("a step", lambda row: f"{row.count:,}"),
+    ("received", lambda row: size(row.nbytes)),
+    ("at least", lambda row: seconds(row.seconds)),
+)
+TIME_COLUMNS: Columns = (
+    ("bound", lambda row: row.name),
+    ("at least", lambda row: seconds(row.seconds)),
+    ("the largest", lambda row: "<--" if row.bound else ""),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ranked:
+    """A candidate of the search, in words."""
+
+    name: str
+    note: str
+    candidate: Candidate
+
+
+def ranked(candidates: list[Candidate]) -> list[Ranked]:
+    """Numbered from 1, the fastest."""
+    out = []
+    for index, each in enumerate(candidates):
+        axes = " ".join(f"{name}={size}" for name, size in each.sizes.items() if size > 1) or "one device"
+        note = f"bound by {each.prediction.bound}" + ("" if each.fits else "; does not fit")
+        out.append(Ranked(name=f"{index + 1}. {axes}", note=note, candidate=each))
+    return out
+
+
+SEARCH_COLUMNS: Columns = (
+    ("mesh", lambda row: row.name),
+    ("remat", lambda row: row.candidate.train.remat),
+    ("batch", lambda row: f"{row.candidate.train.batch:,}"),
+    ("compute", lambda row: seconds(row.candidate.prediction.compute)),
+    ("memory", lambda row: seconds(row.candidate.prediction.memory)),
+    ("network", lambda row: seconds(row.candidate.prediction.network)),
+    ("tokens/s", lambda row: f"{row.candidate.tokens_a_second:,.0f}"),
+    ("bytes a device", lambda row: size(row.candidate.held.total)),
+    ("fits", lambda row: "yes" if row.candidate.fits else "no"),
+)

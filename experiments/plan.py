@@ -1,0 +1,342 @@
+"""What a pod would do with a model, told by a laptop: what one device holds, hears and takes, from the real program.
+
+    python -m experiments.plan --model=llama3-8b --mesh.fsdp=64
+    python -m experiments.plan --model=llama3-70b --hardware=v5p:8x8x8
+    python -m experiments.plan --model=llama3-8b --hardware=h200 --devices=64 --search
+    python -m experiments.plan --model=llama3-70b --hardware=h100 --phase=decode --int8 --mesh.fsdp=1 --mesh.tensor=8
+
+Expect, in about a minute, tables of what each device holds (the closed form beside the compiler's figure), of the
+collectives in the compiled step, and of the times that compute, memory and network take at the least on the named
+hardware; and whether it fits. The step that is compiled is the one that trains, for the mesh asked for, and no weights
+are allocated. With a TPU topology and libtpu installed (pip install libtpu==0.0.42 for jax 0.10.2; no TPU is needed) it
+is the TPU's compiler that says so, else the CPU's, for as many fake devices; the output says which. --search compiles
+nothing unless told to: it ranks meshes, remat policies and batches by the closed form. In the run directory: plan.json.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from efflm import rundir
+from efflm.compress.quantize import quantize
+from efflm.config import MeshConfig, ModelConfig, TrainConfig, command_line, flag, launch, require
+from efflm.evaluate import collectives, hardware, plan, search
+from efflm.infer import ahead as infer_ahead
+from efflm.model import LanguageModel, cost, init_params, sharding
+from efflm.model.presets import preset
+from efflm.precision import POLICIES, Policy, cast
+from efflm.report import planned, table
+from efflm.train import ahead as train_ahead
+
+LIBTPU = "pip install libtpu==0.0.42 (for jax 0.10.2) to ask the TPU's own compiler; no TPU is needed"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """The run"""
+
+    run_dir: str = flag(str(rundir.ROOT / "plan"), "where plan.json is written")
+    model: str = flag("llama3-8b", "a published model by name, such as llama3-70b, llama3.2-1b, smollm2-135m, gpt2-xl")
+    hardware: str = flag("v5p", "h100, h200, v5e, v5p or v6e; a TPU with its topology too, as in v5p:4x4x4")
+    devices: int = flag(0, "how many; 0: as many as the topology has, or the mesh asks for")
+    phase: Literal["train", "prefill", "decode"] = flag("train", "what is planned")
+    search: bool = flag(False, "rank meshes, remat policies and batches by the closed form")
+    compile: bool = flag(True, "compile; with --search, the best that fits")
+    shown: int = flag(8, "candidates of the search that are shown")
+    rows: int = flag(64, "rows that are prefilled or decoded at a time, over all devices")
+    room: int = flag(4096, "tokens of the prompt that is prefilled, or positions in the cache while decoding")
+    int8: bool = flag(False, "weights in int8 for prefill and decode, in place of bfloat16")
+    activations: Literal["float", "int8"] = flag("float", "int8: the activations too (W8A8), where the weights are")
+
+    def __post_init__(self):
+        require(self.devices >= 0, f"devices is {self.devices}, but must be positive, or 0 for what the mesh asks for")
+        for name in ("shown", "rows", "room"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
+        require(self.phase == "train" or not self.search, f"search knows training only: leave out --phase={self.phase}")
+        require(
+            self.phase != "train" or not self.int8, "int8 is for --phase=prefill and decode: weights train in float"
+        )
+        require(self.int8 or self.activations == "float", "activations in int8 need weights in int8: add --int8")
+
+
+TRAIN = TrainConfig(batch=512, length=4096, policy="bfloat16", scan=True, remat="full")
+MESH = MeshConfig(data=1, fsdp=-1)
+
+
+def main(run: Run, mesh: MeshConfig, train: TrainConfig) -> None:
+    began = time.perf_counter()
+    config, run_dir = preset(run.model), Path(run.run_dir)
+    chip, topology = hardware.parse(run.hardware)
+    length = train.length if run.phase == "train" else run.room
+    name = "train.length" if run.phase == "train" else "room"
+    require(
+        length <= config.context,
+        f"{name} {length} is longer than the context of {run.model}, {config.context}: lower {name}",
+    )
+    devices = how_many(run, mesh, topology)
+    rundir.require_writable(run_dir, needs=10_000_000)
+    out: dict[str, Any] = {"model": run.model, "hardware": dataclasses.asdict(chip), "devices": devices}
+    if run.search:
+        found = search.search(config, train, chip, devices)
+        require(
+            len(found) > 0,
+            f"no mesh of {devices} devices divides a batch of {train.batch} rows of {train.length} and the widths of "
+            f"{run.model}: change one of them",
+        )
+        shown = found[: run.shown]
+        fits = sum(each.fits for each in found)
+        facts = [f"{len(found)} candidates, {fits} of which fit into the {chip.memory / 1e9:.0f} GB of a {chip.name}."]
+        facts.append("By the closed form; memory is a guide only (within a quarter where it could be compared).")
+        table.show(planned.ranked(shown), facts, planned.SEARCH_COLUMNS)
+        out["search"] = [dataclasses.asdict(each) for each in shown]
+        require(
+            fits > 0, f"nothing fits: more devices than {devices}, or a smaller train.batch than {train.batch}, may"
+        )
+        mesh, train = MeshConfig(**found[0].sizes), found[0].train
+    if run.compile:
+        out |= compiled(run, config, train, mesh, chip, topology, devices)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    out |= {"seconds": time.perf_counter() - began, "peak_bytes": peak, "versions": rundir.machine()}
+    rundir.write_json(run_dir / "plan.json", out | {"command": command_line("experiments.plan", sys.argv)})
+    print(f"[{out['seconds']:4.0f} s, {planned.size(peak)} of this machine's memory] done: see {run_dir / 'plan.json'}")
+
+
+def how_many(run: Run, mesh: MeshConfig, topology: str) -> int:
+    """Devices, by the topology, the flag or the mesh."""
+    asked = {name: size for name, size in dataclasses.asdict(mesh).items() if size != -1}
+    fixed = 1
+    for size in asked.values():
+        fixed *= size
+    if not topology:
+        require(
+            bool(run.devices) or len(asked) == 4 or fixed > 1,
+            "the number of devices is not known: give --devices, sizes of the mesh, or a topology as in "
+            "--hardware=v5p:4x4x4",
+        )
+        return run.devices or fixed
+    count = hardware.chips(topology)
+    require(run.devices in (0, count), f"devices is {run.devices}, but {run.hardware} has {count}: leave out --devices")
+    require(
+        run.search or len(asked) < 4 or fixed == count,
+        f"the mesh has {fixed} devices, but {run.hardware} has {count}: make the product of its axes {count}",
+    )
+    return count
+
+
+# --- compiling -------------------------------------------------------------------------------------------------------
+
+
+def start(devices: int) -> None:
+    """As many fake CPU devices, and no other backend: before JAX has started. A test has started it already."""
+    try:
+        jax.config.update("jax_num_cpu_devices", devices)
+        jax.config.update("jax_platforms", "cpu")
+    except RuntimeError:
+        require(jax.device_count() >= devices, f"{devices} devices are asked for, but JAX started with fewer")
+
+
+def tpu_devices(chip: hardware.Hardware, topology: str) -> list[Any]:
+    """Devices of a TPU that is not there, to compile for."""
+    # libtpu would ask Google what machine this is, complain of what it does not hear, and take the TPU
+    # that is not there for itself alone.
+    quiet = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": f"{chip.name}-8",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{chip.name}:{topology}").devices)
+
+
+def compiled(
+    run: Run,
+    config: ModelConfig,
+    train: TrainConfig,
+    mesh_config: MeshConfig,
+    chip: hardware.Hardware,
+    topology: str,
+    devices: int,
+) -> dict[str, Any]:
+    """Compile, show the tables, and return them."""
+    start(devices)
+    batch, length = (train.batch, train.length) if run.phase == "train" else (run.rows, run.room)
+    mesh = sharding.mesh_for(mesh_config, batch, length)
+    by_tpu = bool(topology) and importlib.util.find_spec("libtpu") is not None
+    how = f"the CPU's compiler, for {mesh.size} fake devices"
+    if by_tpu:
+        mesh = sharding.make_mesh(**mesh.shape, devices=tpu_devices(chip, topology))
+        how = f"the TPU's compiler (libtpu {importlib.metadata.version('libtpu')}), for {chip.name}:{topology}"
+    elif chip.torus:
+        example = f"--hardware={chip.name}:{'x'.join('4' * chip.torus)}"
+        how += f" ({LIBTPU if topology else f'a topology, as in {example}, asks the TPU compiler'})"
+    abstract = plan.abstract_mesh(**mesh.shape)
+    began = time.perf_counter()
+    if run.phase == "train":
+        step, arguments = train_ahead.training_step(config, train, mesh)
+        with jax.set_mesh(mesh):
+            lowered = step.lower(*arguments)
+    else:
+        model, policy = stored(config, run)
+        lower = infer_ahead.prefill if run.phase == "prefill" else infer_ahead.decode
+        lowered = lower(model, run.rows, run.room, mesh)
+    print(f"[{time.perf_counter() - began:4.0f} s] traced", flush=True)
+    program, refused = compile_or_why_not(lowered)
+    print(f"[{time.perf_counter() - began:4.0f} s] compiled by {how}", flush=True)
+    stats = program and program.memory_analysis()
+    if run.phase == "train":
+        work, dtype = plan.train_work(config, train, abstract), POLICIES[train.policy].compute
+        rows = training_bytes(plan.held(config, train, abstract), stats)
+    else:
+        weights = plan.tree_bytes(model.params, abstract)
+        work = plan.infer_work(config, run.phase, run.rows, run.room, policy, abstract, weight_bytes=weights)
+        dtype = "int8" if run.activations == "int8" else policy.compute
+        cache = plan.cache_bytes(config, run.rows, run.room, policy, abstract)
+        rows = inference_bytes(weights, cache, run.phase, stats)
+    if program:
+        found = collectives.collectives(program.as_text())
+    else:
+        found = plan.train_traffic(config, train, abstract) if run.phase == "train" else []
+    prediction = plan.predict(work, found, chip, dtype, mesh.size)
+    tokens = batch * (1 if run.phase == "decode" else length)
+    needed = on_device(stats) if stats else rows[-1].predicted
+    traffic, times = planned.traffic(found, chip, mesh.size), planned.times(prediction, chip, dtype)
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
+    facts = [
+        f"{run.model}, {sum(cost.parameters(config).values()) / 1e9:.2f} B parameters, on {mesh.size} x {chip.name} "
+        f"({axes}): {run.phase}, {batch:,} rows of {length:,}"
+        + (
+            f", {train.policy}, remat {train.remat}, {train.optimizer}."
+            if run.phase == "train"
+            else f", {weights_in(run)}."
+        ),
+        f"Compiled by {how}.",
+        f"The step takes {planned.seconds(prediction.seconds)} or more, bound by {prediction.bound} "
+        f"({planned.seconds(prediction.unhidden)} if nothing overlaps): at most "
+        f"{tokens / prediction.seconds:,.0f} tokens/s.",
+        fit(needed, chip) if program else f"It does NOT fit: {refused}",
+    ]
+    if run.phase == "train":
+        used = cost.train_flops(config, train.batch, train.length) / mesh.size / prediction.seconds
+        facts.append(f"Model FLOP utilization: at most {used / chip.peak(dtype):.0%}.")
+    if not by_tpu and run.phase == "train":
+        facts.append(
+            "The CPU's compiler keeps its loops in float32 and so needs more temporaries than an accelerator's."
+        )
+    table.show(rows, [], planned.BYTES_COLUMNS)
+    table.show(traffic, [], planned.TRAFFIC_COLUMNS)
+    table.show(times, facts, planned.TIME_COLUMNS)
+    analysis = (program and program.cost_analysis()) or {}
+    return {
+        "mesh": dict(mesh.shape),
+        "train": dataclasses.asdict(train) if run.phase == "train" else None,
+        "phase": run.phase,
+        "compiler": how,
+        "bytes": [dataclasses.asdict(row) for row in rows],
+        "needed_bytes": needed,
+        "fits": bool(program) and needed <= chip.memory,
+        "traffic": [dataclasses.asdict(row) for row in traffic],
+        "collectives": [dataclasses.asdict(each) for each in found],
+        "prediction": dataclasses.asdict(prediction) | {"seconds": prediction.seconds, "bound": prediction.bound},
+        "work": dataclasses.asdict(work),
+        "tokens_a_second": tokens / prediction.seconds,
+        # The compiler's own count sees the body of a loop once.
+        "compiler_cost": {
+            key: analysis[key] for key in ("flops", "bytes accessed", "optimal_seconds") if key in analysis
+        },
+        "compile_seconds": time.perf_counter() - began,
+        "facts": facts,
+    }
+
+
+def compile_or_why_not(lowered: Any) -> tuple[Any, str]:
+    """The program; or None and the line with which the TPU's compiler refuses one that does not fit."""
+    try:
+        return lowered.compile(), ""
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None, str(error).strip().splitlines()[0]
+
+
+def stored(config: ModelConfig, run: Run) -> tuple[LanguageModel, Policy]:
+    """The abstract model as it is served: bfloat16, or int8 with scales in bfloat16."""
+
+    def make() -> Any:
+        params = cast(init_params(config, 0), jnp.bfloat16)
+        return quantize(params, run.activations) if run.int8 else params
+
+    return LanguageModel(config, jax.eval_shape(make)), POLICIES["bfloat16_pure"]
+
+
+def weights_in(run: Run) -> str:
+    if not run.int8:
+        return "weights in bfloat16"
+    return "weights in int8" + (", activations too" if run.activations == "int8" else "")
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def on_device(found: Any) -> float:
+    """Bytes that the compiled program needs on a device: arguments, temporaries, and results that are no argument's."""
+    return (
+        found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    )
+
+
+def fit(needed: float, chip: hardware.Hardware) -> str:
+    share = f"{planned.size(needed)} of the {planned.size(chip.memory)} of a {chip.name} ({needed / chip.memory:.0%})"
+    return f"It fits: {share}." if needed <= chip.memory else f"It does NOT fit: {share}."
+
+
+def training_bytes(held: plan.Held, found: Any) -> list[planned.Bytes]:
+    row = lambda name, note, predicted, seen=None: planned.Bytes(
+        name=name, note=note, predicted=predicted, compiled=seen
+    )
+    return [
+        row("weights", "exact, by the sharding table", held.weights),
+        row("optimizer state", "exact for rules with whole moments", held.optimizer),
+        row("batch", "tokens, targets, segments, positions", held.batch),
+        row("arguments", "the three above", held.arguments, found and found.argument_size_in_bytes),
+        row("gradients", "float32, exact, by the sharding table", held.gradients),
+        row("activations", "and other temporaries, modelled on the CPU's program", held.activations),
+        row(
+            "temporaries",
+            "the two above, at their peak",
+            held.gradients + held.activations,
+            found and found.temp_size_in_bytes,
+        ),
+        row("all", "what must fit", held.total, found and on_device(found)),
+    ]
+
+
+def inference_bytes(weights: float, cache: float, phase: str, found: Any) -> list[planned.Bytes]:
+    row = lambda name, note, predicted, seen=None: planned.Bytes(
+        name=name, note=note, predicted=predicted, compiled=seen
+    )
+    arguments = weights + (cache if phase == "decode" else 0)
+    return [
+        row("weights", "exact, by the sharding table", weights),
+        row("keys and values", "by rows, and by heads along tensor where it divides them", cache),
+        row("arguments", "the weights; decoding, the cache too", arguments, found and found.argument_size_in_bytes),
+        row("results", "prefilling, the cache", cache, found and found.output_size_in_bytes),
+        row("temporaries", "", None, found and found.temp_size_in_bytes),
+        row("all", "what must fit", weights + cache, found and on_device(found)),
+    ]
+
+
+if __name__ == "__main__":
+    launch(main, __doc__, run=Run(), mesh=MESH, train=TRAIN)

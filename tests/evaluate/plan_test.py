@@ -1,0 +1,143 @@
+"""Bytes on a device against the ZeRO formula and the compiled program; the search against its own rules."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from efflm.compress.quantize import quantize
+from efflm.config import TrainConfig
+from efflm.evaluate import plan, search
+from efflm.evaluate.collectives import Collective
+from efflm.evaluate.hardware import HARDWARE
+from efflm.evaluate.plan import Work
+from efflm.infer import ahead as infer_ahead
+from efflm.model import LanguageModel, cost, init_params, sharding
+from efflm.model.presets import preset
+from efflm.precision import POLICIES, cast
+from efflm.train import ahead
+from tests import tiny
+
+TRAIN = TrainConfig(batch=8, length=16, policy="bfloat16", scan=True, remat="full")
+COUNTERS = 64  # bytes of the step's number and the optimizer's
+
+
+def abstract(config):
+    return jax.eval_shape(lambda: init_params(config, 0))
+
+
+@pytest.mark.parametrize("n", [1, 2, 8])
+@pytest.mark.parametrize("name", tiny.SHAPES)
+def test_bytes_are_those_of_zero(name, n):
+    """Rajbhandari 2019: (weights + gradients + two moments) / N, but for norms and biases, which nobody cuts."""
+    config = tiny.SHAPES[name].config()
+    matrices = sum(math.prod(shape) for shape in cost.shapes(config).values() if len(shape) == 2)
+    vectors = sum(math.prod(shape) for shape in cost.shapes(config).values() if len(shape) == 1)
+    held = plan.held(config, TRAIN, plan.abstract_mesh(fsdp=n))
+    each = 4 * (matrices / n + vectors)
+    assert (held.weights, held.gradients) == (each, each)
+    assert held.optimizer == pytest.approx(2 * each, rel=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 3}])
+@pytest.mark.parametrize("name", tiny.SHAPES)
+def test_bytes_are_those_of_the_state_as_it_lies(name, sizes):
+    config, mesh = tiny.SHAPES[name].config(), sharding.make_mesh(**sizes)
+    batch = dataclasses.replace(TRAIN, batch=24)
+    _, (state, _, rows) = ahead.training_step(config, batch, mesh)
+    part = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    held = plan.held(config, batch, plan.abstract_mesh(**sizes))
+    assert sum(map(part, jax.tree.leaves(state.trainable))) == held.weights
+    assert 0 <= sum(map(part, jax.tree.leaves(state.optimizer))) - held.optimizer <= COUNTERS
+    assert sum(map(part, jax.tree.leaves(rows))) == held.batch
+
+
+def test_bytes_are_those_of_the_compiled_arguments():
+    config, mesh = tiny.LLAMA.config(), sharding.make_mesh(fsdp=4, tensor=2)
+    step, arguments = ahead.training_step(config, TRAIN, mesh)
+    stats = step.lower(*arguments).compile().memory_analysis()
+    held = plan.held(config, TRAIN, plan.abstract_mesh(fsdp=4, tensor=2))
+    assert 0 <= stats.argument_size_in_bytes - held.arguments <= COUNTERS
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_bytes_of_served_models_are_those_of_the_compiled_arguments(int8):
+    config, mesh, policy = tiny.LLAMA.config(), sharding.make_mesh(data=2, tensor=2), POLICIES["bfloat16_pure"]
+
+    def stored():
+        params = cast(init_params(config, 0), policy.param)
+        return quantize(params) if int8 else params
+
+    model = LanguageModel(config, jax.eval_shape(stored))
+    shape = plan.abstract_mesh(data=2, tensor=2)
+    weights = plan.tree_bytes(model.params, shape)
+    cache = plan.cache_bytes(config, 4, 16, policy, shape)
+    stats = infer_ahead.decode(model, 4, 16, mesh).compile().memory_analysis()
+    logits, lengths = 4 * 4 * config.vocabulary / 2, 4 * 4 / 2
+    rest = stats.argument_size_in_bytes - weights - cache - logits - lengths
+    assert 0 <= rest <= COUNTERS
+    if int8:
+        assert weights < 0.35 * plan.tree_bytes(abstract(config), shape)  # of float32
+    prefilled = infer_ahead.prefill(model, 4, 16, mesh).compile().memory_analysis()
+    assert 0 <= prefilled.argument_size_in_bytes - weights - 4 * 4 * 16 / 2 <= COUNTERS
+
+
+def test_work_is_divided_among_devices():
+    config = preset("llama3-8b")
+    train = dataclasses.replace(TRAIN, batch=64, length=4096)
+    one = plan.train_work(config, train, plan.abstract_mesh()).flops
+    for sizes in ({"fsdp": 8}, {"data": 2, "fsdp": 4}, {"tensor": 8}, {"context": 4, "fsdp": 2}):
+        shared = plan.train_work(config, train, plan.abstract_mesh(**sizes)).flops
+        assert 8 * shared == pytest.approx(one, rel=0.01), sizes
+
+
+def test_the_network_takes_what_the_slowest_link_says():
+    chip = HARDWARE["h100"]
+    near, far = (Collective("all-gather", "x", group, "f32", 9e9, 1) for group in (tuple(range(8)), tuple(range(64))))
+    prediction = plan.predict(Work(1e12, 1e9), [near, far], chip, "bfloat16", 64)
+    assert prediction.network == pytest.approx(9e9 / 450e9 + 9e9 / 50e9)
+    assert prediction.bound == "network"
+    assert prediction.seconds == prediction.network < prediction.unhidden
+
+
+def test_groups_are_those_of_the_mesh():
+    mesh = plan.abstract_mesh(data=2, fsdp=2, tensor=2)
+    assert plan.group(("tensor",), mesh) == (0, 1)
+    assert plan.group(("data",), mesh) == (0, 4)
+    assert plan.group(("data", "tensor"), mesh) == (0, 1, 4, 5)
+
+
+def test_traffic_under_fsdp_is_three_times_the_weights():
+    """Rajbhandari 2019, section 7: 1.5 times that of plain data parallelism, which all-reduces its gradients."""
+    config = preset("llama3-8b")
+    train = dataclasses.replace(TRAIN, batch=64, length=64, policy="float32")  # one chunk of the loss
+    train = dataclasses.replace(train, batch=8)
+    received = lambda **sizes: sum(
+        each.nbytes
+        for each in plan.train_traffic(config, train, plan.abstract_mesh(**sizes))
+        if each.name in ("weights", "gradients")
+    )
+    assert received(fsdp=8) == pytest.approx(1.5 * received(data=8), rel=1e-3)
+
+
+def test_the_search_ranks_what_fits_by_speed():
+    train = TrainConfig(batch=64, length=4096, policy="bfloat16", scan=True, remat="full")
+    found = search.search(preset("llama3-8b"), train, HARDWARE["h100"], 16)
+    fitting = [each for each in found if each.fits]
+    assert found[: len(fitting)] == fitting
+    assert 0 < len(fitting) < len(found)
+    rates = [each.tokens_a_second for each in fitting]
+    assert rates == sorted(rates, reverse=True)
+    assert all(each.held.total <= 80e9 for each in fitting)
+    assert {each.train.remat for each in found} == {"none", "dots", "full"}
+    assert {each.train.batch for each in found} == {16, 32, 64, 128, 256}
+    for each in found:
+        assert math.prod(each.sizes.values()) == 16
+        assert each.train.batch % (each.sizes["data"] * each.sizes["fsdp"]) == 0
+        assert each.sizes["tensor"] <= 8  # key-value heads
+
+
+def test_what_does_not_fit_is_said_not_to():
+    train = TrainConfig(batch=8, length=4096, policy="bfloat16", scan=True, remat="full")
+    assert not any(each.fits for each in search.search(preset("llama3-8b"), train, HARDWARE["v5e"], 2))

@@ -1,0 +1,101 @@
+"""The plan from its flags to its file, on fake devices; the TPU's compiler where it is installed."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from efflm.config import launch
+from experiments import plan
+
+SMALL = ["--model=gpt2", "--train.batch=8", "--train.length=64", "--rows=8", "--room=64"]
+
+
+def run(folder, *flags):
+    argv = ["x", f"--run_dir={folder}", *SMALL, *flags]
+    launch(plan.main, plan.__doc__, argv, run=plan.Run(), mesh=plan.MESH, train=plan.TRAIN)
+    return json.loads((folder / "plan.json").read_text())
+
+
+def rows(found, name):
+    return {row["name"]: row for row in found[name]}
+
+
+def test_training_is_compiled_and_predicted(tmp_path, capsys):
+    found = run(tmp_path / "out", "--mesh.fsdp=8", "--hardware=h100")
+    assert found["mesh"] == {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}
+    held = rows(found, "bytes")
+    assert held["arguments"]["predicted"] == pytest.approx(held["arguments"]["compiled"], abs=100)
+    assert held["temporaries"]["compiled"] > 0
+    assert found["fits"]
+    assert {"all-gather", "reduce-scatter (as all-reduce)"} & {row["name"] for row in found["traffic"]}
+    seconds = found["prediction"]
+    assert seconds["seconds"] == max(seconds[name] for name in ("compute", "memory", "network"))
+    assert found["tokens_a_second"] == pytest.approx(8 * 64 / seconds["seconds"])
+    shown = capsys.readouterr().out
+    for words in ("the CPU's compiler, for 8 fake devices", "It fits", "bound by", "tokens/s", "gradients"):
+        assert words in shown
+
+
+def test_decoding_in_int8_is_compiled_and_predicted(tmp_path, capsys):
+    flags = ["--phase=decode", "--int8", "--activations=int8", "--mesh.fsdp=1", "--mesh.tensor=4", "--mesh.data=2"]
+    found = run(tmp_path / "out", "--hardware=v6e", *flags)
+    assert found["fits"]
+    assert rows(found, "bytes")["arguments"]["compiled"] > 0
+    shown = capsys.readouterr().out
+    assert "weights in int8, activations too" in shown
+    assert "asks the TPU compiler" in shown  # how to
+
+
+def test_the_search_needs_no_compiler(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "compiled", None)
+    found = run(
+        tmp_path / "out", "--search", "--nocompile", "--model=llama3.2-1b", "--devices=16", "--train.batch=64",
+        "--train.length=4096",
+    )  # fmt: skip
+    assert len(found["search"]) == 8
+    assert found["search"][0]["fits"]
+    assert "bytes" not in found
+    assert "candidates" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model=gpt5"], "no model is named 'gpt5': choose one of llama3-8b"),
+        (["--hardware=abacus"], "no hardware is named 'abacus'"),
+        (["--hardware=v5p:4x4"], "torus of 3 dimensions"),
+        (["--train.length=2048"], "longer than the context of gpt2, 1024"),
+        ([], "the number of devices is not known"),
+        (["--mesh.fsdp=3"], "a batch of 8 rows is not divisible by mesh.data 1 x mesh.fsdp 3"),
+        (["--hardware=v5p:2x2x1", "--mesh.fsdp=8"], "the mesh has 8 devices, but v5p:2x2x1 has 4"),
+        (["--hardware=v5p:2x2x1", "--devices=8"], "devices is 8, but v5p:2x2x1 has 4"),
+        (["--int8"], "int8 is for --phase=prefill and decode"),
+        (["--activations=int8", "--phase=decode"], "need weights in int8"),
+        (["--phase=decode", "--search"], "search knows training only"),
+        (["--shown=0"], "shown is 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "out", *flags)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_the_tpu_compiler_answers(tmp_path):
+    command = [sys.executable, "-m", "experiments.plan", f"--run_dir={tmp_path}", *SMALL, "--hardware=v5p:2x2x1"]
+    root = Path(__file__).parent.parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=True)
+    assert "the TPU's compiler" in done.stdout
+    found = json.loads((tmp_path / "plan.json").read_text())
+    held = rows(found, "bytes")
+    assert held["arguments"]["predicted"] == pytest.approx(held["arguments"]["compiled"], rel=0.05)
+    assert found["traffic"]
