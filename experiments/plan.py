@@ -186,8 +186,7 @@ def compiled(
     began = time.perf_counter()
     if run.phase == "train":
         step, arguments = train_ahead.training_step(config, train, mesh)
-        with jax.set_mesh(mesh):
-            lowered = step.lower(*arguments)
+        lowered = step.lower(*arguments)
     else:
         model, policy = stored(config, run)
         lower = infer_ahead.prefill if run.phase == "prefill" else infer_ahead.decode

@@ -10,15 +10,9 @@ from efflm.config import ModelConfig, TrainConfig
 from efflm.model import init_params, sharding, stack_blocks
 from efflm.precision import POLICIES, cast, loss_scale_for
 from efflm.train import losses, optimizer
-from efflm.train.step import TrainState, make_step
+from efflm.train.step import abstract_state, make_step
 
 FIELDS = ("inputs", "targets", "segments", "positions")  # of a batch of data.packing, int32 [B, T] each
-
-
-def placed(tree: Any, mesh: Mesh) -> Any:
-    """Every array of the abstract tree, with the place that the table of model.sharding gives it."""
-    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-    return jax.tree.map(place, tree, sharding.shardings(tree, mesh))
 
 
 def training_step(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
@@ -28,12 +22,11 @@ def training_step(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> tuple[
     """
     policy, rule = POLICIES[train.policy], optimizer.make(train)
 
-    def fresh() -> TrainState:
+    def fresh() -> Any:
         params = init_params(config, 0)
-        params = cast(stack_blocks(params, config) if train.scan else params, policy.param)
-        return TrainState(jnp.int32(0), params, rule.init(cast(params, jnp.float32)), loss_scale_for(policy))
+        return cast(stack_blocks(params, config) if train.scan else params, policy.param)
 
-    state = placed(jax.eval_shape(fresh), mesh)
+    state = abstract_state(jax.eval_shape(fresh), rule, mesh, loss_scale_for(policy))
     rows = jax.ShapeDtypeStruct((train.batch, train.length), jnp.int32, sharding=NamedSharding(mesh, sharding.BATCH))
     loss = losses.language_model_loss(config, policy, scanned=train.scan, remat=train.remat, z_loss=train.z_loss)
     return make_step(loss, rule, 0, state, train.accumulate), (state, {}, dict.fromkeys(FIELDS, rows))

@@ -9,15 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
 
 from efflm import trees
 from efflm.config import BlockConfig, ModelShape, Optimizer, TrainConfig
 from efflm.infer import generate
-from efflm.model import LanguageModel, cost, empty_cache, init_params, memory, sharding, stack_blocks
-from efflm.precision import POLICIES, cast
-from efflm.train import losses, optimizer
-from efflm.train.step import TrainState, make_step
+from efflm.model import LanguageModel, cost, empty_cache, init_params, memory, sharding
+from efflm.precision import POLICIES
+from efflm.train import ahead, optimizer
 from tests import tiny
 from tests.flops import matrix_flops
 
@@ -45,21 +43,8 @@ def ids(batch, length):
 
 
 def training_step(config, train):
-    """A training step for one device, and its arguments without their values."""
-    policy, mesh, rule = POLICIES[train.policy], sharding.make_mesh(), optimizer.make(train)
-
-    def fresh():
-        params = init_params(config, 0)
-        params = cast(stack_blocks(params, config) if train.scan else params, policy.param)
-        return TrainState(jnp.int32(0), params, rule.init(cast(params, jnp.float32)))
-
-    state = jax.eval_shape(fresh)
-    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-    state = jax.tree.map(place, state, sharding.shardings(state, mesh))
-    row = place(ids(train.batch, train.length), NamedSharding(mesh, sharding.BATCH))
-    loss = losses.language_model_loss(config, policy, scanned=train.scan, remat=train.remat)
-    step = make_step(loss, rule, 0, state, train.accumulate)
-    return step, (state, {}, dict.fromkeys(("inputs", "targets", "segments", "positions"), row))
+    """For one device."""
+    return ahead.training_step(config, train, sharding.make_mesh())
 
 
 # --- parameters, and what is held between steps ----------------------------------------------------------------------
