@@ -47,9 +47,13 @@ def _values(x_MD, w, targets_M, weights_M, tied, z_weight):
     """Of one chunk: logits, log-normalizers, which logits are the targets', and the two sums."""
     logits_MV = product(x_MD, w, tied)
     normalizer_M = jax.nn.logsumexp(logits_MV, axis=-1)
-    # A mask and not a lookup, which the partitioner cannot do in a vocabulary spread over devices.
     hit_MV = jnp.arange(logits_MV.shape[1], dtype=targets_M.dtype)[None] == targets_M[:, None]
-    nll_M = normalizer_M - jnp.sum(jnp.where(hit_MV, logits_MV, 0.0), axis=-1)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        chosen_M = jnp.take_along_axis(logits_MV, targets_M[:, None], axis=-1)[:, 0]
+    else:  # another 5% of a step, but the partitioner cannot look up in a vocabulary that is spread over devices
+        chosen_M = jnp.sum(jnp.where(hit_MV, logits_MV, 0.0), axis=-1)
+    nll_M = normalizer_M - chosen_M
     loss = jnp.sum(weights_M * (nll_M + z_weight * jnp.square(normalizer_M)))
     return logits_MV, normalizer_M, hit_MV, (loss, jnp.sum(weights_M * nll_M))
 
