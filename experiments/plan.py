@@ -16,6 +16,7 @@ nothing unless told to: it ranks meshes, remat policies and batches by the close
 import dataclasses
 import importlib.metadata
 import importlib.util
+import math
 import os
 import resource
 import sys
@@ -113,9 +114,7 @@ def main(run: Run, mesh: MeshConfig, train: TrainConfig) -> None:
 def how_many(run: Run, mesh: MeshConfig, topology: str) -> int:
     """Devices, by the topology, the flag or the mesh."""
     asked = {name: size for name, size in dataclasses.asdict(mesh).items() if size != -1}
-    fixed = 1
-    for size in asked.values():
-        fixed *= size
+    fixed = math.prod(asked.values())
     if not topology:
         require(
             bool(run.devices) or len(asked) == 4 or fixed > 1,
