@@ -14,6 +14,7 @@ from efflm.config import InputError
 from efflm.rundir import write_whole
 
 SEPARATOR = "<|endoftext|>"
+BYTES = 257  # entries of a vocabulary that has a token for each byte, a separator and nothing else
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,15 @@ class Tokenizer:
             sizes[index] = len(token)  # the byte-level alphabet writes each byte as one character
         sizes[self.separator] = 0
         return sizes
+
+    @functools.cached_property
+    def byte_ids(self) -> np.ndarray:
+        """The token of each single byte, int32 [256]."""
+        # Bytes that print stand for themselves in the byte-level alphabet, the others for 256, 257, ... in order.
+        printed = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+        others = iter(range(256, 512))
+        letters = [chr(byte if byte in printed else next(others)) for byte in range(256)]
+        return np.array([self.core.token_to_id(letter) for letter in letters], np.int32)
 
     @functools.cached_property
     def digest(self) -> str:

@@ -29,6 +29,42 @@ class Rows:
     def __getitem__(self, index: int | slice | np.ndarray) -> dict[str, np.ndarray]:
         return {name: getattr(self, name)[index] for name in FIELDS}
 
+    @property
+    def length(self) -> int:
+        return self.inputs.shape[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """One text without ends, too long to be packed, as rows made when they are asked for; in use like `Rows`.
+
+    content: uint8 [bytes], may lie on disk; ids: the token of each byte, int32 [256]. Every byte is a target exactly
+    once, the first after the separator; context crosses no row. `stretch` rows share a segment number, so that there
+    is something to take standard errors over.
+    """
+
+    content: np.ndarray
+    ids: np.ndarray
+    separator: int
+    length: int
+    stretch: int
+
+    def __len__(self) -> int:
+        return -(-len(self.content) // self.length)
+
+    def __getitem__(self, index: int | slice | np.ndarray) -> dict[str, np.ndarray]:
+        rows = np.arange(len(self))[index][..., None]
+        column = np.arange(self.length)
+        place, most = rows * self.length + column, len(self.content) - 1
+        inside = place <= most
+        before = self.ids[self.content[np.clip(place - 1, 0, most)]]
+        return {
+            "inputs": np.where(inside, np.where(place > 0, before, self.separator), 0).astype(np.int32),
+            "targets": np.where(inside, self.ids[self.content[np.minimum(place, most)]], 0).astype(np.int32),
+            "segments": np.where(inside, 1 + rows // self.stretch, 0).astype(np.int32),
+            "positions": np.where(inside, column, 0).astype(np.int32),
+        }
+
 
 def pack(documents: list[list[int]], separator: int, length: int, most: int | None = None) -> Rows:
     """Pack token ids, the separator before and after each document; of each at most the first `most` targets."""

@@ -40,25 +40,27 @@ def pareto(rows: list[Row], path: Path) -> None:
     _save(pyplot, figure, path)
 
 
-def training_curves(curves: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], path: Path) -> None:
+def training_curves(
+    curves: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], path: Path, label: str = "training loss, nats a token"
+) -> None:
     """Two panels: training loss against steps, and against seconds. curves: name -> (steps, seconds, losses).
 
     Of the loss the range below what all have reached after a tenth of the steps is shown: there they part.
     """
     pyplot = _pyplot()
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
-    for axis, which, label in ((panels[0], 0, "steps"), (panels[1], 1, "seconds after the first step")):
+    for axis, which, words in ((panels[0], 0, "steps"), (panels[1], 1, "seconds after the first step")):
         for index, (name, curve) in enumerate(curves.items()):
             color = pyplot.get_cmap("tab10").colors[index % 10]
             axis.plot(curve[which], curve[2], color=color, linewidth=1.4, label=name, linestyle=("-", "--")[index % 2])
-        axis.set_xlabel(label)
+        axis.set_xlabel(words)
         axis.set_xlim(left=0)
         axis.grid(color="0.92", zorder=0)
         axis.spines[["top", "right"]].set_visible(False)
     low, high = min(loss.min() for *_, loss in curves.values()), max(c[2][len(c[2]) // 10] for c in curves.values())
     if high > low:
         panels[0].set_ylim(low - 0.05 * (high - low), high)
-    panels[0].set_ylabel("training loss, nats a token (mean over seeds)")
+    panels[0].set_ylabel(label)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     _save(pyplot, figure, path)
 
