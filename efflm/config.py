@@ -1,14 +1,7 @@
-"""What a run is told: frozen dataclasses, validated when made, and the one bridge from them to absl flags."""
+"""What a run is told: frozen dataclasses, validated when made. `flags` makes command lines of them."""
 
 import dataclasses
-import difflib
-import shlex
-import sys
-import typing
-from collections.abc import Callable
 from typing import Any, Literal
-
-from absl import flags
 
 
 class InputError(ValueError):
@@ -224,100 +217,25 @@ class MeshConfig:
         require(len(left) < 2, f"{' and '.join(left)} are -1, but only one axis can take the devices that are left")
 
 
-# --- the bridge: dataclasses in, absl flags, dataclasses out -------------------------------------------------------
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostsConfig:
+    """Several processes that run one program together; the scripts in launch/ set these"""
 
-_DEFINERS = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+    coordinator: str = flag(
+        "", "address:port of process 0; auto: as Slurm, a TPU pod or Open MPI say it; empty: this process is alone"
+    )
+    count: int = flag(0, "how many processes there are; not with auto")
+    index: int = flag(-1, "which of them this one is, from 0; not with auto")
+    heartbeat: int = flag(30, "seconds of silence after which a process is given up and the others stop")
 
-
-def _define(values: flags.FlagValues, prefix: str, default: Any) -> None:
-    for field in dataclasses.fields(default):
-        kind = typing.get_type_hints(default if isinstance(default, type) else type(default))[field.name]
-        name, value, text = f"{prefix}{field.name}", getattr(default, field.name), field.metadata["help"]
-        if typing.get_origin(kind) is Literal:
-            flags.DEFINE_enum(name, value, list(typing.get_args(kind)), text, flag_values=values)
-        else:
-            _DEFINERS[kind](name, value, text, flag_values=values)
-
-
-def parse(argv: list[str], **groups: Any) -> dict[str, Any]:
-    """Parse argv[1:] into copies of the given dataclass instances, whose values are the defaults.
-
-    The group named `run` has bare flags (--seed); any other has its name before each (--train.steps). A group given
-    as a class comes back as a dict of just the fields the user set. Raises InputError for anything that does not
-    parse or validate.
-    """
-    values = flags.FlagValues()
-    flags.DEFINE_boolean("help", False, "print this help", flag_values=values, short_name="h")
-    for group, default in groups.items():
-        _define(values, _prefix(group), default)
-    try:
-        rest = values(argv)[1:]
-    except flags.UnrecognizedFlagError as error:
-        close = difflib.get_close_matches(error.flagname, list(values), n=1, cutoff=0.7)
-        hint = f"did you mean --{close[0]}?" if close else "--help lists the flags"
-        raise InputError(f"unknown flag --{error.flagname}: {hint}") from None
-    except flags.Error as error:
-        raise InputError(" ".join(str(error).split())) from None
-    require(not rest, f"unexpected argument {rest[0] if rest else ''!r}: flags are given as --name=value")
-    if values.help:
-        raise HelpWanted(_help(values, groups))
-    out = {}
-    for group, default in groups.items():
-        given = {field.name: values[_prefix(group) + field.name] for field in dataclasses.fields(default)}
-        if isinstance(default, type):
-            out[group] = {name: item.value for name, item in given.items() if item.present}
-        else:
-            out[group] = dataclasses.replace(default, **{name: item.value for name, item in given.items()})
-    return out
-
-
-def _prefix(group: str) -> str:
-    return "" if group == "run" else f"{group}."
-
-
-class HelpWanted(Exception):
-    """--help was given; the text is its argument."""
-
-
-def _help(values: flags.FlagValues, groups: dict[str, Any]) -> str:
-    lines = []
-    for group, default in groups.items():
-        kind = default if isinstance(default, type) else type(default)
-        lines.append(f"\n{kind.__doc__.splitlines()[0]}")
-        for field in dataclasses.fields(default):
-            item = values[_prefix(group) + field.name]
-            choices = f" [{'|'.join(item.parser.enum_values)}]" if hasattr(item.parser, "enum_values") else ""
-            shown = str(item.value).lower() if isinstance(item.value, bool) else item.value
-            lines.append(f"  --{item.name}={shown}{choices}\n        {item.help}")
-    return "\n".join(lines)
-
-
-def launch(main: Callable[..., None], doc: str, argv: list[str] | None = None, **groups: Any) -> None:
-    """Run main(**groups) with the flags applied; a user's mistake is one line on stderr and exit code 2.
-
-    A run that was told to stop, and has left a checkpoint, says so and exits with code 0.
-
-    What the operating system refuses (a full disk, a missing permission) is reported the same way. Anything else
-    is our own bug and keeps its traceback.
-    """
-    try:
-        main(**parse(sys.argv if argv is None else argv, **groups))
-    except HelpWanted as wanted:
-        print(f"{doc.strip()}\n{wanted}")
-    except Stopped as stopped:
-        print(stopped)
-    except InputError as error:
-        sys.exit(_fail(str(error)))
-    except OSError as error:
-        where = error.filename or "free some space, or give another --run_dir"
-        sys.exit(_fail(f"{error.strerror}: {where}" if error.strerror else str(error)))
-
-
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
-
-
-def command_line(module: str, argv: list[str]) -> str:
-    """The command that does this run again."""
-    return shlex.join(["python", "-m", module, *argv[1:]])
+    def __post_init__(self):
+        require(self.heartbeat > 0, f"hosts.heartbeat is {self.heartbeat}, but must be positive")
+        if self.coordinator not in ("", "auto"):
+            require(
+                0 <= self.index < self.count,
+                f"hosts.index is {self.index} of hosts.count {self.count}, but must lie in 0 to count - 1",
+            )
+            require(
+                self.coordinator.rpartition(":")[2].isdigit(),
+                f"hosts.coordinator is {self.coordinator!r}: give an address and a port, as in 10.0.0.1:1234",
+            )

@@ -20,10 +20,11 @@ import time
 from pathlib import Path
 
 from efflm import rundir, trees
-from efflm.config import ModelConfig, ModelShape, TrainConfig, command_line, flag, launch, require
+from efflm.config import ModelConfig, ModelShape, TrainConfig, flag, require
 from efflm.evaluate import machine
 from efflm.evaluate.cost import Protocol, rates
 from efflm.evaluate.machine import Roofline
+from efflm.flags import command_line, launch
 from efflm.model import LanguageModel, cost, init_params, sharding
 from efflm.precision import POLICIES, Policy, cast
 from efflm.report import analysis, plots, table

@@ -22,8 +22,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from efflm.config import InputError, ModelShape, TrainConfig, flag, launch, require
+from efflm.config import InputError, ModelShape, TrainConfig, flag, require
 from efflm.evaluate import machine
+from efflm.flags import launch
 from efflm.model import cost, init_params, sharding, stack_blocks
 from efflm.precision import POLICIES, cast, loss_scale_for
 from efflm.train import losses, optimizer

@@ -19,9 +19,10 @@ from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink
 from efflm.compress.step import Context
-from efflm.config import command_line, flag, launch, require
+from efflm.config import flag, require
 from efflm.data import dataset
 from efflm.evaluate.cost import Protocol
+from efflm.flags import command_line, launch
 from efflm.formats import safetensors
 from efflm.model import sharding
 from efflm.report import page, plots, rows, table

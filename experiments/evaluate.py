@@ -13,9 +13,10 @@ from typing import Any
 from jax.sharding import Mesh
 
 from efflm import rundir, tokenizer
-from efflm.config import flag, launch, require
+from efflm.config import flag, require
 from efflm.data import dataset
 from efflm.evaluate.cost import Protocol
+from efflm.flags import launch
 from efflm.formats import safetensors
 from efflm.model import LanguageModel, sharding
 from efflm.report import rows, table

@@ -31,9 +31,10 @@ import jax
 import numpy as np
 
 from efflm import rundir, trees
-from efflm.config import ModelShape, TrainConfig, flag, launch, require
+from efflm.config import ModelShape, TrainConfig, flag, require
+from efflm.flags import launch
 from efflm.model import init_params, sharding
-from efflm.train import loop, losses, manifest, optimizer
+from efflm.train import loop, losses, manifest, metrics, optimizer
 from efflm.train.checkpoint import Checkpointing, TrainingRun
 from efflm.train.step import abstract_state
 
@@ -102,14 +103,8 @@ def train(run: Run) -> None:
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
     """The metrics, without what the clock says; a line that a kill cut off ends them."""
-    file, out = run_dir / "metrics.jsonl", []
-    for text in file.read_text().splitlines() if file.exists() else []:
-        try:
-            record = json.loads(text)
-        except ValueError:
-            break
-        out.append({name: value for name, value in record.items() if "second" not in name})
-    return out
+    records = [record for _, record in metrics.read(run_dir / "metrics.jsonl")]
+    return [{name: value for name, value in record.items() if "second" not in name} for record in records]
 
 
 def last_step(run_dir: Path) -> int:

@@ -25,10 +25,11 @@ import optax
 from jax.sharding import Mesh
 
 from efflm import config, rundir
-from efflm.config import InputError, ModelConfig, ModelShape, TrainConfig, command_line, flag, launch, require
+from efflm.config import InputError, ModelConfig, ModelShape, TrainConfig, flag, require
 from efflm.data import dataset
 from efflm.data.dataset import Dataset
 from efflm.evaluate import quality
+from efflm.flags import command_line, launch
 from efflm.model import LanguageModel, init_params, sharding, stack_blocks, unstack_blocks
 from efflm.precision import POLICIES, cast, loss_scale_for
 from efflm.report import plots, table
@@ -193,7 +194,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
         "Seconds and tokens/s: of the fastest run of each optimizer, after its first step, which compiles.",
     ]
     table.show(rows, facts, COLUMNS)
-    plots.training_curves(curves, run_dir / "curves.png")
+    plots.training_curves(curves, run_dir / "curves.png", "training loss, nats a token (mean over seeds)")
     rundir.write_json(
         run_dir / "results.json",
         {

@@ -29,8 +29,9 @@ import jax.numpy as jnp
 
 from efflm import rundir
 from efflm.compress.quantize import quantize
-from efflm.config import MeshConfig, ModelConfig, TrainConfig, command_line, flag, launch, require
+from efflm.config import MeshConfig, ModelConfig, TrainConfig, flag, require
 from efflm.evaluate import collectives, hardware, plan, search
+from efflm.flags import command_line, launch
 from efflm.infer import ahead as infer_ahead
 from efflm.model import LanguageModel, cost, init_params, sharding
 from efflm.model.presets import preset

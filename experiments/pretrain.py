@@ -2,25 +2,28 @@
 
     python -m experiments.pretrain --corpus=stdlib --run_dir=runs/pretrain --train.steps=200 --model.layers=6
 
-Expect `checkpoint/`, `tokenizer.json`, `metrics.jsonl` and `tensorboard/` in the run directory, and a validation loss
-at the end. While it trains, `state/` holds what it goes on from, by the same command, when it was stopped or killed: a
-SIGTERM makes it write one last checkpoint and end with exit code 0.
+Expect `checkpoint/`, `tokenizer.json`, `metrics.jsonl`, `tensorboard/` and `loss.png` in the run directory, and a
+validation loss at the end. While it trains, `state/` holds what it goes on from, by the same command, when it was
+stopped or killed: a SIGTERM makes it write one last checkpoint and end with exit code 0. On several hosts: launch/.
 """
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
-from efflm import rundir, tokenizer
-from efflm.config import InputError, MeshConfig, ModelConfig, ModelShape, TrainConfig, flag, launch, require
+from efflm import hosts, rundir, tokenizer
+from efflm.config import HostsConfig, InputError, MeshConfig, ModelConfig, ModelShape, TrainConfig, flag, require
 from efflm.data import dataset
 from efflm.data.dataset import Dataset
 from efflm.evaluate import quality
+from efflm.flags import launch
 from efflm.model import LanguageModel, init_params, sharding, stack_blocks, unstack_blocks
 from efflm.precision import POLICIES, cast, loss_scale_for
-from efflm.train import checkpoint, loop, losses, optimizer
+from efflm.report import plots
+from efflm.train import checkpoint, loop, losses, metrics, optimizer
 from efflm.train.checkpoint import Checkpointing
 
 
@@ -29,8 +32,11 @@ class Run:
     """The run"""
 
     run_dir: str = flag(str(rundir.ROOT / "pretrain"), "where everything is written")
-    corpus: str = flag("stdlib", "'stdlib' (Python's own source files), or a file or folder of UTF-8 text")
+    corpus: str = flag(
+        "stdlib", "'stdlib' (Python's own source files), 'enwik8' (read in bytes), or a file or folder of UTF-8 text"
+    )
     seed: int = flag(0, "seed of the weights and of the order of rows")
+    test: bool = flag(False, "score the test text too: once, when all choices are made")
     init_from: str = flag("", "run directory of an earlier training run to start the weights from")
     checkpoint_every: int = flag(200, "steps between checkpoints of the running training; 0: only at its end")
     keep: int = flag(2, "how many of the newest of these checkpoints to keep")
@@ -116,7 +122,7 @@ def trained_model(run: Run, config: ModelConfig, train: TrainConfig, data: Datas
             if name not in ("log_every", "on_nan")  # what the run that is gone on with may change
         },
     }
-    if checkpoint.exists(folder):
+    if hosts.agree(checkpoint.exists(folder)):
         model, found = checkpoint.load(folder, mesh)
         checkpoint.require_same(config.to_dict(), model.config.to_dict(), folder)
         checkpoint.require_same(about, found, folder)
@@ -148,23 +154,39 @@ def trained_model(run: Run, config: ModelConfig, train: TrainConfig, data: Datas
         profile=run.profile(),
     )
     model = LanguageModel(config, unstack_blocks(params, config) if train.scan else params)
-    data.tokenizer.save(run_dir / "tokenizer.json")
+    if hosts.is_first():
+        data.tokenizer.save(run_dir / "tokenizer.json")
     checkpoint.save(folder, train.steps, model, about | {"source": data.corpus.source})
     return model
+
+
+def show_curve(run_dir: Path) -> None:
+    records = [record for _, record in metrics.read(run_dir / "metrics.jsonl")]
+    if records:
+        columns = [np.array([record[name] for record in records]) for name in ("step", "seconds", "loss")]
+        plots.training_curves({"training": tuple(columns)}, run_dir / "loss.png")
 
 
 def main(run: Run, model: ModelShape, train: TrainConfig, mesh: MeshConfig) -> None:
     config = model.config()
     check(run, config, train)
     devices = sharding.mesh_for(mesh, train.batch, train.length)
-    data = prepare(run, config, train)
-    rundir.use_compilation_cache(Path(run.run_dir).parent / "compilation_cache")
+    with hosts.first_alone():
+        data = prepare(run, config, train)
+    run_dir = Path(run.run_dir)
+    rundir.use_compilation_cache(run_dir.parent / "compilation_cache")
     print(data.corpus.describe())
     trained = trained_model(run, config, train, data, devices)
-    measured = quality.measure({"": trained}, data.validation[:], data.tokenizer.token_bytes, trained)
-    mean, error = quality.bits_per_byte(measured[""])
-    print(f"validation: {mean:.4f} ± {error:.4f} bits per byte; the model is in {run.run_dir}")
+    if hosts.is_first():
+        show_curve(run_dir)
+    for split in ("validation", "test") if run.test else ("validation",):
+        measured = quality.measure({"": trained}, getattr(data, split)[:], data.tokenizer.token_bytes, trained)
+        mean, error = quality.bits_per_byte(measured[""])
+        print(f"{split}: {mean:.4f} ± {error:.4f} bits per byte", flush=True)
+    if run.test:
+        print(f"on {data.protocol}")
+    print(f"the model is in {run_dir}")
 
 
 if __name__ == "__main__":
-    launch(main, __doc__, run=Run(), model=ModelShape(), train=TrainConfig(), mesh=MeshConfig())
+    launch(main, __doc__, run=Run(), model=ModelShape(), train=TrainConfig(), mesh=MeshConfig(), hosts=HostsConfig())

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from efflm import rundir, trees
 from efflm.compress import recipe
 from efflm.compress.step import Context
-from efflm.config import ModelShape, TrainConfig, command_line, launch
+from efflm.config import ModelShape, TrainConfig
 from efflm.evaluate import quality
 from efflm.evaluate.cost import Protocol
+from efflm.flags import command_line, launch
 from efflm.formats import safetensors
 from efflm.infer.generate import generate
 from efflm.model import LanguageModel, sharding

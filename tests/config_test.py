@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from efflm import config, rundir
+from efflm import flags, rundir
 from efflm.compress.prune import Prune
 from efflm.config import InputError, ModelConfig, ModelShape, TrainConfig, flag
 
@@ -15,7 +15,7 @@ class Run:
 
 
 def parsed(*argv, **groups):
-    return config.parse(["x", *argv], **(groups or {"run": Run(), "model": ModelShape(), "train": TrainConfig()}))
+    return flags.parse(["x", *argv], **(groups or {"run": Run(), "model": ModelShape(), "train": TrainConfig()}))
 
 
 def test_flags_reach_their_dataclass():
@@ -67,17 +67,17 @@ def test_mistakes_and_the_systems_refusals_exit_with_two(capsys):
 
     for main, argv in ((lambda run: None, ["x", "--nope"]), (refuse, ["x"])):
         with pytest.raises(SystemExit) as stopped:
-            config.launch(main, "doc", argv, run=Run())
+            flags.launch(main, "doc", argv, run=Run())
         assert stopped.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert lines[1] == "error: No space left on device: /full/file"
     with pytest.raises(ZeroDivisionError):  # our own bugs keep their traceback
-        config.launch(lambda run: 1 / 0, "doc", ["x"], run=Run())
+        flags.launch(lambda run: 1 / 0, "doc", ["x"], run=Run())
 
 
 def test_help_shows_doc_flags_defaults_and_choices(capsys):
-    config.launch(lambda **_: 1 / 0, "What it does.", ["x", "--help"], run=Run(), model=ModelShape(), prune=Prune)
+    flags.launch(lambda **_: 1 / 0, "What it does.", ["x", "--help"], run=Run(), model=ModelShape(), prune=Prune)
     out = capsys.readouterr().out
     for text in ("What it does.", "--seed=0", "--model.family=llama [llama|gpt2]", "--prune.sparsity=0.5"):
         assert text in out

@@ -9,12 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "efflm").rglob("*.py"))
-BASE = {"config", "trees", "precision", "rundir"}
+BASE = {"config", "trees", "precision", "rundir", "hosts"}
 ALLOWED = {
     "config": set(),
     "trees": set(),
     "precision": set(),
     "rundir": {"config"},
+    "hosts": {"config"},
+    "flags": {"config", "hosts"},
     "tokenizer": BASE,
     "ops": BASE,
     "model": BASE | {"ops"},
@@ -27,7 +29,7 @@ ALLOWED = {
     "formats": BASE | {"ops", "model", "tokenizer", "train.checkpoint"},
 }
 ONE_PLACE = {
-    "absl": "config.py",
+    "absl": "flags.py",
     "tensorflow_datasets": "data/corpora.py",
     "orbax": "train/checkpoint.py",
     "tokenizers": "tokenizer.py",

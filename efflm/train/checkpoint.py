@@ -22,11 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from efflm import rundir, trees
+from efflm import hosts, rundir, trees
 from efflm.config import InputError, ModelConfig, require
 from efflm.model import LanguageModel, sharding
 from efflm.ops.qarray import from_flat, to_flat
@@ -218,7 +216,7 @@ class _Writer:
         self.wait()
         folder = self.directory / str(step)
         try:
-            if jax.process_index() == 0:
+            if hosts.is_first():
                 manifest.remove(folder)  # what an earlier life of this run has left there, half-written or corrupt
                 folder.mkdir(parents=True)
                 self._require_room(trees.nbytes(arrays))
@@ -234,7 +232,7 @@ class _Writer:
         folder = self.directory / str(step)
         try:
             self.orbax.wait_until_finished()
-            if jax.process_index() == 0:
+            if hosts.is_first():
                 manifest.write(folder)
                 self._drop(step)
         except FAILURES as error:
@@ -256,7 +254,7 @@ class _Writer:
             raise OSError(f"{free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed")
 
     def _failed(self, folder: Path, error: Exception) -> InputError:
-        if jax.process_index() == 0:
+        if hosts.is_first():
             manifest.remove(folder)
         left = [step for step in _steps(self.directory) if manifest.exists(self.directory / str(step))]
         self.hook = sys.unraisablehook  # stays: the complaints go on until the process ends
@@ -286,17 +284,15 @@ def _newest_good(directory: Path) -> int | None:
     Process 0 looks, and tells the others: they must not choose differently.
     """
     good = None
-    if jax.process_index() == 0:
+    if hosts.is_first():
         for step in reversed(_steps(directory)):
             problem = manifest.problem(directory / str(step))
             if not problem:
                 good = step
                 break
             print(f"warning: passing over the checkpoint {directory / str(step)}: {problem}", file=sys.stderr)
-    if jax.process_count() > 1:
-        told = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if good is None else good)))
-        good = None if told < 0 else told
-    return good
+    told = hosts.agree(-1 if good is None else good)
+    return None if told < 0 else told
 
 
 def _about(directory: Path, step: int) -> dict[str, Any]:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from efflm import trees
+from efflm import hosts, trees
 from efflm.config import OnNan, Stopped, require
 from efflm.model.sharding import shardings
 from efflm.precision import LossScale
@@ -23,7 +22,7 @@ from efflm.train.metrics import Metrics
 from efflm.train.optimizer import evaluation_params
 from efflm.train.step import LossFn, abstract_state, init_state, make_step, place
 
-Batches = Callable[[int], dict[str, np.ndarray]]  # step -> the rows of that step, whoever asks and whenever
+Batches = Callable[[int], dict[str, Any]]  # step -> the rows of that step (see `place`), whoever asks and whenever
 
 
 def fit(
@@ -76,7 +75,7 @@ def fit(
         step_fn = make_step(loss_fn, optimizer, seed, like, accumulate, on_nan)
         report = stack.enter_context(
             _Report(
-                metrics=Metrics(metrics_file if jax.process_index() == 0 else None, tensorboard, first),
+                metrics=Metrics(metrics_file if hosts.is_first() else None, tensorboard, first),
                 bar=_Bar(title, first, steps),
                 excused=lambda values: (
                     on_nan == "skip" or bool(loss_scale and not math.isfinite(values["gradient_norm"]))
@@ -92,7 +91,6 @@ def fit(
                 jax.profiler.start_trace(str(profile[2]), create_perfetto_trace=True)
                 traced = True
             state, metrics = step_fn(state, frozen, place(batch, mesh))
-            report.count(batch)
             if traced and step == profile[1]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
@@ -101,7 +99,7 @@ def fit(
             done, last = step + 1, step + 1 == steps
             if step == first:  # the first step compiles: what it took says nothing of the rate
                 jax.block_until_ready(state)
-                report.start()
+                report.start(done)
             report.add(done, metrics, line=done % log_every == 0 or last)
             report.bar.advance(done)
             if saved:
@@ -126,9 +124,9 @@ class _Report:
 
     def __init__(self, metrics: Metrics, bar: "_Bar", excused: Callable[[dict[str, float]], bool], leaves: list[str]):
         self.metrics, self.bar, self.excused, self.leaves = metrics, bar, excused, leaves
-        self.waiting: list[tuple[int, dict[str, jax.Array], bool, int]] = []
+        self.waiting: list[tuple[int, dict[str, jax.Array], bool]] = []
         self.due = False
-        self.start()
+        self.start(0)
 
     def __enter__(self) -> "_Report":
         return self
@@ -137,15 +135,12 @@ class _Report:
         self.bar.close()
         self.metrics.close()
 
-    def start(self) -> None:
-        """Count tokens and seconds from now."""
-        self.started, self.tokens = time.perf_counter(), 0
-
-    def count(self, batch: dict[str, np.ndarray]) -> None:
-        self.tokens += int(np.sum(batch["segments"] > 0))
+    def start(self, step: int) -> None:
+        """Count seconds from now, and the tokens of the steps after this one."""
+        self.started, self.tokens, self.uncounted = time.perf_counter(), 0.0, step
 
     def add(self, step: int, metrics: dict[str, jax.Array], line: bool) -> None:
-        self.waiting.append((step, metrics, line, self.tokens))
+        self.waiting.append((step, metrics, line))
         self.due = self.due or line
 
     def fetch(self) -> None:
@@ -153,13 +148,14 @@ class _Report:
         waiting, self.waiting, self.due = self.waiting, [], False
         fetched = jax.device_get([metrics for _, metrics, *_ in waiting])
         seconds = time.perf_counter() - self.started  # now that they are done: the host runs ahead of the device
-        for (step, _, line, tokens), metrics in zip(waiting, fetched):
+        for (step, _, line), metrics in zip(waiting, fetched):
             values = {name: float(value) for name, value in metrics.items()}
             leaf = int(values.pop("nonfinite"))
+            self.tokens += values.pop("tokens") * (step > self.uncounted)
             if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
                 self._require_excuse(step, values, leaf)
             if line:
-                rate = tokens / seconds if tokens and seconds > 0 else 0.0
+                rate = self.tokens / seconds if seconds > 0 else 0.0
                 self.bar.show(values["loss"], rate)
                 taken = {"seconds": round(self.metrics.seconds + seconds, 4), "tokens_per_second": round(rate, 1)}
                 self.metrics.write({"step": step, **values, **taken})
@@ -195,7 +191,7 @@ class _Bar:
         self.progress.start()
 
     def show(self, loss: float, rate: float) -> None:
-        self.words = f"loss {loss:.3f}  {rate:,.0f} tokens/s"
+        self.words = f"loss {loss:.3f}" + (f"  {rate:,.0f} tokens/s" if rate else "")
         self.progress.update(self.task, words=self.words)
 
     def advance(self, step: int) -> None:

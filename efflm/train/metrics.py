@@ -22,7 +22,7 @@ class Metrics:
         self.seconds = 0.0  # that the run had taken at the last kept line
         if file is None:
             return
-        kept = [(text, record) for text, record in _read(file) if record["step"] <= step]
+        kept = [(text, record) for text, record in read(file) if record["step"] <= step]
         self.seconds = kept[-1][1].get("seconds", 0.0) if kept else 0.0
         rundir.write_whole(file, "".join(text + "\n" for text, _ in kept))
         self.lines = file.open("a")
@@ -59,8 +59,8 @@ class Metrics:
                 self.events.add_scalar(f"train/{name}", value, record["step"], walltime=when)
 
 
-def _read(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The whole lines of the file: the last one may have been cut off."""
+def read(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The whole lines of the file, as text and as records: the last one may have been cut off."""
     out = []
     for text in file.read_text().splitlines() if file.exists() else []:
         try:

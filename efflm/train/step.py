@@ -72,8 +72,9 @@ def make_step(
     The batch is read in `accumulate` parts one after another, which must divide its rows. Gradients and updates are
     float32; weights kept in less are rounded stochastically. With a loss scale, a step whose gradients overflow
     changes nothing but the scale; with on_nan="skip", neither does a step whose loss or gradients are not finite. The
-    metric "skipped" counts both since the start. "nonfinite" is the first leaf of the gradients (its place in
-    jax.tree.leaves) that holds what is not finite or cannot be squared, or -1: whoever stops can name it.
+    metric "skipped" counts both since the start, "tokens" the positions of the batch that hold text. "nonfinite" is
+    the first leaf of the gradients (its place in jax.tree.leaves) that holds what is not finite or cannot be squared,
+    or -1: whoever stops can name it.
 
     The new state lies where `state` does: left to the partitioner it could move, and the second step compile again.
     """
@@ -93,6 +94,7 @@ def make_step(
             "gradient_norm": norm,
             **aux,
             "nonfinite": jnp.where(jnp.any(bad), jnp.argmax(bad), -1),
+            "tokens": jnp.sum(batch["segments"] > 0),
         }
         new = TrainState(state.step + 1, trainable, optimizer_state, state.loss_scale, state.skipped)
         if state.loss_scale or on_nan == "skip":
@@ -166,7 +168,8 @@ def _apply(trainable, masters, updates, rng):
 
 
 def place(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """Host arrays [B, T, ...] onto the mesh, rows and tokens split over its axes. Each host reads only its part."""
+    """Host arrays [B, T, ...], or whatever has a shape and reads the part it is indexed with, onto the mesh, rows and
+    tokens split over its axes. Each host reads only its part."""
     spec = lambda rows: NamedSharding(mesh, PartitionSpec(*sharding.BATCH[: rows.ndim]))
     return {
         name: jax.make_array_from_callback(rows.shape, spec(rows), lambda index, rows=rows: rows[index])

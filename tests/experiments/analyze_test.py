@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from efflm.config import ModelShape, TrainConfig, launch
+from efflm.config import ModelShape, TrainConfig
 from efflm.evaluate import machine
+from efflm.flags import launch
 from experiments import analyze
 
 TINY = [

@@ -14,7 +14,8 @@ from efflm.compress.finetune import Finetune
 from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink
-from efflm.config import MeshConfig, ModelShape, TrainConfig, launch
+from efflm.config import MeshConfig, ModelShape, TrainConfig
+from efflm.flags import launch
 from efflm.train import loop
 from experiments import compress, evaluate, pretrain, quickstart
 

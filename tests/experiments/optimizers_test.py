@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from efflm import config
-from efflm.config import launch
+from efflm.flags import launch
 from efflm.model import sharding
 from efflm.train.step import init_state, make_step
 from experiments import optimizers

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from efflm.config import launch
+from efflm.flags import launch
 from experiments import plan
 
 SMALL = ["--model=gpt2", "--train.batch=8", "--train.length=64", "--rows=8", "--room=64"]

@@ -327,7 +327,7 @@ def test_a_sigterm_ends_the_run_after_the_step_in_flight(tmp_path):
 def test_a_sigterm_is_exit_code_0_with_a_word(tmp_path):
     program = (
         "import sys, time\n"
-        "from efflm.config import launch\n"
+        "from efflm.flags import launch\n"
         "from tests.train import survival_test as t\n"
         "from pathlib import Path\n"
         "slow = lambda step: (print('step', step, flush=True), time.sleep(0.01), t.rows(step))[2]\n"
