@@ -227,6 +227,7 @@ class HostsConfig:
     count: int = flag(0, "how many processes there are; not with auto")
     index: int = flag(-1, "which of them this one is, from 0; not with auto")
     heartbeat: int = flag(30, "seconds of silence after which a process is given up and the others stop")
+    stopped: int = flag(0, "exit code of a run that SIGTERM stopped; 75 tells the scripts of a cluster to start again")
 
     def __post_init__(self):
         require(self.heartbeat > 0, f"hosts.heartbeat is {self.heartbeat}, but must be positive")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from absl import flags
 
 from efflm import hosts
-from efflm.config import InputError, Stopped, require
+from efflm.config import HostsConfig, InputError, Stopped, require
 
 _DEFINERS = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
 
@@ -82,19 +82,22 @@ def _help(values: flags.FlagValues, groups: dict[str, Any]) -> str:
 def launch(main: Callable[..., None], doc: str, argv: list[str] | None = None, **groups: Any) -> None:
     """Run main(**groups) with the flags applied; a user's mistake is one line on stderr and exit code 2.
 
-    A run that was told to stop, and has left a checkpoint, says so and exits with code 0. What the operating system
-    refuses (a full disk, a missing permission) is reported as a mistake is. Anything else is our own bug and keeps its
-    traceback. A group named `hosts` is not main's: it says which other processes this one belongs to (efflm.hosts).
+    A run that was told to stop, and has left a checkpoint, says so and exits with code 0 or that of hosts.stopped.
+    What the operating system refuses (a full disk, a missing permission) is reported as a mistake is. Anything else is
+    our own bug and keeps its traceback. A group named `hosts` is not main's: it says which other processes this one
+    belongs to (efflm.hosts).
     """
+    others = HostsConfig()
     try:
         given = parse(sys.argv if argv is None else argv, **groups)
-        if others := given.pop("hosts", None):
-            hosts.start(others)
+        others = given.pop("hosts", others)
+        hosts.start(others)
         main(**given)
     except HelpWanted as wanted:
         print(f"{doc.strip()}\n{wanted}")
     except Stopped as stopped:
         print(stopped)
+        sys.exit(others.stopped)
     except InputError as error:
         _fail(str(error))
     except OSError as error:

@@ -31,12 +31,12 @@ pids=()
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT # each then writes its part of one last checkpoint
 
 for ((life = 0; life <= restarts; life++)); do
-  port=$("$root/.venv/bin/python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-  pids=() failed=0 mistake=0 deadline=0
+  port=$("$venv/bin/python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+  pids=() codes=() deadline=0
   for ((index = 0; index < processes; index++)); do
     together=(--hosts.coordinator="localhost:$port" --hosts.count="$processes" --hosts.index="$index")
     if [ "$processes" -eq 1 ]; then together=(); fi # so that any experiment can be run, with fake devices
-    "$root/.venv/bin/python" -P -m "$@" "${together[@]}" &
+    "$venv/bin/python" -P -m "$@" "${together[@]}" &
     pids+=($!)
   done
   running=("${!pids[@]}")
@@ -49,20 +49,31 @@ for ((life = 0; life <= restarts; life++)); do
       fi
       code=0
       wait "${pids[index]}" 2>/dev/null || code=$?
-      if [ "$code" -eq 2 ]; then mistake=2; elif [ "$code" -ne 0 ]; then failed=$code; fi
       if [ "$code" -gt 2 ]; then echo "launch: process $index ended with exit code $code" >&2; fi
-      if [ "$code" -ne 0 ] && [ "$deadline" -eq 0 ]; then deadline=$((SECONDS + patience)); fi
+      if [ "$code" -ne 0 ] && [ "$deadline" -eq 0 ]; then codes+=("$code"); fi
     done
     running=("${left[@]}")
+    if [ ${#codes[@]} -gt 0 ] && [ "$deadline" -eq 0 ]; then # the first to fail are the cause, the others suffer from it
+      deadline=$((SECONDS + patience))
+    fi
     if [ "$deadline" -gt 0 ] && [ "$SECONDS" -ge "$deadline" ]; then
       for index in "${running[@]}"; do kill -KILL "${pids[index]}" 2>/dev/null || true; done
     fi
     sleep 0.2
   done
-  if [ "$failed" -eq 0 ]; then exit "$mistake"; fi
+  if [ ${#codes[@]} -eq 0 ]; then exit 0; fi
+  mistake=no
+  for code in "${codes[@]}"; do
+    case $code in
+      2) mistake=yes ;;
+      75 | 134) ;; # it lost the others
+      *) mistake=no; break ;;
+    esac
+  done
+  if [ "$mistake" = yes ]; then exit 2; fi
   if [ "$life" -lt "$restarts" ]; then
     echo "launch: starting all $processes again, from the last checkpoint ($((life + 1)) of $restarts)" >&2
   fi
 done
 echo "error: given up after $restarts restarts: see the errors above" >&2
-exit "$failed"
+exit 1

@@ -5,4 +5,4 @@ set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 set_up >&2
-exec "$root/.venv/bin/python" -P -m "$@"
+exec "$venv/bin/python" -P -m "$@"

@@ -1,8 +1,10 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: makes .venv beside the code and installs requirements.txt into it, once.
+# Sourced by the other scripts: makes .venv beside the code (or in $EFFLM_VENV) and installs requirements.txt into it,
+# once, and jax for the accelerator in $EFFLM_ACCELERATOR (tpu, cuda12, cuda13).
 # Safe to interrupt: the install is marked done by a stamp written last, and pip picks up where it was.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${EFFLM_VENV:-$root/.venv}
 
 find_python() {
   local candidate
@@ -16,19 +18,24 @@ find_python() {
   return 2
 }
 
+wanted() {
+  cat "$root/requirements.txt"
+  if [ -n "${EFFLM_ACCELERATOR:-}" ]; then echo "jax[$EFFLM_ACCELERATOR]"; fi
+}
+
 set_up() {
-  local stamp="$root/.venv/.efflm-installed" python
-  if [ -x "$root/.venv/bin/python" ] && cmp -s "$root/requirements.txt" "$stamp"; then
-    echo "install: .venv is up to date"
+  local stamp="$venv/.efflm-installed" python
+  if [ -x "$venv/bin/python" ] && wanted | cmp -s - "$stamp"; then
+    echo "install: $venv is up to date"
     return
   fi
   python=$(find_python) || return
-  echo "install: requirements.txt into $root/.venv with $("$python" --version) (once, some minutes)"
-  if ! "$root/.venv/bin/python" -c 'import pip' 2>/dev/null; then
-    "$python" -m venv --clear "$root/.venv" || return
+  echo "install: requirements.txt into $venv with $("$python" --version) (once, some minutes)"
+  if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
+    "$python" -m venv --clear "$venv" || return
   fi
-  "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt" || return
-  cp "$root/requirements.txt" "$stamp"
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r <(wanted) || return
+  wanted >"$stamp"
   echo "install: done"
 }
 

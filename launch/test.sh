@@ -5,6 +5,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 set_up
 cd "$root"
-.venv/bin/ruff format --check --quiet .
-.venv/bin/ruff check --quiet .
-exec .venv/bin/python -m pytest "$@"
+"$venv"/bin/ruff format --check --quiet .
+"$venv"/bin/ruff check --quiet .
+exec "$venv"/bin/python -m pytest "$@"

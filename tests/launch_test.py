@@ -1,0 +1,298 @@
+"""The scripts in launch/: what they say, what they start, and two real processes that train one model."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from efflm.config import HostsConfig, InputError
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = ROOT / "launch"
+FLAGS = [
+    "--model.layers=1",
+    "--model.width=32",
+    "--model.hidden=48",
+    "--model.vocabulary=300",
+    "--model.context=32",
+    "--train.length=32",
+    "--train.batch=8",
+    "--train.warmup=2",
+    "--train.log_every=1",
+    "--checkpoint_every=4",
+]
+
+
+def bash(*command, **settings):
+    return subprocess.run(["bash", *map(str, command)], capture_output=True, text=True, timeout=120, **settings)
+
+
+@pytest.mark.parametrize("script", sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")]), ids=lambda p: p.name)
+def test_scripts_are_clean(script):
+    assert bash("-n", script).returncode == 0
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    found = subprocess.run(["shellcheck", "-x", script], capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["local.sh"], "no experiment given"),
+        (["local.sh", "--procs=2", "--", "experiments.pretrain"], "unknown flag --procs=2"),
+        (["tpu_pod.sh", "--name=x", "--", "experiments.pretrain"], "--zone"),
+        (["slurm.sbatch"], "no experiment given"),
+    ],
+)
+def test_a_wrong_command_is_told_in_one_line(command, words):
+    ended = bash(LAUNCH / command[0], *command[1:])
+    assert ended.returncode == 2
+    assert words in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_slurm_starts_one_process_a_task_and_again_when_one_was_lost(tmp_path):
+    """srun and the installed Python are stood in for by scripts that write down how they were called."""
+    code = tmp_path / "code"
+    (tmp_path / "srun").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/calls\n read -r c < {code}; exit $c\n')
+    (tmp_path / "srun").chmod(0o755)
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "python").symlink_to("/bin/true")
+    (tmp_path / "venv" / ".efflm-installed").write_text((ROOT / "requirements.txt").read_text())
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "EFFLM_VENV": str(tmp_path / "venv"), "EFFLM_ACCELERATOR": ""}
+    for exit_code, starts in ((0, 1), (2, 1), (75, 10)):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        code.write_text(f"{exit_code}\n")
+        ended = bash(LAUNCH / "slurm.sbatch", "experiments.pretrain", "--run_dir=a b", env=env, cwd=ROOT)
+        calls = (tmp_path / "calls").read_text().splitlines()
+        assert (ended.returncode, len(calls)) == (exit_code, starts), ended.stderr
+        assert calls[0].endswith("experiments.pretrain --run_dir=a b --hosts.coordinator=auto --hosts.stopped=75")
+
+
+def test_the_tpu_pod_is_asked_for_used_and_given_back(tmp_path):
+    """gcloud is stood in for by a script: the first pod is lost while it works, the second finishes."""
+    (tmp_path / "gcloud").write_text(f"""#!/bin/bash
+echo "$@" >> {tmp_path}/calls
+case "$*" in
+  *describe*) [ -e {tmp_path}/pod ] && cat {tmp_path}/pod || exit 1 ;;
+  *queued-resources\\ create*) echo ACTIVE > {tmp_path}/pod ;;
+  *delete*) rm {tmp_path}/pod ;;
+  *ssh*) [ -e {tmp_path}/lost ] && exit 0; touch {tmp_path}/lost; echo SUSPENDED > {tmp_path}/pod; exit 255 ;;
+esac
+""")
+    (tmp_path / "sleep").write_text("#!/bin/bash\n")
+    for name in ("gcloud", "sleep"):
+        (tmp_path / name).chmod(0o755)
+    flags = ["--name=mine", "--zone=z", "--type=v5p-128", "--runtime=r", "--spot", "--", "experiments.pretrain"]
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path)}
+    ended = bash(LAUNCH / "tpu_pod.sh", *flags, "--run_dir=a b", env=env)
+    assert ended.returncode == 0, ended.stderr
+    calls = (tmp_path / "calls").read_text()
+    asked = re.findall(r"queued-resources (create|delete)|tpu-vm (scp|ssh)", calls)
+    assert ["".join(one) for one in asked] == ["create", "scp", "ssh", "delete", "create", "scp", "ssh", "delete"]
+    assert "--accelerator-type=v5p-128 --runtime-version=r --spot --zone=z" in calls
+    assert "experiments.pretrain --run_dir=a\\ b  --hosts.coordinator=auto" in calls
+
+
+# What a JobSet may hold (its v1alpha2 resource definition, as far as ours goes): a dict is an object of these keys and
+# no others, "!" marks one that must be there, a list any number of such items, a type a value of it.
+POD = {
+    "restartPolicy!": str,
+    "terminationGracePeriodSeconds": int,
+    "nodeSelector": {str: str},
+    "containers!": [
+        {
+            "name!": str,
+            "image!": str,
+            "env": [{"name!": str, "value": str}],
+            "command": [str],
+            "args": [str],
+            "resources": {"limits": {str: int}},
+            "volumeMounts": [{"name!": str, "mountPath!": str}],
+        }
+    ],
+    "volumes": [{"name!": str, "persistentVolumeClaim": {"claimName!": str}}],
+}
+EXIT_CODES = {"containerName": str, "operator!": str, "values!": [int]}
+JOB = {
+    "completions": int,
+    "parallelism": int,
+    "completionMode": str,
+    "backoffLimit": int,
+    "podFailurePolicy": {"rules!": [{"action!": str, "onExitCodes": EXIT_CODES}]},
+    "template!": {"spec": POD},
+}
+JOBSET = {
+    "apiVersion!": str,
+    "kind!": str,
+    "metadata!": {"name!": str, "annotations": {str: str}},
+    "spec!": {
+        "failurePolicy": {
+            "maxRestarts": int,
+            "rules": [{"name!": str, "action!": str, "onJobFailureReasons": [str]}],
+        },
+        "replicatedJobs!": [{"name!": str, "replicas": int, "template!": {"spec": JOB}}],
+    },
+}
+
+
+def require_shape(value, shape, where=""):
+    if isinstance(shape, type):
+        assert type(value) is shape, f"{where} is {value!r}"
+    elif isinstance(shape, list):
+        assert isinstance(value, list), f"{where} is no list"
+        for index, item in enumerate(value):
+            require_shape(item, shape[0], f"{where}[{index}]")
+    elif str in shape:
+        assert isinstance(value, dict), f"{where} is no object"
+        for name, item in value.items():
+            require_shape(item, shape[str], f"{where}.{name}")
+    else:
+        assert isinstance(value, dict), f"{where} is no object"
+        known = {name.rstrip("!"): kind for name, kind in shape.items()}
+        assert set(value) <= set(known), f"{where} knows no {set(value) - set(known)}"
+        assert {name[:-1] for name in shape if name.endswith("!")} <= set(value), f"{where} lacks what it must have"
+        for name, item in value.items():
+            require_shape(item, known[name], f"{where}.{name}")
+
+
+def test_the_jobset_has_the_shape_of_one():
+    jobset = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+    require_shape(jobset, JOBSET)
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (job,) = jobset["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    chips = np.prod([int(side) for side in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")])
+    assert spec["completions"] == spec["parallelism"] == chips // container["resources"]["limits"]["google.com/tpu"]
+    assert spec["backoffLimit"] == 0
+    assert pod["restartPolicy"] == "Never"
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    mistake = spec["podFailurePolicy"]["rules"][0]["onExitCodes"]
+    assert mistake["containerName"] == container["name"]
+    assert mistake["values"] == [2]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"coordinator": "a:1"}, "hosts.index is -1 of hosts.count 0"),
+        ({"coordinator": "a:1", "count": 2, "index": 2}, "hosts.index is 2"),
+        ({"coordinator": "a", "count": 2, "index": 1}, "give an address and a port"),
+        ({"heartbeat": 0}, "hosts.heartbeat is 0"),
+    ],
+)
+def test_hosts_that_cannot_be_are_refused(values, message):
+    with pytest.raises(InputError, match=message):
+        HostsConfig(**values)
+
+
+# --- two real processes --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    for i in range(80):
+        (folder / f"{i}.txt").write_text(" ".join(rng.choice(["alpha", "beta", "gamma", "delta", "\n"], 200)))
+    return folder
+
+
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running():
+    yield
+    while STARTED:
+        STARTED.pop().terminate()
+
+
+def train(run_dir, corpus, processes, *flags, steps=24):
+    """launch/local.sh, under way."""
+    where = [f"--run_dir={run_dir}", f"--corpus={corpus}", f"--train.steps={steps}"]
+    command = [
+        "bash",
+        str(LAUNCH / "local.sh"),
+        f"--processes={processes}",
+        "--devices=2",
+        "--",
+        "experiments.pretrain",
+    ]
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    with (run_dir.parent / f"{run_dir.name}.log").open("w") as log:
+        STARTED.append(subprocess.Popen([*command, *where, *FLAGS, *flags], stdout=log, stderr=subprocess.STDOUT))
+    return STARTED[-1]
+
+
+def losses(run_dir):
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    return [record["loss"] for record in records]
+
+
+def said(run_dir):
+    return (run_dir.parent / f"{run_dir.name}.log").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does_and_outlive_a_kill(corpus, tmp_path):
+    one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
+    mesh = ["--mesh.fsdp=2", "--mesh.tensor=2", "--hosts.heartbeat=10"]
+    for run_dir, processes in ((one, 1), (two, 2)):
+        assert train(run_dir, corpus, processes, *(mesh if processes == 2 else [])).wait() == 0, said(run_dir)
+    np.testing.assert_allclose(losses(two), losses(one), rtol=2e-5)
+    score = lambda run_dir: float(re.search(r"validation: (\S+)", said(run_dir))[1])
+    assert abs(score(two) - score(one)) < 1e-3
+
+    running = train(killed, corpus, 2, *mesh)
+    while not (killed / "state" / "8" / "manifest.json").exists():
+        assert running.poll() is None, said(killed)
+        time.sleep(0.05)
+    subprocess.run(["pkill", "-KILL", "-f", f"run_dir={killed} .*hosts.index=1"], check=True)
+    began = time.monotonic()
+    while "starting all 2 again" not in said(killed):
+        assert running.poll() is None, said(killed)
+        assert time.monotonic() - began < 60, "the other process did not stop"
+        time.sleep(0.1)
+    assert running.wait() == 0, said(killed)
+    assert "going on from step" in said(killed)
+    assert losses(killed) == losses(two)
+
+
+@pytest.mark.slow
+def test_sigterm_stops_all_processes_at_the_same_step_and_another_number_goes_on(corpus, tmp_path):
+    run_dir = tmp_path / "stopped"
+    running = train(run_dir, corpus, 2, steps=400)
+    while not (run_dir / "state" / "4" / "manifest.json").exists():
+        assert running.poll() is None, said(run_dir)
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait() == 0, said(run_dir)
+    step = int(re.search(r"stopped at step (\d+) of 400, as told by SIGTERM", said(run_dir))[1])
+    assert len(losses(run_dir)) == step
+    other = train(run_dir, corpus, 1, steps=400)
+    while "going on from" not in said(run_dir):
+        assert other.poll() is None, said(run_dir)
+        time.sleep(0.05)
+    assert f"going on from step {step} of 400" in said(run_dir)
+    other.send_signal(signal.SIGTERM)
+    assert other.wait() == 0, said(run_dir)
+
+
+@pytest.mark.slow
+def test_a_mistake_is_not_tried_again(corpus, tmp_path):
+    run_dir = tmp_path / "wrong"
+    assert train(run_dir, corpus, 2, "--mesh.data=3").wait() == 2
+    assert "starting all" not in said(run_dir)
+    assert "mesh.data 3" in said(run_dir)
