@@ -3,7 +3,7 @@
     bash launch/run.sh experiments.bench_train
     bash launch/run.sh experiments.bench_train --peer="PYTHON torch_train.py"
 
-Expect one JSON line a policy: name, tokens_per_second (median of the rounds), mfu (of this machine's own measured
+Expect one JSON line a policy: name, tokens_per_second (median of the rounds), mfu (of the devices' own measured
 matrix-product peak in the policy's compute dtype), compile_seconds, peak_bytes (arguments and temporaries of the
 compiled step). With a peer, a command that prints JSON lines with `dtype` and `tokens_per_second`, the two run in
 turn, one after the other and never at once, and each line has the ratio of medians to the peer's best (float32 is
@@ -21,8 +21,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from efflm.config import InputError, ModelShape, TrainConfig, flag, require
+from efflm.config import HostsConfig, InputError, MeshConfig, ModelShape, TrainConfig, flag, require
 from efflm.evaluate import machine
 from efflm.flags import launch
 from efflm.model import cost, init_params, sharding, stack_blocks
@@ -50,10 +51,9 @@ class Run:
 class Trainer:
     """A compiled training step of one policy on random tokens, ready to be timed."""
 
-    def __init__(self, shape: ModelShape, train: TrainConfig, policy_name: str):
+    def __init__(self, shape: ModelShape, train: TrainConfig, policy_name: str, mesh: Mesh):
         config, policy = shape.config(), POLICIES[policy_name]
-        mesh = sharding.data_parallel(train.batch)
-        params = init_params(config, seed=0)
+        params = init_params(config, 0, mesh)
         params = cast(stack_blocks(params, config) if train.scan else params, policy.param)
         tx = optimizer.make(train)
         state = init_state(params, tx, mesh, loss_scale_for(policy))
@@ -110,9 +110,12 @@ def peer_rate(lines: list[dict[str, Any]], policy: str) -> float:
     return max(line["tokens_per_second"] for line in lines if policy != "float32" or line["dtype"] == "float32")
 
 
-def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
-    names = run.policies.split(",")
-    trainers = {name: Trainer(model, train, name) for name in names}
+def main(run: Run, model: ModelShape, train: TrainConfig, mesh: MeshConfig) -> None:
+    require(not run.peer or jax.process_count() == 1, "a peer is measured on one host only: leave --peer out")
+    names, devices = run.policies.split(","), sharding.mesh_for(mesh, train.batch, train.length)
+    trainers = {name: Trainer(model, train, name, devices) for name in names}
+    # Fake devices of a CPU share its cores.
+    peak_devices = 1 if jax.default_backend() == "cpu" else devices.size
     peaks = {dtype: machine.matmul_peak(dtype, 2048) for dtype in {t.dtype for t in trainers.values()}}
     flops = cost.train_flops(model.config(), batch=train.batch, length=train.length)
     seconds = {name: [] for name in names}  # a list a round
@@ -128,7 +131,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
         line = {
             "name": f"train_{name}",
             "tokens_per_second": round(rate, 1),
-            "mfu": round(flops / trainer.tokens * rate / peaks[trainer.dtype], 4),
+            "mfu": round(flops / trainer.tokens * rate / (peak_devices * peaks[trainer.dtype]), 4),
             "compile_seconds": round(trainer.compile_seconds, 2),
             "peak_bytes": trainer.peak_bytes,
         }
@@ -147,4 +150,12 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
 PEER_SHAPE = ModelShape(family="gpt2", layers=6, width=384, heads=6, kv_heads=6, hidden=1536, context=256)
 
 if __name__ == "__main__":
-    launch(main, __doc__, run=Run(), model=PEER_SHAPE, train=TrainConfig(batch=16, length=256))
+    launch(
+        main,
+        __doc__,
+        run=Run(),
+        model=PEER_SHAPE,
+        train=TrainConfig(batch=16, length=256),
+        mesh=MeshConfig(),
+        hosts=HostsConfig(),
+    )

@@ -133,7 +133,7 @@ def trained_model(run: Run, config: ModelConfig, train: TrainConfig, data: Datas
         checkpoint.require_same(config.to_dict(), start.config.to_dict(), Path(run.init_from))
         params = start.params
     else:
-        params = init_params(config, run.seed)
+        params = init_params(config, run.seed, mesh)
     policy = POLICIES[train.policy]
     params = loop.fit(
         losses.language_model_loss(config, policy, scanned=train.scan, remat=train.remat, z_loss=train.z_loss),

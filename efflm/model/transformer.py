@@ -6,9 +6,11 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from efflm import ops
 from efflm.config import BlockConfig, ModelConfig, Remat, require
+from efflm.model import sharding
 from efflm.model.attention import Attention, LayerCache
 from efflm.model.feedforward import FeedForward
 from efflm.model.linear import fetch
@@ -161,10 +163,12 @@ class Transformer(nn.Module):
         return layers(x_BTD, positions_BT, segments_BT)[0]
 
 
-def init_params(config: ModelConfig, seed: int) -> dict[str, Any]:
-    """Fresh float32 weights, a function of config and seed alone."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return jax.jit(Transformer(config).init)(jax.random.key(seed), tokens)["params"]
+def init_params(config: ModelConfig, seed: int, mesh: Mesh | None = None) -> dict[str, Any]:
+    """Fresh float32 weights, a function of config and seed alone; on a mesh each device makes only its own part."""
+    make = lambda key: Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    key = jax.random.key(seed)
+    where = None if mesh is None else sharding.shardings(jax.eval_shape(make, key), mesh)
+    return jax.jit(make, out_shardings=where)(key)
 
 
 def stack_blocks(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from efflm.flags import launch
+from efflm.model.presets import preset
 from experiments import plan
 
 SMALL = ["--model=gpt2", "--train.batch=8", "--train.length=64", "--rows=8", "--room=64"]
@@ -90,12 +92,22 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, flags, messa
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_the_tpu_compiler_answers(tmp_path):
-    command = [sys.executable, "-m", "experiments.plan", f"--run_dir={tmp_path}", *SMALL, "--hardware=v5p:2x2x1"]
+def test_the_tpu_compiler_gathers_a_matrix_at_a_time_and_scatters_its_gradient(tmp_path):
+    flags = [f"--run_dir={tmp_path}", *SMALL, "--train.length=1024", "--mesh.fsdp=4", "--hardware=v5p:2x2x1"]
+    command = [sys.executable, "-m", "experiments.plan", *flags]
     root = Path(__file__).parent.parent.parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert "the TPU's compiler" in done.stdout
     found = json.loads((tmp_path / "plan.json").read_text())
     held = rows(found, "bytes")
     assert held["arguments"]["predicted"] == pytest.approx(held["arguments"]["compiled"], rel=0.05)
-    assert found["traffic"]
+    config, moved = preset("gpt2"), {"all-gather": [], "reduce-scatter": []}
+    for each in found["collectives"]:
+        if each["kind"] in moved and each["trips"] == len(config.blocks):  # in the loop over layers
+            moved[each["kind"]].append(each["nbytes"] / each["trips"])
+    feedforward = config.width * config.blocks[0].hidden  # the largest matrix of a layer
+    assert max(moved["all-gather"]) == pytest.approx(3 / 4 * feedforward * 2)  # in bfloat16
+    assert max(moved["reduce-scatter"]) == pytest.approx(3 / 4 * feedforward * 4)  # in float32
+    assert len(moved["reduce-scatter"]) == 6  # query, key, value, output, up, down
+    whole = 12 * sum(math.prod(shape) for shape in ((4, config.width, config.width), (2, feedforward)))
+    assert max(each["nbytes"] / each["trips"] for each in found["collectives"]) < 3 / 4 * whole * 2

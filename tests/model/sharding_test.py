@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec
 
 from efflm.compress.quantize import quantize
 from efflm.config import InputError, MeshConfig, TrainConfig
-from efflm.model import sharding, stack_blocks
+from efflm.model import init_params, sharding, stack_blocks
 from efflm.train import optimizer
 from tests import tiny
 
@@ -34,6 +34,12 @@ def test_specs_follow_the_table():
     assert spec("embedding", 301, 32) == PartitionSpec(None, "fsdp")  # 301 does not divide: replicated
     assert spec("blocks/feedforward/down/kernel", 3, 48, 32) == PartitionSpec(None, "tensor", "fsdp")
     assert spec("block_0/feedforward/up/kernel/scale", 1, 48) == PartitionSpec(None, "tensor")
+
+
+def test_fresh_weights_are_the_same_made_in_parts():
+    whole, parts = init_params(tiny.LLAMA.config(), 3), init_params(tiny.LLAMA.config(), 3, MESH)
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    assert jax.tree.map(lambda leaf: leaf.sharding, parts) == sharding.shardings(parts, MESH)
 
 
 def test_moments_lie_like_their_weights():
