@@ -11,9 +11,9 @@ from efflm.precision import cast
 from tests import tiny
 
 
-@pytest.mark.parametrize("name", tiny.SHAPES)
+@pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_greedy_equals_the_argmax_of_full_forwards(name):
-    model = tiny.model(tiny.SHAPES[name])
+    model = tiny.model(tiny.CONFIGS[name])
     tokens = np.zeros((2, 11), np.int32)  # what is not written yet is never looked at
     tokens[:, :5] = tiny.tokens(model.config, 2, 5)
     out = np.asarray(generate(model, jnp.asarray(tokens[:, :5]), 6))
