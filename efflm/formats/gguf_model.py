@@ -1,16 +1,22 @@
 """A GGUF file as a Hugging Face model: its metadata as a config.json's values, its tensors under their names there.
 
-Tensor by tensor, so that `formats.families` builds the model from it as from safetensors shards.
+So formats.build makes the model of it, tensor by tensor, as of safetensors shards.
 """
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from efflm.config import require
-from efflm.formats import gguf
+from efflm.formats import gguf, gguf_tokenizer
+from efflm.formats.build import build
+from efflm.formats.tensors import Tensors
+from efflm.model import LanguageModel
+from efflm.tokenizer import Tokenizer
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -30,6 +36,25 @@ INNER = {
 ROPE_FACTORS = "rope_freqs.weight"
 # What Llama 3.1 and its successors scale their rotary frequencies by, besides the factor.
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def load(path: Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> tuple[LanguageModel, Tokenizer]:
+    """The model, its weights dequantized to float32 unless another dtype is asked for, and its tokenizer.
+
+    Raises InputError for a file that is damaged or holds what is not supported.
+    """
+    header = gguf.read_header(path)
+    description, names = config_of(header), names_of(header)
+    tokens = gguf_tokenizer.from_metadata(header.metadata, path)
+    require(
+        tokens.vocabulary <= description["vocab_size"],
+        f"{path} has {tokens.vocabulary} tokens, but embeds only {description['vocab_size']}",
+    )
+    source = Tensors(
+        {name: header.tensors[stored].shape for name, stored in names.items()},
+        lambda name: read(header, names, description, name),
+    )
+    return build(description, source, dtype=dtype, mesh=mesh), tokens
 
 
 def config_of(header: gguf.Header) -> dict[str, Any]:
@@ -88,20 +113,18 @@ def config_of(header: gguf.Header) -> dict[str, Any]:
     if f"{architecture}.attention.sliding_window" in metadata:
         require(architecture == "llama", f"{where} has a sliding window, which is supported for llama only")
         config |= {"model_type": "mistral", "sliding_window": number("attention.sliding_window")}
-    scaling = _rope_scaling(header, number, head_dim, config["rope_theta"])
+    scaling = _rope_scaling(header, head_dim, config["rope_theta"])
     return config | ({"rope_scaling": scaling} if scaling else {})
 
 
-def _rope_scaling(header: gguf.Header, number: Any, head_dim: int, base: float) -> dict[str, Any] | None:
+def _rope_scaling(header: gguf.Header, head_dim: int, base: float) -> dict[str, Any] | None:
     """Llama 3's scaling, from the divisors of the rotary frequencies that the file stores in place of its parameters.
 
     Raises InputError for any other.
     """
     where, architecture = header.path, header.metadata["general.architecture"]
     kind = header.metadata.get(f"{architecture}.rope.scaling.type", "none")
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": number("rope.scaling.factor", kind=float)}
-    require(kind == "none", f"{where} scales rotary positions by {kind!r:.80}, but supported are linear and Llama 3's")
+    require(kind == "none", f"{where} scales rotary positions by {kind!r:.80}, but supported is Llama 3's way alone")
     if ROPE_FACTORS not in header.tensors:
         return None
     shape = header.tensors[ROPE_FACTORS].shape
