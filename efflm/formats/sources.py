@@ -10,14 +10,15 @@ from jax.sharding import Mesh
 
 from efflm import tokenizer
 from efflm.config import require
-from efflm.formats import hub, huggingface, safetensors
+from efflm.formats import gguf_model, hub, huggingface, safetensors, wheels
 from efflm.model import LanguageModel, sharding
 from efflm.precision import cast
 from efflm.tokenizer import Tokenizer
 from efflm.train import checkpoint
 
 KINDS = (
-    "a Hugging Face directory or hub id, a .gguf file, the directory of a training run, or efflm's .safetensors file"
+    f"a name ({', '.join(wheels.WHEELS)}), a Hugging Face directory or hub id, a .gguf file, the directory of a "
+    "training run, or efflm's .safetensors file"
 )
 
 
@@ -47,6 +48,8 @@ def load(source: str | Path, *, dtype: str | None = None, mesh: Mesh | None = No
     if path.exists():
         return _file(path, dtype, mesh)
     name = str(source)
+    if name in wheels.WHEELS:
+        return _file(wheels.fetch(wheels.WHEELS[name]), dtype, mesh)
     looks_like_a_path = (
         path.is_absolute() or path.suffix in _SUFFIXES or (path.parent != Path() and path.parent.is_dir())
     )
@@ -81,6 +84,9 @@ def _file(path: Path, dtype: str | None, mesh: Mesh) -> Loaded:
         f"{path} is pickled: reading it could run any code that whoever made it put in, so it is never read; have it "
         "converted to safetensors",
     )
+    if path.suffix == ".gguf":
+        model, tokens = gguf_model.load(path, dtype=dtype, mesh=mesh)
+        return Loaded(model, tokens, {}, path.stat().st_size)
     require(path.suffix == ".safetensors", f"{path} is not a kind of file that is read: give {KINDS}")
     model, about = safetensors.load(path)
     model = model.replace(params=jax.device_put(model.params, sharding.shardings(model.params, mesh)))
