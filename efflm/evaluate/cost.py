@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
-from efflm.infer.generate import decode, prefill
+from efflm.infer.generate import decode, prefill, row_keys, start
+from efflm.infer.sampling import GREEDY
 from efflm.model import LanguageModel
 
 
@@ -44,7 +45,7 @@ class Protocol:
 
 def rates(models: dict[str, LanguageModel], protocol: Protocol = Protocol()) -> dict[str, tuple[Rate, Rate]]:
     """{name: (prefill, decode)}. The models take turns, so that what else the machine does falls on all alike."""
-    tokens = jnp.arange(max(protocol.prompt, protocol.start), dtype=jnp.int32)[None] % 251
+    tokens = np.arange(max(protocol.prompt, protocol.start), dtype=np.int32)[None] % 251
     runs: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {}
     for name, model in models.items():
         runs[name] = (
@@ -65,23 +66,27 @@ def rates(models: dict[str, LanguageModel], protocol: Protocol = Protocol()) -> 
     }
 
 
-def _prefill_run(model: LanguageModel, tokens: jax.Array) -> Callable[[], float]:
+def _prefill_run(model: LanguageModel, tokens: np.ndarray) -> Callable[[], float]:
+    lengths = np.array([tokens.shape[1]], np.int32)
+
     def run() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(prefill(model, tokens, length=tokens.shape[1]))
-        return time.perf_counter() - start
+        began = time.perf_counter()
+        jax.block_until_ready(prefill(model, tokens, lengths, room=tokens.shape[1]))
+        return time.perf_counter() - began
 
     return run
 
 
-def _decode_run(model: LanguageModel, tokens: jax.Array, new: int) -> Callable[[], float]:
-    temperature, rng = jnp.float32(0), jax.random.key(0)
+def _decode_run(model: LanguageModel, tokens: np.ndarray, new: int) -> Callable[[], float]:
+    how, keys, stops = GREEDY.arrays(), row_keys(0, 1), np.zeros(0, np.int32)
+    lengths = np.array([tokens.shape[1]], np.int32)
 
     def run() -> float:
-        logits, cache = jax.block_until_ready(prefill(model, tokens, length=tokens.shape[1] + new))
-        start = time.perf_counter()
-        jax.block_until_ready(decode(model, logits, cache, temperature, rng, steps=new))
-        return time.perf_counter() - start
+        logits, cache = prefill(model, tokens, lengths, room=tokens.shape[1] + new)
+        state = jax.block_until_ready(start(logits, cache, keys, how, stops))
+        began = time.perf_counter()
+        jax.block_until_ready(decode(model, state, how, stops, np.int32(new), steps=new))
+        return time.perf_counter() - began
 
     return run
 
