@@ -68,8 +68,11 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         linear |= gate | {"feedforward/up": (D, F), "feedforward/down": (F, D)}
         for name, shape in linear.items():
             out[f"block_{i}/{name}/kernel"] = shape
-            if config.bias:
+            if config.bias or (config.qkv_bias and re.search("query|key|value", name)):
                 out[f"block_{i}/{name}/bias"] = shape[1:]
+        if config.qk_norm:
+            for name in ("query", "key"):
+                out[f"block_{i}/attention/{name}_norm/scale"] = (block.head_dim,)
         norms += [f"block_{i}/attention_norm", f"block_{i}/feedforward_norm"]
     for name in norms:
         out[f"{name}/scale"] = (D,)

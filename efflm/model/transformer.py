@@ -1,4 +1,4 @@
-"""A decoder-only Transformer that covers the Llama and GPT-2 families by its config, and the model as a value."""
+"""A decoder-only Transformer that covers the families of models by its config, and the model as a value."""
 
 from typing import Any
 
@@ -58,8 +58,9 @@ class Block(nn.Module):
         attended, cache = Attention(config, block, policy, name="attention")(
             norm("attention_norm", x_BTD), positions_BT, segments_BT, cache
         )
-        x_BTD = x_BTD + attended
-        x_BTD = x_BTD + FeedForward(config, block, policy, name="feedforward")(norm("feedforward_norm", x_BTD))
+        middle_BTD = x_BTD + attended
+        read_BTD = x_BTD if config.parallel else middle_BTD
+        x_BTD = middle_BTD + FeedForward(config, block, policy, name="feedforward")(norm("feedforward_norm", read_BTD))
         return constrain(x_BTD, "batch", "length", None), cache
 
 

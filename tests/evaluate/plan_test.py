@@ -28,10 +28,10 @@ def abstract(config):
 
 
 @pytest.mark.parametrize("n", [1, 2, 8])
-@pytest.mark.parametrize("name", tiny.SHAPES)
+@pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_bytes_are_those_of_zero(name, n):
     """Rajbhandari 2019: (weights + gradients + two moments) / N, but for norms and biases, which nobody cuts."""
-    config = tiny.SHAPES[name].config()
+    config = tiny.CONFIGS[name]
     matrices = sum(math.prod(shape) for shape in cost.shapes(config).values() if len(shape) == 2)
     vectors = sum(math.prod(shape) for shape in cost.shapes(config).values() if len(shape) == 1)
     held = plan.held(config, TRAIN, plan.abstract_mesh(fsdp=n))
@@ -41,9 +41,9 @@ def test_bytes_are_those_of_zero(name, n):
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 3}])
-@pytest.mark.parametrize("name", tiny.SHAPES)
+@pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_bytes_are_those_of_the_state_as_it_lies(name, sizes):
-    config, mesh = tiny.SHAPES[name].config(), sharding.make_mesh(**sizes)
+    config, mesh = tiny.CONFIGS[name], sharding.make_mesh(**sizes)
     batch = dataclasses.replace(TRAIN, batch=24)
     _, (state, _, rows) = ahead.training_step(config, batch, mesh)
     part = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

@@ -29,9 +29,9 @@ def prompts(config, *lengths):
     return [tiny.tokens(config, 1, length, seed=length)[0].tolist() for length in lengths]
 
 
-@pytest.mark.parametrize("name", tiny.SHAPES)
+@pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_greedy_equals_the_argmax_of_full_forwards(name):
-    model = tiny.model(tiny.SHAPES[name])
+    model = tiny.model(tiny.CONFIGS[name])
     tokens = np.zeros((2, 11), np.int32)  # what is not written yet is never looked at
     tokens[:, :5] = tiny.tokens(model.config, 2, 5)
     out = np.asarray(generate(model, tokens[:, :5], 6))
