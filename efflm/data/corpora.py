@@ -56,6 +56,20 @@ def load(source: str, cache: Path, least_bytes: int = 0) -> Corpus:
     return Corpus(name, source, digest, **_through_tfds(splits, cache / digest))
 
 
+def read(source: str, documents: int = 0) -> tuple[str, int, list[Document]]:
+    """The name of `source` (as `load` takes it), how many documents it holds, and the first `documents` of them (0:
+    all) in the order of a hash of their names, which makes them a sample. Raises InputError."""
+    name, found = _read(source)
+    return name, len(found), _by_hash(found)[: documents or None]
+
+
+def held_out(source: str, documents: int = 0) -> tuple[str, int, list[Document]]:
+    """The same of the test split that `load` makes, without preparing the others. Raises InputError."""
+    name, found = _read(source)
+    test = _split(found)["test"]
+    return name, len(test), test[: documents or None]
+
+
 def _read(source: str) -> tuple[str, list[Document]]:
     if source == DEFAULT:
         root = Path(sysconfig.get_path("stdlib"))
@@ -114,12 +128,16 @@ def _pieces(documents: list[Document]) -> list[Document]:
 
 
 def _split(documents: list[Document]) -> dict[str, list[Document]]:
-    by_hash = sorted(documents, key=lambda document: hashlib.sha256(document[0].encode()).digest())
+    by_hash = _by_hash(documents)
     splits, start = {}, 0
     for name, fraction in SPLITS.items():
         end = start + max(1, round(fraction * len(by_hash)))
         splits[name], start = by_hash[start:end], end
     return {"train": by_hash[start:], **splits}
+
+
+def _by_hash(documents: list[Document]) -> list[Document]:
+    return sorted(documents, key=lambda document: hashlib.sha256(document[0].encode()).digest())
 
 
 def _through_tfds(splits: dict[str, list[Document]], folder: Path) -> dict[str, list[Document]]:
