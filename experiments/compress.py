@@ -128,6 +128,7 @@ def main(run: Run, quantize: dict, prune: dict, finetune: dict, distill: dict, s
             run_dir.mkdir(parents=True, exist_ok=True)
             tokens.save(run_dir / "tokenizer.json")
             size = safetensors.save(run_dir / f"{BEFORE}.safetensors", dense, about)
+            say(f"{BEFORE}: reading the text")
             reading = quality.read(dense_here, to_score, batch)
             before = quality.score(reading, reading, to_score, tokens.token_bytes)
             say(f"{BEFORE}: {quality.bits_per_byte(before)[0]:.4f} bits per byte")
@@ -150,7 +151,7 @@ def main(run: Run, quantize: dict, prune: dict, finetune: dict, distill: dict, s
         f"Speed: {protocol}; each model in turn with {BEFORE}, of which the rounds beside the first are shown. In "
         "brackets the quartiles.",
         f"Size: an uncompressed safetensors file; the source itself takes {table.megabytes(loaded.nbytes)} MB.",
-        *evaluate.cautions(run.model, about),
+        *evaluate.cautions(run, about),
     ])  # fmt: skip
     say(f"done: {run_dir / 'report.html'}")
 

@@ -41,7 +41,7 @@ class Scored:
         "", "'stdlib', or a file or folder of UTF-8 text; default: what the model was trained on, else stdlib"
     )
     documents: int = flag(32, "documents to score, drawn by a hash of their names; 0: all")
-    tokens: int = flag(512, "tokens of each document to score, its first; 0: all")
+    tokens: int = flag(384, "tokens of each document to score, its first; 0: all")
     window: int = flag(0, "tokens the model reads at once; 0: 1024, or its context if that is shorter")
     stride: int = flag(0, "tokens from one window to the next, of which only the new ones are scored; 0: the window")
     bos: bool = flag(True, "put the tokenizer's separator before each text; without it the first token is not scored")
@@ -105,16 +105,20 @@ def origin(source: str, about: dict[str, Any]) -> str:
     return f"from {source}" + (f", dequantized {about['dequantized']}" if "dequantized" in about else "")
 
 
-def cautions(source: str, about: dict[str, Any]) -> list[str]:
-    kind = about.get("dequantized")
-    return (
-        [
-            f"The weights of {source} are dequantized {kind}: they lie on that format's grid already, so nothing here "
-            "says what rounding to as few bits would cost a model whose weights do not."
-        ]
-        if kind
-        else []
-    )
+def cautions(run: Scored, about: dict[str, Any]) -> list[str]:
+    """What the figures must not be taken for."""
+    out = []
+    if not run.text and not about.get("source") and source_of(run, about) == corpora.DEFAULT:
+        out.append(
+            f"Python's standard library was in all likelihood among what {run.model} was trained on: compare these rows "
+            "with each other and not with other texts, or give --text."
+        )
+    if "dequantized" in about:
+        out.append(
+            f"The weights of {run.model} are dequantized {about['dequantized']}: they lie on that format's grid already, so "
+            "nothing here says what rounding to as few bits would cost a model whose weights do not."
+        )
+    return out
 
 
 def main(run: Run, mesh: MeshConfig) -> None:
@@ -141,7 +145,7 @@ def main(run: Run, mesh: MeshConfig) -> None:
     rates = cost.rates({name: model}, protocol)[name]
     row = rows.make(name, model, loaded.nbytes, origin(run.model, loaded.about), measured, rates, None)
     against = f" Divergence: from {run.reference}." if run.reference else ""
-    facts = [f"Quality: {words}.{against}", f"Speed: {protocol}.", *cautions(run.model, loaded.about)]
+    facts = [f"Quality: {words}.{against}", f"Speed: {protocol}.", *cautions(run, loaded.about)]
     table.show([row], facts)
     if run.run_dir:
         rundir.write_json(

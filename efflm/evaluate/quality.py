@@ -21,7 +21,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from efflm.config import require
 from efflm.model import LanguageModel, Transformer, sharding
 from efflm.precision import policy_for
-from efflm.train.losses import kl_divergence, next_token_nll
 
 SLICE = 512  # tokens whose logits are held at a time, of the model and of the reference
 
@@ -63,13 +62,16 @@ def _score(
     reference: LanguageModel, expected_MD: jax.Array, model: LanguageModel, x_MD: jax.Array, targets_M: jax.Array
 ) -> dict[str, jax.Array]:
     unembed = lambda model, x: _transformer(model).apply({"params": model.params}, x[None], method=Transformer.unembed)
-    expected, logits, targets = unembed(reference, expected_MD), unembed(model, x_MD), targets_M[None]
-    scores = {
-        "bits": next_token_nll(logits, targets) / jnp.log(2.0),
-        "kl": kl_divergence(expected, logits),
-        "agreement": jnp.argmax(expected, axis=-1) == jnp.argmax(logits, axis=-1),
+    expected_MV, logits_MV = (x[0].astype(jnp.float32) for x in (unembed(reference, expected_MD), unembed(model, x_MD)))
+    # From both normalizers, in one pass over the vocabulary: through log-probabilities it takes four times as long.
+    normalizer_M, expected_normalizer_M = (jax.nn.logsumexp(x, axis=-1) for x in (logits_MV, expected_MV))
+    p_MV = jnp.exp(expected_MV - expected_normalizer_M[:, None])
+    chosen_M = jnp.take_along_axis(logits_MV, targets_M[:, None], axis=-1)[:, 0]
+    return {
+        "bits": (normalizer_M - chosen_M) / jnp.log(2.0),
+        "kl": jnp.sum(p_MV * (expected_MV - logits_MV), axis=-1) - expected_normalizer_M + normalizer_M,
+        "agreement": jnp.argmax(expected_MV, axis=-1) == jnp.argmax(logits_MV, axis=-1),
     }
-    return {name: values[0] for name, values in scores.items()}
 
 
 def _without_layers(model: LanguageModel) -> LanguageModel:
