@@ -110,12 +110,12 @@ def cautions(run: Scored, about: dict[str, Any]) -> list[str]:
     out = []
     if not run.text and not about.get("source") and source_of(run, about) == corpora.DEFAULT:
         out.append(
-            f"Python's standard library was in all likelihood among what {run.model} was trained on: compare these rows "
-            "with each other and not with other texts, or give --text."
+            f"{run.model} was in all likelihood trained on Python's standard library: compare these rows with each "
+            "other and not with other texts, or give --text."
         )
     if "dequantized" in about:
         out.append(
-            f"The weights of {run.model} are dequantized {about['dequantized']}: they lie on that format's grid already, so "
+            f"The weights of {run.model} are dequantized {about['dequantized']}: they lie on that format's grid, so "
             "nothing here says what rounding to as few bits would cost a model whose weights do not."
         )
     return out
