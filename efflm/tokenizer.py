@@ -21,6 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from efflm import chat
 from efflm.config import InputError, require
 from efflm.rundir import write_json, write_whole
+from efflm.tokenizer_json import read_object, read_text, require_sound
 
 SEPARATOR = "<|endoftext|>"
 TRIAL = "Does it read? 12 naïve\n\tcafés 😀\x00 " + SEPARATOR
@@ -189,14 +190,14 @@ def train(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     return Tokenizer(core, {"eos_token": SEPARATOR})
 
 
-def from_json(text: str, where: Any) -> tokenizers.Tokenizer:
-    """The tokenizer that a tokenizer.json holds, tried out once. `where` names it in errors. Raises InputError."""
+def from_description(described: dict[str, Any], where: Any) -> tokenizers.Tokenizer:
+    """The tokenizer that a tokenizer.json describes, tried out once. `where` names it in errors. Raises InputError."""
+    require_sound(described, where)
     try:
-        core = tokenizers.Tokenizer.from_str(text)
+        core = tokenizers.Tokenizer.from_str(json.dumps(described))
         core.no_padding()  # of a length the file asks for
         core.no_truncation()
-        ids = core.encode(TRIAL).ids
-        core.decode(ids)
+        core.decode(core.encode(TRIAL).ids)
         highest = max(core.get_vocab().values(), default=-1)
         _stages(core.decoder)
     except BaseException as error:  # the library raises bare Exceptions, and panics, which are BaseExceptions
@@ -216,9 +217,9 @@ def load(path: Path) -> Tokenizer:
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     require(file.is_file(), f"no tokenizer at {file}: give the directory of a finished run, or of a Hugging Face model")
-    core = from_json(_text(file), file)
+    core = from_description(read_object(file), file)
     config_file = file.with_name(f"{file.stem}_config.json")
-    config = _settings(file.with_name("special_tokens_map.json")) | _settings(config_file)
+    config = read_object(file.with_name("special_tokens_map.json")) | read_object(config_file)
     names = {}
     for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
         value = config.get(key)
@@ -230,7 +231,10 @@ def load(path: Path) -> Tokenizer:
                 known or key == "pad_token", f"{config_file}: {key} {value!r:.80} is not in the vocabulary of {file}"
             )
             names[key] = value
-    generation, model = _settings(file.with_name("generation_config.json")), _settings(file.with_name("config.json"))
+    generation, model = (
+        read_object(file.with_name("generation_config.json")),
+        read_object(file.with_name("config.json")),
+    )
     ids = {key: _ids(generation.get(key, model.get(key)), core, key, file.parent) for key in _ID_KEYS}
     for key in ("bos_token", "eos_token"):
         if key not in names and ids[f"{key}_id"]:
@@ -246,25 +250,6 @@ def load(path: Path) -> Tokenizer:
 
 
 _ID_KEYS = ("bos_token_id", "eos_token_id")
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path} cannot be read as text: {error}") from None
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, empty if there is no file. Raises InputError."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}): fetch it again") from None
-    require(isinstance(value, dict), f"{path} holds a {type(value).__name__}, but must hold a JSON object")
-    return value
 
 
 def _ids(value: Any, core: tokenizers.Tokenizer, key: str, where: Path) -> list[int]:
@@ -288,9 +273,9 @@ def _adds_bos(core: tokenizers.Tokenizer, names: dict[str, str], setting: Any, w
 
 def _template(file: Path, config: dict[str, Any], config_file: Path) -> str | None:
     separate = file.with_name("chat_template.jinja")
-    value = _text(separate) if separate.is_file() else config.get("chat_template")
+    value = read_text(separate) if separate.is_file() else config.get("chat_template")
     if isinstance(value, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-        value = named.get("default")
+        named = [entry for entry in value if isinstance(entry, dict) and entry.get("name") == "default"]
+        value = named[0].get("template") if named else None
     require(value is None or isinstance(value, str), f"{config_file}: chat_template must be text")
     return value

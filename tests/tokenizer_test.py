@@ -95,7 +95,7 @@ def test_saved_and_loaded(tmp_path):
     with pytest.raises(InputError, match="no tokenizer at"):
         tokenizer.load(tmp_path / "missing.json")
     (tmp_path / "t.json").write_text('{"a": 1}')
-    with pytest.raises(InputError, match="is not a tokenizer"):
+    with pytest.raises(InputError, match="is not a tokenizer: it has no model"):
         tokenizer.load(tmp_path / "t.json")
 
 
@@ -175,3 +175,39 @@ def test_a_vocabulary_with_absurd_ids_is_refused(tmp_path):
     core["model"]["vocab"]["▁hi"] = 2**32 - 1
     with pytest.raises(InputError, match="id 4294967295 in a vocabulary of 266 tokens"):
         tokenizer.load(folder_of(tmp_path, core))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"type": "WordPiece", "vocab": {}}}, "type 'WordPiece', but read are BPE and Unigram"),
+        # The library cuts merged tokens at this many bytes, inside a character, and aborts the process.
+        ({"continuing_subword_prefix": "\x00"}, "continuing_subword_prefix, .*not supported"),
+        ({"unk_token": 3}, "is not a tokenizer"),
+        ({"merges": [["h", "nothing"]]}, "is not a tokenizer"),
+        ({"vocab": {"a": -1}}, "is not a tokenizer"),
+    ],
+)
+def test_a_model_that_is_not_sound_is_refused(tmp_path, change, message):
+    core = sentencepiece_like()
+    core["model"] = change.get("model", core["model"] | change)
+    with pytest.raises(InputError, match=message):
+        tokenizer.load(folder_of(tmp_path, core))
+
+
+def test_text_that_would_grow_without_bounds_is_refused(tmp_path):
+    core = sentencepiece_like()
+    double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    core["normalizer"]["normalizers"] = [double] * 10
+    tokenizer.load(folder_of(tmp_path, core))
+    core["normalizer"]["normalizers"] = [double] * 40
+    with pytest.raises(InputError, match="over 10,000 times as long"):
+        tokenizer.load(folder_of(tmp_path, core))
+
+
+def test_padding_and_truncation_of_a_file_are_left_out(tmp_path):
+    core = sentencepiece_like()
+    core["padding"] = {"strategy": {"Fixed": 2**40}, "direction": "Right", "pad_to_multiple_of": None}
+    core["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>"}
+    core["truncation"] = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    assert tokenizer.load(folder_of(tmp_path, core)).encode("hi hi") == [264, 264]

@@ -97,23 +97,23 @@ def _parse(data: mmap.mmap, size: int, path: Path) -> Header:
         except UnicodeDecodeError:
             raise InputError(f"{what} is not UTF-8 text") from None
 
-    def value(key: str) -> Any:
+    def value(key: str, shown: str) -> Any:
         (kind,) = take("<I")
         if kind in SCALARS:
             return take("<" + SCALARS[kind])[0]
         if kind == STRING:
-            return string(f"the value of {key}")
-        require(kind == ARRAY, f"{key} has a value of unknown type {kind}")
+            return string(f"the value of {shown}")
+        require(kind == ARRAY, f"{shown} has a value of unknown type {kind}")
         kind, count = take("<IQ")
         if kind in SCALARS:
-            start = skip(count * struct.calcsize(SCALARS[kind]), f"the list {key}")
+            start = skip(count * struct.calcsize(SCALARS[kind]), f"the list {shown}")
             return np.frombuffer(data[start:at], np.dtype("<" + SCALARS[kind]))
-        require(kind == STRING, f"{key} is a list of values of type {kind}, but lists hold numbers or strings")
-        fits(count, 8, f"strings in {key}")
+        require(kind == STRING, f"{shown} is a list of values of type {kind}, but lists hold numbers or strings")
+        fits(count, 8, f"strings in {shown}")
         if key in LISTS:
-            return [string(f"an entry of {key}") for _ in range(count)]
+            return [string(f"an entry of {shown}") for _ in range(count)]
         for _ in range(count):
-            skip(take("<Q")[0], f"an entry of {key}")
+            skip(take("<Q")[0], f"an entry of {shown}")
         return None
 
     require(data[:4] == b"GGUF", "it does not begin with the letters GGUF")
@@ -129,7 +129,7 @@ def _parse(data: mmap.mmap, size: int, path: Path) -> Header:
     for _ in range(pair_count):
         key = string("a key")
         require(key not in metadata, f"it has the key {key!r:.80} twice")
-        metadata[key] = value(key)
+        metadata[key] = value(key, f"{key!r:.80}")
     described = {}
     for _ in range(tensor_count):
         name = string("a tensor's name")

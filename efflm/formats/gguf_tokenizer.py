@@ -4,7 +4,6 @@ Two kinds: byte-level BPE ("gpt2"), whose merges the file lists and whose way to
 BPE with bytes to fall back on ("llama"), whose merges follow from its scores.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,7 @@ def from_metadata(metadata: dict[str, Any], where: Path) -> Tokenizer:
         ],
         **stages,
     }
-    core = tokenizer.from_json(json.dumps(described), where)
+    core = tokenizer.from_description(described, where)
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ends = {vocabulary[end] for end in ENDS if end in vocabulary and types[vocabulary[end]] == CONTROL}
     ends |= {ids[name] for name in ("eot", "eom")} - {None}

@@ -1,12 +1,17 @@
 import struct
 
 import gguf
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from efflm.config import InputError
 from efflm.formats import gguf as files
 from efflm.formats import gguf_model
+from efflm.formats.build import build
+from efflm.formats.tensors import Tensors
+from efflm.infer.generate import forward
 from tests import gguf_files
 
 KINDS = {name: elements for name, elements, _ in files.KINDS.values()}
@@ -72,6 +77,29 @@ def test_a_model_comes_back_under_hugging_face_names(tmp_path, rng, architecture
         "tie_word_embeddings": tied,
         "attention_bias": architecture == "qwen2",
     }
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_it_is_loaded_as_the_same_weights_from_elsewhere(tmp_path, rng, architecture):
+    weights = gguf_files.weights(rng, architecture, tied=False)
+    path = gguf_files.write(tmp_path / "a.gguf", weights, architecture)
+    model, tokens = gguf_model.load(path)
+    source = Tensors({name: w.shape for name, w in weights.items()}, weights.__getitem__)
+    expected = build(gguf_model.config_of(files.read_header(path)), source)
+    assert model.config == expected.config
+    jax.tree.map(np.testing.assert_array_equal, model.params, expected.params)
+    ids = tokens.encode("the thin hen")
+    assert tokens.core.encode("the thin hen").tokens == ["t", "he", "Ġt", "h", "in", "Ġ", "he", "n"]
+    assert np.isfinite(forward(model, jnp.asarray([ids]))[0]).all()
+    low, _ = gguf_model.load(path, dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(low.params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_more_tokens_than_the_model_embeds_are_refused(tmp_path, rng):
+    weights = gguf_files.weights(rng)
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:-1]
+    with pytest.raises(InputError, match=rf"has {len(gguf_files.TOKENS)} tokens, but embeds only"):
+        gguf_model.load(gguf_files.write(tmp_path / "a.gguf", weights))
 
 
 def test_rotary_scaling_of_llama_3_is_recognized_by_its_divisors(tmp_path, rng):
@@ -174,10 +202,10 @@ BYTES = struct.pack("<IIQ", 9, 0, 2**63)
         (header(version=3 << 24), "big-endian"),
         (header(tensor_count=2**63), "claims 9,223,372,036,854,775,808 tensors"),
         (header(pair_count=2**40), "claims 1,099,511,627,776 key-value pairs"),
-        (header(pairs=[(b"k", STRINGS)]), "claims 1,099,511,627,776 strings in k"),
-        (header(pairs=[(b"tokenizer.ggml.tokens", STRINGS)]), "strings in tokenizer.ggml.tokens"),
-        (header(pairs=[(b"k", BYTES)]), "bytes in the list k"),
-        (header(pairs=[(b"k", struct.pack("<IQ", 8, 2**63))]), "bytes in the value of k"),
+        (header(pairs=[(b"k", STRINGS)]), "claims 1,099,511,627,776 strings in 'k'"),
+        (header(pairs=[(b"tokenizer.ggml.tokens", STRINGS)]), "strings in 'tokenizer.ggml.tokens'"),
+        (header(pairs=[(b"k", BYTES)]), "bytes in the list 'k'"),
+        (header(pairs=[(b"k", struct.pack("<IQ", 8, 2**63))]), "bytes in the value of 'k'"),
         (header(pairs=[(b"k", struct.pack("<IIQ", 9, 9, 1) + STRINGS)]), "list of values of type 9"),
         (header(pairs=[(b"k", struct.pack("<I", 77))]), "value of unknown type 77"),
         (header(pairs=[(b"k", struct.pack("<IB", 0, 1))] * 2), "the key 'k' twice"),
