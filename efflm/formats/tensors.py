@@ -71,7 +71,7 @@ def write_safetensors(path: Path, names: Iterable[tuple[str, Any, Callable[[], n
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for _, _, array in names:
-            file.write(np.ascontiguousarray(array()).data.cast("B"))
+            file.write(np.ascontiguousarray(array()).view(np.uint8).data)
 
 
 def place(array: np.ndarray, dtype: Any, where: jax.sharding.Sharding) -> jax.Array:
