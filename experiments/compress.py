@@ -98,6 +98,15 @@ def cache_of(source: str) -> Path:
     return next((p / "corpora" for p in path.parents if (p / "corpora").is_dir()), rundir.ROOT / "corpora")
 
 
+def described(steps: tuple[Step, ...], after: LanguageModel) -> str:
+    """What was done, and where zeros were made, what they do not buy."""
+    words = ", then ".join(map(repr, steps))
+    if not any(isinstance(step, Prune) for step in steps):
+        return words
+    megabytes = table.megabytes(trees.nbytes(after.params))
+    return f"{words}; no faster, since a masked dense matrix multiplies its zeros too; {megabytes} MB if dense"
+
+
 def written(model: LanguageModel, tokens: Tokenizer, prompt: str, new: int) -> str:
     """A greedy continuation."""
     ids = tokens.prompt(prompt) or [tokens.separator]
@@ -137,7 +146,7 @@ def main(run: Run, quantize: dict, prune: dict, finetune: dict, distill: dict, s
         found = quality.score(quality.read(after, to_score, batch), reading, to_score, tokens.token_bytes)
         say(f"{name}: {quality.bits_per_byte(found)[0]:.4f} bits per byte")
         rates = cost.rates({BEFORE: dense_here, name: after}, protocol)
-        pairs = [(name, after, after_size, ", then ".join(map(repr, steps)), found)]
+        pairs = [(name, after, after_size, described(steps, after), found)]
         if not measured:
             pairs.insert(0, (BEFORE, dense_here, size, evaluate.origin(run.model, about), before))
         for each, model, nbytes, note, figures in pairs:

@@ -75,7 +75,11 @@ def source_of(run: Scored, about: dict[str, Any]) -> str:
 
 def scored_rows(run: Scored, loaded: Loaded) -> tuple[dict[str, np.ndarray], str]:
     """The rows to score, and the protocol in words. Raises InputError."""
-    windows, tokens = run.windows(loaded.model.config), loaded.tokenizer
+    windows, tokens, vocabulary = run.windows(loaded.model.config), loaded.tokenizer, loaded.model.config.vocabulary
+    require(
+        tokens.vocabulary <= vocabulary,
+        f"the tokenizer of {run.model} has {tokens.vocabulary} entries, but the model's vocabulary is {vocabulary}",
+    )
     if run.text:
         name, count, texts = corpora.read(run.text, run.documents)
         where = "documents"

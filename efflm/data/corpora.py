@@ -58,8 +58,12 @@ def load(source: str, cache: Path, least_bytes: int = 0) -> Corpus:
 
 def read(source: str, documents: int = 0) -> tuple[str, int, list[Document]]:
     """The name of `source` (as `load` takes it), how many documents it holds, and the first `documents` of them (0:
-    all) in the order of a hash of their names, which makes them a sample. Raises InputError."""
-    name, found = _read(source)
+    all) in the order of a hash of their names, which makes them a sample. Raises InputError.
+
+    A file is a document; a single one is cut into pieces of PIECE_BYTES.
+    """
+    name, found = _files(source)
+    found = _pieces(found, PIECE_BYTES) if len(found) == 1 else found
     return name, len(found), _by_hash(found)[: documents or None]
 
 
@@ -71,6 +75,13 @@ def held_out(source: str, documents: int = 0) -> tuple[str, int, list[Document]]
 
 
 def _read(source: str) -> tuple[str, list[Document]]:
+    """The documents to split: files, or where these are few, pieces of them."""
+    name, documents = _files(source)
+    size = max(1, min(PIECE_BYTES, sum(len(text) for _, text in documents) // FEW_FILES))
+    return name, documents if source == DEFAULT or len(documents) >= FEW_FILES else _pieces(documents, size)
+
+
+def _files(source: str) -> tuple[str, list[Document]]:
     if source == DEFAULT:
         root = Path(sysconfig.get_path("stdlib"))
         paths = [path for path in root.rglob("*.py") if not LEFT_OUT & set(path.relative_to(root).parts)]
@@ -78,15 +89,14 @@ def _read(source: str) -> tuple[str, list[Document]]:
     root = Path(source).expanduser()
     require(root.exists(), f"corpus {source} does not exist: give a file or folder of UTF-8 text")
     if root.is_file():
-        return str(root), _pieces(_documents(root.parent, [root]))
+        return str(root), _documents(root.parent, [root])
     paths = [
         path
         for path in root.rglob("*")
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
     ]
     require(bool(paths), f"corpus {source} is empty: it holds no files")
-    documents = _documents(root, paths)
-    return str(root), documents if len(documents) >= FEW_FILES else _pieces(documents)
+    return str(root), _documents(root, paths)
 
 
 def _documents(root: Path, paths: list[Path]) -> list[Document]:
@@ -107,10 +117,8 @@ def _documents(root: Path, paths: list[Path]) -> list[Document]:
     return documents
 
 
-def _pieces(documents: list[Document]) -> list[Document]:
-    """Each document cut at line ends into pieces of about PIECE_BYTES, or smaller ones if that gives too few."""
-    total = sum(len(text) for _, text in documents)
-    size = max(1, min(PIECE_BYTES, total // FEW_FILES))
+def _pieces(documents: list[Document], size: int) -> list[Document]:
+    """Each document cut at line ends into pieces of about `size` characters."""
     out = []
     for name, text in documents:
         piece, length, index = [], 0, 0
