@@ -24,7 +24,8 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """about: how efflm made the model, empty for models from elsewhere. nbytes: of its weights on disk."""
+    """about: how efflm made the model; of models from elsewhere at most "dequantized", the type that most weights were
+    quantized to (see gguf_model.quantization). nbytes: of the weights on disk."""
 
     model: LanguageModel
     tokenizer: Tokenizer
@@ -86,7 +87,8 @@ def _file(path: Path, dtype: str | None, mesh: Mesh) -> Loaded:
     )
     if path.suffix == ".gguf":
         model, tokens = gguf_model.load(path, dtype=dtype, mesh=mesh)
-        return Loaded(model, tokens, {}, path.stat().st_size)
+        kind = gguf_model.quantization(path)
+        return Loaded(model, tokens, {"dequantized": kind} if kind else {}, path.stat().st_size)
     require(path.suffix == ".safetensors", f"{path} is not a kind of file that is read: give {KINDS}")
     model, about = safetensors.load(path)
     model = model.replace(params=jax.device_put(model.params, sharding.shardings(model.params, mesh)))
