@@ -5,7 +5,7 @@ trees       paths, selection, counting and bytes of trees of weights
 precision   which dtype weights, products and results have
 ops         how a weight is used, whatever its format
 model       the Transformer, and how its weights lie on a mesh
-tokenizer   byte-level BPE
+tokenizer   text to token ids and back; chat, the templates of conversations
 data        corpora, packing, the order of rows
 train       losses, the optimizer, the step, the loop, checkpoints
 infer       prefill, decode, sampling

@@ -1,6 +1,7 @@
 """What a run is told: frozen dataclasses, validated when made. `flags` makes command lines of them."""
 
 import dataclasses
+import typing
 from typing import Any, Literal
 
 
@@ -48,11 +49,34 @@ class BlockConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How Llama 3.1 stretches its rotary embedding beyond the context it was trained on first (see model.rotary)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+
+    def __post_init__(self):
+        for name in ("factor", "low_freq_factor", "original_context"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
+        require(
+            self.high_freq_factor > self.low_freq_factor,
+            f"high_freq_factor is {self.high_freq_factor}, but must be above low_freq_factor {self.low_freq_factor}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only Transformer.
 
     The Llama family is norm="rms", position="rotary", feedforward="swiglu", no biases; the GPT-2 family is
-    norm="layer", position="learned", feedforward="gelu" (the tanh form), biases, tied embeddings.
+    norm="layer", position="learned", feedforward="gelu" (the tanh form), biases, tied embeddings. Other families
+    differ from these by a few of the fields below (see formats.families).
+
+    bias: of every product; qkv_bias: of queries, keys and values alone. qk_norm: the queries and the keys of each
+    head are RMS-normed before they are rotated. parallel: attention and feed-forward part read the same input.
+    rotary_fraction: the share of each head, counted from its start, that is rotated.
     """
 
     vocabulary: int
@@ -61,19 +85,36 @@ class ModelConfig:
     blocks: tuple[BlockConfig, ...]
     norm: Literal["rms", "layer"] = "rms"
     position: Literal["rotary", "learned"] = "rotary"
-    feedforward: Literal["swiglu", "gelu"] = "swiglu"
+    feedforward: Literal["swiglu", "gelu", "gelu_exact"] = "swiglu"
     bias: bool = False
     tied: bool = True
     rope_base: float = 10000.0
     norm_epsilon: float = 1e-5
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    parallel: bool = False
+    rotary_fraction: float = 1.0
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self):
-        for name in ("vocabulary", "width", "context"):
+        for name in ("vocabulary", "width", "context", "rope_base"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
+        require(self.norm_epsilon >= 0, f"norm_epsilon is {self.norm_epsilon}, but must not be negative")
+        for name in ("norm", "position", "feedforward"):
+            choices = typing.get_args(typing.get_type_hints(ModelConfig)[name])
+            require(getattr(self, name) in choices, f"{name} is {getattr(self, name)!r}: choose from {choices}")
         require(len(self.blocks) > 0, "a model needs at least one layer: set layers to 1 or more")
+        require(
+            0 < self.rotary_fraction <= 1,
+            f"rotary_fraction is {self.rotary_fraction}, but must be a share of each head, above 0 and at most 1",
+        )
         if self.position == "rotary":
-            for block in self.blocks:
-                require(block.head_dim % 2 == 0, f"head_dim is {block.head_dim}, but rotary positions need an even one")
+            for size in {block.head_dim for block in self.blocks}:
+                rotated = int(size * self.rotary_fraction)
+                require(
+                    rotated > 0 and rotated % 2 == 0,
+                    f"{rotated} of head_dim {size} would be rotated, but rotary positions need an even number of them",
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them."""
@@ -81,7 +122,12 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
-        return cls(**values | {"blocks": tuple(BlockConfig(**block) for block in values["blocks"])})
+        scaling = values.get("rope_scaling")
+        return cls(
+            **values
+            | {"blocks": tuple(BlockConfig(**block) for block in values["blocks"])}
+            | {"rope_scaling": RopeScaling(**scaling) if scaling else None}
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,35 +1,79 @@
-"""Byte-level BPE (Sennrich 2016, arXiv 1508.07909; bytes as in GPT-2), trained here with the `tokenizers` library."""
+"""Text to token ids and back: tokenizers trained here, and those that models bring along.
 
+What is trained here is a byte-level BPE (Sennrich 2016, arXiv 1508.07909; bytes as in GPT-2). What is read is any
+tokenizer.json of the `tokenizers` library, with the files that stand beside it in a Hugging Face directory.
+"""
+
+import codecs
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable
+import json
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from efflm.config import InputError
-from efflm.rundir import write_whole
+from efflm import chat
+from efflm.config import InputError, require
+from efflm.rundir import write_json, write_whole
+from efflm.tokenizer_json import read_object, read_text, require_sound
 
 SEPARATOR = "<|endoftext|>"
 BYTES = 257  # entries of a vocabulary that has a token for each byte, a separator and nothing else
+TRIAL = "Does it read? 12 naïve\n\tcafés 😀\x00 " + SEPARATOR
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Text to token ids and back. `separator` is the id that stands before and after each document."""
+    """Text to token ids and back.
+
+    names: bos_token, eos_token, unk_token and so on, each in the vocabulary. adds_bos: the model expects `bos` before
+    every text. extra_stops: ids beside `eos` that end an answer. template: see efflm.chat.
+    """
 
     core: tokenizers.Tokenizer
+    names: dict[str, str] = dataclasses.field(default_factory=dict)
+    adds_bos: bool = False
+    extra_stops: tuple[int, ...] = ()
+    template: str | None = None
+
+    @functools.cached_property
+    def vocabulary(self) -> int:
+        """One more than the largest id."""
+        return max(self.core.get_vocab().values(), default=-1) + 1
 
     @property
-    def vocabulary(self) -> int:
-        return self.core.get_vocab_size()
+    def bos(self) -> int | None:
+        return self._named("bos_token")
+
+    @property
+    def eos(self) -> int | None:
+        return self._named("eos_token")
+
+    def _named(self, name: str) -> int | None:
+        return self.core.token_to_id(self.names[name]) if name in self.names else None
 
     @property
     def separator(self) -> int:
-        return self.core.token_to_id(SEPARATOR)
+        """The id that stands between documents and before the first: `bos` where the model expects one, else
+        <|endoftext|>, which pretraining puts there even where instruction tuning gave `bos` and `eos` other uses,
+        else `eos`. Raises InputError if the tokenizer has none of them.
+        """
+        choices = [self.bos if self.adds_bos else None, self.core.token_to_id(SEPARATOR), self.eos, self.bos]
+        found = [choice for choice in choices if choice is not None]
+        require(bool(found), f"the tokenizer has neither {SEPARATOR} nor a bos or eos token to stand between documents")
+        return found[0]
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The ids that end an answer or a document."""
+        ends = [self.eos, *self.extra_stops, self.core.token_to_id(SEPARATOR)]
+        return tuple(sorted({end for end in ends if end is not None}))
 
     def encode(self, text: str) -> list[int]:
         return self.core.encode(text, add_special_tokens=False).ids
@@ -37,33 +81,105 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.core.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def prompt(self, text: str) -> list[int]:
+        """The ids of `text` as the model expects to read it: after `bos`, if it expects that. Not for what `chat`
+        wrote, where the template has seen to it: encode that."""
+        return [self.bos, *self.encode(text)] if self.adds_bos and self.bos is not None else self.encode(text)
+
+    def chat(self, messages: chat.Messages, add_generation_prompt: bool = True) -> str:
+        """The conversation as the model was taught to read it, up to where its answer begins. messages: dicts with
+        `role` and `content`. Raises InputError if there is no template or it refuses them."""
+        require(self.template is not None, "this model brings no chat template: give it a plain --prompt")
+        return chat.render(self.template, messages, self.names, add_generation_prompt)
+
     def decode(self, ids: Iterable[int]) -> str:
         return self.core.decode(list(ids), skip_special_tokens=True)
 
+    def stream(self) -> Callable[..., str]:
+        """A function (ids, final=False) -> the text that these ids add to those of the calls before.
+
+        A character whose last bytes are still to come is held back, until final=True shows what there is of it as
+        U+FFFD. Special tokens are left out, and so are ids of a padded vocabulary that no token has; a first token's
+        leading space is kept: what is streamed goes on from a prompt.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        pieces = self._pieces
+        return lambda ids, final=False: decoder.decode(b"".join(pieces[i] for i in ids if i < len(pieces)), final)
+
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
-        """Bytes of text each token stands for, int32 [vocabulary]; 0 for the separator."""
-        sizes = np.zeros(self.vocabulary, np.int32)
+        """Bytes of text each token stands for, int32 [vocabulary]; 0 for special tokens.
+
+        In SentencePiece's way, a text's first token counts the space put before it: one byte more than the text has.
+        """
+        return np.array([len(piece) for piece in self._pieces], np.int32)
+
+    @functools.cached_property
+    def _pieces(self) -> list[bytes]:
+        """The bytes of text each id stands for; none for special tokens and for ids without a token."""
+        stages = _stages(self.core.decoder)
+        byte_level = any(stage["type"] == "ByteLevel" for stage in stages)
+        space = next((stage["replacement"] for stage in stages if stage["type"] == "Metaspace"), "▁")
+        fallback = any(stage["type"] == "ByteFallback" for stage in stages)
+        alphabet = _byte_alphabet()
+
+        def bytes_of(token: str) -> bytes:
+            if byte_level:
+                known = all(character in alphabet for character in token)
+                return bytes(alphabet[character] for character in token) if known else token.encode()
+            if fallback and (match := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)):
+                return bytes.fromhex(match[1])
+            return token.replace(space, " ").encode()
+
+        pieces = [b""] * self.vocabulary
         for token, index in self.core.get_vocab(with_added_tokens=False).items():
-            sizes[index] = len(token)  # the byte-level alphabet writes each byte as one character
-        sizes[self.separator] = 0
-        return sizes
+            pieces[index] = bytes_of(token)
+        for index, token in self.core.get_added_tokens_decoder().items():
+            pieces[index] = b"" if token.special else token.content.encode()
+        return pieces
 
     @functools.cached_property
     def byte_ids(self) -> np.ndarray:
         """The token of each single byte, int32 [256]."""
-        # Bytes that print stand for themselves in the byte-level alphabet, the others for 256, 257, ... in order.
-        printed = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-        others = iter(range(256, 512))
-        letters = [chr(byte if byte in printed else next(others)) for byte in range(256)]
-        return np.array([self.core.token_to_id(letter) for letter in letters], np.int32)
+        ids = {piece[0]: index for index, piece in enumerate(self._pieces) if len(piece) == 1}
+        return np.array([ids[byte] for byte in range(256)], np.int32)
 
     @functools.cached_property
     def digest(self) -> str:
         return hashlib.sha256(self.core.to_str().encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
-        write_whole(path, self.core.to_str(pretty=True))
+        """Write tokenizer.json, and beside it what it does not hold, as `load` and transformers read them.
+
+        path: a folder, or the name to use in place of tokenizer.json.
+        """
+        file = path if path.suffix == ".json" else path / "tokenizer.json"
+        write_whole(file, self.core.to_str(pretty=True))
+        # Named transformers classes build a tokenizer of their own kind; this one takes the file as it is.
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.names, "add_bos_token": self.adds_bos}
+        config["clean_up_tokenization_spaces"] = False
+        if self.template is not None:
+            config["chat_template"] = self.template
+        write_json(file.with_name(f"{file.stem}_config.json"), config)
+        if self.extra_stops:
+            ends = ([] if self.eos is None else [self.eos]) + list(self.extra_stops)
+            write_json(file.with_name("generation_config.json"), {"eos_token_id": ends})
+
+
+def _stages(decoder: Any) -> list[dict[str, Any]]:
+    """The stages of a decoder as plain values."""
+    if decoder is None:
+        return []
+    described = json.loads(decoder.__getstate__())
+    return described["decoders"] if described["type"] == "Sequence" else [described]
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary (GPT-2): the byte's own in Latin-1 where
+    that can be seen, else those from U+0100 on, in turn."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
 
 
 def train(texts: Iterable[str], vocabulary: int) -> Tokenizer:
@@ -78,14 +194,95 @@ def train(texts: Iterable[str], vocabulary: int) -> Tokenizer:
         show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
-    return Tokenizer(core)
+    return Tokenizer(core, {"eos_token": SEPARATOR})
+
+
+def from_description(described: dict[str, Any], where: Any) -> tokenizers.Tokenizer:
+    """The tokenizer that a tokenizer.json describes, tried out once. `where` names it in errors. Raises InputError."""
+    require_sound(described, where)
+    try:
+        core = tokenizers.Tokenizer.from_str(json.dumps(described))
+        core.no_padding()  # of a length the file asks for
+        core.no_truncation()
+        core.decode(core.encode(TRIAL).ids)
+        highest = max(core.get_vocab().values(), default=-1)
+        _stages(core.decoder)
+    except BaseException as error:  # the library raises bare Exceptions, and panics, which are BaseExceptions
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise InputError(f"{where} is not a tokenizer: {' '.join(str(error).split())[:300]}") from None
+    count = core.get_vocab_size()
+    require(highest < 2 * count + 1000, f"{where} is not a tokenizer: id {highest} in a vocabulary of {count} tokens")
+    return core
 
 
 def load(path: Path) -> Tokenizer:
-    """Read a tokenizer.json. Raises InputError if it is missing or is none."""
-    if not path.is_file():
-        raise InputError(f"no tokenizer at {path}: give the directory of a finished run")
-    try:
-        return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
-    except Exception as error:  # the library raises bare Exception
-        raise InputError(f"{path} is not a tokenizer: {error}") from None
+    """Read a tokenizer.json, given as the file or as its folder, and the files beside it that say what it does not:
+    tokenizer_config.json, special_tokens_map.json, chat_template.jinja, generation_config.json, config.json.
+
+    Raises InputError if it is missing or one of them is damaged.
+    """
+    file = path / "tokenizer.json" if path.is_dir() else path
+    require(file.is_file(), f"no tokenizer at {file}: give the directory of a finished run, or of a Hugging Face model")
+    core = from_description(read_object(file), file)
+    config_file = file.with_name(f"{file.stem}_config.json")
+    config = read_object(file.with_name("special_tokens_map.json")) | read_object(config_file)
+    names = {}
+    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        value = config.get(key)
+        value = value.get("content") if isinstance(value, dict) else value
+        require(value is None or isinstance(value, str), f"{config_file}: {key} is {value!r:.80}, but must be a string")
+        if value is not None:
+            known = core.token_to_id(value) is not None
+            require(
+                known or key == "pad_token", f"{config_file}: {key} {value!r:.80} is not in the vocabulary of {file}"
+            )
+            names[key] = value
+    generation, model = (
+        read_object(file.with_name("generation_config.json")),
+        read_object(file.with_name("config.json")),
+    )
+    ids = {key: _ids(generation.get(key, model.get(key)), core, key, file.parent) for key in _ID_KEYS}
+    for key in ("bos_token", "eos_token"):
+        if key not in names and ids[f"{key}_id"]:
+            names[key] = core.id_to_token(ids[f"{key}_id"][0])
+    eos = core.token_to_id(names["eos_token"]) if "eos_token" in names else None
+    return Tokenizer(
+        core,
+        names,
+        adds_bos=_adds_bos(core, names, config.get("add_bos_token"), config_file),
+        extra_stops=tuple(index for index in ids["eos_token_id"] if index != eos),
+        template=_template(file, config, config_file),
+    )
+
+
+_ID_KEYS = ("bos_token_id", "eos_token_id")
+
+
+def _ids(value: Any, core: tokenizers.Tokenizer, key: str, where: Path) -> list[int]:
+    """An id or a list of ids or nothing, as the ids. Raises InputError for any that is no token."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    for index in values:
+        known = type(index) is int and 0 <= index < 2**32 and core.id_to_token(index) is not None
+        require(known, f"{where}: {key} {index!r:.80} is not the id of a token")
+    return values
+
+
+def _adds_bos(core: tokenizers.Tokenizer, names: dict[str, str], setting: Any, where: Path) -> bool:
+    """Whether a text begins with bos: as the configuration says, else as the tokenizer itself does."""
+    require(
+        setting is None or isinstance(setting, bool), f"{where}: add_bos_token is {setting!r:.80}, but must be a bool"
+    )
+    if "bos_token" not in names:
+        return False
+    return core.encode("").ids[:1] == [core.token_to_id(names["bos_token"])] if setting is None else setting
+
+
+def _template(file: Path, config: dict[str, Any], config_file: Path) -> str | None:
+    separate = file.with_name("chat_template.jinja")
+    value = read_text(separate) if separate.is_file() else config.get("chat_template")
+    if isinstance(value, list):  # several, by name
+        named = [entry for entry in value if isinstance(entry, dict) and entry.get("name") == "default"]
+        value = named[0].get("template") if named else None
+    require(value is None or isinstance(value, str), f"{config_file}: chat_template must be text")
+    return value

@@ -1,10 +1,12 @@
 import dataclasses
+import json
 
 import pytest
 
 from efflm import flags, rundir
 from efflm.compress.prune import Prune
-from efflm.config import InputError, ModelConfig, ModelShape, TrainConfig, flag
+from efflm.config import InputError, ModelConfig, ModelShape, RopeScaling, TrainConfig, flag
+from tests import tiny
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,3 +106,39 @@ def test_read_only_and_full_directories_are_refused(tmp_path):
         rundir.require_writable(tmp_path / "file", needs=1)
     rundir.require_writable(tmp_path / "a" / "b", needs=1)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_models_come_back_from_json(name):
+    config = tiny.CONFIGS[name]
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_model_written_before_there_were_further_families_is_read():
+    values = tiny.CONFIGS["gpt2"].to_dict()
+    for name in ("qkv_bias", "qk_norm", "parallel", "rotary_fraction", "rope_scaling"):
+        del values[name]
+    assert ModelConfig.from_dict(values) == tiny.CONFIGS["gpt2"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm": "batch"}, r"norm is 'batch': choose from \('rms', 'layer'\)"),
+        ({"feedforward": "relu"}, "feedforward is 'relu': choose from"),
+        ({"rotary_fraction": 0.0}, "rotary_fraction is 0.0"),
+        ({"rotary_fraction": 0.4}, "3 of head_dim 8 would be rotated"),
+        ({"rope_base": -1.0}, "rope_base is -1.0"),
+        ({"norm_epsilon": -1e-5}, "norm_epsilon is -1e-05"),
+    ],
+)
+def test_impossible_models_are_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(tiny.CONFIGS["llama"], **change)
+
+
+def test_impossible_rotary_scaling_is_refused():
+    with pytest.raises(InputError, match=r"high_freq_factor is 1\.0, but must be above low_freq_factor 4\.0"):
+        RopeScaling(factor=8.0, low_freq_factor=4.0, high_freq_factor=1.0, original_context=8192)
+    with pytest.raises(InputError, match="factor is 0"):
+        RopeScaling(factor=0.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)

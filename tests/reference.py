@@ -5,9 +5,13 @@ import math
 import numpy as np
 
 
+def _rms(params, config, x):
+    return params["scale"] * x / np.sqrt((x * x).mean() + config.norm_epsilon)
+
+
 def _norm(config, params, x):
     if config.norm == "rms":
-        return params["scale"] * x / np.sqrt((x * x).mean() + config.norm_epsilon)
+        return _rms(params, config, x)
     return params["scale"] * (x - x.mean()) / np.sqrt(x.var() + config.norm_epsilon) + params["bias"]
 
 
@@ -15,11 +19,28 @@ def _linear(params, x):
     return x @ params["kernel"] + params.get("bias", 0.0)
 
 
-def _rotate(x, position, base):
-    half = len(x) // 2
-    out = np.empty_like(x)
+def _frequency(config, i, rotated):
+    """Llama 3.1's, by its three bands of wavelengths."""
+    frequency, scaling = config.rope_base ** (-2 * i / rotated), config.rope_scaling
+    if scaling is None:
+        return frequency
+    wavelength = 2 * math.pi / frequency
+    if wavelength < scaling.original_context / scaling.high_freq_factor:
+        return frequency
+    if wavelength > scaling.original_context / scaling.low_freq_factor:
+        return frequency / scaling.factor
+    smooth = (scaling.original_context / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+
+
+def _rotate(config, x, position):
+    rotated = int(len(x) * config.rotary_fraction)
+    half = rotated // 2
+    out = x.copy()
     for i in range(half):
-        angle = position * base ** (-2 * i / len(x))
+        angle = position * _frequency(config, i, rotated)
         out[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
         out[i + half] = x[i + half] * math.cos(angle) + x[i] * math.sin(angle)
     return out
@@ -29,18 +50,22 @@ def _attend(config, block, params, xs):
     size = block.head_dim
     split = lambda y: y.reshape(-1, size)
     queries, keys, values = ([split(_linear(params[name], x)) for x in xs] for name in ("query", "key", "value"))
+    if config.qk_norm:
+        by_head = lambda rows, name: [np.stack([_rms(params[name], config, head) for head in row]) for row in rows]
+        queries, keys = by_head(queries, "query_norm"), by_head(keys, "key_norm")
     if config.position == "rotary":
-        turn = lambda rows: [np.stack([_rotate(h, t, config.rope_base) for h in row]) for t, row in enumerate(rows)]
+        turn = lambda rows: [np.stack([_rotate(config, head, t) for head in row]) for t, row in enumerate(rows)]
         queries, keys = turn(queries), turn(keys)
     out = []
     for t in range(len(xs)):
         heads = []
         for h in range(block.heads):
             shared = h * block.kv_heads // block.heads
-            scores = np.array([queries[t][h] @ keys[s][shared] / math.sqrt(size) for s in range(t + 1)])
+            seen = range(max(0, t + 1 - block.window) if block.window else 0, t + 1)
+            scores = np.array([queries[t][h] @ keys[s][shared] / math.sqrt(size) for s in seen])
             weights = np.exp(scores - scores.max())
             weights /= weights.sum()
-            heads.append(sum(weight * values[s][shared] for s, weight in enumerate(weights)))
+            heads.append(sum(weight * values[s][shared] for s, weight in zip(seen, weights)))
         out.append(_linear(params["output"], np.concatenate(heads)))
     return out
 
@@ -50,6 +75,8 @@ def _feedforward(config, params, x):
         gate = _linear(params["gate"], x)
         return _linear(params["down"], gate / (1 + np.exp(-gate)) * _linear(params["up"], x))
     up = _linear(params["up"], x)
+    if config.feedforward == "gelu_exact":
+        return _linear(params["down"], up * (1 + np.array([math.erf(u / math.sqrt(2)) for u in up])) / 2)
     return _linear(params["down"], 0.5 * up * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3))))
 
 
@@ -63,7 +90,8 @@ def forward(config, params, tokens):
     for i, block in enumerate(config.blocks):
         layer = params[f"block_{i}"]
         attended = _attend(config, block, layer["attention"], [_norm(config, layer["attention_norm"], x) for x in xs])
-        xs = [x + a for x, a in zip(xs, attended)]
-        xs = [x + _feedforward(config, layer["feedforward"], _norm(config, layer["feedforward_norm"], x)) for x in xs]
+        middle = [x + a for x, a in zip(xs, attended)]
+        read = [_norm(config, layer["feedforward_norm"], x) for x in (xs if config.parallel else middle)]
+        xs = [x + _feedforward(config, layer["feedforward"], r) for x, r in zip(middle, read)]
     head = params["embedding"].T if config.tied else params["unembedding"]
     return np.stack([_norm(config, params["final_norm"], x) @ head for x in xs])

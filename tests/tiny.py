@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from efflm.config import ModelConfig, ModelShape
+from efflm.config import BlockConfig, ModelConfig, ModelShape, RopeScaling
 from efflm.infer.generate import forward
 from efflm.model import LanguageModel, init_params
 
@@ -17,11 +17,43 @@ logits = jax.jit(
 )  # one program, not one an operation
 
 SHAPES = {"llama": LLAMA, "gpt2": GPT2, "untied": UNTIED}
+WINDOWED = BlockConfig(heads=4, kv_heads=2, head_dim=8, hidden=48, window=5)
+CONFIGS = {name: shape.config() for name, shape in SHAPES.items()} | {
+    "qwen2": ModelConfig(  # with Mistral's window and Llama 3's scaling, whose three bands these four frequencies meet
+        vocabulary=300,
+        width=32,
+        context=64,
+        blocks=(WINDOWED,) * 2,
+        qkv_bias=True,
+        rope_base=100.0,
+        rope_scaling=RopeScaling(factor=8.0, low_freq_factor=0.5, high_freq_factor=1.5, original_context=24),
+    ),
+    "qwen3": ModelConfig(
+        vocabulary=300,
+        width=32,
+        context=64,
+        blocks=(BlockConfig(heads=4, kv_heads=2, head_dim=16, hidden=48),) * 2,
+        qk_norm=True,
+        norm_epsilon=1e-6,
+    ),
+    "neox": ModelConfig(
+        vocabulary=300,
+        width=32,
+        context=64,
+        blocks=(BlockConfig(heads=4, kv_heads=4, head_dim=8, hidden=48),) * 2,
+        norm="layer",
+        feedforward="gelu_exact",
+        bias=True,
+        tied=False,
+        parallel=True,
+        rotary_fraction=0.5,
+    ),
+}
 
 
-def model(shape: ModelShape = LLAMA, seed: int = 0) -> LanguageModel:
+def model(shape: ModelShape | ModelConfig = LLAMA, seed: int = 0) -> LanguageModel:
     """A random model with nothing at its initial constant, so that no term of it can hide."""
-    config = shape.config()
+    config = shape if isinstance(shape, ModelConfig) else shape.config()
     leaves, tree = jax.tree.flatten(init_params(config, seed))
     rng = np.random.default_rng(seed)
     moved = [leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]

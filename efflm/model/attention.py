@@ -9,6 +9,7 @@ from efflm import ops
 from efflm.config import BlockConfig, ModelConfig
 from efflm.model import context, sharding
 from efflm.model.linear import Linear
+from efflm.model.norms import Norm
 from efflm.model.rotary import rotate
 from efflm.precision import Policy
 
@@ -38,7 +39,8 @@ class Attention(nn.Module):
         self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
         config, block, dtype = self.config, self.block, self.policy.compute
-        heads = lambda name, count: Linear(count * block.head_dim, config.bias, name=name)(x_BTD).reshape(
+        bias = config.bias or config.qkv_bias
+        heads = lambda name, count: Linear(count * block.head_dim, bias, name=name)(x_BTD).reshape(
             *x_BTD.shape[:2], count, block.head_dim
         )
         q_BTNH, k_BTKH, v_BTKH = (
@@ -46,9 +48,11 @@ class Attention(nn.Module):
             heads("key", block.kv_heads),
             heads("value", block.kv_heads),
         )
+        if config.qk_norm:
+            q_BTNH = Norm("rms", config.norm_epsilon, name="query_norm")(q_BTNH)
+            k_BTKH = Norm("rms", config.norm_epsilon, name="key_norm")(k_BTKH)
         if config.position == "rotary":
-            q_BTNH = rotate(q_BTNH, positions_BT, config.rope_base)
-            k_BTKH = rotate(k_BTKH, positions_BT, config.rope_base)
+            q_BTNH, k_BTKH = rotate(q_BTNH, positions_BT, config), rotate(k_BTKH, positions_BT, config)
         place = lambda x: sharding.constrain(x.astype(dtype), "batch", "length", "heads", None)
         q_BTNH, k_BTKH, v_BTKH = place(q_BTNH), place(k_BTKH), place(v_BTKH)
         if cache is None and context.is_spread():

@@ -68,8 +68,11 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         linear |= gate | {"feedforward/up": (D, F), "feedforward/down": (F, D)}
         for name, shape in linear.items():
             out[f"block_{i}/{name}/kernel"] = shape
-            if config.bias:
+            if config.bias or (config.qkv_bias and re.search("query|key|value", name)):
                 out[f"block_{i}/{name}/bias"] = shape[1:]
+        if config.qk_norm:
+            for name in ("query", "key"):
+                out[f"block_{i}/attention/{name}_norm/scale"] = (block.head_dim,)
         norms += [f"block_{i}/attention_norm", f"block_{i}/feedforward_norm"]
     for name in norms:
         out[f"{name}/scale"] = (D,)
@@ -285,10 +288,10 @@ def _update(config: ModelConfig, policy: Policy, accumulate: int, optimizer: Opt
 
 
 def prefill(config: ModelConfig, batch: int, length: int, policy: Policy = FLOAT32, room: int = 0) -> dict[str, Work]:
-    """Reading prompts of `length` tokens into a cache with `room` (default: for no more), all logits computed."""
+    """Reading prompts of `length` tokens into a cache with `room` (default: for no more); the last logits of each."""
     room = room or length
     pairs = lambda block: batch * computed_pairs(length, room, block.window, in_order=False)
-    return _forward(config, policy, batch * length, pairs, batch * room, batch * length)
+    return _forward(config, policy, batch * length, pairs, batch * room, batch)
 
 
 def decode(config: ModelConfig, batch: int, room: int, policy: Policy = FLOAT32) -> dict[str, Work]:

@@ -1,4 +1,5 @@
-"""The feed-forward part: SwiGLU (Shazeer 2020, arXiv 2002.05202) or a GELU between two products."""
+"""The feed-forward part: SwiGLU (Shazeer 2020, arXiv 2002.05202) or a GELU (Hendrycks 2016, arXiv 1606.08415) between
+two products, in its exact form or by the tanh that approximates it."""
 
 import flax.linen as nn
 import jax
@@ -22,7 +23,8 @@ class FeedForward(nn.Module):
         config, hidden = self.config, self.block.hidden
         dtype = self.policy.compute
         swiglu = recomputed(lambda gate_BTF, up_BTF: (jax.nn.silu(gate_BTF) * up_BTF).astype(dtype))
-        gelu = recomputed(lambda up_BTF: jax.nn.gelu(up_BTF, approximate=True).astype(dtype))
+        tanh = config.feedforward == "gelu"
+        gelu = recomputed(lambda up_BTF: jax.nn.gelu(up_BTF, approximate=tanh).astype(dtype))
         if config.feedforward == "swiglu":
             gate_BTF = Linear(hidden, config.bias, name="gate")(x_BTD)
             h_BTF = swiglu(gate_BTF, Linear(hidden, config.bias, name="up")(x_BTD))

@@ -134,6 +134,7 @@ def kept(config: ModelConfig, block: BlockConfig, rows: int, length: int, policy
         "outputs of norms, as operands": 2 * x * low,
         "scales of norms, for each token": 2 * x * size.big,
         "queries": a * low,
+        "queries and keys before and after their norms": 2 * (a + k) * config.qk_norm,
         "attention's outputs": a,
         "attention's outputs as operands": a * low * (low < 1),
         "log-normalizers": FLOAT * rows * length * block.heads,
@@ -164,6 +165,7 @@ def saved(config: ModelConfig, block: BlockConfig, rows: int, length: int, remat
     return products | {
         "inputs of norms": 2 * x,
         "outputs of norms": 2 * x,
+        "queries and keys before and after their norms": 2 * (a + k) * config.qk_norm,
         "attention's outputs": a,
         "attention's outputs, heads side by side": a,
         "log-normalizers": FLOAT * rows * length * block.heads,

@@ -1,14 +1,39 @@
 """Rotary position embedding (Su 2021, arXiv 2104.09864), in the half-split layout of Hugging Face checkpoints."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
+from efflm.config import ModelConfig, RopeScaling
 
-def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
-    """Rotate the pairs (i, i + H/2) of every head by position * base^(-2i/H), in float32; the shape stays."""
-    half = x_BTNH.shape[-1] // 2
-    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
+    """Rotate the pairs (i, i + R/2) of every head by position * base^(-2i/R), in float32; the shape stays.
+
+    R is the config's share of H: what lies beyond it in a head passes through.
+    """
+    size = x_BTNH.shape[-1]
+    rotated = int(size * config.rotary_fraction)
+    half = rotated // 2
+    frequencies = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if config.rope_scaling:
+        frequencies = stretched(frequencies, config.rope_scaling)
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    x_BTNH = x_BTNH.astype(jnp.float32)
+    first, second = jnp.split(x_BTNH[..., :rotated], 2, axis=-1)
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(parts if rotated == size else [*parts, x_BTNH[..., rotated:]], axis=-1)
+
+
+def stretched(frequencies: jax.Array, scaling: RopeScaling) -> jax.Array:
+    """Llama 3.1's frequencies for contexts `factor` times the original one, as in the code released with it.
+
+    What turns at least high_freq_factor times within the original context stays; what turns at most low_freq_factor
+    times is slowed by `factor`; in between the two are blended, linearly in the number of turns.
+    """
+    turns = scaling.original_context * frequencies / (2 * math.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    kept = jnp.clip((turns - scaling.low_freq_factor) / span, 0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)

@@ -1,4 +1,4 @@
-"""A decoder-only Transformer that covers the Llama and GPT-2 families by its config, and the model as a value."""
+"""A decoder-only Transformer that covers the families of models by its config, and the model as a value."""
 
 from typing import Any
 
@@ -60,8 +60,9 @@ class Block(nn.Module):
         attended, cache = Attention(config, block, policy, name="attention")(
             norm("attention_norm", x_BTD), positions_BT, segments_BT, cache
         )
-        x_BTD = x_BTD + attended
-        x_BTD = x_BTD + FeedForward(config, block, policy, name="feedforward")(norm("feedforward_norm", x_BTD))
+        middle_BTD = x_BTD + attended
+        read_BTD = x_BTD if config.parallel else middle_BTD
+        x_BTD = middle_BTD + FeedForward(config, block, policy, name="feedforward")(norm("feedforward_norm", read_BTD))
         return constrain(x_BTD, "batch", "length", None), cache
 
 
@@ -112,8 +113,12 @@ class Transformer(nn.Module):
 
     def __call__(self, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, Cache | None]:
         x_BTD, cache = self.hidden(tokens, **inputs)
+        return self.unembed(x_BTD), cache
+
+    def unembed(self, x_BTD: jax.Array) -> jax.Array:
+        """The logits [B, T, V] of what `hidden` returned, in the policy's output dtype. Reads no layer's weights."""
         logits = ops.unembed(x_BTD, self.embedding) if self.config.tied else ops.dot(x_BTD, self.unembedding)
-        return logits.astype(self.policy.output), cache
+        return logits.astype(self.policy.output)
 
     @nn.compact
     def hidden(

@@ -17,9 +17,9 @@ from tests import tiny
 CONTEXT = Context(mesh=sharding.make_mesh())
 
 
-@pytest.mark.parametrize("name", tiny.SHAPES)
+@pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_every_matrix_is_int8_and_nothing_else(name):
-    params = quantize(tiny.model(tiny.SHAPES[name]).params)
+    params = quantize(tiny.model(tiny.CONFIGS[name]).params)
     for path, leaf in trees.flatten(params):
         matrix = len(leaf.shape) == 2
         assert isinstance(leaf, QArray) == matrix, path

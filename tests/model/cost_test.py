@@ -13,6 +13,7 @@ import pytest
 from efflm import trees
 from efflm.config import BlockConfig, ModelShape, Optimizer, TrainConfig
 from efflm.infer import generate
+from efflm.infer.sampling import GREEDY
 from efflm.model import LanguageModel, cost, empty_cache, init_params, memory, sharding
 from efflm.precision import POLICIES
 from efflm.train import ahead, optimizer
@@ -28,7 +29,7 @@ UNEQUAL = dataclasses.replace(
     ),
 )
 CONFIGS = {
-    **{name: shape.config() for name, shape in tiny.SHAPES.items()},
+    **tiny.CONFIGS,
     "windowed": dataclasses.replace(tiny.LLAMA, window=24, kv_heads=1).config(),
     "unequal": UNEQUAL,
 }
@@ -58,7 +59,7 @@ def test_shapes_are_those_of_fresh_parameters(name):
     counts = cost.parameters(config)
     assert sum(counts.values()) == trees.count(params)
     patterns = {
-        "projections": "/attention/",
+        "projections": r"/attention/\w+/(kernel|bias)$",
         "feedforward": "/feedforward/",
         "norms": "norm/",
         "output": "^unembedding",
@@ -171,14 +172,14 @@ def mean_trips(config, queries, keys, in_order=True):
 def test_prefill_and_decode_multiply_what_the_jaxpr_does(name, length, room):
     config = dataclasses.replace(CONFIGS[name], context=1024)
     model = abstract_model(config)
-    counted = matrix_flops(lambda model, tokens: generate.prefill(model, tokens, length=room), model, ids(3, length))
+    prefill = lambda model, tokens, lengths: generate.prefill(model, tokens, lengths, room=room)
+    counted = matrix_flops(prefill, model, ids(3, length), jax.ShapeDtypeStruct((3,), jnp.int32))
     assert cost.total(cost.prefill(config, 3, length, room=room)).flops == pytest.approx(counted, rel=0.01)
     cache = jax.eval_shape(lambda: empty_cache(config, 3, room))
-    logits = jax.ShapeDtypeStruct((3, config.vocabulary), jnp.float32)
-    steps = lambda model, logits, cache: generate.decode(
-        model, logits, cache, jnp.float32(0), jax.random.key(0), steps=5
-    )
-    counted = matrix_flops(steps, model, logits, cache)
+    zeros, keys = np.zeros(3, np.int32), generate.row_keys(0, 3)
+    state = lambda cache: generate.State(cache, jnp.asarray(zeros), jnp.zeros(3, bool), keys)
+    steps = lambda model, cache: generate.decode(model, state(cache), GREEDY.arrays(), zeros, np.int32(5), steps=5)
+    counted = matrix_flops(steps, model, cache, trips=5)
     assert 5 * cost.total(cost.decode(config, 3, room)).flops == pytest.approx(counted, rel=0.01)
 
 
@@ -243,27 +244,32 @@ def predicted_temporaries(config, train):
     )
 
 
-def check_temporaries(shape, settings):
-    config, train = shape.config(), TrainConfig(**settings)
+def check_temporaries(config, settings):
+    train = TrainConfig(**settings)
     assert predicted_temporaries(config, train) == pytest.approx(temporaries(config, train), rel=0.25)
 
 
 SMALL = ModelShape(layers=2, width=128, heads=4, kv_heads=2, hidden=352, vocabulary=1024, context=2048)
 SMALL_GPT2 = dataclasses.replace(SMALL, family="gpt2", kv_heads=4, hidden=512, tied=False)
+NEOX = {"position": "rotary", "feedforward": "gelu_exact", "parallel": True, "rotary_fraction": 0.25}
 
 
 @pytest.mark.parametrize(
-    ("shape", "settings"),
+    ("shape", "other", "settings"),
     [
-        (SMALL, {"batch": 1, "length": 32}),  # the update is its peak
-        (SMALL, {"batch": 8, "length": 128}),
-        (SMALL, {"batch": 8, "length": 256, "policy": "bfloat16", "remat": "full"}),
-        (SMALL_GPT2, {"batch": 8, "length": 128, "policy": "bfloat16", "remat": "dots", "scan": True}),
-        (dataclasses.replace(SMALL_GPT2, vocabulary=8192), {"batch": 4, "length": 128, "accumulate": 2}),
+        (SMALL, {}, {"batch": 1, "length": 32}),  # the update is its peak
+        (SMALL, {}, {"batch": 8, "length": 128}),
+        (SMALL, {}, {"batch": 8, "length": 256, "policy": "bfloat16", "remat": "full"}),
+        (SMALL_GPT2, {}, {"batch": 8, "length": 128, "policy": "bfloat16", "remat": "dots", "scan": True}),
+        (dataclasses.replace(SMALL_GPT2, vocabulary=8192), {}, {"batch": 4, "length": 128, "accumulate": 2}),
+        (SMALL, {"qk_norm": True}, {"batch": 8, "length": 512}),
+        (SMALL, {"qk_norm": True}, {"batch": 8, "length": 128, "scan": True}),
+        (SMALL_GPT2, NEOX, {"batch": 8, "length": 128}),
+        (SMALL_GPT2, NEOX, {"batch": 8, "length": 128, "scan": True}),
     ],
 )
-def test_temporaries_are_those_of_the_compiled_step(shape, settings):
-    check_temporaries(shape, settings)
+def test_temporaries_are_those_of_the_compiled_step(shape, other, settings):
+    check_temporaries(dataclasses.replace(shape.config(), **other), settings)
 
 
 BENCH = ModelShape(family="gpt2", layers=6, width=384, heads=6, kv_heads=6, hidden=1536, context=2048)
@@ -292,4 +298,4 @@ LARGE = ModelShape(layers=4, kv_heads=4, vocabulary=49152)
     ],
 )
 def test_temporaries_of_larger_models_are_those_of_the_compiled_step(shape, settings, policy):
-    check_temporaries(shape, settings | {"policy": policy})
+    check_temporaries(shape.config(), settings | {"policy": policy})

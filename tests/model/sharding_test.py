@@ -13,9 +13,9 @@ from tests import tiny
 MESH = sharding.make_mesh(data=2, fsdp=2, tensor=2)
 
 
-@pytest.mark.parametrize("name", tiny.SHAPES)
+@pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_every_leaf_of_every_family_has_a_rule(name):
-    model = tiny.model(tiny.SHAPES[name])
+    model = tiny.model(tiny.CONFIGS[name])
     sharding.shardings(model.params, MESH)
     sharding.shardings(stack_blocks(model.params, model.config), MESH)
     sharding.shardings(quantize(model.params), MESH)

@@ -10,17 +10,17 @@ from efflm.precision import Policy
 from tests import reference, tiny
 
 
-@pytest.mark.parametrize("name", tiny.SHAPES)
+@pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_forward_equals_the_float64_reference(name):
-    model = tiny.model(tiny.SHAPES[name])
+    model = tiny.model(tiny.CONFIGS[name])
     tokens = tiny.tokens(model.config, 2, 9)
     expected = np.stack([reference.forward(model.config, model.params, row) for row in tokens])
     np.testing.assert_allclose(tiny.logits(model, tokens), expected, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", tiny.SHAPES)
+@pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_a_position_sees_only_what_is_before_it(name):
-    model = tiny.model(tiny.SHAPES[name])
+    model = tiny.model(tiny.CONFIGS[name])
     tokens = tiny.tokens(model.config, 1, 12)
     changed = tokens.copy()
     changed[0, 7] = (changed[0, 7] + 1) % model.config.vocabulary
@@ -29,9 +29,9 @@ def test_a_position_sees_only_what_is_before_it(name):
     assert np.all(np.any(np.asarray(before[:, 7:]) != np.asarray(after[:, 7:]), axis=-1))
 
 
-@pytest.mark.parametrize("name", tiny.SHAPES)
+@pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_cached_decode_equals_full_forward(name):
-    model = tiny.model(tiny.SHAPES[name])
+    model = tiny.model(tiny.CONFIGS[name])
     tokens = tiny.tokens(model.config, 3, 14)
     full = tiny.logits(model, tokens)
     apply = jax.jit(
@@ -46,9 +46,9 @@ def test_cached_decode_equals_full_forward(name):
     np.testing.assert_array_equal(cache.length_B, [14, 14, 14])
 
 
-@pytest.mark.parametrize("name", tiny.SHAPES)
+@pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_packed_documents_do_not_see_each_other(name):
-    model = tiny.model(tiny.SHAPES[name])
+    model = tiny.model(tiny.CONFIGS[name])
     tokens = tiny.tokens(model.config, 1, 12)
     segments = np.repeat([[1, 2]], [5, 7], axis=1)
     positions = np.concatenate([np.arange(5), np.arange(7)])[None]
@@ -57,9 +57,9 @@ def test_packed_documents_do_not_see_each_other(name):
     np.testing.assert_allclose(packed, alone, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", tiny.SHAPES)
+@pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_scanned_layers_equal_looped_ones_gradients_included(name):
-    model = tiny.model(tiny.SHAPES[name])
+    model = tiny.model(tiny.CONFIGS[name])
     config, tokens = model.config, tiny.tokens(model.config, 2, 8)
 
     def loss(params, scanned):

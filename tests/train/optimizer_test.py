@@ -297,9 +297,9 @@ def test_state_bytes_are_those_of_the_moments(name, per_parameter):
 # --- weight decay and schedules ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", tiny.SHAPES)
+@pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_decay_spares_norms_biases_and_embeddings(name):
-    params = tiny.model(tiny.SHAPES[name]).params
+    params = tiny.model(tiny.CONFIGS[name]).params
     decayed = {path for path, decays in _flat_mask(params) if decays}
     kernels = {path for path, _ in trees.flatten(params) if path.endswith("/kernel")}
     assert decayed == kernels != set()

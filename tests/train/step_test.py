@@ -67,9 +67,9 @@ def test_padding_has_no_weight_in_the_loss():
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 @pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "neox"])
 def test_rematerialized_gradients_are_the_same(remat, scan, name):
-    model = tiny.model(tiny.SHAPES[name])
+    model = tiny.model(tiny.CONFIGS[name])
     params = stack_blocks(model.params, model.config) if scan else model.params
     batch, key = tiny.batch(model.config), jax.random.key(0)
     gradient = lambda remat: jax.jit(

@@ -1,0 +1,170 @@
+"""From a config.json and named tensors to a model, and back: one tensor at a time, by the family's table."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from rich.console import Console
+from rich.progress import Progress
+
+from efflm import trees
+from efflm.config import InputError, ModelConfig, require
+from efflm.formats import hf_config
+from efflm.formats.families import FAMILIES, HARMLESS, Family, Place
+from efflm.formats.tensors import NAMES, Tensors, place
+from efflm.model import LanguageModel, cost, sharding
+
+
+def build(
+    description: dict[str, Any], source: Tensors, *, dtype: str | None = None, mesh: Mesh | None = None
+) -> LanguageModel:
+    """The model that `description`, what a config.json holds, and the tensors make, laid on the mesh.
+
+    dtype: of all weights; None keeps each as it is stored. One tensor is in the process's memory at a time, beside the
+    model. Raises InputError, before any tensor is read, for a family or setting that is not supported and for tensors
+    that are missing, of another shape, or unknown.
+    """
+    require(
+        dtype in (None, "float32", "bfloat16", "float16"),
+        f"dtype is {dtype!r}, but must be float32, bfloat16 or float16",
+    )
+    family = _family(description)
+    config = hf_config.read(family.config, description, layers_at_most=max(1, len(source.shapes)))
+    wanted = cost.shapes(config)
+    names = _names(family, config, wanted, source.shapes)
+    mesh = mesh or sharding.make_mesh()
+    flat = {}
+    terminal = Console(stderr=True)
+    with Progress(console=terminal, disable=not terminal.is_terminal, transient=True) as progress:
+        task = progress.add_task("reading weights", total=sum(cost.parameters(config).values()))
+        for path, shape in wanted.items():
+            tensor = source.read(names[path])
+            require(
+                tensor.dtype in NAMES,
+                f"{names[path]} is stored as {tensor.dtype}, but only floating-point weights are read",
+            )
+            array = taken(tensor, family.place(path), _head_dim(config, path))
+            where = NamedSharding(mesh, sharding.partition_spec(path, shape, mesh))
+            flat[path] = place(array, dtype, where)
+            progress.advance(task, array.size)
+    return LanguageModel(config, trees.unflatten(flat))
+
+
+def describe(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """The family that can say all of the config, and what its config.json says. Raises InputError if none can."""
+    for name, family in FAMILIES.items():
+        shared = family.config.fixed.items()
+        if any(getattr(config, field) != value for field, value in shared):
+            continue
+        description = {"architectures": [family.architecture], "model_type": name}
+        description |= hf_config.write(family.config, config)
+        try:
+            if hf_config.read(family.config, description, len(config.blocks)) == config:
+                return name, description
+        except InputError:  # of a setting this family does not have: another one may
+            continue
+    raise InputError(
+        f"none of the families {', '.join(FAMILIES)} has models of this shape (as with layers that differ): export it "
+        "as efflm's own safetensors file"
+    )
+
+
+def tensors_of(
+    model: LanguageModel, family: str
+) -> Iterator[tuple[str, jax.ShapeDtypeStruct, Callable[[], np.ndarray]]]:
+    """(name, shape and dtype, what gives the array) of every tensor that a model of the family is on disk."""
+    leaves = dict(trees.flatten(model.params))
+    groups: dict[str, list[str]] = {}
+    for path in leaves:
+        groups.setdefault(FAMILIES[family].place(path).tensor(path), []).append(path)
+    for name, paths in groups.items():
+        where = {path: FAMILIES[family].place(path) for path in paths}
+        paths = sorted(paths, key=lambda path: where[path].part or 0)
+        first, head_dim = where[paths[0]], _head_dim(model.config, paths[0])
+        dtype = np.result_type(*(leaves[path].dtype for path in paths))
+        shape = stored_shape(leaves[paths[0]].shape, first)
+        arrays = lambda paths=paths, first=first, head_dim=head_dim, dtype=dtype: joined(
+            [np.asarray(leaves[path], dtype) for path in paths], first, head_dim
+        )
+        yield name, jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), arrays
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+
+
+def stored_shape(shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
+    """The shape of the tensor that holds a leaf of this shape."""
+    if place.part is not None:
+        shape = (*shape[:-1], 3 * shape[-1])
+    return shape[::-1] if place.turned else shape
+
+
+def taken(tensor: np.ndarray, place: Place, head_dim: int) -> np.ndarray:
+    """The leaf in a tensor as it is stored; a view where that is possible."""
+    array = tensor.T if place.turned else tensor
+    if place.part is None:
+        return array
+    lead = array.shape[:-1]
+    if not place.by_head:
+        return array.reshape(*lead, 3, -1)[..., place.part, :]
+    return array.reshape(*lead, -1, 3, head_dim)[..., place.part, :].reshape(*lead, -1)
+
+
+def joined(leaves: list[np.ndarray], place: Place, head_dim: int) -> np.ndarray:
+    """The tensor that holds one leaf, or queries, keys and values: the inverse of `taken`."""
+    array = leaves[0]
+    if place.part is not None:
+        lead = array.shape[:-1]
+        split = [leaf.reshape(*lead, -1, head_dim) for leaf in leaves] if place.by_head else leaves
+        array = np.stack(split, axis=-2).reshape(*lead, -1)
+    return array.T if place.turned else array
+
+
+def _head_dim(config: ModelConfig, path: str) -> int:
+    layer = path.split("/")[0].removeprefix("block_")
+    return config.blocks[int(layer)].head_dim if layer.isdigit() else 0
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def _family(description: dict[str, Any]) -> Family:
+    name = description.get("model_type")
+    require(
+        isinstance(name, str) and name in FAMILIES,
+        f"model_type is {name!r:.60}, but only {', '.join(FAMILIES)} are supported",
+    )
+    return FAMILIES[name]
+
+
+def _names(
+    family: Family, config: ModelConfig, wanted: dict[str, tuple[int, ...]], there: dict[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """{leaf: the tensor that holds it}, all there and of the right shape, with nothing left. Raises InputError."""
+    names, missing = {}, []
+    for path in wanted:
+        name = family.place(path).tensor(path)
+        short = name.removeprefix(family.prefix)  # as the part without a head is saved
+        names[path] = name if name in there or short not in there else short
+        if names[path] not in there:
+            missing.append(name)
+    require(not missing, f"{_some(missing)} missing: the model is not whole, or not what its config says")
+    for path, shape in wanted.items():
+        name, expected = names[path], stored_shape(shape, family.place(path))
+        require(
+            tuple(there[name]) == expected,
+            f"{name} has shape {tuple(there[name])}, but the model's config says {expected}",
+        )
+    known = {*names.values()} | ({family.places["unembedding"].name} if config.tied else set())
+    left = [name for name in there if name not in known and not HARMLESS.search(name)]
+    require(not left, f"{_some(left)} left over: the model has parts that its config does not speak of")
+    return names
+
+
+def _some(names: list[str]) -> str:
+    """The first few, and how many there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(f'{name:.80}' for name in names[:3])}{more} {'are' if len(names) > 1 else 'is'}"

@@ -1,0 +1,198 @@
+"""A GGUF file as a Hugging Face model: its metadata as a config.json's values, its tensors under their names there.
+
+So formats.build makes the model of it, tensor by tensor, as of safetensors shards.
+"""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from efflm.config import require
+from efflm.formats import gguf, gguf_tokenizer
+from efflm.formats.build import build
+from efflm.formats.tensors import Tensors
+from efflm.model import LanguageModel
+from efflm.tokenizer import Tokenizer
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+INNER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+ROPE_FACTORS = "rope_freqs.weight"
+# What Llama 3.1 and its successors scale their rotary frequencies by, besides the factor.
+LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def load(path: Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> tuple[LanguageModel, Tokenizer]:
+    """The model, its weights dequantized to float32 unless another dtype is asked for, and its tokenizer.
+
+    Raises InputError for a file that is damaged or holds what is not supported.
+    """
+    header = gguf.read_header(path)
+    description, names = config_of(header), names_of(header)
+    tokens = gguf_tokenizer.from_metadata(header.metadata, path)
+    require(
+        tokens.vocabulary <= description["vocab_size"],
+        f"{path} has {tokens.vocabulary} tokens, but embeds only {description['vocab_size']}",
+    )
+    source = Tensors(
+        {name: header.tensors[stored].shape for name, stored in names.items()},
+        lambda name: read(header, names, description, name),
+    )
+    return build(description, source, dtype=dtype, mesh=mesh), tokens
+
+
+def quantization(path: Path) -> str:
+    """The quantized type that most weights of the file are stored in, "" if none is.
+
+    Whoever compresses what `load` returns should know: dequantized weights lie on the grid of that type, so rounding
+    them to as few bits again costs nothing, which says nothing of weights that do not.
+    """
+    counts: dict[str, int] = {}
+    for tensor in gguf.read_header(path).tensors.values():
+        if tensor.kind.startswith("Q"):
+            counts[tensor.kind] = counts.get(tensor.kind, 0) + math.prod(tensor.shape)
+    return max(counts, key=counts.get, default="")
+
+
+def config_of(header: gguf.Header) -> dict[str, Any]:
+    """The values of a config.json. Raises InputError for what is missing, absurd or not supported."""
+    where, metadata = header.path, header.metadata
+    architecture = metadata.get("general.architecture")
+    require(
+        architecture in ARCHITECTURES,
+        f"{where} has the architecture {architecture!r:.80}, but read are {', '.join(ARCHITECTURES)}",
+    )
+    require(
+        metadata.get("split.count", 0) in (0, 1),
+        f"{where} is one part of {metadata.get('split.count')}: join them with llama-gguf-split --merge",
+    )
+
+    def number(key: str, default: Any = None, kind: type = int) -> Any:
+        value = metadata.get(f"{architecture}.{key}", default)
+        if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
+            value = value[0].item()  # one for each layer, all alike
+        require(value is not None, f"{where} does not say {architecture}.{key}")
+        right = (
+            isinstance(value, int | kind)
+            and not isinstance(value, bool)
+            and 0 < value < (2**31 if kind is int else math.inf)
+        )
+        require(right, f"{where}: {architecture}.{key} is {value!r:.80}, but must be one positive {kind.__name__}")
+        return value
+
+    require(
+        f"{architecture}.expert_count" not in metadata or metadata[f"{architecture}.expert_count"] == 0,
+        f"{where} is a mixture of experts, which is not supported",
+    )
+    layers, width, heads = number("block_count"), number("embedding_length"), number("attention.head_count")
+    require(layers <= len(header.tensors), f"{where} claims {layers} layers, but has {len(header.tensors)} tensors")
+    head_dim = number("attention.key_length", width // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        given = number(key, head_dim)
+        require(given == head_dim, f"{where}: {architecture}.{key} is {given}, but must be the head's size {head_dim}")
+    require("token_embd.weight" in header.tensors, f"{where} has no tensor token_embd.weight")
+    config = {
+        "model_type": architecture,
+        "vocab_size": header.tensors["token_embd.weight"].shape[0],
+        "hidden_size": width,
+        "intermediate_size": number("feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": number("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": number("context_length"),
+        "rms_norm_eps": number("attention.layer_norm_rms_epsilon", kind=float),
+        "rope_theta": number("rope.freq_base", 10000.0, kind=float),
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in header.tensors,
+    }
+    if f"{architecture}.attention.sliding_window" in metadata:
+        require(architecture == "llama", f"{where} has a sliding window, which is supported for llama only")
+        config |= {"model_type": "mistral", "sliding_window": number("attention.sliding_window")}
+    scaling = _rope_scaling(header, head_dim, config["rope_theta"])
+    return config | ({"rope_scaling": scaling} if scaling else {})
+
+
+def _rope_scaling(header: gguf.Header, head_dim: int, base: float) -> dict[str, Any] | None:
+    """Llama 3's scaling, from the divisors of the rotary frequencies that the file stores in place of its parameters.
+
+    Raises InputError for any other.
+    """
+    where, architecture = header.path, header.metadata["general.architecture"]
+    kind = header.metadata.get(f"{architecture}.rope.scaling.type", "none")
+    require(kind == "none", f"{where} scales rotary positions by {kind!r:.80}, but supported is Llama 3's way alone")
+    if ROPE_FACTORS not in header.tensors:
+        return None
+    shape = header.tensors[ROPE_FACTORS].shape
+    require(shape == (head_dim // 2,), f"{where}: {ROPE_FACTORS} has the shape {shape}, but must have {head_dim // 2}")
+    factors = gguf.read_tensor(header, ROPE_FACTORS)
+    if (factors == 1).all():
+        return None
+    factor = float(factors.max())
+    require(
+        np.allclose(factors, llama3_divisors(head_dim, base, factor), rtol=1e-4),
+        f"{where}: {ROPE_FACTORS} scales rotary positions in another way than Llama 3's, which is not supported",
+    )
+    return {"rope_type": "llama3", "factor": factor, **LLAMA3_SCALING}
+
+
+def llama3_divisors(head_dim: int, base: float, factor: float) -> np.ndarray:
+    """What Llama 3.1 divides each rotary frequency by [head_dim / 2]: the slow ones by `factor`, the fast ones by 1.
+
+    In between, where a wavelength fits 1 to 4 times into the original context, frequencies are interpolated.
+    """
+    low, high, original = LLAMA3_SCALING.values()
+    turns = original * base ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
+    share = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / ((1 - share) / factor + share)
+
+
+def names_of(header: gguf.Header) -> dict[str, str]:
+    """Name in a Hugging Face checkpoint -> name in the file. Raises InputError for a tensor that has none there."""
+    names = {}
+    for name in header.tensors:
+        if name == ROPE_FACTORS:
+            continue
+        layer = re.fullmatch(r"blk\.(\d{1,6})\.(\w+)\.(weight|bias)", name)
+        outer = re.fullmatch(r"(\w+)\.(weight)", name)
+        if layer and layer[2] in INNER:
+            names[f"model.layers.{int(layer[1])}.{INNER[layer[2]]}.{layer[3]}"] = name
+        elif outer and outer[1] in OUTER:
+            names[f"{OUTER[outer[1]]}.{outer[2]}"] = name
+        else:
+            require(False, f"{header.path} has the tensor {name!r:.80}, which no supported architecture has")
+    return names
+
+
+def read(header: gguf.Header, names: dict[str, str], config: dict[str, Any], name: str) -> np.ndarray:
+    """The tensor of that Hugging Face name, float32, laid out as there."""
+    values = gguf.read_tensor(header, names[name])
+    # For the architecture llama, and no other, the converter reorders the rows of each head of q and k, so that
+    # rotary pairs (i, i + H/2) become neighbours.
+    part = re.search(r"self_attn\.([qk])_proj\.", name)
+    if header.metadata["general.architecture"] == "llama" and part:
+        heads = config["num_attention_heads" if part[1] == "q" else "num_key_value_heads"]
+        require(
+            len(values) % (2 * heads) == 0,
+            f"{header.path}: {names[name]} has {len(values)} rows, which {heads} heads do not divide",
+        )
+        paired = values.reshape(heads, len(values) // (2 * heads), 2, *values.shape[1:])
+        values = paired.swapaxes(1, 2).reshape(values.shape)
+    return values

@@ -1,0 +1,174 @@
+"""Hugging Face's config.json and our ModelConfig, by the family's table. What we do not compute is refused."""
+
+import dataclasses
+import re
+from typing import Any, Literal
+
+from efflm.config import BlockConfig, ModelConfig, RopeScaling, require
+
+NEEDED = object()  # of a key that must be there
+FOREIGN = re.compile(r"expert|moe_|router|softcap|soft_cap|quantization_config")  # keys of what no family here has
+MOST = 2**31 - 1  # of any number that counts something
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Described:
+    """How a family's config.json says what a ModelConfig says.
+
+    fixed: fields of ModelConfig that all its models share. keys: {key: (our name, what its absence means)}, for fields
+    of ModelConfig and BlockConfig, `layers`, and where it is rotary `rope_base`. activations: its key, and
+    {name: our feedforward}, of which an absent key means the first. only: {key: the one value that is supported, which
+    is also the default}. windows: which layers have one: none, all, or those of use_sliding_window.
+    """
+
+    fixed: dict[str, Any]
+    keys: dict[str, tuple[str, Any]]
+    activations: tuple[str, dict[str, str]]
+    only: dict[str, Any] = dataclasses.field(default_factory=dict)
+    windows: Literal["none", "all", "some"] = "none"
+
+
+def read(family: Described, values: dict[str, Any], layers_at_most: int) -> ModelConfig:
+    """The config that `values`, a config.json, describes. Raises InputError for what is missing or unsupported.
+
+    layers_at_most: as many as there can be, so that a number gone wrong makes no list of that length.
+    """
+    for key, value in values.items():
+        require(
+            not (FOREIGN.search(key) and value),
+            f"{key} is {_shown(value)}, but mixtures of experts, quantized weights and capped logits are not supported",
+        )
+    for key, value in family.only.items():
+        found = values.get(key, value)
+        require(found == value, f"{key} is {_shown(found)}, but only {_shown(value)} is supported")
+    custom = values.get("auto_map")
+    require(
+        not (isinstance(custom, dict) and "AutoModelForCausalLM" in custom),
+        "auto_map names code of the model's own, which is not run: give a model of one of the families as they are",
+    )
+    found = dict(family.fixed)
+    for key, (name, absent) in family.keys.items():
+        found[name] = values.get(key, absent)
+        require(found[name] is not NEEDED, f"{key} is missing, so the model's {name} is not known")
+        if found[name] is not None or (absent is not None and name != "kv_heads"):
+            _check(key, name, found[name], layers_at_most if name == "layers" else MOST)
+    key, activations = family.activations
+    activation = values.get(key, next(iter(activations)))
+    require(
+        isinstance(activation, str) and activation in activations,
+        f"{key} is {_shown(activation)}, but only {', '.join(activations)} are supported",
+    )
+    heads, width, layers = found.pop("heads"), found["width"], found.pop("layers")
+    head_dim = found.pop("head_dim", None)
+    require(head_dim or width % heads == 0, f"a width of {width} is not divisible by {heads} heads")
+    block = BlockConfig(
+        heads=heads,
+        kv_heads=found.pop("kv_heads", None) or heads,
+        head_dim=head_dim or width // heads,
+        hidden=found.pop("hidden") or 4 * width,
+    )
+    if found["position"] == "rotary":
+        found |= _read_rotary(values, found)
+    blocks = tuple(dataclasses.replace(block, window=window) for window in _read_windows(family, values, layers))
+    return ModelConfig(**found, blocks=blocks, feedforward=activations[activation])
+
+
+def write(family: Described, config: ModelConfig) -> dict[str, Any]:
+    """The config.json of the config, as far as the family can say it: `read` it again to know how far that is."""
+    block, windows = config.blocks[0], [block.window for block in config.blocks]
+    ours = dataclasses.asdict(block) | {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    ours |= {"layers": len(config.blocks)}
+    values = family.only | {key: ours[name] for key, (name, _) in family.keys.items()}
+    key, activations = family.activations
+    values[key] = next((name for name, ours in activations.items() if ours == config.feedforward), None)
+    if scaling := config.rope_scaling:
+        values["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_context,
+        }
+    if family.windows != "none":
+        values["sliding_window"] = max(windows) or None
+    if family.windows == "some":
+        kinds = ["sliding_attention" if window else "full_attention" for window in windows]
+        full = [i for i, window in enumerate(windows) if not window]
+        values |= {"use_sliding_window": any(windows), "max_window_layers": max(full, default=-1) + 1}
+        values["layer_types"] = kinds
+    return values
+
+
+def _check(key: str, name: str, value: Any, most: int = MOST) -> None:
+    """Raise InputError unless the value is of the kind that a field of this name has."""
+    if name in ("tied", "parallel"):
+        good, wanted = isinstance(value, bool), "true or false"
+    elif name in ("norm_epsilon", "rope_base", "rotary_fraction"):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        good, wanted = number and 0 < value < 1e30, "a positive number"
+    else:
+        counts = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+        good, wanted = counts, f"a whole number from 1 to {most:,}"
+    require(good, f"{key} is {_shown(value)}, but must be {wanted}")
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.60}"
+
+
+def _read_rotary(values: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """rope_base, rotary_fraction and rope_scaling, which newer files keep together under `rope_parameters`."""
+    name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    rope = values.get(name) or {}
+    require(isinstance(rope, dict), f"{name} is {_shown(rope)}, but must be an object")
+    base, fraction = rope.get("rope_theta", found["rope_base"]), found.get("rotary_fraction", 1.0)
+    _check("rope_theta", "rope_base", base)
+    other = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", fraction))
+    _check("partial_rotary_factor", "rotary_fraction", other)
+    require(
+        other == 1 or "rotary_fraction" in found,
+        f"partial_rotary_factor is {other}, but heads of this family are rotated as a whole",
+    )
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    nested = next((key for key, value in rope.items() if isinstance(value, dict)), None)
+    require(nested is None, f"{name} differs from layer to layer ({nested}), which is not supported")
+    scaling = None
+    if kind == "llama3":
+        original = rope.get("original_max_position_embeddings", found["context"])
+        _check("original_max_position_embeddings", "context", original)
+        factors = {key: rope.get(key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
+        for key, value in factors.items():
+            _check(f"{name}.{key}", "rope_base", value)
+        scaling = RopeScaling(**{key: float(value) for key, value in factors.items()}, original_context=original)
+    else:
+        require(kind == "default", f"the rope_type is {_shown(kind)}, but only default and llama3 are supported")
+    return {"rope_base": float(base), "rotary_fraction": float(other), "rope_scaling": scaling}
+
+
+def _read_windows(family: Described, values: dict[str, Any], layers: int) -> list[int]:
+    """The window of each layer, 0 for none."""
+    kinds = values.get("layer_types")
+    known = ("full_attention", "sliding_attention")
+    require(
+        kinds is None or (isinstance(kinds, list) and len(kinds) == layers and all(kind in known for kind in kinds)),
+        f"layer_types is {_shown(kinds)}, but must name {' or '.join(known)} for each of {layers} layers",
+    )
+    window = values.get("sliding_window", 4096) if family.windows != "none" else None
+    if family.windows == "some":
+        used = values.get("use_sliding_window", False)
+        require(isinstance(used, bool), f"use_sliding_window is {_shown(used)}, but must be true or false")
+        window = window if used else None
+        first = values.get("max_window_layers", 28)
+        require(isinstance(first, int), f"max_window_layers is {_shown(first)}, but must be a whole number")
+        kinds = kinds or [known[i >= first] for i in range(layers)]
+    if window is None:
+        require(
+            family.windows == "some" or kinds is None or known[1] not in kinds,
+            "layer_types has sliding_attention, but the model has no window",
+        )
+        return [0] * layers
+    _check("sliding_window", "window", window)
+    if family.windows == "all":
+        require(kinds is None or known[0] not in kinds, "layer_types mixes layers with and without a window")
+        return [window] * layers
+    return [window if kind == known[1] else 0 for kind in kinds]

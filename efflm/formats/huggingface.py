@@ -1,0 +1,146 @@
+"""Hugging Face directories: config.json, safetensors in one file or many, tokenizer.json. In, and back out.
+
+A directory is a stranger's: nothing is unpickled, no file outside of it is opened, and sizes are checked before
+anything is allocated.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from efflm import tokenizer, trees
+from efflm.config import InputError, require
+from efflm.formats import tensors
+from efflm.formats.build import build, describe, tensors_of
+from efflm.formats.tensors import NAMES, Tensors
+from efflm.model import LanguageModel
+from efflm.rundir import write_json
+from efflm.tokenizer import Tokenizer
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+LARGEST_JSON = 64_000_000  # bytes: the index of a model of a million tensors
+
+
+def load(folder: Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> tuple[LanguageModel, Tokenizer]:
+    """The model and its tokenizer, see `build`. Raises InputError."""
+    tokens = tokenizer.load(_inside(folder, "tokenizer.json"))
+    model = load_weights(folder, dtype=dtype, mesh=mesh)
+    _require_fit(model, tokens, folder)
+    return model, tokens
+
+
+def load_weights(folder: Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> LanguageModel:
+    """The model without its tokenizer, see `build`. Raises InputError."""
+    try:
+        return build(_read_json(folder, "config.json"), _tensors(folder), dtype=dtype, mesh=mesh)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from None
+
+
+def save(folder: Path, model: LanguageModel, tokens: Tokenizer) -> None:
+    """Write a directory that transformers loads, whole or not at all; one tensor is held in memory at a time.
+
+    Raises InputError if the folder holds something already, the weights are not floats, or no family has such a model.
+    """
+    require(
+        not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
+        f"{folder} exists already: give a folder that does not, or remove it",
+    )
+    compressed = [path for path, leaf in trees.flatten(model.params) if getattr(leaf, "dtype", None) not in NAMES]
+    require(
+        not compressed,
+        f"{compressed[0] if compressed else ''} is compressed, but a Hugging Face directory holds floats: export the "
+        "model before it is quantized, or write efflm's own safetensors file",
+    )
+    _require_fit(model, tokens, folder)
+    family, description = describe(model.config)
+    dtype = np.result_type(*(leaf.dtype for _, leaf in trees.flatten(model.params))).name
+    ends = {"bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": None}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        write_json(partial / "config.json", description | ends | {"torch_dtype": dtype})
+        tokens.save(partial / "tokenizer.json")
+        stops = [stop for stop in (tokens.eos, *tokens.extra_stops) if stop is not None]
+        write_json(partial / "generation_config.json", ends | {"eos_token_id": stops or None})
+        tensors.write_safetensors(partial / WEIGHTS, tensors_of(model, family))
+        partial.chmod(0o755)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _require_fit(model: LanguageModel, tokens: Tokenizer, folder: Path) -> None:
+    require(
+        tokens.vocabulary <= model.config.vocabulary,
+        f"{folder}: the tokenizer has {tokens.vocabulary} tokens, more than the model's {model.config.vocabulary}",
+    )
+
+
+# --- reading what may be damaged -------------------------------------------------------------------------------------
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The regular file of that name in the folder itself, or where a snapshot of the hub's cache links to.
+
+    Raises InputError for anything else: other folders, links that lead out, links in circles.
+    """
+    require(Path(name).name == name, f"{folder} speaks of {name!r:.80}, which is not a file in it: it is not read")
+    try:
+        home, file = folder.resolve(strict=True), (folder / name).resolve(strict=True)
+    except (OSError, RuntimeError, ValueError):
+        raise InputError(f"{folder} has no {name:.80}: the model is not whole, fetch it again") from None
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    require(file.parent in homes, f"{folder / name} links out of its folder, to {file}: copy the file in")
+    require(file.is_file(), f"{folder / name} is not a file")
+    return folder / name
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = _inside(folder, name)
+    size = path.stat().st_size
+    require(size <= LARGEST_JSON, f"{path} has {size:,} bytes, too many for what it should hold")
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error})") from None
+    require(isinstance(values, dict), f"{path} holds no JSON object")
+    return values
+
+
+def _tensors(folder: Path) -> Tensors:
+    """All tensors of the folder, however many files they are in."""
+    if (folder / WEIGHTS).exists():
+        return tensors.from_safetensors(_inside(folder, WEIGHTS))
+    if (folder / INDEX).exists():
+        return _sharded(folder)
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    require(
+        not pickles,
+        f"it has {', '.join(pickles[:3])} but no {WEIGHTS}: pickled weights can run any code when they are read, so "
+        "they never are; have them converted to safetensors",
+    )
+    raise InputError(f"it has neither {WEIGHTS} nor {INDEX}: fetch the model again")
+
+
+def _sharded(folder: Path) -> Tensors:
+    where = _read_json(folder, INDEX).get("weight_map")
+    require(
+        isinstance(where, dict) and all(isinstance(file, str) for file in where.values()) and len(where) > 0,
+        f"{INDEX} has no weight_map from tensors to files",
+    )
+    files = {file: tensors.from_safetensors(_inside(folder, file)) for file in sorted(set(where.values()))}
+    shapes = {}
+    for file, part in files.items():
+        for name, shape in part.shapes.items():
+            require(where.setdefault(name, file) == file, f"{name:.80} is in {file}, but {INDEX} says {where[name]}")
+            shapes[name] = shape
+    missing = [name for name in where if name not in shapes]
+    require(not missing, f"{(missing or [''])[0]:.80} is in none of the files, against what {INDEX} says")
+    return Tensors(shapes, lambda name: files[where[name]].read(name))

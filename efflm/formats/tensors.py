@@ -1,0 +1,91 @@
+"""Named tensors on disk, read one at a time: the seam between file formats and the families of models."""
+
+import dataclasses
+import json
+import struct
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from efflm.config import InputError, require
+
+FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPES = FLOATS | {"I8": np.int8, "U8": np.uint8}
+NAMES = {np.dtype(dtype): name for name, dtype in FLOATS.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+    """shapes: {name: shape}. read(name): that tensor, maybe a view of the file. metadata: strings beside them."""
+
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def from_safetensors(path: Path) -> Tensors:
+    """The tensors of one file, mapped into memory only while they are read. Raises InputError.
+
+    The safetensors library checks that the header is no longer than the file and that the tensors' sizes, counted
+    without overflow, fill the rest of it without holes or overlaps; only then is anything read.
+    """
+    require(path.is_file(), f"no model file at {path}")
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as safetensors ({error}): fetch or export it again") from None
+    metadata = header.pop("__metadata__", None) or {}
+
+    def read(name: str) -> np.ndarray:
+        entry = header[name]
+        require(
+            entry["dtype"] in DTYPES,
+            f"{name} in {path} is stored as {entry['dtype']}, but only {', '.join(DTYPES)} are read: give the model "
+            "before it was quantized",
+        )
+        start, shape = 8 + length + entry["data_offsets"][0], tuple(entry["shape"])
+        return np.memmap(path, DTYPES[entry["dtype"]], "r", start, shape or (1,)).reshape(shape)
+
+    return Tensors({name: tuple(entry["shape"]) for name, entry in header.items()}, read, metadata)
+
+
+def write_safetensors(path: Path, names: Iterable[tuple[str, Any, Callable[[], np.ndarray]]]) -> None:
+    """Write (name, jax.ShapeDtypeStruct, what gives the array) in this order, holding one array at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start, names = 0, list(names)
+    for name, kind, _ in names:
+        size = kind.size * kind.dtype.itemsize
+        header[name] = {"dtype": NAMES[kind.dtype], "shape": list(kind.shape), "data_offsets": [start, start + size]}
+        start += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, _, array in names:
+            file.write(np.ascontiguousarray(array()).view(np.uint8).data)
+
+
+def place(array: np.ndarray, dtype: Any, where: jax.sharding.Sharding) -> jax.Array:
+    """A copy of the array on the devices, each part cut out and cast by itself; dtype None keeps the array's own.
+
+    Raises InputError where a finite number does not fit the dtype.
+    """
+    dtype = np.dtype(dtype or (np.float32 if array.dtype == np.float64 else array.dtype))
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        with np.errstate(over="raise"):
+            return np.array(array[index], dtype, order="C", copy=True)
+
+    try:
+        return jax.make_array_from_callback(array.shape, where, part)
+    except FloatingPointError:
+        raise InputError(f"a weight does not fit {dtype.name}: load the model in bfloat16 or float32") from None
