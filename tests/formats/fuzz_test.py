@@ -241,10 +241,18 @@ def test_damaged_index(shards):
 
 
 @pytest.mark.parametrize(
-    "target",
-    ["../secret.safetensors", "ABSOLUTE", "link.safetensors", "loop.safetensors", "pipe.safetensors", "folder"],
+    ("target", "message"),
+    [
+        ("../secret.safetensors", r"speaks of '\.\./secret\.safetensors', which is not a file in it"),
+        ("ABSOLUTE", "which is not a file in it"),
+        ("folder/../link.safetensors", "which is not a file in it"),
+        ("link.safetensors", "links out of its folder"),
+        ("loop.safetensors", "has no loop"),
+        ("pipe.safetensors", "is not a file"),
+        ("folder", "is not a file"),
+    ],
 )
-def test_shards_outside_of_the_folder_are_not_opened(shards, target):
+def test_shards_outside_of_the_folder_are_not_opened(shards, target, message):
     """By a path, by a link, by links in a circle; and nothing but files."""
     secret = shards.parent / "secret.safetensors"
     (shards / "link.safetensors").symlink_to(secret)
@@ -255,7 +263,7 @@ def test_shards_outside_of_the_folder_are_not_opened(shards, target):
     target = str(secret) if target == "ABSOLUTE" else target
     where = dict.fromkeys(tensors.from_safetensors(secret).shapes, target)
     (shards / huggingface.INDEX).write_text(json.dumps({"weight_map": where}))
-    with pytest.raises(InputError, match=r"not a file in it|links out of its folder|has no|is not a file"):
+    with pytest.raises(InputError, match=message):
         huggingface.load_weights(shards)
     (shards / huggingface.INDEX).unlink()
     (shards / huggingface.WEIGHTS).symlink_to(secret)
