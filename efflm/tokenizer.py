@@ -98,12 +98,12 @@ class Tokenizer:
         """A function (ids, final=False) -> the text that these ids add to those of the calls before.
 
         A character whose last bytes are still to come is held back, until final=True shows what there is of it as
-        U+FFFD. Special tokens are left out, and a first token's leading space is kept: what is streamed goes on
-        from a prompt.
+        U+FFFD. Special tokens are left out, and so are ids of a padded vocabulary that no token has; a first token's
+        leading space is kept: what is streamed goes on from a prompt.
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         pieces = self._pieces
-        return lambda ids, final=False: decoder.decode(b"".join(pieces[i] for i in ids), final)
+        return lambda ids, final=False: decoder.decode(b"".join(pieces[i] for i in ids if i < len(pieces)), final)
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:

@@ -1,94 +1,183 @@
-"""Compress a trained model by a recipe, and show before and after side by side.
+"""Compress a model by one recipe or several, and show before and after side by side.
 
     python -m experiments.compress --model=runs/quickstart --recipe=w8a8
     python -m experiments.compress --model=runs/quickstart --recipe=masks50,w8a16 --prune.sparsity=0.3
+    python -m experiments.compress --model=smollm2 --recipe="w8a16 w8a8 masks50 masks24"
 
-Expect a table of both models, and in the run directory the compressed model as `<recipe>.safetensors`, its
-tokenizer, `results.json` and `report.html`.
+Expect a table of all models, and in the run directory each compressed one as `<recipe>.safetensors`, its tokenizer,
+`results.json` and `report.html`. Beside the first model one compressed model is held at a time.
 """
 
 import dataclasses
 import sys
+import time
 from pathlib import Path
 
-from efflm import rundir
+import jax
+
+from efflm import rundir, trees
 from efflm.compress import recipe
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
 from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink
-from efflm.compress.step import Context
-from efflm.config import command_line, flag, launch, require
+from efflm.compress.step import Context, Step
+from efflm.config import InputError, command_line, flag, launch, require
 from efflm.data import dataset
-from efflm.evaluate.cost import Protocol
-from efflm.formats import safetensors
-from efflm.model import sharding
+from efflm.evaluate import cost, quality
+from efflm.formats import safetensors, sources
+from efflm.formats.sources import Loaded
+from efflm.infer.generate import generate
+from efflm.model import LanguageModel, sharding
 from efflm.report import page, plots, rows, table
-from experiments.evaluate import cache_of, load_source
+from efflm.tokenizer import Tokenizer
+from experiments import evaluate
+
+BEFORE = "before"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(evaluate.Scored):
     """The run"""
 
-    model: str = flag(str(rundir.ROOT / "quickstart"), "directory of a training run, or a .safetensors file of efflm's")
-    recipe: str = flag("w8a16", f"one of {', '.join(recipe.RECIPES)}; or several joined by commas, one after another")
-    corpus: str = flag("", "file or folder of UTF-8 text, or 'stdlib'; default: the text the model was trained on")
+    recipe: str = flag(
+        "w8a16",
+        f"one of {', '.join(recipe.RECIPES)}; several joined by commas are one after another, several with spaces "
+        "between them are compared",
+    )
     run_dir: str = flag(str(rundir.ROOT / "compress"), "where everything is written")
     batch: int = flag(8, "rows in a batch, where a step trains")
-    length: int = flag(256, "tokens in a row")
+    length: int = flag(256, "tokens in a row, where a step trains")
     seed: int = flag(0, "seed of whatever a step draws")
+    prompt: str = flag("The", "what each model goes on from in the report, to look at; empty: nothing")
+    sample: int = flag(32, "tokens it goes on by")
 
     def __post_init__(self):
-        recipe.named(self.recipe)
-        for name in ("batch", "length"):
+        super().__post_init__()
+        require(bool(self.recipe.split()), f"recipe is {self.recipe!r}: give at least one")
+        for names in self.recipe.split():
+            recipe.named(names)
+        for name in ("batch", "length", "sample"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
 
 
-def main(run: Run, quantize: dict, prune: dict, finetune: dict, distill: dict, shrink: dict) -> None:
-    changes = {Quantize: quantize, Prune: prune, Finetune: finetune, Distill: distill, Shrink: shrink}
-    steps = recipe.override(recipe.named(run.recipe), changes)
-    run_dir, mesh = Path(run.run_dir), sharding.data_parallel(run.batch)
-    rundir.require_writable(run_dir, needs=50_000_000)
-    dense, tokens, about, _ = load_source(run.model, mesh)
+def chains(names: str, changes: dict[type, dict]) -> dict[str, tuple[Step, ...]]:
+    """{name: steps} of each recipe, with the changes on those that have such a step. Raises InputError if none has."""
+    plans = {each.replace(",", "+"): recipe.named(each) for each in names.split()}
+    for kind, fields in changes.items():
+        having = [name for name, steps in plans.items() if any(type(step) is kind for step in steps)]
+        if fields and not having:
+            raise InputError(
+                f"{', '.join(fields)} set for {kind.__name__}, which is not in this recipe: choose another recipe"
+            )
+        for name in having:
+            plans[name] = recipe.override(plans[name], {kind: fields})
+    return plans
+
+
+def training_context(run: Run, loaded: Loaded, trains: bool) -> Context:
+    """What the steps may use; text is prepared only where one of them trains."""
+    mesh = sharding.data_parallel(run.batch)
+    if not trains:
+        return Context(seed=run.seed, mesh=mesh)
     data = dataset.prepare(
-        run.corpus or about["source"],
+        evaluate.source_of(run, loaded.about),
         cache_of(run.model),
-        vocabulary=dense.config.vocabulary,
+        vocabulary=loaded.model.config.vocabulary,
         length=run.length,
         batch=run.batch,
-        tokenizer=tokens,
+        tokenizer=loaded.tokenizer,
     )
-    context = Context(batches=data.batches(run.batch, run.seed), seed=run.seed, mesh=mesh)
-    compressed, records = recipe.run(dense, steps, context)
+    return Context(batches=data.batches(run.batch, run.seed), seed=run.seed, mesh=mesh)
 
-    name = run.recipe.replace(",", "+")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    models = {"before": dense, name: compressed}
-    sizes = {key: safetensors.save(run_dir / f"{key}.safetensors", model, about) for key, model in models.items()}
-    tokens.save(run_dir / "tokenizer.json")
-    protocol = Protocol().within(dense.config.context)
-    measured, _ = rows.collect(
-        models,
-        sizes,
-        {"before": f"from {run.model}", name: ", then ".join(map(repr, steps))},
-        data.test[:],
-        tokens.token_bytes,
-        dense,
-        protocol,
-    )
-    facts = [f"Quality: {data.protocol}.", f"Speed: {protocol}."]
+
+def cache_of(source: str) -> Path:
+    """Where the corpora of a model's run are kept."""
+    path = Path(source).absolute()
+    return next((p / "corpora" for p in path.parents if (p / "corpora").is_dir()), rundir.ROOT / "corpora")
+
+
+def described(steps: tuple[Step, ...], after: LanguageModel) -> str:
+    """What was done, and where zeros were made, what they do not buy."""
+    words = ", then ".join(map(repr, steps))
+    if not any(isinstance(step, Prune) for step in steps):
+        return words
+    megabytes = table.megabytes(trees.nbytes(after.params))
+    return f"{words}; no faster, since a masked dense matrix multiplies its zeros too; {megabytes} MB if dense"
+
+
+def written(model: LanguageModel, tokens: Tokenizer, prompt: str, new: int) -> str:
+    """A greedy continuation."""
+    ids = tokens.prompt(prompt) or [tokens.separator]
+    new = min(new, model.config.context - len(ids))
+    return prompt + tokens.decode(generate(model, [ids], new, stops=tokens.stops)[0]) if new > 0 else prompt
+
+
+def main(run: Run, quantize: dict, prune: dict, finetune: dict, distill: dict, shrink: dict) -> None:
+    began = time.perf_counter()
+    say = lambda words: print(f"[{time.perf_counter() - began:4.0f} s] {words}", flush=True)
+    changes = {Quantize: quantize, Prune: prune, Finetune: finetune, Distill: distill, Shrink: shrink}
+    plans, run_dir = chains(run.recipe, changes), Path(run.run_dir)
+    rundir.require_writable(run_dir, needs=50_000_000)
+    loaded = sources.load(run.model, mesh=sharding.data_parallel(run.batch))
+    dense, tokens, about = loaded.model, loaded.tokenizer, loaded.about
+    rundir.require_writable(run_dir, needs=50_000_000 + (1 + len(plans)) * trees.nbytes(dense.params))
+    say(f"{run.model}: {trees.count(dense.params) / 1e6:.1f} M parameters, {evaluate.origin(run.model, about)}")
+    to_score, words = evaluate.scored_rows(run, loaded)
+    context = training_context(run, loaded, any(map(recipe.trains, plans.values())))
+    rundir.use_compilation_cache(run_dir.parent / "compilation_cache")
+    protocol, batch = evaluate.speed_protocol(dense), evaluate.rows_at_a_time(to_score["inputs"].shape[1])
+    one, records, samples, measured = jax.devices()[0], {}, {}, []
+    dense_here = jax.device_put(dense, one)
+    for name, steps in plans.items():
+        say(f"{name}: {', then '.join(map(repr, steps))}")
+        after, records[name] = recipe.run(dense, steps, context)
+        if not measured:  # the first step has been taken, so nothing is left behind where a recipe cannot be
+            run_dir.mkdir(parents=True, exist_ok=True)
+            tokens.save(run_dir / "tokenizer.json")
+            size = safetensors.save(run_dir / f"{BEFORE}.safetensors", dense, about)
+            say(f"{BEFORE}: reading the text")
+            reading = quality.read(dense_here, to_score, batch)
+            before = quality.score(reading, reading, to_score, tokens.token_bytes)
+            say(f"{BEFORE}: {quality.bits_per_byte(before)[0]:.4f} bits per byte")
+        after_size = safetensors.save(run_dir / f"{name}.safetensors", after, about | {"recipe": name})
+        after = jax.device_put(after, one)
+        found = quality.score(quality.read(after, to_score, batch), reading, to_score, tokens.token_bytes)
+        say(f"{name}: {quality.bits_per_byte(found)[0]:.4f} bits per byte")
+        rates = cost.rates({BEFORE: dense_here, name: after}, protocol)
+        pairs = [(name, after, after_size, described(steps, after), found)]
+        if not measured:
+            pairs.insert(0, (BEFORE, dense_here, size, evaluate.origin(run.model, about), before))
+        for each, model, nbytes, note, figures in pairs:
+            base = None if each == BEFORE else (before, rates[BEFORE])
+            measured.append(rows.make(each, model, nbytes, note, figures, rates[each], base))
+            if run.prompt:
+                samples[each] = written(model, tokens, run.prompt, run.sample)
+        del after, model, pairs
+    report(run, measured, records, samples, [
+        f"Quality: {words}. Divergence: from {BEFORE}.",
+        f"Speed: {protocol}; each model in turn with {BEFORE}, of which the rounds beside the first are shown. In "
+        "brackets the quartiles.",
+        f"Size: an uncompressed safetensors file; the source itself takes {table.megabytes(loaded.nbytes)} MB.",
+        *evaluate.cautions(run, about),
+    ])  # fmt: skip
+    say(f"done: {run_dir / 'report.html'}")
+
+
+def report(run: Run, measured: list[rows.Row], records: dict, samples: dict[str, str], facts: list[str]) -> None:
+    """The table in the terminal, the page, and results.json."""
+    run_dir = Path(run.run_dir)
     table.show(measured, facts)
     plots.pareto(measured, run_dir / "pareto.png")
     versions, command = rundir.machine(), command_line("experiments.compress", sys.argv)
     page.write(
         run_dir / "report.html",
-        title=f"efflm: {name}",
+        title=f"efflm: {run.model} by {run.recipe.replace(',', '+').replace(' ', ', ')}",
         rows=measured,
         facts=facts,
         plot=run_dir / "pareto.png",
-        samples={},
+        samples=samples,
         command=command,
         versions=versions,
     )
@@ -96,13 +185,13 @@ def main(run: Run, quantize: dict, prune: dict, finetune: dict, distill: dict, s
         run_dir / "results.json",
         {
             "rows": [dataclasses.asdict(row) for row in measured],
-            "records": [dataclasses.asdict(record) for record in records],
+            "records": {name: [dataclasses.asdict(record) for record in kept] for name, kept in records.items()},
+            "samples": samples,
             "protocol": facts,
             "command": command,
             "versions": versions,
         },
     )
-    print(f"{run_dir / f'{name}.safetensors'} and {run_dir / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-
 from efflm import rundir, trees
 from efflm.compress import recipe
 from efflm.compress.step import Context
@@ -133,7 +130,7 @@ def written(model: LanguageModel, tokenizer, prompt: str = "def main(", tokens: 
     """A greedy continuation, to look at."""
     ids = [tokenizer.separator, *tokenizer.encode(prompt)]
     tokens = max(1, min(tokens, model.config.context - len(ids)))
-    return prompt + tokenizer.decode(jax.device_get(generate(model, jnp.asarray([ids], jnp.int32), tokens))[0])
+    return prompt + tokenizer.decode(generate(model, [ids], tokens)[0])
 
 
 if __name__ == "__main__":

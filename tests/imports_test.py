@@ -35,6 +35,7 @@ ONE_PLACE = {
     "tokenizers": "tokenizer.py",
     "jinja2": "chat.py",
     "gguf": "formats/gguf.py",
+    "huggingface_hub": "formats/hub.py",
     "matplotlib": "report/plots.py",
     "grain": "data/loader.py",
     "tensorboardX": "train/metrics.py",
@@ -92,7 +93,8 @@ def test_importing_the_library_starts_nothing():
 def test_the_experiments_answer_help_without_the_slow_libraries():
     program = (
         "import sys, experiments.quickstart, experiments.compress\n"
-        "slow = {'orbax', 'tensorflow_datasets', 'grain', 'matplotlib', 'tensorboardX', 'gguf', 'jinja2'}\n"
+        "slow = {'orbax', 'tensorflow_datasets', 'grain', 'matplotlib', 'tensorboardX', 'gguf', 'jinja2', "
+        "'huggingface_hub'}\n"
         "slow &= set(sys.modules)\n"
         "assert not slow, slow"
     )

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from efflm.config import InputError
+from efflm.evaluate import quality
+from efflm.evaluate.windows import Windows, cut
 from efflm.formats import gguf_model, wheels
 from efflm.infer.generate import forward, generate
 from efflm.train.losses import next_token_nll
@@ -68,6 +70,15 @@ def test_the_likelihood_of_a_text(smollm2, alice):
     tokens_BT = jnp.asarray([ids])
     nll = next_token_nll(logits(model, tokens_BT)[:, :-1], tokens_BT[:, 1:])
     assert float(nll.mean()) == pytest.approx(golden["mean_nll_nats"], abs=1e-4)
+
+
+def test_the_perplexity_of_a_text_by_its_protocol(smollm2, alice):
+    model, tokenizer, golden = smollm2
+    rows = cut([tokenizer.encode(alice)[:1024]], tokenizer.separator, Windows(window=1024, bos=False))
+    found = quality.measure({"": model}, rows, tokenizer.token_bytes, model)[""]
+    assert quality.perplexity(found)[0] == pytest.approx(golden["perplexity"], rel=1e-4)
+    assert found.tokens.sum() == 1023
+    assert found.bytes.sum() == len(tokenizer.decode(tokenizer.encode(alice)[1:1024]).encode())
 
 
 def test_its_greedy_continuation(smollm2):

@@ -6,10 +6,12 @@ of equal magnitudes the earlier ones go first.
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from efflm import trees
 from efflm.compress.step import LINEAR, Context, record
@@ -20,17 +22,36 @@ from efflm.ops.qarray import QArray, dequantize
 Scope = Literal["layer", "global", "2:4"]
 
 
+@functools.partial(jax.jit, static_argnames="count")
 def _smallest(magnitudes: jax.Array, count: int) -> jax.Array:
-    """True for exactly `count` elements of a flat array: the smallest, the earlier ones first among equals."""
-    order = jnp.argsort(magnitudes, stable=True)
-    return jnp.zeros(magnitudes.shape, bool).at[order[:count]].set(True)
+    """True for exactly `count` elements of a flat float32 array: the smallest, the earlier ones first among equals.
+
+    The bits of a float that is not negative, read as an integer, are in the order of the floats: so 31 counts find
+    the count-th smallest, which a sort of a large matrix takes far longer for.
+    """
+    if count == 0:
+        return jnp.zeros(magnitudes.shape, bool)
+    bits = lax.bitcast_convert_type(magnitudes, jnp.int32)
+
+    def halve(_, bounds):
+        low, high = bounds  # the count-th smallest is in (low, high]
+        middle = low + (high - low) // 2
+        enough = jnp.sum(bits <= middle) >= count
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    _, threshold = lax.fori_loop(0, 32, halve, (jnp.int32(-1), jnp.int32(0x7F800000)))  # up to infinity
+    below, equal = bits < threshold, bits == threshold
+    return below | (equal & (jnp.cumsum(equal) <= count - jnp.sum(below)))
 
 
+@jax.jit
 def _two_of_four(w: jax.Array) -> jax.Array:
     inputs, outputs = w.shape
-    groups = jnp.abs(w).reshape(inputs // 4, 4, outputs)
-    ranks = jnp.argsort(jnp.argsort(groups, axis=1, stable=True), axis=1, stable=True)
-    return (ranks >= 2).reshape(inputs, outputs)
+    four = jnp.abs(w).reshape(inputs // 4, 4, outputs)
+    one, other = four[:, :, None], four[:, None]
+    earlier = jnp.arange(4)[:, None] > jnp.arange(4)[None]
+    smaller = (other < one) | ((other == one) & earlier[None, :, :, None])  # of these the mask drops the lower ranks
+    return (jnp.sum(smaller, axis=2) >= 2).reshape(inputs, outputs)
 
 
 def magnitude_masks(params: Any, sparsity: float, scope: Scope = "layer", selected: str = LINEAR) -> dict[str, Any]:

@@ -31,13 +31,18 @@ RECIPES: dict[str, tuple[Step, ...]] = {
 
 
 def named(names: str) -> tuple[Step, ...]:
-    """The steps of one recipe, or of several joined by commas, one after the other. Raises InputError."""
+    """The steps of one recipe, or of several joined by commas, one after the other, as one chain. Raises InputError."""
     steps: list[Step] = []
     for name in names.split(","):
         if name not in RECIPES:
             raise InputError(f"unknown recipe {name!r}: choose from {', '.join(RECIPES)}, or several joined by commas")
         steps += RECIPES[name]
     return tuple(steps)
+
+
+def trains(steps: Sequence[Step]) -> bool:
+    """Whether a step of the chain needs text to train on."""
+    return any(isinstance(step, Distill | Finetune) for step in steps)
 
 
 def override(steps: Sequence[Step], changes: dict[type, dict[str, Any]]) -> tuple[Step, ...]:

@@ -56,7 +56,32 @@ def load(source: str, cache: Path, least_bytes: int = 0) -> Corpus:
     return Corpus(name, source, digest, **_through_tfds(splits, cache / digest))
 
 
+def read(source: str, documents: int = 0) -> tuple[str, int, list[Document]]:
+    """The name of `source` (as `load` takes it), how many documents it holds, and the first `documents` of them (0:
+    all) in the order of a hash of their names, which makes them a sample. Raises InputError.
+
+    A file is a document; a single one is cut into pieces of PIECE_BYTES.
+    """
+    name, found = _files(source)
+    found = _pieces(found, PIECE_BYTES) if len(found) == 1 else found
+    return name, len(found), _by_hash(found)[: documents or None]
+
+
+def held_out(source: str, documents: int = 0) -> tuple[str, int, list[Document]]:
+    """The same of the test split that `load` makes, without preparing the others. Raises InputError."""
+    name, found = _read(source)
+    test = _split(found)["test"]
+    return name, len(test), test[: documents or None]
+
+
 def _read(source: str) -> tuple[str, list[Document]]:
+    """The documents to split: files, or where these are few, pieces of them."""
+    name, documents = _files(source)
+    size = max(1, min(PIECE_BYTES, sum(len(text) for _, text in documents) // FEW_FILES))
+    return name, documents if source == DEFAULT or len(documents) >= FEW_FILES else _pieces(documents, size)
+
+
+def _files(source: str) -> tuple[str, list[Document]]:
     if source == DEFAULT:
         root = Path(sysconfig.get_path("stdlib"))
         paths = [path for path in root.rglob("*.py") if not LEFT_OUT & set(path.relative_to(root).parts)]
@@ -64,15 +89,14 @@ def _read(source: str) -> tuple[str, list[Document]]:
     root = Path(source).expanduser()
     require(root.exists(), f"corpus {source} does not exist: give a file or folder of UTF-8 text")
     if root.is_file():
-        return str(root), _pieces(_documents(root.parent, [root]))
+        return str(root), _documents(root.parent, [root])
     paths = [
         path
         for path in root.rglob("*")
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
     ]
     require(bool(paths), f"corpus {source} is empty: it holds no files")
-    documents = _documents(root, paths)
-    return str(root), documents if len(documents) >= FEW_FILES else _pieces(documents)
+    return str(root), _documents(root, paths)
 
 
 def _documents(root: Path, paths: list[Path]) -> list[Document]:
@@ -93,10 +117,8 @@ def _documents(root: Path, paths: list[Path]) -> list[Document]:
     return documents
 
 
-def _pieces(documents: list[Document]) -> list[Document]:
-    """Each document cut at line ends into pieces of about PIECE_BYTES, or smaller ones if that gives too few."""
-    total = sum(len(text) for _, text in documents)
-    size = max(1, min(PIECE_BYTES, total // FEW_FILES))
+def _pieces(documents: list[Document], size: int) -> list[Document]:
+    """Each document cut at line ends into pieces of about `size` characters."""
     out = []
     for name, text in documents:
         piece, length, index = [], 0, 0
@@ -114,12 +136,16 @@ def _pieces(documents: list[Document]) -> list[Document]:
 
 
 def _split(documents: list[Document]) -> dict[str, list[Document]]:
-    by_hash = sorted(documents, key=lambda document: hashlib.sha256(document[0].encode()).digest())
+    by_hash = _by_hash(documents)
     splits, start = {}, 0
     for name, fraction in SPLITS.items():
         end = start + max(1, round(fraction * len(by_hash)))
         splits[name], start = by_hash[start:end], end
     return {"train": by_hash[start:], **splits}
+
+
+def _by_hash(documents: list[Document]) -> list[Document]:
+    return sorted(documents, key=lambda document: hashlib.sha256(document[0].encode()).digest())
 
 
 def _through_tfds(splits: dict[str, list[Document]], folder: Path) -> dict[str, list[Document]]:

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
-from efflm.infer.generate import decode, prefill
+from efflm.infer.generate import decode, prefill, row_keys, start
+from efflm.infer.sampling import GREEDY
 from efflm.model import LanguageModel
 
 
@@ -44,18 +45,11 @@ class Protocol:
 
 def rates(models: dict[str, LanguageModel], protocol: Protocol = Protocol()) -> dict[str, tuple[Rate, Rate]]:
     """{name: (prefill, decode)}. The models take turns, so that what else the machine does falls on all alike."""
-    tokens = jnp.arange(max(protocol.prompt, protocol.start), dtype=jnp.int32)[None] % 251
-    runs: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {}
-    for name, model in models.items():
-        runs[name] = (
-            _prefill_run(model, tokens[:, : protocol.prompt]),
-            _decode_run(model, tokens[:, : protocol.start], protocol.new),
-        )
+    runs = {name: _round(model, protocol) for name, model in models.items()}
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
     for round_ in range(protocol.repeats + 1):
-        for name, pair in runs.items():
-            for run, kept in zip(pair, seconds[name], strict=True):
-                took = run()
+        for name, run in runs.items():
+            for took, kept in zip(run(), seconds[name], strict=True):
                 if round_:  # round 0 compiles and warms up
                     kept.append(took)
     counts = (protocol.prompt, protocol.new)
@@ -65,23 +59,25 @@ def rates(models: dict[str, LanguageModel], protocol: Protocol = Protocol()) -> 
     }
 
 
-def _prefill_run(model: LanguageModel, tokens: jax.Array) -> Callable[[], float]:
-    def run() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(prefill(model, tokens, length=tokens.shape[1]))
-        return time.perf_counter() - start
+def _round(model: LanguageModel, protocol: Protocol) -> Callable[[], tuple[float, float]]:
+    """One round: seconds of prefill and of decode. Where decoding starts after just that prompt, it follows on."""
+    how, keys, stops = GREEDY.arrays(), row_keys(0, 1), np.zeros(0, np.int32)
+    follows = protocol.start == protocol.prompt
 
-    return run
+    def read(length: int, room: int):
+        tokens = np.arange(length, dtype=np.int32)[None] % 251
+        return jax.block_until_ready(prefill(model, tokens, np.array([length], np.int32), room=room))
 
-
-def _decode_run(model: LanguageModel, tokens: jax.Array, new: int) -> Callable[[], float]:
-    temperature, rng = jnp.float32(0), jax.random.key(0)
-
-    def run() -> float:
-        logits, cache = jax.block_until_ready(prefill(model, tokens, length=tokens.shape[1] + new))
-        start = time.perf_counter()
-        jax.block_until_ready(decode(model, logits, cache, temperature, rng, steps=new))
-        return time.perf_counter() - start
+    def run() -> tuple[float, float]:
+        began = time.perf_counter()
+        logits, cache = read(protocol.prompt, protocol.prompt + protocol.new * follows)
+        reading = time.perf_counter() - began
+        if not follows:
+            logits, cache = read(protocol.start, protocol.start + protocol.new)
+        state = jax.block_until_ready(start(logits, cache, keys, how, stops))
+        began = time.perf_counter()
+        jax.block_until_ready(decode(model, state, how, stops, np.int32(protocol.new), steps=protocol.new))
+        return reading, time.perf_counter() - began
 
     return run
 

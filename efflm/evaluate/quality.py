@@ -1,19 +1,28 @@
 """Likelihood on text, and divergence from a reference model, document by document.
 
-Every document of the packed rows is scored from its first token on; a token sees the tokens before it in its own
-document and row, and no others. Sums are kept for each document, so that errors are over documents: the tokens of one
-document are not independent.
+What is scored, and what each token sees while it is, stands in the rows: packed ones (data.packing), where a document
+is scored from its first token on within its own row, or windows (evaluate.windows). Sums are kept for each document,
+so that errors are over documents: the tokens of one document are not independent.
+
+Of the reference only the states before its output layer are kept, so models can be scored one after another without
+it, and logits, which are by far the largest arrays here, exist for a slice of tokens at a time.
 """
 
+import contextlib
 import dataclasses
+import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from efflm.infer.generate import forward
-from efflm.model import LanguageModel
-from efflm.train.losses import kl_divergence, next_token_nll
+from efflm.config import require
+from efflm.model import LanguageModel, Transformer, sharding
+from efflm.precision import policy_for
+
+SLICE = 512  # tokens whose logits are held at a time, of the model and of the reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,28 +36,105 @@ class Quality:
     kl: np.ndarray
     agreement: np.ndarray
 
-    @property
-    def mean_kl(self) -> float:
-        """Nats a token."""
-        return float(self.kl.sum() / self.tokens.sum())
 
-    @property
-    def top1_agreement(self) -> float:
-        return float(self.agreement.sum() / self.tokens.sum())
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What a model made of some rows: the states [tokens scored, D] before its output layer, and what is left of the
+    model without its layers."""
+
+    states_MD: np.ndarray
+    output: LanguageModel
+
+
+def _transformer(model: LanguageModel) -> Transformer:
+    return Transformer(model.config, policy_for(model.params))
 
 
 @jax.jit
-def _logits(model: LanguageModel, batch: dict[str, jax.Array]) -> jax.Array:
-    return forward(model, batch["inputs"], segments=batch["segments"], positions=batch["positions"])[0]
+def _states(model: LanguageModel, batch: dict[str, jax.Array]) -> jax.Array:
+    inputs = {name: batch[name] for name in ("segments", "positions")}
+    hidden = Transformer.hidden
+    return _transformer(model).apply({"params": model.params}, batch["inputs"], **inputs, method=hidden)[0]
 
 
 @jax.jit
-def _score(expected: jax.Array, logits: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
+def _score(
+    reference: LanguageModel, expected_MD: jax.Array, model: LanguageModel, x_MD: jax.Array, targets_M: jax.Array
+) -> dict[str, jax.Array]:
+    unembed = lambda model, x: _transformer(model).apply({"params": model.params}, x[None], method=Transformer.unembed)
+    expected_MV, logits_MV = (x[0].astype(jnp.float32) for x in (unembed(reference, expected_MD), unembed(model, x_MD)))
+    # From both normalizers, in one pass over the vocabulary: through log-probabilities it takes four times as long.
+    normalizer_M, expected_normalizer_M = (jax.nn.logsumexp(x, axis=-1) for x in (logits_MV, expected_MV))
+    p_MV = jnp.exp(expected_MV - expected_normalizer_M[:, None])
+    chosen_M = jnp.take_along_axis(logits_MV, targets_M[:, None], axis=-1)[:, 0]
     return {
-        "bits": next_token_nll(logits, targets) / jnp.log(2.0),
-        "kl": kl_divergence(expected, logits),
-        "agreement": jnp.argmax(expected, axis=-1) == jnp.argmax(logits, axis=-1),
+        "bits": (normalizer_M - chosen_M) / jnp.log(2.0),
+        "kl": jnp.sum(p_MV * (expected_MV - logits_MV), axis=-1) - expected_normalizer_M + normalizer_M,
+        "agreement": jnp.argmax(expected_MV, axis=-1) == jnp.argmax(logits_MV, axis=-1),
     }
+
+
+def _without_layers(model: LanguageModel) -> LanguageModel:
+    return model.replace(params={name: w for name, w in model.params.items() if not name.startswith("block_")})
+
+
+def _scored(rows: dict[str, np.ndarray]) -> np.ndarray:
+    """1 + the document of each target [rows, T] that is scored, else 0."""
+    return rows.get("documents", rows["segments"])
+
+
+@contextlib.contextmanager
+def _mesh_of(model: LanguageModel) -> Iterator[NamedSharding | None]:
+    """Where the rows of a batch go: spread over the mesh that the weights lie on, if they lie on one."""
+    where = jax.tree.leaves(model.params)[0].sharding
+    if not isinstance(where, NamedSharding) or where.mesh.size == 1:
+        yield None
+        return
+    with sharding.on_mesh(where.mesh):
+        yield NamedSharding(where.mesh, PartitionSpec(sharding.BATCH[0]))
+
+
+def read(model: LanguageModel, rows: dict[str, np.ndarray], batch: int = 8) -> Reading:
+    """The model's states at every token that is scored, row by row, reading `batch` rows at a time."""
+    owners_RT, parts = _scored(rows), []
+    with _mesh_of(model) as place:
+        if place is not None:
+            spread = math.prod(place.mesh.shape[axis] for axis in sharding.BATCH[0])
+            batch = -(-batch // spread) * spread
+        for start in range(0, len(owners_RT), batch):
+            part = {name: rows[name][start : start + batch] for name in ("inputs", "segments", "positions")}
+            missing = batch - len(part["inputs"])
+            part = {name: np.pad(array, ((0, missing), (0, 0))) for name, array in part.items()}
+            states = np.asarray(_states(model, jax.device_put(part, place) if place else part))
+            owners = owners_RT[start : start + batch]
+            parts.append(states[: len(owners)][owners > 0])
+    return Reading(np.concatenate(parts), _without_layers(model))
+
+
+def score(mine: Reading, reference: Reading, rows: dict[str, np.ndarray], token_bytes: np.ndarray) -> Quality:
+    """How good a model is and how far from a reference, which both have read these rows.
+
+    token_bytes [V]: the bytes of text each token stands for. Raises InputError if the vocabularies differ.
+    """
+    sizes = [each.output.config.vocabulary for each in (mine, reference)]
+    require(
+        sizes[0] == sizes[1],
+        f"the model's vocabulary has {sizes[0]} entries, the reference's {sizes[1]}: both need the same one",
+    )
+    owners_RT = _scored(rows)
+    owners_M, targets_M = owners_RT[owners_RT > 0], rows["targets"][owners_RT > 0]
+    values = {"bytes": token_bytes[targets_M], "tokens": np.ones(len(targets_M))}
+    slices: dict[str, list[np.ndarray]] = {"bits": [], "kl": [], "agreement": []}
+    with _mesh_of(mine.output):
+        for start in range(0, len(targets_M), SLICE):
+            some = slice(start, start + SLICE)
+            fill = lambda x, some=some: np.pad(x[some], [(0, SLICE - len(x[some]))] + [(0, 0)] * (x.ndim - 1))
+            pairs = (reference.output, fill(reference.states_MD), mine.output, fill(mine.states_MD))
+            for name, got in jax.device_get(_score(*pairs, fill(targets_M))).items():
+                slices[name].append(got[: len(targets_M[some])])
+    values |= {name: np.concatenate(parts) for name, parts in slices.items()}
+    total = lambda x: np.bincount(owners_M, x.astype(np.float64), minlength=owners_RT.max() + 1)[1:]
+    return Quality(**{name: total(x) for name, x in values.items()})
 
 
 def measure(
@@ -58,32 +144,38 @@ def measure(
     reference: LanguageModel,
     batch: int = 8,
 ) -> dict[str, Quality]:
-    """Score packed rows (see data.packing) under each model; the reference reads every batch once for all of them.
+    """`score` of each model against the reference, which reads the rows once."""
+    expected = read(reference, rows, batch)
+    reading = lambda model: expected if model is reference else read(model, rows, batch)
+    return {name: score(reading(model), expected, rows, token_bytes) for name, model in models.items()}
 
-    token_bytes [V]: the bytes of text each token stands for.
-    """
-    documents = int(rows["segments"].max())
-    sums = {name: {part.name: np.zeros(documents + 1) for part in dataclasses.fields(Quality)} for name in models}
-    for start in range(0, len(rows["inputs"]), batch):
-        part = {name: array[start : start + batch] for name, array in rows.items()}
-        missing = batch - len(part["inputs"])
-        part = {name: np.pad(array, ((0, missing), (0, 0))) for name, array in part.items()}
-        counts = {"bytes": token_bytes[part["targets"]], "tokens": np.ones(part["targets"].shape)}
-        expected = _logits(reference, part)
-        for name, model in models.items():
-            scores = jax.device_get(_score(expected, _logits(model, part), part["targets"]))
-            for kind, values in (scores | counts).items():
-                np.add.at(sums[name][kind], part["segments"], values.astype(np.float64))
-    return {name: Quality(**{kind: values[1:] for kind, values in kinds.items()}) for name, kinds in sums.items()}
+
+# --- figures: a mean over all tokens or bytes, and its standard error over documents ---------------------------------
 
 
 def bits_per_byte(quality: Quality) -> tuple[float, float]:
-    """All bits over all bytes, and the standard error of that ratio over documents."""
+    """All bits over all bytes."""
     return _ratio(quality.bits, quality.bytes)
 
 
+def perplexity(quality: Quality) -> tuple[float, float]:
+    """exp of the mean nats a token; depends on the tokenizer, as bits per byte do not. The error is to first order."""
+    nats, error = _ratio(quality.bits * math.log(2), quality.tokens)
+    return math.exp(nats), math.exp(nats) * error
+
+
+def divergence(quality: Quality) -> tuple[float, float]:
+    """KL(reference || model) in nats a token."""
+    return _ratio(quality.kl, quality.tokens)
+
+
+def agreement(quality: Quality) -> tuple[float, float]:
+    """The share of tokens at which model and reference rank the same one first."""
+    return _ratio(quality.agreement, quality.tokens)
+
+
 def paired_difference(first: Quality, second: Quality) -> tuple[float, float]:
-    """bits per byte of `first` minus those of `second` on the same documents, and its standard error.
+    """bits per byte of `first` minus those of `second` on the same documents.
 
     What both find hard cancels, so the error is far below that of either alone.
     """

@@ -32,7 +32,7 @@ def build(
         f"dtype is {dtype!r}, but must be float32, bfloat16 or float16",
     )
     family = _family(description)
-    config = hf_config.read(family.config, description)
+    config = hf_config.read(family.config, description, layers_at_most=max(1, len(source.shapes)))
     wanted = cost.shapes(config)
     names = _names(family, config, wanted, source.shapes)
     mesh = mesh or sharding.make_mesh()
@@ -62,7 +62,7 @@ def describe(config: ModelConfig) -> tuple[str, dict[str, Any]]:
         description = {"architectures": [family.architecture], "model_type": name}
         description |= hf_config.write(family.config, config)
         try:
-            if hf_config.read(family.config, description) == config:
+            if hf_config.read(family.config, description, len(config.blocks)) == config:
                 return name, description
         except InputError:  # of a setting this family does not have: another one may
             continue

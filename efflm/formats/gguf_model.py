@@ -57,6 +57,19 @@ def load(path: Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> t
     return build(description, source, dtype=dtype, mesh=mesh), tokens
 
 
+def quantization(path: Path) -> str:
+    """The quantized type that most weights of the file are stored in, "" if none is.
+
+    Whoever compresses what `load` returns should know: dequantized weights lie on the grid of that type, so rounding
+    them to as few bits again costs nothing, which says nothing of weights that do not.
+    """
+    counts: dict[str, int] = {}
+    for tensor in gguf.read_header(path).tensors.values():
+        if tensor.kind.startswith("Q"):
+            counts[tensor.kind] = counts.get(tensor.kind, 0) + math.prod(tensor.shape)
+    return max(counts, key=counts.get, default="")
+
+
 def config_of(header: gguf.Header) -> dict[str, Any]:
     """The values of a config.json. Raises InputError for what is missing, absurd or not supported."""
     where, metadata = header.path, header.metadata

@@ -1,7 +1,6 @@
 """Hugging Face's config.json and our ModelConfig, by the family's table. What we do not compute is refused."""
 
 import dataclasses
-import math
 import re
 from typing import Any, Literal
 
@@ -9,8 +8,7 @@ from efflm.config import BlockConfig, ModelConfig, RopeScaling, require
 
 NEEDED = object()  # of a key that must be there
 FOREIGN = re.compile(r"expert|moe_|router|softcap|soft_cap|quantization_config")  # keys of what no family here has
-MOST = 2**31  # of any number that counts something
-MOST_LAYERS = 10_000
+MOST = 2**31 - 1  # of any number that counts something
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,8 +28,11 @@ class Described:
     windows: Literal["none", "all", "some"] = "none"
 
 
-def read(family: Described, values: dict[str, Any]) -> ModelConfig:
-    """The config that `values`, a config.json, describes. Raises InputError for what is missing or unsupported."""
+def read(family: Described, values: dict[str, Any], layers_at_most: int) -> ModelConfig:
+    """The config that `values`, a config.json, describes. Raises InputError for what is missing or unsupported.
+
+    layers_at_most: as many as there can be, so that a number gone wrong makes no list of that length.
+    """
     for key, value in values.items():
         require(
             not (FOREIGN.search(key) and value),
@@ -50,7 +51,7 @@ def read(family: Described, values: dict[str, Any]) -> ModelConfig:
         found[name] = values.get(key, absent)
         require(found[name] is not NEEDED, f"{key} is missing, so the model's {name} is not known")
         if found[name] is not None or (absent is not None and name != "kv_heads"):
-            _check(key, name, found[name])
+            _check(key, name, found[name], layers_at_most if name == "layers" else MOST)
     key, activations = family.activations
     activation = values.get(key, next(iter(activations)))
     require(
@@ -98,17 +99,16 @@ def write(family: Described, config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def _check(key: str, name: str, value: Any) -> None:
+def _check(key: str, name: str, value: Any, most: int = MOST) -> None:
     """Raise InputError unless the value is of the kind that a field of this name has."""
     if name in ("tied", "parallel"):
         good, wanted = isinstance(value, bool), "true or false"
     elif name in ("norm_epsilon", "rope_base", "rotary_fraction"):
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        good, wanted = number and math.isfinite(value) and value > 0, "a positive number"
+        good, wanted = number and 0 < value < 1e30, "a positive number"
     else:
-        most = MOST_LAYERS if name == "layers" else MOST
-        counts = isinstance(value, int) and not isinstance(value, bool) and 0 < value < most
-        good, wanted = counts, f"a whole number from 1 to {most - 1:,}"
+        counts = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+        good, wanted = counts, f"a whole number from 1 to {most:,}"
     require(good, f"{key} is {_shown(value)}, but must be {wanted}")
 
 

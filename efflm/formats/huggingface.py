@@ -66,9 +66,9 @@ def save(folder: Path, model: LanguageModel, tokens: Tokenizer) -> None:
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         write_json(partial / "config.json", description | ends | {"torch_dtype": dtype})
-        stops = {"eos_token_id": list(tokens.stops)} if tokens.stops else {}
-        write_json(partial / "generation_config.json", ends | stops)
         tokens.save(partial / "tokenizer.json")
+        stops = [stop for stop in (tokens.eos, *tokens.extra_stops) if stop is not None]
+        write_json(partial / "generation_config.json", ends | {"eos_token_id": stops or None})
         tensors.write_safetensors(partial / WEIGHTS, tensors_of(model, family))
         partial.chmod(0o755)
         partial.replace(folder)

@@ -14,16 +14,18 @@ from safetensors import SafetensorError, safe_open
 
 from efflm.config import InputError, require
 
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPES = FLOATS | {"I8": np.int8, "U8": np.uint8}
+NAMES = {np.dtype(dtype): name for name, dtype in FLOATS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensors:
-    """shapes: {name: shape}. read(name): that tensor, which may be a view of the file, in one of DTYPES' dtypes."""
+    """shapes: {name: shape}. read(name): that tensor, maybe a view of the file. metadata: strings beside them."""
 
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def from_safetensors(path: Path) -> Tensors:
@@ -41,7 +43,7 @@ def from_safetensors(path: Path) -> Tensors:
             header = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as safetensors ({error}): fetch or export it again") from None
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
 
     def read(name: str) -> np.ndarray:
         entry = header[name]
@@ -53,7 +55,7 @@ def from_safetensors(path: Path) -> Tensors:
         start, shape = 8 + length + entry["data_offsets"][0], tuple(entry["shape"])
         return np.memmap(path, DTYPES[entry["dtype"]], "r", start, shape or (1,)).reshape(shape)
 
-    return Tensors({name: tuple(entry["shape"]) for name, entry in header.items()}, read)
+    return Tensors({name: tuple(entry["shape"]) for name, entry in header.items()}, read, metadata)
 
 
 def write_safetensors(path: Path, names: Iterable[tuple[str, Any, Callable[[], np.ndarray]]]) -> None:
@@ -69,7 +71,7 @@ def write_safetensors(path: Path, names: Iterable[tuple[str, Any, Callable[[], n
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for _, _, array in names:
-            file.write(np.ascontiguousarray(array()).data.cast("B"))
+            file.write(np.ascontiguousarray(array()).view(np.uint8).data)
 
 
 def place(array: np.ndarray, dtype: Any, where: jax.sharding.Sharding) -> jax.Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from efflm.infer import generate
+from efflm.infer.sampling import GREEDY
 from efflm.model import LanguageModel, empty_cache, sharding
 from efflm.precision import policy_for
 
@@ -25,7 +26,8 @@ def placed(model: LanguageModel, mesh: Mesh) -> LanguageModel:
 
 def prefill(model: LanguageModel, rows: int, length: int, mesh: Mesh) -> Any:
     """The lowered program that reads prompts of `length` tokens into a cache with room for no more."""
-    return generate.prefill.lower(placed(model, mesh), _rows(mesh, (rows, length), jnp.int32), length=length)
+    tokens, lengths = _rows(mesh, (rows, length), jnp.int32), _rows(mesh, (rows,), jnp.int32)
+    return generate.prefill.lower(placed(model, mesh), tokens, lengths, room=length)
 
 
 def decode(model: LanguageModel, rows: int, room: int, mesh: Mesh) -> Any:
@@ -41,8 +43,10 @@ def decode(model: LanguageModel, rows: int, room: int, mesh: Mesh) -> Any:
         heads = "tensor" if x.ndim == 4 and x.shape[2] % tensor == 0 else None
         return _rows(mesh, x.shape, x.dtype, *((None, heads) if x.ndim == 4 else ()))
 
-    logits = _rows(mesh, (rows, config.vocabulary), jnp.float32)
+    of_rows = lambda dtype: _rows(mesh, (rows,), dtype)
+    keys = of_rows(jax.eval_shape(lambda: jax.random.key(0)).dtype)
+    state = generate.State(jax.tree.map(place, cache), of_rows(jnp.int32), of_rows(jnp.bool_), keys)
     whole = NamedSharding(mesh, PartitionSpec())
-    rng = jax.eval_shape(lambda: jax.random.key(0))
-    temperature, rng = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in (jnp.float32(0), rng))
-    return generate.decode.lower(placed(model, mesh), logits, jax.tree.map(place, cache), temperature, rng, steps=1)
+    how = {name: jax.ShapeDtypeStruct((), x.dtype, sharding=whole) for name, x in GREEDY.arrays().items()}
+    stops = jax.ShapeDtypeStruct((generate.LEAST,), jnp.int32, sharding=whole)
+    return jax.jit(generate.step, donate_argnames="state").lower(placed(model, mesh), state, how, stops)

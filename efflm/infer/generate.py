@@ -1,15 +1,40 @@
-"""Prefill, decode and sampling with a KV cache; the decode loop stays on the device."""
+"""Prefill and decode with a KV cache, for rows of different lengths; the decode loop stays on the device.
+
+Prompts are padded on the right, so that slot s of a row holds its position s: what lies beyond a row's length is never
+seen, and is overwritten as the row grows. Prompts and caches are padded to powers of two, so that one compiled program
+serves all lengths in between. A row's tokens depend on its prompt, its key and its positions alone: not on the rows
+beside it, nor on how many tokens are decoded at a time.
+"""
 
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from efflm.config import require
+from efflm.config import ModelConfig, require
+from efflm.infer.sampling import GREEDY, Sampling, sample
 from efflm.model import Cache, LanguageModel, Transformer, empty_cache
 from efflm.precision import policy_for
+
+NONE = -1  # in place of a token, where a row has ended
+LEAST = 16  # the smallest bucket
+CHUNK = 8  # tokens decoded for each visit of the host, where text is shown as it comes
+
+
+@flax.struct.dataclass
+class State:
+    """Rows being written. token_B is each row's newest token, which the cache does not hold yet; done_B: whether a
+    stop token has ended the row; keys_B: what its further tokens are drawn with."""
+
+    cache: Cache
+    token_B: jax.Array
+    done_B: jax.Array
+    keys_B: jax.Array
 
 
 def forward(model: LanguageModel, tokens_BT: jax.Array, **inputs: Any) -> tuple[jax.Array, Cache | None]:
@@ -18,48 +43,137 @@ def forward(model: LanguageModel, tokens_BT: jax.Array, **inputs: Any) -> tuple[
     return transformer.apply({"params": model.params}, tokens_BT, **inputs)
 
 
-@functools.partial(jax.jit, static_argnames="length")
-def prefill(model: LanguageModel, tokens_BT: jax.Array, length: int) -> tuple[jax.Array, Cache]:
-    """Read a prompt into a fresh cache with room for `length` positions: the last logits [B, V] and the cache.
+@functools.partial(jax.jit, static_argnames="room")
+def prefill(model: LanguageModel, tokens_BT: jax.Array, lengths_B: jax.Array, room: int) -> tuple[jax.Array, Cache]:
+    """Read prompts, of which lengths_B tokens count, into a fresh cache with room for `room` positions.
 
-    Raises InputError if learned positions do not reach that far.
+    The logits [B, V] after each row's last token, and the cache.
     """
-    config = model.config
-    require(
-        config.position == "rotary" or length <= config.context,
-        f"{length} positions asked of a model that learned {config.context}: shorten the prompt or the continuation",
-    )
-    cache = empty_cache(model.config, tokens_BT.shape[0], length, policy_for(model.params).compute)
-    logits, cache = forward(model, tokens_BT, cache=cache)
-    return logits[:, -1], cache
+    transformer = Transformer(model.config, policy_for(model.params))
+    apply = functools.partial(transformer.apply, {"params": model.params})
+    cache = empty_cache(model.config, tokens_BT.shape[0], room, policy_for(model.params).compute)
+    x_BTD, cache = apply(tokens_BT, cache=cache, method=Transformer.hidden)
+    last_B1D = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)
+    return apply(last_B1D, method=Transformer.unembed)[:, 0], cache.replace(length_B=lengths_B)
 
 
-def sample(logits_BV: jax.Array, temperature: jax.Array, rng: jax.Array) -> jax.Array:
-    """Token ids [B]: the likeliest at temperature 0, else drawn from softmax(logits / temperature)."""
-    drawn = jax.random.categorical(rng, logits_BV / jnp.maximum(temperature, 1e-6))
-    return jnp.where(temperature > 0, drawn, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
+def _next(logits_BV: jax.Array, cache: Cache, keys_B: jax.Array, how: dict[str, Any]) -> jax.Array:
+    """The token that follows the cache, drawn with a key of its position."""
+    return sample(logits_BV, how, jax.vmap(jax.random.fold_in)(keys_B, cache.length_B))
 
 
-@functools.partial(jax.jit, static_argnames="steps", donate_argnames="cache")
+@functools.partial(jax.jit, donate_argnames="cache")
+def start(logits_BV: jax.Array, cache: Cache, keys_B: jax.Array, how: dict[str, Any], stops_K: jax.Array) -> State:
+    """The first token of each row, from what `prefill` returned."""
+    token_B = _next(logits_BV, cache, keys_B, how)
+    return State(cache, token_B, jnp.isin(token_B, stops_K), keys_B)
+
+
+def step(model: LanguageModel, state: State, how: dict[str, Any], stops_K: jax.Array) -> tuple[State, jax.Array]:
+    """One more token for each row that has not ended: the state after it, and the tokens [B], NONE for the others."""
+    logits_BTV, cache = forward(model, state.token_B[:, None], cache=state.cache)
+    token_B = _next(logits_BTV[:, -1], cache, state.keys_B, how)
+    keep = lambda old, new: jnp.where(state.done_B, old, new)
+    cache = cache.replace(length_B=keep(state.cache.length_B, cache.length_B))
+    done_B = state.done_B | jnp.isin(token_B, stops_K)
+    return State(cache, keep(state.token_B, token_B), done_B, state.keys_B), keep(NONE, token_B)
+
+
+@functools.partial(jax.jit, static_argnames="steps", donate_argnames="state")
 def decode(
-    model: LanguageModel, logits_BV: jax.Array, cache: Cache, temperature: jax.Array, rng: jax.Array, steps: int
-) -> tuple[jax.Array, Cache]:
-    """Sample `steps` tokens one after another, from the logits that follow the cache: ids [B, steps], the cache."""
+    model: LanguageModel, state: State, how: dict[str, Any], stops_K: jax.Array, limit: jax.Array, steps: int
+) -> tuple[jax.Array, State]:
+    """`limit` tokens, at most `steps`, for each row, fewer where all rows have ended: ids [B, steps], NONE where there
+    is no token, and the state."""
 
-    def one(carry, step_rng):
-        logits, cache = carry
-        tokens_B = sample(logits, temperature, step_rng)
-        logits, cache = forward(model, tokens_B[:, None], cache=cache)
-        return (logits[:, -1], cache), tokens_B
+    def one(carry):
+        i, state, ids_BS = carry
+        state, token_B = step(model, state, how, stops_K)
+        return i + 1, state, lax.dynamic_update_slice_in_dim(ids_BS, token_B[:, None], i, axis=1)
 
-    (_, cache), tokens_SB = lax.scan(one, (logits_BV, cache), jax.random.split(rng, steps))
-    return tokens_SB.T, cache
+    goes_on = lambda carry: (carry[0] < limit) & ~jnp.all(carry[1].done_B)
+    empty_BS = jnp.full((state.token_B.shape[0], steps), NONE, jnp.int32)
+    _, state, ids_BS = lax.while_loop(goes_on, one, (jnp.int32(0), state, empty_BS))
+    return ids_BS, state
+
+
+def bucket(count: int, least: int = LEAST) -> int:
+    """The power of two that `count` is padded to."""
+    return max(least, 1 << (count - 1).bit_length())
+
+
+def row_keys(seed: int, rows: int) -> jax.Array:
+    """A key for each row, the same for row i however many there are."""
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(rows))
+
+
+def padded(prompts: Sequence[Sequence[int]], config: ModelConfig, new: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts side by side, int32 [B, bucket], and their lengths [B]. Raises InputError.
+
+    A model is asked for no position beyond its context: learned ones do not exist there, and others were not trained.
+    """
+    require(len(prompts) > 0, "there is no prompt: give at least one")
+    require(new > 0, f"max_tokens is {new}, but must be positive")
+    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    require(lengths_B.min() > 0, f"prompt {lengths_B.argmin()} is empty: give it at least one token")
+    longest = int(lengths_B.max())
+    require(
+        longest + new <= config.context,
+        f"the prompt has {longest} tokens and max_tokens is {new}, together {longest + new} positions, but the model's "
+        f"context is {config.context}: shorten one of them",
+    )
+    tokens_BT = np.zeros((len(prompts), min(bucket(longest), config.context)), np.int32)
+    for row, prompt in zip(tokens_BT, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    top, bottom = int(tokens_BT.max()), int(tokens_BT.min())
+    require(
+        bottom >= 0 and top < config.vocabulary,
+        f"token {top if top >= config.vocabulary else bottom} is not in the model's vocabulary of {config.vocabulary}: "
+        "use the model's own tokenizer",
+    )
+    return tokens_BT, lengths_B
+
+
+def stream(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: Sampling = GREEDY,
+    stops: Sequence[int] = (),
+    seed: int = 0,
+    chunk: int = CHUNK,
+) -> Iterator[list[list[int]]]:
+    """Continue every prompt: the new ids of each row as they come, first one, then up to `chunk` at a time.
+
+    A row ends before the first of the `stops`, or after max_tokens. Raises InputError.
+    """
+    tokens_BT, lengths_B = padded(prompts, model.config, max_tokens)
+    how, keys_B = sampling.arrays(), row_keys(seed, len(prompts))
+    stops_K = np.pad(np.asarray(stops, np.int32), (0, bucket(len(stops) + 1) - len(stops)), constant_values=NONE)
+    rows = lambda ids_BS: [[int(i) for i in row if i != NONE and i not in stops] for row in np.asarray(ids_BS)]
+
+    logits_BV, cache = prefill(model, tokens_BT, lengths_B, room=bucket(int(lengths_B.max()) + max_tokens))
+    state = start(logits_BV, cache, keys_B, how, stops_K)
+    yield rows(state.token_B[:, None])
+    done = 1
+    while done < max_tokens and not np.all(state.done_B):
+        limit = min(chunk, max_tokens - done)
+        ids_BS, state = decode(model, state, how, stops_K, np.int32(limit), steps=chunk)
+        yield rows(ids_BS)
+        done += limit
 
 
 def generate(
-    model: LanguageModel, prompt_BT: jax.Array, steps: int, temperature: float = 0.0, seed: int = 0
-) -> jax.Array:
-    """Continue every row of the prompt by `steps` tokens: ids [B, steps]."""
-    logits, cache = prefill(model, prompt_BT, length=prompt_BT.shape[1] + steps)
-    ids, _ = decode(model, logits, cache, jnp.float32(temperature), jax.random.key(seed), steps=steps)
-    return ids
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: Sampling = GREEDY,
+    stops: Sequence[int] = (),
+    seed: int = 0,
+) -> list[list[int]]:
+    """Continue every prompt by up to max_tokens tokens, in one go on the device: the new ids of each row."""
+    out: list[list[int]] = [[] for _ in prompts]
+    for new in stream(model, prompts, max_tokens, sampling, stops, seed, chunk=bucket(max_tokens)):
+        for row, ids in zip(out, new, strict=True):
+            row += ids
+    return out

@@ -288,10 +288,10 @@ def _update(config: ModelConfig, policy: Policy, accumulate: int, optimizer: Opt
 
 
 def prefill(config: ModelConfig, batch: int, length: int, policy: Policy = FLOAT32, room: int = 0) -> dict[str, Work]:
-    """Reading prompts of `length` tokens into a cache with `room` (default: for no more), all logits computed."""
+    """Reading prompts of `length` tokens into a cache with `room` (default: for no more); the last logits of each."""
     room = room or length
     pairs = lambda block: batch * computed_pairs(length, room, block.window, in_order=False)
-    return _forward(config, policy, batch * length, pairs, batch * room, batch * length)
+    return _forward(config, policy, batch * length, pairs, batch * room, batch)
 
 
 def decode(config: ModelConfig, batch: int, room: int, policy: Policy = FLOAT32) -> dict[str, Work]:

@@ -111,8 +111,12 @@ class Transformer(nn.Module):
 
     def __call__(self, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, Cache | None]:
         x_BTD, cache = self.hidden(tokens, **inputs)
+        return self.unembed(x_BTD), cache
+
+    def unembed(self, x_BTD: jax.Array) -> jax.Array:
+        """The logits [B, T, V] of what `hidden` returned, in the policy's output dtype. Reads no layer's weights."""
         logits = ops.unembed(x_BTD, self.embedding) if self.config.tied else ops.dot(x_BTD, self.unembedding)
-        return logits.astype(self.policy.output), cache
+        return logits.astype(self.policy.output)
 
     @nn.compact
     def hidden(

@@ -7,7 +7,7 @@ import numpy as np
 
 from efflm import trees
 from efflm.evaluate import cost, quality
-from efflm.evaluate.cost import Protocol
+from efflm.evaluate.cost import Protocol, Rate
 from efflm.evaluate.quality import Quality
 from efflm.model import LanguageModel
 
@@ -32,8 +32,12 @@ class Row:
     bits_per_byte_stderr: float
     bits_per_byte_over_dense: float
     bits_per_byte_over_dense_stderr: float
+    perplexity: float
+    perplexity_stderr: float
     kl_to_dense: float
+    kl_to_dense_stderr: float
     top1_agreement: float
+    top1_agreement_stderr: float
     note: str
 
 
@@ -59,38 +63,56 @@ def collect(
     qualities = quality.measure(models, test, token_bytes, reference)
     rates = cost.rates(models, protocol)
     first = next(iter(models))
-    rows = []
+    out = []
     for name, model in models.items():
-        (prefill, decode), measured = rates[name], qualities[name]
-        bits, error = quality.bits_per_byte(measured)
-        over, over_error = quality.paired_difference(measured, qualities[first])
-        words = [notes.get(name, "")]
-        if name != first:
-            words.append(_speed(prefill, rates[first][0], "prefill"))
-            words.append(_speed(decode, rates[first][1], "decode"))
-        rows.append(
-            Row(
-                name=name,
-                parameters=trees.count(model.params),
-                nonzeros=trees.nonzeros(model.params),
-                bytes=sizes[name],
-                prefill_tokens_per_second=round(prefill.median, 1),
-                prefill_spread=(round(prefill.low, 1), round(prefill.high, 1)),
-                decode_tokens_per_second=round(decode.median, 1),
-                decode_spread=(round(decode.low, 1), round(decode.high, 1)),
-                bits_per_byte=bits,
-                bits_per_byte_stderr=error,
-                bits_per_byte_over_dense=over,
-                bits_per_byte_over_dense_stderr=over_error,
-                kl_to_dense=measured.mean_kl,
-                top1_agreement=measured.top1_agreement,
-                note="; ".join(word for word in words if word),
-            )
-        )
-    return rows, qualities
+        base = None if name == first else (qualities[first], rates[first])
+        out.append(make(name, model, sizes[name], notes.get(name, ""), qualities[name], rates[name], base))
+    return out, qualities
 
 
-def _speed(rate: cost.Rate, base: cost.Rate, phase: str) -> str:
+def make(
+    name: str,
+    model: LanguageModel,
+    size: int,
+    note: str,
+    measured: Quality,
+    rates: tuple[Rate, Rate],
+    base: tuple[Quality, tuple[Rate, Rate]] | None,
+) -> Row:
+    """One row. rates: prefill and decode. base: the first row's measurements, made in turn with these; None for that
+    row itself."""
+    prefill, decode = rates
+    bits, error = quality.bits_per_byte(measured)
+    over, over_error = quality.paired_difference(measured, base[0] if base else measured)
+    words = [note]
+    if base:
+        words += [_speed(prefill, base[1][0], "prefill"), _speed(decode, base[1][1], "decode")]
+    (perplexity, perplexity_error), (kl, kl_error) = quality.perplexity(measured), quality.divergence(measured)
+    same, same_error = quality.agreement(measured)
+    return Row(
+        name=name,
+        parameters=trees.count(model.params),
+        nonzeros=trees.nonzeros(model.params),
+        bytes=size,
+        prefill_tokens_per_second=round(prefill.median, 1),
+        prefill_spread=(round(prefill.low, 1), round(prefill.high, 1)),
+        decode_tokens_per_second=round(decode.median, 1),
+        decode_spread=(round(decode.low, 1), round(decode.high, 1)),
+        bits_per_byte=bits,
+        bits_per_byte_stderr=error,
+        bits_per_byte_over_dense=over,
+        bits_per_byte_over_dense_stderr=over_error,
+        perplexity=perplexity,
+        perplexity_stderr=perplexity_error,
+        kl_to_dense=kl,
+        kl_to_dense_stderr=kl_error,
+        top1_agreement=same,
+        top1_agreement_stderr=same_error,
+        note="; ".join(word for word in words if word),
+    )
+
+
+def _speed(rate: Rate, base: Rate, phase: str) -> str:
     """A measured ratio in words; where the quartiles of both overlap, no difference is claimed."""
     ratio = rate.median / base.median
     overlap = rate.low <= base.high and base.low <= rate.high

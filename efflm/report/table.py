@@ -33,8 +33,9 @@ COLUMNS: Columns = (
         "over dense ± s.e.",
         lambda row: f"{row.bits_per_byte_over_dense:+.4f} ± {row.bits_per_byte_over_dense_stderr:.4f}",
     ),
-    ("KL to dense", lambda row: f"{row.kl_to_dense:.4f}"),
-    ("same top-1", lambda row: f"{row.top1_agreement:.1%}"),
+    ("perplexity ± s.e.", lambda row: f"{row.perplexity:.3f} ± {row.perplexity_stderr:.3f}"),
+    ("KL to dense ± s.e.", lambda row: f"{row.kl_to_dense:.4f} ± {row.kl_to_dense_stderr:.4f}"),
+    ("same top-1 ± s.e.", lambda row: f"{row.top1_agreement:.1%} ± {row.top1_agreement_stderr:.1%}"),
 )
 
 
@@ -42,7 +43,7 @@ def show(rows: list[Any], facts: list[str], columns: Columns = COLUMNS) -> None:
     """Print the table, then the note of each row, then `facts`. The rows of other columns need a name and a note."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=170)
+        console = Console(width=210)
     table = Table(header_style="bold", pad_edge=False)
     for index, (heading, _) in enumerate(columns):
         table.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")

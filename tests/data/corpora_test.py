@@ -85,3 +85,27 @@ def test_the_default_corpus_is_this_pythons_library_without_its_tests(tmp_path):
     assert not [n for n in names if set(n.split("/")) & corpora.LEFT_OUT]
     assert sum(len(text) for _, text in found) > 5_000_000
     assert "library" in name
+
+
+def test_text_to_score_is_whole_files_or_pieces_of_one(tmp_path):
+    for i in range(5):
+        (tmp_path / f"{i}.txt").write_text(f"text {i}\n" * 10)
+    name, count, found = corpora.read(str(tmp_path), documents=3)
+    assert (name, count, len(found)) == (str(tmp_path), 5, 3)
+    assert all(text == f"text {name[0]}\n" * 10 for name, text in found)
+    assert found == corpora.read(str(tmp_path))[2][:3]  # a sample that does not depend on its size
+    (tmp_path / "0.txt").write_text("line\n" * 10_000)
+    _, count, found = corpora.read(str(tmp_path / "0.txt"))
+    assert count == len(found) == 4
+    assert sorted(text for _, text in found) == sorted(
+        text for _, text in corpora._pieces([("", "line\n" * 10_000)], 16384)
+    )
+
+
+def test_held_out_documents_are_those_of_the_test_split(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"line {i}\n" for i in range(5000)))
+    name, count, found = corpora.held_out(str(path))
+    whole = corpora.load(str(path), tmp_path / "cache")
+    assert (name, count, found) == (whole.name, len(whole.test), whole.test)
+    assert corpora.held_out(str(path), 2)[1:] == (count, whole.test[:2])

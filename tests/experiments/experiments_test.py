@@ -40,7 +40,7 @@ def run(module, *argv):
             "run": compress.Run(), "quantize": Quantize, "prune": Prune, "finetune": Finetune, "distill": Distill,
             "shrink": Shrink,
         },
-        evaluate: {"run": evaluate.Run()},
+        evaluate: {"run": evaluate.Run(), "mesh": MeshConfig(data=1)},
     }[module]  # fmt: skip
     launch(module.main, module.__doc__, ["x", *argv], **groups)
 
@@ -151,24 +151,60 @@ def test_init_from_starts_where_another_run_ended(trained, corpus, tmp_path):
 def test_scanned_pretraining_leaves_an_unstacked_checkpoint(corpus, tmp_path, family, capsys):
     flags = [f"--corpus={corpus}", *TINY, f"--model.family={family}", "--train.scan", "--train.policy=bfloat16"]
     run(pretrain, f"--run_dir={tmp_path / 'run'}", *flags)
-    run(evaluate, f"--model={tmp_path / 'run'}", "--length=16", f"--run_dir={tmp_path / 'out'}")
+    run(evaluate, f"--model={tmp_path / 'run'}", "--window=16", f"--run_dir={tmp_path / 'out'}")
     assert rows_of(tmp_path / "out")[0]["top1_agreement"] == 1
     assert "bits per byte" in capsys.readouterr().out
 
 
 def test_compress_and_evaluate_a_trained_run(trained, tmp_path):
     out = tmp_path / "out"
-    run(compress, f"--model={trained}", "--recipe=masks50,w8a8", "--prune.sparsity=0.25", "--length=16",
-        f"--run_dir={out}")  # fmt: skip
+    run(compress, f"--model={trained}", "--recipe=masks50,w8a8", "--prune.sparsity=0.25", "--window=16",
+        "--sample=4", f"--run_dir={out}")  # fmt: skip
     before, after = rows_of(out)
     assert after["name"] == "masks50+w8a8"
     layers = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48)
     assert before["nonzeros"] - after["nonzeros"] >= layers // 4
-    run(evaluate, f"--model={out / 'masks50+w8a8.safetensors'}", f"--reference={trained}", "--length=16",
+    run(evaluate, f"--model={out / 'masks50+w8a8.safetensors'}", f"--reference={trained}", "--window=16",
         f"--run_dir={tmp_path / 'seen'}")  # fmt: skip
     seen = rows_of(tmp_path / "seen")[0]
-    for field in ("bits_per_byte", "kl_to_dense", "nonzeros", "bytes"):
+    for field in ("bits_per_byte", "kl_to_dense", "top1_agreement_stderr", "perplexity", "nonzeros", "bytes"):
         assert seen[field] == after[field], field
+
+
+def test_several_recipes_in_one_report(trained, corpus, tmp_path):
+    """Those that train read the corpus of the model's own run; what is scored is the text given."""
+    out, text = tmp_path / "out", tmp_path / "text"
+    text.mkdir()
+    for i in range(3):
+        (text / f"{i}.txt").write_text((corpus / f"{i}.txt").read_text())
+    run(compress, f"--model={trained}", "--recipe=w8a16 masks24 student_scratch", "--shrink.layers=1",
+        f"--text={text}", "--window=32", "--stride=8", "--length=16", "--sample=4", f"--run_dir={out}")  # fmt: skip
+    results = json.loads((out / "results.json").read_text())
+    assert [row["name"] for row in results["rows"]] == ["before", "w8a16", "masks24", "student_scratch"]
+    before, w8a16, masks24, student = results["rows"]
+    assert before["kl_to_dense"] == 0 < w8a16["kl_to_dense"] < masks24["kl_to_dense"] < student["kl_to_dense"]
+    assert before["top1_agreement"] == 1
+    assert student["parameters"] < before["parameters"]
+    quality = results["protocol"][0]
+    assert "windows of 32 tokens, 8 apart" in quality
+    assert str(text) in quality
+    assert set(results["samples"]) == {row["name"] for row in results["rows"]}
+    assert set(results["records"]) == {"w8a16", "masks24", "student_scratch"}
+    page = (out / "report.html").read_text()
+    assert "windows of 32 tokens" in page
+    assert "perplexity ± s.e." in page
+    for row in results["rows"]:
+        assert row["bytes"] == (out / f"{row['name']}.safetensors").stat().st_size
+
+
+def test_a_model_on_a_mesh_is_measured_the_same(trained, tmp_path):
+    def measured(name, *flags):
+        run(evaluate, f"--model={trained}", "--window=16", "--documents=4", f"--run_dir={tmp_path / name}", *flags)
+        return rows_of(tmp_path / name)[0]
+
+    one, spread = measured("one"), measured("spread", "--mesh.fsdp=2", "--mesh.tensor=2")
+    assert spread["bits_per_byte"] == pytest.approx(one["bits_per_byte"], rel=1e-5)
+    assert (spread["nonzeros"], spread["top1_agreement"]) == (one["nonzeros"], 1.0)
 
 
 @pytest.mark.parametrize(
@@ -217,12 +253,17 @@ def test_a_checkpoint_of_another_config_is_refused(trained, corpus, capsys, flag
         (["--recipe=w3a3"], "unknown recipe 'w3a3'"),
         (["--recipe=masks50", "--prune.sparsity=1.0"], "sparsity is 1.0"),
         (["--recipe=w8a8", "--prune.sparsity=0.3"], "not in this recipe"),
+        (["--recipe=w8a8 masks50", "--distill.steps=3"], "steps set for Distill, which is not in this recipe"),
+        (["--recipe= "], "recipe is ' '"),
         (["--model=/nowhere"], "no model at /nowhere"),
+        (["--text=/nowhere"], "/nowhere does not exist"),
+        (["--window=65"], "window is 65, but the model's context is 64"),
+        (["--window=16", "--stride=17"], "stride is 17"),
     ],
 )
 def test_bad_recipes_are_refused(trained, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as stopped:
-        run(compress, f"--model={trained}", f"--run_dir={tmp_path / 'out'}", "--length=16", *flags)
+        run(compress, f"--model={trained}", f"--run_dir={tmp_path / 'out'}", *flags)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

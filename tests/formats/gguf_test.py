@@ -8,7 +8,7 @@ import pytest
 
 from efflm.config import InputError
 from efflm.formats import gguf as files
-from efflm.formats import gguf_model
+from efflm.formats import gguf_model, sources
 from efflm.formats.build import build
 from efflm.formats.tensors import Tensors
 from efflm.infer.generate import forward
@@ -232,3 +232,11 @@ def test_a_damaged_header_is_refused(tmp_path, raw, message):
     with pytest.raises(InputError, match=message) as caught:
         files.read_header(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "label"), [("Q4_1", "Q4_1"), ("Q8_0", "Q8_0"), ("F16", "")])
+def test_what_weights_were_quantized_to_is_said(tmp_path, rng, kind, label):
+    weights = gguf_files.weights(rng, width=64, hidden=64)
+    path = gguf_files.write(tmp_path / "a.gguf", weights, kind=kind)
+    assert gguf_model.quantization(path) == label
+    assert sources.load(path).about == ({"dequantized": label} if label else {})

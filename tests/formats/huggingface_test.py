@@ -1,21 +1,76 @@
 """Families of models against transformers, and Hugging Face directories back and forth."""
 
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
+import tokenizers
 
-from efflm import tokenizer
-from efflm.formats import huggingface
+from efflm import tokenizer, trees
+from efflm.compress.quantize import quantize
+from efflm.config import BlockConfig, InputError, ModelConfig
+from efflm.formats import build, huggingface, tensors
+from efflm.formats.families import FAMILIES
 from efflm.infer.generate import forward
-from efflm.model import empty_cache
+from efflm.model import LanguageModel, cost, empty_cache, init_params, sharding
+from efflm.precision import cast
+from efflm.tokenizer import Tokenizer
 from tests import tiny
 
 GOLDENS = Path(__file__).parent / "goldens"
 NAMES = sorted(path.stem for path in GOLDENS.glob("*.npz"))
-TOKENIZER = tokenizer.train(["the cat sat on the mat\n" * 9], 300)
+
+
+def small_tokenizer() -> Tokenizer:
+    """A character a token, few enough of them for the goldens' vocabulary, and an end."""
+    characters = ["<end>", *"abcdefghijklmnopqrstuvwxyz ,."]
+    core = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(characters)}, []))
+    core.decoder = tokenizers.decoders.Fuse()
+    core.add_special_tokens(["<end>"])
+    return Tokenizer(core, {"eos_token": "<end>"}, template="{{ messages[0]['content'] }}")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A golden model of its own to damage."""
+    return Path(shutil.copytree(GOLDENS / "llama3", tmp_path / "model"))
+
+
+def stored(folder: Path) -> dict[str, np.ndarray]:
+    return {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in safetensors.numpy.load_file(path).items()
+    }
+
+
+def change_config(folder: Path, change: dict) -> None:
+    values = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(
+        json.dumps({key: value for key, value in values.items() if value is not DROPPED})
+    )
+
+
+DROPPED = object()
+
+
+def require_equal(a: LanguageModel, b: LanguageModel) -> None:
+    assert a.config == b.config
+    assert jax.tree.structure(a.params) == jax.tree.structure(b.params)
+    for one, other in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params)):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+# --- against transformers --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -30,3 +85,284 @@ def test_logits_are_those_of_transformers_at_once_and_token_by_token(name):
         logits, cache = step(model, tokens[:, t : t + 1], cache)
         steps.append(logits)
     np.testing.assert_allclose(jnp.concatenate(steps, axis=1), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_transformers_wrote_is_written_again(name, tmp_path):
+    huggingface.save(tmp_path / name, huggingface.load_weights(GOLDENS / name), small_tokenizer())
+    before, after = stored(GOLDENS / name), stored(tmp_path / name)
+    assert before.keys() == after.keys()
+    for key in before:
+        np.testing.assert_array_equal(before[key], after[key], err_msg=key)
+
+
+def test_every_family_has_a_golden():
+    models = [json.loads(path.read_text())["model_type"] for path in GOLDENS.glob("*/config.json")]
+    assert set(models) == set(FAMILIES)
+    assert sum(file.stat().st_size for file in GOLDENS.rglob("*")) < 1_000_000
+
+
+# --- back and forth --------------------------------------------------------------------------------------------------
+
+
+HALVES = [("llama3", "bfloat16"), ("gpt2", "bfloat16"), ("gpt_neox", "float16")]
+TINY = [f"tiny {name}" for name in tiny.CONFIGS]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "float32") for name in [*NAMES, *TINY]), *HALVES])
+def test_models_come_back_bit_for_bit(name, dtype, tmp_path):
+    if name in TINY:
+        model = tiny.model(tiny.CONFIGS[name.removeprefix("tiny ")])
+    else:
+        model = huggingface.load_weights(GOLDENS / name)
+    model, tokens = model.replace(params=cast(model.params, dtype)), small_tokenizer()
+    huggingface.save(tmp_path / "a" / "model", model, tokens)
+    back, tokens_back = huggingface.load(tmp_path / "a" / "model")
+    require_equal(back, model)
+    assert tokens_back.digest == tokens.digest
+    assert (tokens_back.stops, tokens_back.template) == (tokens.stops, tokens.template)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("stored_as", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16", "float16"])
+def test_weights_come_in_the_wanted_dtype(stored_as, wanted, tmp_path):
+    model = tiny.model()
+    model = model.replace(params=cast(model.params, stored_as))
+    huggingface.save(tmp_path / "model", model, small_tokenizer())
+    back = huggingface.load_weights(tmp_path / "model", dtype=wanted)
+    require_equal(back, model.replace(params=cast(model.params, wanted)))
+
+
+def test_what_does_not_fit_a_dtype_is_not_made_infinite(folder):
+    weights = stored(folder)
+    weights["model.norm.weight"][3] = 1e6
+    safetensors.numpy.save_file(weights, folder / "model.safetensors")
+    with pytest.raises(InputError, match="a weight does not fit float16: load the model in bfloat16 or float32"):
+        huggingface.load_weights(folder, dtype="float16")
+    with pytest.raises(InputError, match="dtype is 'int8'"):
+        huggingface.load_weights(folder, dtype="int8")
+
+
+@pytest.mark.parametrize("name", ["llama3", "gpt2", "gpt_neox", "qwen3"])
+def test_a_model_spread_over_eight_devices_is_the_same(name):
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    alone, spread = huggingface.load_weights(GOLDENS / name), huggingface.load_weights(GOLDENS / name, mesh=mesh)
+    for path, leaf in trees.flatten(spread.params):
+        spec = sharding.partition_spec(path, leaf.shape, mesh)
+        assert leaf.sharding == jax.NamedSharding(mesh, spec), path
+        np.testing.assert_array_equal(leaf, dict(trees.flatten(alone.params))[path])
+    assert spread.params["block_0"]["attention"]["query"]["kernel"].sharding.shard_shape((16, 16)) == (8, 8)
+
+
+def test_a_placed_array_is_a_copy():
+    raw = np.zeros(64 * 64 + 16, np.float32)
+    start = -raw.ctypes.data % 64 // 4  # at an address that JAX would take over without copying
+    array = raw[start : start + 64 * 64].reshape(64, 64)
+    placed = tensors.place(array, None, jax.NamedSharding(sharding.make_mesh(), jax.P()))
+    array[:] = 1
+    np.testing.assert_array_equal(placed, np.zeros((64, 64)))
+
+
+def test_weights_do_not_lie_in_the_file(folder):
+    model = huggingface.load_weights(folder)
+    before = np.array(model.params["embedding"])
+    raw = bytearray((folder / "model.safetensors").read_bytes())
+    with (folder / "model.safetensors").open("r+b") as file:  # the same file, not a new one under its name
+        file.write(bytes(len(raw)))
+    np.testing.assert_array_equal(model.params["embedding"], before)
+
+
+# --- what is tolerated, and what is not ------------------------------------------------------------------------------
+
+
+def test_buffers_heads_of_tied_models_and_missing_prefixes_are_tolerated(tmp_path):
+    for name, prefix in (("gpt2", "transformer."), ("qwen2", "model.")):
+        folder = Path(shutil.copytree(GOLDENS / name, tmp_path / name))
+        weights = {key.removeprefix(prefix): value for key, value in stored(folder).items()}
+        embedding = "wte.weight" if name == "gpt2" else "embed_tokens.weight"
+        extra = {
+            "lm_head.weight": weights[embedding],
+            "h.0.attn.bias": np.ones((1, 1, 64, 64), np.float32),
+            "h.1.attn.masked_bias": np.float32([-1e4]),
+            "layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32),
+        }
+        safetensors.numpy.save_file(weights | extra, folder / "model.safetensors")
+        require_equal(huggingface.load_weights(folder), huggingface.load_weights(GOLDENS / name))
+
+
+def test_missing_unknown_and_misshapen_tensors_are_named(folder):
+    weights = stored(folder)
+
+    def refused(changed, message):
+        safetensors.numpy.save_file(changed, folder / "model.safetensors")
+        with pytest.raises(InputError, match=message) as error:
+            huggingface.load_weights(folder)
+        assert "\n" not in str(error.value)
+
+    gone = {name: weight for name, weight in weights.items() if "layers.1.mlp" not in name}
+    refused(gone, r"layers\.1\.mlp\.gate_proj\.weight, .*down_proj\.weight are missing: the model is not whole")
+    bias = {"model.layers.0.self_attn.q_proj.bias": np.ones(16, np.float32)}
+    refused(weights | bias, r"q_proj\.bias is left over: the model has parts that its config does not speak of")
+    transposed = {"model.layers.0.mlp.up_proj.weight": np.ones((16, 24), np.float32)}
+    refused(weights | transposed, r"up_proj\.weight has shape \(16, 24\), but the model's config says \(24, 16\)")
+    rounded = {"model.norm.weight": np.ones(16, np.int8)}
+    refused(weights | rounded, r"model\.norm\.weight is stored as int8, but only floating-point weights are read")
+    rounded = {"model.norm.weight": np.ones(16, np.int32)}
+    refused(weights | rounded, r"model\.norm\.weight .*is stored as I32, but only F64, F32, F16, BF16")
+
+
+SCALED = {"rope_theta": 1e4, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mixtral"}, "model_type is 'mixtral', but only llama, mistral, qwen2, qwen3, gpt2, gpt_neox"),
+        ({"model_type": ["llama"]}, "model_type is"),
+        ({"num_local_experts": 8}, "num_local_experts is 8, but mixtures of experts"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is .* quantized weights"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}, "auto_map names code of the model's own"),
+        ({"attention_bias": True}, "attention_bias is True, but only False is supported"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu', but only silu, swish are supported"),
+        ({"hidden_size": DROPPED}, "hidden_size is missing"),
+        ({"hidden_size": None}, "hidden_size is None, but must be a whole number"),
+        ({"hidden_size": 2**63}, "hidden_size is 9223372036854775808"),
+        ({"hidden_size": 16.0}, r"hidden_size is 16\.0"),
+        ({"num_hidden_layers": 100}, "num_hidden_layers is 100, but must be a whole number from 1 to 21"),
+        ({"vocab_size": True}, "vocab_size is True"),
+        ({"num_attention_heads": 3}, "heads 3 is not divisible by kv_heads 2"),
+        ({"num_attention_heads": 3, "head_dim": None}, "a width of 16 is not divisible by 3 heads"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', but must be true or false"),
+        ({"rope_parameters": SCALED | {"rope_type": "linear"}}, "rope_type is 'linear', but only default and llama3"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, r"low_freq_factor is None"),
+        ({"rope_parameters": SCALED | {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor is 0\.5, but heads"),
+        ({"rope_parameters": {"full_attention": SCALED}}, "rope_parameters differs from layer to layer"),
+        ({"rope_parameters": [1]}, "rope_parameters is"),
+        ({"layer_types": ["sliding_attention"] * 2}, "layer_types has sliding_attention, but the model has no window"),
+        ({"layer_types": ["full_attention"]}, "layer_types is"),
+        ({"num_attention_heads": 8}, "has shape"),
+    ],
+)
+def test_configs_that_are_not_supported_are_refused(folder, change, message):
+    change_config(folder, change)
+    with pytest.raises(InputError, match=message) as error:
+        huggingface.load_weights(folder)
+    assert "\n" not in str(error.value)
+    assert str(folder) in str(error.value)
+
+
+def test_older_configs_mean_the_same(folder):
+    scaling = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    base = scaling.pop("rope_theta")
+    change_config(folder, {"rope_parameters": DROPPED, "rope_scaling": scaling, "rope_theta": base})
+    require_equal(huggingface.load_weights(folder), huggingface.load_weights(GOLDENS / "llama3"))
+    neox = Path(shutil.copytree(GOLDENS / "gpt_neox", folder.parent / "neox"))
+    change_config(neox, {"rope_parameters": DROPPED, "rotary_pct": 0.25, "rotary_emb_base": 100})
+    require_equal(huggingface.load_weights(neox), huggingface.load_weights(GOLDENS / "gpt_neox"))
+    qwen2 = Path(shutil.copytree(GOLDENS / "qwen2_windows", folder.parent / "qwen2"))
+    change_config(qwen2, {"layer_types": DROPPED})  # max_window_layers says it alone
+    require_equal(huggingface.load_weights(qwen2), huggingface.load_weights(GOLDENS / "qwen2_windows"))
+
+
+def test_pickles_are_refused_with_the_reason(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+        huggingface.load_weights(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit'\ntR.")
+    with pytest.raises(InputError, match=r"it has pytorch_model\.bin but no .*: pickled weights can run any code"):
+        huggingface.load_weights(folder)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_transformers_could_not_load_is_not_written(tmp_path):
+    model, tokens = tiny.model(), small_tokenizer()
+    with pytest.raises(InputError, match="is compressed, but a Hugging Face directory holds floats: export the model"):
+        huggingface.save(tmp_path / "int8", model.replace(params=quantize(model.params)), tokens)
+    blocks = (model.config.blocks[0], dataclasses.replace(model.config.blocks[1], hidden=52))
+    unequal = dataclasses.replace(model.config, blocks=blocks)
+    with pytest.raises(InputError, match=r"none of the families llama, .* has models of this shape"):
+        huggingface.save(tmp_path / "unequal", LanguageModel(unequal, init_params(unequal, 0)), tokens)
+    large = tokenizer.train(["abc"] * 9, 400)
+    small = dataclasses.replace(tiny.LLAMA, vocabulary=257)
+    if large.vocabulary <= 257:
+        large = dataclasses.replace(large, core=with_one_more(large))
+    with pytest.raises(InputError, match="tokens, more than the model's 257"):
+        huggingface.save(tmp_path / "small", tiny.model(small), large)
+    assert not list(tmp_path.iterdir())
+
+
+def with_one_more(tokens: Tokenizer) -> tokenizers.Tokenizer:
+    core = tokenizers.Tokenizer.from_str(tokens.core.to_str())
+    core.add_tokens([f"another{i}" for i in range(4)])
+    return core
+
+
+def test_a_directory_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    model, tokens, folder = tiny.model(), small_tokenizer(), tmp_path / "model"
+
+    def full(path, names):
+        path.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tensors, "write_safetensors", full)
+        with pytest.raises(OSError, match="No space left"):
+            huggingface.save(folder, model, tokens)
+    assert not list(tmp_path.iterdir())
+    folder.mkdir()
+    huggingface.save(folder, model, tokens)  # an empty folder may be there
+    with pytest.raises(InputError, match="exists already"):
+        huggingface.save(folder, model, tokens)
+    require_equal(huggingface.load(folder)[0], model)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+import jax
+from efflm import trees
+from efflm.formats import huggingface
+
+# Not ru_maxrss, which a process inherits from the one that started it.
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+huggingface.load_weights(Path(sys.argv[1]))
+before = peak()
+model = huggingface.load_weights(Path(sys.argv[2]), dtype=sys.argv[3])
+jax.block_until_ready(model.params)
+print((peak() - before) / trees.nbytes(model.params))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its peak memory from /proc")
+@pytest.mark.parametrize(
+    ("kept_as", "wanted"), [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "float32")]
+)
+def test_loading_peaks_at_most_at_1_3_times_the_model(kept_as, wanted, tmp_path):
+    block = BlockConfig(heads=8, kv_heads=4, head_dim=64, hidden=1536)
+    config = ModelConfig(vocabulary=32000, width=512, context=64, blocks=(block,) * 12)
+    family, description = build.describe(config)
+    dtype, folder = jnp.dtype(kept_as), tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(description))
+    named = []
+    for path, shape in cost.shapes(config).items():
+        place = FAMILIES[family].place(path)
+        kind = jax.ShapeDtypeStruct(build.stored_shape(shape, place), dtype)
+        random = lambda kind=kind: np.random.default_rng(0).standard_normal(kind.shape, np.float32).astype(kind.dtype)
+        named.append((place.tensor(path), kind, random))
+    tensors.write_safetensors(folder / "model.safetensors", named)
+    command = [sys.executable, "-c", MEASURE, str(GOLDENS / "llama"), str(folder), wanted]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2], timeout=300
+    )
+    assert 0.9 < float(done.stdout) <= 1.3

@@ -1,3 +1,5 @@
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -76,3 +78,36 @@ def test_broken_files_are_one_clear_error(tmp_path):
     save_file({"a": np.zeros(3)}, path)
     with pytest.raises(InputError, match="not written by efflm"):
         safetensors.load(path)
+
+
+def test_files_that_contradict_themselves_are_refused(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    path = tmp_path / "m.safetensors"
+    made = {chain: compressed(tiny.model(), chain)[0] for chain in ("", "masks50", "w8a16")}
+
+    def refused(chain, change, message):
+        safetensors.save(path, made[chain], {})
+        with safe_open(path, framework="numpy") as file:
+            manifest = json.loads(file.metadata()["efflm"])
+        tensors = load_file(path)
+        change(tensors, manifest)
+        save_file(tensors, path, metadata={"efflm": json.dumps(manifest)})
+        with pytest.raises(InputError, match=message):
+            safetensors.load(path)
+
+    up = "block_0/feedforward/up/kernel"
+    narrower = lambda tensors, manifest: manifest["config"]["blocks"][0].update(hidden=40)
+    refused("", narrower, r"down/kernel has shape \(48, 32\), but the config says \(40, 32\), of 3 such")
+    refused("", lambda tensors, manifest: tensors.pop(up), "up/kernel has shape None, but the config says")
+    unknown = lambda tensors, manifest: tensors.update(extra=np.zeros(3))
+    refused("", unknown, r"extra has shape \(3,\), but the config says None")
+    half = lambda name: lambda tensors, manifest: tensors.update({name: tensors[name][: len(tensors[name]) // 2]})
+    refused("masks50", half(f"{up}/bitmask"), r"up/kernel of shape \(32, 48\) has a bitmask of 96 bytes")
+    refused("masks50", half(f"{up}/nonzeros"), r"up/kernel has 384 values for another number of bits")
+    as_float = lambda tensors, manifest: tensors.update({f"{up}/values": tensors[f"{up}/values"].astype(np.float32)})
+    refused("w8a16", as_float, "up/kernel/values is stored as float32, which is not what such a weight is made of")
+    short = lambda tensors, manifest: tensors.update({f"{up}/scale": tensors[f"{up}/scale"][:, :1]})
+    refused("w8a16", short, r"up/kernel of shape \(32, 48\) has a scale of shape \(1, 1\)")
+    other = lambda tensors, manifest: manifest["kinds"][up].update(activations="int3")
+    refused("w8a16", other, "up/kernel has unknown activations int3")

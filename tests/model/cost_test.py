@@ -13,6 +13,7 @@ import pytest
 from efflm import trees
 from efflm.config import BlockConfig, ModelShape, Optimizer, TrainConfig
 from efflm.infer import generate
+from efflm.infer.sampling import GREEDY
 from efflm.model import LanguageModel, cost, empty_cache, init_params, memory, sharding
 from efflm.precision import POLICIES
 from efflm.train import ahead, optimizer
@@ -171,14 +172,14 @@ def mean_trips(config, queries, keys, in_order=True):
 def test_prefill_and_decode_multiply_what_the_jaxpr_does(name, length, room):
     config = dataclasses.replace(CONFIGS[name], context=1024)
     model = abstract_model(config)
-    counted = matrix_flops(lambda model, tokens: generate.prefill(model, tokens, length=room), model, ids(3, length))
+    prefill = lambda model, tokens, lengths: generate.prefill(model, tokens, lengths, room=room)
+    counted = matrix_flops(prefill, model, ids(3, length), jax.ShapeDtypeStruct((3,), jnp.int32))
     assert cost.total(cost.prefill(config, 3, length, room=room)).flops == pytest.approx(counted, rel=0.01)
     cache = jax.eval_shape(lambda: empty_cache(config, 3, room))
-    logits = jax.ShapeDtypeStruct((3, config.vocabulary), jnp.float32)
-    steps = lambda model, logits, cache: generate.decode(
-        model, logits, cache, jnp.float32(0), jax.random.key(0), steps=5
-    )
-    counted = matrix_flops(steps, model, logits, cache)
+    zeros, keys = np.zeros(3, np.int32), generate.row_keys(0, 3)
+    state = lambda cache: generate.State(cache, jnp.asarray(zeros), jnp.zeros(3, bool), keys)
+    steps = lambda model, cache: generate.decode(model, state(cache), GREEDY.arrays(), zeros, np.int32(5), steps=5)
+    counted = matrix_flops(steps, model, cache, trips=5)
     assert 5 * cost.total(cost.decode(config, 3, room)).flops == pytest.approx(counted, rel=0.01)
 
 

@@ -8,7 +8,9 @@ ROW = rows.Row(
     name="w8a16", parameters=4_000_000, nonzeros=3_900_000, bytes=4_070_000, prefill_tokens_per_second=14000.0,
     prefill_spread=(13000.0, 15000.0), decode_tokens_per_second=1400.0, decode_spread=(1300.0, 1500.0),
     bits_per_byte=2.2, bits_per_byte_stderr=0.07, bits_per_byte_over_dense=0.001,
-    bits_per_byte_over_dense_stderr=0.0005, kl_to_dense=0.001, top1_agreement=0.995, note="<b>bold & free</b>",
+    bits_per_byte_over_dense_stderr=0.0005, perplexity=12.5, perplexity_stderr=0.25,
+    kl_to_dense=0.001, kl_to_dense_stderr=0.0002, top1_agreement=0.995, top1_agreement_stderr=0.001,
+    note="<b>bold & free</b>",
 )  # fmt: skip
 
 
@@ -31,7 +33,9 @@ def test_the_page_is_self_contained_and_escaped(tmp_path):
         "14.0k (13.0k–15.0k)",
         "1,400 (1,300–1,500)",
         "+0.0010 ± 0.0005",
-        "99.5%",
+        "12.500 ± 0.250",
+        "0.0010 ± 0.0002",
+        "99.5% ± 0.1%",
         "jax 0.10",
     ):
         assert entry in text

@@ -1,0 +1,103 @@
+"""A model from wherever it is: one name for directories, files, the hub and what efflm wrote itself."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from efflm import tokenizer
+from efflm.config import require
+from efflm.formats import gguf_model, hub, huggingface, safetensors, wheels
+from efflm.model import LanguageModel, sharding
+from efflm.precision import cast
+from efflm.tokenizer import Tokenizer
+from efflm.train import checkpoint
+
+KINDS = (
+    f"a name ({', '.join(wheels.WHEELS)}), a Hugging Face directory or hub id, a .gguf file, the directory of a "
+    "training run, or efflm's .safetensors file"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """about: how efflm made the model; of models from elsewhere at most "dequantized", the type that most weights were
+    quantized to (see gguf_model.quantization). nbytes: of the weights on disk."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    about: dict[str, Any]
+    nbytes: int
+
+
+def load_model(
+    source: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None
+) -> tuple[LanguageModel, Tokenizer]:
+    """The model at `source` and its tokenizer, in `dtype` (default: as stored) and laid on the mesh. See `load`."""
+    loaded = load(source, dtype=dtype, mesh=mesh)
+    return loaded.model, loaded.tokenizer
+
+
+def load(source: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> Loaded:
+    """What is at `source`: one of KINDS. A path that exists goes before a hub id. Raises InputError."""
+    path, mesh = Path(source), mesh or sharding.make_mesh()
+    if path.is_dir():
+        return _directory(path, dtype, mesh)
+    if path.exists():
+        return _file(path, dtype, mesh)
+    name = str(source)
+    if name in wheels.WHEELS:
+        return _file(wheels.fetch(wheels.WHEELS[name]), dtype, mesh)
+    looks_like_a_path = (
+        path.is_absolute() or path.suffix in _SUFFIXES or (path.parent != Path() and path.parent.is_dir())
+    )
+    require(
+        bool(hub.ID.fullmatch(name)) and not looks_like_a_path and not re.match(r"[.~-]", name),
+        f"no model at {name}: give {KINDS}",
+    )
+    return _directory(hub.fetch(name), dtype, mesh)
+
+
+_SUFFIXES = (".gguf", ".safetensors", ".json", *huggingface.PICKLES)
+
+
+def _directory(path: Path, dtype: str | None, mesh: Mesh) -> Loaded:
+    if (path / "config.json").exists():
+        model, tokens = huggingface.load(path, dtype=dtype, mesh=mesh)
+        return Loaded(model, tokens, {}, _size(path.glob("*.safetensors")))
+    run = path if (path / "checkpoint").is_dir() else path.parent
+    folder = path / "checkpoint" if (path / "checkpoint").is_dir() else path
+    require(
+        checkpoint.exists(folder),
+        f"{path} has neither a config.json, as Hugging Face directories do, nor a checkpoint of efflm's: give {KINDS}",
+    )
+    model, about = checkpoint.load(folder, mesh)
+    tokens = tokenizer.load(run / "tokenizer.json")
+    return Loaded(_in(model, dtype), tokens, about, _size(folder.rglob("*")))
+
+
+def _file(path: Path, dtype: str | None, mesh: Mesh) -> Loaded:
+    require(
+        path.suffix not in huggingface.PICKLES,
+        f"{path} is pickled: reading it could run any code that whoever made it put in, so it is never read; have it "
+        "converted to safetensors",
+    )
+    if path.suffix == ".gguf":
+        model, tokens = gguf_model.load(path, dtype=dtype, mesh=mesh)
+        kind = gguf_model.quantization(path)
+        return Loaded(model, tokens, {"dequantized": kind} if kind else {}, path.stat().st_size)
+    require(path.suffix == ".safetensors", f"{path} is not a kind of file that is read: give {KINDS}")
+    model, about = safetensors.load(path)
+    model = model.replace(params=jax.device_put(model.params, sharding.shardings(model.params, mesh)))
+    return Loaded(_in(model, dtype), tokenizer.load(path.parent / "tokenizer.json"), about, path.stat().st_size)
+
+
+def _in(model: LanguageModel, dtype: str | None) -> LanguageModel:
+    return model.replace(params=cast(model.params, dtype)) if dtype else model
+
+
+def _size(files: Any) -> int:
+    return sum(file.stat().st_size for file in files if file.is_file())

@@ -1,0 +1,143 @@
+"""The generate experiment from its flags to its streams, on a model small enough for a test."""
+
+import io
+import json
+import os
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from efflm import rundir, tokenizer
+from efflm.config import launch
+from efflm.formats import safetensors
+from efflm.infer.generate import generate as write
+from efflm.model import LanguageModel
+from experiments import generate
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model file of efflm's, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    words = tokenizer.train(["the cat sat on the mat, the dog did not ünd 😀 "] * 20, 300)
+    words.save(folder / "tokenizer.json")
+    safetensors.save(folder / "model.safetensors", tiny.model(), {})
+    return folder
+
+
+@pytest.fixture
+def loaded(folder):
+    model, _ = safetensors.load(folder / "model.safetensors")
+    return LanguageModel(model.config, model.params), tokenizer.load(folder / "tokenizer.json")
+
+
+def run(folder, monkeypatch, tmp_path, *argv):
+    monkeypatch.setattr(rundir, "ROOT", tmp_path)
+    launch(generate.main, generate.__doc__, ["x", f"--model={folder / 'model.safetensors'}", *argv],
+           run=generate.Run())  # fmt: skip
+
+
+def test_the_text_is_on_stdout_and_the_times_on_stderr(folder, loaded, monkeypatch, tmp_path, capsys):
+    model, words = loaded
+    run(folder, monkeypatch, tmp_path, "--prompt=the cat", "--max_tokens=20")
+    out, err = capsys.readouterr()
+    (ids,) = write(model, [words.encode("the cat")], 20, stops=words.stops)
+    decode = words.stream()
+    assert out == "the cat" + decode(ids) + decode([], final=True) + "\n"
+    assert "first token after" in err
+    assert "19 more at" in err
+    assert "compiling took" in err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat"))
+    run(folder, monkeypatch, tmp_path, "--prompt=-", "--max_tokens=20")
+    assert capsys.readouterr().out == out
+    part = out[10:14]
+    run(folder, monkeypatch, tmp_path, "--prompt=the cat", "--max_tokens=20", f"--stop={part}")
+    assert capsys.readouterr().out == "the cat" + out[7 : out.index(part, 7)] + "\n"
+
+
+def test_a_seed_draws_the_same_again(folder, monkeypatch, tmp_path, capsys):
+    def drawn(seed):
+        run(folder, monkeypatch, tmp_path, "--prompt=the", "--max_tokens=12", "--temperature=1.2", "--top_k=50",
+            f"--seed={seed}")  # fmt: skip
+        return capsys.readouterr().out
+
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_a_reader_that_leaves_is_no_error(folder, monkeypatch, tmp_path, capfd):
+    read, wrote = os.pipe()
+    os.close(read)
+    with os.fdopen(wrote, "w") as broken, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", broken)
+        run(folder, patched, tmp_path, "--prompt=the", "--max_tokens=4")
+    assert "first token after" in capfd.readouterr().err
+
+
+def test_chat_goes_through_the_template(folder, loaded, monkeypatch, tmp_path, capsys):
+    _, words = loaded
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
+    config = folder / "tokenizer_config.json"
+    kept = config.read_text()
+    config.write_text(json.dumps(json.loads(kept) | {"chat_template": template}))
+    try:
+        seen = []
+        monkeypatch.setattr(generate, "stream", lambda model, prompts, *rest: seen.append(prompts) or iter([]))
+        run(folder, monkeypatch, tmp_path, "--chat", "--system=the", "--prompt=cat")
+        assert words.decode(seen[0][0]) == "[system] the\n[user] cat\n[assistant]"
+        assert "cat" not in capsys.readouterr().out
+    finally:
+        config.write_text(kept)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--chat", "--prompt=hi"], "no chat template"),
+        (["--prompt=hi", "--system=you"], "system is for --chat"),
+        (["--chat"], "the prompt is empty"),
+        (["--prompt=hi", "--max_tokens=0"], "max_tokens is 0"),
+        (["--prompt=hi", "--top_p=0"], "top_p is 0"),
+        (["--prompt=hi", "--max_tokens=64"], "context is 64"),
+        (["--prompt=hi", "--model=/nowhere.gguf"], "no model at /nowhere.gguf"),
+    ],
+)
+def test_bad_input_is_one_line(folder, monkeypatch, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stopped:
+        run(folder, monkeypatch, tmp_path, *flags)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@given(st.text("ab\n", max_size=30), st.text("ab\n", max_size=4), st.lists(st.integers(0, 5), max_size=12))
+def test_text_ends_before_the_stop_wherever_it_is_cut(text, stop, cuts):
+    parts, rest = [], text
+    for cut in cuts:
+        parts, rest = [*parts, rest[:cut]], rest[cut:]
+    got = list(generate.until([*parts, rest], stop))
+    assert "".join(got) == (text.split(stop)[0] if stop else text)
+    for i in range(min(len(got), len(parts))):  # held back is only what may become the stop
+        held = len("".join(parts[: i + 1])) - len("".join(got[: i + 1]))
+        assert stop.startswith("".join(parts[: i + 1])[-held:]) if held and len(got) > i + 1 else True
+
+
+def test_times_leave_compiling_out():
+    times = [(10.0, 0.0), (13.0, 2.5), (14.0, 2.5), (17.0, 4.5)]
+    words = generate.timing(times, [0, 1, 9, 17], 5)
+    assert words == (
+        "first token after 0.50 s (5 in the prompt); 16 more at 8.0 tokens/s; compiling took 4.5 s beside that"
+    )
+    assert generate.timing(times[:1], [0], 5) == "nothing was written"
+
+
+def test_nested_compiling_counts_once(monkeypatch):
+    heard, clock = [], iter([5.0, 6.0, 9.0])
+    monkeypatch.setattr(generate.jax.monitoring, "register_event_duration_secs_listener", heard.append)
+    monkeypatch.setattr(generate.time, "perf_counter", lambda: next(clock))
+    total = generate.compile_clock()
+    for event, seconds in (("trace", 1.0), ("other", 3.0), ("compile", 2.0)):
+        heard[0](f"/jax/core/compile/{event}", seconds)
+    heard[0]("/jax/elsewhere", 100.0)
+    assert total() == 5.0  # (4, 5) lies in (3, 6), and (7, 9) is apart

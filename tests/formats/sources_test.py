@@ -1,0 +1,176 @@
+"""One name for models from anywhere: directories, files, runs, the hub."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub.constants
+import jax
+import numpy as np
+import pytest
+
+from efflm.compress.quantize import quantize
+from efflm.config import InputError
+from efflm.formats import gguf_model, huggingface, load_model, safetensors, sources, wheels
+from efflm.model import sharding
+from efflm.precision import cast
+from efflm.train import checkpoint
+from tests import gguf_files, tiny
+from tests.formats.huggingface_test import require_equal, small_tokenizer
+
+MESH = sharding.make_mesh(fsdp=2, tensor=2)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The directory of a training run."""
+    small_tokenizer().save(tmp_path / "run" / "tokenizer.json")
+    checkpoint.save(tmp_path / "run" / "checkpoint", 3, tiny.model(), {"source": "stdlib"})
+    return tmp_path / "run"
+
+
+def spread(model) -> bool:
+    kernel = model.params["block_0"]["attention"]["query"]["kernel"]
+    return jax.tree.leaves(kernel)[0].sharding.spec == jax.P("fsdp", "tensor")
+
+
+def test_training_runs_and_their_checkpoints(run):
+    for source in (run, str(run), run / "checkpoint"):
+        model, tokens = load_model(source)
+        require_equal(model, tiny.model())
+        assert tokens.digest == small_tokenizer().digest
+    loaded = sources.load(run, dtype="bfloat16", mesh=MESH)
+    require_equal(loaded.model, tiny.model().replace(params=cast(tiny.model().params, "bfloat16")))
+    assert spread(loaded.model)
+    assert loaded.about == {"source": "stdlib"}
+    assert loaded.nbytes > 4 * sum(leaf.size for leaf in jax.tree.leaves(tiny.model().params))
+
+
+def test_files_of_our_own(tmp_path):
+    model = tiny.model().replace(params=quantize(tiny.model().params, "int8"))
+    size = safetensors.save(tmp_path / "w8a8.safetensors", model, {"recipe": "w8a8"})
+    with pytest.raises(InputError, match="no tokenizer at"):
+        load_model(tmp_path / "w8a8.safetensors")
+    small_tokenizer().save(tmp_path / "tokenizer.json")
+    loaded = sources.load(tmp_path / "w8a8.safetensors", mesh=MESH)
+    require_equal(loaded.model, model)
+    assert spread(loaded.model)
+    assert (loaded.about, loaded.nbytes) == ({"recipe": "w8a8"}, size)
+
+
+def test_gguf_files_and_models_by_name(tmp_path, monkeypatch):
+    path = tmp_path / "model.gguf"
+    gguf_files.write(path, gguf_files.weights(np.random.default_rng(0), width=64, hidden=64))
+    expected, _ = gguf_model.load(path)
+    loaded = sources.load(path, mesh=MESH)
+    require_equal(loaded.model, expected)
+    assert spread(loaded.model)
+    assert loaded.nbytes == path.stat().st_size
+    monkeypatch.setattr(wheels, "fetch", {wheels.WHEELS["smollm2"]: path}.get)
+    require_equal(load_model("smollm2", dtype="bfloat16")[0], gguf_model.load(path, dtype="bfloat16")[0])
+
+
+def test_hugging_face_directories(tmp_path):
+    huggingface.save(tmp_path / "model", tiny.model(), small_tokenizer())
+    loaded = sources.load(tmp_path / "model", mesh=MESH)
+    require_equal(loaded.model, tiny.model())
+    assert spread(loaded.model)
+    assert loaded.about == {}
+    assert loaded.nbytes == (tmp_path / "model" / "model.safetensors").stat().st_size
+    with pytest.raises(InputError, match=r"was not written by efflm: .* give a Hugging Face model as its folder"):
+        load_model(tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"has no tokenizer\.json"):
+        load_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "nothing/here/at/all",
+            "no model at nothing/here/at/all: give a name .smollm2., a Hugging Face directory or hub",
+        ),
+        ("runs/none", "no model at runs/none: give"),
+        ("gpt2", "no model at gpt2: give a name"),
+        ("/org/model", "no model at /org/model: give"),
+        ("../model", "no model at ../model: give"),
+        ("org/model.gguf", "no model at org/model.gguf: give"),
+        ("", "give a name"),
+        ("empty", "empty has neither a config.json, as Hugging Face directories do, nor a checkpoint of efflm's: give"),
+        ("pickle.bin", "pickle.bin is pickled: reading it could run any code that whoever made it put in"),
+        ("pickle.pt", "pickle.pt is pickled"),
+        ("pickle.ckpt", "pickle.ckpt is pickled"),
+        ("notes.txt", "notes.txt is not a kind of file that is read: give"),
+    ],
+)
+def test_anything_else_is_refused_and_told_what_there_is(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "runs").mkdir()
+    for file in ("pickle.bin", "pickle.pt", "pickle.ckpt", "notes.txt"):
+        (tmp_path / file).write_bytes(b"cos\nsystem\n(S'exit'\ntR.")
+    with pytest.raises(InputError) as error:
+        load_model(name)
+    assert message.replace(".smollm2.", "(smollm2)") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- the hub, of which there is none here ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The cache of the hub, with a model in it as the library keeps them: blobs, and links to them by revision."""
+    home, revision = tmp_path / "models--some--model", "a" * 40
+    huggingface.save(tmp_path / "made", tiny.model(), small_tokenizer())
+    (home / "blobs").mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(revision)
+    (home / "snapshots" / revision).mkdir(parents=True)
+    for i, file in enumerate(sorted((tmp_path / "made").iterdir())):
+        shutil.copy(file, home / "blobs" / f"{i:040}")
+        (home / "snapshots" / revision / file.name).symlink_to(f"../../blobs/{i:040}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_cached_model_needs_no_network(cache, offline, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://localhost:9")
+    model, tokens = load_model("some/model")
+    require_equal(model, tiny.model())
+    assert tokens.digest == small_tokenizer().digest
+
+
+@pytest.mark.parametrize(("offline", "why"), [("1", "HF_HUB_OFFLINE is set"), ("0", "the hub cannot be reached")])
+def test_without_a_network_one_line_says_so(offline, why, tmp_path):
+    """In a process of its own, as a user has it: the library reads its settings when it is imported."""
+    program = "from efflm.formats import load_model\nload_model('some/model')"
+    settings = {"HF_HUB_OFFLINE": offline, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_ENDPOINT": "http://localhost:9"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | settings,
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    expected = (
+        f"some/model is not in the cache of the Hugging Face hub ({tmp_path / 'cache'}), and {why}: give a folder"
+    )
+    assert expected in last
+
+
+def test_a_link_out_of_the_cache_is_not_followed(cache):
+    snapshot = next((cache / "models--some--model" / "snapshots").iterdir())
+    (cache / "secret.safetensors").write_bytes((snapshot / "model.safetensors").read_bytes())
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(cache / "secret.safetensors")
+    with pytest.raises(InputError, match="links out of its folder"):
+        load_model(snapshot)
