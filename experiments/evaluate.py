@@ -104,6 +104,11 @@ def speed_protocol(model: LanguageModel) -> Protocol:
     return (SHORT if trees.count(model.params) > LARGE else Protocol()).within(model.config.context)
 
 
+def label(about: dict[str, Any]) -> str:
+    """What the first of several models is called."""
+    return f"dequantized {about['dequantized']}" if "dequantized" in about else "before"
+
+
 def origin(source: str, about: dict[str, Any]) -> str:
     """Where a model is from, in words: what it was before it became floats must be said."""
     return f"from {source}" + (f", dequantized {about['dequantized']}" if "dequantized" in about else "")

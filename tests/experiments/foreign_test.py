@@ -42,13 +42,14 @@ def test_compress_says_what_the_weights_were(model, text, tmp_path, capsys):
     launch(compress.main, "", ["x", f"--model={model}", "--recipe=w8a16 masks24", f"--text={text}", "--sample=3",
            f"--run_dir={out}"], run=compress.Run(), **STEPS)  # fmt: skip
     before, w8a16, masks24 = results(out)["rows"]
+    assert before["name"] == "dequantized Q4_1"
     assert before["note"] == f"from {model}, dequantized Q4_1"
     assert "multiplies its zeros too" in masks24["note"]
     assert "zeros" not in w8a16["note"]
     facts = " ".join(results(out)["protocol"])
     assert "4 of 4 documents" in facts
     assert "are dequantized Q4_1" in facts
-    assert "dequantized Q4_1" in (out / "report.html").read_text()
+    assert "<td>dequantized Q4_1</td>" in (out / "report.html").read_text()
     assert "dequantized Q4_1" in capsys.readouterr().out
     # The label outlives the file it was read from.
     again = tmp_path / "runs" / "again"
