@@ -35,7 +35,7 @@ from efflm.report import page, plots, rows, table
 from efflm.tokenizer import Tokenizer
 from experiments import evaluate
 
-BEFORE = "before"
+BEFORE = "before.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,9 @@ class Run(evaluate.Scored):
     batch: int = flag(8, "rows in a batch, where a step trains")
     length: int = flag(256, "tokens in a row, where a step trains")
     seed: int = flag(0, "seed of whatever a step draws")
-    prompt: str = flag("The", "what each model goes on from in the report, to look at; empty: nothing")
+    prompt: str = flag(
+        "The capital of France is", "what each model goes on from in the report, to look at; empty: nothing"
+    )
     sample: int = flag(32, "tokens it goes on by")
 
     def __post_init__(self):
@@ -130,6 +132,7 @@ def main(run: Run, quantize: dict, prune: dict, finetune: dict, distill: dict, s
     rundir.use_compilation_cache(run_dir.parent / "compilation_cache")
     protocol, batch = evaluate.speed_protocol(dense), evaluate.rows_at_a_time(to_score["inputs"].shape[1])
     one, records, samples, measured = jax.devices()[0], {}, {}, []
+    first = evaluate.label(about)
     dense_here = jax.device_put(dense, one)
     for name, steps in plans.items():
         say(f"{name}: {', then '.join(map(repr, steps))}")
@@ -137,29 +140,29 @@ def main(run: Run, quantize: dict, prune: dict, finetune: dict, distill: dict, s
         if not measured:  # the first step has been taken, so nothing is left behind where a recipe cannot be
             run_dir.mkdir(parents=True, exist_ok=True)
             tokens.save(run_dir / "tokenizer.json")
-            size = safetensors.save(run_dir / f"{BEFORE}.safetensors", dense, about)
-            say(f"{BEFORE}: reading the text")
+            size = safetensors.save(run_dir / BEFORE, dense, about)
+            say(f"{first}: reading the text")
             reading = quality.read(dense_here, to_score, batch)
             before = quality.score(reading, reading, to_score, tokens.token_bytes)
-            say(f"{BEFORE}: {quality.bits_per_byte(before)[0]:.4f} bits per byte")
+            say(f"{first}: {quality.bits_per_byte(before)[0]:.4f} bits per byte")
         after_size = safetensors.save(run_dir / f"{name}.safetensors", after, about | {"recipe": name})
         after = jax.device_put(after, one)
         found = quality.score(quality.read(after, to_score, batch), reading, to_score, tokens.token_bytes)
         say(f"{name}: {quality.bits_per_byte(found)[0]:.4f} bits per byte")
-        rates = cost.rates({BEFORE: dense_here, name: after}, protocol)
+        rates = cost.rates({first: dense_here, name: after}, protocol)
         pairs = [(name, after, after_size, described(steps, after), found)]
         if not measured:
-            pairs.insert(0, (BEFORE, dense_here, size, evaluate.origin(run.model, about), before))
+            pairs.insert(0, (first, dense_here, size, evaluate.origin(run.model, about), before))
         for each, model, nbytes, note, figures in pairs:
-            base = None if each == BEFORE else (before, rates[BEFORE])
+            base = None if each == first else (before, rates[first])
             measured.append(rows.make(each, model, nbytes, note, figures, rates[each], base))
             if run.prompt:
                 samples[each] = written(model, tokens, run.prompt, run.sample)
         del after, model, pairs
     report(run, measured, records, samples, [
-        f"Quality: {words}. Divergence: from {BEFORE}.",
-        f"Speed: {protocol}; each model in turn with {BEFORE}, of which the rounds beside the first are shown. In "
-        "brackets the quartiles.",
+        f"Quality: {words}. Divergence: from the first model.",
+        f"Speed: {protocol}; each model in turn with the first, whose rounds beside the second are shown. In brackets "
+        "the quartiles.",
         f"Size: an uncompressed safetensors file; the source itself takes {table.megabytes(loaded.nbytes)} MB.",
         *evaluate.cautions(run, about),
     ])  # fmt: skip

@@ -17,6 +17,12 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.2f}"
 
 
+def perplexity(value: float, error: float) -> str:
+    """With as many decimals as make sense: a ruined model's perplexity is in the hundreds."""
+    digits = 3 if value < 100 else 1
+    return f"{value:,.{digits}f} ± {error:,.{digits}f}"
+
+
 # (heading, one row's entry)
 Columns = tuple[tuple[str, Callable[[Any], str]], ...]
 
@@ -33,7 +39,7 @@ COLUMNS: Columns = (
         "over dense ± s.e.",
         lambda row: f"{row.bits_per_byte_over_dense:+.4f} ± {row.bits_per_byte_over_dense_stderr:.4f}",
     ),
-    ("perplexity ± s.e.", lambda row: f"{row.perplexity:.3f} ± {row.perplexity_stderr:.3f}"),
+    ("perplexity ± s.e.", lambda row: perplexity(row.perplexity, row.perplexity_stderr)),
     ("KL to dense ± s.e.", lambda row: f"{row.kl_to_dense:.4f} ± {row.kl_to_dense_stderr:.4f}"),
     ("same top-1 ± s.e.", lambda row: f"{row.top1_agreement:.1%} ± {row.top1_agreement_stderr:.1%}"),
 )

@@ -196,6 +196,10 @@ def test_several_recipes_in_one_report(trained, corpus, tmp_path):
     assert "perplexity ± s.e." in page
     for row in results["rows"]:
         assert row["bytes"] == (out / f"{row['name']}.safetensors").stat().st_size
+    with pytest.raises(SystemExit):  # one of several recipes cannot be: nothing is left behind
+        run(compress, f"--model={trained}", "--recipe=student_scratch", f"--run_dir={tmp_path / 'not'}",
+            "--shrink.layers=9", "--length=16")  # fmt: skip
+    assert not (tmp_path / "not").exists()
 
 
 def test_a_model_on_a_mesh_is_measured_the_same(trained, tmp_path):

@@ -41,6 +41,11 @@ def test_the_page_is_self_contained_and_escaped(tmp_path):
         assert entry in text
 
 
+def test_perplexities_have_the_decimals_that_make_sense():
+    assert table.perplexity(12.1403, 1.018) == "12.140 ± 1.018"
+    assert table.perplexity(1626.157, 223.702) == "1,626.2 ± 223.7"
+
+
 def test_the_table_names_every_column_and_note(capsys):
     table.show([ROW], ["a fact [not markup]"])
     out = capsys.readouterr().out
