@@ -11,7 +11,8 @@ from efflm.compress.finetune import Finetune
 from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink
-from efflm.config import MeshConfig, launch
+from efflm.config import MeshConfig
+from efflm.flags import launch
 from experiments import compress, evaluate, generate
 from tests import gguf_files
 
