@@ -176,7 +176,7 @@ def _type_name(kind: int) -> str:
 
 
 def read_tensor(header: Header, name: str) -> np.ndarray:
-    """The tensor as float32, rows first, holding little beyond the result. Raises InputError."""
+    """The tensor as float32, rows first, holding little beyond the result."""
     import gguf
 
     tensor = header.tensors[name]

@@ -137,7 +137,7 @@ def _sentencepiece(
     unknown: int | None,
     where: Path,
 ) -> dict[str, Any]:
-    scores = _numbers(metadata, "scores", len(tokens), where)
+    scores = _numbers(metadata, "scores", len(tokens), where).astype(np.float64)
     require(bool(np.isfinite(scores).all()), f"{where}: tokenizer.ggml.scores are not all finite")
     prefixed = metadata.get("tokenizer.ggml.add_space_prefix", True)
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
