@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from efflm import tokenizer
@@ -90,8 +89,7 @@ def _file(path: Path, dtype: str | None, mesh: Mesh) -> Loaded:
         kind = gguf_model.quantization(path)
         return Loaded(model, tokens, {"dequantized": kind} if kind else {}, path.stat().st_size)
     require(path.suffix == ".safetensors", f"{path} is not a kind of file that is read: give {KINDS}")
-    model, about = safetensors.load(path)
-    model = model.replace(params=jax.device_put(model.params, sharding.shardings(model.params, mesh)))
+    model, about = safetensors.load(path, mesh)
     return Loaded(_in(model, dtype), tokenizer.load(path.parent / "tokenizer.json"), about, path.stat().st_size)
 
 
