@@ -5,6 +5,7 @@ looking whether a character begins there, and replaces text by as much as a file
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,11 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file, empty if there is no file. Raises InputError."""
     if not path.is_file():
         return {}
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(text)
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(value, ensure_ascii=False).encode()  # fails on half a character, which JSON can spell
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}): fetch it again") from None
     require(isinstance(value, dict), f"{path} holds a {type(value).__name__}, but must hold a JSON object")

@@ -2,7 +2,7 @@
 
     python -m experiments.evaluate --model=runs/quickstart
     python -m experiments.evaluate --model=runs/quickstart/models/w8a8.safetensors --reference=runs/quickstart
-    python -m experiments.evaluate --model=smollm2 --text=~/notes --window=2048 --stride=512
+    python -m experiments.evaluate --model=smollm2 --text=~/notes --tokens=0 --window=2048 --stride=512
 
 Expect a table with the protocol below it; with --run_dir also results.json in that directory.
 """
@@ -35,7 +35,7 @@ LARGE, SHORT = 50_000_000, Protocol(prompt=256, start=256, new=16, repeats=5)
 class Scored:
     """What is measured, and on which text"""
 
-    model: str = flag(str(rundir.ROOT / "quickstart"), f"{KINDS}; or smollm2")
+    model: str = flag(str(rundir.ROOT / "quickstart"), KINDS)
     text: str = flag("", "file or folder of UTF-8 text to score; default: the test split of --corpus")
     corpus: str = flag(
         "", "'stdlib', or a file or folder of UTF-8 text; default: what the model was trained on, else stdlib"

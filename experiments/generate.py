@@ -28,7 +28,7 @@ from efflm.infer.sampling import Sampling
 class Run:
     """The run"""
 
-    model: str = flag("smollm2", f"{KINDS}; or smollm2")
+    model: str = flag("smollm2", KINDS)
     prompt: str = flag("", "what to go on from, or to answer; -: what comes on stdin")
     chat: bool = flag(False, "answer the prompt, by the model's own chat template")
     system: str = flag("", "with --chat: what the model is told before the prompt")

@@ -92,7 +92,7 @@ def test_importing_the_library_starts_nothing():
 
 def test_the_experiments_answer_help_without_the_slow_libraries():
     program = (
-        "import sys, experiments.quickstart, experiments.compress\n"
+        "import sys, experiments.quickstart, experiments.compress, experiments.generate\n"
         "slow = {'orbax', 'tensorflow_datasets', 'grain', 'matplotlib', 'tensorboardX', 'gguf', 'jinja2', "
         "'huggingface_hub'}\n"
         "slow &= set(sys.modules)\n"

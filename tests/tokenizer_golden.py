@@ -135,8 +135,12 @@ def main(smollm2: Path | None) -> None:
         (OUT / "scores.json").write_text(json.dumps([score for _, score in pieces]))
         loaded = transformers.PreTrainedTokenizerFast(tokenizer_file=str(OUT / "sentencepiece.json"))
         golden["sentencepiece"] = digests(plain(loaded))
-        same = sum(trained.encode(line) == plain(loaded)(line) for line in lines())
-        print(f"sentencepiece itself agrees with transformers on {same} of 1000 lines")
+        # sentencepiece treats special tokens in a text otherwise, and refuses the character 0
+        ordinary = [
+            line for line in lines() if not any(odd in line for odd in ("<s>", "</s>", "<unk>", "<code>", "\x00"))
+        ]
+        same = sum(trained.encode(line) == plain(loaded)(line) for line in ordinary)
+        print(f"sentencepiece itself agrees with transformers on {same} of {len(ordinary)} ordinary lines")
     for pre in ("gpt-2", "llama-bpe"):
         with tempfile.TemporaryDirectory() as folder:
             golden[f"gguf_{pre}"] = digests(plain(through_gguf(Path(folder), byte_level, pre)))
@@ -149,6 +153,7 @@ def main(smollm2: Path | None) -> None:
         theirs = transformers.AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
         published = wrapped(digits_alone(theirs._tokenizer))
         golden["smollm2"] = digests(plain(published))
+        # They differ in the space before a number: it passes over what the file says of splitting digits off.
         same = sum(plain(theirs)(line) == plain(published)(line) for line in lines())
         print(f"transformers' reading of the GGUF file agrees with the published splitting on {same} of 1000 lines")
         chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]

@@ -34,8 +34,8 @@ def vocabulary(name):
 
 def byte_level_metadata(**more):
     tokens, merges = vocabulary("byte_level")
-    metadata = {"model": "gpt2", "tokens": tokens, "merges": merges, "bos_token_id": 1, "eos_token_id": 2, **more}
-    metadata["token_type"] = np.where(np.arange(len(tokens)) < 3, gguf_tokenizer.CONTROL, 1)
+    metadata = {"model": "gpt2", "tokens": tokens, "merges": merges, "bos_token_id": 1, "eos_token_id": 2}
+    metadata |= {"token_type": np.where(np.arange(len(tokens)) < 3, gguf_tokenizer.CONTROL, 1), **more}
     return {f"tokenizer.ggml.{key}": value for key, value in metadata.items() if value is not None}
 
 
@@ -74,6 +74,22 @@ def test_a_sentencepiece_vocabulary_in_a_gguf_file():
     plain = gguf_tokenizer.from_metadata(sentencepiece_metadata(add_space_prefix=False, add_bos_token=False), HERE)
     assert plain.core.encode("a").tokens == ["a"]
     assert plain.prompt(" a") == plain.encode(" a") == loaded.encode("a")
+
+
+def test_llama_3_takes_a_word_that_is_a_token_whole_whatever_the_merges():
+    tokens, _ = vocabulary("byte_level")
+    unreachable = {"tokens": [*tokens, "Ġzzz"], "token_type": None}
+    encoded = lambda pre: gguf_tokenizer.from_metadata(byte_level_metadata(pre=pre, **unreachable), HERE).encode(" zzz")
+    assert encoded("llama-bpe") == [len(tokens)]
+    assert len(encoded("qwen2")) > 1
+
+
+def test_merges_go_by_score_and_then_by_the_longer_left_half():
+    tokens = ["<unk>", "a", "b", "c", "ab", "bc", "abc"]
+    scores = np.array([0, -1, -2, -3, -5, -4, -6], np.float32)
+    metadata = {"model": "llama", "tokens": tokens, "scores": scores, "token_type": np.array([2, 1, 1, 1, 1, 1, 1])}
+    core = gguf_tokenizer.from_metadata({f"tokenizer.ggml.{key}": value for key, value in metadata.items()}, HERE).core
+    assert json.loads(core.to_str())["model"]["merges"] == [["b", "c"], ["a", "b"], ["ab", "c"], ["a", "bc"]]
 
 
 def test_ggml_splits_a_vocabulary_of_unknown_origin_at_punctuation_and_every_three_digits():

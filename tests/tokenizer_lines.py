@@ -52,30 +52,14 @@ GAPS = (
     ", ",
     ". ",
 )
-ODD = (
-    "<|endoftext|>",
-    "</s>",
-    "<s>",
-    "<unk>",
-    "<0x41>",
-    "▁",
-    "Ġ",
-    "\x00",
-    "\x7f",
-    "\ufeff",
-    "\ufffd",
-    "...",
-    "!!!",
-    "——",
-    "'''",
-)
+ODD = "<|endoftext|> <|im_start|> </s> <s> <unk> <code> <0x41> ▁ Ġ \x00 \x7f \ufeff \ufffd ... !!! —— '''"
 
 
 def lines(count: int = 1000, seed: int = 7) -> list[str]:
     draw = random.Random(seed)
     # Of all characters those that were already characters in Unicode 3.2: what a letter is has settled for them.
     rare = [chr(code) for code in range(0x20000) if unicodedata.ucd_3_2_0.category(chr(code)) not in ("Cn", "Cs", "Co")]
-    kinds = [(WORDS.split(), 60), (NUMBERS.split(), 15), (EMOJI.split(), 10), (CODE, 8), (ODD, 4), (rare, 3)]
+    kinds = [(WORDS.split(), 60), (NUMBERS.split(), 15), (EMOJI.split(), 10), (CODE, 8), (ODD.split(), 4), (rare, 3)]
     made = ["", " ", "  ", "\n", "a", " a", "a ", "  a  b  "]
     while len(made) < count:
         parts = [draw.choice(("", "", "", " ", "  ", "\n", "\t"))]

@@ -48,10 +48,10 @@ def _smallest(magnitudes: jax.Array, count: int) -> jax.Array:
 def _two_of_four(w: jax.Array) -> jax.Array:
     inputs, outputs = w.shape
     four = jnp.abs(w).reshape(inputs // 4, 4, outputs)
-    one, other = four[:, :, None], four[:, None]
-    earlier = jnp.arange(4)[:, None] > jnp.arange(4)[None]
-    smaller = (other < one) | ((other == one) & earlier[None, :, :, None])  # of these the mask drops the lower ranks
-    return (jnp.sum(smaller, axis=2) >= 2).reshape(inputs, outputs)
+    one, other = four[:, :, None], four[:, None]  # every input of a group beside every other
+    earlier = (jnp.arange(4)[:, None] > jnp.arange(4)[None])[None, :, :, None]
+    rank = jnp.sum((other < one) | ((other == one) & earlier), axis=2)
+    return (rank >= 2).reshape(inputs, outputs)
 
 
 def magnitude_masks(params: Any, sparsity: float, scope: Scope = "layer", selected: str = LINEAR) -> dict[str, Any]:

@@ -34,6 +34,7 @@ ODD = (
     {"type": "Sequence"},
     [1] * 50,
 )
+COUNT = 250  # files a test
 MINUTE = 60
 MEGABYTE = 1 << 20
 
@@ -145,18 +146,23 @@ def test_damaged_gguf_files(watched, architecture, harm):
     assert refused > COUNT // 2
 
 
-COUNT = 300
+def small_tokenizer(name):
+    """A golden tokenizer's first 300 tokens, or the same as Unigram: small, so that not only the vocabulary is hit."""
+    whole = json.loads((GOLDEN / f"{name.replace('unigram', 'sentencepiece')}.json").read_text())
+    kept = {token: index for token, index in whole["model"]["vocab"].items() if index < 300}
+    if name == "unigram":
+        space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+        vocabulary = [[token, -float(index)] for token, index in kept.items()]
+        model = {"type": "Unigram", "unk_id": 0, "vocab": vocabulary, "byte_fallback": True}
+        return whole | {"normalizer": None, "pre_tokenizer": space, "decoder": space, "model": model}
+    merges = [pair for pair in whole["model"]["merges"] if all(token in kept for token in (*pair, "".join(pair)))]
+    return whole | {"model": whole["model"] | {"vocab": kept, "merges": merges}}
 
 
-@pytest.mark.parametrize("name", ["byte_level", "sentencepiece"])
+@pytest.mark.parametrize("name", ["byte_level", "sentencepiece", "unigram"])
 @pytest.mark.parametrize("textual", [False, True])
 def test_damaged_tokenizers(watched, name, textual):
-    whole = json.loads((GOLDEN / f"{name}.json").read_text())
-    keep = 300  # tokens: a smaller file, so that what is harmed is more often not the vocabulary
-    whole["model"]["vocab"] = {token: i for token, i in whole["model"]["vocab"].items() if i < keep}
-    whole["model"]["merges"] = [
-        pair for pair in whole["model"]["merges"] if all(p in whole["model"]["vocab"] for p in (*pair, "".join(pair)))
-    ]
+    whole = small_tokenizer(name)
     path = watched / "tokenizer.json"
     path.write_text(json.dumps(whole))
     tokenizer.load(path)

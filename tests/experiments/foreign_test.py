@@ -1,0 +1,78 @@
+"""The experiments on a model that was not trained here: a tiny GGUF file of quantized weights."""
+
+import json
+
+import numpy as np
+import pytest
+
+from efflm import rundir
+from efflm.compress.distill import Distill
+from efflm.compress.finetune import Finetune
+from efflm.compress.prune import Prune
+from efflm.compress.quantize import Quantize
+from efflm.compress.shrink import Shrink
+from efflm.config import MeshConfig, launch
+from experiments import compress, evaluate, generate
+from tests import gguf_files
+
+STEPS = {"quantize": Quantize, "prune": Prune, "finetune": Finetune, "distill": Distill, "shrink": Shrink}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    weights = gguf_files.weights(np.random.default_rng(0), width=64, hidden=64)
+    return gguf_files.write(tmp_path_factory.mktemp("gguf") / "tiny.gguf", weights, kind="Q4_1")
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(f"the thing in the tin {i} ünd 😀\n" * (i + 2))
+    return folder
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_compress_says_what_the_weights_were(model, text, tmp_path, capsys):
+    out = tmp_path / "runs" / "out"
+    launch(compress.main, "", ["x", f"--model={model}", "--recipe=w8a16 masks24", f"--text={text}", "--sample=3",
+           f"--run_dir={out}"], run=compress.Run(), **STEPS)  # fmt: skip
+    before, w8a16, masks24 = results(out)["rows"]
+    assert before["note"] == f"from {model}, dequantized Q4_1"
+    assert "multiplies its zeros too" in masks24["note"]
+    assert "zeros" not in w8a16["note"]
+    facts = " ".join(results(out)["protocol"])
+    assert "4 of 4 documents" in facts
+    assert "are dequantized Q4_1" in facts
+    assert "dequantized Q4_1" in (out / "report.html").read_text()
+    assert "dequantized Q4_1" in capsys.readouterr().out
+    # The label outlives the file it was read from.
+    again = tmp_path / "runs" / "again"
+    launch(evaluate.main, "", ["x", f"--model={out / 'w8a16.safetensors'}", f"--reference={model}", f"--text={text}",
+           f"--run_dir={again}"], run=evaluate.Run(), mesh=MeshConfig(data=1))  # fmt: skip
+    (row,) = results(again)["rows"]
+    for field in ("bits_per_byte", "kl_to_dense", "perplexity"):
+        assert row[field] == w8a16[field], field
+    assert row["note"].endswith("dequantized Q4_1")
+
+
+def test_without_a_text_of_its_own_it_reads_the_standard_library(model, tmp_path):
+    out = tmp_path / "runs" / "out"
+    launch(evaluate.main, "", ["x", f"--model={model}", "--documents=2", "--tokens=20", f"--run_dir={out}"],
+           run=evaluate.Run(), mesh=MeshConfig(data=1))  # fmt: skip
+    facts = " ".join(results(out)["protocol"])
+    assert "2 of" in facts
+    assert "Python's standard library, at most the first 20 tokens of each (40 scored)" in facts
+    assert "in all likelihood trained on Python's standard library" in facts
+
+
+def test_it_writes(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rundir, "ROOT", tmp_path)
+    launch(generate.main, "", ["x", f"--model={model}", "--prompt=the", "--max_tokens=9"], run=generate.Run())
+    out, err = capsys.readouterr()
+    assert out.startswith("the")
+    assert "loaded in" in err
