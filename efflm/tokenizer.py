@@ -217,48 +217,47 @@ def load(path: Path) -> Tokenizer:
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     require(file.is_file(), f"no tokenizer at {file}: give the directory of a finished run, or of a Hugging Face model")
+    beside = lambda name: read_object(file.with_name(name))
     core = from_description(read_object(file), file)
     config_file = file.with_name(f"{file.stem}_config.json")
-    config = read_object(file.with_name("special_tokens_map.json")) | read_object(config_file)
-    names = {}
-    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        value = config.get(key)
-        value = value.get("content") if isinstance(value, dict) else value
-        require(value is None or isinstance(value, str), f"{config_file}: {key} is {value!r:.80}, but must be a string")
-        if value is not None:
-            known = core.token_to_id(value) is not None
-            require(
-                known or key == "pad_token", f"{config_file}: {key} {value!r:.80} is not in the vocabulary of {file}"
-            )
-            names[key] = value
-    generation, model = (
-        read_object(file.with_name("generation_config.json")),
-        read_object(file.with_name("config.json")),
-    )
-    ids = {key: _ids(generation.get(key, model.get(key)), core, key, file.parent) for key in _ID_KEYS}
-    for key in ("bos_token", "eos_token"):
-        if key not in names and ids[f"{key}_id"]:
-            names[key] = core.id_to_token(ids[f"{key}_id"][0])
+    config = beside("special_tokens_map.json") | beside(config_file.name)
+    names = _names(core, config, config_file)
+    ends = beside("config.json") | beside("generation_config.json")
+    ids = {name: _ids(core, ends.get(f"{name}_id"), f"{file.parent}: {name}_id") for name in ("bos_token", "eos_token")}
+    names |= {name: core.id_to_token(found[0]) for name, found in ids.items() if found and name not in names}
     eos = core.token_to_id(names["eos_token"]) if "eos_token" in names else None
     return Tokenizer(
         core,
         names,
         adds_bos=_adds_bos(core, names, config.get("add_bos_token"), config_file),
-        extra_stops=tuple(index for index in ids["eos_token_id"] if index != eos),
+        extra_stops=tuple(index for index in ids["eos_token"] if index != eos),
         template=_template(file, config, config_file),
     )
 
 
-_ID_KEYS = ("bos_token_id", "eos_token_id")
+def _names(core: tokenizers.Tokenizer, config: dict[str, Any], where: Path) -> dict[str, str]:
+    """The special tokens that a configuration names. Raises InputError for one that the vocabulary has not."""
+    names = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        value = config.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        require(value is None or isinstance(value, str), f"{where}: {name} is {value!r:.80}, but must be a string")
+        if value is not None and core.token_to_id(value) is not None:
+            names[name] = value
+        else:  # padding tokens are made up as needed, and never read here
+            require(value is None or name == "pad_token", f"{where}: {name} {value!r:.80} is not in the vocabulary")
+    return names
 
 
-def _ids(value: Any, core: tokenizers.Tokenizer, key: str, where: Path) -> list[int]:
-    """An id or a list of ids or nothing, as the ids. Raises InputError for any that is no token."""
+def _ids(core: tokenizers.Tokenizer, value: Any, what: str) -> list[int]:
+    """The tokens among an id, a list of ids or nothing: small models carry the ids of their family's large ones.
+
+    Raises InputError for what is no whole number.
+    """
     values = value if isinstance(value, list) else [] if value is None else [value]
     for index in values:
-        known = type(index) is int and 0 <= index < 2**32 and core.id_to_token(index) is not None
-        require(known, f"{where}: {key} {index!r:.80} is not the id of a token")
-    return values
+        require(type(index) is int, f"{what} is {index!r:.80}, but must be a whole number")
+    return [index for index in values if 0 <= index < 2**32 and core.id_to_token(index) is not None]
 
 
 def _adds_bos(core: tokenizers.Tokenizer, names: dict[str, str], setting: Any, where: Path) -> bool:

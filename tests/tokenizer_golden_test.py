@@ -115,6 +115,7 @@ def test_ggml_splits_a_vocabulary_of_unknown_origin_at_punctuation_and_every_thr
         (byte_level_metadata(eot_token_id=2**63), "eot_token_id is 9223372036854775808, but there are 900 tokens"),
         (sentencepiece_metadata(scores=np.zeros(3)), "must be a list of 900 numbers"),
         (sentencepiece_metadata(scores=np.full(900, np.nan)), "not all finite"),
+        (sentencepiece_metadata(tokens=[*vocabulary("sentencepiece")[0][:-1], "x" * 300]), "899 has 300 characters"),
     ],
 )
 def test_what_is_wrong_is_named(metadata, message):

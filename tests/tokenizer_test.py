@@ -148,6 +148,9 @@ def test_whether_a_text_begins_with_bos(tmp_path):
 def test_ids_in_config_json_name_the_tokens_that_nothing_else_names(tmp_path):
     loaded = tokenizer.load(folder_of(tmp_path, sentencepiece_like(), config={"bos_token_id": 1, "eos_token_id": [2]}))
     assert (loaded.bos, loaded.eos, loaded.stops) == (1, 2, (2,))
+    others = {"bos_token_id": -1, "eos_token_id": [2**63, 50256, 1]}
+    loaded = tokenizer.load(folder_of(tmp_path, sentencepiece_like(), config=others))
+    assert (loaded.bos, loaded.eos, loaded.stops) == (None, 1, (1,))
 
 
 @pytest.mark.parametrize(
@@ -161,9 +164,7 @@ def test_ids_in_config_json_name_the_tokens_that_nothing_else_names(tmp_path):
         ({"tokenizer_config": '{"a"'}, "is not JSON"),
         ({"tokenizer_config": "[" * 100_000}, "is not JSON"),
         ({"tokenizer_config": '{"bos_token": "\\ud800"}'}, "is not JSON .*surrogates"),
-        ({"generation_config": {"eos_token_id": [2, 266]}}, "eos_token_id 266 is not the id of a token"),
-        ({"generation_config": {"eos_token_id": 2**63}}, "is not the id of a token"),
-        ({"generation_config": {"eos_token_id": -1}}, "is not the id of a token"),
+        ({"generation_config": {"eos_token_id": [2, "3"]}}, "eos_token_id is '3', but must be a whole number"),
     ],
 )
 def test_what_is_wrong_beside_the_tokenizer_is_said(tmp_path, files, message):

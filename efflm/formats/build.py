@@ -14,7 +14,7 @@ from efflm import trees
 from efflm.config import InputError, ModelConfig, require
 from efflm.formats import hf_config
 from efflm.formats.families import FAMILIES, HARMLESS, Family, Place
-from efflm.formats.tensors import NAMES, Tensors, place
+from efflm.formats.tensors import NAMES, Tensors, place, require_dtype
 from efflm.model import LanguageModel, cost, sharding
 
 
@@ -27,10 +27,7 @@ def build(
     model. Raises InputError, before any tensor is read, for a family or setting that is not supported and for tensors
     that are missing, of another shape, or unknown.
     """
-    require(
-        dtype in (None, "float32", "bfloat16", "float16"),
-        f"dtype is {dtype!r}, but must be float32, bfloat16 or float16",
-    )
+    require_dtype(dtype)
     family = _family(description)
     config = hf_config.read(family.config, description, layers_at_most=max(1, len(source.shapes)))
     wanted = cost.shapes(config)

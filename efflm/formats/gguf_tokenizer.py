@@ -109,8 +109,8 @@ def _byte_level(
     merges = metadata.get("tokenizer.ggml.merges")
     require(isinstance(merges, list), f"{where} has no list of strings tokenizer.ggml.merges")
     pairs = [merge.split(" ") for merge in merges]
-    for pair in pairs:
-        require(len(pair) == 2 and "".join(pair) in vocabulary, f"{where}: {' '.join(pair)!r:.80} merges no two tokens")
+    wrong = next((pair for pair in pairs if len(pair) != 2 or "".join(pair) not in vocabulary), None)
+    require(wrong is None, f"{where}: {' '.join(wrong or ())!r:.80} merges no two tokens")
     stage = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     cuts = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
@@ -137,7 +137,7 @@ def _sentencepiece(
     unknown: int | None,
     where: Path,
 ) -> dict[str, Any]:
-    scores = _numbers(metadata, "scores", len(tokens), where)
+    scores = _numbers(metadata, "scores", len(tokens), where).astype(np.float64)
     require(bool(np.isfinite(scores).all()), f"{where}: tokenizer.ggml.scores are not all finite")
     prefixed = metadata.get("tokenizer.ggml.add_space_prefix", True)
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -172,7 +172,8 @@ def _merges(
     halves = []
     for index in mergeable:
         token = tokens[index]
-        require(len(token) <= LONGEST, f"{where}: token {index} has {len(token)} characters, more than {LONGEST}")
+        if len(token) > LONGEST:
+            raise InputError(f"{where}: token {index} has {len(token)} characters, more than {LONGEST}")
         for cut in range(1, len(token)):
             if token[:cut] in vocabulary and token[cut:] in vocabulary:
                 halves.append((scores[index], token[:cut], token[cut:]))

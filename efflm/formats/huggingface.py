@@ -29,6 +29,11 @@ LARGEST_JSON = 64_000_000  # bytes: the index of a model of a million tensors
 
 def load(folder: Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> tuple[LanguageModel, Tokenizer]:
     """The model and its tokenizer, see `build`. Raises InputError."""
+    require(
+        (folder / "tokenizer.json").exists(),
+        f"{folder} has no tokenizer.json: fetch it again, or where the model brings another kind of tokenizer, write "
+        "one with transformers (AutoTokenizer.from_pretrained, then save_pretrained)",
+    )
     tokens = tokenizer.load(_inside(folder, "tokenizer.json"))
     model = load_weights(folder, dtype=dtype, mesh=mesh)
     _require_fit(model, tokens, folder)
@@ -40,7 +45,8 @@ def load_weights(folder: Path, *, dtype: str | None = None, mesh: Mesh | None = 
     try:
         return build(_read_json(folder, "config.json"), _tensors(folder), dtype=dtype, mesh=mesh)
     except InputError as error:
-        raise InputError(f"{folder}: {error}") from None
+        named = str(folder) in str(error)
+        raise InputError(str(error) if named else f"{folder}: {error}") from None
 
 
 def save(folder: Path, model: LanguageModel, tokens: Tokenizer) -> None:

@@ -5,12 +5,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from efflm import tokenizer
 from efflm.config import require
 from efflm.formats import gguf_model, hub, huggingface, safetensors, wheels
+from efflm.formats.tensors import require_dtype
 from efflm.model import LanguageModel, sharding
 from efflm.precision import cast
 from efflm.tokenizer import Tokenizer
@@ -43,6 +43,7 @@ def load_model(
 
 def load(source: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> Loaded:
     """What is at `source`: one of KINDS. A path that exists goes before a hub id. Raises InputError."""
+    require_dtype(dtype)
     path, mesh = Path(source), mesh or sharding.make_mesh()
     if path.is_dir():
         return _directory(path, dtype, mesh)
@@ -68,10 +69,9 @@ def _directory(path: Path, dtype: str | None, mesh: Mesh) -> Loaded:
     if (path / "config.json").exists():
         model, tokens = huggingface.load(path, dtype=dtype, mesh=mesh)
         return Loaded(model, tokens, {}, _size(path.glob("*.safetensors")))
-    run = path if (path / "checkpoint").is_dir() else path.parent
-    folder = path / "checkpoint" if (path / "checkpoint").is_dir() else path
+    run, folder = (path, path / "checkpoint") if (path / "checkpoint").is_dir() else (path.parent, path)
     require(
-        checkpoint.exists(folder),
+        folder != path or checkpoint.exists(path),
         f"{path} has neither a config.json, as Hugging Face directories do, nor a checkpoint of efflm's: give {KINDS}",
     )
     model, about = checkpoint.load(folder, mesh)
@@ -90,8 +90,7 @@ def _file(path: Path, dtype: str | None, mesh: Mesh) -> Loaded:
         kind = gguf_model.quantization(path)
         return Loaded(model, tokens, {"dequantized": kind} if kind else {}, path.stat().st_size)
     require(path.suffix == ".safetensors", f"{path} is not a kind of file that is read: give {KINDS}")
-    model, about = safetensors.load(path)
-    model = model.replace(params=jax.device_put(model.params, sharding.shardings(model.params, mesh)))
+    model, about = safetensors.load(path, mesh)
     return Loaded(_in(model, dtype), tokenizer.load(path.parent / "tokenizer.json"), about, path.stat().st_size)
 
 

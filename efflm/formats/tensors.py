@@ -74,6 +74,12 @@ def write_safetensors(path: Path, names: Iterable[tuple[str, Any, Callable[[], n
             file.write(np.ascontiguousarray(array()).view(np.uint8).data)
 
 
+def require_dtype(dtype: str | None) -> None:
+    """Raise InputError unless weights can be asked for in `dtype`; None leaves them in the one they have."""
+    choices = (None, "float32", "bfloat16", "float16")
+    require(dtype in choices, f"dtype is {dtype!r}, but must be float32, bfloat16 or float16")
+
+
 def place(array: np.ndarray, dtype: Any, where: jax.sharding.Sharding) -> jax.Array:
     """A copy of the array on the devices, each part cut out and cast by itself; dtype None keeps the array's own.
 

@@ -204,6 +204,12 @@ BYTES = struct.pack("<IIQ", 9, 0, 2**63)
         (header(pair_count=2**40), "claims 1,099,511,627,776 key-value pairs"),
         (header(pairs=[(b"k", STRINGS)]), "claims 1,099,511,627,776 strings in 'k'"),
         (header(pairs=[(b"tokenizer.ggml.tokens", STRINGS)]), "strings in 'tokenizer.ggml.tokens'"),
+        (header(pairs=[(b"k", struct.pack("<IIQQ", 9, 8, 2, 2**63))]), "an entry of 'k' ends at byte"),
+        (header(pairs=[(b"k", struct.pack("<IIQQ", 9, 8, 1, 2**40))]), "an entry of 'k' ends at byte"),
+        (
+            header(pairs=[(b"tokenizer.ggml.tokens", struct.pack("<IIQQ", 9, 8, 1, 1) + b"\xff")]),
+            "an entry of 'tokenizer.ggml.tokens' is not UTF-8",
+        ),
         (header(pairs=[(b"k", BYTES)]), "bytes in the list 'k'"),
         (header(pairs=[(b"k", struct.pack("<IQ", 8, 2**63))]), "bytes in the value of 'k'"),
         (header(pairs=[(b"k", struct.pack("<IIQ", 9, 9, 1) + STRINGS)]), "list of values of type 9"),

@@ -41,11 +41,16 @@ def test_training_runs_and_their_checkpoints(run):
         model, tokens = load_model(source)
         require_equal(model, tiny.model())
         assert tokens.digest == small_tokenizer().digest
+    with pytest.raises(InputError, match="dtype is 'int8', but must be float32, bfloat16 or float16"):
+        load_model(run, dtype="int8")
     loaded = sources.load(run, dtype="bfloat16", mesh=MESH)
     require_equal(loaded.model, tiny.model().replace(params=cast(tiny.model().params, "bfloat16")))
     assert spread(loaded.model)
     assert loaded.about == {"source": "stdlib"}
     assert loaded.nbytes > 4 * sum(leaf.size for leaf in jax.tree.leaves(tiny.model().params))
+    (run / "checkpoint" / "3" / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"no checkpoint in .*checkpoint.*: "):
+        load_model(run)
 
 
 def test_files_of_our_own(tmp_path):
