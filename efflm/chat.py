@@ -49,6 +49,6 @@ def render(template: str, messages: Messages, names: dict[str, str], add_generat
         return environment.from_string(template).render(
             **given, messages=messages, add_generation_prompt=add_generation_prompt
         )
-    except (Exception, RecursionError) as error:  # a program may fail in any way
+    except Exception as error:  # a program may fail in any way
         line = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"the model's chat template fails on these messages: {line}") from None
