@@ -130,7 +130,7 @@ def main(run: Run, quantize: dict, prune: dict, finetune: dict, distill: dict, s
     to_score, words = evaluate.scored_rows(run, loaded)
     context = training_context(run, loaded, any(map(recipe.trains, plans.values())))
     rundir.use_compilation_cache(run_dir.parent / "compilation_cache")
-    protocol, batch = evaluate.speed_protocol(dense), evaluate.rows_at_a_time(to_score["inputs"].shape[1])
+    protocol, batch = evaluate.speed_protocol(dense), evaluate.rows_at_a_time(to_score)
     one, records, samples, measured = jax.devices()[0], {}, {}, []
     first = evaluate.label(about)
     dense_here = jax.device_put(dense, one)

@@ -96,9 +96,10 @@ def scored_rows(run: Scored, loaded: Loaded) -> tuple[dict[str, np.ndarray], str
     )
 
 
-def rows_at_a_time(window: int) -> int:
+def rows_at_a_time(rows: dict[str, np.ndarray]) -> int:
     """About 8,192 tokens, so that long windows take no more memory than short ones."""
-    return max(1, 8192 // window)
+    count, length = rows["inputs"].shape
+    return min(count, max(1, 8192 // length))
 
 
 def speed_protocol(model: LanguageModel) -> Protocol:
@@ -140,7 +141,7 @@ def main(run: Run, mesh: MeshConfig) -> None:
     model, name = loaded.model, Path(run.model).stem
     to_score, words = scored_rows(run, loaded)
     rundir.use_compilation_cache((Path(run.run_dir).parent if run.run_dir else rundir.ROOT) / "compilation_cache")
-    batch, expected = rows_at_a_time(to_score["inputs"].shape[1]), None
+    batch, expected = rows_at_a_time(to_score), None
     if run.reference:
         other = sources.load(run.reference, mesh=devices)
         require(

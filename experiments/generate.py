@@ -101,11 +101,12 @@ def main(run: Run) -> None:
     ids = prompt_ids(run, loaded, text)
     rundir.use_compilation_cache(rundir.ROOT / "compilation_cache")
     compiling, tokens = compile_clock(), loaded.tokenizer
+    # What cannot be is refused here, before anything is on stdout.
+    chunks = stream(loaded.model, [ids], run.max_tokens, run.sampling(), tokens.stops, run.seed, CHUNK)
     times, counts = [(time.perf_counter(), 0.0)], [0]  # after each chunk: the time, compiling until then; tokens so far
 
     def texts() -> Iterator[str]:
         decode = tokens.stream()
-        chunks = stream(loaded.model, [ids], run.max_tokens, run.sampling(), tokens.stops, run.seed, CHUNK)
         for (new,) in chunks:
             times.append((time.perf_counter(), compiling()))
             counts.append(counts[-1] + len(new))

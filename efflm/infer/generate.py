@@ -152,15 +152,18 @@ def stream(
     stops_K = np.pad(np.asarray(stops, np.int32), (0, bucket(len(stops) + 1) - len(stops)), constant_values=NONE)
     rows = lambda ids_BS: [[int(i) for i in row if i != NONE and i not in stops] for row in np.asarray(ids_BS)]
 
-    logits_BV, cache = prefill(model, tokens_BT, lengths_B, room=bucket(int(lengths_B.max()) + max_tokens))
-    state = start(logits_BV, cache, keys_B, how, stops_K)
-    yield rows(state.token_B[:, None])
-    done = 1
-    while done < max_tokens and not np.all(state.done_B):
-        limit = min(chunk, max_tokens - done)
-        ids_BS, state = decode(model, state, how, stops_K, np.int32(limit), steps=chunk)
-        yield rows(ids_BS)
-        done += limit
+    def chunks() -> Iterator[list[list[int]]]:
+        logits_BV, cache = prefill(model, tokens_BT, lengths_B, room=bucket(int(lengths_B.max()) + max_tokens))
+        state = start(logits_BV, cache, keys_B, how, stops_K)
+        yield rows(state.token_B[:, None])
+        done = 1
+        while done < max_tokens and not np.all(state.done_B):
+            limit = min(chunk, max_tokens - done)
+            ids_BS, state = decode(model, state, how, stops_K, np.int32(limit), steps=chunk)
+            yield rows(ids_BS)
+            done += limit
+
+    return chunks()  # what cannot be has been refused before the first is asked for
 
 
 def generate(

@@ -1,6 +1,5 @@
 import re
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ from efflm import trees
 from efflm.compress.quantize import Cast, Quantize, quantize
 from efflm.compress.step import Context
 from efflm.config import InputError
-from efflm.infer.generate import decode, prefill
+from efflm.infer.generate import prefill
 from efflm.model import LanguageModel, sharding
 from efflm.ops import QArray
 from tests import tiny
@@ -45,9 +44,11 @@ def _s8_dots(program: str) -> int:
 
 def test_compiled_w8a8_prefill_multiplies_int8_into_int32():
     model = tiny.model()
-    tokens = jnp.asarray(tiny.tokens(model.config, 1, 16))
+    tokens = jnp.asarray(tiny.tokens(model.config, 4, 16))
     compiled = lambda activations: (
-        prefill.lower(LanguageModel(model.config, quantize(model.params, activations)), tokens, length=16)
+        prefill.lower(
+            LanguageModel(model.config, quantize(model.params, activations)), tokens, jnp.full(4, 16), room=16
+        )
         .compile()
         .as_text()
     )
@@ -65,11 +66,11 @@ def test_compiled_w8a8_prefill_multiplies_int8_into_int32():
 def test_quantized_cached_decode_equals_full_forward():
     model = tiny.model()
     after, _ = Quantize()(model, CONTEXT)
-    tokens = jnp.asarray(tiny.tokens(model.config, 1, 6))
-    logits, cache = prefill(after, tokens, length=8)
-    np.testing.assert_allclose(logits, tiny.logits(after, tokens)[:, -1], rtol=1e-4, atol=1e-5)
-    ids, _ = decode(after, logits, cache, jnp.float32(0), jax.random.key(0), steps=1)
-    assert ids[0, 0] == np.argmax(logits)
+    tokens = jnp.asarray(tiny.tokens(model.config, 1, 7))
+    full = tiny.logits(after, tokens)
+    logits, cache = prefill(after, tokens[:, :6], jnp.array([6]), room=8)
+    np.testing.assert_allclose(logits, full[:, 5], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(tiny.logits(after, tokens[:, 6:], cache=cache), full[:, 6:], rtol=1e-4, atol=1e-5)
 
 
 def test_cast_halves_the_bytes_and_doing_nothing_is_an_error():

@@ -108,7 +108,9 @@ def test_bad_input_is_one_line(folder, monkeypatch, tmp_path, capsys, flags, mes
     with pytest.raises(SystemExit) as stopped:
         run(folder, monkeypatch, tmp_path, *flags)
     assert stopped.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err.splitlines()[-1]
 
 
 @given(st.text("ab\n", max_size=30), st.text("ab\n", max_size=4), st.lists(st.integers(0, 5), max_size=12))
