@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,7 +14,8 @@ from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink
 from efflm.config import MeshConfig
 from efflm.flags import launch
-from experiments import compress, evaluate, generate
+from efflm.formats import sources
+from experiments import compress, evaluate, export, generate
 from tests import gguf_files
 
 STEPS = {"quantize": Quantize, "prune": Prune, "finetune": Finetune, "distill": Distill, "shrink": Shrink}
@@ -78,3 +80,18 @@ def test_it_writes(model, tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out.startswith("the")
     assert "loaded in" in err
+
+
+def test_export_writes_a_hugging_face_directory_of_the_same_model(model, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["x", f"--model={model}", f"--out={out}"]
+    launch(export.main, "", flags, run=export.Run())
+    (before, tokens), (after, theirs) = sources.load_model(model), sources.load_model(out)
+    assert after.config == before.config
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+    text = "the thing in the tin 1 ünd 😀"
+    assert theirs.encode(text) == tokens.encode(text)
+    assert str(out) in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # never over what is there
+        launch(export.main, "", flags, run=export.Run())
+    assert "exists already" in capsys.readouterr().err
