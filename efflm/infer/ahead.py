@@ -27,7 +27,8 @@ def placed(model: LanguageModel, mesh: Mesh) -> LanguageModel:
 def prefill(model: LanguageModel, rows: int, length: int, mesh: Mesh) -> Any:
     """The lowered program that reads prompts of `length` tokens into a cache with room for no more."""
     tokens, lengths = _rows(mesh, (rows, length), jnp.int32), _rows(mesh, (rows,), jnp.int32)
-    return generate.prefill.lower(placed(model, mesh), tokens, lengths, room=length)
+    with sharding.on_mesh(mesh):
+        return generate.prefill.lower(placed(model, mesh), tokens, lengths, room=length)
 
 
 def decode(model: LanguageModel, rows: int, room: int, mesh: Mesh) -> Any:
@@ -49,4 +50,5 @@ def decode(model: LanguageModel, rows: int, room: int, mesh: Mesh) -> Any:
     whole = NamedSharding(mesh, PartitionSpec())
     how = {name: jax.ShapeDtypeStruct((), x.dtype, sharding=whole) for name, x in GREEDY.arrays().items()}
     stops = jax.ShapeDtypeStruct((generate.LEAST,), jnp.int32, sharding=whole)
-    return jax.jit(generate.step, donate_argnames="state").lower(placed(model, mesh), state, how, stops)
+    with sharding.on_mesh(mesh):
+        return jax.jit(generate.step, donate_argnames="state").lower(placed(model, mesh), state, how, stops)
