@@ -50,5 +50,5 @@ def decode(model: LanguageModel, rows: int, room: int, mesh: Mesh) -> Any:
     whole = NamedSharding(mesh, PartitionSpec())
     how = {name: jax.ShapeDtypeStruct((), x.dtype, sharding=whole) for name, x in GREEDY.arrays().items()}
     stops = jax.ShapeDtypeStruct((generate.LEAST,), jnp.int32, sharding=whole)
-    with sharding.on_mesh(mesh):
-        return jax.jit(generate.step, donate_argnames="state").lower(placed(model, mesh), state, how, stops)
+    # Not `on_mesh`: for one token a row activations should travel and not weights, which the partitioner sees to.
+    return jax.jit(generate.step, donate_argnames="state").lower(placed(model, mesh), state, how, stops)

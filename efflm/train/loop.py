@@ -151,7 +151,7 @@ class _Report:
         for (step, _, line), metrics in zip(waiting, fetched):
             values = {name: float(value) for name, value in metrics.items()}
             leaf = int(values.pop("nonfinite"))
-            self.tokens += values.pop("tokens") * (step > self.uncounted)
+            self.tokens += values.pop("tokens", 0.0) * (step > self.uncounted)
             if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
                 self._require_excuse(step, values, leaf)
             if line:

@@ -94,8 +94,9 @@ def make_step(
             "gradient_norm": norm,
             **aux,
             "nonfinite": jnp.where(jnp.any(bad), jnp.argmax(bad), -1),
-            "tokens": jnp.sum(batch["segments"] > 0),
         }
+        if "segments" in batch:
+            metrics["tokens"] = jnp.sum(batch["segments"] > 0)
         new = TrainState(state.step + 1, trainable, optimizer_state, state.loss_scale, state.skipped)
         if state.loss_scale or on_nan == "skip":
             finite = jnp.isfinite(norm) & (jnp.isfinite(loss) | (on_nan == "stop"))
