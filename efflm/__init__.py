@@ -1,6 +1,8 @@
 """efflm: train language models in JAX, make them smaller, and measure what that bought and what it cost.
 
-config      frozen dataclasses, and their one bridge to flags
+config      frozen dataclasses: what a run is told
+flags       the one bridge from them to a command line
+hosts       several processes that run one program
 trees       paths, selection, counting and bytes of trees of weights
 precision   which dtype weights, products and results have
 ops         how a weight is used, whatever its format

@@ -97,7 +97,8 @@ def launch(main: Callable[..., None], doc: str, argv: list[str] | None = None, *
         print(f"{doc.strip()}\n{wanted}")
     except Stopped as stopped:
         print(stopped)
-        sys.exit(others.stopped)
+        if others.stopped:
+            sys.exit(others.stopped)
     except InputError as error:
         _fail(str(error))
     except OSError as error:

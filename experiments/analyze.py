@@ -63,8 +63,8 @@ def protocols(run: Run, config: ModelConfig) -> tuple[Protocol, Protocol]:
 def measure(run: Run, shape: ModelShape, train: TrainConfig) -> Measured:
     """A compiled training step on random tokens, then prefill and decode of a fresh model."""
     config, policy = shape.config(), POLICIES[train.policy]
-    trainer = Trainer(shape, train, train.policy)
-    devices = sharding.data_parallel(train.batch).size
+    mesh = sharding.data_parallel(train.batch)
+    trainer, devices = Trainer(shape, train, train.policy, mesh), mesh.size
     state = trees.nbytes(trainer.state)
     temporaries = trainer.peak_bytes - state - 4 * 4 * train.batch * train.length // devices  # four int32 for a token
     step = statistics.median(trainer.seconds(run.steps))
