@@ -123,7 +123,7 @@ def test_a_stopped_run_goes_on_by_the_same_command(corpus, tmp_path, monkeypatch
         for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
     ]
     run(pretrain, f"--run_dir={tmp_path / 'calm'}", *flags)
-    calm, placed = capsys.readouterr().out.splitlines()[-1].split(";")[0], []
+    calm, placed = capsys.readouterr().out.splitlines()[-2], []
     with monkeypatch.context() as patched:
         place = loop.place
         told = lambda batch, mesh: (placed.append(0), len(placed) == 3 and os.kill(os.getpid(), signal.SIGTERM))
@@ -136,7 +136,7 @@ def test_a_stopped_run_goes_on_by_the_same_command(corpus, tmp_path, monkeypatch
     run(pretrain, f"--run_dir={tmp_path / 'stopped'}", *flags, "--train.on_nan=skip")
     out = capsys.readouterr().out
     assert "going on from step 3 of 6" in out
-    assert out.splitlines()[-1].split(";")[0] == calm
+    assert out.splitlines()[-2] == calm
     without_skipped = lambda lines: [{key: line[key] for key in line if key != "skipped"} for line in lines]
     assert without_skipped(metrics("stopped")) == metrics("calm")
     assert list((tmp_path / "stopped" / "tensorboard").glob("events*"))
