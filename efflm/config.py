@@ -35,11 +35,11 @@ class BlockConfig:
     heads: int
     kv_heads: int
     head_dim: int
-    hidden: int
+    mlp_dim: int
     window: int = 0
 
     def __post_init__(self):
-        for name in ("heads", "kv_heads", "head_dim", "hidden"):
+        for name in ("heads", "kv_heads", "head_dim", "mlp_dim"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
         require(self.window >= 0, f"window is {self.window}, but must be positive, or 0 for none")
         require(
@@ -50,15 +50,15 @@ class BlockConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How Llama 3.1 stretches its rotary embedding beyond the context it was trained on first (see model.rotary)."""
+    """How Llama 3.1 stretches its rotary embedding beyond the length it was trained on first (see model.rotary)."""
 
     factor: float
     low_freq_factor: float
     high_freq_factor: float
-    original_context: int
+    original_max_length: int
 
     def __post_init__(self):
-        for name in ("factor", "low_freq_factor", "original_context"):
+        for name in ("factor", "low_freq_factor", "original_max_length"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
         require(
             self.high_freq_factor > self.low_freq_factor,
@@ -81,7 +81,7 @@ class ModelConfig:
 
     vocabulary: int
     width: int
-    context: int
+    max_length: int
     blocks: tuple[BlockConfig, ...]
     norm: Literal["rms", "layer"] = "rms"
     position: Literal["rotary", "learned"] = "rotary"
@@ -97,7 +97,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self):
-        for name in ("vocabulary", "width", "context", "rope_base"):
+        for name in ("vocabulary", "width", "max_length", "rope_base"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
         require(self.norm_epsilon >= 0, f"norm_epsilon is {self.norm_epsilon}, but must not be negative")
         for name in ("norm", "position", "feedforward"):
@@ -139,9 +139,9 @@ class ModelShape:
     width: int = flag(256, "width of the residual stream")
     heads: int = flag(4, "query heads; must divide the width")
     kv_heads: int = flag(2, "key and value heads; must divide the heads")
-    hidden: int = flag(704, "width inside the feed-forward part")
+    mlp_dim: int = flag(704, "width of the feed-forward layer")
     vocabulary: int = flag(4096, "entries of the byte-level BPE vocabulary")
-    context: int = flag(1024, "longest sequence the model is asked to read")
+    max_length: int = flag(1024, "longest sequence the model is asked to read, in tokens")
     window: int = flag(0, "how many positions back a layer attends, its own included; 0: all of them")
     tied: bool = flag(True, "share the input and output embeddings")
 
@@ -165,13 +165,13 @@ class ModelShape:
             heads=self.heads,
             kv_heads=self.kv_heads,
             head_dim=self.width // self.heads,
-            hidden=self.hidden,
+            mlp_dim=self.mlp_dim,
             window=self.window,
         )
         common = {
             "vocabulary": self.vocabulary,
             "width": self.width,
-            "context": self.context,
+            "max_length": self.max_length,
             "blocks": (block,) * self.layers,
             "tied": self.tied,
         }
@@ -252,7 +252,7 @@ class MeshConfig:
     fsdp: int = flag(
         1, "devices that keep a part of the weights, gradients and moments each, and read rows of their own"
     )
-    context: int = flag(1, "devices that read a stretch of each row each")
+    sequence: int = flag(1, "devices that read a part of each sequence each")
     tensor: int = flag(1, "devices that compute a part of every matrix product each")
 
     def __post_init__(self):

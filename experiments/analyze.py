@@ -1,8 +1,8 @@
-"""What a model costs and why: FLOPs, bytes and memory in closed form, held against this machine.
+"""What a model costs and why: FLOPs, bytes and memory in closed form, compared with this machine.
 
     bash launch/run.sh experiments.analyze --run_dir=runs/analyze
     bash launch/run.sh experiments.analyze --nomeasure --model.width=2048 --model.layers=24 --model.heads=32 \\
-        --model.kv_heads=8 --model.hidden=5632 --model.context=32768 --longest=131072
+        --model.kv_heads=8 --model.mlp_dim=5632 --model.max_length=32768 --longest=131072
 
 Expect, in about a minute, three tables and a picture for the model that --model.* describes, untrained, since nothing
 of it depends on the weights' values: what a token costs by component and where attention overtakes the feed-forward
@@ -38,13 +38,14 @@ class Run:
 
     run_dir: str = flag(str(rundir.ROOT / "analyze"), "where analysis.png and results.json are written")
     measure: bool = flag(True, "compile and run the model as well; without it only the machine is measured")
-    longest: int = flag(0, "longest context in table and picture; 0: four times model.context")
-    prompt: int = flag(512, "tokens of the prefill that is measured, at most model.context")
+    longest: int = flag(0, "longest sequence in table and picture; 0: four times model.max_length")
+    prompt: int = flag(512, "tokens of the prefill that is measured, at most model.max_length")
     steps: int = flag(7, "timed training steps and rounds of prefill and decode, after one to warm up")
 
     def __post_init__(self):
         require(
-            self.longest >= 0, f"longest is {self.longest}, but must be positive, or 0 for a multiple of the context"
+            self.longest >= 0,
+            f"longest is {self.longest}, but must be positive, or 0 for a multiple of model.max_length",
         )
         for name in ("prompt", "steps"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
@@ -54,10 +55,10 @@ class Run:
 
 
 def protocols(run: Run, config: ModelConfig) -> tuple[Protocol, Protocol]:
-    """Prefill and decode with a nearly empty cache, and decode with one as long as the model's context."""
-    near = Protocol(prompt=run.prompt, repeats=run.steps).within(config.context)
-    new = max(1, min(32, config.context // 4))
-    return near, Protocol(prompt=1, start=config.context - new, new=new, repeats=run.steps)
+    """Prefill and decode with a nearly empty cache, and decode with one of the model's max_length."""
+    near = Protocol(prompt=run.prompt, repeats=run.steps).within(config.max_length)
+    new = max(1, min(32, config.max_length // 4))
+    return near, Protocol(prompt=1, start=config.max_length - new, new=new, repeats=run.steps)
 
 
 def measure(run: Run, shape: ModelShape, train: TrainConfig) -> Measured:
@@ -83,8 +84,8 @@ def measure(run: Run, shape: ModelShape, train: TrainConfig) -> Measured:
 def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
     config, run_dir, policy = model.config(), Path(run.run_dir), POLICIES[train.policy]
     require(
-        train.length <= config.context or not run.measure,
-        f"train.length {train.length} is longer than model.context {config.context}: raise the context",
+        train.length <= config.max_length or not run.measure,
+        f"train.length {train.length} is longer than model.max_length {config.max_length}: raise model.max_length",
     )
     rundir.require_writable(run_dir, needs=10_000_000)
     inference = POLICIES["bfloat16_pure"] if policy.param == "bfloat16" else POLICIES["float32"]
@@ -95,8 +96,8 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
     if measured:
         print(f"[{time.perf_counter() - began:4.0f} s] compiled and ran the model", flush=True)
 
-    longest = run.longest or 4 * config.context
-    seen = sorted({max(1, config.context // 16), config.context, longest})
+    longest = run.longest or 4 * config.max_length
+    seen = sorted({max(1, config.max_length // 16), config.max_length, longest})
     tokens = analysis.components(config, seen)
     devices = sharding.data_parallel(train.batch).size
     held, peak_fact = analysis.holdings(config, train, inference, devices, measured)
@@ -107,7 +108,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
     peaks = ", ".join(f"{flops / 1e9:.0f} GFLOP/s in {name}" for name, flops in roofline.matmul.items())
     facts = [
         f"A token of training costs {per_token / 1e6:.1f} MFLOPs (forward and backward, {train.length} tokens a row), "
-        f"a decoded one at most {tokens[-1].flops[config.context] / 1e6:.1f} (a full context of {config.context:,}).",
+        f"a decoded one at most {tokens[-1].flops[config.max_length] / 1e6:.1f} ({config.max_length:,} seen).",
         analysis.crossover(config),
         peak_fact,
         f"This machine: {peaks}; {roofline.bandwidth / 1e9:.1f} GB/s. Work of fewer than "

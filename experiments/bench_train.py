@@ -7,7 +7,7 @@ Expect one JSON line a policy: name, tokens_per_second (median of the rounds), m
 matrix-product peak in the policy's compute dtype), compile_seconds, peak_bytes (arguments and temporaries of the
 compiled step). With a peer, a command that prints JSON lines with `dtype` and `tokens_per_second`, the two run in
 turn, one after the other and never at once, and each line has the ratio of medians to the peer's best (float32 is
-held against its float32, everything else against all of it) and the least and greatest ratio of a round.
+compared with its float32, everything else against all of it) and the least and greatest ratio of a round.
 """
 
 import dataclasses
@@ -106,7 +106,7 @@ def run_peer(command: str) -> list[dict[str, Any]]:
 
 
 def peer_rate(lines: list[dict[str, Any]], policy: str) -> float:
-    """The peer's best among what a policy is held against."""
+    """The peer's best among what a policy is compared with."""
     return max(line["tokens_per_second"] for line in lines if policy != "float32" or line["dtype"] == "float32")
 
 
@@ -147,7 +147,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig, mesh: MeshConfig) -> N
         print(json.dumps(line), flush=True)
 
 
-PEER_SHAPE = ModelShape(family="gpt2", layers=6, width=384, heads=6, kv_heads=6, hidden=1536, context=256)
+PEER_SHAPE = ModelShape(family="gpt2", layers=6, width=384, heads=6, kv_heads=6, mlp_dim=1536, max_length=256)
 
 if __name__ == "__main__":
     launch(

@@ -113,7 +113,7 @@ def described(steps: tuple[Step, ...], after: LanguageModel) -> str:
 def written(model: LanguageModel, tokens: Tokenizer, prompt: str, new: int) -> str:
     """A greedy continuation."""
     ids = tokens.prompt(prompt) or [tokens.separator]
-    new = min(new, model.config.context - len(ids))
+    new = min(new, model.config.max_length - len(ids))
     return prompt + tokens.decode(generate(model, [ids], new, stops=tokens.stops)[0]) if new > 0 else prompt
 
 

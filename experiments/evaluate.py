@@ -43,7 +43,7 @@ class Scored:
     )
     documents: int = flag(32, "documents to score, drawn by a hash of their names; 0: all")
     tokens: int = flag(384, "tokens of each document to score, its first; 0: all")
-    window: int = flag(0, "tokens the model reads at once; 0: 1024, or its context if that is shorter")
+    window: int = flag(0, "tokens the model reads at once; 0: 1024, or the model's max_length if that is shorter")
     stride: int = flag(0, "tokens from one window to the next, of which only the new ones are scored; 0: the window")
     bos: bool = flag(True, "put the tokenizer's separator before each text; without it the first token is not scored")
     joined: bool = flag(False, "join all documents to one text, the separator between them, in place of each by itself")
@@ -54,9 +54,10 @@ class Scored:
         Windows(window=self.window or 1024, stride=self.stride)
 
     def windows(self, config: ModelConfig) -> Windows:
-        window = self.window or min(1024, config.context)
+        window = self.window or min(1024, config.max_length)
         require(
-            window <= config.context, f"window is {window}, but the model's context is {config.context}: shorten it"
+            window <= config.max_length,
+            f"window is {window}, but the model's max_length is {config.max_length}: shorten it",
         )
         return Windows(window=window, stride=self.stride, bos=self.bos, joined=self.joined)
 
@@ -103,7 +104,7 @@ def rows_at_a_time(rows: dict[str, np.ndarray]) -> int:
 
 
 def speed_protocol(model: LanguageModel) -> Protocol:
-    return (SHORT if trees.count(model.params) > LARGE else Protocol()).within(model.config.context)
+    return (SHORT if trees.count(model.params) > LARGE else Protocol()).within(model.config.max_length)
 
 
 def label(about: dict[str, Any]) -> str:

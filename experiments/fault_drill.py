@@ -38,7 +38,7 @@ from efflm.train import loop, losses, manifest, metrics, optimizer
 from efflm.train.checkpoint import Checkpointing, TrainingRun
 from efflm.train.step import abstract_state
 
-SHAPE = ModelShape(layers=2, width=64, heads=4, kv_heads=2, hidden=128, vocabulary=512, context=32)
+SHAPE = ModelShape(layers=2, width=64, heads=4, kv_heads=2, mlp_dim=128, vocabulary=512, max_length=32)
 ROWS, LENGTH, PAUSE = 4, 32, 0.02  # seconds a step waits for its rows, so that a kill hits the step it is meant for
 KEEP = 2
 DAMAGE = ("truncate", "flip", "no manifest")

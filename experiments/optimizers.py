@@ -36,9 +36,9 @@ from efflm.report import plots, table
 from efflm.train import loop, losses, optimizer
 
 # Untied, since with tied embeddings the seed decides when a small model leaves the loss of token frequencies.
-MODEL = ModelShape(layers=4, width=128, hidden=352, vocabulary=2048, context=256, tied=False)
+MODEL = ModelShape(layers=4, width=128, mlp_dim=352, vocabulary=2048, max_length=256, tied=False)
 TRAIN = TrainConfig(steps=600, length=128, learning_rate=4e-3, log_every=5)
-REDUCED_MODEL = {"layers": 2, "width": 64, "heads": 2, "hidden": 176, "vocabulary": 512, "context": 64}
+REDUCED_MODEL = {"layers": 2, "width": 64, "heads": 2, "mlp_dim": 176, "vocabulary": 512, "max_length": 64}
 REDUCED_TRAIN = {"steps": 250, "length": 64, "learning_rate": 6e-3}
 
 # Where an optimizer's usual settings differ from AdamW's: factors of the learning rate and of the weight decay (Lion's
@@ -132,8 +132,8 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
         train = dataclasses.replace(train, warmup=train.steps // 4)
     shape = model.config()
     require(
-        train.length <= shape.context,
-        f"train.length {train.length} is longer than model.context {shape.context}: raise the context",
+        train.length <= shape.max_length,
+        f"train.length {train.length} is longer than model.max_length {shape.max_length}: raise model.max_length",
     )
     rundir.require_writable(run_dir, needs=200_000_000)
     data = dataset.prepare(

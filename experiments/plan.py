@@ -55,13 +55,13 @@ class Run:
     compile: bool = flag(True, "compile; with --search, the best that fits")
     shown: int = flag(8, "candidates of the search that are shown")
     rows: int = flag(64, "rows that are prefilled or decoded at a time, over all devices")
-    room: int = flag(4096, "tokens of the prompt that is prefilled, or positions in the cache while decoding")
+    cache_length: int = flag(4096, "tokens of the prompt that is prefilled, or positions in the cache while decoding")
     int8: bool = flag(False, "weights in int8 for prefill and decode, in place of bfloat16")
     activations: Literal["float", "int8"] = flag("float", "int8: the activations too (W8A8), where the weights are")
 
     def __post_init__(self):
         require(self.devices >= 0, f"devices is {self.devices}, but must be positive, or 0 for what the mesh asks for")
-        for name in ("shown", "rows", "room"):
+        for name in ("shown", "rows", "cache_length"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
         require(self.phase == "train" or not self.search, f"search knows training only: leave out --phase={self.phase}")
         require(
@@ -78,11 +78,11 @@ def main(run: Run, mesh: MeshConfig, train: TrainConfig) -> None:
     began = time.perf_counter()
     config, run_dir = preset(run.model), Path(run.run_dir)
     chip, topology = hardware.parse(run.hardware)
-    length = train.length if run.phase == "train" else run.room
-    name = "train.length" if run.phase == "train" else "room"
+    length = train.length if run.phase == "train" else run.cache_length
+    name = "train.length" if run.phase == "train" else "cache_length"
     require(
-        length <= config.context,
-        f"{name} {length} is longer than the context of {run.model}, {config.context}: lower {name}",
+        length <= config.max_length,
+        f"{name} {length} is longer than the max_length of {run.model}, {config.max_length}: lower {name}",
     )
     devices = how_many(run, mesh, topology)
     rundir.require_writable(run_dir, needs=10_000_000)
@@ -172,7 +172,7 @@ def compiled(
 ) -> dict[str, Any]:
     """Compile, show the tables, and return them."""
     start(devices)
-    batch, length = (train.batch, train.length) if run.phase == "train" else (run.rows, run.room)
+    batch, length = (train.batch, train.length) if run.phase == "train" else (run.rows, run.cache_length)
     mesh = sharding.mesh_for(mesh_config, batch, length)
     by_tpu = bool(topology) and importlib.util.find_spec("libtpu") is not None
     how = f"the CPU's compiler, for {mesh.size} fake devices"
@@ -190,7 +190,7 @@ def compiled(
     else:
         model, policy = stored(config, run)
         lower = infer_ahead.prefill if run.phase == "prefill" else infer_ahead.decode
-        lowered = lower(model, run.rows, run.room, mesh)
+        lowered = lower(model, run.rows, run.cache_length, mesh)
     print(f"[{time.perf_counter() - began:4.0f} s] traced", flush=True)
     program, refused = compile_or_why_not(lowered)
     print(f"[{time.perf_counter() - began:4.0f} s] compiled by {how}", flush=True)
@@ -200,9 +200,9 @@ def compiled(
         rows = training_bytes(plan.held(config, train, abstract), stats)
     else:
         weights = plan.tree_bytes(model.params, abstract)
-        work = plan.infer_work(config, run.phase, run.rows, run.room, policy, abstract, weight_bytes=weights)
+        work = plan.infer_work(config, run.phase, run.rows, run.cache_length, policy, abstract, weight_bytes=weights)
         dtype = "int8" if run.activations == "int8" else policy.compute
-        cache = plan.cache_bytes(config, run.rows, run.room, policy, abstract)
+        cache = plan.cache_bytes(config, run.rows, run.cache_length, policy, abstract)
         rows = inference_bytes(weights, cache, run.phase, stats)
     if program:
         found = collectives.collectives(program.as_text())

@@ -70,15 +70,15 @@ class Run:
 def check(run: Run, config: ModelConfig, train: TrainConfig) -> None:
     """Find what is wrong with the directories and checkpoints before anything is written. Raises InputError."""
     require(
-        train.length <= config.context,
-        f"train.length {train.length} is longer than model.context {config.context}: raise the context",
+        train.length <= config.max_length,
+        f"train.length {train.length} is longer than model.max_length {config.max_length}: raise model.max_length",
     )
     profile = run.profile()
     require(
         profile is None or profile[1] < train.steps,
         f"profile_steps {run.profile_steps} lies beyond the last step: train.steps is {train.steps}",
     )
-    matrices = config.width * (config.vocabulary + sum(3 * block.hidden + 4 * config.width for block in config.blocks))
+    matrices = config.width * (config.vocabulary + sum(3 * block.mlp_dim + 4 * config.width for block in config.blocks))
     # Weights and both moments in float32 for each checkpoint kept and the one being written; the model itself.
     rundir.require_writable(Path(run.run_dir), needs=150_000_000 + (12 * (run.keep + 1) + 4) * matrices)
     if run.init_from:

@@ -80,7 +80,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
         sizes[name] = safetensors.save(run_dir / "models" / f"{name}.safetensors", compressed, about)
 
     step(5, "Measuring quality, then speed, all models in turn")
-    protocol = Protocol().within(config.context)
+    protocol = Protocol().within(config.max_length)
     test, token_bytes = data.test[:], data.tokenizer.token_bytes
     measured, qualities = rows.collect(models, sizes, notes, test, token_bytes, dense, protocol)
 
@@ -130,7 +130,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
 def written(model: LanguageModel, tokenizer, prompt: str = "def main(", tokens: int = 60) -> str:
     """A greedy continuation, to look at."""
     ids = [tokenizer.separator, *tokenizer.encode(prompt)]
-    tokens = max(1, min(tokens, model.config.context - len(ids)))
+    tokens = max(1, min(tokens, model.config.max_length - len(ids)))
     return prompt + tokenizer.decode(generate(model, [ids], tokens)[0])
 
 

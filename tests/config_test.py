@@ -139,6 +139,6 @@ def test_impossible_models_are_refused(change, message):
 
 def test_impossible_rotary_scaling_is_refused():
     with pytest.raises(InputError, match=r"high_freq_factor is 1\.0, but must be above low_freq_factor 4\.0"):
-        RopeScaling(factor=8.0, low_freq_factor=4.0, high_freq_factor=1.0, original_context=8192)
+        RopeScaling(factor=8.0, low_freq_factor=4.0, high_freq_factor=1.0, original_max_length=8192)
     with pytest.raises(InputError, match="factor is 0"):
-        RopeScaling(factor=0.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+        RopeScaling(factor=0.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=8192)

@@ -25,11 +25,11 @@ def _frequency(config, i, rotated):
     if scaling is None:
         return frequency
     wavelength = 2 * math.pi / frequency
-    if wavelength < scaling.original_context / scaling.high_freq_factor:
+    if wavelength < scaling.original_max_length / scaling.high_freq_factor:
         return frequency
-    if wavelength > scaling.original_context / scaling.low_freq_factor:
+    if wavelength > scaling.original_max_length / scaling.low_freq_factor:
         return frequency / scaling.factor
-    smooth = (scaling.original_context / wavelength - scaling.low_freq_factor) / (
+    smooth = (scaling.original_max_length / wavelength - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
     )
     return (1 - smooth) * frequency / scaling.factor + smooth * frequency

@@ -56,8 +56,8 @@ def load_model() -> LanguageModel:
             "feedforward_norm": {"scale": feedforward_norm[i]},
             "feedforward": {"gate": kernel(gate[i]), "up": kernel(up[i]), "down": kernel(down[i])},
         }
-    block = BlockConfig(heads=heads, kv_heads=kv_heads, head_dim=size, hidden=hidden)
-    config = ModelConfig(vocabulary=abs(vocabulary), width=width, context=length, blocks=(block,) * layers)
+    block = BlockConfig(heads=heads, kv_heads=kv_heads, head_dim=size, mlp_dim=hidden)
+    config = ModelConfig(vocabulary=abs(vocabulary), width=width, max_length=length, blocks=(block,) * layers)
     as_jax = lambda node: {k: as_jax(v) for k, v in node.items()} if isinstance(node, dict) else jnp.asarray(node)
     return LanguageModel(config, as_jax(params))
 

@@ -9,7 +9,7 @@ from efflm.config import BlockConfig, ModelConfig, ModelShape, RopeScaling
 from efflm.infer.generate import forward
 from efflm.model import LanguageModel, init_params
 
-LLAMA = ModelShape(layers=3, width=32, heads=4, kv_heads=2, hidden=48, vocabulary=300, context=64)
+LLAMA = ModelShape(layers=3, width=32, heads=4, kv_heads=2, mlp_dim=48, vocabulary=300, max_length=64)
 GPT2 = dataclasses.replace(LLAMA, family="gpt2", kv_heads=4)
 UNTIED = dataclasses.replace(LLAMA, tied=False)
 logits = jax.jit(
@@ -17,30 +17,30 @@ logits = jax.jit(
 )  # one program, not one an operation
 
 SHAPES = {"llama": LLAMA, "gpt2": GPT2, "untied": UNTIED}
-WINDOWED = BlockConfig(heads=4, kv_heads=2, head_dim=8, hidden=48, window=5)
+WINDOWED = BlockConfig(heads=4, kv_heads=2, head_dim=8, mlp_dim=48, window=5)
 CONFIGS = {name: shape.config() for name, shape in SHAPES.items()} | {
     "qwen2": ModelConfig(  # with Mistral's window and Llama 3's scaling, whose three bands these four frequencies meet
         vocabulary=300,
         width=32,
-        context=64,
+        max_length=64,
         blocks=(WINDOWED,) * 2,
         qkv_bias=True,
         rope_base=100.0,
-        rope_scaling=RopeScaling(factor=8.0, low_freq_factor=0.5, high_freq_factor=1.5, original_context=24),
+        rope_scaling=RopeScaling(factor=8.0, low_freq_factor=0.5, high_freq_factor=1.5, original_max_length=24),
     ),
     "qwen3": ModelConfig(
         vocabulary=300,
         width=32,
-        context=64,
-        blocks=(BlockConfig(heads=4, kv_heads=2, head_dim=16, hidden=48),) * 2,
+        max_length=64,
+        blocks=(BlockConfig(heads=4, kv_heads=2, head_dim=16, mlp_dim=48),) * 2,
         qk_norm=True,
         norm_epsilon=1e-6,
     ),
     "neox": ModelConfig(
         vocabulary=300,
         width=32,
-        context=64,
-        blocks=(BlockConfig(heads=4, kv_heads=4, head_dim=8, hidden=48),) * 2,
+        max_length=64,
+        blocks=(BlockConfig(heads=4, kv_heads=4, head_dim=8, mlp_dim=48),) * 2,
         norm="layer",
         feedforward="gelu_exact",
         bias=True,

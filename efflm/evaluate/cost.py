@@ -31,10 +31,10 @@ class Protocol:
     new: int = 64
     repeats: int = 11
 
-    def within(self, context: int) -> "Protocol":
-        """The same for a model that reads at most `context` positions."""
-        start = max(1, min(self.start, context // 2))
-        return Protocol(min(self.prompt, context), start, max(1, min(self.new, context - start)), self.repeats)
+    def within(self, max_length: int) -> "Protocol":
+        """The same for a model that reads at most `max_length` positions."""
+        start = max(1, min(self.start, max_length // 2))
+        return Protocol(min(self.prompt, max_length), start, max(1, min(self.new, max_length - start)), self.repeats)
 
     def __str__(self) -> str:
         return (
@@ -64,9 +64,9 @@ def _round(model: LanguageModel, protocol: Protocol) -> Callable[[], tuple[float
     how, keys, stops = GREEDY.arrays(), row_keys(0, 1), np.zeros(0, np.int32)
     follows = protocol.start == protocol.prompt
 
-    def read(length: int, room: int):
+    def read(length: int, cache_length: int):
         tokens = np.arange(length, dtype=np.int32)[None] % 251
-        return jax.block_until_ready(prefill(model, tokens, np.array([length], np.int32), room=room))
+        return jax.block_until_ready(prefill(model, tokens, np.array([length], np.int32), cache_length=cache_length))
 
     def run() -> tuple[float, float]:
         began = time.perf_counter()

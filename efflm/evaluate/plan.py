@@ -10,7 +10,7 @@ hidden behind it; a step that overlaps nothing takes their sum.
 
 traffic: what the partitioner has to move: weights gathered twice (forward and backward) and gradients scattered along
 fsdp, the output layer's once for each chunk of the loss; gradients reduced along data; sums of partial products along
-tensor; keys and values along context.
+tensor; keys and values along sequence.
 """
 
 import dataclasses
@@ -84,9 +84,9 @@ _train_step = functools.cache(cost.train_step)
 _moments = functools.cache(memory.moments)
 
 
-def abstract_mesh(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> AbstractMesh:
+def abstract_mesh(data: int = 1, fsdp: int = 1, sequence: int = 1, tensor: int = 1) -> AbstractMesh:
     """A mesh without devices: all that bytes and work depend on."""
-    return AbstractMesh((data, fsdp, context, tensor), sharding.AXES)
+    return AbstractMesh((data, fsdp, sequence, tensor), sharding.AXES)
 
 
 def predict(work: Work, traffic: list[Collective], hardware: Hardware, dtype: str, devices: int) -> Prediction:
@@ -121,17 +121,17 @@ def tree_bytes(tree: Any, mesh: AbstractMesh) -> int:
     return sum(leaf.size * leaf.dtype.itemsize // parts(path, leaf.shape, mesh) for path, leaf in leaves)
 
 
-def cache_bytes(config: ModelConfig, rows: int, room: int, policy: Policy, mesh: AbstractMesh) -> float:
+def cache_bytes(config: ModelConfig, rows: int, cache_length: int, policy: Policy, mesh: AbstractMesh) -> float:
     """Keys and values on one device, as infer.ahead spreads them."""
-    n, (rows, _) = mesh.shape["tensor"], rows_and_length(rows, room, mesh)
+    n, (rows, _) = mesh.shape["tensor"], rows_and_length(rows, cache_length, mesh)
     cut = lambda block: dataclasses.replace(block, kv_heads=block.kv_heads // n) if block.kv_heads % n == 0 else block
     mine = [dataclasses.replace(block, heads=block.kv_heads) for block in config.blocks]
-    return cost.kv_cache_bytes(dataclasses.replace(config, blocks=tuple(map(cut, mine))), rows, room, policy)
+    return cost.kv_cache_bytes(dataclasses.replace(config, blocks=tuple(map(cut, mine))), rows, cache_length, policy)
 
 
 def rows_and_length(batch: int, length: int, mesh: AbstractMesh) -> tuple[int, int]:
     """What one device reads of a batch."""
-    return batch // (mesh.shape["data"] * mesh.shape["fsdp"]), length // mesh.shape["context"]
+    return batch // (mesh.shape["data"] * mesh.shape["fsdp"]), length // mesh.shape["sequence"]
 
 
 def local(config: ModelConfig, mesh: AbstractMesh) -> ModelConfig:
@@ -139,7 +139,7 @@ def local(config: ModelConfig, mesh: AbstractMesh) -> ModelConfig:
     n = mesh.shape["tensor"]
     cut = lambda size: size // n if size % n == 0 else size
     one = lambda block: dataclasses.replace(
-        block, heads=cut(block.heads), kv_heads=_kv_heads(block, n), hidden=cut(block.hidden)
+        block, heads=cut(block.heads), kv_heads=_kv_heads(block, n), mlp_dim=cut(block.mlp_dim)
     )
     return dataclasses.replace(
         config, vocabulary=cut(config.vocabulary), blocks=tuple(one(block) for block in config.blocks)
@@ -216,7 +216,7 @@ def train_work(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh) -> W
     rows, length = rows_and_length(train.batch, train.length, mesh)
     settings = {"remat": train.remat, "accumulate": train.accumulate, "optimizer": train.optimizer}
     work = _train_step(mine, rows, train.length, policy, **settings)  # queries see keys of the whole row ...
-    flops = sum(each.flops for name, each in work.items() if name != "optimizer") / mesh.shape["context"]  # of a part
+    flops = sum(each.flops for name, each in work.items() if name != "optimizer") / mesh.shape["sequence"]  # of a part
     moved = _train_step(mine, rows, length, policy, **settings)
     share = weight_count(config, mesh) / _parameters(mine)
     update = work["optimizer"] * share
@@ -224,15 +224,23 @@ def train_work(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh) -> W
 
 
 def infer_work(
-    config: ModelConfig, phase: str, rows: int, room: int, policy: Policy, mesh: AbstractMesh, weight_bytes: float = 0
+    config: ModelConfig,
+    phase: str,
+    rows: int,
+    cache_length: int,
+    policy: Policy,
+    mesh: AbstractMesh,
+    weight_bytes: float = 0,
 ) -> Work:
     """The products of prefill or of one decoded token for each row.
 
     weight_bytes: what one device holds of the weights, where that is not the policy's: compressed ones move less.
     """
-    mine, (rows, _) = local(config, mesh), rows_and_length(rows, room, mesh)
+    mine, (rows, _) = local(config, mesh), rows_and_length(rows, cache_length, mesh)
     work = cost.total(
-        cost.prefill(mine, rows, room, policy) if phase == "prefill" else cost.decode(mine, rows, room, policy)
+        cost.prefill(mine, rows, cache_length, policy)
+        if phase == "prefill"
+        else cost.decode(mine, rows, cache_length, policy)
     )
     plain = weight_count(config, mesh) * ITEMSIZE[policy.param]
     smaller = weight_bytes / plain if weight_bytes else 1.0
@@ -260,7 +268,7 @@ def _sizes(config: ModelConfig, mesh: AbstractMesh) -> tuple[dict[str, float], d
 def train_traffic(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh) -> list[Collective]:
     """The collectives that a training step needs, in closed form."""
     policy, (rows, length) = POLICIES[train.policy], rows_and_length(train.batch, train.length, mesh)
-    data, fsdp, context, tensor = (mesh.shape[name] for name in sharding.AXES)
+    data, fsdp, sequence, tensor = (mesh.shape[name] for name in sharding.AXES)
     whole, cut = _sizes(config, mesh)
     low, share = ITEMSIZE[policy.compute], (fsdp - 1) / fsdp
     out = [
@@ -276,9 +284,9 @@ def train_traffic(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh) -
     out.append(_collective("reduce-scatter", "gradient of the loss", ("fsdp",), chunks * share * FLOAT * output, mesh))
     looked_up = 2 * share * FLOAT * rows * length * config.width  # the embedding of all tokens, by parts of its width
     out.append(_collective("all-to-all", "embeddings", ("fsdp",), looked_up, mesh))
-    copies = tuple(name for name, size in (("data", data), ("context", context)) if size > 1)
+    copies = tuple(name for name, size in (("data", data), ("sequence", sequence)) if size > 1)
     of_device = sum(n / (fsdp if path in cut else 1) for path, n in whole.items())
-    among = data * context
+    among = data * sequence
     out.append(_collective("all-reduce", "gradients", copies, 2 * (among - 1) / among * FLOAT * of_device, mesh))
     stream = FLOAT * rows * length * config.width * len(config.blocks)
     sums = 4 + (train.remat == "full")  # two ahead, two back, and attention's output again
@@ -288,8 +296,8 @@ def train_traffic(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh) -
     mine = local(config, mesh)
     pairs = sum(2 * block.kv_heads * block.head_dim for block in mine.blocks) * rows * train.length
     passes = 3 + (train.remat != "none")  # ahead, again, and their gradients back in float32, twice as wide
-    moved = passes * low * pairs * (context - 1) / context
-    out.append(_collective("all-gather", "keys and values", ("context",), moved, mesh))
+    moved = passes * low * pairs * (sequence - 1) / sequence
+    out.append(_collective("all-gather", "keys and values", ("sequence",), moved, mesh))
     return [each for each in out if each.nbytes > 0]
 
 

@@ -55,8 +55,8 @@ def _transformer(model: LanguageModel) -> Transformer:
 @jax.jit
 def _states(model: LanguageModel, batch: dict[str, jax.Array]) -> jax.Array:
     inputs = {name: batch[name] for name in ("segments", "positions")}
-    hidden = Transformer.hidden
-    return _whole(_transformer(model).apply({"params": model.params}, batch["inputs"], **inputs, method=hidden)[0])
+    states = Transformer.final_states
+    return _whole(_transformer(model).apply({"params": model.params}, batch["inputs"], **inputs, method=states)[0])
 
 
 def _whole(tree: Any) -> Any:

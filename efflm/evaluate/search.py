@@ -42,9 +42,9 @@ def meshes(devices: int) -> Iterator[dict[str, int]]:
 def possible(config: ModelConfig, batch: int, length: int, sizes: dict[str, int]) -> bool:
     """Whether the mesh cuts nothing that it should not: rows, tokens, key-value heads, widths."""
     tensor = sizes["tensor"]
-    blocks = all(block.kv_heads % tensor == 0 and block.hidden % tensor == 0 for block in set(config.blocks))
-    rows = batch % (sizes["data"] * sizes["fsdp"]) == 0 and length % sizes["context"] == 0
-    rows = rows and (sizes["context"] == 1 or length // sizes["context"] >= SHORTEST)
+    blocks = all(block.kv_heads % tensor == 0 and block.mlp_dim % tensor == 0 for block in set(config.blocks))
+    rows = batch % (sizes["data"] * sizes["fsdp"]) == 0 and length % sizes["sequence"] == 0
+    rows = rows and (sizes["sequence"] == 1 or length // sizes["sequence"] >= SHORTEST)
     return blocks and rows and config.width % sizes["fsdp"] == 0
 
 

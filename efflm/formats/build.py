@@ -96,12 +96,12 @@ def stored_shape(shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
     """The shape of the tensor that holds a leaf of this shape."""
     if place.part is not None:
         shape = (*shape[:-1], 3 * shape[-1])
-    return shape[::-1] if place.turned else shape
+    return shape[::-1] if place.transpose else shape
 
 
 def taken(tensor: np.ndarray, place: Place, head_dim: int) -> np.ndarray:
     """The leaf in a tensor as it is stored; a view where that is possible."""
-    array = tensor.T if place.turned else tensor
+    array = tensor.T if place.transpose else tensor
     if place.part is None:
         return array
     lead = array.shape[:-1]
@@ -117,7 +117,7 @@ def joined(leaves: list[np.ndarray], place: Place, head_dim: int) -> np.ndarray:
         lead = array.shape[:-1]
         split = [leaf.reshape(*lead, -1, head_dim) for leaf in leaves] if place.by_head else leaves
         array = np.stack(split, axis=-2).reshape(*lead, -1)
-    return array.T if place.turned else array
+    return array.T if place.transpose else array
 
 
 def _head_dim(config: ModelConfig, path: str) -> int:

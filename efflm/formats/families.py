@@ -15,12 +15,12 @@ from efflm.formats.hf_config import NEEDED, Described
 class Place:
     """Where a leaf lies: a tensor's name, in which * stands for the layer's number.
 
-    turned: stored as [out, in]. part: one of queries (0), keys (1) and values (2) fused along the outputs; by_head:
+    transpose: stored as [out, in]. part: one of queries (0), keys (1) and values (2) fused along the outputs; by_head:
     these are ordered by (head, part) and not by (part, head).
     """
 
     name: str
-    turned: bool = False
+    transpose: bool = False
     part: int | None = None
     by_head: bool = False
 
@@ -48,9 +48,9 @@ HARMLESS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias|attenti
 
 
 def _linear(leaf: str, name: str, bias: bool = False, **how: Any) -> dict[str, Place]:
-    """The places of a product's weight and bias, `turned` unless said otherwise."""
-    kernel = {f"{leaf}/kernel": Place(f"{name}.weight", **{"turned": True} | how)}
-    vector = {name: value for name, value in how.items() if name != "turned"}
+    """The places of a product's weight and bias, `transpose` unless said otherwise."""
+    kernel = {f"{leaf}/kernel": Place(f"{name}.weight", **{"transpose": True} | how)}
+    vector = {name: value for name, value in how.items() if name != "transpose"}
     return kernel | ({f"{leaf}/bias": Place(f"{name}.bias", **vector)} if bias else {})
 
 
@@ -61,7 +61,7 @@ def _norm(leaf: str, name: str, bias: bool = False) -> dict[str, Place]:
 
 _LAYER = "model.layers.*."
 _LLAMA_PLACES = (
-    {"embedding": Place("model.embed_tokens.weight"), "unembedding": Place("lm_head.weight", turned=True)}
+    {"embedding": Place("model.embed_tokens.weight"), "unembedding": Place("lm_head.weight", transpose=True)}
     | _norm("final_norm", "model.norm")
     | _norm("block/attention_norm", f"{_LAYER}input_layernorm")
     | _norm("block/feedforward_norm", f"{_LAYER}post_attention_layernorm")
@@ -76,12 +76,12 @@ _LLAMA_PLACES = (
 _LLAMA_KEYS = {
     "vocab_size": ("vocabulary", NEEDED),
     "hidden_size": ("width", NEEDED),
-    "intermediate_size": ("hidden", NEEDED),
+    "intermediate_size": ("mlp_dim", NEEDED),
     "num_hidden_layers": ("layers", NEEDED),
     "num_attention_heads": ("heads", NEEDED),
     "num_key_value_heads": ("kv_heads", None),
     "head_dim": ("head_dim", None),
-    "max_position_embeddings": ("context", NEEDED),
+    "max_position_embeddings": ("max_length", NEEDED),
     "rms_norm_eps": ("norm_epsilon", 1e-6),
     "rope_theta": ("rope_base", 10000.0),
     "tie_word_embeddings": ("tied", False),
@@ -152,10 +152,10 @@ FAMILIES = {
             keys={
                 "vocab_size": ("vocabulary", NEEDED),
                 "n_embd": ("width", NEEDED),
-                "n_inner": ("hidden", None),
+                "n_inner": ("mlp_dim", None),
                 "n_layer": ("layers", NEEDED),
                 "n_head": ("heads", NEEDED),
-                "n_positions": ("context", NEEDED),
+                "n_positions": ("max_length", NEEDED),
                 "layer_norm_epsilon": ("norm_epsilon", 1e-5),
                 "tie_word_embeddings": ("tied", True),
             },
@@ -165,17 +165,17 @@ FAMILIES = {
         places={
             "embedding": Place("transformer.wte.weight"),
             "position_embedding": Place("transformer.wpe.weight"),
-            "unembedding": Place("lm_head.weight", turned=True),
+            "unembedding": Place("lm_head.weight", transpose=True),
         }
         | _norm("final_norm", "transformer.ln_f", bias=True)
         | _norm("block/attention_norm", f"{_GPT2_LAYER}ln_1", bias=True)
         | _norm("block/feedforward_norm", f"{_GPT2_LAYER}ln_2", bias=True)
-        | _linear("block/attention/query", f"{_GPT2_LAYER}attn.c_attn", bias=True, turned=False, part=0)
-        | _linear("block/attention/key", f"{_GPT2_LAYER}attn.c_attn", bias=True, turned=False, part=1)
-        | _linear("block/attention/value", f"{_GPT2_LAYER}attn.c_attn", bias=True, turned=False, part=2)
-        | _linear("block/attention/output", f"{_GPT2_LAYER}attn.c_proj", bias=True, turned=False)
-        | _linear("block/feedforward/up", f"{_GPT2_LAYER}mlp.c_fc", bias=True, turned=False)
-        | _linear("block/feedforward/down", f"{_GPT2_LAYER}mlp.c_proj", bias=True, turned=False),
+        | _linear("block/attention/query", f"{_GPT2_LAYER}attn.c_attn", bias=True, transpose=False, part=0)
+        | _linear("block/attention/key", f"{_GPT2_LAYER}attn.c_attn", bias=True, transpose=False, part=1)
+        | _linear("block/attention/value", f"{_GPT2_LAYER}attn.c_attn", bias=True, transpose=False, part=2)
+        | _linear("block/attention/output", f"{_GPT2_LAYER}attn.c_proj", bias=True, transpose=False)
+        | _linear("block/feedforward/up", f"{_GPT2_LAYER}mlp.c_fc", bias=True, transpose=False)
+        | _linear("block/feedforward/down", f"{_GPT2_LAYER}mlp.c_proj", bias=True, transpose=False),
     ),
     "gpt_neox": Family(
         architecture="GPTNeoXForCausalLM",
@@ -185,10 +185,10 @@ FAMILIES = {
             keys={
                 "vocab_size": ("vocabulary", NEEDED),
                 "hidden_size": ("width", NEEDED),
-                "intermediate_size": ("hidden", NEEDED),
+                "intermediate_size": ("mlp_dim", NEEDED),
                 "num_hidden_layers": ("layers", NEEDED),
                 "num_attention_heads": ("heads", NEEDED),
-                "max_position_embeddings": ("context", NEEDED),
+                "max_position_embeddings": ("max_length", NEEDED),
                 "layer_norm_eps": ("norm_epsilon", 1e-5),
                 "rotary_emb_base": ("rope_base", 10000.0),
                 "rotary_pct": ("rotary_fraction", 0.25),
@@ -198,7 +198,10 @@ FAMILIES = {
             activations=("hidden_act", {"gelu": "gelu_exact"} | _GELUS),
             only={"attention_bias": True},
         ),
-        places={"embedding": Place("gpt_neox.embed_in.weight"), "unembedding": Place("embed_out.weight", turned=True)}
+        places={
+            "embedding": Place("gpt_neox.embed_in.weight"),
+            "unembedding": Place("embed_out.weight", transpose=True),
+        }
         | _norm("final_norm", "gpt_neox.final_layer_norm", bias=True)
         | _norm("block/attention_norm", f"{_NEOX_LAYER}input_layernorm", bias=True)
         | _norm("block/feedforward_norm", f"{_NEOX_LAYER}post_attention_layernorm", bias=True)

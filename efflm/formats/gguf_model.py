@@ -156,7 +156,7 @@ def _rope_scaling(header: gguf.Header, head_dim: int, base: float) -> dict[str, 
 def llama3_divisors(head_dim: int, base: float, factor: float) -> np.ndarray:
     """What Llama 3.1 divides each rotary frequency by [head_dim / 2]: the slow ones by `factor`, the fast ones by 1.
 
-    In between, where a wavelength fits 1 to 4 times into the original context, frequencies are interpolated.
+    In between, where a wavelength fits 1 to 4 times into the original length, frequencies are interpolated.
     """
     low, high, original = LLAMA3_SCALING.values()
     turns = original * base ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)

@@ -65,7 +65,7 @@ def read(family: Described, values: dict[str, Any], layers_at_most: int) -> Mode
         heads=heads,
         kv_heads=found.pop("kv_heads", None) or heads,
         head_dim=head_dim or width // heads,
-        hidden=found.pop("hidden") or 4 * width,
+        mlp_dim=found.pop("mlp_dim") or 4 * width,
     )
     if found["position"] == "rotary":
         found |= _read_rotary(values, found)
@@ -87,7 +87,7 @@ def write(family: Described, config: ModelConfig) -> dict[str, Any]:
             "factor": scaling.factor,
             "low_freq_factor": scaling.low_freq_factor,
             "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_context,
+            "original_max_position_embeddings": scaling.original_max_length,
         }
     if family.windows != "none":
         values["sliding_window"] = max(windows) or None
@@ -134,12 +134,12 @@ def _read_rotary(values: dict[str, Any], found: dict[str, Any]) -> dict[str, Any
     require(nested is None, f"{name} differs from layer to layer ({nested}), which is not supported")
     scaling = None
     if kind == "llama3":
-        original = rope.get("original_max_position_embeddings", found["context"])
-        _check("original_max_position_embeddings", "context", original)
+        original = rope.get("original_max_position_embeddings", found["max_length"])
+        _check("original_max_position_embeddings", "max_length", original)
         factors = {key: rope.get(key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
         for key, value in factors.items():
             _check(f"{name}.{key}", "rope_base", value)
-        scaling = RopeScaling(**{key: float(value) for key, value in factors.items()}, original_context=original)
+        scaling = RopeScaling(**{key: float(value) for key, value in factors.items()}, original_max_length=original)
     else:
         require(kind == "default", f"the rope_type is {_shown(kind)}, but only default and llama3 are supported")
     return {"rope_base": float(base), "rotary_fraction": float(other), "rope_scaling": scaling}

@@ -52,7 +52,7 @@ def save(path: Path, model: LanguageModel, about: dict[str, Any]) -> int:
 def load(path: Path, mesh: Mesh | None = None) -> tuple[LanguageModel, dict[str, Any]]:
     """The model, bit for bit as `save` got it, laid on the mesh, and its `about`. Raises InputError.
 
-    What the file says of itself is held against its tensors before any of them is read, and these are read in turn.
+    What the file says of itself is compared with its tensors before any of them is read, and these are read in turn.
     """
     source, mesh = tensors.from_safetensors(path), mesh or sharding.make_mesh()
     written = source.metadata.get("efflm")

@@ -25,20 +25,20 @@ def placed(model: LanguageModel, mesh: Mesh) -> LanguageModel:
 
 
 def prefill(model: LanguageModel, rows: int, length: int, mesh: Mesh) -> Any:
-    """The lowered program that reads prompts of `length` tokens into a cache with room for no more."""
+    """The lowered program that reads prompts of `length` tokens into a cache of just that length."""
     tokens, lengths = _rows(mesh, (rows, length), jnp.int32), _rows(mesh, (rows,), jnp.int32)
     with sharding.on_mesh(mesh):
-        return generate.prefill.lower(placed(model, mesh), tokens, lengths, room=length)
+        return generate.prefill.lower(placed(model, mesh), tokens, lengths, cache_length=length)
 
 
-def decode(model: LanguageModel, rows: int, room: int, mesh: Mesh) -> Any:
-    """The lowered program that decodes one token for each row, against a cache with `room`.
+def decode(model: LanguageModel, rows: int, cache_length: int, mesh: Mesh) -> Any:
+    """The lowered program that decodes one token for each row, against a cache of `cache_length` positions.
 
     The cache is spread by rows, and by key-value heads along `tensor` where that divides them.
     """
     config, tensor = model.config, mesh.shape["tensor"]
     dtype = policy_for(model.params).compute
-    cache = jax.eval_shape(lambda: empty_cache(config, rows, room, dtype))
+    cache = jax.eval_shape(lambda: empty_cache(config, rows, cache_length, dtype))
 
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         heads = "tensor" if x.ndim == 4 and x.shape[2] % tensor == 0 else None

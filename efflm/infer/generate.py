@@ -21,7 +21,7 @@ from efflm.infer.sampling import GREEDY, Sampling, sample
 from efflm.model import Cache, LanguageModel, Transformer, empty_cache
 from efflm.precision import policy_for
 
-NONE = -1  # in place of a token, where a row has ended
+PAD_ID = -1  # in place of a token, where a row has ended
 LEAST = 16  # the smallest bucket
 CHUNK = 8  # tokens decoded for each visit of the host, where text is shown as it comes
 
@@ -43,16 +43,18 @@ def forward(model: LanguageModel, tokens_BT: jax.Array, **inputs: Any) -> tuple[
     return transformer.apply({"params": model.params}, tokens_BT, **inputs)
 
 
-@functools.partial(jax.jit, static_argnames="room")
-def prefill(model: LanguageModel, tokens_BT: jax.Array, lengths_B: jax.Array, room: int) -> tuple[jax.Array, Cache]:
-    """Read prompts, of which lengths_B tokens count, into a fresh cache with room for `room` positions.
+@functools.partial(jax.jit, static_argnames="cache_length")
+def prefill(
+    model: LanguageModel, tokens_BT: jax.Array, lengths_B: jax.Array, cache_length: int
+) -> tuple[jax.Array, Cache]:
+    """Read prompts, of which lengths_B tokens count, into a fresh cache of `cache_length` positions.
 
     The logits [B, V] after each row's last token, and the cache.
     """
     transformer = Transformer(model.config, policy_for(model.params))
     apply = functools.partial(transformer.apply, {"params": model.params})
-    cache = empty_cache(model.config, tokens_BT.shape[0], room, policy_for(model.params).compute)
-    x_BTD, cache = apply(tokens_BT, cache=cache, method=Transformer.hidden)
+    cache = empty_cache(model.config, tokens_BT.shape[0], cache_length, policy_for(model.params).compute)
+    x_BTD, cache = apply(tokens_BT, cache=cache, method=Transformer.final_states)
     last_B1D = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)
     return apply(last_B1D, method=Transformer.unembed)[:, 0], cache.replace(length_B=lengths_B)
 
@@ -70,21 +72,21 @@ def start(logits_BV: jax.Array, cache: Cache, keys_B: jax.Array, how: dict[str, 
 
 
 def step(model: LanguageModel, state: State, how: dict[str, Any], stops_K: jax.Array) -> tuple[State, jax.Array]:
-    """One more token for each row that has not ended: the state after it, and the tokens [B], NONE for the others."""
+    """One more token for each sequence that has not ended: the new state, and the tokens [B], PAD_ID for the others."""
     logits_BTV, cache = forward(model, state.token_B[:, None], cache=state.cache)
     token_B = _next(logits_BTV[:, -1], cache, state.keys_B, how)
     keep = lambda old, new: jnp.where(state.done_B, old, new)
     cache = cache.replace(length_B=keep(state.cache.length_B, cache.length_B))
     done_B = state.done_B | jnp.isin(token_B, stops_K)
-    return State(cache, keep(state.token_B, token_B), done_B, state.keys_B), keep(NONE, token_B)
+    return State(cache, keep(state.token_B, token_B), done_B, state.keys_B), keep(PAD_ID, token_B)
 
 
 @functools.partial(jax.jit, static_argnames="steps", donate_argnames="state")
 def decode(
     model: LanguageModel, state: State, how: dict[str, Any], stops_K: jax.Array, limit: jax.Array, steps: int
 ) -> tuple[jax.Array, State]:
-    """`limit` tokens, at most `steps`, for each row, fewer where all rows have ended: ids [B, steps], NONE where there
-    is no token, and the state."""
+    """`limit` tokens, at most `steps`, for each sequence, fewer where all have ended: ids [B, steps], PAD_ID where
+    there is no token, and the state."""
 
     def one(carry):
         i, state, ids_BS = carry
@@ -92,7 +94,7 @@ def decode(
         return i + 1, state, lax.dynamic_update_slice_in_dim(ids_BS, token_B[:, None], i, axis=1)
 
     goes_on = lambda carry: (carry[0] < limit) & ~jnp.all(carry[1].done_B)
-    empty_BS = jnp.full((state.token_B.shape[0], steps), NONE, jnp.int32)
+    empty_BS = jnp.full((state.token_B.shape[0], steps), PAD_ID, jnp.int32)
     _, state, ids_BS = lax.while_loop(goes_on, one, (jnp.int32(0), state, empty_BS))
     return ids_BS, state
 
@@ -110,7 +112,7 @@ def row_keys(seed: int, rows: int) -> jax.Array:
 def padded(prompts: Sequence[Sequence[int]], config: ModelConfig, new: int) -> tuple[np.ndarray, np.ndarray]:
     """Prompts side by side, int32 [B, bucket], and their lengths [B]. Raises InputError.
 
-    A model is asked for no position beyond its context: learned ones do not exist there, and others were not trained.
+    A model is asked for no position beyond its max_length: learned positions end there, others were not trained.
     """
     require(len(prompts) > 0, "there is no prompt: give at least one")
     require(new > 0, f"max_tokens is {new}, but must be positive")
@@ -118,11 +120,11 @@ def padded(prompts: Sequence[Sequence[int]], config: ModelConfig, new: int) -> t
     require(lengths_B.min() > 0, f"prompt {lengths_B.argmin()} is empty: give it at least one token")
     longest = int(lengths_B.max())
     require(
-        longest + new <= config.context,
+        longest + new <= config.max_length,
         f"the prompt has {longest} tokens and max_tokens is {new}, together {longest + new} positions, but the model's "
-        f"context is {config.context}: shorten one of them",
+        f"max_length is {config.max_length}: shorten one of them",
     )
-    tokens_BT = np.zeros((len(prompts), min(bucket(longest), config.context)), np.int32)
+    tokens_BT = np.zeros((len(prompts), min(bucket(longest), config.max_length)), np.int32)
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
     top, bottom = int(tokens_BT.max()), int(tokens_BT.min())
@@ -149,11 +151,11 @@ def stream(
     """
     tokens_BT, lengths_B = padded(prompts, model.config, max_tokens)
     how, keys_B = sampling.arrays(), row_keys(seed, len(prompts))
-    stops_K = np.pad(np.asarray(stops, np.int32), (0, bucket(len(stops) + 1) - len(stops)), constant_values=NONE)
-    rows = lambda ids_BS: [[int(i) for i in row if i != NONE and i not in stops] for row in np.asarray(ids_BS)]
+    stops_K = np.pad(np.asarray(stops, np.int32), (0, bucket(len(stops) + 1) - len(stops)), constant_values=PAD_ID)
+    rows = lambda ids_BS: [[int(i) for i in row if i != PAD_ID and i not in stops] for row in np.asarray(ids_BS)]
 
     def chunks() -> Iterator[list[list[int]]]:
-        logits_BV, cache = prefill(model, tokens_BT, lengths_B, room=bucket(int(lengths_B.max()) + max_tokens))
+        logits_BV, cache = prefill(model, tokens_BT, lengths_B, cache_length=bucket(int(lengths_B.max()) + max_tokens))
         state = start(logits_BV, cache, keys_B, how, stops_K)
         yield rows(state.token_B[:, None])
         done = 1

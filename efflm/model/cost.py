@@ -56,12 +56,12 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     D, V = config.width, config.vocabulary
     out: dict[str, tuple[int, ...]] = {"embedding": (V, D)}
     if config.position == "learned":
-        out["position_embedding"] = (config.context, D)
+        out["position_embedding"] = (config.max_length, D)
     if not config.tied:
         out["unembedding"] = (D, V)
     norms = ["final_norm"]
     for i, block in enumerate(config.blocks):
-        NH, KH, F = block.heads * block.head_dim, block.kv_heads * block.head_dim, block.hidden
+        NH, KH, F = block.heads * block.head_dim, block.kv_heads * block.head_dim, block.mlp_dim
         linear = {"query": (D, NH), "key": (D, KH), "value": (D, KH), "output": (NH, D)}
         linear = {f"attention/{name}": shape for name, shape in linear.items()}
         gate = {"feedforward/gate": (D, F)} if config.feedforward == "swiglu" else {}
@@ -232,7 +232,7 @@ def spans(length: int, window: int = 0) -> list[tuple[int, int]]:
 
 def computed_pairs(queries: int, keys: int, window: int = 0, in_order: bool = True) -> float:
     """(query, key) pairs that ops.attention multiplies in a row, seen or hidden. in_order: query t is at slot t and
-    there is no cache; otherwise the queries are the first of a cache with room for `keys`."""
+    there is no cache; otherwise the queries are the first of a cache of `keys` positions."""
     if unrolled(queries, keys):
         return sum(q * k for q, k in spans(queries, window)) if in_order else queries * keys
     first = lambda start: max(start - window + 1, 0) // BLOCK if window else 0
@@ -287,14 +287,17 @@ def _update(config: ModelConfig, policy: Policy, accumulate: int, optimizer: Opt
     return Work(flops, moved)
 
 
-def prefill(config: ModelConfig, batch: int, length: int, policy: Policy = FLOAT32, room: int = 0) -> dict[str, Work]:
-    """Reading prompts of `length` tokens into a cache with `room` (default: for no more); the last logits of each."""
-    room = room or length
-    pairs = lambda block: batch * computed_pairs(length, room, block.window, in_order=False)
-    return _forward(config, policy, batch * length, pairs, batch * room, batch)
+def prefill(
+    config: ModelConfig, batch: int, length: int, policy: Policy = FLOAT32, cache_length: int = 0
+) -> dict[str, Work]:
+    """Reading prompts of `length` tokens into a cache of `cache_length` positions (default: as many); one logit vector
+    for each prompt."""
+    cache_length = cache_length or length
+    pairs = lambda block: batch * computed_pairs(length, cache_length, block.window, in_order=False)
+    return _forward(config, policy, batch * length, pairs, batch * cache_length, batch)
 
 
-def decode(config: ModelConfig, batch: int, room: int, policy: Policy = FLOAT32) -> dict[str, Work]:
-    """One token for each row against a cache with `room`: it meets every slot, filled or not, window or not."""
-    pairs = lambda block: batch * computed_pairs(1, room, block.window, in_order=False)
-    return _forward(config, policy, batch, pairs, batch * room, batch)
+def decode(config: ModelConfig, batch: int, cache_length: int, policy: Policy = FLOAT32) -> dict[str, Work]:
+    """One token for each sequence against a cache of `cache_length` positions: it meets every slot, filled or not."""
+    pairs = lambda block: batch * computed_pairs(1, cache_length, block.window, in_order=False)
+    return _forward(config, policy, batch, pairs, batch * cache_length, batch)

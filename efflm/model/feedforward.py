@@ -20,16 +20,16 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        config, hidden = self.config, self.block.hidden
+        config, mlp_dim = self.config, self.block.mlp_dim
         dtype = self.policy.compute
         swiglu = recomputed(lambda gate_BTF, up_BTF: (jax.nn.silu(gate_BTF) * up_BTF).astype(dtype))
         tanh = config.feedforward == "gelu"
         gelu = recomputed(lambda up_BTF: jax.nn.gelu(up_BTF, approximate=tanh).astype(dtype))
         if config.feedforward == "swiglu":
-            gate_BTF = Linear(hidden, config.bias, name="gate")(x_BTD)
-            h_BTF = swiglu(gate_BTF, Linear(hidden, config.bias, name="up")(x_BTD))
+            gate_BTF = Linear(mlp_dim, config.bias, name="gate")(x_BTD)
+            h_BTF = swiglu(gate_BTF, Linear(mlp_dim, config.bias, name="up")(x_BTD))
         else:
-            h_BTF = gelu(Linear(hidden, config.bias, name="up")(x_BTD))
-        h_BTF = constrain(h_BTF, "batch", "length", "hidden")
+            h_BTF = gelu(Linear(mlp_dim, config.bias, name="up")(x_BTD))
+        h_BTF = constrain(h_BTF, "batch", "length", "mlp")
         residual_scale = (2 * len(config.blocks)) ** -0.5
         return Linear(config.width, config.bias, residual_scale, name="down")(h_BTF)

@@ -44,7 +44,7 @@ def _sizes(config: ModelConfig, block: BlockConfig, rows: int, length: int, poli
     unit = FLOAT * rows * length
     return _Sizes(
         x=unit * config.width,
-        f=unit * block.hidden,
+        f=unit * block.mlp_dim,
         a=unit * block.heads * block.head_dim,
         k=unit * block.kv_heads * block.head_dim,
         low=cost.ITEMSIZE[policy.compute] / FLOAT,

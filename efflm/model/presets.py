@@ -7,7 +7,7 @@ counts their authors publish: Llama 3 (arXiv 2407.21783, table 3), Llama 3.2, Sm
 
 from efflm.config import BlockConfig, InputError, ModelConfig, RopeScaling
 
-LLAMA_3_2 = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+LLAMA_3_2 = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=8192)
 
 
 def _llama(
@@ -15,19 +15,19 @@ def _llama(
     width: int,
     heads: int,
     kv_heads: int,
-    hidden: int,
+    mlp_dim: int,
     *,
     vocabulary: int = 128_256,
-    context: int = 8192,
+    max_length: int = 8192,
     tied: bool = False,
     rope_base: float = 500_000.0,
     rope_scaling: RopeScaling | None = None,
 ) -> ModelConfig:
-    block = BlockConfig(heads=heads, kv_heads=kv_heads, head_dim=width // heads, hidden=hidden)
+    block = BlockConfig(heads=heads, kv_heads=kv_heads, head_dim=width // heads, mlp_dim=mlp_dim)
     return ModelConfig(
         vocabulary=vocabulary,
         width=width,
-        context=context,
+        max_length=max_length,
         blocks=(block,) * layers,
         tied=tied,
         rope_base=rope_base,
@@ -35,16 +35,16 @@ def _llama(
     )
 
 
-def _smollm2(layers: int, width: int, heads: int, kv_heads: int, hidden: int, base: float = 100_000.0) -> ModelConfig:
-    return _llama(layers, width, heads, kv_heads, hidden, vocabulary=49_152, tied=True, rope_base=base)
+def _smollm2(layers: int, width: int, heads: int, kv_heads: int, mlp_dim: int, base: float = 100_000.0) -> ModelConfig:
+    return _llama(layers, width, heads, kv_heads, mlp_dim, vocabulary=49_152, tied=True, rope_base=base)
 
 
 def _gpt2(layers: int, width: int, heads: int) -> ModelConfig:
-    block = BlockConfig(heads=heads, kv_heads=heads, head_dim=width // heads, hidden=4 * width)
+    block = BlockConfig(heads=heads, kv_heads=heads, head_dim=width // heads, mlp_dim=4 * width)
     return ModelConfig(
         vocabulary=50_257,
         width=width,
-        context=1024,
+        max_length=1024,
         blocks=(block,) * layers,
         norm="layer",
         position="learned",
@@ -56,8 +56,8 @@ def _gpt2(layers: int, width: int, heads: int) -> ModelConfig:
 PRESETS: dict[str, ModelConfig] = {
     "llama3-8b": _llama(32, 4096, 32, 8, 14_336),
     "llama3-70b": _llama(80, 8192, 64, 8, 28_672),
-    "llama3.2-1b": _llama(16, 2048, 32, 8, 8192, context=131_072, tied=True, rope_scaling=LLAMA_3_2),
-    "llama3.2-3b": _llama(28, 3072, 24, 8, 8192, context=131_072, tied=True, rope_scaling=LLAMA_3_2),
+    "llama3.2-1b": _llama(16, 2048, 32, 8, 8192, max_length=131_072, tied=True, rope_scaling=LLAMA_3_2),
+    "llama3.2-3b": _llama(28, 3072, 24, 8, 8192, max_length=131_072, tied=True, rope_scaling=LLAMA_3_2),
     "smollm2-135m": _smollm2(30, 576, 9, 3, 1536),
     "smollm2-360m": _smollm2(32, 960, 15, 5, 2560),
     "smollm2-1.7b": _smollm2(24, 2048, 32, 32, 8192, 130_000.0),

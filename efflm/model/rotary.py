@@ -28,12 +28,12 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> j
 
 
 def stretched(frequencies: jax.Array, scaling: RopeScaling) -> jax.Array:
-    """Llama 3.1's frequencies for contexts `factor` times the original one, as in the code released with it.
+    """Llama 3.1's frequencies for sequences `factor` times as long as the original, as in the code released with it.
 
-    What turns at least high_freq_factor times within the original context stays; what turns at most low_freq_factor
+    What turns at least high_freq_factor times within the original length stays; what turns at most low_freq_factor
     times is slowed by `factor`; in between the two are blended, linearly in the number of turns.
     """
-    turns = scaling.original_context * frequencies / (2 * math.pi)
+    turns = scaling.original_max_length * frequencies / (2 * math.pi)
     span = scaling.high_freq_factor - scaling.low_freq_factor
     kept = jnp.clip((turns - scaling.low_freq_factor) / span, 0, 1)
     return frequencies * (kept + (1 - kept) / scaling.factor)

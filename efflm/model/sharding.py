@@ -18,8 +18,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from efflm import trees
 from efflm.config import MeshConfig, require
 
-AXES = ("data", "fsdp", "context", "tensor")  # the axis that talks most is innermost, among nearest neighbours
-BATCH = PartitionSpec(("data", "fsdp"), "context")  # of [B, T]
+AXES = ("data", "fsdp", "sequence", "tensor")  # the axis that talks most is innermost, among nearest neighbours
+BATCH = PartitionSpec(("data", "fsdp"), "sequence")  # of [B, T]
 
 RULES = (
     (r"(^|/)embedding(/|$)", ("vocabulary", "width")),
@@ -27,20 +27,20 @@ RULES = (
     (r"unembedding(/|$)", ("width", "vocabulary")),
     (r"(query|key|value)/kernel(/|$)", ("width", "heads")),
     (r"attention/output/kernel(/|$)", ("heads", "width")),
-    (r"(gate|up)/kernel(/|$)", ("width", "hidden")),
-    (r"down/kernel(/|$)", ("hidden", "width")),
+    (r"(gate|up)/kernel(/|$)", ("width", "mlp")),
+    (r"down/kernel(/|$)", ("mlp", "width")),
     (r"(scale|bias)$", (None,)),
 )
 # Weights in the first table, activations in the second: there "width" is whole, and each device has rows of its own.
-LOGICAL = {"vocabulary": "tensor", "heads": "tensor", "hidden": "tensor", "width": "fsdp", None: None}
-ACTIVATIONS = {"batch": ("data", "fsdp"), "length": "context", None: None} | dict.fromkeys(
-    ("heads", "hidden", "vocabulary"), "tensor"
+LOGICAL = {"vocabulary": "tensor", "heads": "tensor", "mlp": "tensor", "width": "fsdp", None: None}
+ACTIVATIONS = {"batch": ("data", "fsdp"), "length": "sequence", None: None} | dict.fromkeys(
+    ("heads", "mlp", "vocabulary"), "tensor"
 )
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
-    """A mesh of the first data * fsdp * context * tensor devices, its axes left to XLA's partitioner."""
-    shape = (data, fsdp, context, tensor)
+def make_mesh(data: int = 1, fsdp: int = 1, sequence: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
+    """A mesh of the first data * fsdp * sequence * tensor devices, its axes left to XLA's partitioner."""
+    shape = (data, fsdp, sequence, tensor)
     devices = np.asarray(jax.devices() if devices is None else devices).ravel()[: math.prod(shape)]
     return Mesh(devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -71,8 +71,8 @@ def mesh_for(config: MeshConfig, batch: int, length: int) -> Mesh:
         "one of them",
     )
     require(
-        sizes["context"] == 1 or length % (2 * sizes["context"]) == 0,
-        f"rows of {length} tokens are not divisible by twice mesh.context {sizes['context']}: change one of them",
+        sizes["sequence"] == 1 or length % (2 * sizes["sequence"]) == 0,
+        f"rows of {length} tokens are not divisible by twice mesh.sequence {sizes['sequence']}: change one of them",
     )
     used = math.prod(sizes.values())
     require(
@@ -105,7 +105,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def on_mesh(mesh: Mesh):
-    """A context in which what is traced knows the mesh: `constrain` and `contexts` read it."""
+    """A `with` in which what is traced knows the mesh: `constrain` and `sequence_shards` read it."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
@@ -126,7 +126,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return lax.with_sharding_constraint(x, PartitionSpec(*map(one, x.shape, axes)))
 
 
-def contexts() -> int:
-    """Over how many devices each row is spread, as far as what is being traced knows: the size of `context`."""
+def sequence_shards() -> int:
+    """Over how many devices each row is spread, as far as what is being traced knows: the size of `sequence`."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["context"]
+    return 1 if mesh.empty else mesh.shape["sequence"]

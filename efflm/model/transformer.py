@@ -16,7 +16,7 @@ from efflm.model.feedforward import FeedForward
 from efflm.model.linear import fetch
 from efflm.model.norms import Norm
 from efflm.model.sharding import constrain
-from efflm.ops.dot import PRODUCT
+from efflm.ops.dot import MATMUL
 from efflm.ops.late import late
 from efflm.precision import Policy
 
@@ -38,7 +38,7 @@ class Cache:
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
-    """Room for `length` positions in each of `batch` rows."""
+    """An empty cache of `length` positions in each of `batch` rows."""
     layers = []
     for block in config.blocks:
         shape = (batch, length, block.kv_heads, block.head_dim)
@@ -70,7 +70,7 @@ class Block(nn.Module):
 # weights, so that norms, activations and attention are computed again; or only the input of each layer.
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "dots": jax.checkpoint_policies.save_only_these_names(MATMUL),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -93,7 +93,7 @@ class Transformer(nn.Module):
     """tokens [B, T] -> (logits [B, T, V] in the policy's output dtype, the cache after them or None).
 
     segments: documents packed into a row, as integers; a position attends only within its own. positions: default
-    0, 1, 2, ... or, with a cache, onwards from each row's length. With a cache, which must have room for T more
+    0, 1, 2, ... or, with a cache, onwards from each row's length. With a cache, which must have T more free
     positions, segments are not supported. `scanned` reads the layers stacked in one leading axis (see
     stack_blocks) and knows no cache. `remat` is a name in REMAT.
     """
@@ -107,21 +107,21 @@ class Transformer(nn.Module):
         config = self.config
         self.embedding = fetch(self, "embedding", (config.vocabulary, config.width))
         if config.position == "learned":
-            self.position_embedding = fetch(self, "position_embedding", (config.context, config.width))
+            self.position_embedding = fetch(self, "position_embedding", (config.max_length, config.width))
         if not config.tied:
             self.unembedding = fetch(self, "unembedding", (config.width, config.vocabulary))
 
     def __call__(self, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, Cache | None]:
-        x_BTD, cache = self.hidden(tokens, **inputs)
+        x_BTD, cache = self.final_states(tokens, **inputs)
         return self.unembed(x_BTD), cache
 
     def unembed(self, x_BTD: jax.Array) -> jax.Array:
-        """The logits [B, T, V] of what `hidden` returned, in the policy's output dtype. Reads no layer's weights."""
+        """The logits [B, T, V] of `final_states`' result, in the policy's output dtype. Reads no layer's weights."""
         logits = ops.unembed(x_BTD, self.embedding) if self.config.tied else ops.dot(x_BTD, self.unembedding)
         return logits.astype(self.policy.output)
 
     @nn.compact
-    def hidden(
+    def final_states(
         self,
         tokens: jax.Array,
         *,

@@ -19,7 +19,7 @@ from jax import lax
 from efflm.ops.dot import transposed
 from efflm.ops.late import late
 
-HIDDEN = -1e30  # the score of a key that a query may not see: finite, so that a wholly hidden block stays finite too
+MASKED = -1e30  # the score of a key that a query may not see: finite, so that a wholly masked block stays finite too
 UNROLLED = 1024  # rows up to this long are cut into a few blocks written out one by one, each with just its own keys
 BLOCK = 512  # queries and keys in a block of the loops beyond that
 
@@ -95,37 +95,37 @@ def _backend_kernel(dtype: Any, T: int, H: int, plain: bool) -> Callable[..., ja
 # --- products and masks of one block ---------------------------------------------------------------------------------
 
 
-def _times(a: jax.Array, b: jax.Array) -> jax.Array:
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     """[B, K, M, X] @ [B, K, X, N] -> float32 [B, K, M, N]."""
     return lax.dot_general(a, b, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
 
 
-def _times_turned(a: jax.Array, b: jax.Array) -> jax.Array:
+def _matmul_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
     """[B, K, M, X] @ [B, K, N, X]^T -> float32 [B, K, M, N]."""
     return lax.dot_general(a, b, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
 
 
-def _hidden(first: _Rows, second: _Rows, window: int, queries_first: bool) -> jax.Array:
+def _masked(first: _Rows, second: _Rows, window: int, queries_first: bool) -> jax.Array:
     """True where a query may not see a key, [B or 1, 1, rows of first, rows of second]."""
     down, across = lambda x: x[:, None, :, None], lambda x: x[:, None, None, :]
     query, key = (down(first.slots), across(second.slots))
     if not queries_first:
         query, key = across(second.slots), down(first.slots)
-    hidden = key > query
+    masked = key > query
     if window:
-        hidden = hidden | (key <= query - window)
+        masked = masked | (key <= query - window)
     if first.segments is not None:
-        hidden = hidden | (down(first.segments) != across(second.segments))
-    return hidden
+        masked = masked | (down(first.segments) != across(second.segments))
+    return masked
 
 
 def _forward_block(q, k, v, rows: _Rows, keys: _Rows, window: int):
     """Of some queries and some keys: the sum of exp(score - top) v, of exp(score - top), and top; float32."""
-    scores_BKQS = _times_turned(q, k) * q.shape[-1] ** -0.5
-    scores_BKQS = jnp.where(_hidden(rows, keys, window, True), HIDDEN, scores_BKQS)
+    scores_BKQS = _matmul_transposed(q, k) * q.shape[-1] ** -0.5
+    scores_BKQS = jnp.where(_masked(rows, keys, window, True), MASKED, scores_BKQS)
     top = jnp.max(scores_BKQS, axis=-1, keepdims=True)
     weights_BKQS = jnp.exp(scores_BKQS - top)
-    return _times(weights_BKQS.astype(v.dtype), v), jnp.sum(weights_BKQS, axis=-1, keepdims=True), top
+    return _matmul(weights_BKQS.astype(v.dtype), v), jnp.sum(weights_BKQS, axis=-1, keepdims=True), top
 
 
 def _backward_block(q, k, v, g, normalizer, inner, rows: _Rows, keys: _Rows, window: int):
@@ -134,11 +134,11 @@ def _backward_block(q, k, v, g, normalizer, inner, rows: _Rows, keys: _Rows, win
     g is the gradient of the output in the compute dtype; normalizer and inner = sum(g * output) are [B, K, Q].
     """
     scale = q.shape[-1] ** -0.5
-    scores_BKSQ = jnp.where(_hidden(keys, rows, window, False), HIDDEN, _times_turned(k, q) * scale)
+    scores_BKSQ = jnp.where(_masked(keys, rows, window, False), MASKED, _matmul_transposed(k, q) * scale)
     weights_BKSQ = jnp.exp(scores_BKSQ - normalizer[:, :, None, :])
-    from_weights = _times_turned(v, g)
+    from_weights = _matmul_transposed(v, g)
     ds_BKSQ = (weights_BKSQ * (from_weights - inner[:, :, None, :]) * scale).astype(q.dtype)
-    return _times(transposed(ds_BKSQ), k), _times(ds_BKSQ, q), _times(weights_BKSQ.astype(q.dtype), g)
+    return _matmul(transposed(ds_BKSQ), k), _matmul(ds_BKSQ, q), _matmul(weights_BKSQ.astype(q.dtype), g)
 
 
 # --- all blocks, one after another -----------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def _loop_forward(q, k, v, rows, keys, window, group):
             return out * old + out_new * new, total * old + total_new * new, highest
 
         column = jnp.zeros((B, K, size, 1), jnp.float32)
-        start_values = (jnp.zeros((B, K, size, H), jnp.float32), column, column + HIDDEN)
+        start_values = (jnp.zeros((B, K, size, H), jnp.float32), column, column + MASKED)
         out, total, top = lax.fori_loop(*key_blocks(block), add_keys, start_values)
         return out / total, (top + jnp.log(total))[..., 0]
 

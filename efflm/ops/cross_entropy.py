@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from efflm.ops.dot import product, weight_gradient
+from efflm.ops.dot import matmul, weight_gradient
 from efflm.ops.qarray import dequantize
 
 CHUNK = 512  # tokens whose logits are held at a time, while that takes no more chunks than
@@ -45,7 +45,7 @@ def _chunks(x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array):
 
 def _values(x_MD, w, targets_M, weights_M, tied, z_weight):
     """Of one chunk: logits, log-normalizers, which logits are the targets', and the two sums."""
-    logits_MV = product(x_MD, w, tied)
+    logits_MV = matmul(x_MD, w, tied)
     normalizer_M = jax.nn.logsumexp(logits_MV, axis=-1)
     hit_MV = jnp.arange(logits_MV.shape[1], dtype=targets_M.dtype)[None] == targets_M[:, None]
     mesh = jax.sharding.get_abstract_mesh()
@@ -80,7 +80,7 @@ def _forward(x_BTD, w, targets_BT, weights_BT, tied, z_weight):
         slope_M = weights_M * (1 + 2 * z_weight * normalizer_M)
         softmax_MV = jnp.exp(logits_MV - normalizer_M[:, None]) * slope_M[:, None]
         dlogits_MV = (softmax_MV - jnp.where(hit_MV, weights_M[:, None], 0.0)).astype(x_MD.dtype)
-        dx_MD = product(dlogits_MV, low, not tied).astype(x_MD.dtype)
+        dx_MD = matmul(dlogits_MV, low, not tied).astype(x_MD.dtype)
         dw = dw + (weight_gradient(dlogits_MV, x_MD) if tied else weight_gradient(x_MD, dlogits_MV))
         return (jax.tree.map(jnp.add, sums, new), dw), dx_MD
 

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from efflm.ops.qarray import QArray, round_to_int8
 
-PRODUCT = "product"
+MATMUL = "matmul"
 
 
 def transposed(x: jax.Array) -> jax.Array:
@@ -33,36 +33,36 @@ def transposed(x: jax.Array) -> jax.Array:
     return lax.platform_dependent(x, cpu=through_a_reshape, default=lambda x: x.swapaxes(-1, -2))
 
 
-def product(x: jax.Array, w: jax.Array, turned: bool = False) -> jax.Array:
-    """x [..., K] @ w [K, N], or with `turned` @ w.T for w [N, K], in their own dtype -> float32 [..., N]."""
-    dimensions = (((x.ndim - 1,), (int(turned),)), ((), ()))
+def matmul(x: jax.Array, w: jax.Array, transpose: bool = False) -> jax.Array:
+    """x [..., K] @ w [K, N], or with `transpose` @ w.T for w [N, K], in their own dtype -> float32 [..., N]."""
+    dimensions = (((x.ndim - 1,), (int(transpose),)), ((), ()))
     return lax.dot_general(x, w, dimensions, preferred_element_type=jnp.float32)
 
 
 def weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
     """x [..., K], g [..., N] -> float32 [K, N]: x.T @ g, summed over the rows of all leading axes."""
-    return product(transposed(x.reshape(-1, x.shape[-1])), g.reshape(-1, g.shape[-1]))
+    return matmul(transposed(x.reshape(-1, x.shape[-1])), g.reshape(-1, g.shape[-1]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x: jax.Array, w: jax.Array, turned: bool) -> jax.Array:
-    return product(x, w.astype(x.dtype), turned)
+def _float_matmul(x: jax.Array, w: jax.Array, transpose: bool) -> jax.Array:
+    return matmul(x, w.astype(x.dtype), transpose)
 
 
-def _matmul_forward(x, w, turned):
-    return _matmul(x, w, turned), (x, w)
+def _float_matmul_forward(x, w, transpose):
+    return _float_matmul(x, w, transpose), (x, w)
 
 
-def _matmul_backward(turned, residuals, g):
+def _float_matmul_backward(transpose, residuals, g):
     # The transpose rule would multiply a float32 cotangent with a low-precision operand, which no backend does fast.
     x, w = residuals
     g = g.astype(x.dtype)
-    dx = product(g, w.astype(x.dtype), not turned)
-    dw = weight_gradient(g, x) if turned else weight_gradient(x, g)
+    dx = matmul(g, w.astype(x.dtype), not transpose)
+    dw = weight_gradient(g, x) if transpose else weight_gradient(x, g)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-_matmul.defvjp(_matmul_forward, _matmul_backward)
+_float_matmul.defvjp(_float_matmul_forward, _float_matmul_backward)
 
 
 def _int8_matmul(x: jax.Array, values: jax.Array, axis: int) -> jax.Array:
@@ -75,17 +75,17 @@ def _int8_matmul(x: jax.Array, values: jax.Array, axis: int) -> jax.Array:
 def dot(x: jax.Array, w: Any) -> jax.Array:
     """x [..., K] @ w [K, N] -> float32 [..., N]. The dtype of x is the compute dtype; w is brought to it.
 
-    The result is named PRODUCT, for policies of rematerialization, which do not look into a custom derivative.
+    The result is named MATMUL, for policies of rematerialization, which do not look into a custom derivative.
     """
     if not isinstance(w, QArray):
-        return checkpoint_name(_matmul(x, w, False), PRODUCT)
+        return checkpoint_name(_float_matmul(x, w, False), MATMUL)
     return _scaled(x, w, w.values, w.scale)
 
 
 def dot_transposed(x: jax.Array, w: Any) -> jax.Array:
     """x [..., K] @ w.T for w [N, K] -> float32 [..., N]."""
     if not isinstance(w, QArray):
-        return _matmul(x, w, True)
+        return _float_matmul(x, w, True)
     return _scaled(x, w, w.values.T, w.scale.T)
 
 
@@ -93,4 +93,4 @@ def _scaled(x: jax.Array, w: QArray, values: jax.Array, scale: jax.Array) -> jax
     scale_N = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
     if w.activations == "int8":
         return _int8_matmul(x, values, 0) * scale_N
-    return product(x, values.astype(x.dtype)) * scale_N
+    return matmul(x, values.astype(x.dtype)) * scale_N

@@ -32,7 +32,7 @@ class Measured:
     temporaries: float
     step: float
     prefill: float
-    decode: dict[int, float]  # by the cache's room: of one token
+    decode: dict[int, float]  # by the length of the cache: of one token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,8 +159,8 @@ def holdings(
         ),
         row(
             "KV cache",
-            f"of one row of {config.context:,} tokens while decoding; it grows with rows and tokens",
-            cost.kv_cache_bytes(config, 1, config.context, inference),
+            f"of one row of {config.max_length:,} tokens while decoding; it grows with rows and tokens",
+            cost.kv_cache_bytes(config, 1, config.max_length, inference),
         ),
     ]
     parts = "; ".join(f"{name} {held / 1e6:.1f}" for name, held in largest if held)
@@ -195,9 +195,9 @@ def phases(
         _phase("prefill", reading, near.prompt, roofline, inference.compute, measured and measured.prefill),
     ]
     for name, protocol in (("decode, short cache", near), ("decode, full cache", far)):
-        room = protocol.start + protocol.new
-        work = cost.decode(config, 1, room, inference)
-        rows.append(_phase(name, work, 1, roofline, inference.compute, measured and measured.decode[room]))
+        cache_length = protocol.start + protocol.new
+        work = cost.decode(config, 1, cache_length, inference)
+        rows.append(_phase(name, work, 1, roofline, inference.compute, measured and measured.decode[cache_length]))
     return rows
 
 
@@ -206,11 +206,11 @@ def crossover(config: ModelConfig) -> str:
     seen = cost.crossover_length(config)
     if math.isinf(seen):
         return "Attention never overtakes the feed-forward part: the windows are too short."
-    within = "within" if seen <= config.context else "beyond"
+    within = "within" if seen <= config.max_length else "beyond"
     return (
         f"Attention overtakes the feed-forward part where a token sees {seen:,.0f} positions, {within} this model's "
-        f"context of {config.context:,}. In training and prefill, where it sees half its row on average, this takes "
-        f"rows of {2 * seen:,.0f} tokens."
+        f"max_length of {config.max_length:,}. In training and prefill, where it sees half its row on average, this "
+        f"takes rows of {2 * seen:,.0f} tokens."
     )
 
 

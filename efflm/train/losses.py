@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from efflm import ops
 from efflm.config import ModelConfig, Remat
-from efflm.model import Transformer, context
+from efflm.model import Transformer, sequence_parallel
 from efflm.precision import FLOAT32, Policy
 
 
@@ -55,14 +55,14 @@ def language_model_loss(
     model = Transformer(config, policy, scanned, remat)
 
     def sums(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
-        x_BTD, _ = model.apply({"params": params}, batch["inputs"], **_where(batch), method=Transformer.hidden)
+        x_BTD, _ = model.apply({"params": params}, batch["inputs"], **_where(batch), method=Transformer.final_states)
         w, weights_BT = params["embedding" if config.tied else "unembedding"], target_weights(batch)
         total, nll = ops.cross_entropy(x_BTD, w, batch["targets"], weights_BT, tied=config.tied, z_weight=z_loss)
         return total, nll, jnp.sum(weights_BT)
 
     def loss_fn(params: Any, frozen: Any, batch: dict[str, jax.Array], rng: jax.Array):
         del frozen, rng
-        total, nll, weight = context.spread(sums, params, batch)
+        total, nll, weight = sequence_parallel.spread(sums, params, batch)
         mean = lambda value: value / jnp.maximum(weight, 1e-9)
         return mean(total), {"weight": weight} | ({"cross_entropy": mean(nll)} if z_loss else {})
 

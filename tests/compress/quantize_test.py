@@ -47,7 +47,7 @@ def test_compiled_w8a8_prefill_multiplies_int8_into_int32():
     tokens = jnp.asarray(tiny.tokens(model.config, 4, 16))
     compiled = lambda activations: (
         prefill.lower(
-            LanguageModel(model.config, quantize(model.params, activations)), tokens, jnp.full(4, 16), room=16
+            LanguageModel(model.config, quantize(model.params, activations)), tokens, jnp.full(4, 16), cache_length=16
         )
         .compile()
         .as_text()
@@ -68,7 +68,7 @@ def test_quantized_cached_decode_equals_full_forward():
     after, _ = Quantize()(model, CONTEXT)
     tokens = jnp.asarray(tiny.tokens(model.config, 1, 7))
     full = tiny.logits(after, tokens)
-    logits, cache = prefill(after, tokens[:, :6], jnp.array([6]), room=8)
+    logits, cache = prefill(after, tokens[:, :6], jnp.array([6]), cache_length=8)
     np.testing.assert_allclose(logits, full[:, 5], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(tiny.logits(after, tokens[:, 6:], cache=cache), full[:, 6:], rtol=1e-4, atol=1e-5)
 

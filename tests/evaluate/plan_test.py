@@ -88,7 +88,7 @@ def test_work_is_divided_among_devices():
     config = preset("llama3-8b")
     train = dataclasses.replace(TRAIN, batch=64, length=4096)
     one = plan.train_work(config, train, plan.abstract_mesh()).flops
-    for sizes in ({"fsdp": 8}, {"data": 2, "fsdp": 4}, {"tensor": 8}, {"context": 4, "fsdp": 2}):
+    for sizes in ({"fsdp": 8}, {"data": 2, "fsdp": 4}, {"tensor": 8}, {"sequence": 4, "fsdp": 2}):
         shared = plan.train_work(config, train, plan.abstract_mesh(**sizes)).flops
         assert 8 * shared == pytest.approx(one, rel=0.01), sizes
 

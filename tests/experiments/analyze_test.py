@@ -10,8 +10,8 @@ from efflm.flags import launch
 from experiments import analyze
 
 TINY = [
-    "--model.layers=1", "--model.width=32", "--model.heads=4", "--model.hidden=48", "--model.vocabulary=300",
-    "--model.context=64", "--train.batch=8", "--train.length=32", "--steps=2", "--prompt=48",
+    "--model.layers=1", "--model.width=32", "--model.heads=4", "--model.mlp_dim=48", "--model.vocabulary=300",
+    "--model.max_length=64", "--train.batch=8", "--train.length=32", "--steps=2", "--prompt=48",
 ]  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def test_everything_is_predicted_and_measured(tmp_path, capsys):
 
 
 def test_a_model_too_large_to_run_is_analyzed_without_running(tmp_path, capsys):
-    size = ["--model.width=8192", "--model.heads=64", "--model.layers=80", "--model.hidden=28672", "--longest=1000000"]
+    size = ["--model.width=8192", "--model.heads=64", "--model.layers=80", "--model.mlp_dim=28672", "--longest=1000000"]
     found = run(tmp_path / "out", "--nomeasure", *size)
     assert all(row["measured_seconds"] is None for row in found["phases"])
     assert "longest" not in capsys.readouterr().err
@@ -72,7 +72,7 @@ def test_windows_too_short_are_never_overtaken(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--train.length=100"], "longer than model.context"),
+        (["--train.length=100"], "longer than model.max_length"),
         (["--steps=0"], "steps is 0"),
         (["--longest=-1"], "longest is -1"),
     ],

@@ -20,7 +20,7 @@ from efflm.train import loop
 from experiments import compress, evaluate, pretrain, quickstart
 
 TINY = [
-    "--model.layers=2", "--model.width=32", "--model.hidden=48", "--model.vocabulary=300", "--model.context=64",
+    "--model.layers=2", "--model.width=32", "--model.mlp_dim=48", "--model.vocabulary=300", "--model.max_length=64",
     "--train.steps=6", "--train.warmup=2", "--train.length=16", "--train.batch=8", "--train.log_every=2",
 ]  # fmt: skip
 NAMES = [
@@ -218,7 +218,7 @@ def test_a_model_on_a_mesh_is_measured_the_same(trained, tmp_path):
         (["--corpus=/nowhere"], "corpus /nowhere does not exist"),
         (["--model.width=30"], "width 30 is not divisible by model.heads 4"),
         (["--nonsense=1"], "unknown flag --nonsense"),
-        (["--train.length=100"], "train.length 100 is longer than model.context 64"),
+        (["--train.length=100"], "train.length 100 is longer than model.max_length 64"),
         (["--train.batch=400000"], "too small"),
         (["--profile_steps=3"], "give two step numbers"),
         (["--profile_steps=3,10"], "beyond the last step"),
@@ -262,7 +262,7 @@ def test_a_checkpoint_of_another_config_is_refused(trained, corpus, capsys, flag
         (["--recipe= "], "recipe is ' '"),
         (["--model=/nowhere"], "no model at /nowhere"),
         (["--text=/nowhere"], "/nowhere does not exist"),
-        (["--window=65"], "window is 65, but the model's context is 64"),
+        (["--window=65"], "window is 65, but the model's max_length is 64"),
         (["--window=16", "--stride=17"], "stride is 17"),
     ],
 )

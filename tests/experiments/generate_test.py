@@ -100,7 +100,7 @@ def test_chat_goes_through_the_template(folder, loaded, monkeypatch, tmp_path, c
         (["--chat"], "the prompt is empty"),
         (["--prompt=hi", "--max_tokens=0"], "max_tokens is 0"),
         (["--prompt=hi", "--top_p=0"], "top_p is 0"),
-        (["--prompt=hi", "--max_tokens=64"], "context is 64"),
+        (["--prompt=hi", "--max_tokens=64"], "max_length is 64"),
         (["--prompt=hi", "--model=/nowhere.gguf"], "no model at /nowhere.gguf"),
     ],
 )

@@ -19,7 +19,7 @@ from experiments import optimizers
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = [
-    "--model.layers=1", "--model.width=32", "--model.hidden=48", "--model.vocabulary=300", "--model.context=16",
+    "--model.layers=1", "--model.width=32", "--model.mlp_dim=48", "--model.vocabulary=300", "--model.max_length=16",
     "--train.steps=12", "--train.warmup=2", "--train.length=16", "--train.batch=3", "--train.log_every=2",
 ]  # fmt: skip
 
@@ -117,7 +117,7 @@ def test_the_small_setting_leaves_what_was_asked_for():
         (["--multipliers=a"], "multipliers is 'a'"),
         (["--seeds=0"], "seeds is 0"),
         (["--widen=-1"], "widen is -1"),
-        (["--train.length=300"], "longer than model.context"),
+        (["--train.length=300"], "longer than model.max_length"),
         (["--corpus=/nowhere"], "corpus /nowhere does not exist"),
     ],
 )

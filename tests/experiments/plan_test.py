@@ -13,7 +13,7 @@ from efflm.flags import launch
 from efflm.model.presets import preset
 from experiments import plan
 
-SMALL = ["--model=gpt2", "--train.batch=8", "--train.length=64", "--rows=8", "--room=64"]
+SMALL = ["--model=gpt2", "--train.batch=8", "--train.length=64", "--rows=8", "--cache_length=64"]
 
 
 def run(folder, *flags):
@@ -28,7 +28,7 @@ def rows(found, name):
 
 def test_training_is_compiled_and_predicted(tmp_path, capsys):
     found = run(tmp_path / "out", "--mesh.fsdp=8", "--hardware=h100")
-    assert found["mesh"] == {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}
+    assert found["mesh"] == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
     held = rows(found, "bytes")
     assert held["arguments"]["predicted"] == pytest.approx(held["arguments"]["compiled"], abs=100)
     assert held["temporaries"]["compiled"] > 0
@@ -70,7 +70,7 @@ def test_the_search_needs_no_compiler(tmp_path, capsys, monkeypatch):
         (["--model=gpt5"], "no model is named 'gpt5': choose one of llama3-8b"),
         (["--hardware=abacus"], "no hardware is named 'abacus'"),
         (["--hardware=v5p:4x4"], "torus of 3 dimensions"),
-        (["--train.length=2048"], "longer than the context of gpt2, 1024"),
+        (["--train.length=2048"], "longer than the max_length of gpt2, 1024"),
         ([], "the number of devices is not known"),
         (["--mesh.fsdp=3"], "a batch of 8 rows is not divisible by mesh.data 1 x mesh.fsdp 3"),
         (["--hardware=v5p:2x2x1", "--mesh.fsdp=8"], "the mesh has 8 devices, but v5p:2x2x1 has 4"),
@@ -105,7 +105,7 @@ def test_the_tpu_compiler_gathers_a_matrix_at_a_time_and_scatters_its_gradient(t
     for each in found["collectives"]:
         if each["kind"] in moved and each["trips"] == len(config.blocks):  # in the loop over layers
             moved[each["kind"]].append(each["nbytes"] / each["trips"])
-    feedforward = config.width * config.blocks[0].hidden  # the largest matrix of a layer
+    feedforward = config.width * config.blocks[0].mlp_dim  # the largest matrix of a layer
     assert max(moved["all-gather"]) == pytest.approx(3 / 4 * feedforward * 2)  # in bfloat16
     assert max(moved["reduce-scatter"]) == pytest.approx(3 / 4 * feedforward * 4)  # in float32
     assert len(moved["reduce-scatter"]) == 6  # query, key, value, output, up, down

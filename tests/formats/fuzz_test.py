@@ -25,7 +25,7 @@ from efflm.model import LanguageModel, init_params, sharding
 from tests import tiny
 from tests.formats.huggingface_test import small_tokenizer
 
-SHAPE = ModelShape(layers=2, width=96, heads=4, kv_heads=2, hidden=256, vocabulary=512, context=64)  # 0.9 MB
+SHAPE = ModelShape(layers=2, width=96, heads=4, kv_heads=2, mlp_dim=256, vocabulary=512, max_length=64)  # 0.9 MB
 SLACK = 700_000  # bytes: what parsing, exceptions and Python's own caches take, whatever the file
 SECONDS = 60
 LENGTHS = (0, 1, 7, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1)

@@ -288,7 +288,7 @@ def test_what_transformers_could_not_load_is_not_written(tmp_path):
     model, tokens = huggingface.load_weights(GOLDENS / "llama"), small_tokenizer()
     with pytest.raises(InputError, match="is compressed, but a Hugging Face directory holds floats: export the model"):
         huggingface.save(tmp_path / "int8", model.replace(params=quantize(model.params)), tokens)
-    blocks = (model.config.blocks[0], dataclasses.replace(model.config.blocks[1], hidden=52))
+    blocks = (model.config.blocks[0], dataclasses.replace(model.config.blocks[1], mlp_dim=52))
     unequal = model.replace(config=dataclasses.replace(model.config, blocks=blocks))
     with pytest.raises(InputError, match=r"none of the families llama, .* has models of this shape"):
         huggingface.save(tmp_path / "unequal", unequal, tokens)
@@ -341,8 +341,8 @@ print((peak() - before) / trees.nbytes(model.params))
     ("kept_as", "wanted"), [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "float32")]
 )
 def test_loading_peaks_at_most_at_1_3_times_the_model(kept_as, wanted, tmp_path):
-    block = BlockConfig(heads=8, kv_heads=4, head_dim=64, hidden=1536)
-    config = ModelConfig(vocabulary=32000, width=512, context=64, blocks=(block,) * 12)
+    block = BlockConfig(heads=8, kv_heads=4, head_dim=64, mlp_dim=1536)
+    config = ModelConfig(vocabulary=32000, width=512, max_length=64, blocks=(block,) * 12)
     family, description = build.describe(config)
     dtype, folder = jnp.dtype(kept_as), tmp_path / "model"
     folder.mkdir()

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 GOLDENS = Path(__file__).parent / "goldens"
-LENGTH = 40  # of the rows: beyond every window and every original context below
+LENGTH = 40  # of the rows: beyond every window and every original length below
 LLAMA = {
     "vocab_size": 48,
     "hidden_size": 16,

@@ -97,7 +97,7 @@ def test_files_that_contradict_themselves_are_refused(tmp_path):
             safetensors.load(path)
 
     up = "block_0/feedforward/up/kernel"
-    narrower = lambda tensors, manifest: manifest["config"]["blocks"][0].update(hidden=40)
+    narrower = lambda tensors, manifest: manifest["config"]["blocks"][0].update(mlp_dim=40)
     refused("", narrower, r"down/kernel has shape \(48, 32\), but the config says \(40, 32\), of 3 such")
     refused("", lambda tensors, manifest: tensors.pop(up), "up/kernel has shape None, but the config says")
     unknown = lambda tensors, manifest: tensors.update(extra=np.zeros(3))

@@ -45,7 +45,7 @@ def test_rows_of_different_lengths_equal_each_row_alone(shape):
     model = tiny.model(shape)
     some = prompts(model.config, 3, 14, 9)
     tokens_BT, lengths_B = module.padded(some, model.config, new=12)
-    logits, cache = prefill(model, tokens_BT, lengths_B, room=32)
+    logits, cache = prefill(model, tokens_BT, lengths_B, cache_length=32)
     np.testing.assert_array_equal(cache.length_B, [3, 14, 9])
     state = start(logits, cache, module.row_keys(0, 3), GREEDY.arrays(), np.zeros(0, np.int32))
     next_B = np.asarray(state.token_B)
@@ -103,7 +103,7 @@ def test_a_row_ends_before_its_stop_token_and_the_loop_with_the_last_row(monkeyp
 
 
 def test_one_program_serves_a_bucket_of_lengths():
-    model = tiny.model(dataclasses.replace(tiny.LLAMA, context=256, hidden=56))
+    model = tiny.model(dataclasses.replace(tiny.LLAMA, max_length=256, mlp_dim=56))
     counts = lambda: (module.prefill._cache_size(), module.decode._cache_size())
     before = counts()
     for length, new in ((3, 12), (9, 20), (16, 16), (11, 21)):
@@ -118,7 +118,7 @@ def test_one_program_serves_a_bucket_of_lengths():
 def test_positions_beyond_the_context_are_refused():
     for shape in (tiny.GPT2, WINDOWED):
         model = tiny.model(shape)
-        with pytest.raises(InputError, match=r"60 tokens and max_tokens is 5, together 65 .* context is 64"):
+        with pytest.raises(InputError, match=r"60 tokens and max_tokens is 5, together 65 .* max_length is 64"):
             generate(model, prompts(model.config, 60), 5)
         (full,) = generate(model, prompts(model.config, 60), 4)
         assert full[-1] == np.argmax(after(model, [*prompts(model.config, 60)[0], *full[:-1]]))

@@ -24,8 +24,8 @@ LONG = 1300  # positions, enough for attention to loop over blocks
 UNEQUAL = dataclasses.replace(
     tiny.LLAMA.config(),
     blocks=(
-        BlockConfig(heads=4, kv_heads=2, head_dim=8, hidden=48),
-        BlockConfig(heads=2, kv_heads=1, head_dim=8, hidden=96, window=16),
+        BlockConfig(heads=4, kv_heads=2, head_dim=8, mlp_dim=48),
+        BlockConfig(heads=2, kv_heads=1, head_dim=8, mlp_dim=96, window=16),
     ),
 )
 CONFIGS = {
@@ -72,7 +72,7 @@ def test_shapes_are_those_of_fresh_parameters(name):
 
 @pytest.mark.parametrize("name", typing.get_args(Optimizer))
 def test_optimizer_bytes_are_those_of_a_fresh_state(name):
-    for shape in (tiny.GPT2, ModelShape(layers=2, width=256, heads=2, kv_heads=1, hidden=300, tied=False)):
+    for shape in (tiny.GPT2, ModelShape(layers=2, width=256, heads=2, kv_heads=1, mlp_dim=300, tied=False)):
         config = shape.config()
         state = jax.eval_shape(optimizer.make(TrainConfig(optimizer=name)).init, abstract_model(config).params)
         counters = trees.nbytes(state) - cost.optimizer_bytes(config, name)
@@ -83,7 +83,7 @@ def test_cache_bytes_are_those_of_an_empty_cache():
     for policy in (POLICIES["float32"], POLICIES["bfloat16"]):
         cache = jax.eval_shape(lambda policy=policy: empty_cache(UNEQUAL, 3, 40, policy.compute))
         assert cost.kv_cache_bytes(UNEQUAL, 3, 40, policy) == trees.nbytes(cache.layers)
-    moved = lambda room: cost.total(cost.decode(UNEQUAL, 3, room)).nbytes
+    moved = lambda cache_length: cost.total(cost.decode(UNEQUAL, 3, cache_length)).nbytes
     assert moved(50) - moved(10) == cost.kv_cache_bytes(UNEQUAL, 3, 40)
 
 
@@ -149,7 +149,7 @@ def test_train_step_multiplies_what_the_jaxpr_does(name, settings):
 
 @pytest.mark.parametrize("length", [256, LONG])
 def test_rematerialization_adds_at_most_a_third_of_the_flops(length):
-    config = dataclasses.replace(tiny.LLAMA, width=128, heads=4, kv_heads=4, hidden=352).config()
+    config = dataclasses.replace(tiny.LLAMA, width=128, heads=4, kv_heads=4, mlp_dim=352).config()
 
     def counted(remat):
         step, args = training_step(config, TrainConfig(batch=1, length=length, remat=remat))
@@ -168,25 +168,27 @@ def mean_trips(config, queries, keys, in_order=True):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize(("length", "room"), [(40, 40), (40, 64), (200, 900)])
-def test_prefill_and_decode_multiply_what_the_jaxpr_does(name, length, room):
-    config = dataclasses.replace(CONFIGS[name], context=1024)
+@pytest.mark.parametrize(("length", "cache_length"), [(40, 40), (40, 64), (200, 900)])
+def test_prefill_and_decode_multiply_what_the_jaxpr_does(name, length, cache_length):
+    config = dataclasses.replace(CONFIGS[name], max_length=1024)
     model = abstract_model(config)
-    prefill = lambda model, tokens, lengths: generate.prefill(model, tokens, lengths, room=room)
+    prefill = lambda model, tokens, lengths: generate.prefill(model, tokens, lengths, cache_length=cache_length)
     counted = matrix_flops(prefill, model, ids(3, length), jax.ShapeDtypeStruct((3,), jnp.int32))
-    assert cost.total(cost.prefill(config, 3, length, room=room)).flops == pytest.approx(counted, rel=0.01)
-    cache = jax.eval_shape(lambda: empty_cache(config, 3, room))
+    assert cost.total(cost.prefill(config, 3, length, cache_length=cache_length)).flops == pytest.approx(
+        counted, rel=0.01
+    )
+    cache = jax.eval_shape(lambda: empty_cache(config, 3, cache_length))
     zeros, keys = np.zeros(3, np.int32), generate.row_keys(0, 3)
     state = lambda cache: generate.State(cache, jnp.asarray(zeros), jnp.zeros(3, bool), keys)
     steps = lambda model, cache: generate.decode(model, state(cache), GREEDY.arrays(), zeros, np.int32(5), steps=5)
     counted = matrix_flops(steps, model, cache, trips=5)
-    assert 5 * cost.total(cost.decode(config, 3, room)).flops == pytest.approx(counted, rel=0.01)
+    assert 5 * cost.total(cost.decode(config, 3, cache_length)).flops == pytest.approx(counted, rel=0.01)
 
 
 @pytest.mark.parametrize(
-    ("length", "room", "window"), [(LONG, LONG, 0), (LONG, LONG, 200), (700, 2000, 0), (700, 2000, 600)]
+    ("length", "cache_length", "window"), [(LONG, LONG, 0), (LONG, LONG, 200), (700, 2000, 0), (700, 2000, 600)]
 )
-def test_loops_of_attention_visit_the_predicted_blocks(length, room, window, monkeypatch):
+def test_loops_of_attention_visit_the_predicted_blocks(length, cache_length, window, monkeypatch):
     """What the walker is told of loops: their trips, counted while they run, forward and backward."""
     module, visits = importlib.import_module("efflm.ops.attention"), {"_forward_block": 0, "_backward_block": 0}
 
@@ -201,12 +203,12 @@ def test_loops_of_attention_visit_the_predicted_blocks(length, room, window, mon
             return original(*args)
 
         monkeypatch.setattr(module, name, counted)
-    slots = None if length == room else jnp.arange(length, dtype=jnp.int32)[None]
-    q, k = jnp.ones((1, length, 2, 4)), jnp.ones((1, room, 1, 4))
+    slots = None if length == cache_length else jnp.arange(length, dtype=jnp.int32)[None]
+    q, k = jnp.ones((1, length, 2, 4)), jnp.ones((1, cache_length, 1, 4))
     attend = lambda q: jnp.sum(module.attention(q, k, k, slots_BT=slots, window=window))
     jax.block_until_ready(jax.jit(jax.grad(attend))(q))
     jax.effects_barrier()
-    predicted = cost.computed_pairs(length, room, window, in_order=slots is None) / cost.BLOCK**2
+    predicted = cost.computed_pairs(length, cache_length, window, in_order=slots is None) / cost.BLOCK**2
     assert visits == {"_forward_block": predicted, "_backward_block": predicted}
 
 
@@ -249,8 +251,8 @@ def check_temporaries(config, settings):
     assert predicted_temporaries(config, train) == pytest.approx(temporaries(config, train), rel=0.25)
 
 
-SMALL = ModelShape(layers=2, width=128, heads=4, kv_heads=2, hidden=352, vocabulary=1024, context=2048)
-SMALL_GPT2 = dataclasses.replace(SMALL, family="gpt2", kv_heads=4, hidden=512, tied=False)
+SMALL = ModelShape(layers=2, width=128, heads=4, kv_heads=2, mlp_dim=352, vocabulary=1024, max_length=2048)
+SMALL_GPT2 = dataclasses.replace(SMALL, family="gpt2", kv_heads=4, mlp_dim=512, tied=False)
 NEOX = {"position": "rotary", "feedforward": "gelu_exact", "parallel": True, "rotary_fraction": 0.25}
 
 
@@ -272,9 +274,9 @@ def test_temporaries_are_those_of_the_compiled_step(shape, other, settings):
     check_temporaries(dataclasses.replace(shape.config(), **other), settings)
 
 
-BENCH = ModelShape(family="gpt2", layers=6, width=384, heads=6, kv_heads=6, hidden=1536, context=2048)
-DEEP = ModelShape(layers=12, context=2048)
-WIDE = ModelShape(layers=3, width=512, heads=16, kv_heads=4, hidden=1408, context=2048)
+BENCH = ModelShape(family="gpt2", layers=6, width=384, heads=6, kv_heads=6, mlp_dim=1536, max_length=2048)
+DEEP = ModelShape(layers=12, max_length=2048)
+WIDE = ModelShape(layers=3, width=512, heads=16, kv_heads=4, mlp_dim=1408, max_length=2048)
 LARGE = ModelShape(layers=4, kv_heads=4, vocabulary=49152)
 
 

@@ -53,7 +53,7 @@ def test_moments_lie_like_their_weights():
 @pytest.mark.parametrize(("batch", "devices"), [(16, 8), (4, 4), (6, 2), (7, 1)])
 def test_data_parallel_takes_as_many_devices_as_divide_the_batch(batch, devices):
     for mesh in (sharding.data_parallel(batch), sharding.mesh_for(MeshConfig(), batch, 16)):
-        assert dict(mesh.shape) == {"data": devices, "fsdp": 1, "context": 1, "tensor": 1}
+        assert dict(mesh.shape) == {"data": devices, "fsdp": 1, "sequence": 1, "tensor": 1}
 
 
 def test_an_axis_takes_the_devices_that_are_left():
@@ -61,7 +61,7 @@ def test_an_axis_takes_the_devices_that_are_left():
     assert shape(8, fsdp=4) == (2, 4, 1, 1)
     assert shape(4, fsdp=4) == (1, 4, 1, 1)  # two copies would not divide the batch
     assert shape(8, data=2, tensor=-1) == (2, 1, 1, 4)
-    assert shape(8, data=1, fsdp=-1, context=2) == (1, 4, 2, 1)
+    assert shape(8, data=1, fsdp=-1, sequence=2) == (1, 4, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_an_axis_takes_the_devices_that_are_left():
         ({"fsdp": 16}, 8, r"mesh.data=-1, mesh.fsdp=16 asks for 16 devices, but there are 8"),
         ({"tensor": 3}, 8, r"8 devices are not divisible by 3"),
         ({"fsdp": 4}, 6, r"a batch of 6 rows is not divisible by mesh.data 1 x mesh.fsdp 4"),
-        ({"data": 1, "context": -1}, 8, r"rows of 12 tokens are not divisible by twice mesh.context 8"),
+        ({"data": 1, "sequence": -1}, 8, r"rows of 12 tokens are not divisible by twice mesh.sequence 8"),
         ({"fsdp": -1}, 8, r"mesh.data and mesh.fsdp are -1"),
         ({"tensor": 0}, 8, r"mesh.tensor is 0"),
     ],

@@ -83,9 +83,9 @@ def test_stacking_and_unstacking_is_the_identity():
 
 
 def test_layers_of_different_shapes_run_but_do_not_scan():
-    small = BlockConfig(heads=2, kv_heads=1, head_dim=8, hidden=20)
-    large = BlockConfig(heads=4, kv_heads=4, head_dim=4, hidden=36)
-    config = ModelConfig(vocabulary=50, width=16, context=32, blocks=(small, large))
+    small = BlockConfig(heads=2, kv_heads=1, head_dim=8, mlp_dim=20)
+    large = BlockConfig(heads=4, kv_heads=4, head_dim=4, mlp_dim=36)
+    config = ModelConfig(vocabulary=50, width=16, max_length=32, blocks=(small, large))
     model = LanguageModel(config, init_params(config, 0))
     tokens = tiny.tokens(config, 1, 6)
     expected = reference.forward(config, model.params, tokens[0])

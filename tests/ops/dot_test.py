@@ -48,20 +48,20 @@ def test_both_gradient_products_have_bfloat16_operands_and_float32_sums():
         assert equation.outvars[0].aval.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("shape", [(2, 16, 48, 64), (1, 7, 24, 5), (3, 33, 16, 40), (2, 1, 3, 5), (1, 16, 1, 1)])
-def test_compiled_bfloat16_gradients_of_any_shape_sum_in_float32(rng, shape, turned):
+def test_compiled_bfloat16_gradients_of_any_shape_sum_in_float32(rng, shape, transpose):
     B, T, K, N = shape
     x = jnp.asarray(rng.standard_normal((B, T, K)), jnp.bfloat16)
-    w = jnp.asarray(rng.standard_normal((N, K) if turned else (K, N)), jnp.float32)
+    w = jnp.asarray(rng.standard_normal((N, K) if transpose else (K, N)), jnp.float32)
     g = jnp.asarray(rng.standard_normal((B, T, N)), jnp.float32)
-    product = dot_transposed if turned else ops.dot
+    product = dot_transposed if transpose else ops.dot
     dx, dw = jax.jit(lambda x, w, g: jax.vjp(product, x, w)[1](g))(x, w, g)
     low = lambda array: np.float64(array.astype(jnp.bfloat16))
     expected = np.einsum("btk,btn->kn", low(x), low(g))
     assert dw.dtype == jnp.float32  # of float32 masters: not rounded to the operands' dtype on the way
-    np.testing.assert_allclose(dw.T if turned else dw, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
-    expected = np.einsum("btn,kn->btk", low(g), low(w.T if turned else w))
+    np.testing.assert_allclose(dw.T if transpose else dw, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    expected = np.einsum("btn,kn->btk", low(g), low(w.T if transpose else w))
     np.testing.assert_allclose(np.float64(dx), expected, atol=0.02 * np.abs(expected).max())
 
 

@@ -19,7 +19,7 @@ from efflm.train.step import init_state, make_step, place
 from tests import tiny
 
 SETTINGS = TrainConfig(steps=20, warmup=1, batch=8, length=16, learning_rate=1e-2, optimizer="adamw8bit")
-REAL = ModelShape(layers=6, width=384, heads=6, kv_heads=2, hidden=1024, vocabulary=4096)
+REAL = ModelShape(layers=6, width=384, heads=6, kv_heads=2, mlp_dim=1024, vocabulary=4096)
 
 
 # --- the dynamic map -----------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_the_state_survives_being_written_as_plain_arrays(rng):
 
 
 def trajectory(mesh, stacked):
-    model = tiny.model(dataclasses.replace(tiny.LLAMA, layers=1 + stacked, width=64, hidden=512))
+    model = tiny.model(dataclasses.replace(tiny.LLAMA, layers=1 + stacked, width=64, mlp_dim=512))
     params = stack_blocks(model.params, model.config) if stacked else model.params
     tx = optimizer.make(SETTINGS)
     state = init_state(params, tx, mesh)

@@ -170,7 +170,7 @@ def test_schedule_free_averages_its_iterates(rng):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_stacked_layers_are_updated_as_if_unstacked(name, rng):
     """Per-layer statistics (top singular directions, factored moments, block scales, RMS) never cross layers."""
-    shape = dataclasses.replace(tiny.LLAMA, width=128, heads=4, kv_heads=4, hidden=160, layers=2)
+    shape = dataclasses.replace(tiny.LLAMA, width=128, heads=4, kv_heads=4, mlp_dim=160, layers=2)
     model = shape.config()
     params, tx = init_params(model, 0), optimizer.make(dataclasses.replace(PLAIN, optimizer=name))
     update = jax.jit(tx.update)

@@ -19,9 +19,9 @@ MESHES = {
     "data": {"data": 8},
     "fsdp": {"data": 1, "fsdp": 8},
     "tensor": {"data": 4, "tensor": 2},
-    "context": {"data": 1, "context": 8},
+    "sequence": {"data": 1, "sequence": 8},
     "fsdp x tensor": {"fsdp": 4, "tensor": 2},
-    "data x fsdp x context x tensor": {"data": 1, "fsdp": 2, "context": 2, "tensor": 2},
+    "data x fsdp x sequence x tensor": {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2},
 }
 
 
@@ -63,7 +63,7 @@ def test_twenty_steps_equal_those_of_one_device(name, alone):
 )
 def test_spread_rows_train_like_whole_ones_in_every_mode(changes, alone):
     train = dataclasses.replace(TRAIN, **changes)
-    mesh = sharding.make_mesh(data=2, context=2, tensor=2)
+    mesh = sharding.make_mesh(data=2, sequence=2, tensor=2)
     np.testing.assert_allclose(trained(tiny.SHAPES["gpt2"], mesh, train)[0], alone["gpt2"], rtol=1e-3)
 
 
@@ -72,12 +72,12 @@ def test_spread_rows_have_the_gradients_of_whole_ones(window, monkeypatch):
     """Also where attention loops over blocks, here of 8 tokens."""
     from importlib import import_module
 
-    config = dataclasses.replace(tiny.LLAMA, window=window, context=128).config()
+    config = dataclasses.replace(tiny.LLAMA, window=window, max_length=128).config()
     params, batch = init_params(config, 0), tiny.batch(config, rows=2, length=96)
     loss = losses.language_model_loss(config)
     gradient = lambda params, batch: jax.grad(lambda p: loss(p, {}, batch, None)[0])(params)
     whole = jax.jit(gradient)(params, batch)
-    mesh = sharding.make_mesh(context=4)
+    mesh = sharding.make_mesh(sequence=4)
 
     def on_mesh(params, batch):
         with sharding.on_mesh(mesh):
@@ -92,14 +92,14 @@ def test_spread_rows_have_the_gradients_of_whole_ones(window, monkeypatch):
 
 def test_weights_are_gathered_a_layer_at_a_time():
     """No array of the compiled program is as large as what all layers' matrices would be together."""
-    shape = dataclasses.replace(tiny.LLAMA, layers=8, width=64, hidden=192)
+    shape = dataclasses.replace(tiny.LLAMA, layers=8, width=64, mlp_dim=192)
     config, mesh, rule = shape.config(), sharding.make_mesh(fsdp=8), optimizer.make(TRAIN)
     state = init_state(stack_blocks(init_params(config, 0), config), rule, mesh)
     batch = place(tiny.batch(config, rows=8, length=16), mesh)
     program = make_step(losses.language_model_loss(config, scanned=True, remat="full"), rule, 0, state)
     text = program.lower(state, {}, batch).compile().as_text()
     gathered = [shape_size(found) for found in re.findall(r"= (\S+) all-gather(?:-start)?\(", text)]
-    layer = config.width * max(block.hidden for block in config.blocks)
+    layer = config.width * max(block.mlp_dim for block in config.blocks)
     assert gathered
     assert layer in gathered
     assert max(gathered) <= max(layer, config.vocabulary * config.width)

@@ -80,7 +80,7 @@ def test_rematerialized_gradients_are_the_same(remat, scan, name):
 
 
 def test_full_rematerialization_halves_the_activations():
-    shape = dataclasses.replace(tiny.LLAMA, layers=8, width=64, hidden=192)
+    shape = dataclasses.replace(tiny.LLAMA, layers=8, width=64, mlp_dim=192)
     config = shape.config()
     params = jax.eval_shape(lambda: init_params(config, 0))
     rows = jax.ShapeDtypeStruct((16, 64), jnp.int32)
@@ -140,7 +140,7 @@ def test_rows_that_do_not_divide_are_refused():
 
 
 def test_parts_take_less_memory():
-    model = tiny.model(dataclasses.replace(tiny.LLAMA, width=64, hidden=192))
+    model = tiny.model(dataclasses.replace(tiny.LLAMA, width=64, mlp_dim=192))
     batch, tx = tiny.batch(model.config, rows=64, length=64), optimizer.make(CONFIG)
     state = init_state(model.params, tx, sharding.make_mesh())
     loss = losses.language_model_loss(model.config)

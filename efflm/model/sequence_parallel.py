@@ -1,4 +1,4 @@
-"""Context parallelism: each row spread over the devices of the mesh axis `context`, attention exact.
+"""Sequence parallelism: each row spread over the devices of the mesh axis `sequence`, attention exact.
 
 Everything but attention is a function of one token, so each device computes on its own tokens as if they were whole
 rows (`spread`). For attention it gathers the keys and values of all, and its own queries see those up to their slots:
@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from efflm import ops
 from efflm.model import sharding
 
-AXIS = "context"
+AXIS = "sequence"
 
 
 def is_spread() -> bool:
@@ -31,8 +31,8 @@ def spread(sums: Callable[[Any, Any], Any], params: Any, batch: dict[str, jax.Ar
 
     `attention` finds out where they are; positions and segments must be in the batch. T must be a multiple of 2C.
     """
-    contexts = sharding.contexts()
-    if contexts == 1:
+    shards = sharding.sequence_shards()
+    if shards == 1:
         return sums(params, batch)
     of_one = lambda params, batch: jax.tree.map(lambda total: total[None], sums(params, batch))
     each = jax.shard_map(
@@ -41,13 +41,13 @@ def spread(sums: Callable[[Any, Any], Any], params: Any, batch: dict[str, jax.Ar
         out_specs=PartitionSpec(AXIS),
         axis_names={AXIS},
         check_vma=False,
-    )(params, jax.tree.map(lambda x: _stretches(x, _order(contexts)), batch))
+    )(params, jax.tree.map(lambda x: _stretches(x, _order(shards)), batch))
     return jax.tree.map(lambda totals: jnp.sum(totals, axis=0), each)
 
 
-def _order(contexts: int) -> list[int]:
+def _order(shards: int) -> list[int]:
     """Which stretch lies where once all devices' tokens are side by side: 0, 2C - 1, 1, 2C - 2, ..."""
-    return [stretch for i in range(contexts) for stretch in (i, 2 * contexts - 1 - i)]
+    return [stretch for i in range(shards) for stretch in (i, 2 * shards - 1 - i)]
 
 
 def _stretches(x: jax.Array, order: list[int]) -> jax.Array:
@@ -60,12 +60,12 @@ def attention(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None, window: int
 ) -> jax.Array:
     """Of one device's queries and all devices' keys and values -> float32 [B, T, N, H]; T tokens are its own."""
-    contexts, T = sharding.contexts(), q_BTNH.shape[1]
-    order = _order(contexts)
-    place = [order.index(stretch) for stretch in range(2 * contexts)]
+    shards, T = sharding.sequence_shards(), q_BTNH.shape[1]
+    order = _order(shards)
+    place = [order.index(stretch) for stretch in range(2 * shards)]
     whole = lambda x: _stretches(lax.all_gather(x, AXIS, axis=1, tiled=True), place)
     device, half = lax.axis_index(AXIS), jnp.arange(T // 2, dtype=jnp.int32)
-    slots_T = jnp.concatenate([device * (T // 2) + half, (2 * contexts - 1 - device) * (T // 2) + half])
+    slots_T = jnp.concatenate([device * (T // 2) + half, (2 * shards - 1 - device) * (T // 2) + half])
     return ops.attention(
         q_BTNH,
         whole(k_BTKH),
