@@ -28,6 +28,9 @@ def require_sparsity(value: float) -> None:
     require(0 <= value < 1, f"sparsity is {value}, but must be in [0, 1): the fraction of weights to remove")
 
 
+Precision = Literal["float32", "bfloat16"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
     """One Transformer layer. Layers may differ, since compressed layers do. A window of 0 attends to all before."""
@@ -76,7 +79,8 @@ class ModelConfig:
 
     bias: of every product; qkv_bias: of queries, keys and values alone. qk_norm: the queries and the keys of each
     head are RMS-normed before they are rotated. parallel: attention and feed-forward part read the same input.
-    rotary_fraction: the share of each head, counted from its start, that is rotated.
+    rotary_fraction: the share of each head, counted from its start, that is rotated. precision: of the operands of
+    matmuls when the model is run, whatever its weights are stored in; who runs it may choose another.
     """
 
     vocabulary: int
@@ -95,12 +99,13 @@ class ModelConfig:
     parallel: bool = False
     rotary_fraction: float = 1.0
     rope_scaling: RopeScaling | None = None
+    precision: Precision = "float32"
 
     def __post_init__(self):
         for name in ("vocabulary", "width", "max_length", "rope_base"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
         require(self.norm_epsilon >= 0, f"norm_epsilon is {self.norm_epsilon}, but must not be negative")
-        for name in ("norm", "position", "feedforward"):
+        for name in ("norm", "position", "feedforward", "precision"):
             choices = typing.get_args(typing.get_type_hints(ModelConfig)[name])
             require(getattr(self, name) in choices, f"{name} is {getattr(self, name)!r}: choose from {choices}")
         require(len(self.blocks) > 0, "a model needs at least one layer: set layers to 1 or more")

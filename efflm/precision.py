@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from efflm.config import ModelConfig
+
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -30,10 +32,9 @@ POLICIES = {
 }
 
 
-def policy_for(params: Any) -> Policy:
-    """The policy a stored model runs under: bfloat16 products if any of its arrays is bfloat16, else float32."""
-    stored = any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params))
-    return POLICIES["bfloat16_pure"] if stored else FLOAT32
+def policy_for(config: ModelConfig) -> Policy:
+    """The policy that a model is run with: its config says in which precision its matmuls are."""
+    return POLICIES[config.precision]
 
 
 def cast(params: Any, dtype: Any) -> Any:

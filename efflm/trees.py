@@ -60,29 +60,6 @@ def count(tree: Any) -> int:
     return sum(int(np.prod(leaf.shape)) for _, leaf in flatten(tree))
 
 
-def _stored_values(leaf: Any) -> Any:
-    return getattr(leaf, "values", leaf)
-
-
-def nonzeros(tree: Any) -> int:
-    """Number of parameters that are not exactly zero."""
-    return sum(int(np.count_nonzero(np.asarray(_stored_values(leaf)))) for _, leaf in flatten(tree))
-
-
 def nbytes(tree: Any) -> int:
     """Bytes of all arrays as they lie in memory."""
     return sum(leaf.size * leaf.dtype.itemsize for _, leaf in flatten(tree, inside=True))
-
-
-def sparse_nbytes(array: Any) -> int:
-    """Bytes of an array stored as a bitmask and its non-zero values."""
-    return -(-array.size // 8) + int(np.count_nonzero(np.asarray(array))) * array.dtype.itemsize
-
-
-def stored_nbytes(tree: Any) -> int:
-    """Bytes of the tensors in an export, where a matrix is stored sparse if that is smaller."""
-    total = 0
-    for _, array in flatten(tree, inside=True):
-        dense = array.size * array.dtype.itemsize
-        total += min(dense, sparse_nbytes(array)) if array.ndim >= 2 else dense
-    return total

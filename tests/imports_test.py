@@ -13,7 +13,7 @@ BASE = {"config", "trees", "precision", "rundir", "hosts"}
 ALLOWED = {
     "config": set(),
     "trees": set(),
-    "precision": set(),
+    "precision": {"config"},
     "rundir": {"config"},
     "hosts": {"config"},
     "flags": {"config", "hosts"},

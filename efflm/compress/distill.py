@@ -53,7 +53,7 @@ class Distill:
             f"the teacher's vocabulary is {teacher.config.vocabulary}, the student's {model.config.vocabulary}: "
             "distillation compares them entry by entry",
         )
-        policy, teacher_policy = policy_for(model.params), policy_for(teacher.params)
+        policy, teacher_policy = policy_for(model.config), policy_for(teacher.config)
 
         def loss_fn(params: Any, frozen: Any, batch: dict[str, jax.Array], rng: jax.Array):
             return distillation_loss(

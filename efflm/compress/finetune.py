@@ -20,5 +20,5 @@ class Finetune:
         require_schedule(self)
 
     def __call__(self, model: LanguageModel, context: Context):
-        loss = losses.language_model_loss(model.config, policy_for(model.params))
+        loss = losses.language_model_loss(model.config, policy_for(model.config))
         return train_step(self, model, context, loss, frozen={})

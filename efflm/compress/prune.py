@@ -1,4 +1,4 @@
-"""Magnitude pruning (Han 2015, arXiv 1506.02626): masks over the matrices inside the layers, kept as exact zeros.
+"""Magnitude pruning (Han 2015, arXiv 1506.02626): masks over the matrices inside the layers, and zeros where they drop.
 
 Per layer: every matrix loses the same fraction. Global: one threshold over all of them. 2:4: in every four
 consecutive inputs of an output the two smaller ones go (Mishra 2021, arXiv 2104.08378). Counts are exact under ties:
@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from efflm import trees
-from efflm.compress.step import LINEAR, Context, record
+from efflm.compress.step import Context, record
 from efflm.config import flag, require, require_sparsity
 from efflm.model import LanguageModel
-from efflm.ops.qarray import QArray, dequantize
+from efflm.model.params import in_layer
+from efflm.ops import Masks, apply_masks, dequantize
 
 Scope = Literal["layer", "global", "2:4"]
 
@@ -54,14 +55,14 @@ def _two_of_four(w: jax.Array) -> jax.Array:
     return (rank >= 2).reshape(inputs, outputs)
 
 
-def magnitude_masks(params: Any, sparsity: float, scope: Scope = "layer", selected: str = LINEAR) -> dict[str, Any]:
-    """{path: bool mask, True to keep} for the selected matrices [in, out].
+def magnitude_masks(params: Any, sparsity: float, scope: Scope = "layer") -> dict[str, jax.Array]:
+    """{path: bool mask, True to keep} for the matrices [in, out] of the linear layers.
 
     Of n weights round(sparsity * n) are dropped, in each matrix ("layer") or in all together ("global"); for "2:4"
     sparsity must be 0.5. Raises InputError.
     """
     require_sparsity(sparsity)
-    weights = {path: dequantize(leaf).astype(jnp.float32) for path, leaf in trees.select(params, selected)}
+    weights = {path: dequantize(leaf).astype(jnp.float32) for path, leaf in trees.flatten(params) if in_layer(path)}
     if scope == "2:4":
         require(sparsity == 0.5, f"sparsity is {sparsity}, but 2:4 always removes half: leave it at 0.5")
         for path, w in weights.items():
@@ -77,17 +78,10 @@ def magnitude_masks(params: Any, sparsity: float, scope: Scope = "layer", select
     return masks
 
 
-def apply_masks(params: Any, masks: dict[str, jax.Array]) -> Any:
-    """The tree with dropped weights exactly zero, in whatever format they are."""
-
-    def one(path, w):
-        if path not in masks:
-            return w
-        if isinstance(w, QArray):
-            return w.replace(values=w.values * masks[path].astype(w.values.dtype))
-        return jnp.where(masks[path], w, jnp.zeros((), w.dtype))
-
-    return trees.map_with_path(one, params)
+def joint(before: Masks, masks: Masks) -> dict[str, jax.Array]:
+    """Masks that keep what both keep: what was pruned stays so."""
+    before = before or {}
+    return {**before, **{path: mask & before[path] if path in before else mask for path, mask in masks.items()}}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,6 +95,6 @@ class Prune:
         require_sparsity(self.sparsity)
 
     def __call__(self, model: LanguageModel, context: Context):
-        masks = magnitude_masks(model.params, self.sparsity, self.scope)
-        after = LanguageModel(model.config, apply_masks(model.params, masks))
+        masks = joint(model.masks, magnitude_masks(model.params, self.sparsity, self.scope))
+        after = model.replace(params=apply_masks(model.params, masks), masks=masks)
         return after, record(self, model, after, context)

@@ -5,27 +5,26 @@ Dettmers 2022, arXiv 2208.07339, without its outlier path). The scheme is symmet
 """
 
 import dataclasses
-import re
 from typing import Any, Literal
 
 from efflm import trees
-from efflm.compress.step import MATRICES, Context, record
+from efflm.compress.step import Context, record
 from efflm.config import flag
 from efflm.model import LanguageModel
+from efflm.model.params import find, is_matrix
 from efflm.ops.qarray import Activations, QArray, quantize_array
 from efflm.precision import cast
 
 
-def quantize(params: Any, activations: Activations = "float", selected: str = MATRICES) -> Any:
-    """The tree with every selected matrix as a QArray; anything else as it was."""
+def quantize(params: Any, activations: Activations = "float") -> Any:
+    """The tree with every matrix as a QArray; anything else as it was."""
 
     def one(path, w):
-        if not re.search(selected, path):
+        if not is_matrix(path):
             return w
         if isinstance(w, QArray):
             return w.replace(activations=activations)
-        by_row = re.search(r"(^|/)(position_)?embedding$", path)  # a row of a table is what is looked up
-        return quantize_array(w, 1 if by_row else 0, activations)
+        return quantize_array(w, find(path)[0].contracted, activations)
 
     return trees.map_with_path(one, params)
 
@@ -37,7 +36,7 @@ class Quantize:
     activations: Literal["float", "int8"] = flag("float", "int8 also rounds activations, row by row (W8A8)")
 
     def __call__(self, model: LanguageModel, context: Context):
-        after = LanguageModel(model.config, quantize(model.params, self.activations))
+        after = model.replace(params=quantize(model.params, self.activations))
         return after, record(self, model, after, context)
 
 
@@ -48,5 +47,6 @@ class Cast:
     dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "dtype of the weights, and of their products")
 
     def __call__(self, model: LanguageModel, context: Context):
-        after = LanguageModel(model.config, cast(model.params, self.dtype))
+        config = dataclasses.replace(model.config, precision=self.dtype)
+        after = model.replace(config=config, params=cast(model.params, self.dtype))
         return after, record(self, model, after, context)

@@ -18,7 +18,11 @@ def keep_layers(model: LanguageModel, indices: list[int]) -> LanguageModel:
     blocks = {f"block_{new}": model.params[f"block_{old}"] for new, old in enumerate(indices)}
     rest = {name: leaf for name, leaf in model.params.items() if not name.startswith("block_")}
     kept = tuple(model.config.blocks[i] for i in indices)
-    return LanguageModel(dataclasses.replace(model.config, blocks=kept), rest | blocks)
+    masks = model.masks and {path: mask for path, mask in model.masks.items() if not path.startswith("block_")}
+    for new, old in enumerate(indices if model.masks else ()):
+        inside = f"block_{old}/"
+        masks |= {f"block_{new}/{p.removeprefix(inside)}": m for p, m in model.masks.items() if p.startswith(inside)}
+    return LanguageModel(dataclasses.replace(model.config, blocks=kept), rest | blocks, masks)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,5 +38,5 @@ class Shrink:
         require(0 < keep <= have, f"shrink.layers is {keep}, but the model has {have} layers: keep 1 to {have}")
         after = keep_layers(model, evenly_spaced(have, keep))
         if self.init == "random":
-            after = LanguageModel(after.config, init_params(after.config, context.seed))
+            after = LanguageModel(after.config, init_params(after.config, context.seed))  # without masks
         return after, record(self, model, after, context)

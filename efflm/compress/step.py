@@ -2,23 +2,19 @@
 
 import dataclasses
 import hashlib
+import json
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
-from efflm import trees
+from efflm import ops, trees
 from efflm.config import TrainConfig, require
 from efflm.model import LanguageModel
-from efflm.ops.qarray import dequantize, requantize, straight_through
 from efflm.train import loop, optimizer
 from efflm.train.step import LossFn
-
-LINEAR = r"(attention|feedforward)/\w+/kernel$"  # the matrices inside the layers
-MATRICES = LINEAR + r"|(^|/)(position_|un)?embedding$"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,25 +22,36 @@ class Context:
     """What a step may use beside the model.
 
     batches: step -> training rows (see data.packing). calibration: rows whose activations a step may look at.
-    teacher: what to imitate; a recipe fills in the model it started from.
+    teacher: what to imitate; a recipe fills in the model it started from. corpus, tokenizer: digests of the text that
+    batches and calibration are from and of what made tokens of it, for the records.
     """
 
     batches: loop.Batches | None = None
     calibration: dict[str, np.ndarray] | None = None
     teacher: LanguageModel | None = None
     seed: int = 0
+    corpus: str = ""
+    tokenizer: str = ""
     mesh: Mesh
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a step did: itself, the leaves it changed, the seed and data it used, the bytes it predicts on disk."""
+    """What a step did, for the lineage of a model.
+
+    step: its name; settings: its fields. leaves: the weights it changed. seed: of the context. corpus, tokenizer:
+    digests of the text it used, "" where it used none. predicted_bytes: of the tensors of the model it made, as a file
+    holds them. parent: the digest of the model it was applied to.
+    """
 
     step: str
+    settings: dict[str, Any]
     leaves: tuple[str, ...]
     seed: int
-    data: str
-    nbytes: int
+    corpus: str
+    tokenizer: str
+    predicted_bytes: int
+    parent: str
 
 
 class Step(Protocol):
@@ -53,16 +60,27 @@ class Step(Protocol):
     def __call__(self, model: LanguageModel, context: Context) -> tuple[LanguageModel, Record]: ...
 
 
-def record(step: Step, before: LanguageModel, after: LanguageModel, context: Context, data: str = "") -> Record:
+def record(
+    step: Step, before: LanguageModel, after: LanguageModel, context: Context, uses_text: bool = False
+) -> Record:
     """The Record of a step. Raises InputError if the step changed nothing: that is never what was meant."""
-    old = dict(trees.flatten(before.params))
-    changed = tuple(path for path, leaf in trees.flatten(after.params) if not _same(old.get(path), leaf))
-    gone = len(old) - len(trees.flatten(after.params))
+    old, new = dict(trees.flatten(before.params)), dict(trees.flatten(after.params))
+    changed = tuple(path for path, leaf in new.items() if not _same(old.get(path), leaf))
+    same = not changed and old.keys() == new.keys() and before.config == after.config
     require(
-        bool(changed) or gone > 0,
+        not same or not _same(before.masks, after.masks),
         f"{step} changed nothing: the model already is what it makes, so leave this step out",
     )
-    return Record(repr(step), changed, context.seed, data, trees.stored_nbytes(after.params))
+    return Record(
+        step=type(step).__name__,
+        settings=dataclasses.asdict(step),
+        leaves=changed,
+        seed=context.seed,
+        corpus=context.corpus if uses_text else "",
+        tokenizer=context.tokenizer if uses_text else "",
+        predicted_bytes=ops.stored_nbytes(after.params, after.masks),
+        parent=digest(before),
+    )
 
 
 def _same(old: Any, new: Any) -> bool:
@@ -73,35 +91,14 @@ def _same(old: Any, new: Any) -> bool:
     return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new)))
 
 
-def batches_digest(context: Context) -> str:
-    """A short hash of the first batch, which with the seed fixes all of them."""
-    first = context.batches(0)
-    digest = hashlib.sha256()
-    for name in sorted(first):
-        digest.update(np.ascontiguousarray(first[name]).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def keep_zeros(inner: optax.GradientTransformation, selected: str = LINEAR) -> optax.GradientTransformation:
-    """Wrap an optimizer so that weights that are exactly zero when it is initialized stay so.
-
-    The mask is read off the selected matrices into the state, where it is sharded and saved like a moment.
-    """
-
-    def init(params):
-        paths = {path for path, _ in trees.select(params, selected)}
-        masks = trees.map_with_path(lambda path, w: (w != 0) if path in paths else None, params)
-        return masks, inner.init(params)
-
-    def update(updates, state, params=None, **extra):
-        masks, inner_state = state
-        masked = lambda tree: jax.tree.map(
-            lambda mask, u: u if mask is None else u * mask.astype(u.dtype), masks, tree, is_leaf=lambda x: x is None
-        )
-        updates, inner_state = inner.update(masked(updates), inner_state, params, **extra)
-        return masked(updates), (masks, inner_state)
-
-    return optax.GradientTransformation(init, update)
+def digest(model: LanguageModel) -> str:
+    """A short SHA-256 of the config and of every array of a model, masks included: two models with the same digest are
+    the same, wherever they lie."""
+    out = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for path, array in trees.flatten({"params": model.params, "masks": dict(model.masks or {})}, inside=True):
+        out.update(f"{path} {array.dtype} {array.shape}".encode())
+        out.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return out.hexdigest()[:16]
 
 
 def require_schedule(step: Any) -> None:
@@ -115,24 +112,28 @@ def train_step(
 ) -> tuple[LanguageModel, Record]:
     """Train `model` with `step`'s steps and learning_rate, in the format it is in.
 
-    Zeros stay zeros. The masters are float32; int8 weights are rounded straight-through in every forward pass, and
-    for good at the end. The loss sees the parameters in their format's values, as floats.
+    Pruned weights stay zero. The masters are float32; quantized weights are rounded straight-through in every forward
+    pass, and for good at the end. The loss sees the parameters as `ops.straight_through` makes them.
     """
     require(context.batches is not None, f"{step} needs text to train on: give a corpus")
     like = model.params
-    on_weights = lambda fn, tree: jax.tree.map(lambda weight, w: fn(w, weight), like, tree, is_leaf=trees.is_leaf)
-    masters = jax.tree.map(lambda weight: dequantize(weight).astype(jnp.float32), like, is_leaf=trees.is_leaf)
+
+    def on_weights(fn, tree):
+        return jax.tree.map(lambda weight, w: fn(w, weight), like, tree, is_leaf=trees.is_leaf)
+
+    masters = jax.tree.map(lambda weight: ops.dequantize(weight).astype(jnp.float32), like, is_leaf=trees.is_leaf)
     settings = TrainConfig(steps=step.steps, learning_rate=step.learning_rate, weight_decay=0.0)
     trained = loop.fit(
-        lambda trainable, *rest: loss_fn(on_weights(straight_through, trainable), *rest),
+        lambda trainable, *rest: loss_fn(on_weights(ops.straight_through, trainable), *rest),
         masters,
         frozen,
         context.batches,
-        keep_zeros(optimizer.make(settings)),
+        optimizer.make(settings),
+        masks=ops.mask_tree(masters, model.masks),
         steps=step.steps,
         mesh=context.mesh,
         seed=context.seed,
         title=type(step).__name__.lower(),
     )
-    after = LanguageModel(model.config, on_weights(requantize, trained))
-    return after, record(step, model, after, context, batches_digest(context))
+    after = model.replace(params=on_weights(ops.requantize, trained))
+    return after, record(step, model, after, context, uses_text=True)

@@ -49,7 +49,7 @@ class Reading:
 
 
 def _transformer(model: LanguageModel) -> Transformer:
-    return Transformer(model.config, policy_for(model.params))
+    return Transformer(model.config, policy_for(model.config))
 
 
 @jax.jit
@@ -86,7 +86,8 @@ def _score(
 
 
 def _without_layers(model: LanguageModel) -> LanguageModel:
-    return model.replace(params={name: w for name, w in model.params.items() if not name.startswith("block_")})
+    kept = {name: w for name, w in model.params.items() if not name.startswith("block_")}
+    return model.replace(params=kept, masks=None)
 
 
 def _scored(rows: dict[str, np.ndarray]) -> np.ndarray:

@@ -1,5 +1,7 @@
 """From a config.json and named tensors to a model, and back: one tensor at a time, by the family's table."""
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +17,7 @@ from efflm.config import InputError, ModelConfig, require
 from efflm.formats import hf_config
 from efflm.formats.families import FAMILIES, HARMLESS, Family, Place
 from efflm.formats.tensors import NAMES, Tensors, place, require_dtype
-from efflm.model import LanguageModel, cost, sharding
+from efflm.model import LanguageModel, params, sharding
 
 
 def build(
@@ -30,13 +32,13 @@ def build(
     require_dtype(dtype)
     family = _family(description)
     config = hf_config.read(family.config, description, layers_at_most=max(1, len(source.shapes)))
-    wanted = cost.shapes(config)
+    wanted = {path: param.shape for path, param in params.table(config).items()}
     names = _names(family, config, wanted, source.shapes)
     mesh = mesh or sharding.make_mesh()
     flat = {}
     terminal = Console(stderr=True)
     with Progress(console=terminal, disable=not terminal.is_terminal, transient=True) as progress:
-        task = progress.add_task("reading weights", total=sum(cost.parameters(config).values()))
+        task = progress.add_task("reading weights", total=sum(map(math.prod, wanted.values())))
         for path, shape in wanted.items():
             tensor = source.read(names[path])
             require(
@@ -47,6 +49,9 @@ def build(
             where = NamedSharding(mesh, sharding.partition_spec(path, shape, mesh))
             flat[path] = place(array, dtype, where)
             progress.advance(task, array.size)
+    named = description.get("torch_dtype") or description.get("dtype")
+    stored = str(dtype or named or flat["embedding"].dtype)
+    config = dataclasses.replace(config, precision="bfloat16" if stored == "bfloat16" else "float32")
     return LanguageModel(config, trees.unflatten(flat))
 
 
@@ -59,7 +64,8 @@ def describe(config: ModelConfig) -> tuple[str, dict[str, Any]]:
         description = {"architectures": [family.architecture], "model_type": name}
         description |= hf_config.write(family.config, config)
         try:
-            if hf_config.read(family.config, description, len(config.blocks)) == config:
+            same = dataclasses.replace(config, precision="float32")  # which config.json says as its torch_dtype
+            if hf_config.read(family.config, description, len(config.blocks)) == same:
                 return name, description
         except InputError:  # of a setting this family does not have: another one may
             continue

@@ -1,46 +1,56 @@
 """A model as one uncompressed safetensors file, compressed weights in their own form and no float originals.
 
-An int8 matrix is two tensors, <path>/values and <path>/scale. A matrix with enough exact zeros for it to pay is two
-tensors as well, <path>/bitmask (a bit for each element, row by row, first element in the highest bit) and
-<path>/nonzeros (the values under the set bits, in that order). The config and what is needed to rebuild the tree
-stand in the file's metadata.
+A quantized matrix is stored in its parts, <path>/values, <path>/scale and so on. A weight with enough zeros for it to
+pay is stored as <path>/bitmask and <path>/nonzeros, and a pruned one has its mask either there or as <path>/mask (see
+ops.storage). The config, the formats of the weights and the lineage of the model stand in the file's metadata.
 """
 
+import dataclasses
 import json
 import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
-import safetensors.flax
+import safetensors.numpy
 from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError
 
-from efflm import trees
+from efflm import ops, trees
 from efflm.config import InputError, ModelConfig, require
 from efflm.formats import tensors
 from efflm.formats.tensors import NAMES, Tensors
-from efflm.model import LanguageModel, cost, sharding
-from efflm.ops.qarray import Activations, from_flat, to_flat
+from efflm.model import LanguageModel, params, sharding
+from efflm.ops import storage
+from efflm.ops.packing import pack
 
 
-def save(path: Path, model: LanguageModel, about: dict[str, Any]) -> int:
-    """Write the model, whole or not at all, and return the file's size in bytes. `about`: JSON, how it was made."""
-    flat, kinds = to_flat(model.params)
-    arrays, sparse = {}, {}
-    for name, array in flat.items():
-        if array.ndim >= 2 and trees.sparse_nbytes(array) < array.size * array.dtype.itemsize:
-            values = np.asarray(array)
-            arrays[f"{name}/bitmask"] = jnp.asarray(np.packbits(values != 0))
-            arrays[f"{name}/nonzeros"] = jnp.asarray(values[values != 0])
-            sparse[name] = list(array.shape)
-        else:
-            arrays[name] = array
-    manifest = {"config": model.config.to_dict(), "kinds": kinds, "sparse": sparse, "about": about}
+def save(path: Path, model: LanguageModel, about: dict[str, Any], records: Sequence[Any] = ()) -> int:
+    """Write the model, whole or not at all, and return the file's size in bytes.
+
+    about: JSON, how it was made; its "lineage" is continued by `records`, those of the steps that made this model of
+    the one that `about` speaks of, and the last one gets the bytes of the tensors as they were written.
+    """
+    masks, arrays, sparse = model.masks or {}, {}, []
+    for name, weight in trees.flatten(model.params):
+        parts = storage.stored_parts(weight, masks.get(name))
+        sparse += [name] * ("bitmask" in parts)
+        arrays |= {f"{name}/{part}".rstrip("/"): array for part, array in parts.items()}
+    lineage = [*about.get("lineage", ()), *map(dataclasses.asdict, records)]
+    if records:
+        lineage[-1]["actual_bytes"] = sum(array.nbytes for array in arrays.values())
+    manifest = {
+        "config": model.config.to_dict(),
+        "formats": storage.to_flat(model.params)[1],
+        "sparse": sparse,
+        "masks": sorted(masks),
+        "about": about | {"lineage": lineage},
+    }
     partial = path.with_suffix(".partial")
     try:
-        safetensors.flax.save_file(arrays, partial, metadata={"efflm": json.dumps(manifest)})
+        safetensors.numpy.save_file(arrays, partial, metadata={"efflm": json.dumps(manifest)})
         partial.replace(path)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
@@ -49,68 +59,99 @@ def save(path: Path, model: LanguageModel, about: dict[str, Any]) -> int:
     return path.stat().st_size
 
 
-def load(path: Path, mesh: Mesh | None = None) -> tuple[LanguageModel, dict[str, Any]]:
+def load(file: Path, mesh: Mesh | None = None) -> tuple[LanguageModel, dict[str, Any]]:
     """The model, bit for bit as `save` got it, laid on the mesh, and its `about`. Raises InputError.
 
     What the file says of itself is compared with its tensors before any of them is read, and these are read in turn.
     """
-    source, mesh = tensors.from_safetensors(path), mesh or sharding.make_mesh()
+    source, mesh = tensors.from_safetensors(file), mesh or sharding.make_mesh()
     written = source.metadata.get("efflm")
     require(
         written is not None,
-        f"{path} was not written by efflm: it has no config in its metadata; give a Hugging Face model as its folder",
+        f"{file} was not written by efflm: it has no config in its metadata; give a Hugging Face model as its folder",
     )
     try:
         manifest = json.loads(written)
-        sparse = {name: tuple(shape) for name, shape in manifest["sparse"].items()}
-        config, kinds, about = ModelConfig.from_dict(manifest["config"]), manifest["kinds"], dict(manifest["about"])
-        shapes = _shapes(source, sparse)
-        _require_shapes(cost.shapes(config), shapes, kinds)
-        flat, int8 = {}, {f"{path}/values" for path in kinds}
-        for name, shape in shapes.items():
-            array = _expanded(source, name, shape) if name in sparse else source.read(name)
-            fits = array.dtype == np.int8 if name in int8 else array.dtype in NAMES
-            require(fits, f"{name} is stored as {array.dtype}, which is not what such a weight is made of")
-            flat[name] = tensors.place(array, None, NamedSharding(mesh, sharding.partition_spec(name, shape, mesh)))
-        return LanguageModel(config, from_flat(flat, kinds)), about
+        config, formats, about = ModelConfig.from_dict(manifest["config"]), manifest["formats"], dict(manifest["about"])
+        table, sparse = params.table(config), set(manifest["sparse"])
+        _require_whole(source.shapes, table, formats, sparse, manifest["masks"])
+
+        def laid(name: str, array: np.ndarray) -> jax.Array:
+            where = NamedSharding(mesh, sharding.partition_spec(name, array.shape, mesh))
+            return tensors.place(array, None, where)
+
+        flat = {}
+        for path, param in table.items():
+            flat |= _weight(source, path, param.shape, formats.get(path), path in sparse, laid)
+        masks = {}
+        for path in manifest["masks"]:
+            bits = source.read(f"{path}/{'bitmask' if path in sparse else 'mask'}")
+            shape = table[path].shape
+            masks[path] = laid(path, np.unpackbits(bits, count=math.prod(shape)).astype(bool).reshape(shape))
+        weights = ops.apply_masks(storage.from_flat(flat, formats), masks)
+        return LanguageModel(config, weights, masks or None), about
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as a model ({error}): export it again") from error
+        raise InputError(f"{file} cannot be read as a model ({error}): export it again") from error
 
 
-def _shapes(source: Tensors, sparse: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of what is in the file, sparse matrices as the matrices they are, with as many bits as elements."""
-    shapes = dict(source.shapes)
-    for name, shape in sparse.items():
-        (bits,), size = shapes.pop(f"{name}/bitmask"), math.prod(shape)
-        require(len(shapes.pop(f"{name}/nonzeros")) == 1, f"the non-zero values of {name} are not a list")
-        require(min(shape) > 0 and bits == -(-size // 8), f"{name} of shape {shape} has a bitmask of {bits} bytes")
-        shapes[name] = shape
-    return shapes
-
-
-def _require_shapes(
-    wanted: dict[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...]], kinds: dict[str, dict[str, str]]
+def _require_whole(
+    there: dict[str, tuple[int, ...]],
+    table: Mapping[str, params.Param],
+    formats: dict[str, dict[str, Any]],
+    sparse: set[str],
+    masks: list[str],
 ) -> None:
-    """Raise InputError unless the weights are those of the config, int8 ones with a scale for each row or column."""
-    found = dict(shapes)
-    for path, kind in kinds.items():
-        require(kind["activations"] in get_args(Activations), f"{path} has unknown activations {kind['activations']}")
-        rows, columns = found[path] = found.pop(f"{path}/values")
-        scale = found.pop(f"{path}/scale")
-        require(scale in ((1, columns), (rows, 1)), f"{path} of shape {(rows, columns)} has a scale of shape {scale}")
-    differ = [path for path in wanted.keys() | found.keys() if wanted.get(path) != found.get(path)]
-    first = min(differ, default="")
+    """Raise InputError unless the file has just the tensors, of the right shapes, that it says it has."""
+    unknown = sorted((formats.keys() | sparse | set(masks)) - table.keys())
+    require(not unknown, f"{(unknown or [''])[0]:.80} is no weight of the config")
+    wanted: dict[str, tuple[int, ...] | None] = {}
+    for path, param in table.items():
+        bitmask = (-(-math.prod(param.shape) // 8),)
+        parts = {path: param.shape}
+        if path in formats:
+            of_format = storage.part_shapes(param.shape, formats[path])
+            parts = {f"{path}/{part}": shape for part, shape in of_format.items()}
+            if f"{path}/zeros" not in there:
+                del parts[f"{path}/zeros"]
+        if path in sparse:
+            parts.pop(f"{path}/values", None) or parts.pop(path)
+            parts |= {f"{path}/bitmask": bitmask, f"{path}/nonzeros": None}
+        elif path in masks:
+            parts[f"{path}/mask"] = bitmask
+        wanted |= parts
+    free = {path for path, shape in wanted.items() if shape is None and len(there.get(path, ())) == 1}
+    differ = sorted(path for path in (wanted.keys() | there.keys()) - free if wanted.get(path) != there.get(path))
+    first = (differ or [""])[0]
     require(
         not differ,
-        f"{first} has shape {found.get(first)}, but the config says {wanted.get(first)}, of {len(differ)} such",
+        f"{first:.80} has shape {there.get(first)}, but the config says {wanted.get(first)}, of {len(differ)} such",
     )
 
 
-def _expanded(source: Tensors, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A matrix from its bitmask and its non-zero values."""
-    kept = np.unpackbits(source.read(f"{name}/bitmask"), count=math.prod(shape)).astype(bool)
-    nonzeros = source.read(f"{name}/nonzeros")
-    require(len(nonzeros) == np.count_nonzero(kept), f"{name} has {len(nonzeros)} values for another number of bits")
-    values = np.zeros(kept.shape, nonzeros.dtype)
-    values[kept] = nonzeros
-    return values.reshape(shape)
+def _weight(
+    source: Tensors,
+    path: str,
+    shape: tuple[int, ...],
+    format_: dict[str, Any] | None,
+    sparse: bool,
+    laid: Callable[[str, np.ndarray], jax.Array],
+) -> dict[str, jax.Array]:
+    """The arrays of one weight by their paths, each laid on the mesh as it is read. Raises InputError."""
+    bits = format_["bits"] if format_ else 0
+    values = "values" if format_ else ""
+    out = {}
+    for part in (values, *(storage.PARTS[1:] if format_ else ())):
+        name = f"{path}/{part}".rstrip("/")
+        if sparse and part == values:
+            numbers = (source.read(f"{path}/bitmask"), source.read(f"{path}/nonzeros"))
+            array = storage.expanded(shape, bits or 8, *numbers)
+            array = pack(array, bits, format_["axis"]) if 0 < bits < 8 else array
+        elif name in source.shapes:
+            array = source.read(name)
+        else:
+            continue
+        integers = {"values": np.int8 if bits == 8 else np.uint8, "zeros": np.int8}.get(part)
+        fits = array.dtype == integers if integers else array.dtype in NAMES
+        require(fits, f"{name} is stored as {array.dtype}, which is not what such a weight is made of")
+        out[name] = laid(name, array)
+    return out

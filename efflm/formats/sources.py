@@ -34,15 +34,27 @@ class Loaded:
 
 
 def load_model(
-    source: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None
+    source: str | Path, *, dtype: str | None = None, precision: str = "", mesh: Mesh | None = None
 ) -> tuple[LanguageModel, Tokenizer]:
     """The model at `source` and its tokenizer, in `dtype` (default: as stored) and laid on the mesh. See `load`."""
-    loaded = load(source, dtype=dtype, mesh=mesh)
+    loaded = load(source, dtype=dtype, precision=precision, mesh=mesh)
     return loaded.model, loaded.tokenizer
 
 
-def load(source: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> Loaded:
-    """What is at `source`: one of KINDS. A path that exists goes before a hub id. Raises InputError."""
+def load(source: str | Path, *, dtype: str | None = None, precision: str = "", mesh: Mesh | None = None) -> Loaded:
+    """What is at `source`: one of KINDS. A path that exists goes before a hub id. Raises InputError.
+
+    dtype: of the weights; None: as they are stored. precision: of the matmuls, float32 or bfloat16; "": what the model
+    was saved for.
+    """
+    loaded = _load(source, dtype, mesh)
+    if not precision:
+        return loaded
+    config = dataclasses.replace(loaded.model.config, precision=precision)
+    return dataclasses.replace(loaded, model=loaded.model.replace(config=config))
+
+
+def _load(source: str | Path, dtype: str | None, mesh: Mesh | None) -> Loaded:
     require_dtype(dtype)
     path, mesh = Path(source), mesh or sharding.make_mesh()
     if path.is_dir():
@@ -95,7 +107,11 @@ def _file(path: Path, dtype: str | None, mesh: Mesh) -> Loaded:
 
 
 def _in(model: LanguageModel, dtype: str | None) -> LanguageModel:
-    return model.replace(params=cast(model.params, dtype)) if dtype else model
+    if not dtype:
+        return model
+    precision = "bfloat16" if dtype == "bfloat16" else "float32"
+    config = dataclasses.replace(model.config, precision=precision)
+    return model.replace(config=config, params=cast(model.params, dtype))
 
 
 def _size(files: Any) -> int:

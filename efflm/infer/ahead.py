@@ -37,7 +37,7 @@ def decode(model: LanguageModel, rows: int, cache_length: int, mesh: Mesh) -> An
     The cache is spread by rows, and by key-value heads along `tensor` where that divides them.
     """
     config, tensor = model.config, mesh.shape["tensor"]
-    dtype = policy_for(model.params).compute
+    dtype = policy_for(model.config).compute
     cache = jax.eval_shape(lambda: empty_cache(config, rows, cache_length, dtype))
 
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

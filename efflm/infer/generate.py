@@ -39,7 +39,7 @@ class State:
 
 def forward(model: LanguageModel, tokens_BT: jax.Array, **inputs: Any) -> tuple[jax.Array, Cache | None]:
     """Logits [B, T, V] and the cache after them, in the precision the model is stored in."""
-    transformer = Transformer(model.config, policy_for(model.params))
+    transformer = Transformer(model.config, policy_for(model.config))
     return transformer.apply({"params": model.params}, tokens_BT, **inputs)
 
 
@@ -51,9 +51,9 @@ def prefill(
 
     The logits [B, V] after each row's last token, and the cache.
     """
-    transformer = Transformer(model.config, policy_for(model.params))
+    transformer = Transformer(model.config, policy_for(model.config))
     apply = functools.partial(transformer.apply, {"params": model.params})
-    cache = empty_cache(model.config, tokens_BT.shape[0], cache_length, policy_for(model.params).compute)
+    cache = empty_cache(model.config, tokens_BT.shape[0], cache_length, policy_for(model.config).compute)
     x_BTD, cache = apply(tokens_BT, cache=cache, method=Transformer.final_states)
     last_B1D = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)
     return apply(last_B1D, method=Transformer.unembed)[:, 0], cache.replace(length_B=lengths_B)

@@ -39,18 +39,14 @@ class Attention(nn.Module):
         self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
         config, block, dtype = self.config, self.block, self.policy.compute
-        bias = config.bias or config.qkv_bias
-        heads = lambda name, count: Linear(count * block.head_dim, bias, name=name)(x_BTD).reshape(
-            *x_BTD.shape[:2], count, block.head_dim
-        )
-        q_BTNH, k_BTKH, v_BTKH = (
-            heads("query", block.heads),
-            heads("key", block.kv_heads),
-            heads("value", block.kv_heads),
-        )
+
+        def project(name: str) -> jax.Array:
+            return Linear(config, name=name)(x_BTD).reshape(*x_BTD.shape[:2], -1, block.head_dim)
+
+        q_BTNH, k_BTKH, v_BTKH = project("query"), project("key"), project("value")
         if config.qk_norm:
-            q_BTNH = Norm("rms", config.norm_epsilon, name="query_norm")(q_BTNH)
-            k_BTKH = Norm("rms", config.norm_epsilon, name="key_norm")(k_BTKH)
+            q_BTNH = Norm(config, name="query_norm")(q_BTNH)
+            k_BTKH = Norm(config, name="key_norm")(k_BTKH)
         if config.position == "rotary":
             q_BTNH, k_BTKH = rotate(q_BTNH, positions_BT, config), rotate(k_BTKH, positions_BT, config)
         place = lambda x: sharding.constrain(x.astype(dtype), "batch", "length", "heads", None)
@@ -65,5 +61,4 @@ class Attention(nn.Module):
             k_BSKH, v_BSKH = cache.keys.astype(dtype), cache.values.astype(dtype)
             out_BTNH = ops.attention(q_BTNH, k_BSKH, v_BSKH, slots_BT=positions_BT, window=block.window)
         merged = out_BTNH.reshape(*x_BTD.shape[:2], -1).astype(dtype)
-        residual_scale = (2 * len(config.blocks)) ** -0.5
-        return Linear(config.width, config.bias, residual_scale, name="output")(merged), cache
+        return Linear(config, name="output")(merged), cache

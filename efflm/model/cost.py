@@ -17,10 +17,11 @@ weights to be plain arrays. cuDNN's attention kernels, on GPUs, multiply about t
 
 import dataclasses
 import math
-import re
+import typing
 from collections.abc import Callable
 
 from efflm.config import BlockConfig, ModelConfig, Optimizer, Remat
+from efflm.model import params
 from efflm.ops.attention import BLOCK, UNROLLED
 from efflm.ops.cross_entropy import CHUNK, MOST_CHUNKS
 from efflm.precision import FLOAT32, Policy
@@ -53,41 +54,15 @@ def total(work: dict[str, Work]) -> Work:
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """{path: shape} of every parameter, with layers unstacked."""
-    D, V = config.width, config.vocabulary
-    out: dict[str, tuple[int, ...]] = {"embedding": (V, D)}
-    if config.position == "learned":
-        out["position_embedding"] = (config.max_length, D)
-    if not config.tied:
-        out["unembedding"] = (D, V)
-    norms = ["final_norm"]
-    for i, block in enumerate(config.blocks):
-        NH, KH, F = block.heads * block.head_dim, block.kv_heads * block.head_dim, block.mlp_dim
-        linear = {"query": (D, NH), "key": (D, KH), "value": (D, KH), "output": (NH, D)}
-        linear = {f"attention/{name}": shape for name, shape in linear.items()}
-        gate = {"feedforward/gate": (D, F)} if config.feedforward == "swiglu" else {}
-        linear |= gate | {"feedforward/up": (D, F), "feedforward/down": (F, D)}
-        for name, shape in linear.items():
-            out[f"block_{i}/{name}/kernel"] = shape
-            if config.bias or (config.qkv_bias and re.search("query|key|value", name)):
-                out[f"block_{i}/{name}/bias"] = shape[1:]
-        if config.qk_norm:
-            for name in ("query", "key"):
-                out[f"block_{i}/attention/{name}_norm/scale"] = (block.head_dim,)
-        norms += [f"block_{i}/attention_norm", f"block_{i}/feedforward_norm"]
-    for name in norms:
-        out[f"{name}/scale"] = (D,)
-        if config.norm == "layer":
-            out[f"{name}/bias"] = (D,)
-    return out
+    return {path: param.shape for path, param in params.table(config).items()}
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
     """Counts by component: embedding (with positions, and with the output layer where it is tied), projections (of
     attention), feedforward, norms, and output (0 where it is tied)."""
-    patterns = {"output": "unembedding", "embedding": "embedding", "norms": "norm/", "projections": "/attention/"}
-    counts = dict.fromkeys(("embedding", "projections", "feedforward", "norms", "output"), 0)
-    for path, shape in shapes(config).items():
-        counts[next((name for name, part in patterns.items() if part in path), "feedforward")] += math.prod(shape)
+    counts = dict.fromkeys(typing.get_args(params.Component), 0)
+    for param in params.table(config).values():
+        counts[param.component] += math.prod(param.shape)
     return counts
 
 
@@ -111,7 +86,7 @@ def optimizer_bytes(config: ModelConfig, optimizer: Optimizer) -> int:
         "schedule_free": lambda path, shape: 2 * full(path, shape),  # the iterates z, and the second moment
         "adamw8bit": _eight_bit_bytes,
         "adafactor": _factored_bytes,
-        "muon": lambda path, shape: full(path, shape) if _is_layer_matrix(path) else 2 * full(path, shape),
+        "muon": lambda path, shape: full(path, shape) if params.in_layer(path) else 2 * full(path, shape),
     }
     return sum(rules[optimizer](path, shape) for path, shape in shapes(config).items())
 
@@ -127,10 +102,6 @@ def _factored_bytes(path: str, shape: tuple[int, ...]) -> int:
     """The row and column sums of a matrix with 128 or more of both; else the second moment; 1 where there is none."""
     factored = len(shape) == 2 and min(shape) >= 128
     return FLOAT * (sum(shape) + 1 if factored else math.prod(shape) + 2)
-
-
-def _is_layer_matrix(path: str) -> bool:
-    return bool(re.search(r"(attention|feedforward)/\w+/kernel$", path))
 
 
 def kv_cache_bytes(config: ModelConfig, batch: int, length: int, policy: Policy = FLOAT32) -> int:
@@ -195,7 +166,7 @@ def _forward(
     """The work of `tokens` new tokens, whose queries meet pairs(block) keys of the `keys` that are there."""
     work = dict.fromkeys(COMPONENTS, Work(0, 0))
     for path, shape in shapes(config).items():
-        if _is_layer_matrix(path):
+        if params.in_layer(path):
             name = "projections" if "/attention/" in path else "feedforward"
             work[name] += _product(tokens, shape, policy)
     for block in config.blocks:
@@ -282,7 +253,7 @@ def _update(config: ModelConfig, policy: Policy, accumulate: int, optimizer: Opt
     flops = 0
     if optimizer == "muon":
         for path, shape in shapes(config).items():
-            m, n = sorted(shape) if _is_layer_matrix(path) else (0, 0)
+            m, n = sorted(shape) if params.in_layer(path) else (0, 0)
             flops += 5 * (4 * m * m * n + 2 * m**3)  # a step of Newton-Schulz: x x^T, its square, and times x
     return Work(flops, moved)
 

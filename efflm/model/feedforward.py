@@ -4,7 +4,7 @@ two products, in its exact form or by the tanh that approximates it."""
 import flax.linen as nn
 import jax
 
-from efflm.config import BlockConfig, ModelConfig
+from efflm.config import ModelConfig
 from efflm.model.linear import Linear
 from efflm.model.sharding import constrain
 from efflm.ops.late import recomputed
@@ -15,21 +15,18 @@ class FeedForward(nn.Module):
     """x_BTD in the compute dtype -> float32 [B, T, D]."""
 
     config: ModelConfig
-    block: BlockConfig
     policy: Policy
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        config, mlp_dim = self.config, self.block.mlp_dim
-        dtype = self.policy.compute
+        config, dtype = self.config, self.policy.compute
         swiglu = recomputed(lambda gate_BTF, up_BTF: (jax.nn.silu(gate_BTF) * up_BTF).astype(dtype))
         tanh = config.feedforward == "gelu"
         gelu = recomputed(lambda up_BTF: jax.nn.gelu(up_BTF, approximate=tanh).astype(dtype))
         if config.feedforward == "swiglu":
-            gate_BTF = Linear(mlp_dim, config.bias, name="gate")(x_BTD)
-            h_BTF = swiglu(gate_BTF, Linear(mlp_dim, config.bias, name="up")(x_BTD))
+            gate_BTF = Linear(config, name="gate")(x_BTD)
+            h_BTF = swiglu(gate_BTF, Linear(config, name="up")(x_BTD))
         else:
-            h_BTF = gelu(Linear(mlp_dim, config.bias, name="up")(x_BTD))
+            h_BTF = gelu(Linear(config, name="up")(x_BTD))
         h_BTF = constrain(h_BTF, "batch", "length", "mlp")
-        residual_scale = (2 * len(config.blocks)) ** -0.5
-        return Linear(config.width, config.bias, residual_scale, name="down")(h_BTF)
+        return Linear(config, name="down")(h_BTF)

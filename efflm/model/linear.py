@@ -1,4 +1,4 @@
-"""A matrix product with a named weight: the one place where modules fetch matrices."""
+"""A linear layer, and the one place where modules fetch weights."""
 
 from typing import Any
 
@@ -6,30 +6,34 @@ import flax.linen as nn
 import jax
 
 from efflm import ops
+from efflm.config import ModelConfig
+from efflm.model import params
 
-STDDEV = 0.02  # of fresh matrices and embeddings alike, as in GPT-2: what a layer adds stays small beside its input
 
+def fetch(module: nn.Module, config: ModelConfig, name: str) -> Any:
+    """The weight `name` of a module: an array or a compressed weight; None where the config has no such weight.
 
-def fetch(module: nn.Module, name: str, shape: tuple[int, ...], stddev: float = STDDEV) -> Any:
-    """The parameter `name`: a float array or a compressed weight, of the logical `shape`. Raises ValueError."""
-    weight = module.param(name, nn.initializers.normal(stddev), shape)
-    if tuple(weight.shape) != shape:
-        path = "/".join((*module.path, name))
-        raise ValueError(f"{path} has shape {tuple(weight.shape)}, but the config says {shape}")
+    Its logical shape must be the one in `params.table(config)`, which fresh weights are made from. Raises ValueError.
+    """
+    path = "/".join("block_0" if part == "blocks" else part for part in (*module.path, name))
+    wanted = params.table(config).get(path)
+    if wanted is None:
+        return None
+    if not module.has_variable("params", name):
+        return module.param(name, wanted.initialize, wanted.shape)
+    weight = module.get_variable("params", name)  # `param` would compare the shape of a compressed weight's first array
+    if tuple(weight.shape) != wanted.shape:
+        raise ValueError(f"{path} has shape {tuple(weight.shape)}, but the config says {wanted.shape}")
     return weight
 
 
 class Linear(nn.Module):
-    """x [..., in] -> float32 [..., features]. The dtype of x is the compute dtype."""
+    """x [..., in] -> float32 [..., out]. The dtype of x is the compute dtype."""
 
-    features: int
-    bias: bool
-    init_scale: float = 1.0
+    config: ModelConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = ops.dot(x, fetch(self, "kernel", (x.shape[-1], self.features), self.init_scale * STDDEV))
-        if self.bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-        return y
+        y = ops.dot(x, fetch(self, self.config, "kernel"))
+        bias = fetch(self, self.config, "bias")
+        return y if bias is None else y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))

@@ -1,13 +1,11 @@
-"""How a tree of weights lies on a mesh: leaf path -> logical axes -> mesh axes.
+"""How a tree of weights lies on a mesh: leaf path -> named axes (model.params) -> mesh axes.
 
-The first rule that matches a path wins; a leaf that no rule matches is an error. A mesh axis that does not divide a
-dimension replicates it. Optimizer states hold their weights' paths inside their own and shard like them; a compressed
-weight's arrays follow its path and rank, so an axis reduced to 1 replicates.
+A leaf that is no weight is an error. A mesh axis that does not divide a dimension replicates it; vectors replicate.
+Optimizer states and the parts of a compressed weight have the weight's path inside theirs, and shard like it.
 """
 
 import dataclasses
 import math
-import re
 from typing import Any
 
 import jax
@@ -17,22 +15,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from efflm import trees
 from efflm.config import MeshConfig, require
+from efflm.model import params
 
 AXES = ("data", "fsdp", "sequence", "tensor")  # the axis that talks most is innermost, among nearest neighbours
 BATCH = PartitionSpec(("data", "fsdp"), "sequence")  # of [B, T]
 
-RULES = (
-    (r"(^|/)embedding(/|$)", ("vocabulary", "width")),
-    (r"position_embedding(/|$)", (None, "width")),
-    (r"unembedding(/|$)", ("width", "vocabulary")),
-    (r"(query|key|value)/kernel(/|$)", ("width", "heads")),
-    (r"attention/output/kernel(/|$)", ("heads", "width")),
-    (r"(gate|up)/kernel(/|$)", ("width", "mlp")),
-    (r"down/kernel(/|$)", ("mlp", "width")),
-    (r"(scale|bias)$", (None,)),
-)
-# Weights in the first table, activations in the second: there "width" is whole, and each device has rows of its own.
-LOGICAL = {"vocabulary": "tensor", "heads": "tensor", "mlp": "tensor", "width": "fsdp", None: None}
+# Axes of weights (model.params) in the first table, those of activations in the second, where the width is whole and
+# each device has rows of its own. An axis that is not listed is not split.
+WEIGHT_AXES = {"vocabulary": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "width": "fsdp"}
 ACTIVATIONS = {"batch": ("data", "fsdp"), "length": "sequence", None: None} | dict.fromkeys(
     ("heads", "mlp", "vocabulary"), "tensor"
 )
@@ -83,18 +73,18 @@ def mesh_for(config: MeshConfig, batch: int, length: int) -> Mesh:
 
 
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The spec of one leaf. Raises ValueError for a leaf that has dimensions but no rule."""
+    """The spec of one leaf. Raises ValueError for a leaf that has dimensions but is no weight."""
     if not shape:
         return PartitionSpec()
-    logical = next((axes for pattern, axes in RULES if re.search(pattern, path)), None)
-    if logical is None:
-        raise ValueError(f"no sharding rule matches {path} of shape {shape}: add one to efflm/model/sharding.py")
-    logical = (None,) * (len(shape) - len(logical)) + logical  # stacked layers lead with an axis of their own
-    axes = []
-    for size, name in zip(shape, logical[-len(shape) :], strict=True):
-        axis = LOGICAL[name]
-        axes.append(axis if axis and size % mesh.shape[axis] == 0 else None)
-    return PartitionSpec(*axes)
+    param, _ = params.find(path)
+    if param is None:
+        raise ValueError(f"{path} of shape {shape} is no weight of a model: add it to efflm/model/params.py")
+    if not param.is_matrix:
+        return PartitionSpec(*(None,) * len(shape))  # vectors are small
+    names = (None,) * (len(shape) - 2) + param.axes  # stacked layers lead with an axis of their own
+    mesh_axes = [WEIGHT_AXES.get(name) for name in names[-len(shape) :]]
+    divides = [axis is not None and size % mesh.shape[axis] == 0 for size, axis in zip(shape, mesh_axes, strict=True)]
+    return PartitionSpec(*(axis if fits else None for axis, fits in zip(mesh_axes, divides, strict=True)))
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

@@ -23,10 +23,11 @@ from efflm.precision import Policy
 
 @flax.struct.dataclass
 class LanguageModel:
-    """A model is a value: what it is, and its weights."""
+    """A model is a value: what it is, its weights, and the pruning masks of those that have one (see ops.masks)."""
 
     config: ModelConfig = flax.struct.field(pytree_node=False)
     params: Any
+    masks: ops.Masks = None
 
 
 @flax.struct.dataclass
@@ -56,13 +57,13 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, positions_BT, segments_BT, cache=None):
         config, block, policy = self.config, self.block, self.policy
-        norm = lambda name, x: Norm(config.norm, config.norm_epsilon, policy.compute, name=name)(x)
+        norm = lambda name, x: Norm(config, policy.compute, name=name)(x)
         attended, cache = Attention(config, block, policy, name="attention")(
             norm("attention_norm", x_BTD), positions_BT, segments_BT, cache
         )
         middle_BTD = x_BTD + attended
         read_BTD = x_BTD if config.parallel else middle_BTD
-        x_BTD = middle_BTD + FeedForward(config, block, policy, name="feedforward")(norm("feedforward_norm", read_BTD))
+        x_BTD = middle_BTD + FeedForward(config, policy, name="feedforward")(norm("feedforward_norm", read_BTD))
         return constrain(x_BTD, "batch", "length", None), cache
 
 
@@ -104,12 +105,9 @@ class Transformer(nn.Module):
     remat: Remat = "none"
 
     def setup(self):
-        config = self.config
-        self.embedding = fetch(self, "embedding", (config.vocabulary, config.width))
-        if config.position == "learned":
-            self.position_embedding = fetch(self, "position_embedding", (config.max_length, config.width))
-        if not config.tied:
-            self.unembedding = fetch(self, "unembedding", (config.width, config.vocabulary))
+        self.embedding = fetch(self, self.config, "embedding")
+        self.position_embedding = fetch(self, self.config, "position_embedding")
+        self.unembedding = fetch(self, self.config, "unembedding")
 
     def __call__(self, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, Cache | None]:
         x_BTD, cache = self.final_states(tokens, **inputs)
@@ -154,7 +152,7 @@ class Transformer(nn.Module):
                 else:
                     x_BTD = _recomputed_late(layer, x_BTD, positions, segments)
             cache = Cache(tuple(layers), cache.length_B + T) if cache else None
-        return Norm(config.norm, config.norm_epsilon, policy.compute, name="final_norm")(x_BTD), cache
+        return Norm(config, policy.compute, name="final_norm")(x_BTD), cache
 
     def _scan(self, block_type, x_BTD, positions_BT, segments_BT):
         config = self.config

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from efflm.ops.dot import matmul, weight_gradient
-from efflm.ops.qarray import dequantize
+from efflm.ops.qarray import operands
 
 CHUNK = 512  # tokens whose logits are held at a time, while that takes no more chunks than
 MOST_CHUNKS = 16  # since every chunk reads and writes the whole gradient of the weight
@@ -27,7 +27,8 @@ def cross_entropy(
     w: [D, V], or [V, D] with `tied`; products are in the dtype of x. The square keeps the normalizer near 1 ("z-loss",
     Chowdhery 2022, arXiv 2204.02311, section 5). Gradients flow from the first sum only, to x and w.
     """
-    total, nll = _cross_entropy(x_BTD, dequantize(w), targets_BT, weights_BT, tied, z_weight)
+    x_BTD, w = operands(x_BTD, w)
+    total, nll = _cross_entropy(x_BTD, w, targets_BT, weights_BT, tied, z_weight)
     return total, lax.stop_gradient(nll)
 
 

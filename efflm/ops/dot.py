@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from efflm.ops.qarray import QArray, round_to_int8
+from efflm.ops.qarray import QArray, codes, dequantize, grouped, operands, round_to_int8, round_with
 
 MATMUL = "matmul"
 
@@ -65,32 +65,67 @@ def _float_matmul_backward(transpose, residuals, g):
 _float_matmul.defvjp(_float_matmul_forward, _float_matmul_backward)
 
 
-def _int8_matmul(x: jax.Array, values: jax.Array, axis: int) -> jax.Array:
-    """x rounded to int8 row by row, times int8 values contracted over `axis`, accumulated in int32."""
-    rounded, row_scale = round_to_int8(x, axis=-1)
-    total = lax.dot_general(rounded, values, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.int32)
-    return total.astype(jnp.float32) * row_scale
-
-
 def dot(x: jax.Array, w: Any) -> jax.Array:
     """x [..., K] @ w [K, N] -> float32 [..., N]. The dtype of x is the compute dtype; w is brought to it.
 
     The result is named MATMUL, for policies of rematerialization, which do not look into a custom derivative.
     """
-    if not isinstance(w, QArray):
-        return checkpoint_name(_float_matmul(x, w, False), MATMUL)
-    return _scaled(x, w, w.values, w.scale)
+    if isinstance(w, QArray):
+        return _quantized(x, w, transpose=False)
+    return checkpoint_name(_float_matmul(*operands(x, w), False), MATMUL)
 
 
 def dot_transposed(x: jax.Array, w: Any) -> jax.Array:
     """x [..., K] @ w.T for w [N, K] -> float32 [..., N]."""
-    if not isinstance(w, QArray):
-        return _float_matmul(x, w, True)
-    return _scaled(x, w, w.values.T, w.scale.T)
+    if isinstance(w, QArray):
+        return _quantized(x, w, transpose=True)
+    return _float_matmul(*operands(x, w), True)
 
 
-def _scaled(x: jax.Array, w: QArray, values: jax.Array, scale: jax.Array) -> jax.Array:
-    scale_N = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+# --- quantized weights -----------------------------------------------------------------------------------------------
+
+
+def _quantized(x: jax.Array, w: QArray, transpose: bool) -> jax.Array:
+    """The portable form: integer matmuls where activations are integers, else matmuls in the dtype of x.
+
+    One scale for each output is applied to the result; with groups, to the weight (floating-point activations), or to
+    the int32 sums of each group.
+    """
+    if w.axis != (-1 if transpose else -2):  # quantized along the outputs: no scale can be taken out of the sum
+        return matmul(x, dequantize(w).astype(x.dtype), transpose)
+    if w.activations == "float":
+        if w.group:
+            return matmul(x, dequantize(w).astype(x.dtype), transpose)
+        return _scaled(matmul(x, codes(w).astype(x.dtype), transpose), x, w)
     if w.activations == "int8":
-        return _int8_matmul(x, values, 0) * scale_N
-    return matmul(x, values.astype(x.dtype)) * scale_N
+        rounded, row_scale = round_to_int8(x, axis=-1)
+    else:
+        row_scale = w.activation_scale.reshape((1,) * x.ndim)
+        rounded = round_with(x.astype(jnp.float32), row_scale)
+    if w.group:
+        return _grouped_int8_matmul(rounded, w) * row_scale
+    dimensions = (((x.ndim - 1,), (int(transpose),)), ((), ()))
+    total = lax.dot_general(rounded, codes(w), dimensions, preferred_element_type=jnp.int32)
+    return _scaled(total.astype(jnp.float32) * row_scale, rounded.astype(jnp.float32) * row_scale, w)
+
+
+def _scaled(total: jax.Array, x: jax.Array, w: QArray) -> jax.Array:
+    """(total - sum(x) * zeros) * scale: total [..., N] was summed over x [..., K] times codes."""
+    per_output = lambda part: part.astype(jnp.float32).reshape((1,) * (total.ndim - 1) + (-1,))
+    if w.zeros is not None:
+        total = total - jnp.sum(x.astype(jnp.float32), axis=-1, keepdims=True) * per_output(w.zeros)
+    return total * per_output(w.scale)
+
+
+def _grouped_int8_matmul(x: jax.Array, w: QArray) -> jax.Array:
+    """int8 x [..., K] times w, each group summed in int32 and then scaled; float32 [..., N] in units of x."""
+    to_gkn = (lambda part: part.T) if w.axis == -1 else (lambda part: part)
+    codes_GgN = grouped(to_gkn(codes(w)), 0, w.group)
+    x_MGg = grouped(x.reshape(-1, x.shape[-1]), -1, w.group)
+    dimensions = (((2,), (1,)), ((1,), (0,)))
+    total_GMN = lax.dot_general(x_MGg, codes_GgN, dimensions, preferred_element_type=jnp.int32)
+    if w.zeros is not None:
+        sums_GM1 = jnp.sum(x_MGg.astype(jnp.int32), axis=-1).T[:, :, None]
+        total_GMN = total_GMN - sums_GM1 * to_gkn(w.zeros).astype(jnp.int32)[:, None]
+    scaled_GMN = total_GMN.astype(jnp.float32) * to_gkn(w.scale).astype(jnp.float32)[:, None]
+    return jnp.sum(scaled_GMN, axis=0).reshape(*x.shape[:-1], -1)

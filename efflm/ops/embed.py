@@ -5,16 +5,14 @@ from typing import Any
 import jax
 
 from efflm.ops.dot import dot_transposed
-from efflm.ops.qarray import QArray, dequantize
+from efflm.ops.qarray import rows
 
 
 def embed(table: Any, tokens: jax.Array, dtype: Any) -> jax.Array:
     """Rows of table [V, D] for integer tokens [...] -> [..., D] in `dtype`."""
-    if isinstance(table, QArray):
-        return dequantize(QArray(table.values[tokens], table.scale[tokens])).astype(dtype)
-    return table[tokens].astype(dtype)
+    return rows(table, tokens).astype(dtype)
 
 
 def unembed(x: jax.Array, table: Any) -> jax.Array:
-    """x [..., D] against every row of table [V, D] -> float32 [..., V]."""
+    """x [..., D] times every row of table [V, D] -> float32 [..., V]."""
     return dot_transposed(x, table)

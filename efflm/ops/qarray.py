@@ -1,95 +1,274 @@
-"""QArray: an int8 matrix with one scale per output channel, and its plain form for files."""
+"""QArray: a matrix of small integers with scales.
 
+    w ~ (codes - zeros) * scale
+
+codes are signed integers of 8, 4 or 3 bits. Below 8 they are packed along the contracted axis into bytes, the first
+code in the lowest bits: two in a byte, or eight in three bytes. Each output channel has one scale, or one for each
+`group` of entries along the contracted axis; the last group may be shorter.
+"""
+
+import functools
 from typing import Any, Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from efflm import trees
+from efflm.config import require
+from efflm.ops.packing import pack, unpack
 
-Activations = Literal["float", "int8"]
+Activations = Literal["float", "int8", "int8_static"]
+BITS = (8, 4, 3)
 
 
 @flax.struct.dataclass
 class QArray:
-    """A matrix w ~ values * scale.
+    """A quantized matrix, or a stack of them with leading axes that no field below counts.
 
-    values: int8, the shape of w, within [-127, 127]. scale: floating, the shape of w with the contracted axis
-    reduced to 1. activations: "float" multiplies in floating point (W8A16), "int8" quantizes the other operand row
-    by row as well (W8A8). For every element |w - values * scale| <= scale / 2, and an exact zero stays one.
+    values: int8 codes in the shape of the matrix, or uint8 with the contracted axis packed. scale: floating, the shape
+    of the matrix with the contracted axis reduced to the number of groups. zeros: int8 like scale, the code of zero;
+    None: 0, and codes within +-(2^(bits - 1) - 1). activation_scale: float32 [..., 1, 1] with "int8_static".
+    axis: the contracted axis, counted from the end. group: entries that share a scale; 0: all. size: of the contracted
+    axis. activations: "float" multiplies in floating point (weight-only); "int8" rounds the other operand too, one
+    scale a row, taken when it is multiplied; "int8_static" with one scale for all, known before.
+
+    For every element |w - dequantize(w)| <= scale / 2, and an exact zero stays one.
     """
 
     values: jax.Array
     scale: jax.Array
+    zeros: jax.Array | None = None
+    activation_scale: jax.Array | None = None
+    bits: int = flax.struct.field(pytree_node=False, default=8)
+    axis: int = flax.struct.field(pytree_node=False, default=-2)
+    group: int = flax.struct.field(pytree_node=False, default=0)
+    size: int = flax.struct.field(pytree_node=False, default=0)
     activations: Activations = flax.struct.field(pytree_node=False, default="float")
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.values.shape
+        shape = list(self.values.shape)
+        shape[self.axis] = self.size
+        return tuple(shape)
 
     @property
     def ndim(self) -> int:
         return self.values.ndim
 
 
-def _absmax_scale(x: jax.Array, axis: int) -> jax.Array:
-    absmax = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=axis, keepdims=True)
-    return jnp.where(absmax > 0, absmax / 127, 1.0)
+@flax.struct.dataclass
+class FakeQuantized:
+    """A float matrix, already rounded, whose matmuls round the other operand too. Only for training."""
+
+    value: jax.Array
+    activation_scale: jax.Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.value.ndim
+
+
+def codes(w: QArray) -> jax.Array:
+    """int8 codes in the shape of the matrix."""
+    return unpack(w.values, w.bits, w.size, w.axis)
+
+
+# --- rounding --------------------------------------------------------------------------------------------------------
+
+
+def grouped(x: jax.Array, axis: int, group: int) -> jax.Array:
+    """x with `axis` split into (groups, entries), the last group filled up with zeros; group 0: a single one."""
+    axis = axis % x.ndim
+    size = x.shape[axis]
+    group = min(group or size, size)
+    padded = jnp.pad(x, [(0, -size % group) if i == axis else (0, 0) for i in range(x.ndim)])
+    return padded.reshape(*x.shape[:axis], -1, group, *x.shape[axis + 1 :])
+
+
+def by_entry(per_group: jax.Array, axis: int, group: int, size: int) -> jax.Array:
+    """One value for each entry of an axis of `size`, from one for each group; broadcast where there is one group."""
+    if per_group.shape[axis] == 1:
+        return per_group
+    return lax.slice_in_dim(jnp.repeat(per_group, group, axis=axis), 0, size, axis=axis % per_group.ndim)
 
 
 def round_to_int8(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     """Symmetric absmax rounding: int8 values and a float32 scale for each slice along `axis` (kept, size 1)."""
-    scale = _absmax_scale(x, axis)
-    return jnp.clip(jnp.round(x.astype(jnp.float32) / scale), -127, 127).astype(jnp.int8), scale
+    x = x.astype(jnp.float32)
+    scale = _symmetric_scale(jnp.max(jnp.abs(x), axis=axis, keepdims=True), 127)
+    return round_with(x, scale), scale
 
 
-def quantize_array(w: jax.Array, axis: int, activations: Activations = "float") -> QArray:
-    """Round a float matrix to int8, one scale for each slice along the contracted `axis`; w keeps its dtype in it."""
-    values, scale = round_to_int8(w, axis)
-    return QArray(values, scale.astype(w.dtype), activations)
+def round_with(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x / scale, float32, to the nearest int8 in [-127, 127]."""
+    return jnp.clip(jnp.round(x / scale), -127, 127).astype(jnp.int8)
+
+
+def _symmetric_scale(absmax: jax.Array, most: int) -> jax.Array:
+    return jnp.where(absmax > 0, absmax / most, 1.0)
+
+
+def quantize_array(
+    w: jax.Array,
+    axis: int,
+    activations: Activations = "float",
+    *,
+    bits: int = 8,
+    group: int = 0,
+    symmetric: bool = True,
+    activation_scale: jax.Array | None = None,
+) -> QArray:
+    """A float matrix rounded to the nearest codes; scales have the dtype of w. Raises InputError.
+
+    axis: the contracted one. symmetric: the largest magnitude of a group is the largest code. Otherwise the range of a
+    group, widened to include 0, fills all 2^bits codes.
+    """
+    require(bits in BITS, f"bits is {bits}, but must be one of {', '.join(map(str, BITS))}")
+    require(group >= 0, f"group is {group}, but must be positive, or 0 for one scale for each output channel")
+    require(
+        (activation_scale is not None) == (activations == "int8_static"),
+        f"activations is {activations!r}: a static scale goes with int8_static, and with that alone",
+    )
+    axis = axis % w.ndim - w.ndim
+    size = w.shape[axis]
+    group = 0 if group >= size else group
+    values, scale, zeros = _rounded(w, axis, bits, group, symmetric)
+    return QArray(
+        values,
+        scale,
+        zeros,
+        activation_scale,
+        bits=bits,
+        axis=axis,
+        group=group,
+        size=size,
+        activations=activations,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _rounded(
+    w: jax.Array, axis: int, bits: int, group: int, symmetric: bool
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Packed codes, scales and zeros of a float matrix."""
+    split, most = grouped(w.astype(jnp.float32), axis, group), 2 ** (bits - 1) - 1
+    if symmetric:  # the entries of a group now lie along `axis`
+        scale = _symmetric_scale(jnp.max(jnp.abs(split), axis=axis), most).astype(w.dtype)
+        zeros, low = None, -most
+    else:
+        bottom, top = jnp.minimum(jnp.min(split, axis), 0.0), jnp.maximum(jnp.max(split, axis), 0.0)
+        scale = jnp.where(top > bottom, (top - bottom) / (2**bits - 1), 1.0).astype(w.dtype)
+        low = -most - 1
+        zeros = jnp.clip(jnp.round(-bottom / scale.astype(jnp.float32)) + low, low, most).astype(jnp.int8)
+
+    def each(per_group: jax.Array) -> jax.Array:
+        return by_entry(per_group.astype(jnp.float32), axis, group, w.shape[axis])
+
+    rounded = jnp.round(w.astype(jnp.float32) / each(scale)) + (0.0 if zeros is None else each(zeros))
+    return pack(jnp.clip(rounded, low, most).astype(jnp.int8), bits, axis), scale, zeros
 
 
 def dequantize(w: Any) -> jax.Array:
     """The float matrix a weight stands for."""
-    if isinstance(w, QArray):
-        return (w.values.astype(jnp.float32) * w.scale.astype(jnp.float32)).astype(w.scale.dtype)
-    return w
+    if isinstance(w, FakeQuantized):
+        return w.value
+    if not isinstance(w, QArray):
+        return w
+    return _dequantize(w)
 
 
-def contracted_axis(w: QArray) -> int:
-    """The axis over which w has one scale."""
-    return next((axis for axis in range(w.ndim) if w.scale.shape[axis] == 1 != w.shape[axis]), 0)
+@jax.jit
+def _dequantize(w: QArray) -> jax.Array:
+    def each(per_group: jax.Array) -> jax.Array:
+        return by_entry(per_group.astype(jnp.float32), w.axis, w.group, w.size)
+
+    centered = codes(w).astype(jnp.float32) - (0.0 if w.zeros is None else each(w.zeros))
+    return (centered * each(w.scale)).astype(w.scale.dtype)
 
 
 def requantize(master: jax.Array, like: Any) -> Any:
     """A float master in the format of the weight `like`."""
     if not isinstance(like, QArray):
         return master.astype(like.dtype)
-    return quantize_array(master.astype(like.scale.dtype), contracted_axis(like), like.activations)
+    return quantize_array(
+        master.astype(like.scale.dtype),
+        like.axis,
+        like.activations,
+        bits=like.bits,
+        group=like.group,
+        symmetric=like.zeros is None,
+        activation_scale=like.activation_scale,
+    )
 
 
-def straight_through(master: jax.Array, like: Any) -> jax.Array:
-    """Forward: `master` rounded to the format of `like`. Backward: the identity (Bengio 2013, arXiv 1308.3432)."""
+def straight_through(master: jax.Array, like: Any) -> Any:
+    """Forward: what inference with `like` computes with. Backward: the identity (Bengio 2013, arXiv 1308.3432).
+
+    `master` rounded to the format of `like`; where that rounds activations too, marked so that `dot` does.
+    """
     if not isinstance(like, QArray) and like.dtype == master.dtype:
         return master
     rounded = dequantize(requantize(master, like)).astype(master.dtype)
-    return master + jax.lax.stop_gradient(rounded - master)
+    value = master + jax.lax.stop_gradient(rounded - master)
+    if isinstance(like, QArray) and like.activations != "float":
+        return FakeQuantized(value, like.activation_scale)
+    return value
 
 
-def to_flat(params: Any) -> tuple[dict[str, jax.Array], dict[str, dict[str, str]]]:
-    """{path: array} with compressed weights opened, and {path: kind} from which `from_flat` rebuilds them."""
-    kinds = {
-        path: {"kind": "qarray", "activations": leaf.activations}
-        for path, leaf in trees.flatten(params)
-        if isinstance(leaf, QArray)
-    }
-    return dict(trees.flatten(params, inside=True)), kinds
+def rounded_activations(x: jax.Array, activation_scale: jax.Array | None) -> jax.Array:
+    """x [..., K] as an int8 matmul reads it, in the dtype of x, straight-through: one scale a row, or the given one."""
+    if activation_scale is None:
+        values, scale = round_to_int8(x, axis=-1)
+    else:
+        scale = activation_scale.reshape((1,) * x.ndim)
+        values = round_with(x.astype(jnp.float32), scale)
+    return x + jax.lax.stop_gradient((values.astype(jnp.float32) * scale).astype(x.dtype) - x)
 
 
-def from_flat(flat: dict[str, Any], kinds: dict[str, dict[str, str]]) -> dict[str, Any]:
-    """The inverse of `to_flat`."""
-    flat = dict(flat)
-    for path, kind in kinds.items():
-        flat[path] = QArray(flat.pop(f"{path}/values"), flat.pop(f"{path}/scale"), kind["activations"])
-    return trees.unflatten(flat)
+def operands(x: jax.Array, w: Any) -> tuple[jax.Array, jax.Array]:
+    """What a float matmul of x and the weight reads: x, rounded where training with w asks for it, and w as floats."""
+    if isinstance(w, FakeQuantized):
+        x = rounded_activations(x, w.activation_scale)
+    return x, dequantize(w)
+
+
+# --- parts of a matrix -----------------------------------------------------------------------------------------------
+
+
+def rows(table: Any, indices: jax.Array) -> jax.Array:
+    """Rows [..., D] of a table [V, D], as floats."""
+    if not isinstance(table, QArray) or table.axis != -1:
+        return dequantize(table)[indices]
+    zeros = None if table.zeros is None else table.zeros[indices]
+    return dequantize(table.replace(values=table.values[indices], scale=table.scale[indices], zeros=zeros))
+
+
+def take(w: Any, axis: int, indices: jax.Array) -> Any:
+    """The slices `indices` of a matrix along an axis, in its format. Along the contracted axis of a matrix with groups
+    these are formed anew, so values are rounded again."""
+    if not isinstance(w, QArray):
+        return jnp.take(w, indices, axis=axis)
+    axis = axis % w.ndim - w.ndim
+    if axis == w.axis and w.group:
+        return requantize(jnp.take(dequantize(w), indices, axis=axis), w)
+    kept = jnp.take(codes(w), indices, axis=axis)
+    per_channel = lambda part: part if part is None or axis == w.axis else jnp.take(part, indices, axis=axis)
+    return w.replace(
+        values=pack(kept, w.bits, w.axis),
+        scale=per_channel(w.scale),
+        zeros=per_channel(w.zeros),
+        size=kept.shape[w.axis],
+    )
+
+
+def apply_mask(w: Any, mask: jax.Array) -> Any:
+    """The weight with exact zeros where the mask is False, in its format."""
+    if not isinstance(w, QArray):
+        return jnp.where(mask, w, jnp.zeros((), w.dtype))
+    zero = jnp.int8(0) if w.zeros is None else by_entry(w.zeros, w.axis, w.group, w.size)
+    return w.replace(values=pack(jnp.where(mask, codes(w), zero), w.bits, w.axis))

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from efflm import trees
+from efflm import ops, trees
 from efflm.evaluate import cost, quality
 from efflm.evaluate.cost import Protocol, Rate
 from efflm.evaluate.quality import Quality
@@ -92,7 +92,7 @@ def make(
     return Row(
         name=name,
         parameters=trees.count(model.params),
-        nonzeros=trees.nonzeros(model.params),
+        nonzeros=ops.nonzeros(model.params),
         bytes=size,
         prefill_tokens_per_second=round(prefill.median, 1),
         prefill_spread=(round(prefill.low, 1), round(prefill.high, 1)),

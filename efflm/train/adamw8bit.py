@@ -8,7 +8,6 @@ quantizes what it leaves.
 """
 
 import functools
-import re
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -18,10 +17,10 @@ import numpy as np
 import optax
 
 from efflm import trees
+from efflm.model.params import find
 
 BLOCK = 256  # entries that share a scale
 DECADES = 7  # powers of ten that the dynamic map spans, 1 downwards
-VECTOR = r"(scale|bias)$"
 
 
 @flax.struct.dataclass
@@ -134,7 +133,8 @@ def scale_by_adam8bit(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> 
     def init(params):
         def zeros(path, w, signed):
             w = jax.ShapeDtypeStruct(w.shape, jnp.float32)
-            vector = len(w.shape) < 2 or re.search(VECTOR, path)
+            param, _ = find(path)  # stacked vectors have two axes, but are vectors still
+            vector = len(w.shape) < 2 or (param is not None and not param.is_matrix)
             kept = w if vector else jax.eval_shape(lambda w: quantize(w, signed), w)
             return jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), kept)
 

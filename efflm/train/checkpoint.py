@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from efflm import hosts, rundir, trees
 from efflm.config import InputError, ModelConfig, require
 from efflm.model import LanguageModel, sharding
-from efflm.ops.qarray import from_flat, to_flat
+from efflm.ops.storage import from_flat, to_flat
 from efflm.train import manifest
 from efflm.train.step import TrainState
 
@@ -39,9 +39,10 @@ FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError)  # what Orba
 
 def save(directory: Path, step: int, model: LanguageModel, about: dict[str, Any]) -> None:
     """Write the model under directory/<step>, whole or not at all. `about` is any JSON that tells how it was made."""
-    flat, kinds = to_flat(model.params)
+    flat, formats = to_flat(model.params)
+    flat |= {f"masks/{path}": mask for path, mask in (model.masks or {}).items()}
     leaves = {path: {"shape": list(leaf.shape), "dtype": leaf.dtype.name} for path, leaf in flat.items()}
-    described = {"config": model.config.to_dict(), "kinds": kinds, "leaves": leaves, "about": about}
+    described = {"config": model.config.to_dict(), "formats": formats, "leaves": leaves, "about": about}
     with _Writer(directory, lambda _: [step]) as writer:
         writer.write(step, flat, described)
 
@@ -62,8 +63,10 @@ def load(directory: Path, mesh: Mesh) -> tuple[LanguageModel, dict[str, Any]]:
         path: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"], sharding=where(path, tuple(leaf["shape"])))
         for path, leaf in about["leaves"].items()
     }
-    params = from_flat(_read(directory / str(step), leaves), about["kinds"])
-    return LanguageModel(ModelConfig.from_dict(about["config"]), params), about["about"]
+    flat = _read(directory / str(step), leaves)
+    masks = {path.removeprefix("masks/"): flat.pop(path) for path in leaves if path.startswith("masks/")}
+    params = from_flat(flat, about["formats"])
+    return LanguageModel(ModelConfig.from_dict(about["config"]), params, masks or None), about["about"]
 
 
 def require_same(wanted: dict[str, Any], found: dict[str, Any], directory: Path) -> None:

@@ -32,6 +32,7 @@ def fit(
     batches: Batches,
     optimizer: optax.GradientTransformation,
     *,
+    masks: Any = None,
     steps: int,
     mesh: Mesh,
     seed: int = 0,
@@ -51,7 +52,8 @@ def fit(
     the folder `tensorboard`; their seconds are counted from the end of the first step, which compiles. `profile` is
     (first step, last step, folder): a trace for TensorBoard and Perfetto. A step is dispatched before the metrics of
     the one before it are fetched, so the device never waits for the host. `accumulate` and `loss_scale` as in
-    train.step.
+    train.step. masks: a tree like trainable (ops.mask_tree); what
+    they drop stays as it is.
 
     With `checkpointing`, the run goes on from its newest good checkpoint, to the same metrics and weights as if it had
     never stopped, bit for bit on one device. Every step up to a checkpoint is known to have been finite before that is
@@ -60,14 +62,14 @@ def fit(
     Raises InputError if the loss or a gradient is not finite, unless the step was skipped: for a lower loss scale, or
     because of on_nan="skip". Raises it too if a checkpoint cannot be written; the one before is left as it is.
     """
-    like = abstract_state(trainable, optimizer, mesh, loss_scale)
+    like = abstract_state(trainable, optimizer, mesh, loss_scale, masks)
     with contextlib.ExitStack() as stack:
         # A SIGTERM is caught until the last checkpoint is written, so it is the last to be left.
         asked_to_stop = stack.enter_context(preemption()) if checkpointing else lambda step: False
         saved = stack.enter_context(TrainingRun(checkpointing)) if checkpointing else None
         state = saved.resume(like) if saved else None
         if state is None:
-            state = init_state(trainable, optimizer, mesh, loss_scale)
+            state = init_state(trainable, optimizer, mesh, loss_scale, masks)
         first = int(state.step)
         if first:
             print(f"  {title}: going on from step {first} of {steps}", flush=True)

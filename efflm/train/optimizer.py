@@ -13,7 +13,6 @@ experiments/optimizers.py lie within a factor of three of AdamW's, except that s
     schedule_free  AdamW whose iterates are averaged in place of a decaying rate (Defazio 2024, arXiv 2405.15682)
 """
 
-import re
 from typing import Any
 
 import jax
@@ -23,10 +22,9 @@ from optax import contrib
 
 from efflm import trees
 from efflm.config import TrainConfig
+from efflm.model.params import in_layer, is_stacked
 from efflm.train.adamw8bit import scale_by_adam8bit
 
-SPARED = r"embedding|norm/|(scale|bias)$"  # from weight decay
-LAYER_MATRIX = r"(attention|feedforward)/\w+/kernel$"  # what Muon may orthogonalize
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan 2024: the quintic that lifts small singular values fastest
 MUON_RMS = 0.2  # of an update of AdamW, by measurement (Liu 2025, arXiv 2502.16982, section 2.2)
 
@@ -53,7 +51,7 @@ def make(config: TrainConfig, learning_rate: jax.Array | float | None = None) ->
 
 def decay_mask(params: Any) -> Any:
     """True for the matrices that weight decay pulls on: all but embeddings, norms and biases."""
-    return trees.map_with_path(lambda path, _: not re.search(SPARED, path), params)
+    return trees.map_with_path(lambda path, _: in_layer(path), params)
 
 
 # --- learning rates ------------------------------------------------------------------------------------------------
@@ -125,7 +123,7 @@ def adafactor(config: TrainConfig, peak) -> optax.GradientTransformation:
     clipping of an update to an RMS of 1 (section 6) is taken over a whole leaf, and so over each layer on its own.
     """
     clip = lambda u: u / jnp.maximum(1.0, jnp.sqrt(jnp.mean(jnp.square(u))))
-    clipped = lambda path, u: (jax.vmap(clip) if re.search(r"(^|/)blocks/", path) else clip)(u)
+    clipped = lambda path, u: (jax.vmap(clip) if is_stacked(path) else clip)(u)
     clipping = optax.stateless(lambda updates, _: trees.map_with_path(clipped, updates))
     return decoupled(optax.chain(optax.scale_by_factored_rms(), clipping), config, peak)
 
@@ -137,9 +135,7 @@ def muon(config: TrainConfig, peak) -> optax.GradientTransformation:
     Newton-Schulz; a leading layer axis is a batch. An orthogonal update has an RMS of 1 / sqrt(max(in, out)), so it is
     scaled by 0.2 sqrt(max(in, out)) (Liu 2025, section 2.2) to share AdamW's learning rates and weight decay.
     """
-    labels = lambda params: trees.map_with_path(
-        lambda path, _: "muon" if re.search(LAYER_MATRIX, path) else "adamw", params
-    )
+    labels = lambda params: trees.map_with_path(lambda path, _: "muon" if in_layer(path) else "adamw", params)
     rescale = lambda u: u * MUON_RMS * max(u.shape[-2:]) ** 0.5
     orthogonal = optax.chain(
         scale_by_muon(config.beta1), optax.stateless(lambda updates, _: jax.tree.map(rescale, updates))

@@ -10,6 +10,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from efflm import ops
 from efflm.config import OnNan, require
 from efflm.model import sharding
 from efflm.precision import LossScale, cast, stochastic_round
@@ -24,7 +25,8 @@ class TrainState:
     """What one step hands to the next, and all that a run must keep to go on as if it had never stopped.
 
     loss_scale is None unless gradients would underflow without it. skipped counts the steps that changed nothing
-    because something in them was not finite; None where nobody counts.
+    because something in them was not finite; None where nobody counts. masks: of pruned weights, as a tree like
+    trainable (ops.mask_tree); what they drop stays as it is.
     """
 
     step: jax.Array
@@ -32,21 +34,30 @@ class TrainState:
     optimizer: Any
     loss_scale: LossScale | None = None
     skipped: jax.Array | None = None
+    masks: Any = None
 
 
 def init_state(
-    trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh, loss_scale: LossScale | None = None
+    trainable: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    loss_scale: LossScale | None = None,
+    masks: Any = None,
 ) -> TrainState:
     """A state on the mesh, its optimizer moments sharded like the weights. The given arrays are copied, not donated."""
-    specs = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(trainable, optimizer, mesh, loss_scale))
-    return jax.jit(_fresh(optimizer), out_shardings=specs)(trainable, loss_scale)
+    specs = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(trainable, optimizer, mesh, loss_scale, masks))
+    return jax.jit(_fresh(optimizer), out_shardings=specs)(trainable, loss_scale, masks)
 
 
 def abstract_state(
-    trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh, loss_scale: LossScale | None = None
+    trainable: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    loss_scale: LossScale | None = None,
+    masks: Any = None,
 ) -> TrainState:
     """The shapes, dtypes and shardings of `init_state`'s, with nothing allocated."""
-    shapes = jax.eval_shape(_fresh(optimizer), trainable, loss_scale)
+    shapes = jax.eval_shape(_fresh(optimizer), trainable, loss_scale, masks)
     laid = lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spec)
     return jax.tree.map(laid, shapes, sharding.shardings(shapes, mesh))
 
@@ -54,8 +65,8 @@ def abstract_state(
 def _fresh(optimizer: optax.GradientTransformation):
     # Moments are float32, whatever the weights are kept in.
     moments = lambda tree: optimizer.init(cast(tree, jnp.float32))
-    return lambda tree, scale: TrainState(
-        jnp.int32(0), jax.tree.map(jnp.copy, tree), moments(tree), scale, jnp.int32(0)
+    return lambda tree, scale, masks: TrainState(
+        jnp.int32(0), jax.tree.map(jnp.copy, tree), moments(tree), scale, jnp.int32(0), masks
     )
 
 
@@ -83,9 +94,11 @@ def make_step(
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         scale = state.loss_scale.scale if state.loss_scale else None
         loss, aux, grads = _gradients(loss_fn, state.trainable, frozen, batch, rng, scale, accumulate)
+        # Gradients of dropped weights do not reach the optimizer: they would count in its clipping and moments.
+        grads = ops.masked(grads, state.masks)
         masters = cast(state.trainable, jnp.float32)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, masters)
-        trainable = _apply(state.trainable, masters, updates, rng)
+        trainable = _apply(state.trainable, masters, ops.masked(updates, state.masks), rng)
         # The sums that clipping needs anyway tell which leaf is at fault: naming it costs no pass over the gradients.
         squares = jnp.stack([jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)])
         norm, bad = optax.tree.norm(grads), ~jnp.isfinite(squares)
@@ -97,7 +110,7 @@ def make_step(
         }
         if "segments" in batch:
             metrics["tokens"] = jnp.sum(batch["segments"] > 0)
-        new = TrainState(state.step + 1, trainable, optimizer_state, state.loss_scale, state.skipped)
+        new = state.replace(step=state.step + 1, trainable=trainable, optimizer=optimizer_state)
         if state.loss_scale or on_nan == "skip":
             finite = jnp.isfinite(norm) & (jnp.isfinite(loss) | (on_nan == "stop"))
             new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)

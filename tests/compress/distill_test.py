@@ -44,7 +44,10 @@ def test_no_gradient_reaches_the_teacher(rng):
 def test_a_student_moves_towards_its_teacher_and_the_teacher_stays():
     student, teacher = tiny.model(seed=1), tiny.model(seed=2)
     context = Context(
-        mesh=sharding.make_mesh(), teacher=teacher, batches=lambda step: tiny.batch(student.config, seed=step)
+        mesh=sharding.make_mesh(),
+        teacher=teacher,
+        corpus="the text",
+        batches=lambda step: tiny.batch(student.config, seed=step),
     )
     kept = jax.tree.map(np.array, teacher.params)
     after, record = Distill(steps=30, learning_rate=1e-2, weight=1.0)(student, context)
@@ -53,8 +56,7 @@ def test_a_student_moves_towards_its_teacher_and_the_teacher_stays():
     kl = lambda model: float(kl_divergence(tiny.logits(teacher, tokens), tiny.logits(model, tokens)).mean())
     assert kl(after) < 0.9 * kl(student)
     jax.tree.map(np.testing.assert_array_equal, kept, teacher.params)
-    assert record.data
-    assert record.seed == 0
+    assert (record.seed, record.corpus) == (0, "the text")
 
 
 def test_a_missing_or_foreign_teacher_is_refused():

@@ -1,18 +1,20 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from efflm import trees
 from efflm.compress.finetune import Finetune
-from efflm.compress.prune import Prune, apply_masks, magnitude_masks
+from efflm.compress.prune import Prune, magnitude_masks
 from efflm.compress.quantize import Quantize
-from efflm.compress.step import Context, keep_zeros
+from efflm.compress.shrink import Shrink
+from efflm.compress.step import Context
 from efflm.config import InputError
 from efflm.model import sharding
-from efflm.ops import dequantize
+from efflm.ops import apply_masks, dequantize
+from efflm.ops.qarray import codes
 from tests import tiny
 
 CONTEXT = Context(mesh=sharding.make_mesh(), batches=lambda step: tiny.batch(tiny.LLAMA.config(), seed=step))
@@ -84,7 +86,7 @@ def test_pruning_and_quantizing_keep_each_others_work():
 
 
 @pytest.mark.parametrize("steps", [(Prune(sparsity=0.5),), (Prune(sparsity=0.5, scope="2:4"), Quantize())])
-def test_training_moves_weights_but_no_zero(steps):
+def test_training_moves_weights_but_none_that_is_pruned(steps):
     model = tiny.model()
     for step in steps:
         model, _ = step(model, CONTEXT)
@@ -92,24 +94,40 @@ def test_training_moves_weights_but_no_zero(steps):
     before = {path: np.asarray(dequantize(w)) for path, w in trees.select(model.params, "kernel")}
     moved = {path: np.asarray(dequantize(w)) for path, w in trees.select(after.params, "kernel")}
     for path, w in before.items():
-        assert np.all(moved[path][w == 0] == 0), path
+        np.testing.assert_array_equal(moved[path][~np.asarray(model.masks[path])], 0)
         assert np.any(moved[path] != w), path
     assert [type(w) for _, w in trees.flatten(after.params)] == [type(w) for _, w in trees.flatten(model.params)]
+    jax.tree.map(np.testing.assert_array_equal, after.masks, model.masks)
 
 
-def test_the_wrapper_keeps_zeros_whatever_the_optimizer_does():
-    query = lambda kernel, bias: {"block_0": {"attention": {"query": {"kernel": kernel, "bias": bias}}}}
-    params = query(jnp.array([[0.0, 2.0]]), jnp.zeros(2))
-    seen = []
+def test_weights_that_rounded_to_zero_are_trained_on():
+    """A zero that no mask names is a weight like any other: rounding is no pruning."""
+    model = tiny.model()
+    model, _ = Quantize()(model, CONTEXT)
+    assert model.masks is None
+    after, _ = Finetune(steps=4, learning_rate=3e-2)(model, CONTEXT)
+    before, moved = (
+        np.concatenate([np.asarray(codes(w)).ravel() for _, w in trees.select(each.params, "kernel")])
+        for each in (model, after)
+    )
+    zeros = before == 0
+    assert zeros.sum() > 100
+    assert np.mean(moved[zeros] != 0) > 0.5
 
-    def stubborn(updates, params):  # moves every weight, whatever its gradient
-        seen.append(updates)
-        return query(jnp.full((1, 2), -1.0), jnp.full(2, -1.0))
 
-    tx = keep_zeros(optax.stateless(stubborn))
-    updates, _ = tx.update(query(jnp.full((1, 2), 5.0), jnp.full(2, 5.0)), tx.init(params), params)
-    got = updates["block_0"]["attention"]["query"]
-    np.testing.assert_array_equal(got["kernel"], [[0, -1]])
-    np.testing.assert_array_equal(got["bias"], [-1, -1])  # a bias of zero is no mask
-    # Gradients of dropped weights do not reach the optimizer: they would count in its clipping and moments.
-    np.testing.assert_array_equal(seen[0]["block_0"]["attention"]["query"]["kernel"], [[0, 5]])
+def test_pruning_again_keeps_what_was_pruned_before():
+    once, _ = Prune(sparsity=0.3)(tiny.model(), CONTEXT)
+    twice, _ = Prune(sparsity=0.5, scope="2:4")(once, CONTEXT)
+    for path, mask in twice.masks.items():
+        assert not np.any(mask & ~once.masks[path])
+        assert np.all(np.asarray(dict(trees.flatten(twice.params))[path])[~np.asarray(mask)] == 0)
+
+
+def test_masks_follow_their_layers():
+    pruned, _ = Prune(sparsity=0.5)(tiny.model(), CONTEXT)
+    half, _ = Shrink(layers=2)(pruned, CONTEXT)
+    assert half.masks.keys() == {path for path in pruned.masks if not path.startswith("block_2")}
+    path = "attention/query/kernel"
+    np.testing.assert_array_equal(half.masks[f"block_1/{path}"], pruned.masks[f"block_2/{path}"])
+    fresh, _ = Shrink(layers=2, init="random")(pruned, CONTEXT)
+    assert fresh.masks is None

@@ -1,23 +1,39 @@
+import dataclasses
 import json
+import tempfile
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 
-from efflm import trees
+from efflm import ops, trees
 from efflm.compress import recipe
-from efflm.compress.step import Context
+from efflm.compress.prune import magnitude_masks
+from efflm.compress.step import Context, digest
 from efflm.config import InputError, ModelShape
 from efflm.formats import safetensors
-from efflm.model import LanguageModel, init_params, sharding
+from efflm.model import LanguageModel, init_params, params, sharding
+from efflm.ops import quantize_array
+from efflm.train import checkpoint
 from tests import tiny
 
-CHAINS = ["", "bfloat16", "w8a16", "w8a8", "masks50", "masks24", "masks50,w8a8", "bfloat16,masks50"]
+CHAINS = ["", "bfloat16", "w8a16", "w8a8", "masks50", "masks24", "masks50,w8a8", "w8a16,masks50", "bfloat16,masks50"]
 
 
 def compressed(model, chain):
     return recipe.run(model, recipe.named(chain), Context(mesh=sharding.make_mesh())) if chain else (model, ())
+
+
+def same(a, b):
+    assert a.config == b.config
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -25,12 +41,8 @@ def test_models_come_back_bit_for_bit(tmp_path, chain):
     model, _ = compressed(tiny.model(), chain)
     safetensors.save(tmp_path / "m.safetensors", model, {"recipe": chain})
     back, about = safetensors.load(tmp_path / "m.safetensors")
-    assert about == {"recipe": chain}
-    assert back.config == model.config
-    assert jax.tree.structure(back.params) == jax.tree.structure(model.params)
-    for a, b in zip(jax.tree.leaves(back.params), jax.tree.leaves(model.params)):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
+    assert about == {"recipe": chain, "lineage": []}
+    same(back, model)
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
 
 
@@ -39,7 +51,7 @@ def test_bytes_are_predicted_to_a_percent_and_64_kib(tmp_path, chain):
     config = ModelShape(layers=2, vocabulary=2048, width=192).config()
     model, records = compressed(LanguageModel(config, init_params(config, 0)), chain)
     size = safetensors.save(tmp_path / "m.safetensors", model, {})
-    assert abs(size - records[-1].nbytes) <= 0.01 * size + 65536
+    assert abs(size - records[-1].predicted_bytes) <= 0.01 * size + 65536
 
 
 def test_a_quantized_file_holds_no_float_matrix(tmp_path):
@@ -103,11 +115,72 @@ def test_files_that_contradict_themselves_are_refused(tmp_path):
     unknown = lambda tensors, manifest: tensors.update(extra=np.zeros(3))
     refused("", unknown, r"extra has shape \(3,\), but the config says None")
     half = lambda name: lambda tensors, manifest: tensors.update({name: tensors[name][: len(tensors[name]) // 2]})
-    refused("masks50", half(f"{up}/bitmask"), r"up/kernel of shape \(32, 48\) has a bitmask of 96 bytes")
-    refused("masks50", half(f"{up}/nonzeros"), r"up/kernel has 384 values for another number of bits")
+    refused("masks50", half(f"{up}/bitmask"), r"up/kernel/bitmask has shape \(96,\), but the config says \(192,\)")
+    refused("masks50", half(f"{up}/nonzeros"), "384 values stand for 768 set bits")
     as_float = lambda tensors, manifest: tensors.update({f"{up}/values": tensors[f"{up}/values"].astype(np.float32)})
     refused("w8a16", as_float, "up/kernel/values is stored as float32, which is not what such a weight is made of")
     short = lambda tensors, manifest: tensors.update({f"{up}/scale": tensors[f"{up}/scale"][:, :1]})
-    refused("w8a16", short, r"up/kernel of shape \(32, 48\) has a scale of shape \(1, 1\)")
-    other = lambda tensors, manifest: manifest["kinds"][up].update(activations="int3")
-    refused("w8a16", other, "up/kernel has unknown activations int3")
+    refused("w8a16", short, r"up/kernel/scale has shape \(1, 1\), but the config says \(1, 48\)")
+    other = lambda tensors, manifest: manifest["formats"][up].update(activations="int3")
+    refused("w8a16", other, "unknown activations int3")
+    foreign = lambda tensors, manifest: manifest["masks"].append("block_0/mystery")
+    refused("masks50", foreign, "block_0/mystery is no weight of the config")
+
+
+@settings(max_examples=10)
+@given(st.sampled_from([8, 4, 3]), st.sampled_from([0, 16, 20]), st.booleans(), st.sampled_from([None, 0.05, 0.5, 0.9]))
+def test_every_format_comes_back_from_files_and_checkpoints_as_predicted(bits, group, symmetric, sparsity):
+    """Packed or not, with zero points or not, with masks that pay for a bitmask and masks that do not."""
+    model = tiny.model(dataclasses.replace(tiny.LLAMA, layers=1, kv_heads=4, mlp_dim=32))  # few shapes to compile for
+    masks = magnitude_masks(model.params, sparsity) if sparsity else None
+    form = {"bits": bits, "group": group, "symmetric": symmetric}
+    quantized = lambda path, w: quantize_array(w, params.find(path)[0].contracted, **form) if w.ndim == 2 else w
+    weights = ops.apply_masks(trees.map_with_path(quantized, model.params), masks)
+    model = LanguageModel(model.config, weights, masks)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "m.safetensors"
+        size = safetensors.save(file, model, {})
+        predicted = ops.stored_nbytes(model.params, model.masks)
+        with safe_open(file, framework="numpy") as opened:
+            assert sum(opened.get_tensor(name).nbytes for name in opened.keys()) == predicted < size  # noqa: SIM118
+        same(safetensors.load(file)[0], model)
+        checkpoint.save(Path(folder) / "c", 1, model, {})
+        mesh = sharding.make_mesh(fsdp=2, tensor=2)
+        back, _ = checkpoint.load(Path(folder) / "c", mesh)
+        same(back, model)
+        spread = safetensors.load(file, mesh)[0]
+        same(spread, model)
+        where = sharding.shardings(spread.params, mesh)
+        assert jax.tree.map(lambda leaf: leaf.sharding, spread.params) == where
+        assert any("fsdp" in each.spec for each in jax.tree.leaves(where))
+
+
+def test_a_zero_without_a_mask_comes_back_without_one(tmp_path):
+    """Many zeros are stored as a bitmask because it is smaller, which does not make them pruned."""
+    model = tiny.model()
+    up = model.params["block_0"]["feedforward"]["up"]
+    up["kernel"] = up["kernel"] * (np.arange(48) % 4 == 0)[None]
+    safetensors.save(tmp_path / "m.safetensors", model, {})
+    with safe_open(tmp_path / "m.safetensors", framework="numpy") as file:
+        assert "block_0/feedforward/up/kernel/bitmask" in file.keys()  # noqa: SIM118
+    back, _ = safetensors.load(tmp_path / "m.safetensors")
+    same(back, model)
+    assert back.masks is None
+
+
+def test_lineage_is_kept_and_continued(tmp_path):
+    """Each record names the model it was applied to; compressing a compressed model keeps its history."""
+    first, records = compressed(tiny.model(), "masks50")
+    file = tmp_path / "m.safetensors"
+    safetensors.save(file, first, {"source": "text"}, records)
+    model, about = safetensors.load(file)
+    second, more = compressed(model, "w8a16")
+    safetensors.save(tmp_path / "n.safetensors", second, about, more)
+    _, about = safetensors.load(tmp_path / "n.safetensors")
+    pruned, quantized = about["lineage"]
+    assert (pruned["step"], pruned["settings"]["sparsity"], quantized["step"]) == ("Prune", 0.5, "Quantize")
+    assert pruned["parent"] == digest(tiny.model())
+    assert quantized["parent"] == digest(first) == digest(model)
+    for entry in (pruned, quantized):
+        assert entry["actual_bytes"] == entry["predicted_bytes"] > 0
+    assert about["source"] == "text"

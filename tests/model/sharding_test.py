@@ -22,7 +22,7 @@ def test_every_leaf_of_every_family_has_a_rule(name):
 
 
 def test_an_unmatched_leaf_is_an_error():
-    with pytest.raises(ValueError, match="no sharding rule matches block_0/mystery"):
+    with pytest.raises(ValueError, match=r"block_0/mystery of shape .* is no weight of a model"):
         sharding.partition_spec("block_0/mystery", (4, 4), MESH)
 
 

@@ -79,24 +79,34 @@ def test_the_compiled_weight_gradient_multiplies_bfloat16():
     assert re.search(rf"%?{re.escape(left)} = bf16\[|%?{re.escape(left)}: bf16\[", program)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_int8_weights_equal_their_float_form(rng, transposed):
-    x = jnp.asarray(rng.standard_normal((3, 24)), jnp.float32)
-    w = jnp.asarray(rng.standard_normal((17, 24) if transposed else (24, 17)), jnp.float32)
-    q = ops.quantize_array(w, axis=1 if transposed else 0)
-    product = dot_transposed if transposed else ops.dot
-    np.testing.assert_allclose(product(x, q), product(x, ops.dequantize(q)), rtol=1e-5, atol=1e-5)
+FORMS = [
+    {"activations": activations, "bits": bits, "group": group, "symmetric": symmetric}
+    for activations in ("float", "int8", "int8_static")
+    for bits, group, symmetric in ((8, 0, True), (8, 0, False), (8, 10, False), (4, 10, True), (3, 0, False))
+]
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_int8_activations_equal_an_integer_reference(rng, transposed):
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form.values())))
+def test_quantized_matmuls_equal_a_float64_reference(rng, transposed, form):
     x = rng.standard_normal((2, 3, 24)).astype(np.float32)
     w = rng.standard_normal((17, 24) if transposed else (24, 17)).astype(np.float32)
-    q = ops.quantize_array(jnp.asarray(w), axis=1 if transposed else 0, activations="int8")
-    scale = np.abs(x).max(-1, keepdims=True) / 127
-    integers = np.rint(x / scale).astype(np.int64)
-    values = np.asarray(q.values, np.int64)
-    total = integers @ (values.T if transposed else values)
-    expected = total * scale * np.asarray(q.scale).reshape(1, 1, -1)
+    static = np.full((1, 1), 0.02, np.float32) if form["activations"] == "int8_static" else None
+    q = ops.quantize_array(jnp.asarray(w), axis=1 if transposed else 0, activation_scale=static, **form)
+    read = np.float64(x)
+    if form["activations"] != "float":
+        scale = np.abs(x).max(-1, keepdims=True) / np.float32(127) if static is None else static
+        read = np.clip(np.rint(x / scale), -127, 127) * np.float64(scale)
+    floats = np.float64(ops.dequantize(q))
+    expected = read @ (floats.T if transposed else floats)
     product = dot_transposed if transposed else ops.dot
-    np.testing.assert_allclose(product(jnp.asarray(x), q), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(product(jnp.asarray(x), q), expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_matrix_quantized_along_its_outputs_is_multiplied_as_floats(rng, transposed):
+    x = jnp.asarray(rng.standard_normal((3, 24)), jnp.float32)
+    w = jnp.asarray(rng.standard_normal((17, 24) if transposed else (24, 17)), jnp.float32)
+    q = ops.quantize_array(w, axis=0 if transposed else 1, activations="int8", bits=4)
+    product = dot_transposed if transposed else ops.dot
+    np.testing.assert_allclose(product(x, q), product(x, ops.dequantize(q)), rtol=1e-5, atol=1e-5)

@@ -1,3 +1,5 @@
+"""Every format against float64 numpy: rounding, packing, the parts of a matrix, straight-through gradients."""
+
 import hypothesis.extra.numpy as arrays
 import jax
 import jax.numpy as jnp
@@ -6,49 +8,162 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from efflm import ops, trees
-from efflm.ops.qarray import contracted_axis, from_flat, requantize, straight_through, to_flat
+from efflm import ops
+from efflm.config import InputError
+from efflm.ops.packing import pack, unpack
+from efflm.ops.qarray import apply_mask, codes, dequantize, operands, quantize_array, rows, take
 
-MATRICES = arrays.arrays(
+MATRICES = arrays.arrays(  # few shapes: each compiles anew
     np.float32,
-    arrays.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=12),
+    st.sampled_from([(1, 1), (5, 9), (12, 7)]),
     elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False),
+)
+FORMATS = st.fixed_dictionaries(
+    {
+        "axis": st.sampled_from([-1, -2]),
+        "bits": st.sampled_from([8, 4, 3]),
+        "group": st.sampled_from([0, 2, 5]),
+        "symmetric": st.booleans(),
+    }
 )
 
 
-@given(MATRICES, st.sampled_from([0, 1]))
-def test_error_is_at_most_half_a_step_and_zeros_stay(w, axis):
-    q = ops.quantize_array(jnp.asarray(w), axis)
-    error = np.abs(np.float64(w) - np.float64(q.values) * np.float64(q.scale))
-    assert np.all(error <= np.float64(q.scale) * 0.5 * (1 + 1e-5) + 1e-12)
-    assert np.all(np.asarray(q.values)[w == 0] == 0)
-    assert q.values.dtype == jnp.int8
-    assert np.abs(np.asarray(q.values, np.int32)).max() <= 127
-    assert q.scale.shape[axis] == 1
+def by_group(matrix, axis, group):
+    """The indices along the contracted axis that share a scale."""
+    size = matrix.shape[axis]
+    return [slice(start, min(start + (group or size), size)) for start in range(0, size, group or size)]
 
 
-@given(MATRICES, st.sampled_from([0, 1]))
-def test_rounding_twice_changes_nothing(w, axis):
-    once = ops.quantize_array(jnp.asarray(w), axis)
-    twice = ops.quantize_array(ops.dequantize(once), axis)
-    np.testing.assert_array_equal(once.values, twice.values)
+@given(MATRICES, FORMATS)
+def test_error_is_at_most_half_a_step_and_zeros_stay(w, form):
+    q = quantize_array(jnp.asarray(w), **form)
+    assert q.shape == w.shape
+    back, numbers = np.float64(dequantize(q)), np.asarray(codes(q))
+    low = -(2 ** (form["bits"] - 1)) + form["symmetric"]
+    assert numbers.min() >= low
+    assert numbers.max() <= 2 ** (form["bits"] - 1) - 1
+    assert np.all(back[w == 0] == 0)
+    for i, some in enumerate(by_group(w, form["axis"], form["group"])):
+        at = (slice(None), some) if form["axis"] == -1 else (some, slice(None))
+        step = np.float64(np.take(np.asarray(q.scale), [i], axis=form["axis"]))
+        assert np.all(np.abs(np.float64(w[at]) - back[at]) <= step * 0.5 * (1 + 1e-5) + 1e-6 * np.abs(w[at]) + 1e-12)
+        used = np.abs(w[at]).max(form["axis"], keepdims=True) / (2 ** (form["bits"] - 1) - 1)
+        assert np.all(step[used > 0] <= used[used > 0] * (1 + 1e-5))  # no scale is larger than the data asks for
 
 
-def test_flat_form_rebuilds_the_tree():
-    tree = {"a": {"kernel": ops.quantize_array(jnp.ones((4, 3)), 0, "int8")}, "scale": jnp.ones(3)}
-    flat, kinds = to_flat(tree)
-    assert set(flat) == {"a/kernel/values", "a/kernel/scale", "scale"}
-    back = from_flat(flat, kinds)
+@given(MATRICES, FORMATS)
+def test_rounding_twice_changes_nothing(w, form):
+    once = quantize_array(jnp.asarray(w), **form)
+    np.testing.assert_allclose(dequantize(ops.requantize(dequantize(once), once)), dequantize(once), rtol=1e-5)
+
+
+@given(
+    st.sampled_from([8, 4, 3]),
+    st.sampled_from([0, 1, -1]),
+    arrays.arrays(np.int8, arrays.array_shapes(min_dims=2, max_dims=3, max_side=11), elements=st.integers(-4, 3)),
+)
+def test_packing_is_undone_and_as_small_as_it_says(bits, axis, numbers):
+    packed = pack(numbers, bits, axis)
+    size = numbers.shape[axis]
+    np.testing.assert_array_equal(unpack(packed, bits, size, axis), numbers)
+    whole = {8: size, 4: -(-size // 2), 3: 3 * -(-size // 8)}[bits]
+    assert packed.shape[axis] == whole
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_packing_on_a_device_is_that_of_numpy(rng, bits):
+    numbers = rng.integers(-4, 4, (3, 13, 5)).astype(np.int8)
+    packed = pack(jnp.asarray(numbers), bits, -2)
+    np.testing.assert_array_equal(packed, pack(numbers, bits, -2))
+    np.testing.assert_array_equal(unpack(packed, bits, 13, -2), numbers)
+
+
+def test_packed_bits_lie_lowest_first():
+    np.testing.assert_array_equal(pack(np.array([1, -1, 3], np.int8), 4), [0xF1, 0x03])
+    eight = np.array([1, 2, 3, -4, -3, -2, -1, 0], np.int8)
+    word = sum((int(c) & 7) << 3 * i for i, c in enumerate(eight))
+    np.testing.assert_array_equal(pack(eight, 3), [word & 255, word >> 8 & 255, word >> 16])
+
+
+@given(MATRICES, FORMATS, st.data())
+def test_parts_of_a_matrix_are_those_of_its_floats(w, form, data):
+    q = quantize_array(jnp.asarray(w), **form)
+    floats = np.asarray(dequantize(q))
+    some = np.array(data.draw(st.lists(st.integers(0, w.shape[0] - 1), min_size=1, max_size=4)))
+    np.testing.assert_array_equal(rows(q, jnp.asarray(some)), floats[some])
+    for axis in (0, 1):
+        kept = st.lists(st.integers(0, w.shape[axis] - 1), min_size=1, max_size=4, unique=True)
+        indices = np.array(data.draw(kept))
+        part = take(q, axis, indices)
+        assert (part.bits, part.axis) == (q.bits, q.axis)
+        expected = np.take(floats, indices, axis=axis)
+        if form["group"] and axis - 2 == form["axis"]:  # new groups: rounded again
+            np.testing.assert_allclose(dequantize(part), expected, atol=0.51 * np.max(part.scale))
+        else:
+            np.testing.assert_array_equal(dequantize(part), expected)
+    mask = data.draw(arrays.arrays(bool, w.shape))
+    np.testing.assert_array_equal(dequantize(apply_mask(q, jnp.asarray(mask))), np.where(mask, floats, 0))
+
+
+@given(MATRICES, FORMATS, st.booleans())
+def test_the_flat_form_rebuilds_the_tree_and_its_shapes_are_predicted(w, form, static):
+    activations = {"activations": "int8_static", "activation_scale": jnp.ones((1, 1))} if static else {}
+    q = quantize_array(jnp.asarray(w), **form, **activations)
+    tree = {"a": {"kernel": q}, "scale": jnp.ones(3)}
+    flat, formats = ops.storage.to_flat(tree)
+    back = ops.storage.from_flat(flat, formats)
     assert jax.tree.structure(back) == jax.tree.structure(tree)
-    assert trees.count(tree) == 15
+    shapes = ops.storage.part_shapes(w.shape, formats["a/kernel"])
+    for name, shape in shapes.items():
+        assert name == "zeros" or flat[f"a/kernel/{name}"].shape == shape
+    assert ("a/kernel/zeros" in flat) == (not form["symmetric"])
 
 
-@pytest.mark.parametrize("axis", [0, 1])
+def test_stacked_matrices_are_the_matrices_stacked(rng):
+    w = jnp.asarray(rng.standard_normal((3, 10, 6)), jnp.float32)
+    one = lambda w: quantize_array(w, -2, bits=3, group=4, symmetric=False)
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *map(one, w))
+    np.testing.assert_array_equal(dequantize(stacked), jnp.stack([dequantize(one(each)) for each in w]))
+    assert stacked.shape == (3, 10, 6)
+    np.testing.assert_array_equal(jax.vmap(dequantize)(stacked), dequantize(stacked))
+    np.testing.assert_array_equal(dequantize(jax.vmap(one)(w)), dequantize(stacked))
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
 def test_straight_through_rounds_forward_and_passes_gradients(rng, axis):
     w = jnp.asarray(rng.standard_normal((6, 5)), jnp.float32)
-    like = ops.quantize_array(w, axis)
-    assert contracted_axis(like) == axis
-    value, pull = jax.vjp(lambda m: straight_through(m, like), w)
-    np.testing.assert_allclose(value, ops.dequantize(like), rtol=1e-6)
+    like = quantize_array(w, axis)
+    value, pull = jax.vjp(lambda m: ops.straight_through(m, like), w)
+    np.testing.assert_allclose(value, dequantize(like), rtol=1e-6)
     np.testing.assert_array_equal(pull(jnp.full_like(w, 3.0))[0], np.full(w.shape, 3.0))
-    np.testing.assert_array_equal(requantize(w, like).values, like.values)
+    np.testing.assert_array_equal(ops.requantize(w, like).values, like.values)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_training_rounds_activations_as_inference_does(rng, static):
+    """Training multiplies the rounded operands that inference multiplies, and passes gradients straight through."""
+    scale = jnp.full((1, 1), 0.03, jnp.float32)
+    how = ("int8_static", scale) if static else ("int8", None)
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((4, 24), (24, 5)))
+    like = quantize_array(w, -2, how[0], activation_scale=how[1])
+    trained = lambda x, w: ops.dot(x, ops.straight_through(w, like))
+    np.testing.assert_allclose(trained(x, w), ops.dot(x, like), rtol=1e-5, atol=1e-5)
+    assert np.abs(trained(x, w) - ops.dot(x, dequantize(like))).max() > 1e-3  # what weights alone would give
+    rounded_x, rounded_w = operands(x, ops.straight_through(w, like))
+    dx, dw = jax.vjp(trained, x, w)[1](jnp.ones((4, 5)))
+    np.testing.assert_allclose(dx, jnp.ones((4, 5)) @ rounded_w.T, rtol=1e-5)
+    np.testing.assert_allclose(dw, rounded_x.T @ jnp.ones((4, 5)), rtol=1e-5, atol=1e-6)
+
+
+def test_what_no_format_has_is_refused():
+    w = jnp.ones((4, 4))
+    with pytest.raises(InputError, match="bits is 5, but must be one of 8, 4, 3"):
+        quantize_array(w, 0, bits=5)
+    with pytest.raises(InputError, match="group is -1"):
+        quantize_array(w, 0, group=-1)
+    with pytest.raises(InputError, match="a static scale goes with int8_static"):
+        quantize_array(w, 0, "int8_static")
+    good = ops.storage.to_flat({"w": quantize_array(w, 0)})[1]["w"]
+    for wrong in ({"bits": 5}, {"axis": 0}, {"size": 3}, {"group": 4}, {"group": 1.0}, {"activations": "int3"}):
+        with pytest.raises(InputError):
+            ops.storage.part_shapes((4, 4), good | wrong)

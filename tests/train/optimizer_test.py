@@ -11,8 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from optax import contrib
 
-from efflm import config, trees
-from efflm.compress.step import keep_zeros
+from efflm import config, ops, trees
 from efflm.config import TrainConfig
 from efflm.model import init_params, sharding, stack_blocks, unstack_blocks
 from efflm.train import loop, optimizer
@@ -217,17 +216,22 @@ def test_moments_are_float32_of_weights_in_bfloat16(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_zeros_stay_zeros_and_the_rest_moves(name, rng):
-    w = rng.standard_normal((8, 8)) * rng.integers(0, 2, (8, 8))
-    params = float32({"block_0/attention/query/kernel": w})
-    tx = keep_zeros(optimizer.make(dataclasses.replace(PLAIN, optimizer=name)))
-    state = tx.init(params)
+def test_masked_weights_stay_and_the_rest_moves_zeros_too(name, rng):
+    """Of two zeros, the one that a mask drops stays, and the other moves like any weight."""
+    path = "block_0/attention/query/kernel"
+    kept = rng.integers(0, 2, (8, 8)).astype(bool)
+    w = rng.standard_normal((8, 8)) * kept
+    free = tuple(np.argwhere(kept)[0])
+    w[free] = 0.0
+    params, tx = float32({path: w}), optimizer.make(dataclasses.replace(PLAIN, optimizer=name))
+    goal = jnp.asarray(rng.standard_normal((8, 8)), jnp.float32)
+    loss = lambda params, *_: (jnp.sum(jnp.square(jax.tree.leaves(params)[0] - goal)), {})
+    state = init_state(params, tx, sharding.make_mesh(), masks=ops.mask_tree(params, {path: jnp.asarray(kept)}))
+    step = make_step(loss, tx, 0, state)
     for _ in range(3):
-        grads = float32({"block_0/attention/query/kernel": rng.standard_normal((8, 8))})
-        updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-    for tree in (params, optimizer.evaluation_params(state, params)):
-        np.testing.assert_array_equal(np.asarray(jax.tree.leaves(tree)[0]) == 0, w == 0)
+        state, _ = step(state, {}, {})
+    for tree in (state.trainable, optimizer.evaluation_params(state.optimizer, state.trainable)):
+        np.testing.assert_array_equal(np.asarray(jax.tree.leaves(tree)[0]) == 0, ~kept)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -258,20 +262,22 @@ def test_the_gradient_is_clipped_to_its_norm():
 
 
 def test_fit_returns_the_averaged_parameters():
-    start = {"scale": jnp.full(3, 2.0)}
+    start = {"final_norm": {"scale": jnp.full(3, 2.0)}}
     batches = lambda step: {"inputs": np.zeros((8, 4), np.int32), "segments": np.ones((8, 4), np.int32)}
-    quadratic = lambda trainable, *_: (jnp.sum(jnp.square(trainable["scale"])), {})
+    quadratic = lambda trainable, *_: (jnp.sum(jnp.square(trainable["final_norm"]["scale"])), {})
     settings = TrainConfig(optimizer="schedule_free", steps=4, warmup=0, learning_rate=0.5, clip=1e9)
     tx = optimizer.make(settings)
     out = loop.fit(quadratic, start, {}, batches, tx, steps=4, mesh=sharding.make_mesh())
     y, state, iterates = start, tx.init(start), []
     for _ in range(4):
-        updates, state = tx.update({"scale": 2 * y["scale"]}, state, y)
+        updates, state = tx.update(jax.tree.map(lambda w: 2 * w, y), state, y)
         y = optax.apply_updates(y, updates)
         found = [n for n in jax.tree.leaves(state, is_leaf=_is_averaging) if _is_averaging(n)]
-        iterates.append(np.asarray(found[0].z["scale"]))
-    np.testing.assert_allclose(out["scale"], np.mean(iterates, axis=0), rtol=1e-4)  # equal rates: a plain mean
-    assert not np.allclose(out["scale"], y["scale"], rtol=1e-3)
+        iterates.append(np.asarray(found[0].z["final_norm"]["scale"]))
+    np.testing.assert_allclose(
+        out["final_norm"]["scale"], np.mean(iterates, axis=0), rtol=1e-4
+    )  # equal rates: a plain mean
+    assert not np.allclose(out["final_norm"]["scale"], y["final_norm"]["scale"], rtol=1e-3)
 
 
 def _is_averaging(node):

@@ -1,0 +1,174 @@
+"""One record for each weight of a Transformer: its shape, the name of each axis, its role and its initialization.
+
+Whatever has to know a weight reads it here: modules (shape and initialization), sharding, weight decay, Muon,
+quantization, pruning, slicing, costs and the checks of model files.
+"""
+
+import dataclasses
+import functools
+import math
+import types
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+from flax import linen as nn
+
+from efflm.config import BlockConfig, ModelConfig
+
+Role = Literal["embedding", "positions", "linear", "unembedding", "norm", "bias"]
+Component = Literal["embedding", "projections", "feedforward", "norms", "output"]
+STDDEV = 0.02  # of fresh matrices and embeddings, as in GPT-2: what a layer adds stays small beside its input
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Param:
+    """One weight.
+
+    axes: a name for each dimension; a matrix of a linear layer is [in, out]. role: how it is used; component: under
+    which name its cost is counted. init: "residual" is "normal" scaled by 1 / sqrt(2 layers), for what is added to the
+    residual stream (GPT-2, Radford 2019, section 2.3). shape and stddev are known once there is a config.
+    """
+
+    axes: tuple[str, ...]
+    role: Role
+    component: Component
+    init: Literal["normal", "residual", "ones", "zeros"] = "normal"
+    shape: tuple[int, ...] = ()
+    stddev: float = 0.0
+
+    @property
+    def contracted(self) -> int:
+        """The axis that a matmul or a lookup sums over or returns whole, counted from the end: one scale each."""
+        return -1 if self.role in ("embedding", "positions") else -2
+
+    @property
+    def is_matrix(self) -> bool:
+        return len(self.axes) == 2
+
+    @property
+    def in_layer(self) -> bool:
+        """Whether it is a matrix of a linear layer in a block: what is pruned, decayed, and orthogonalized by Muon."""
+        return self.role == "linear"
+
+    def initialize(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Fresh float32 weights."""
+        makers = {"ones": nn.initializers.ones, "zeros": nn.initializers.zeros}
+        return makers.get(self.init, nn.initializers.normal(self.stddev))(key, shape)
+
+
+def _linear(name: str, fan_in: str, fan_out: str, component: Component, init: str = "normal") -> dict[str, Param]:
+    return {
+        f"block/{name}/kernel": Param(axes=(fan_in, fan_out), role="linear", component=component, init=init),
+        f"block/{name}/bias": Param(axes=(fan_out,), role="bias", component=component, init="zeros"),
+    }
+
+
+def _norm(name: str, axis: str = "width") -> dict[str, Param]:
+    return {
+        f"{name}/scale": Param(axes=(axis,), role="norm", component="norms", init="ones"),
+        f"{name}/bias": Param(axes=(axis,), role="norm", component="norms", init="zeros"),
+    }
+
+
+# Every weight of every family; "block" stands for each layer.
+WEIGHTS: dict[str, Param] = {
+    "embedding": Param(axes=("vocabulary", "width"), role="embedding", component="embedding"),
+    "position_embedding": Param(axes=("positions", "width"), role="positions", component="embedding"),
+    "unembedding": Param(axes=("width", "vocabulary"), role="unembedding", component="output"),
+    **_linear("attention/query", "width", "heads", "projections"),
+    **_linear("attention/key", "width", "kv_heads", "projections"),
+    **_linear("attention/value", "width", "kv_heads", "projections"),
+    **_linear("attention/output", "heads", "width", "projections", "residual"),
+    **_norm("block/attention/query_norm", "head_dim"),
+    **_norm("block/attention/key_norm", "head_dim"),
+    **_linear("feedforward/gate", "width", "mlp", "feedforward"),
+    **_linear("feedforward/up", "width", "mlp", "feedforward"),
+    **_linear("feedforward/down", "mlp", "width", "feedforward", "residual"),
+    **_norm("block/attention_norm"),
+    **_norm("block/feedforward_norm"),
+    **_norm("final_norm"),
+}
+
+
+def _exists(name: str, config: ModelConfig) -> bool:
+    """Whether models of this config have the weight."""
+    owner, _, leaf = name.rpartition("/")
+    if name in ("position_embedding", "unembedding"):
+        return config.position == "learned" if name == "position_embedding" else not config.tied
+    if owner.endswith(("query_norm", "key_norm")):
+        return config.qk_norm and leaf == "scale"
+    if leaf != "bias":
+        return config.feedforward == "swiglu" or owner != "block/feedforward/gate"
+    if owner.endswith("_norm"):
+        return config.norm == "layer"
+    projects = owner in ("block/attention/query", "block/attention/key", "block/attention/value")
+    gates = owner == "block/feedforward/gate" and config.feedforward != "swiglu"
+    return not gates and (config.bias or (config.qkv_bias and projects))
+
+
+def _sizes(config: ModelConfig, block: BlockConfig) -> dict[str, int]:
+    """The length of each named axis, in this layer."""
+    return {
+        "vocabulary": config.vocabulary,
+        "width": config.width,
+        "positions": config.max_length,
+        "heads": block.heads * block.head_dim,
+        "kv_heads": block.kv_heads * block.head_dim,
+        "head_dim": block.head_dim,
+        "mlp": block.mlp_dim,
+    }
+
+
+@functools.cache
+def table(config: ModelConfig) -> Mapping[str, Param]:
+    """{path: Param} of every weight of a model, its layers unstacked: block_0, block_1, ..."""
+    residual = STDDEV / math.sqrt(2 * len(config.blocks))
+    out = {}
+    for name, param in WEIGHTS.items():
+        if not _exists(name, config):
+            continue
+        in_block = name.startswith("block/")
+        for i, block in enumerate(config.blocks if in_block else config.blocks[:1]):
+            sizes = _sizes(config, block)
+            path = name.replace("block/", f"block_{i}/") if in_block else name
+            stddev = residual if param.init == "residual" else STDDEV
+            out[path] = dataclasses.replace(param, shape=tuple(sizes[axis] for axis in param.axes), stddev=stddev)
+    return types.MappingProxyType(out)
+
+
+@functools.cache
+def find(path: str) -> tuple[Param | None, str]:
+    """The record of the weight that a path names or contains, without sizes, and what follows the weight in the path.
+
+    Paths of optimizer states and of the parts of a compressed weight contain that of the weight; layers may be stacked
+    under `blocks`. (None, "") where the path contains no weight.
+    """
+    names = ["block" if _is_block(name) else name for name in path.split("/")]
+    for start in range(len(names)):
+        for end in range(len(names), start, -1):
+            param = WEIGHTS.get("/".join(names[start:end]))
+            if param is not None:
+                return param, "/".join(names[end:])
+    return None, ""
+
+
+def is_stacked(path: str) -> bool:
+    """Whether the array of this path leads with an axis of stacked layers."""
+    return "blocks" in path.split("/")
+
+
+def _is_block(name: str) -> bool:
+    return name == "blocks" or (name.startswith("block_") and name[6:].isdigit())
+
+
+def in_layer(path: str) -> bool:
+    """Whether a path is that of a matrix inside the layers."""
+    param, rest = find(path)
+    return param is not None and param.in_layer and not rest
+
+
+def is_matrix(path: str) -> bool:
+    """Whether a path is that of a matrix: inside a layer, an embedding or the unembedding."""
+    param, rest = find(path)
+    return param is not None and param.is_matrix and not rest

@@ -1,0 +1,145 @@
+"""Weights as plain arrays, as files hold them: a compressed weight in its parts, a sparse one as a bitmask and values.
+
+A weight that is pruned, or has enough zeros for it to pay, is stored as a bitmask (a bit for each weight, row by row,
+the first in the highest bit) and the values under the set bits, packed where they have fewer than 8 bits. Where a mask
+does not pay it is stored beside the dense values. `stored_nbytes` predicts the bytes from counts alone.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from efflm import trees
+from efflm.config import require
+from efflm.ops.masks import Masks
+from efflm.ops.packing import pack, packed_size, unpack
+from efflm.ops.qarray import BITS, QArray, dequantize
+
+STATIC = ("bits", "axis", "group", "size", "activations")
+PARTS = ("values", "scale", "zeros", "activation_scale")
+
+
+def to_flat(params: Any) -> tuple[dict[str, jax.Array], dict[str, dict[str, Any]]]:
+    """{path: array} with compressed weights opened, and {path: format} from which `from_flat` rebuilds them."""
+    formats = {
+        path: {name: getattr(leaf, name) for name in STATIC}
+        for path, leaf in trees.flatten(params)
+        if isinstance(leaf, QArray)
+    }
+    return dict(trees.flatten(params, inside=True)), formats
+
+
+def from_flat(flat: dict[str, Any], formats: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The inverse of `to_flat`."""
+    flat = dict(flat)
+    for path, format_ in formats.items():
+        parts = {name: flat.pop(f"{path}/{name}") for name in PARTS if f"{path}/{name}" in flat}
+        flat[path] = QArray(**parts, **format_)
+    return trees.unflatten(flat)
+
+
+def part_shapes(shape: tuple[int, int], format_: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """The shapes of a QArray's arrays, for a matrix of this shape in this format; `zeros` may be absent.
+
+    Raises InputError for a format that no such matrix has.
+    """
+    require(format_.keys() == set(STATIC), f"a format has {', '.join(sorted(format_))}, but must have {STATIC}")
+    bits, axis, group, size, activations = (format_[name] for name in STATIC)
+    require(bits in BITS and axis in (-1, -2), f"{bits} bits along axis {axis} are unknown")
+    require(activations in ("float", "int8", "int8_static"), f"unknown activations {activations}")
+    require(size == shape[axis], f"size is {size}, but the contracted axis has {shape[axis]} entries")
+    require(type(group) is int and 0 <= group < size, f"group is {group}, but must be in [0, {size})")
+
+    def with_length(length: int) -> tuple[int, int]:
+        return (shape[0], length) if axis == -1 else (length, shape[1])
+
+    scale = with_length(-(-size // group) if group else 1)
+    values = with_length(size if bits == 8 else packed_size(size, bits))
+    static = {"activation_scale": (1, 1)} if activations == "int8_static" else {}
+    return {"values": values, "scale": scale, "zeros": scale} | static
+
+
+# --- zeros -----------------------------------------------------------------------------------------------------------
+
+
+def _numbers(weight: Any) -> tuple[np.ndarray, int]:
+    """What is stored for each weight, and its bits: codes of a QArray, floats as they are."""
+    if isinstance(weight, QArray):
+        return unpack(np.asarray(weight.values), weight.bits, weight.size, weight.axis), weight.bits
+    return np.asarray(weight), 8 * weight.dtype.itemsize
+
+
+def nonzeros(params: Any) -> int:
+    """Number of weights that are not exactly zero."""
+    uneven = lambda leaf: isinstance(leaf, QArray) and leaf.zeros is not None
+    numbers = (np.asarray(dequantize(leaf)) if uneven(leaf) else _numbers(leaf)[0] for _, leaf in trees.flatten(params))
+    return sum(int(np.count_nonzero(each)) for each in numbers)
+
+
+def is_sparse(weight: Any, mask: Any) -> bool:
+    """Whether a bitmask and values take fewer bytes than dense values, with the mask beside them if there is one."""
+    numbers, bits = _numbers(weight)
+    if numbers.ndim < 2:
+        return False
+    kept = int(np.count_nonzero(numbers if mask is None else np.asarray(mask)))
+    bitmask = -(-numbers.size // 8)
+    dense = weight.values.size if isinstance(weight, QArray) else numbers.size * numbers.dtype.itemsize
+    return bitmask + _stored_values(kept, bits) < dense + (0 if mask is None else bitmask)
+
+
+def _stored_values(count: int, bits: int) -> int:
+    """Bytes of so many values one after another."""
+    return packed_size(count, bits) if bits < 8 else count * bits // 8
+
+
+def stored_parts(weight: Any, mask: Any) -> dict[str, np.ndarray]:
+    """The arrays that a file holds of a weight, by what follows its path; "" for a dense array itself."""
+    quantized = isinstance(weight, QArray)
+    parts = {"" if not quantized else "values": weight.values if quantized else weight}
+    if quantized:
+        others = {name: getattr(weight, name) for name in PARTS[1:]}
+        parts |= {name: part for name, part in others.items() if part is not None}
+    if is_sparse(weight, mask):
+        numbers, bits = _numbers(weight)
+        kept = numbers != 0 if mask is None else np.asarray(mask)
+        values = numbers[kept]
+        del parts["values" if quantized else ""]
+        parts["bitmask"] = np.packbits(kept)
+        parts["nonzeros"] = pack(values, bits) if bits < 8 else values
+    elif mask is not None:
+        parts["mask"] = np.packbits(np.asarray(mask))
+    return {name: np.asarray(part) for name, part in parts.items()}
+
+
+def stored_nbytes(params: Any, masks: Masks = None) -> int:
+    """Bytes of the tensors in a file that holds these weights."""
+    total = 0
+    for path, weight in trees.flatten(params):
+        mask = (masks or {}).get(path)
+        numbers, bits = _numbers(weight)
+        bitmask = -(-numbers.size // 8)
+        total += trees.nbytes(weight)
+        if is_sparse(weight, mask):
+            dense = weight.values.size if isinstance(weight, QArray) else trees.nbytes(weight)
+            kept = int(np.count_nonzero(numbers if mask is None else np.asarray(mask)))
+            total += bitmask + _stored_values(kept, bits) - dense
+        elif mask is not None:
+            total += bitmask
+    return total
+
+
+def expanded(shape: tuple[int, ...], bits: int, bitmask: np.ndarray, nonzeros: np.ndarray) -> np.ndarray:
+    """The dense numbers of a weight stored as a bitmask and the values under its set bits: the inverse of
+    `stored_parts`; int8 codes where `bits` is below 8. Raises InputError where the two do not fit."""
+    kept = np.unpackbits(bitmask, count=math.prod(shape)).astype(bool)
+    count = int(np.count_nonzero(kept))
+    require(
+        len(nonzeros) == (packed_size(count, bits) if bits < 8 else count),
+        f"{len(nonzeros)} values stand for {count} set bits",
+    )
+    values = unpack(nonzeros, bits, count) if bits < 8 else nonzeros
+    numbers = np.zeros(kept.shape, values.dtype)
+    numbers[kept] = values
+    return numbers.reshape(shape)
