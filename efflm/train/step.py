@@ -1,6 +1,5 @@
 """One optimizer step, for whatever is trained."""
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -13,10 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from efflm.config import OnNan, require
 from efflm.model import sharding
 from efflm.precision import LossScale, cast, stochastic_round
-
-# loss_fn(trainable, frozen, batch, rng) -> (scalar loss, dict of scalars). A loss that is a mean over weighted targets
-# gives the sum of their weights as "weight": so the parts of an accumulated batch add up to exactly the whole.
-LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+from efflm.train.losses import LossFn, weighted_mean
 
 
 @flax.struct.dataclass
@@ -154,7 +150,7 @@ def _gradients(loss_fn, trainable, frozen, batch, rng, scale, accumulate):
     shapes = jax.eval_shape(lambda rows: part(jax.tree.map(lambda x: x[0], rows), rng), parts)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
     (sums, weight), _ = lax.scan(add, (zeros, jnp.float32(0)), (parts, jnp.arange(accumulate)))
-    loss, aux, grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-9), sums)
+    loss, aux, grads = weighted_mean(sums, weight)
     return loss, aux | ({"weight": weight} if "weight" in aux else {}), grads
 
 
