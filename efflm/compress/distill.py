@@ -4,7 +4,7 @@ import dataclasses
 
 from efflm.compress.step import Context, require_schedule, train_step
 from efflm.config import flag, require
-from efflm.model import LanguageModel
+from efflm.model import LanguageModel, Transformer
 from efflm.precision import policy_for
 from efflm.train import losses
 
@@ -31,12 +31,6 @@ class Distill:
             f"the teacher's vocabulary is {teacher.config.vocabulary}, the student's {model.config.vocabulary}: "
             "distillation compares them entry by entry",
         )
-        loss = losses.distillation_loss(
-            model.config,
-            policy_for(model.params),
-            teacher.config,
-            policy_for(teacher.params),
-            temperature=self.temperature,
-            weight=self.weight,
-        )
+        models = (Transformer(each.config, policy_for(each.params)) for each in (model, teacher))
+        loss = losses.distillation_loss(*models, temperature=self.temperature, weight=self.weight)
         return train_step(self, model, context, loss, frozen=teacher.params)

@@ -36,12 +36,7 @@ def weighted_mean(sums: Any, weight: jax.Array) -> Any:
 
 
 def language_model_loss(
-    config: ModelConfig,
-    policy: Policy = FLOAT32,
-    *,
-    scanned: bool = False,
-    remat: Remat = "none",
-    z_loss: float = 0.0,
+    config: ModelConfig, policy: Policy = FLOAT32, *, scanned: bool = False, remat: Remat = "none", z_loss: float = 0.0
 ) -> LossFn:
     """The mean cross-entropy of params, in nats, plus z_loss * log_normalizer^2 (see ops.cross_entropy)."""
     model = Transformer(config, policy, scanned, remat)
@@ -55,23 +50,14 @@ def language_model_loss(
     return _mean_over_tokens(sums)
 
 
-def distillation_loss(
-    student: ModelConfig,
-    student_policy: Policy,
-    teacher: ModelConfig,
-    teacher_policy: Policy,
-    *,
-    temperature: float,
-    weight: float,
-) -> LossFn:
+def distillation_loss(student: Transformer, teacher: Transformer, *, temperature: float, weight: float) -> LossFn:
     """The mean over targets of weight * T^2 * KL(teacher || student) + (1 - weight) * cross-entropy, in nats.
 
     T is the temperature. The teacher's params are `frozen`; no gradient flows to them. See ops.distillation.
     """
-    models = Transformer(student, student_policy), Transformer(teacher, teacher_policy)
 
     def sums(params, frozen, batch, weights_BT):
-        outputs = [_final_states(model, params, batch) for model, params in zip(models, (params, frozen))]
+        outputs = _final_states(student, params, batch), _final_states(teacher, frozen, batch)
         total, kl, nll = ops.distillation(*outputs, batch["targets"], weights_BT, temperature=temperature, share=weight)
         return {"loss": total, "kl": kl, "cross_entropy": nll}
 

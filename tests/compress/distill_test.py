@@ -10,8 +10,7 @@ import pytest
 from efflm.compress.distill import Distill
 from efflm.compress.step import Context
 from efflm.config import InputError
-from efflm.model import LanguageModel, init_params, sharding
-from efflm.precision import FLOAT32
+from efflm.model import LanguageModel, Transformer, init_params, sharding
 from efflm.train.losses import distillation_loss, kl_divergence, next_token_nll, target_weights
 from efflm.train.step import init_state, make_step, place
 from tests import tiny
@@ -34,7 +33,7 @@ def from_logits(params, teacher_params, batch):
 
 
 def chunked():
-    return distillation_loss(STUDENT.config(), FLOAT32, TEACHER.config(), FLOAT32, **HOW)
+    return distillation_loss(Transformer(STUDENT.config()), Transformer(TEACHER.config()), **HOW)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +69,7 @@ def test_no_logits_of_a_whole_batch_exist():
     B, T, V = 8, 512, 4096
     small = [dataclasses.replace(shape, layers=1, vocabulary=V, max_length=T) for shape in (STUDENT, TEACHER)]
     configs = [shape.config() for shape in small]
-    loss = distillation_loss(configs[0], FLOAT32, configs[1], FLOAT32, **HOW)
+    loss = distillation_loss(*map(Transformer, configs), **HOW)
     params = [jax.eval_shape(functools.partial(init_params, config, 0)) for config in configs]
     batch = dict.fromkeys(tiny.batch(configs[0]), jax.ShapeDtypeStruct((B, T), jnp.int32))
     program = jax.jit(jax.grad(lambda *args: loss(*args, None)[0])).lower(*params, batch).compile()

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from efflm.model import sharding
-from efflm.precision import FLOAT32
+from efflm.model import Transformer, sharding
 from efflm.train import losses
 from efflm.train.step import init_state, make_step
 from tests import tiny
@@ -42,7 +41,7 @@ def test_divergence_equals_float64_and_is_zero_of_itself(p, q):
 CONFIG = dataclasses.replace(tiny.LLAMA, layers=1).config()
 LOSSES = {
     "language model": losses.language_model_loss(CONFIG, z_loss=0.01),
-    "distillation": losses.distillation_loss(*(CONFIG, FLOAT32) * 2, temperature=1.0, weight=0.5),
+    "distillation": losses.distillation_loss(Transformer(CONFIG), Transformer(CONFIG), temperature=1.0, weight=0.5),
 }
 
 
