@@ -40,14 +40,12 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         config, block, dtype = self.config, self.block, self.policy.compute
         bias = config.bias or config.qkv_bias
-        heads = lambda name, count: Linear(count * block.head_dim, bias, name=name)(x_BTD).reshape(
-            *x_BTD.shape[:2], count, block.head_dim
-        )
-        q_BTNH, k_BTKH, v_BTKH = (
-            heads("query", block.heads),
-            heads("key", block.kv_heads),
-            heads("value", block.kv_heads),
-        )
+
+        def heads(name: str, count: int) -> jax.Array:
+            return Linear(count * block.head_dim, bias, name=name)(x_BTD).reshape(*x_BTD.shape[:2], count, -1)
+
+        q_BTNH, k_BTKH = heads("query", block.heads), heads("key", block.kv_heads)
+        v_BTKH = heads("value", block.kv_heads)
         if config.qk_norm:
             q_BTNH = Norm("rms", config.norm_epsilon, name="query_norm")(q_BTNH)
             k_BTKH = Norm("rms", config.norm_epsilon, name="key_norm")(k_BTKH)

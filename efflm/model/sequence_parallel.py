@@ -34,7 +34,10 @@ def spread(sums: Callable[[Any, Any], Any], params: Any, batch: dict[str, jax.Ar
     shards = sharding.sequence_shards()
     if shards == 1:
         return sums(params, batch)
-    of_one = lambda params, batch: jax.tree.map(lambda total: total[None], sums(params, batch))
+
+    def of_one(params, batch):
+        return jax.tree.map(lambda total: total[None], sums(params, batch))
+
     each = jax.shard_map(
         of_one,
         in_specs=(PartitionSpec(), PartitionSpec(None, AXIS)),

@@ -1,5 +1,6 @@
 """A decoder-only Transformer that covers the families of models by its config, and the model as a value."""
 
+import operator
 from typing import Any
 
 import flax.linen as nn
@@ -89,6 +90,11 @@ def _recomputed_late(layer: nn.Module, x_BTD: jax.Array, positions_BT: jax.Array
     return nn.custom_vjp(call, lambda layer, x: nn.vjp(call, layer, x), backward)(layer, x_BTD)
 
 
+def _width_gathered(table: Any, rows: str | None) -> Any:
+    """A table [rows, D], its width on every device before a lookup: tokens are spread over the same devices."""
+    return jax.tree.map(lambda part: constrain(part, rows, None), table)
+
+
 class Transformer(nn.Module):
     """tokens [B, T] -> (logits [B, T, V] in the policy's output dtype, the cache after them or None).
 
@@ -135,11 +141,9 @@ class Transformer(nn.Module):
         if positions is None:
             start_B = jnp.zeros(B, jnp.int32) if cache is None else cache.length_B
             positions = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
-        # The width is gathered before the lookup: rows are spread over the same devices.
-        table = lambda w, rows: jax.tree.map(lambda part: constrain(part, rows, None), w)
-        x_BTD = ops.embed(table(self.embedding, "vocabulary"), tokens, jnp.float32)
+        x_BTD = ops.embed(_width_gathered(self.embedding, "vocabulary"), tokens, jnp.float32)
         if config.position == "learned":
-            x_BTD = x_BTD + ops.embed(table(self.position_embedding, None), positions, jnp.float32)
+            x_BTD = x_BTD + ops.embed(_width_gathered(self.position_embedding, None), positions, jnp.float32)
         x_BTD = constrain(x_BTD, "batch", "length", None)
         block_type = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat])
         if self.scanned:
@@ -190,5 +194,5 @@ def stack_blocks(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
 def unstack_blocks(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     """The inverse of `stack_blocks`."""
     rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
-    layer = lambda i: jax.tree.map(lambda leaf: leaf[i], params["blocks"])
-    return rest | {f"block_{i}": layer(i) for i in range(len(config.blocks))}
+    layers = len(config.blocks)
+    return rest | {f"block_{i}": jax.tree.map(operator.itemgetter(i), params["blocks"]) for i in range(layers)}

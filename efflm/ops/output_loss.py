@@ -39,14 +39,19 @@ def output_loss(
     return _total(lax.scan(one, None, _chunks((x_BTD, tokens)))[1])
 
 
+def chunk_count(B: int, T: int) -> int:
+    """How many chunks the tokens [B, T] are cut into. Cut along T, since B may be spread over devices."""
+    return max(1, min(MOST_CHUNKS, T, B * T // CHUNK))
+
+
 def _total(sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     return jax.tree.map(jnp.sum, sums)
 
 
 def _chunks(tree: Any) -> Any:
-    """Every array [B, T, ...] as [chunks, B * t, ...], padded with zeros. Cut along T: B may be spread over devices."""
+    """Every array [B, T, ...] as [chunks, B * t, ...], padded with zeros."""
     B, T = jax.tree.leaves(tree)[0].shape[:2]
-    count = max(1, min(MOST_CHUNKS, T, B * T // CHUNK))
+    count = chunk_count(B, T)
 
     def cut(a):
         padded = jnp.pad(a, [(0, 0), (0, -T % count)] + [(0, 0)] * (a.ndim - 2))

@@ -1,5 +1,6 @@
 """One optimizer step, for whatever is trained."""
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -35,24 +36,21 @@ def init_state(
 ) -> TrainState:
     """A state on the mesh, its optimizer moments sharded like the weights. The given arrays are copied, not donated."""
     specs = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(trainable, optimizer, mesh, loss_scale))
-    return jax.jit(_fresh(optimizer), out_shardings=specs)(trainable, loss_scale)
+    return jax.jit(functools.partial(_fresh, optimizer), out_shardings=specs)(trainable, loss_scale)
 
 
 def abstract_state(
     trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh, loss_scale: LossScale | None = None
 ) -> TrainState:
     """The shapes, dtypes and shardings of `init_state`'s, with nothing allocated."""
-    shapes = jax.eval_shape(_fresh(optimizer), trainable, loss_scale)
+    shapes = jax.eval_shape(functools.partial(_fresh, optimizer), trainable, loss_scale)
     laid = lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spec)
     return jax.tree.map(laid, shapes, sharding.shardings(shapes, mesh))
 
 
-def _fresh(optimizer: optax.GradientTransformation):
-    # Moments are float32, whatever the weights are kept in.
-    moments = lambda tree: optimizer.init(cast(tree, jnp.float32))
-    return lambda tree, scale: TrainState(
-        jnp.int32(0), jax.tree.map(jnp.copy, tree), moments(tree), scale, jnp.int32(0)
-    )
+def _fresh(optimizer: optax.GradientTransformation, trainable: Any, loss_scale: LossScale | None) -> TrainState:
+    moments = optimizer.init(cast(trainable, jnp.float32))  # float32 whatever the weights are kept in
+    return TrainState(jnp.int32(0), jax.tree.map(jnp.copy, trainable), moments, loss_scale, jnp.int32(0))
 
 
 def make_step(
@@ -136,18 +134,17 @@ def _gradients(loss_fn, trainable, frozen, batch, rng, scale, accumulate):
     require(
         size % accumulate == 0, f"a batch of {size} rows is not divisible by {accumulate} parts: change one of them"
     )
-    # Every n-th row, not every n-th stretch: where rows are spread over devices, each keeps its own.
+    # Part i has rows i, i + accumulate, ...: where rows are spread over devices, each device keeps its own.
     parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-    share = lambda values: values[1].get("weight", jnp.float32(1))
-    weigh = lambda values: jax.tree.map(lambda x: x * share(values), values)
 
     def add(carry, rows_and_index):
         rows, index = rows_and_index
         values = part(rows, jax.random.fold_in(rng, index))
         sums, weight = carry
-        return (jax.tree.map(jnp.add, sums, weigh(values)), weight + share(values)), None
+        share = values[1].get("weight", jnp.float32(1))
+        return (jax.tree.map(lambda total, mean: total + mean * share, sums, values), weight + share), None
 
-    shapes = jax.eval_shape(lambda rows: part(jax.tree.map(lambda x: x[0], rows), rng), parts)
+    shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], parts), rng)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
     (sums, weight), _ = lax.scan(add, (zeros, jnp.float32(0)), (parts, jnp.arange(accumulate)))
     loss, aux, grads = weighted_mean(sums, weight)
@@ -167,8 +164,9 @@ def _apply(trainable, masters, updates, rng):
 def place(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """Host arrays [B, T, ...], or whatever has a shape and reads the part it is indexed with, onto the mesh, rows and
     tokens split over its axes. Each host reads only its part."""
-    spec = lambda rows: NamedSharding(mesh, PartitionSpec(*sharding.BATCH[: rows.ndim]))
-    return {
-        name: jax.make_array_from_callback(rows.shape, spec(rows), lambda index, rows=rows: rows[index])
-        for name, rows in batch.items()
-    }
+
+    def on_mesh(rows: Any) -> jax.Array:
+        spec = NamedSharding(mesh, PartitionSpec(*sharding.BATCH[: rows.ndim]))
+        return jax.make_array_from_callback(rows.shape, spec, rows.__getitem__)
+
+    return {name: on_mesh(rows) for name, rows in batch.items()}
