@@ -1,4 +1,4 @@
-"""A matrix product with a named weight: the one place where modules fetch matrices."""
+"""A matmul with a named weight: the one place where modules fetch matrices."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax
 
 from efflm import ops
 
-STDDEV = 0.02  # of fresh matrices and embeddings alike, as in GPT-2: what a layer adds stays small beside its input
+STDDEV = 0.02  # of fresh matrices and embeddings alike, as in GPT-2: a layer's output is small compared with its input
 
 
 def fetch(module: nn.Module, name: str, shape: tuple[int, ...], stddev: float = STDDEV) -> Any:

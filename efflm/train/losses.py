@@ -87,7 +87,7 @@ def _mean_over_tokens(sums: Callable[..., dict[str, jax.Array]]) -> LossFn:
 
     def loss_fn(trainable: Any, frozen: Any, batch: dict[str, jax.Array], rng: jax.Array):
         del rng
-        totals, weight = sequence_parallel.spread(weighted, (trainable, frozen), batch)
+        totals, weight = sequence_parallel.sum_over_shards(weighted, (trainable, frozen), batch)
         means = weighted_mean(totals, weight)
         return means.pop("loss"), means | {"weight": weight}
 

@@ -1,4 +1,4 @@
-"""One optimizer step, for whatever is trained."""
+"""One optimizer step, for any tree of weights and any loss."""
 
 import functools
 from typing import Any
@@ -18,10 +18,10 @@ from efflm.train.losses import LossFn, weighted_mean
 
 @flax.struct.dataclass
 class TrainState:
-    """What one step hands to the next, and all that a run must keep to go on as if it had never stopped.
+    """All that one step passes to the next, and all that a checkpoint needs for a run to resume exactly.
 
     loss_scale is None unless gradients would underflow without it. skipped counts the steps that changed nothing
-    because something in them was not finite; None where nobody counts.
+    because a loss or a gradient was not finite; None if they are not counted.
     """
 
     step: jax.Array
@@ -63,14 +63,13 @@ def make_step(
 ):
     """A jitted step(state, frozen, batch) -> (state, metrics). The state is donated; metrics stay on the device.
 
-    The batch is read in `accumulate` parts one after another, which must divide its rows. Gradients and updates are
-    float32; weights kept in less are rounded stochastically. With a loss scale, a step whose gradients overflow
-    changes nothing but the scale; with on_nan="skip", neither does a step whose loss or gradients are not finite. The
-    metric "skipped" counts both since the start, "tokens" the positions of the batch that hold text. "nonfinite" is
-    the first leaf of the gradients (its place in jax.tree.leaves) that holds what is not finite or cannot be squared,
-    or -1: whoever stops can name it.
+    Gradients are accumulated over `accumulate` equal parts of the batch, read one after another. Gradients and updates
+    are float32; weights in bfloat16 are rounded stochastically. With a loss scale, a step whose gradients overflow
+    changes nothing but the scale; with on_nan="skip", a step whose loss or gradients are not finite changes nothing
+    either. Metrics: "skipped" counts both since the start; "tokens" counts the positions of the batch that hold text;
+    "nonfinite" is the index in jax.tree.leaves of the first gradient whose sum of squares is not finite, or -1.
 
-    The new state lies where `state` does: left to the partitioner it could move, and the second step compile again.
+    The new state has the shardings of `state`: if the partitioner chose them, the second step could compile again.
     """
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -80,7 +79,7 @@ def make_step(
         masters = cast(state.trainable, jnp.float32)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, masters)
         trainable = _apply(state.trainable, masters, updates, rng)
-        # The sums that clipping needs anyway tell which leaf is at fault: naming it costs no pass over the gradients.
+        # Clipping needs these sums anyway, so finding the leaf that is not finite takes no other pass over gradients.
         squares = jnp.stack([jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)])
         norm, bad = optax.tree.norm(grads), ~jnp.isfinite(squares)
         metrics = {
@@ -162,8 +161,10 @@ def _apply(trainable, masters, updates, rng):
 
 
 def place(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """Host arrays [B, T, ...], or whatever has a shape and reads the part it is indexed with, onto the mesh, rows and
-    tokens split over its axes. Each host reads only its part."""
+    """Host arrays [B, T, ...] as arrays on the mesh, split over its axes along B and T.
+
+    Anything with a shape that can be indexed will do as an array: each host reads only its own part.
+    """
 
     def on_mesh(rows: Any) -> jax.Array:
         spec = NamedSharding(mesh, PartitionSpec(*sharding.BATCH[: rows.ndim]))
