@@ -28,7 +28,7 @@ def training_step(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> tuple[
     return assemble.make_step(config, train, state), (state, {}, batch)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class TimedStep:
     """A compiled training step at work. seconds: of one step after another, without end; the first ones warm up.
 
@@ -47,14 +47,10 @@ def timed_step(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> TimedStep
     start = time.perf_counter()
     compiled = step.lower(*arguments).compile()
     compile_seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
+    peak_bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     batch = place(random_rows(train.batch, train.length, config.vocabulary), mesh)
     state = assemble.init_state(config, train, mesh)
-    return TimedStep(
-        compile_seconds=compile_seconds,
-        peak_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes,
-        state_bytes=trees.nbytes(state),
-        seconds=_seconds(compiled, state, batch),
-    )
+    return TimedStep(compile_seconds, peak_bytes, trees.nbytes(state), _seconds(compiled, state, batch))
 
 
 def _seconds(compiled: Any, state: Any, batch: Any) -> Iterator[float]:

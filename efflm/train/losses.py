@@ -1,4 +1,4 @@
-"""Losses and likelihoods, in float32."""
+"""Losses over the targets of a batch, in nats and float32."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,20 +14,6 @@ from efflm.precision import FLOAT32, Policy
 # loss_fn(trainable, frozen, batch, rng) -> (scalar loss, dict of scalars). A loss that is a mean over weighted targets
 # gives the sum of their weights as "weight": so the parts of an accumulated batch add up to exactly the whole.
 LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
-
-
-def next_token_nll(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """-log p(target) in nats, float32 [B, T]."""
-    logits_BTV = logits_BTV.astype(jnp.float32)
-    chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - chosen_BT
-
-
-def kl_divergence(reference_BTV: jax.Array, logits_BTV: jax.Array) -> jax.Array:
-    """KL(reference || model) in nats at every position, float32 [B, T], from two sets of logits."""
-    log_p = jax.nn.log_softmax(reference_BTV.astype(jnp.float32), axis=-1)
-    log_q = jax.nn.log_softmax(logits_BTV.astype(jnp.float32), axis=-1)
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
 
 def weighted_mean(sums: Any, weight: jax.Array) -> Any:

@@ -11,24 +11,24 @@ from efflm.compress.distill import Distill
 from efflm.compress.step import Context
 from efflm.config import InputError
 from efflm.model import LanguageModel, Transformer, init_params, sharding
-from efflm.train.losses import distillation_loss, kl_divergence, next_token_nll, target_weights
+from efflm.train.losses import distillation_loss, target_weights
 from efflm.train.step import init_state, make_step, place
 from tests import tiny
+from tests.ops.distillation_test import from_logits
 from tests.programs import largest_array
 
 STUDENT, TEACHER = tiny.LLAMA, dataclasses.replace(tiny.UNTIED, width=24)
 HOW = {"temperature": 2.0, "weight": 0.7}
 
 
-def from_logits(params, teacher_params, batch):
+def expected(params, teacher_params, batch):
     """The loss and its parts from both models' logits: what the chunked one must equal."""
     inputs = {name: batch[name] for name in ("segments", "positions")}
     student, teacher = LanguageModel(STUDENT.config(), params), LanguageModel(TEACHER.config(), teacher_params)
     student_BTV, teacher_BTV = (tiny.logits(model, batch["inputs"], **inputs) for model in (student, teacher))
     weights_BT = target_weights(batch)
-    kl_BT = 4 * kl_divergence(teacher_BTV / 2, student_BTV / 2)
-    nll_BT = next_token_nll(student_BTV, batch["targets"])
-    kl, nll = (jnp.sum(values * weights_BT) / jnp.sum(weights_BT) for values in (kl_BT, nll_BT))
+    parts = from_logits(student_BTV, teacher_BTV, batch["targets"], temperature=2.0)
+    kl, nll = (jnp.sum(values_BT * weights_BT) / jnp.sum(weights_BT) for values_BT in parts)
     return 0.7 * kl + 0.3 * nll, {"kl": kl, "cross_entropy": nll, "weight": jnp.sum(weights_BT)}
 
 
@@ -47,7 +47,7 @@ def example():
 def test_the_loss_and_its_gradients_equal_those_from_logits(example):
     loss, given = chunked(), example
     got, want = (
-        jax.jit(jax.value_and_grad(fn, has_aux=True))(*given) for fn in (lambda *args: loss(*args, None), from_logits)
+        jax.jit(jax.value_and_grad(fn, has_aux=True))(*given) for fn in (lambda *args: loss(*args, None), expected)
     )
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
     jax.tree.map(close, got, want)
@@ -85,7 +85,10 @@ def test_a_student_moves_towards_its_teacher_and_the_teacher_stays():
     after, record = Distill(steps=30, learning_rate=1e-2, weight=1.0)(student, context)
 
     tokens = jnp.asarray(tiny.tokens(student.config, 4, 12, seed=99))
-    kl = lambda model: float(kl_divergence(tiny.logits(teacher, tokens), tiny.logits(model, tokens)).mean())
+
+    def kl(model):
+        return float(from_logits(tiny.logits(model, tokens), tiny.logits(teacher, tokens), tokens, 1.0)[0].mean())
+
     assert kl(after) < 0.9 * kl(student)
     jax.tree.map(np.testing.assert_array_equal, kept, teacher.params)
     assert record.data
