@@ -13,13 +13,14 @@ analysis.png and results.json.
 """
 
 import dataclasses
+import itertools
 import math
 import statistics
 import sys
 import time
 from pathlib import Path
 
-from efflm import rundir, trees
+from efflm import rundir
 from efflm.config import ModelConfig, ModelShape, TrainConfig, flag, require
 from efflm.evaluate import machine
 from efflm.evaluate.cost import Protocol, rates
@@ -29,7 +30,7 @@ from efflm.model import LanguageModel, cost, init_params, sharding
 from efflm.precision import POLICIES, Policy, cast
 from efflm.report import analysis, plots, table
 from efflm.report.analysis import Measured, Phase
-from experiments.bench_train import Trainer
+from efflm.train.ahead import timed_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,11 +66,11 @@ def measure(run: Run, shape: ModelShape, train: TrainConfig) -> Measured:
     """A compiled training step on random tokens, then prefill and decode of a fresh model."""
     config, policy = shape.config(), POLICIES[train.policy]
     mesh = sharding.data_parallel(train.batch)
-    trainer, devices = Trainer(shape, train, train.policy, mesh), mesh.size
-    state = trees.nbytes(trainer.state)
-    temporaries = trainer.peak_bytes - state - 4 * 4 * train.batch * train.length // devices  # four int32 for a token
-    step = statistics.median(trainer.seconds(run.steps))
-    del trainer
+    timed = timed_step(config, train, mesh)
+    batch = 4 * 4 * train.batch * train.length // mesh.size  # four int32 for a token
+    state, temporaries = timed.state_bytes, timed.peak_bytes - timed.state_bytes - batch
+    step = statistics.median(list(itertools.islice(timed.seconds, 1 + run.steps))[1:])
+    del timed
     model = LanguageModel(config, cast(init_params(config, 0), policy.param))
     near, far = protocols(run, config)
     prefill, first = rates({"": model}, near)[""]

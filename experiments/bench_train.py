@@ -11,25 +11,22 @@ compared with its float32, everything else against all of it) and the least and 
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import shlex
 import statistics
 import subprocess
-import time
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
 from efflm.config import HostsConfig, InputError, MeshConfig, ModelShape, TrainConfig, flag, require
 from efflm.evaluate import machine
 from efflm.flags import launch
-from efflm.model import cost, init_params, sharding, stack_blocks
-from efflm.precision import POLICIES, cast, loss_scale_for
-from efflm.train import losses, optimizer
-from efflm.train.step import init_state, make_step, place
+from efflm.model import cost, sharding
+from efflm.precision import POLICIES
+from efflm.train.ahead import timed_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,48 +43,6 @@ class Run:
             require(name in POLICIES, f"policies holds {name!r}: choose among {', '.join(POLICIES)}")
         for name in ("rounds", "steps"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
-
-
-class Trainer:
-    """A compiled training step of one policy on random tokens, ready to be timed."""
-
-    def __init__(self, shape: ModelShape, train: TrainConfig, policy_name: str, mesh: Mesh):
-        config, policy = shape.config(), POLICIES[policy_name]
-        params = init_params(config, 0, mesh)
-        params = cast(stack_blocks(params, config) if train.scan else params, policy.param)
-        tx = optimizer.make(train)
-        state = init_state(params, tx, mesh, loss_scale_for(policy))
-        loss = losses.language_model_loss(config, policy, scanned=train.scan, remat=train.remat, z_loss=train.z_loss)
-        step = make_step(loss, tx, 0, state, train.accumulate)
-        batch = place(random_rows(train.batch, train.length, config.vocabulary), mesh)
-        start = time.perf_counter()
-        compiled = step.lower(state, {}, batch).compile()
-        self.compile_seconds = time.perf_counter() - start
-        memory = compiled.memory_analysis()
-        self.peak_bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        self.tokens = train.batch * train.length
-        self.dtype = policy.compute
-        self.run = lambda state: compiled(state, {}, batch)
-        self.state, _ = jax.block_until_ready(self.run(state))
-
-    def seconds(self, steps: int) -> list[float]:
-        times = []
-        for _ in range(steps + 1):
-            start = time.perf_counter()
-            self.state, _ = jax.block_until_ready(self.run(self.state))
-            times.append(time.perf_counter() - start)
-        return times[1:]
-
-
-def random_rows(batch: int, length: int, vocabulary: int) -> dict[str, np.ndarray]:
-    """A batch as data.packing makes it: one document a row."""
-    tokens = np.random.default_rng(0).integers(0, vocabulary, (batch, length + 1)).astype(np.int32)
-    return {
-        "inputs": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "segments": np.ones((batch, length), np.int32),
-        "positions": np.tile(np.arange(length, dtype=np.int32), (batch, 1)),
-    }
 
 
 def run_peer(command: str) -> list[dict[str, Any]]:
@@ -113,27 +68,29 @@ def peer_rate(lines: list[dict[str, Any]], policy: str) -> float:
 def main(run: Run, model: ModelShape, train: TrainConfig, mesh: MeshConfig) -> None:
     require(not run.peer or jax.process_count() == 1, "a peer is measured on one host only: leave --peer out")
     names, devices = run.policies.split(","), sharding.mesh_for(mesh, train.batch, train.length)
-    trainers = {name: Trainer(model, train, name, devices) for name in names}
+    config, tokens = model.config(), train.batch * train.length
+    steps = {name: timed_step(config, dataclasses.replace(train, policy=name), devices) for name in names}
+    dtypes = {name: POLICIES[name].compute for name in names}
     # Fake devices of a CPU share its cores.
     peak_devices = 1 if jax.default_backend() == "cpu" else devices.size
-    peaks = {dtype: machine.matmul_peak(dtype, 2048) for dtype in {t.dtype for t in trainers.values()}}
-    flops = cost.train_flops(model.config(), batch=train.batch, length=train.length)
+    peaks = {dtype: machine.matmul_peak(dtype, 2048) for dtype in set(dtypes.values())}
+    flops = cost.train_flops(config, batch=train.batch, length=train.length)
     seconds = {name: [] for name in names}  # a list a round
     theirs = []
     for _ in range(run.rounds):
-        for name, trainer in trainers.items():
-            seconds[name].append(trainer.seconds(run.steps))
+        for name, step in steps.items():
+            seconds[name].append(list(itertools.islice(step.seconds, 1 + run.steps))[1:])
         if run.peer:
             theirs.append(run_peer(run.peer))
-    for name, trainer in trainers.items():
-        rates = [trainer.tokens / statistics.median(times) for times in seconds[name]]
+    for name, step in steps.items():
+        rates = [tokens / statistics.median(times) for times in seconds[name]]
         rate = statistics.median(rates)
         line = {
             "name": f"train_{name}",
             "tokens_per_second": round(rate, 1),
-            "mfu": round(flops / trainer.tokens * rate / (peak_devices * peaks[trainer.dtype]), 4),
-            "compile_seconds": round(trainer.compile_seconds, 2),
-            "peak_bytes": trainer.peak_bytes,
+            "mfu": round(flops / tokens * rate / (peak_devices * peaks[dtypes[name]]), 4),
+            "compile_seconds": round(step.compile_seconds, 2),
+            "peak_bytes": step.peak_bytes,
         }
         if theirs:
             peers = [peer_rate(lines, name) for lines in theirs]

@@ -27,16 +27,15 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from efflm import rundir, trees
 from efflm.config import ModelShape, TrainConfig, flag, require
 from efflm.flags import launch
-from efflm.model import init_params, sharding
-from efflm.train import loop, losses, manifest, metrics, optimizer
+from efflm.model import LanguageModel, init_params, sharding
+from efflm.train import assemble, manifest, metrics
+from efflm.train.ahead import random_rows
 from efflm.train.checkpoint import Checkpointing, TrainingRun
-from efflm.train.step import abstract_state
 
 SHAPE = ModelShape(layers=2, width=64, heads=4, kv_heads=2, mlp_dim=128, vocabulary=512, max_length=32)
 ROWS, LENGTH, PAUSE = 4, 32, 0.02  # seconds a step waits for its rows, so that a kill hits the step it is meant for
@@ -79,20 +78,13 @@ def train(run: Run) -> None:
 
     def batches(step: int) -> dict[str, np.ndarray]:
         time.sleep(PAUSE)
-        tokens = np.random.default_rng(step).integers(0, config.vocabulary, (ROWS, LENGTH + 1)).astype(np.int32)
-        positions = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
-        ones = np.ones((ROWS, LENGTH), np.int32)
-        return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segments": ones, "positions": positions}
+        return random_rows(ROWS, LENGTH, config.vocabulary, seed=step)
 
-    loop.fit(
-        losses.language_model_loss(config),
-        init_params(config, 0),
-        {},
+    assemble.fit_model(
+        LanguageModel(config, init_params(config, 0)),
+        run.train,
         batches,
-        optimizer.make(run.train),
-        steps=run.train.steps,
         mesh=sharding.make_mesh(),
-        log_every=1,
         metrics_file=Path(run.run_dir) / "metrics.jsonl",
         checkpointing=checkpointing(run),
     )
@@ -128,8 +120,7 @@ def marked(run_dir: Path, step: int) -> tuple[int, ...]:
 
 def final_state(run: Run) -> str:
     """A digest of the newest whole TrainState."""
-    params = jax.eval_shape(lambda: init_params(SHAPE.config(), 0))
-    like = abstract_state(params, optimizer.make(run.train), sharding.make_mesh())
+    like = assemble.abstract_state(SHAPE.config(), run.train, sharding.make_mesh())
     with TrainingRun(checkpointing(run)) as kept:
         state = kept.resume(like)
     digest = hashlib.sha256()

@@ -30,10 +30,9 @@ from efflm.data import dataset
 from efflm.data.dataset import Dataset
 from efflm.evaluate import quality
 from efflm.flags import command_line, launch
-from efflm.model import LanguageModel, init_params, sharding, stack_blocks, unstack_blocks
-from efflm.precision import POLICIES, cast, loss_scale_for
+from efflm.model import LanguageModel, init_params, sharding
 from efflm.report import plots, table
-from efflm.train import loop, losses, optimizer
+from efflm.train import assemble, optimizer
 
 # Untied, since with tied embeddings the seed decides when a small model leaves the loss of token frequencies.
 MODEL = ModelShape(layers=4, width=128, mlp_dim=352, vocabulary=2048, max_length=256, tied=False)
@@ -246,24 +245,17 @@ def fit(
     usual: TrainConfig, rate: float, seed: int, shape: ModelConfig, data: Dataset, mesh: Mesh, folder: Path
 ) -> Trained:
     """Train at one rate and seed, and score on validation rows; the seed is that of the weights and of the batches."""
-    policy, file = POLICIES[usual.policy], folder / f"{usual.optimizer}-{rate:.2e}-seed{seed}.jsonl"
-    params = init_params(shape, seed)
+    file = folder / f"{usual.optimizer}-{rate:.2e}-seed{seed}.jsonl"
     try:
-        params = loop.fit(
-            losses.language_model_loss(shape, policy, scanned=usual.scan, remat=usual.remat, z_loss=usual.z_loss),
-            cast(stack_blocks(params, shape) if usual.scan else params, policy.param),
-            {},
+        model = assemble.fit_model(
+            LanguageModel(shape, init_params(shape, seed)),
+            usual,
             data.batches(usual.batch, seed),
-            at_rate(usual, rate),
-            steps=usual.steps,
+            rule=at_rate(usual, rate),
             mesh=mesh,
-            accumulate=usual.accumulate,
-            loss_scale=loss_scale_for(policy),
             title=f"{usual.optimizer}, rate {rate:.1e}, seed {seed}",
-            log_every=usual.log_every,
             metrics_file=file,
         )
-        model = LanguageModel(shape, unstack_blocks(params, shape) if usual.scan else params)
         validation = held_out(model, data.validation[:], data)
     except InputError as error:  # it diverged, which is an answer too
         print(f"  {error}")

@@ -20,10 +20,9 @@ from efflm.data import dataset
 from efflm.data.dataset import Dataset
 from efflm.evaluate import quality
 from efflm.flags import launch
-from efflm.model import LanguageModel, init_params, sharding, stack_blocks, unstack_blocks
-from efflm.precision import POLICIES, cast, loss_scale_for
+from efflm.model import LanguageModel, init_params, sharding
 from efflm.report import plots
-from efflm.train import checkpoint, loop, losses, metrics, optimizer
+from efflm.train import assemble, checkpoint, metrics
 from efflm.train.checkpoint import Checkpointing
 
 
@@ -131,29 +130,19 @@ def trained_model(run: Run, config: ModelConfig, train: TrainConfig, data: Datas
     if run.init_from:
         start, _ = checkpoint.load(Path(run.init_from) / "checkpoint", mesh)
         checkpoint.require_same(config.to_dict(), start.config.to_dict(), Path(run.init_from))
-        params = start.params
     else:
-        params = init_params(config, run.seed, mesh)
-    policy = POLICIES[train.policy]
-    params = loop.fit(
-        losses.language_model_loss(config, policy, scanned=train.scan, remat=train.remat, z_loss=train.z_loss),
-        cast(stack_blocks(params, config) if train.scan else params, policy.param),
-        {},
+        start = LanguageModel(config, init_params(config, run.seed, mesh))
+    model = assemble.fit_model(
+        start,
+        train,
         data.batches(train.batch, run.seed),
-        optimizer.make(train),
-        steps=train.steps,
         mesh=mesh,
         seed=run.seed,
-        accumulate=train.accumulate,
-        loss_scale=loss_scale_for(policy),
-        on_nan=train.on_nan,
-        log_every=train.log_every,
         metrics_file=run_dir / "metrics.jsonl",
         tensorboard=run_dir / "tensorboard",
         checkpointing=run.checkpointing(config.to_dict() | about),
         profile=run.profile(),
     )
-    model = LanguageModel(config, unstack_blocks(params, config) if train.scan else params)
     if hosts.is_first():
         data.tokenizer.save(run_dir / "tokenizer.json")
     checkpoint.save(folder, train.steps, model, about | {"source": data.corpus.source})

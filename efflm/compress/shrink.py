@@ -1,4 +1,4 @@
-"""A student with fewer layers, made of its teacher's (DistilBERT, Sanh 2019, arXiv 1910.01108) or from nothing."""
+"""Depth pruning: a student with some layers of its teacher (DistilBERT, Sanh 2019, arXiv 1910.01108) or fresh ones."""
 
 import dataclasses
 from typing import Literal

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from efflm import ops, trees
 from efflm.config import TrainConfig, require
 from efflm.model import LanguageModel
-from efflm.train import loop, optimizer
-from efflm.train.step import LossFn
+from efflm.train import assemble, loop
+from efflm.train.losses import LossFn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,14 +123,13 @@ def train_step(
 
     masters = jax.tree.map(lambda weight: ops.dequantize(weight).astype(jnp.float32), like, is_leaf=trees.is_leaf)
     settings = TrainConfig(steps=step.steps, learning_rate=step.learning_rate, weight_decay=0.0)
-    trained = loop.fit(
+    trained = assemble.fit(
+        settings,
         lambda trainable, *rest: loss_fn(on_weights(ops.straight_through, trainable), *rest),
         masters,
         frozen,
         context.batches,
-        optimizer.make(settings),
         masks=ops.mask_tree(masters, model.masks),
-        steps=step.steps,
         mesh=context.mesh,
         seed=context.seed,
         title=type(step).__name__.lower(),

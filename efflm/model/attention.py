@@ -51,7 +51,7 @@ class Attention(nn.Module):
             q_BTNH, k_BTKH = rotate(q_BTNH, positions_BT, config), rotate(k_BTKH, positions_BT, config)
         place = lambda x: sharding.constrain(x.astype(dtype), "batch", "length", "heads", None)
         q_BTNH, k_BTKH, v_BTKH = place(q_BTNH), place(k_BTKH), place(v_BTKH)
-        if cache is None and sequence_parallel.is_spread():
+        if cache is None and sequence_parallel.is_sharded():
             out_BTNH = sequence_parallel.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, block.window)
         elif cache is None:
             out_BTNH = ops.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=segments_BT, window=block.window)

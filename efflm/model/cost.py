@@ -23,7 +23,7 @@ from collections.abc import Callable
 from efflm.config import BlockConfig, ModelConfig, Optimizer, Remat
 from efflm.model import params
 from efflm.ops.attention import BLOCK, UNROLLED
-from efflm.ops.cross_entropy import CHUNK, MOST_CHUNKS
+from efflm.ops.output_loss import CHUNK, MOST_CHUNKS
 from efflm.precision import FLOAT32, Policy
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -216,7 +216,7 @@ def loss_chunks(rows: int, length: int) -> int:
 
 
 def loss_tokens(rows: int, length: int) -> int:
-    """Tokens whose logits the loss computes: ops.cross_entropy pads rows to a whole number of chunks."""
+    """Tokens whose logits the loss computes: ops.output_loss pads rows to a whole number of chunks."""
     chunks = loss_chunks(rows, length)
     return rows * chunks * math.ceil(length / chunks)
 

@@ -1,5 +1,5 @@
 """The feed-forward part: SwiGLU (Shazeer 2020, arXiv 2002.05202) or a GELU (Hendrycks 2016, arXiv 1606.08415) between
-two products, in its exact form or by the tanh that approximates it."""
+two matmuls, in its exact form or in the tanh approximation."""
 
 import flax.linen as nn
 import jax

@@ -11,14 +11,14 @@ from efflm.config import ModelConfig, RopeScaling
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
     """Rotate the pairs (i, i + R/2) of every head by position * base^(-2i/R), in float32; the shape stays.
 
-    R is the config's share of H: what lies beyond it in a head passes through.
+    R is the config's share of H; the other dimensions of a head are not rotated.
     """
     size = x_BTNH.shape[-1]
     rotated = int(size * config.rotary_fraction)
     half = rotated // 2
     frequencies = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if config.rope_scaling:
-        frequencies = stretched(frequencies, config.rope_scaling)
+        frequencies = scaled(frequencies, config.rope_scaling)
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     x_BTNH = x_BTNH.astype(jnp.float32)
@@ -27,13 +27,13 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> j
     return jnp.concatenate(parts if rotated == size else [*parts, x_BTNH[..., rotated:]], axis=-1)
 
 
-def stretched(frequencies: jax.Array, scaling: RopeScaling) -> jax.Array:
+def scaled(frequencies: jax.Array, scaling: RopeScaling) -> jax.Array:
     """Llama 3.1's frequencies for sequences `factor` times as long as the original, as in the code released with it.
 
-    What turns at least high_freq_factor times within the original length stays; what turns at most low_freq_factor
-    times is slowed by `factor`; in between the two are blended, linearly in the number of turns.
+    A frequency with at least high_freq_factor rotations in the original length is kept; one with at most
+    low_freq_factor rotations is divided by `factor`; in between, the two are interpolated linearly in the rotations.
     """
-    turns = scaling.original_max_length * frequencies / (2 * math.pi)
+    rotations = scaling.original_max_length * frequencies / (2 * math.pi)
     span = scaling.high_freq_factor - scaling.low_freq_factor
-    kept = jnp.clip((turns - scaling.low_freq_factor) / span, 0, 1)
+    kept = jnp.clip((rotations - scaling.low_freq_factor) / span, 0, 1)
     return frequencies * (kept + (1 - kept) / scaling.factor)

@@ -1,5 +1,6 @@
 """A decoder-only Transformer that covers the families of models by its config, and the model as a value."""
 
+import operator
 from typing import Any
 
 import flax.linen as nn
@@ -32,14 +33,14 @@ class LanguageModel:
 
 @flax.struct.dataclass
 class Cache:
-    """What decoding remembers: a LayerCache for each layer, and how many positions each row has filled, int32 [B]."""
+    """The KV cache: a LayerCache for each layer, and how many positions of each sequence are filled, int32 [B]."""
 
     layers: tuple[LayerCache, ...]
     length_B: jax.Array
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
-    """An empty cache of `length` positions in each of `batch` rows."""
+    """An empty cache for `batch` sequences of `length` positions."""
     layers = []
     for block in config.blocks:
         shape = (batch, length, block.kv_heads, block.head_dim)
@@ -48,7 +49,7 @@ def empty_cache(config: ModelConfig, batch: int, length: int, dtype: Any = jnp.f
 
 
 class Block(nn.Module):
-    """Pre-norm residual layer. The residual stream is float32; the operands of products are in the compute dtype."""
+    """Pre-norm residual layer. The residual stream is float32; the operands of matmuls are in the compute dtype."""
 
     config: ModelConfig
     block: BlockConfig
@@ -67,8 +68,8 @@ class Block(nn.Module):
         return constrain(x_BTD, "batch", "length", None), cache
 
 
-# What the backward pass finds stored, by the name of the policy: everything; the results of the products with
-# weights, so that norms, activations and attention are computed again; or only the input of each layer.
+# What the forward pass stores for the backward pass: everything; the results of the matmuls with weights, so that
+# norms, activations and attention are recomputed; or only the input of each layer.
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.save_only_these_names(MATMUL),
@@ -77,9 +78,9 @@ REMAT = {
 
 
 def _recomputed_late(layer: nn.Module, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None):
-    """layer(x) -> [B, T, D], what it computes again tied to the gradient that it is for (see ops.late).
+    """layer(x) -> [B, T, D], whose backward pass recomputes the layer only once the gradient is there (see ops.late).
 
-    jax.checkpoint alone marks it with barriers, which XLA's CPU compiler drops: all would be stored after all.
+    jax.checkpoint alone uses optimization barriers, which XLA's CPU compiler drops: it would store everything.
     """
     call = lambda layer, x: layer(x, positions_BT, segments_BT)[0]
 
@@ -90,13 +91,18 @@ def _recomputed_late(layer: nn.Module, x_BTD: jax.Array, positions_BT: jax.Array
     return nn.custom_vjp(call, lambda layer, x: nn.vjp(call, layer, x), backward)(layer, x_BTD)
 
 
+def _width_gathered(table: Any, rows: str | None) -> Any:
+    """A table [rows, D], its width on every device before a lookup: tokens are spread over the same devices."""
+    return jax.tree.map(lambda part: constrain(part, rows, None), table)
+
+
 class Transformer(nn.Module):
     """tokens [B, T] -> (logits [B, T, V] in the policy's output dtype, the cache after them or None).
 
-    segments: documents packed into a row, as integers; a position attends only within its own. positions: default
-    0, 1, 2, ... or, with a cache, onwards from each row's length. With a cache, which must have T more free
-    positions, segments are not supported. `scanned` reads the layers stacked in one leading axis (see
-    stack_blocks) and knows no cache. `remat` is a name in REMAT.
+    segments: integers that tell apart the documents packed into a sequence; a token attends within its own document.
+    positions: default 0, 1, 2, ... or, with a cache, onwards from each sequence's length. With a cache, which must have
+    T more free positions, segments are not supported. `scanned` reads the layers stacked in one leading axis (see
+    stack_blocks) and supports no cache. `remat` is a name in REMAT.
     """
 
     config: ModelConfig
@@ -114,7 +120,7 @@ class Transformer(nn.Module):
         return self.unembed(x_BTD), cache
 
     def unembed(self, x_BTD: jax.Array) -> jax.Array:
-        """The logits [B, T, V] of `final_states`' result, in the policy's output dtype. Reads no layer's weights."""
+        """The logits [B, T, V] of the final states, in the policy's output dtype."""
         logits = ops.unembed(x_BTD, self.embedding) if self.config.tied else ops.dot(x_BTD, self.unembedding)
         return logits.astype(self.policy.output)
 
@@ -127,17 +133,15 @@ class Transformer(nn.Module):
         positions: jax.Array | None = None,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """What the output layer reads: the normed states [B, T, D] after the last layer, in the compute dtype."""
+        """The input of the output layer: the last layer's output after the final norm, [B, T, D], compute dtype."""
         config, policy = self.config, self.policy
         B, T = tokens.shape
         if positions is None:
             start_B = jnp.zeros(B, jnp.int32) if cache is None else cache.length_B
             positions = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
-        # The width is gathered before the lookup: rows are spread over the same devices.
-        table = lambda w, rows: jax.tree.map(lambda part: constrain(part, rows, None), w)
-        x_BTD = ops.embed(table(self.embedding, "vocabulary"), tokens, jnp.float32)
+        x_BTD = ops.embed(_width_gathered(self.embedding, "vocabulary"), tokens, jnp.float32)
         if config.position == "learned":
-            x_BTD = x_BTD + ops.embed(table(self.position_embedding, None), positions, jnp.float32)
+            x_BTD = x_BTD + ops.embed(_width_gathered(self.position_embedding, None), positions, jnp.float32)
         x_BTD = constrain(x_BTD, "batch", "length", None)
         block_type = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat])
         if self.scanned:
@@ -167,7 +171,7 @@ class Transformer(nn.Module):
 
 
 def init_params(config: ModelConfig, seed: int, mesh: Mesh | None = None) -> dict[str, Any]:
-    """Fresh float32 weights, a function of config and seed alone; on a mesh each device makes only its own part."""
+    """Fresh float32 weights, which depend on config and seed alone; on a mesh each device makes only its own part."""
     make = lambda key: Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
     key = jax.random.key(seed)
     where = None if mesh is None else sharding.shardings(jax.eval_shape(make, key), mesh)
@@ -188,5 +192,5 @@ def stack_blocks(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
 def unstack_blocks(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     """The inverse of `stack_blocks`."""
     rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
-    layer = lambda i: jax.tree.map(lambda leaf: leaf[i], params["blocks"])
-    return rest | {f"block_{i}": layer(i) for i in range(len(config.blocks))}
+    layers = len(config.blocks)
+    return rest | {f"block_{i}": jax.tree.map(operator.itemgetter(i), params["blocks"]) for i in range(layers)}

@@ -2,6 +2,7 @@
 
 from efflm.ops.attention import attention
 from efflm.ops.cross_entropy import cross_entropy
+from efflm.ops.distillation import distillation
 from efflm.ops.dot import dot
 from efflm.ops.embed import embed, unembed
 from efflm.ops.masks import Masks, apply_masks, mask_tree, masked
@@ -16,6 +17,7 @@ __all__ = [
     "attention",
     "cross_entropy",
     "dequantize",
+    "distillation",
     "dot",
     "embed",
     "mask_tree",

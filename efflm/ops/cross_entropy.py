@@ -1,22 +1,12 @@
-"""Next-token cross-entropy from the last hidden states, without the [B, T, V] logits.
+"""Next-token cross-entropy from the final states, without the [B, T, V] logits (see ops.output_loss)."""
 
-The tokens are read in chunks. Where a gradient is wanted, each chunk's is made while its logits are there, so nothing
-is computed twice: three products, as in the plain form, and one chunk of logits at a time. Everything but the
-products' operands is float32.
-"""
-
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from efflm.ops.dot import matmul, weight_gradient
+from efflm.ops.output_loss import output_loss
 from efflm.ops.qarray import operands
-
-CHUNK = 512  # tokens whose logits are held at a time, while that takes no more chunks than
-MOST_CHUNKS = 16  # since every chunk reads and writes the whole gradient of the weight
 
 
 def cross_entropy(
@@ -24,29 +14,25 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Sums over all tokens, in nats: of weight * (nll + z_weight * log_normalizer^2), and of weight * nll.
 
-    w: [D, V], or [V, D] with `tied`; products are in the dtype of x. The square keeps the normalizer near 1 ("z-loss",
+    w: [D, V], or [V, D] with `tied`; matmuls are in the dtype of x. The square keeps the normalizer near 1 ("z-loss",
     Chowdhery 2022, arXiv 2204.02311, section 5). Gradients flow from the first sum only, to x and w.
     """
     x_BTD, w = operands(x_BTD, w)
-    total, nll = _cross_entropy(x_BTD, w, targets_BT, weights_BT, tied, z_weight)
-    return total, lax.stop_gradient(nll)
+
+    def chunk_loss(logits_MV, tokens, shared):
+        del shared
+        targets_M, weights_M = tokens
+        nll_M, normalizer_M, hit_MV = target_nll(logits_MV, targets_M)
+        loss = jnp.sum(weights_M * (nll_M + z_weight * jnp.square(normalizer_M)))
+        slope_M = weights_M * (1 + 2 * z_weight * normalizer_M)
+        softmax_MV = jnp.exp(logits_MV - normalizer_M[:, None]) * slope_M[:, None]
+        return (loss, jnp.sum(weights_M * nll_M)), softmax_MV - jnp.where(hit_MV, weights_M[:, None], 0.0)
+
+    return output_loss(chunk_loss, tied, x_BTD, w, (targets_BT, weights_BT.astype(jnp.float32)), None)
 
 
-def _chunks(x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array):
-    """Cut along T, since B may be spread over devices: [chunks, B * t, ...] each, padded with weight 0."""
-    B, T = targets_BT.shape
-    count = max(1, min(MOST_CHUNKS, T, B * T // CHUNK))
-
-    def cut(a):
-        padded = jnp.pad(a, [(0, 0), (0, -T % count)] + [(0, 0)] * (a.ndim - 2))
-        return padded.reshape(B, count, -1, *a.shape[2:]).swapaxes(0, 1).reshape(count, -1, *a.shape[2:])
-
-    return cut(x_BTD), cut(targets_BT), cut(weights_BT.astype(jnp.float32))
-
-
-def _values(x_MD, w, targets_M, weights_M, tied, z_weight):
-    """Of one chunk: logits, log-normalizers, which logits are the targets', and the two sums."""
-    logits_MV = matmul(x_MD, w, tied)
+def target_nll(logits_MV: jax.Array, targets_M: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """-log p(target) and log-normalizers, float32 [M], and which of the logits are the targets', bool [M, V]."""
     normalizer_M = jax.nn.logsumexp(logits_MV, axis=-1)
     hit_MV = jnp.arange(logits_MV.shape[1], dtype=targets_M.dtype)[None] == targets_M[:, None]
     mesh = jax.sharding.get_abstract_mesh()
@@ -54,49 +40,4 @@ def _values(x_MD, w, targets_M, weights_M, tied, z_weight):
         chosen_M = jnp.take_along_axis(logits_MV, targets_M[:, None], axis=-1)[:, 0]
     else:  # another 5% of a step, but the partitioner cannot look up in a vocabulary that is spread over devices
         chosen_M = jnp.sum(jnp.where(hit_MV, logits_MV, 0.0), axis=-1)
-    nll_M = normalizer_M - chosen_M
-    loss = jnp.sum(weights_M * (nll_M + z_weight * jnp.square(normalizer_M)))
-    return logits_MV, normalizer_M, hit_MV, (loss, jnp.sum(weights_M * nll_M))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _cross_entropy(x_BTD, w, targets_BT, weights_BT, tied, z_weight):
-    w = w.astype(x_BTD.dtype)
-
-    def one(sums, chunk):
-        x_MD, targets_M, weights_M = chunk
-        return jax.tree.map(jnp.add, sums, _values(x_MD, w, targets_M, weights_M, tied, z_weight)[3]), None
-
-    zero = jnp.zeros((), jnp.float32)
-    return lax.scan(one, (zero, zero), _chunks(x_BTD, targets_BT, weights_BT))[0]
-
-
-def _forward(x_BTD, w, targets_BT, weights_BT, tied, z_weight):
-    low = w.astype(x_BTD.dtype)
-
-    def one(carry, chunk):
-        sums, dw = carry
-        x_MD, targets_M, weights_M = chunk
-        logits_MV, normalizer_M, hit_MV, new = _values(x_MD, low, targets_M, weights_M, tied, z_weight)
-        slope_M = weights_M * (1 + 2 * z_weight * normalizer_M)
-        softmax_MV = jnp.exp(logits_MV - normalizer_M[:, None]) * slope_M[:, None]
-        dlogits_MV = (softmax_MV - jnp.where(hit_MV, weights_M[:, None], 0.0)).astype(x_MD.dtype)
-        dx_MD = matmul(dlogits_MV, low, not tied).astype(x_MD.dtype)
-        dw = dw + (weight_gradient(dlogits_MV, x_MD) if tied else weight_gradient(x_MD, dlogits_MV))
-        return (jax.tree.map(jnp.add, sums, new), dw), dx_MD
-
-    zero = jnp.zeros((), jnp.float32)
-    start = ((zero, zero), jnp.zeros(w.shape, jnp.float32))
-    (sums, dw), dx = lax.scan(one, start, _chunks(x_BTD, targets_BT, weights_BT))
-    B, T, D = x_BTD.shape
-    dx_BTD = dx.reshape(dx.shape[0], B, -1, D).swapaxes(0, 1).reshape(B, -1, D)[:, :T]
-    return sums, (dx_BTD, dw.astype(w.dtype))
-
-
-def _backward(tied, z_weight, residuals, cotangents):
-    dx_BTD, dw = residuals
-    scaled = lambda gradient: (gradient.astype(jnp.float32) * cotangents[0]).astype(gradient.dtype)
-    return scaled(dx_BTD), scaled(dw), None, None
-
-
-_cross_entropy.defvjp(_forward, _backward)
+    return normalizer_M - chosen_M, normalizer_M, hit_MV

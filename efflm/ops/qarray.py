@@ -231,8 +231,8 @@ def rounded_activations(x: jax.Array, activation_scale: jax.Array | None) -> jax
 
 
 def operands(x: jax.Array, w: Any) -> tuple[jax.Array, jax.Array]:
-    """What a float matmul of x and the weight reads: x, rounded where training with w asks for it, and w as floats."""
-    if isinstance(w, FakeQuantized):
+    """What a float matmul reads to give what `dot` gives: x, rounded where w asks for it, and w as floats."""
+    if isinstance(w, FakeQuantized) or (isinstance(w, QArray) and w.activations != "float"):
         x = rounded_activations(x, w.activation_scale)
     return x, dequantize(w)
 

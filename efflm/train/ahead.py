@@ -1,18 +1,20 @@
-"""The training step as a program to compile, for any mesh and with no weights: shapes and shardings in their place."""
+"""The training step as a compiled program: for any mesh and with no weights, or run and timed on random tokens."""
 
+import dataclasses
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from efflm import trees
 from efflm.config import ModelConfig, TrainConfig
-from efflm.model import init_params, sharding, stack_blocks
-from efflm.precision import POLICIES, cast, loss_scale_for
-from efflm.train import losses, optimizer
-from efflm.train.step import abstract_state, make_step
-
-FIELDS = ("inputs", "targets", "segments", "positions")  # of a batch of data.packing, int32 [B, T] each
+from efflm.model import sharding
+from efflm.train import assemble
+from efflm.train.step import place
 
 
 def training_step(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
@@ -20,13 +22,50 @@ def training_step(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> tuple[
 
     `step.lower(*arguments).compile()` is the program; the mesh's devices may be ones that are not attached.
     """
-    policy, rule = POLICIES[train.policy], optimizer.make(train)
-
-    def fresh() -> Any:
-        params = init_params(config, 0)
-        return cast(stack_blocks(params, config) if train.scan else params, policy.param)
-
-    state = abstract_state(jax.eval_shape(fresh), rule, mesh, loss_scale_for(policy))
+    state = assemble.abstract_state(config, train, mesh)
     rows = jax.ShapeDtypeStruct((train.batch, train.length), jnp.int32, sharding=NamedSharding(mesh, sharding.BATCH))
-    loss = losses.language_model_loss(config, policy, scanned=train.scan, remat=train.remat, z_loss=train.z_loss)
-    return make_step(loss, rule, 0, state, train.accumulate), (state, {}, dict.fromkeys(FIELDS, rows))
+    batch = dict.fromkeys(random_rows(1, 1, config.vocabulary), rows)
+    return assemble.make_step(config, train, state), (state, {}, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class TimedStep:
+    """A compiled training step at work. seconds: of one step after another, without end; the first ones warm up.
+
+    peak_bytes: arguments and temporaries of the compiled step on one device; state_bytes: of the whole state.
+    """
+
+    compile_seconds: float
+    peak_bytes: int
+    state_bytes: int
+    seconds: Iterator[float]
+
+
+def timed_step(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> TimedStep:
+    """The step of a fresh model on one batch of random tokens, ready to be timed."""
+    step, arguments = training_step(config, train, mesh)
+    start = time.perf_counter()
+    compiled = step.lower(*arguments).compile()
+    compile_seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
+    peak_bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    batch = place(random_rows(train.batch, train.length, config.vocabulary), mesh)
+    state = assemble.init_state(config, train, mesh)
+    return TimedStep(compile_seconds, peak_bytes, trees.nbytes(state), _seconds(compiled, state, batch))
+
+
+def _seconds(compiled: Any, state: Any, batch: Any) -> Iterator[float]:
+    while True:
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(compiled(state, {}, batch))
+        yield time.perf_counter() - start
+
+
+def random_rows(batch: int, length: int, vocabulary: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """A batch as data.packing makes it, of random tokens: one document a row."""
+    tokens = np.random.default_rng(seed).integers(0, vocabulary, (batch, length + 1)).astype(np.int32)
+    return {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segments": np.ones((batch, length), np.int32),
+        "positions": np.tile(np.arange(length, dtype=np.int32), (batch, 1)),
+    }

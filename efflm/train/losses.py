@@ -1,5 +1,6 @@
-"""Losses and likelihoods, in float32."""
+"""Losses over the targets of a batch, in nats and float32."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,66 +11,70 @@ from efflm.config import ModelConfig, Remat
 from efflm.model import Transformer, sequence_parallel
 from efflm.precision import FLOAT32, Policy
 
-
-def next_token_nll(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """-log p(target) in nats, float32 [B, T]."""
-    logits_BTV = logits_BTV.astype(jnp.float32)
-    chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - chosen_BT
+# loss_fn(trainable, frozen, batch, rng) -> (scalar loss, dict of scalars). A loss that is a mean over weighted targets
+# gives the sum of their weights as "weight": so the parts of an accumulated batch add up to exactly the whole.
+LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
-def kl_divergence(reference_BTV: jax.Array, logits_BTV: jax.Array) -> jax.Array:
-    """KL(reference || model) in nats at every position, float32 [B, T], from two sets of logits."""
-    log_p = jax.nn.log_softmax(reference_BTV.astype(jnp.float32), axis=-1)
-    log_q = jax.nn.log_softmax(logits_BTV.astype(jnp.float32), axis=-1)
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-
-
-def weighted_mean(values_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
-    """Mean over the positions, each with its weight; 0 where all weights are 0."""
-    return jnp.sum(values_BT * weights_BT) / jnp.maximum(jnp.sum(weights_BT), 1)
-
-
-def batch_logits(config: ModelConfig, policy: Policy, params: Any, batch: dict[str, jax.Array]):
-    """Logits [B, T, V] of a batch of `data.packing`."""
-    return Transformer(config, policy).apply({"params": params}, batch["inputs"], **_where(batch))[0]
-
-
-def _where(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {"segments": batch["segments"], "positions": batch["positions"]}
+def weighted_mean(sums: Any, weight: jax.Array) -> Any:
+    """Means of a tree of weighted sums, given the sum of the weights; 0 where that is 0."""
+    return jax.tree.map(lambda total: total / jnp.where(weight > 0, weight, 1), sums)
 
 
 def language_model_loss(
-    config: ModelConfig,
-    policy: Policy = FLOAT32,
-    *,
-    scanned: bool = False,
-    remat: Remat = "none",
-    z_loss: float = 0.0,
-):
-    """loss_fn(params, frozen, batch, rng) -> (mean loss in nats, its parts), for batches of `data.packing`.
-
-    The loss is the cross-entropy, weighted as `target_weights` says, plus z_loss * log_normalizer^2. It never holds
-    the logits of the whole batch (see ops.cross_entropy).
-    """
+    config: ModelConfig, policy: Policy = FLOAT32, *, scanned: bool = False, remat: Remat = "none", z_loss: float = 0.0
+) -> LossFn:
+    """The mean cross-entropy of params, in nats, plus z_loss * log_normalizer^2 (see ops.cross_entropy)."""
     model = Transformer(config, policy, scanned, remat)
 
-    def sums(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
-        x_BTD, _ = model.apply({"params": params}, batch["inputs"], **_where(batch), method=Transformer.final_states)
-        w, weights_BT = params["embedding" if config.tied else "unembedding"], target_weights(batch)
-        total, nll = ops.cross_entropy(x_BTD, w, batch["targets"], weights_BT, tied=config.tied, z_weight=z_loss)
-        return total, nll, jnp.sum(weights_BT)
+    def sums(params, frozen, batch, weights_BT):
+        del frozen
+        x_BTD, w, tied = _final_states(model, params, batch)
+        total, nll = ops.cross_entropy(x_BTD, w, batch["targets"], weights_BT, tied=tied, z_weight=z_loss)
+        return {"loss": total} | ({"cross_entropy": nll} if z_loss else {})
 
-    def loss_fn(params: Any, frozen: Any, batch: dict[str, jax.Array], rng: jax.Array):
-        del frozen, rng
-        total, nll, weight = sequence_parallel.spread(sums, params, batch)
-        mean = lambda value: value / jnp.maximum(weight, 1e-9)
-        return mean(total), {"weight": weight} | ({"cross_entropy": mean(nll)} if z_loss else {})
+    return _mean_over_tokens(sums)
 
-    return loss_fn
+
+def distillation_loss(student: Transformer, teacher: Transformer, *, temperature: float, weight: float) -> LossFn:
+    """The mean over targets of weight * T^2 * KL(teacher || student) + (1 - weight) * cross-entropy, in nats.
+
+    T is the temperature. The teacher's params are `frozen`; no gradient flows to them. See ops.distillation.
+    """
+
+    def sums(params, frozen, batch, weights_BT):
+        outputs = _final_states(student, params, batch), _final_states(teacher, frozen, batch)
+        total, kl, nll = ops.distillation(*outputs, batch["targets"], weights_BT, temperature=temperature, share=weight)
+        return {"loss": total, "kl": kl, "cross_entropy": nll}
+
+    return _mean_over_tokens(sums)
 
 
 def target_weights(batch: dict[str, jax.Array]) -> jax.Array:
     """The weight of every target, float32 [B, T]: the batch's own "weights" if it has any, and 0.0 on padding."""
     real_BT = (batch["segments"] > 0).astype(jnp.float32)
     return real_BT * batch["weights"].astype(jnp.float32) if "weights" in batch else real_BT
+
+
+def _final_states(model: Transformer, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, Any, bool]:
+    """Final states [B, T, D] of a batch of `data.packing`, the output layer that reads them, and whether it is tied."""
+    inputs = {name: batch[name] for name in ("segments", "positions")}
+    x_BTD, _ = model.apply({"params": params}, batch["inputs"], **inputs, method=Transformer.final_states)
+    tied = model.config.tied
+    return x_BTD, params["embedding" if tied else "unembedding"], tied
+
+
+def _mean_over_tokens(sums: Callable[..., dict[str, jax.Array]]) -> LossFn:
+    """The loss whose weighted sums are sums(trainable, frozen, batch, weights_BT): "loss", and what else it reports."""
+
+    def weighted(models, batch):
+        weights_BT = target_weights(batch)
+        return sums(*models, batch, weights_BT), jnp.sum(weights_BT)
+
+    def loss_fn(trainable: Any, frozen: Any, batch: dict[str, jax.Array], rng: jax.Array):
+        del rng
+        totals, weight = sequence_parallel.sum_over_shards(weighted, (trainable, frozen), batch)
+        means = weighted_mean(totals, weight)
+        return means.pop("loss"), means | {"weight": weight}
+
+    return loss_fn

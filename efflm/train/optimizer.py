@@ -123,7 +123,10 @@ def adafactor(config: TrainConfig, peak) -> optax.GradientTransformation:
     clipping of an update to an RMS of 1 (section 6) is taken over a whole leaf, and so over each layer on its own.
     """
     clip = lambda u: u / jnp.maximum(1.0, jnp.sqrt(jnp.mean(jnp.square(u))))
-    clipped = lambda path, u: (jax.vmap(clip) if is_stacked(path) else clip)(u)
+
+    def clipped(path, u):
+        return jax.vmap(clip)(u) if is_stacked(path) else clip(u)
+
     clipping = optax.stateless(lambda updates, _: trees.map_with_path(clipped, updates))
     return decoupled(optax.chain(optax.scale_by_factored_rms(), clipping), config, peak)
 
@@ -135,7 +138,10 @@ def muon(config: TrainConfig, peak) -> optax.GradientTransformation:
     Newton-Schulz; a leading layer axis is a batch. An orthogonal update has an RMS of 1 / sqrt(max(in, out)), so it is
     scaled by 0.2 sqrt(max(in, out)) (Liu 2025, section 2.2) to share AdamW's learning rates and weight decay.
     """
-    labels = lambda params: trees.map_with_path(lambda path, _: "muon" if in_layer(path) else "adamw", params)
+
+    def labels(params):
+        return trees.map_with_path(lambda path, _: "muon" if in_layer(path) else "adamw", params)
+
     rescale = lambda u: u * MUON_RMS * max(u.shape[-2:]) ** 0.5
     orthogonal = optax.chain(
         scale_by_muon(config.beta1), optax.stateless(lambda updates, _: jax.tree.map(rescale, updates))
@@ -146,7 +152,10 @@ def muon(config: TrainConfig, peak) -> optax.GradientTransformation:
 
 def scale_by_muon(beta: float) -> optax.GradientTransformation:
     """optax's Muon over the last two axes. Its coefficients are no part of the state: no sharding rule knows them."""
-    last_two = lambda tree: jax.tree.map(lambda _: contrib.MuonDimensionNumbers(-2, -1), tree)
+
+    def last_two(tree):
+        return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(-2, -1), tree)
+
     inner = contrib.scale_by_muon(NEWTON_SCHULZ, beta=beta, weight_dimension_numbers=last_two)
 
     def update(updates, state, params=None):

@@ -1,6 +1,6 @@
-"""One optimizer step, for whatever is trained."""
+"""One optimizer step, for any tree of weights and any loss."""
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import flax.struct
@@ -14,18 +14,15 @@ from efflm import ops
 from efflm.config import OnNan, require
 from efflm.model import sharding
 from efflm.precision import LossScale, cast, stochastic_round
-
-# loss_fn(trainable, frozen, batch, rng) -> (scalar loss, dict of scalars). A loss that is a mean over weighted targets
-# gives the sum of their weights as "weight": so the parts of an accumulated batch add up to exactly the whole.
-LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+from efflm.train.losses import LossFn, weighted_mean
 
 
 @flax.struct.dataclass
 class TrainState:
-    """What one step hands to the next, and all that a run must keep to go on as if it had never stopped.
+    """All that one step passes to the next, and all that a checkpoint needs for a run to resume exactly.
 
     loss_scale is None unless gradients would underflow without it. skipped counts the steps that changed nothing
-    because something in them was not finite; None where nobody counts. masks: of pruned weights, as a tree like
+    because a loss or a gradient was not finite; None if they are not counted. masks: of pruned weights, as a tree like
     trainable (ops.mask_tree); what they drop stays as it is.
     """
 
@@ -46,7 +43,7 @@ def init_state(
 ) -> TrainState:
     """A state on the mesh, its optimizer moments sharded like the weights. The given arrays are copied, not donated."""
     specs = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(trainable, optimizer, mesh, loss_scale, masks))
-    return jax.jit(_fresh(optimizer), out_shardings=specs)(trainable, loss_scale, masks)
+    return jax.jit(functools.partial(_fresh, optimizer), out_shardings=specs)(trainable, loss_scale, masks)
 
 
 def abstract_state(
@@ -57,17 +54,16 @@ def abstract_state(
     masks: Any = None,
 ) -> TrainState:
     """The shapes, dtypes and shardings of `init_state`'s, with nothing allocated."""
-    shapes = jax.eval_shape(_fresh(optimizer), trainable, loss_scale, masks)
+    shapes = jax.eval_shape(functools.partial(_fresh, optimizer), trainable, loss_scale, masks)
     laid = lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spec)
     return jax.tree.map(laid, shapes, sharding.shardings(shapes, mesh))
 
 
-def _fresh(optimizer: optax.GradientTransformation):
-    # Moments are float32, whatever the weights are kept in.
-    moments = lambda tree: optimizer.init(cast(tree, jnp.float32))
-    return lambda tree, scale, masks: TrainState(
-        jnp.int32(0), jax.tree.map(jnp.copy, tree), moments(tree), scale, jnp.int32(0), masks
-    )
+def _fresh(
+    optimizer: optax.GradientTransformation, trainable: Any, loss_scale: LossScale | None, masks: Any
+) -> TrainState:
+    moments = optimizer.init(cast(trainable, jnp.float32))  # float32 whatever the weights are kept in
+    return TrainState(jnp.int32(0), jax.tree.map(jnp.copy, trainable), moments, loss_scale, jnp.int32(0), masks)
 
 
 def make_step(
@@ -80,14 +76,13 @@ def make_step(
 ):
     """A jitted step(state, frozen, batch) -> (state, metrics). The state is donated; metrics stay on the device.
 
-    The batch is read in `accumulate` parts one after another, which must divide its rows. Gradients and updates are
-    float32; weights kept in less are rounded stochastically. With a loss scale, a step whose gradients overflow
-    changes nothing but the scale; with on_nan="skip", neither does a step whose loss or gradients are not finite. The
-    metric "skipped" counts both since the start, "tokens" the positions of the batch that hold text. "nonfinite" is
-    the first leaf of the gradients (its place in jax.tree.leaves) that holds what is not finite or cannot be squared,
-    or -1: whoever stops can name it.
+    Gradients are accumulated over `accumulate` equal parts of the batch, read one after another. Gradients and updates
+    are float32; weights in bfloat16 are rounded stochastically. With a loss scale, a step whose gradients overflow
+    changes nothing but the scale; with on_nan="skip", a step whose loss or gradients are not finite changes nothing
+    either. Metrics: "skipped" counts both since the start; "tokens" counts the positions of the batch that hold text;
+    "nonfinite" is the index in jax.tree.leaves of the first gradient whose sum of squares is not finite, or -1.
 
-    The new state lies where `state` does: left to the partitioner it could move, and the second step compile again.
+    The new state has the shardings of `state`: if the partitioner chose them, the second step could compile again.
     """
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -99,7 +94,7 @@ def make_step(
         masters = cast(state.trainable, jnp.float32)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, masters)
         trainable = _apply(state.trainable, masters, ops.masked(updates, state.masks), rng)
-        # The sums that clipping needs anyway tell which leaf is at fault: naming it costs no pass over the gradients.
+        # Clipping needs these sums anyway, so finding the leaf that is not finite takes no other pass over gradients.
         squares = jnp.stack([jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)])
         norm, bad = optax.tree.norm(grads), ~jnp.isfinite(squares)
         metrics = {
@@ -153,21 +148,20 @@ def _gradients(loss_fn, trainable, frozen, batch, rng, scale, accumulate):
     require(
         size % accumulate == 0, f"a batch of {size} rows is not divisible by {accumulate} parts: change one of them"
     )
-    # Every n-th row, not every n-th stretch: where rows are spread over devices, each keeps its own.
+    # Part i has rows i, i + accumulate, ...: where rows are spread over devices, each device keeps its own.
     parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-    share = lambda values: values[1].get("weight", jnp.float32(1))
-    weigh = lambda values: jax.tree.map(lambda x: x * share(values), values)
 
     def add(carry, rows_and_index):
         rows, index = rows_and_index
         values = part(rows, jax.random.fold_in(rng, index))
         sums, weight = carry
-        return (jax.tree.map(jnp.add, sums, weigh(values)), weight + share(values)), None
+        share = values[1].get("weight", jnp.float32(1))
+        return (jax.tree.map(lambda total, mean: total + mean * share, sums, values), weight + share), None
 
-    shapes = jax.eval_shape(lambda rows: part(jax.tree.map(lambda x: x[0], rows), rng), parts)
+    shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], parts), rng)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
     (sums, weight), _ = lax.scan(add, (zeros, jnp.float32(0)), (parts, jnp.arange(accumulate)))
-    loss, aux, grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-9), sums)
+    loss, aux, grads = weighted_mean(sums, weight)
     return loss, aux | ({"weight": weight} if "weight" in aux else {}), grads
 
 
@@ -182,10 +176,13 @@ def _apply(trainable, masters, updates, rng):
 
 
 def place(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """Host arrays [B, T, ...], or whatever has a shape and reads the part it is indexed with, onto the mesh, rows and
-    tokens split over its axes. Each host reads only its part."""
-    spec = lambda rows: NamedSharding(mesh, PartitionSpec(*sharding.BATCH[: rows.ndim]))
-    return {
-        name: jax.make_array_from_callback(rows.shape, spec(rows), lambda index, rows=rows: rows[index])
-        for name, rows in batch.items()
-    }
+    """Host arrays [B, T, ...] as arrays on the mesh, split over its axes along B and T.
+
+    Anything with a shape that can be indexed will do as an array: each host reads only its own part.
+    """
+
+    def on_mesh(rows: Any) -> jax.Array:
+        spec = NamedSharding(mesh, PartitionSpec(*sharding.BATCH[: rows.ndim]))
+        return jax.make_array_from_callback(rows.shape, spec, rows.__getitem__)
+
+    return {name: on_mesh(rows) for name, rows in batch.items()}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from efflm import ops
+from tests.programs import largest_array
 
 
 def reference(x, w, targets, weights, z):
@@ -73,7 +74,8 @@ def test_a_large_vocabulary_takes_a_tenth_of_the_memory():
     compiled = [jax.jit(jax.value_and_grad(f, (0, 1))).lower(x, w, targets).compile() for f in (plain, chunked)]
     before, after = (program.memory_analysis().temp_size_in_bytes for program in compiled)
     assert before > 10 * after
-    assert "16,512,49152" not in compiled[1].as_text()
+    assert largest_array(compiled[0]) == 16 * 512 * 49152
+    assert largest_array(compiled[1]) <= 16 * 512 * 49152 // 16
 
 
 def test_a_large_vocabulary_gives_the_same_loss_and_gradients(rng):

@@ -9,9 +9,9 @@ import pytest
 
 from efflm import trees
 from efflm.config import MeshConfig, TrainConfig
-from efflm.model import init_params, sharding, stack_blocks
-from efflm.train import losses, optimizer
-from efflm.train.step import init_state, make_step, place
+from efflm.model import init_params, sharding
+from efflm.train import ahead, assemble, losses
+from efflm.train.step import place
 from tests import tiny
 
 TRAIN = TrainConfig(steps=20, warmup=2, batch=8, length=16, learning_rate=1e-2)
@@ -26,11 +26,9 @@ MESHES = {
 
 
 def trained(shape, mesh, train=TRAIN):
-    config, rule = shape.config(), optimizer.make(train)
-    params = init_params(config, 0)
-    state = init_state(stack_blocks(params, config) if train.scan else params, rule, mesh)
-    loss = losses.language_model_loss(config, scanned=train.scan, remat=train.remat, z_loss=train.z_loss)
-    step, out = make_step(loss, rule, 0, state, train.accumulate), []
+    config, out = shape.config(), []
+    state = assemble.init_state(config, train, mesh)
+    step = assemble.make_step(config, train, state)
     for i in range(train.steps):
         state, metrics = step(
             state, {}, place(tiny.batch(config, rows=train.batch, length=train.length, seed=i % 2), mesh)
@@ -93,11 +91,9 @@ def test_spread_rows_have_the_gradients_of_whole_ones(window, monkeypatch):
 def test_weights_are_gathered_a_layer_at_a_time():
     """No array of the compiled program is as large as what all layers' matrices would be together."""
     shape = dataclasses.replace(tiny.LLAMA, layers=8, width=64, mlp_dim=192)
-    config, mesh, rule = shape.config(), sharding.make_mesh(fsdp=8), optimizer.make(TRAIN)
-    state = init_state(stack_blocks(init_params(config, 0), config), rule, mesh)
-    batch = place(tiny.batch(config, rows=8, length=16), mesh)
-    program = make_step(losses.language_model_loss(config, scanned=True, remat="full"), rule, 0, state)
-    text = program.lower(state, {}, batch).compile().as_text()
+    config, train = shape.config(), dataclasses.replace(TRAIN, scan=True, remat="full")
+    step, arguments = ahead.training_step(config, train, sharding.make_mesh(fsdp=8))
+    text = step.lower(*arguments).compile().as_text()
     gathered = [shape_size(found) for found in re.findall(r"= (\S+) all-gather(?:-start)?\(", text)]
     layer = config.width * max(block.mlp_dim for block in config.blocks)
     assert gathered

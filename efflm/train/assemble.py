@@ -1,0 +1,70 @@
+"""What a TrainConfig means: the one place where model, loss, optimizer and precision become a training run."""
+
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from efflm import ops
+from efflm.config import ModelConfig, TrainConfig
+from efflm.model import LanguageModel, init_params, stack_blocks, unstack_blocks
+from efflm.precision import POLICIES, cast, loss_scale_for
+from efflm.train import loop, losses, optimizer, step
+from efflm.train.loop import Batches
+from efflm.train.losses import LossFn
+from efflm.train.step import TrainState
+
+Rule = optax.GradientTransformation | None  # in place of optimizer.make(train): a wrapper of it, say
+
+
+def fit_model(model: LanguageModel, train: TrainConfig, batches: Batches, rule: Rule = None, **run) -> LanguageModel:
+    """The model trained on text as `train` says, its weights in the dtype of the policy. `run`: see `fit`."""
+    start, masks = _trainable(model.params, model.config, train), ops.mask_tree(model.params, model.masks)
+    masks = stack_blocks(masks, model.config) if masks and train.scan else masks
+    trained = fit(train, language_model_loss(model.config, train), start, {}, batches, rule, masks=masks, **run)
+    return model.replace(params=unstack_blocks(trained, model.config) if train.scan else trained)
+
+
+def fit(train: TrainConfig, loss_fn: LossFn, trainable, frozen, batches: Batches, rule: Rule = None, **run) -> Any:
+    """loop.fit, told all that `train` says. `run`: its mesh, seed, title, files, checkpointing and profile."""
+    return loop.fit(
+        loss_fn,
+        trainable,
+        frozen,
+        batches,
+        rule or optimizer.make(train),
+        steps=train.steps,
+        accumulate=train.accumulate,
+        loss_scale=loss_scale_for(POLICIES[train.policy]),
+        on_nan=train.on_nan,
+        log_every=train.log_every,
+        **run,
+    )
+
+
+def init_state(config: ModelConfig, train: TrainConfig, mesh: Mesh, seed: int = 0) -> TrainState:
+    """The state that training a fresh model starts from."""
+    start = _trainable(init_params(config, seed, mesh), config, train)
+    return step.init_state(start, optimizer.make(train), mesh, loss_scale_for(POLICIES[train.policy]))
+
+
+def abstract_state(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> TrainState:
+    """The shapes, dtypes and shardings of `init_state`'s, with nothing allocated; the mesh need not be attached."""
+    start = jax.eval_shape(lambda: _trainable(init_params(config, 0), config, train))
+    return step.abstract_state(start, optimizer.make(train), mesh, loss_scale_for(POLICIES[train.policy]))
+
+
+def make_step(config: ModelConfig, train: TrainConfig, state: TrainState, seed: int = 0) -> Any:
+    """The jitted step that `fit_model` runs on a state of either kind (see step.make_step)."""
+    loss_fn = language_model_loss(config, train)
+    return step.make_step(loss_fn, optimizer.make(train), seed, state, train.accumulate, train.on_nan)
+
+
+def language_model_loss(config: ModelConfig, train: TrainConfig) -> LossFn:
+    policy = POLICIES[train.policy]
+    return losses.language_model_loss(config, policy, scanned=train.scan, remat=train.remat, z_loss=train.z_loss)
+
+
+def _trainable(params: Any, config: ModelConfig, train: TrainConfig) -> Any:
+    return cast(stack_blocks(params, config) if train.scan else params, POLICIES[train.policy].param)
