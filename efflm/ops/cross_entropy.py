@@ -31,10 +31,15 @@ def cross_entropy(
     return total, lax.stop_gradient(nll)
 
 
+def chunk_count(B: int, T: int) -> int:
+    """Into how many chunks along T the tokens are cut."""
+    return max(1, min(MOST_CHUNKS, T, B * T // CHUNK))
+
+
 def _chunks(x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array):
     """Cut along T, since B may be spread over devices: [chunks, B * t, ...] each, padded with weight 0."""
     B, T = targets_BT.shape
-    count = max(1, min(MOST_CHUNKS, T, B * T // CHUNK))
+    count = chunk_count(B, T)
 
     def cut(a):
         padded = jnp.pad(a, [(0, 0), (0, -T % count)] + [(0, 0)] * (a.ndim - 2))
