@@ -30,7 +30,7 @@ def matrix_flops(fn: Callable[..., Any], *args: Any) -> float:
     counting = jax.make_jaxpr(count)(*inputs)
     small, used = partial_eval.dce_jaxpr(counting.jaxpr, [True])
     inputs = [jnp.zeros(x.shape, x.dtype) for x, kept in zip(inputs, used, strict=True) if kept]
-    return float(core.jaxpr_as_fun(core.ClosedJaxpr(small, counting.consts))(*inputs)[0])
+    return float(_run(small, counting.consts, inputs)[0])
 
 
 def _static(jaxpr: Any) -> float:
@@ -51,71 +51,82 @@ def _static(jaxpr: Any) -> float:
     return total
 
 
+def _run(jaxpr: Any, consts: Any, inputs: Any) -> list[Any]:
+    return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, consts))(*inputs)
+
+
+def _open(jaxpr: Any) -> tuple[Any, Any]:
+    """A jaxpr and its constants, which some versions of JAX keep apart."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
 def _counted(jaxpr: Any, consts: Any, inputs: Any) -> Any:
     """The count as a traced value, of a jaxpr with its inputs."""
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
     total = jnp.zeros((), jnp.float32)
     for equation in jaxpr.eqns:
-        read = [x.val if isinstance(x, core.Literal) else values[x] for x in equation.invars]
         variables = list(dict.fromkeys(x for x in equation.invars if not isinstance(x, core.Literal)))
-        alone = core.ClosedJaxpr(
-            jaxpr.replace(constvars=[], invars=variables, outvars=equation.outvars, eqns=[equation]), []
-        )
-        values.update(zip(equation.outvars, core.jaxpr_as_fun(alone)(*(values[x] for x in variables)), strict=True))
-        total += _counted_equation(alone.jaxpr, read)
+        alone = jaxpr.replace(constvars=[], invars=variables, outvars=equation.outvars, eqns=[equation])
+        values.update(zip(equation.outvars, _run(alone, [], [values[x] for x in variables]), strict=True))
+        if math.isnan(flops := _static(alone)):
+            inputs = [x.val if isinstance(x, core.Literal) else values[x] for x in equation.invars]
+            flops = _of_loops(equation, inputs)
+        total += flops
     return total
 
 
-def _counted_equation(alone: Any, inputs: list[Any]) -> Any:
-    """The count of a jaxpr of one equation."""
-    if not math.isnan(static := _static(alone)):
-        return static
-    name, params = alone.eqns[0].primitive.name, alone.eqns[0].params
+def _of_loops(equation: Any, inputs: list[Any]) -> Any:
+    """The count of an equation in which there are matmuls in a loop whose trips are data."""
+    name, params = equation.primitive.name, equation.params
     if name == "while":
-        return _trips(params, inputs) * _static(params["body_jaxpr"].jaxpr)
+        return _trips(params, inputs) * _static(_open(params["body_jaxpr"])[0])
     if name == "scan":
-        return _counted_scan(params, inputs)
-    (inner,) = [each for each in params.values() if hasattr(getattr(each, "jaxpr", each), "eqns")]
-    return _counted(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), inputs)
+        return _of_scan(equation, inputs)
+    (inner,) = (each for each in params.values() if hasattr(_open(each)[0], "eqns"))
+    return _counted(*_open(inner), inputs)
 
 
-def _counted_scan(params: dict[str, Any], inputs: list[Any]) -> Any:
-    body, consts, carry = params["jaxpr"], params["num_consts"], params["num_carry"]
+def _of_scan(equation: Any, inputs: list[Any]) -> Any:
+    params, (body, constants) = equation.params, _open(equation.params["jaxpr"])
+    whole = lambda outer, inner: sum(a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner, strict=True))
+    carried = whole(equation.outvars, body.outvars)  # the other results are stacked, and the other inputs sliced
+    read_whole = whole(equation.invars, body.invars)
+    same, start, xs = inputs[: read_whole - carried], inputs[read_whole - carried : read_whole], inputs[read_whole:]
 
     def one(state, xs):
         values, total = state
-        read = [*inputs[:consts], *values, *xs]
-        out = core.jaxpr_as_fun(body)(*read)
-        return (out[:carry], total + _counted(body.jaxpr, body.consts, read)), None
+        read = [*same, *values, *xs]
+        return (_run(body, constants, read)[:carried], total + _counted(body, constants, read)), None
 
-    start = (inputs[consts : consts + carry], jnp.zeros((), jnp.float32))
-    (_, total), _ = lax.scan(one, start, inputs[consts + carry :], params["length"], params["reverse"])
-    return total
+    state = (start, jnp.zeros((), jnp.float32))
+    return lax.scan(one, state, xs, params["length"], params["reverse"])[0][1]
 
 
 def _trips(params: dict[str, Any], inputs: list[Any]) -> Any:
     """How often a loop runs: the loop again, of its state only what its condition depends on, from step to step."""
     of_cond, of_body = params["cond_nconsts"], params["body_nconsts"]
-    condition, body, start = params["cond_jaxpr"], params["body_jaxpr"], inputs[of_cond + of_body :]
-    needed = partial_eval.dce_jaxpr(condition.jaxpr, [True])[1][of_cond:]
-    while True:
-        small, used = partial_eval.dce_jaxpr(body.jaxpr, needed)
+    condition, body = _open(params["cond_jaxpr"]), _open(params["body_jaxpr"])
+    start = inputs[of_cond + of_body :]
+    before, needed = None, partial_eval.dce_jaxpr(condition[0], [True])[1][of_cond:]
+    while needed != before:
+        small, used = partial_eval.dce_jaxpr(body[0], needed)
         before, needed = needed, [a or b for a, b in zip(needed, used[of_body:], strict=True)]
-        if needed == before:
-            break
-    state = lambda values: [next(values) if kept else zero for kept, zero in zip(needed, start, strict=True)]
+    pick = lambda values, kept: [x for x, each in zip(values, kept, strict=True) if each]
+
+    def whole(values):
+        """The state, where what is not needed stays as it was."""
+        values = iter(values)
+        return [next(values) if each else x for each, x in zip(needed, start, strict=True)]
 
     def goes_on(carry):
-        return core.jaxpr_as_fun(condition)(*inputs[:of_cond], *state(iter(carry[1])))[0]
+        return _run(*condition, [*inputs[:of_cond], *whole(carry[1])])[0]
 
     def one(carry):
         count, values = carry
-        read = [*inputs[of_cond : of_cond + of_body], *state(iter(values))]
-        picked = [x for x, kept in zip(read, used, strict=True) if kept]
-        return count + 1, core.jaxpr_as_fun(core.ClosedJaxpr(small, body.consts))(*picked)
+        read = [*inputs[of_cond : of_cond + of_body], *whole(values)]
+        return count + 1, _run(small, body[1], pick(read, used))
 
-    kept = [x for x, each in zip(start, needed, strict=True) if each]
-    return lax.while_loop(goes_on, one, (jnp.zeros((), jnp.int32), kept))[0]
+    return lax.while_loop(goes_on, one, (jnp.zeros((), jnp.int32), pick(start, needed)))[0]
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:

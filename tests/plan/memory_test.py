@@ -44,6 +44,20 @@ def test_temporaries_are_those_of_the_compiled_step(shape, other, settings):
     check_temporaries(dataclasses.replace(shape.config(), **other), settings)
 
 
+@pytest.mark.parametrize("settings", [{}, {"remat": "dots", "accumulate": 2}, {"remat": "full", "scan": True}])
+def test_arrays_like_weights_do_not_grow_with_the_batch_and_the_others_do(settings):
+    """What plan.prediction divides among the devices of fsdp, and what it does not."""
+    train = TrainConfig(batch=64, length=128, policy="bfloat16", **settings)
+    once, twice = (memory.moments(dataclasses.replace(SMALL, tied=False).config(), train, n, 128) for n in (64, 128))
+    for moment, larger in zip(
+        (once.feedforward, once.attention, once.update), (twice.feedforward, twice.attention, twice.update)
+    ):
+        assert moment.of_weights == larger.of_weights
+        assert sum(larger.of_tokens.values()) == 2 * sum(moment.of_tokens.values())
+        assert moment.total(8) == sum(moment.of_weights.values()) / 8 + sum(moment.of_tokens.values())
+    assert once.loss.of_weights == twice.loss.of_weights
+
+
 BENCH = ModelShape(family="gpt2", layers=6, width=384, heads=6, kv_heads=6, mlp_dim=1536, max_length=2048)
 DEEP = ModelShape(layers=12, max_length=2048)
 WIDE = ModelShape(layers=3, width=512, heads=16, kv_heads=4, mlp_dim=1408, max_length=2048)
