@@ -13,6 +13,7 @@ train       losses, the optimizer, the step, the loop, checkpoints
 infer       prefill, decode, sampling
 compress    steps from a model to a model, and recipes that chain them
 evaluate    quality and cost
+plan        what a run would need and take on hardware that is not here
 formats     models on disk
 report      the table, the plot, the page
 rundir      what every run does with its directory

@@ -17,7 +17,6 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import math
-import os
 import resource
 import sys
 import time
@@ -26,19 +25,27 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from efflm import rundir
 from efflm.compress.quantize import quantize
 from efflm.config import MeshConfig, ModelConfig, TrainConfig, flag, require
-from efflm.evaluate import collectives, hardware, plan, search
 from efflm.flags import command_line, launch
 from efflm.infer import ahead as infer_ahead
 from efflm.model import LanguageModel, cost, init_params, sharding
+from efflm.model.cost import Work
 from efflm.model.presets import preset
-from efflm.precision import POLICIES, Policy, cast
+from efflm.plan import collectives, hardware, prediction, search
+from efflm.plan.device import abstract_mesh
+from efflm.plan.hardware import Hardware
+from efflm.plan.prediction import Held, Served
+from efflm.plan.search import Candidate
+from efflm.plan.traffic import train_traffic
+from efflm.precision import POLICIES, cast
 from efflm.report import planned, table
 from efflm.train import ahead as train_ahead
 
+BFLOAT16 = POLICIES["bfloat16_pure"]  # of served models
 LIBTPU = "pip install libtpu==0.0.42 (for jax 0.10.2) to ask the TPU's own compiler; no TPU is needed"
 
 
@@ -88,21 +95,8 @@ def main(run: Run, mesh: MeshConfig, train: TrainConfig) -> None:
     rundir.require_writable(run_dir, needs=10_000_000)
     out: dict[str, Any] = {"model": run.model, "hardware": dataclasses.asdict(chip), "devices": devices}
     if run.search:
-        found = search.search(config, train, chip, devices)
-        require(
-            len(found) > 0,
-            f"no mesh of {devices} devices divides a batch of {train.batch} rows of {train.length} and the widths of "
-            f"{run.model}: change one of them",
-        )
-        shown = found[: run.shown]
-        fits = sum(each.fits for each in found)
-        facts = [f"{len(found)} candidates, {fits} of which fit into the {chip.memory / 1e9:.0f} GB of a {chip.name}."]
-        facts.append("By the closed form; memory is a guide only (within a quarter where it could be compared).")
-        table.show(planned.ranked(shown), facts, planned.SEARCH_COLUMNS)
-        out["search"] = [dataclasses.asdict(each) for each in shown]
-        require(
-            fits > 0, f"nothing fits: more devices than {devices}, or a smaller train.batch than {train.batch}, may"
-        )
+        found = ranked(run, config, train, chip, devices)
+        out["search"] = [dataclasses.asdict(each) for each in found]
         mesh, train = MeshConfig(**found[0].sizes), found[0].train
     if run.compile:
         out |= compiled(run, config, train, mesh, chip, topology, devices)
@@ -132,6 +126,22 @@ def how_many(run: Run, mesh: MeshConfig, topology: str) -> int:
     return count
 
 
+def ranked(run: Run, config: ModelConfig, train: TrainConfig, chip: Hardware, devices: int) -> list[Candidate]:
+    """The best candidates, shown; the first one fits."""
+    found = search.search(config, train, chip, devices)
+    require(
+        len(found) > 0,
+        f"no mesh of {devices} devices divides a batch of {train.batch} rows of {train.length} and the widths of "
+        f"{run.model}: change one of them",
+    )
+    fits = sum(each.fits for each in found)
+    facts = [f"{len(found)} candidates, {fits} of which fit into the {chip.memory / 1e9:.0f} GB of a {chip.name}."]
+    facts.append("By the closed form; memory is a guide only (within a quarter where it could be compared).")
+    table.show(planned.ranked(found[: run.shown]), facts, planned.SEARCH_COLUMNS)
+    require(fits > 0, f"nothing fits: more devices than {devices}, or a smaller train.batch than {train.batch}, may")
+    return found[: run.shown]
+
+
 # --- compiling -------------------------------------------------------------------------------------------------------
 
 
@@ -144,103 +154,67 @@ def start(devices: int) -> None:
         require(jax.device_count() >= devices, f"{devices} devices are asked for, but JAX started with fewer")
 
 
-def tpu_devices(chip: hardware.Hardware, topology: str) -> list[Any]:
-    """Devices of a TPU that is not there, to compile for."""
-    # libtpu would ask Google what machine this is, complain of what it does not hear, and take the TPU
-    # that is not there for itself alone.
-    quiet = {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": f"{chip.name}-8",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
-    from jax.experimental import topologies
-
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{chip.name}:{topology}").devices)
-
-
 def compiled(
     run: Run,
     config: ModelConfig,
     train: TrainConfig,
     mesh_config: MeshConfig,
-    chip: hardware.Hardware,
+    chip: Hardware,
     topology: str,
     devices: int,
 ) -> dict[str, Any]:
     """Compile, show the tables, and return them."""
     start(devices)
-    batch, length = (train.batch, train.length) if run.phase == "train" else (run.rows, run.cache_length)
+    training = run.phase == "train"
+    batch, length = (train.batch, train.length) if training else (run.rows, run.cache_length)
     mesh = sharding.mesh_for(mesh_config, batch, length)
     by_tpu = bool(topology) and importlib.util.find_spec("libtpu") is not None
     how = f"the CPU's compiler, for {mesh.size} fake devices"
     if by_tpu:
-        mesh = sharding.make_mesh(**mesh.shape, devices=tpu_devices(chip, topology))
+        mesh = sharding.make_mesh(**mesh.shape, devices=hardware.tpu_devices(chip, topology))
         how = f"the TPU's compiler (libtpu {importlib.metadata.version('libtpu')}), for {chip.name}:{topology}"
     elif chip.torus:
         example = f"--hardware={chip.name}:{'x'.join('4' * chip.torus)}"
         how += f" ({LIBTPU if topology else f'a topology, as in {example}, asks the TPU compiler'})"
-    abstract = plan.abstract_mesh(**mesh.shape)
     began = time.perf_counter()
-    if run.phase == "train":
-        step, arguments = train_ahead.training_step(config, train, mesh)
-        lowered = step.lower(*arguments)
-    else:
-        model, policy = stored(config, run)
-        lower = infer_ahead.prefill if run.phase == "prefill" else infer_ahead.decode
-        lowered = lower(model, run.rows, run.cache_length, mesh)
+    lowered, held, work, dtype = trained(config, train, mesh) if training else served(run, config, mesh)
     print(f"[{time.perf_counter() - began:4.0f} s] traced", flush=True)
     program, refused = compile_or_why_not(lowered)
     print(f"[{time.perf_counter() - began:4.0f} s] compiled by {how}", flush=True)
-    stats = program and program.memory_analysis()
-    if run.phase == "train":
-        work, dtype = plan.train_work(config, train, abstract), POLICIES[train.policy].compute
-        rows = training_bytes(plan.held(config, train, abstract), stats)
-    else:
-        weights = plan.tree_bytes(model.params, abstract)
-        work = plan.infer_work(config, run.phase, run.rows, run.cache_length, policy, abstract, weight_bytes=weights)
-        dtype = "int8" if run.activations == "int8" else policy.compute
-        cache = plan.cache_bytes(config, run.rows, run.cache_length, policy, abstract)
-        rows = inference_bytes(weights, cache, run.phase, stats)
+    stats, found = program and program.memory_analysis(), []
     if program:
         found = collectives.collectives(program.as_text())
-    else:
-        found = plan.train_traffic(config, train, abstract) if run.phase == "train" else []
-    prediction = plan.predict(work, found, chip, dtype, mesh.size)
+    elif training:
+        found = train_traffic(config, train, abstract_mesh(**mesh.shape))
+    predicted = prediction.predict(work, found, chip, dtype, mesh.size)
     tokens = batch * (1 if run.phase == "decode" else length)
-    needed = on_device(stats) if stats else rows[-1].predicted
-    traffic, times = planned.traffic(found, chip, mesh.size), planned.times(prediction, chip, dtype)
+    needed = planned.on_device(stats) if stats else held.total
+    rows, traffic = planned.holdings(held, stats), planned.traffic(found, chip, mesh.size)
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
+    settings = f"{train.policy}, remat {train.remat}, {train.optimizer}" if training else weights_in(run)
     facts = [
         f"{run.model}, {sum(cost.parameters(config).values()) / 1e9:.2f} B parameters, on {mesh.size} x {chip.name} "
-        f"({axes}): {run.phase}, {batch:,} rows of {length:,}"
-        + (
-            f", {train.policy}, remat {train.remat}, {train.optimizer}."
-            if run.phase == "train"
-            else f", {weights_in(run)}."
-        ),
+        f"({axes}): {run.phase}, {batch:,} rows of {length:,}, {settings}.",
         f"Compiled by {how}.",
-        f"The step takes {planned.seconds(prediction.seconds)} or more, bound by {prediction.bound} "
-        f"({planned.seconds(prediction.unhidden)} if nothing overlaps): at most "
-        f"{tokens / prediction.seconds:,.0f} tokens/s.",
-        fit(needed, chip) if program else f"It does NOT fit: {refused}",
+        f"The step takes {planned.seconds(predicted.seconds)} or more, bound by {predicted.bound} "
+        f"({planned.seconds(predicted.unhidden)} if nothing overlaps): at most "
+        f"{tokens / predicted.seconds:,.0f} tokens/s.",
+        planned.fit(needed, chip) if program else f"It does NOT fit: {refused}",
     ]
-    if run.phase == "train":
-        used = cost.train_flops(config, train.batch, train.length) / mesh.size / prediction.seconds
+    if training:
+        used = cost.train_flops(config, train.batch, train.length) / mesh.size / predicted.seconds
         facts.append(f"Model FLOP utilization: at most {used / chip.peak(dtype):.0%}.")
-    if not by_tpu and run.phase == "train":
-        facts.append(
-            "The CPU's compiler keeps its loops in float32 and so needs more temporaries than an accelerator's."
-        )
+        if not by_tpu:
+            facts.append(
+                "The CPU's compiler keeps its loops in float32 and so needs more temporaries than an accelerator's."
+            )
     table.show(rows, [], planned.BYTES_COLUMNS)
     table.show(traffic, [], planned.TRAFFIC_COLUMNS)
-    table.show(times, facts, planned.TIME_COLUMNS)
+    table.show(planned.times(predicted, chip, dtype), facts, planned.TIME_COLUMNS)
     analysis = (program and program.cost_analysis()) or {}
     return {
         "mesh": dict(mesh.shape),
-        "train": dataclasses.asdict(train) if run.phase == "train" else None,
+        "train": dataclasses.asdict(train) if training else None,
         "phase": run.phase,
         "compiler": how,
         "bytes": [dataclasses.asdict(row) for row in rows],
@@ -248,9 +222,9 @@ def compiled(
         "fits": bool(program) and needed <= chip.memory,
         "traffic": [dataclasses.asdict(row) for row in traffic],
         "collectives": [dataclasses.asdict(each) for each in found],
-        "prediction": dataclasses.asdict(prediction) | {"seconds": prediction.seconds, "bound": prediction.bound},
+        "prediction": dataclasses.asdict(predicted) | {"seconds": predicted.seconds, "bound": predicted.bound},
         "work": dataclasses.asdict(work),
-        "tokens_a_second": tokens / prediction.seconds,
+        "tokens_a_second": tokens / predicted.seconds,
         # The compiler's own count sees the body of a loop once.
         "compiler_cost": {
             key: analysis[key] for key in ("flops", "bytes accessed", "optimal_seconds") if key in analysis
@@ -258,6 +232,30 @@ def compiled(
         "compile_seconds": time.perf_counter() - began,
         "facts": facts,
     }
+
+
+def trained(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> tuple[Any, Held, Work, str]:
+    """The lowered training step; what a device holds and computes in it; the dtype of its matmuls."""
+    step, arguments = train_ahead.training_step(config, train, mesh)
+    abstract, dtype = abstract_mesh(**mesh.shape), POLICIES[train.policy].compute
+    held, work = prediction.held(config, train, abstract), prediction.train_work(config, train, abstract)
+    return step.lower(*arguments), held, work, dtype
+
+
+def served(run: Run, config: ModelConfig, mesh: Mesh) -> tuple[Any, Served, Work, str]:
+    """The same of prefill or decode, in bfloat16, or in int8 with scales in bfloat16."""
+
+    def stored() -> Any:
+        params = cast(init_params(config, 0), jnp.bfloat16)
+        return quantize(params, run.activations) if run.int8 else params
+
+    model, policy, abstract = LanguageModel(config, jax.eval_shape(stored)), BFLOAT16, abstract_mesh(**mesh.shape)
+    of_call = (run.phase, run.rows, run.cache_length, policy, abstract)
+    held = prediction.served(model.params, config, *of_call)
+    work = prediction.infer_work(config, *of_call, weight_bytes=held.weights)
+    lower = infer_ahead.prefill if run.phase == "prefill" else infer_ahead.decode
+    dtype = "int8" if run.activations == "int8" else policy.compute
+    return lower(model, run.rows, run.cache_length, mesh), held, work, dtype
 
 
 def compile_or_why_not(lowered: Any) -> tuple[Any, str]:
@@ -270,71 +268,10 @@ def compile_or_why_not(lowered: Any) -> tuple[Any, str]:
         return None, str(error).strip().splitlines()[0]
 
 
-def stored(config: ModelConfig, run: Run) -> tuple[LanguageModel, Policy]:
-    """The abstract model as it is served: bfloat16, or int8 with scales in bfloat16."""
-
-    def make() -> Any:
-        params = cast(init_params(config, 0), jnp.bfloat16)
-        return quantize(params, run.activations) if run.int8 else params
-
-    return LanguageModel(config, jax.eval_shape(make)), POLICIES["bfloat16_pure"]
-
-
 def weights_in(run: Run) -> str:
     if not run.int8:
         return "weights in bfloat16"
     return "weights in int8" + (", activations too" if run.activations == "int8" else "")
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
-def on_device(found: Any) -> float:
-    """Bytes that the compiled program needs on a device: arguments, temporaries, and results that are no argument's."""
-    return (
-        found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    )
-
-
-def fit(needed: float, chip: hardware.Hardware) -> str:
-    share = f"{planned.size(needed)} of the {planned.size(chip.memory)} of a {chip.name} ({needed / chip.memory:.0%})"
-    return f"It fits: {share}." if needed <= chip.memory else f"It does NOT fit: {share}."
-
-
-def training_bytes(held: plan.Held, found: Any) -> list[planned.Bytes]:
-    row = lambda name, note, predicted, seen=None: planned.Bytes(
-        name=name, note=note, predicted=predicted, compiled=seen
-    )
-    return [
-        row("weights", "exact, by the sharding table", held.weights),
-        row("optimizer state", "exact for rules with whole moments", held.optimizer),
-        row("batch", "tokens, targets, segments, positions", held.batch),
-        row("arguments", "the three above", held.arguments, found and found.argument_size_in_bytes),
-        row("gradients", "float32, exact, by the sharding table", held.gradients),
-        row("activations", "and other temporaries, modelled on the CPU's program", held.activations),
-        row(
-            "temporaries",
-            "the two above, at their peak",
-            held.gradients + held.activations,
-            found and found.temp_size_in_bytes,
-        ),
-        row("all", "what must fit", held.total, found and on_device(found)),
-    ]
-
-
-def inference_bytes(weights: float, cache: float, phase: str, found: Any) -> list[planned.Bytes]:
-    row = lambda name, note, predicted, seen=None: planned.Bytes(
-        name=name, note=note, predicted=predicted, compiled=seen
-    )
-    arguments = weights + (cache if phase == "decode" else 0)
-    return [
-        row("weights", "exact, by the sharding table", weights),
-        row("keys and values", "by rows, and by heads along tensor where it divides them", cache),
-        row("arguments", "the weights; decoding, the cache too", arguments, found and found.argument_size_in_bytes),
-        row("results", "prefilling, the cache", cache, found and found.output_size_in_bytes),
-        row("temporaries", "", None, found and found.temp_size_in_bytes),
-        row("all", "what must fit", weights + cache, found and on_device(found)),
-    ]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ two. Two kinds of them are told apart:
                attention counts half of its square, and the backward pass is twice the forward (Chowdhery 2022, arXiv
                2204.02311, appendix B, but for that half). `forward`, `token`, `train_flops`.
     executed   what our program multiplies: attention in blocks (ops.attention), scores made again in the backward
-               pass, padding, rematerialization, the optimizer. `train_step`, `prefill`, `decode`.
+               pass, padding, rematerialization, the optimizer. `train_step`, `update`, `prefill`, `decode`.
 
 Bytes are the least that can move between memory and processor: each operand of a product is read once and each result
 written once, attention's scores stay inside; what elementwise operations move besides is not counted. Everything is
@@ -20,15 +20,15 @@ import math
 import typing
 from collections.abc import Callable
 
-from efflm.config import BlockConfig, ModelConfig, Optimizer, Remat
+from efflm.config import BlockConfig, ModelConfig, Optimizer, TrainConfig
 from efflm.model import params
-from efflm.ops.attention import BLOCK, UNROLLED
-from efflm.ops.output_loss import CHUNK, MOST_CHUNKS
-from efflm.precision import FLOAT32, Policy
+from efflm.ops.attention import BLOCK, spans, unrolled
+from efflm.ops.output_loss import chunk_count
+from efflm.precision import FLOAT32, POLICIES, Policy
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 FLOAT = 4  # bytes of a float32, which all results of products, gradients and moments are
-COMPONENTS = ("projections", "attention", "feedforward", "output")  # of a forward pass; "optimizer" comes with a step
+COMPONENTS = ("projections", "attention", "feedforward", "output")  # of a forward pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,69 +189,46 @@ def _product(rows: float, shape: tuple[int, ...], policy: Policy) -> Work:
 # --- the work our programs do ----------------------------------------------------------------------------------------
 
 
-def unrolled(queries: int, keys: int) -> bool:
-    """Whether ops.attention writes its blocks out (`spans`), and does not loop over blocks of BLOCK."""
-    return queries * keys <= UNROLLED**2
-
-
-def spans(length: int, window: int = 0) -> list[tuple[int, int]]:
-    """(queries, keys) in each block of ops.attention on an unrolled row."""
-    size = max(64, -(-length // 4))
-    blocks = [(start, min(start + size, length)) for start in range(0, length, size)]
-    return [(end - start, end - (max(0, start - window + 1) if window else 0)) for start, end in blocks]
-
-
 def computed_pairs(queries: int, keys: int, window: int = 0, in_order: bool = True) -> float:
     """(query, key) pairs that ops.attention multiplies in a row, seen or hidden. in_order: query t is at slot t and
     there is no cache; otherwise the queries are the first of a cache of `keys` positions."""
     if unrolled(queries, keys):
-        return sum(q * k for q, k in spans(queries, window)) if in_order else queries * keys
+        blocks = spans(queries, keys, window, in_order)
+        return sum((q_end - q_start) * (k_end - k_start) for q_start, q_end, k_start, k_end in blocks)
     first = lambda start: max(start - window + 1, 0) // BLOCK if window else 0
     last = lambda start: (min(start + BLOCK, queries) - 1) // BLOCK
     return sum(BLOCK**2 * (last(start) - first(start) + 1) for start in range(0, queries, BLOCK))
 
 
-def loss_chunks(rows: int, length: int) -> int:
-    return max(1, min(MOST_CHUNKS, length, rows * length // CHUNK))
-
-
 def loss_tokens(rows: int, length: int) -> int:
-    """Tokens whose logits the loss computes: ops.output_loss pads rows to a whole number of chunks."""
-    chunks = loss_chunks(rows, length)
+    """Tokens whose logits the loss computes: ops.output_loss pads sequences to a whole number of chunks."""
+    chunks = chunk_count(rows, length)
     return rows * chunks * math.ceil(length / chunks)
 
 
-def train_step(
-    config: ModelConfig,
-    batch: int,
-    length: int,
-    policy: Policy = FLOAT32,
-    *,
-    remat: Remat = "none",
-    accumulate: int = 1,
-    optimizer: Optimizer = "adamw",
-) -> dict[str, Work]:
-    """One optimizer step, by component and "optimizer"."""
-    rows = batch // accumulate
+def train_step(config: ModelConfig, train: TrainConfig, batch: int, length: int) -> dict[str, Work]:
+    """Forward and backward passes of one step over `batch` rows of `length` tokens, by component. `update` follows."""
+    policy, rows = POLICIES[train.policy], batch // train.accumulate
     pairs = lambda block: rows * computed_pairs(length, length, block.window)
     ahead = _forward(config, policy, rows * length, pairs, rows * length, loss_tokens(rows, length))
-    products = 3 if config.feedforward == "swiglu" else 2
+    matmuls = 3 if config.feedforward == "swiglu" else 2
+    again = train.remat == "full"
     passes = {  # of the forward's work: forward, backward, recomputed
-        "projections": 1 + 2 + (remat == "full"),
-        "attention": 1 + 2.5 + (remat != "none"),  # backward: five products to the forward's two, with the scores
-        "feedforward": 1 + 2 + (remat == "full") * (products - 1) / products,  # the last one's result is not needed
+        "projections": 1 + 2 + again,
+        "attention": 1 + 2.5 + (train.remat != "none"),  # backward: five matmuls to the forward's two, with the scores
+        "feedforward": 1 + 2 + again * (matmuls - 1) / matmuls,  # the last one's result is not needed
         "output": 1 + 2,
     }
-    work = {name: ahead[name] * (passes[name] * accumulate) for name in COMPONENTS}
-    return work | {"optimizer": _update(config, policy, accumulate, optimizer)}
+    return {name: ahead[name] * (passes[name] * train.accumulate) for name in COMPONENTS}
 
 
-def _update(config: ModelConfig, policy: Policy, accumulate: int, optimizer: Optimizer) -> Work:
-    """Gradients and weights read, weights written, state read and written, gradients summed; and Muon's products."""
-    moved = gradient_bytes(config) + 2 * weight_bytes(config, policy) + 2 * optimizer_bytes(config, optimizer)
-    moved += 3 * gradient_bytes(config) * accumulate * (accumulate > 1)
+def update(config: ModelConfig, train: TrainConfig) -> Work:
+    """Gradients and weights read, weights written, state read and written, gradients summed; and Muon's matmuls."""
+    weights = weight_bytes(config, POLICIES[train.policy])
+    moved = gradient_bytes(config) + 2 * weights + 2 * optimizer_bytes(config, train.optimizer)
+    moved += 3 * gradient_bytes(config) * train.accumulate * (train.accumulate > 1)
     flops = 0
-    if optimizer == "muon":
+    if train.optimizer == "muon":
         for path, shape in shapes(config).items():
             m, n = sorted(shape) if params.in_layer(path) else (0, 0)
             flops += 5 * (4 * m * m * n + 2 * m**3)  # a step of Newton-Schulz: x x^T, its square, and times x

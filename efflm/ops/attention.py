@@ -149,7 +149,7 @@ def _attend(q, k, v, rows: _Rows, keys: _Rows, window: int, group: int, in_order
     return _attend_forward(q, k, v, rows, keys, window, group, in_order)[0]
 
 
-def _spans(T: int, S: int, window: int, in_order: bool) -> list[tuple[int, int, int, int]]:
+def spans(T: int, S: int, window: int, in_order: bool) -> list[tuple[int, int, int, int]]:
     """(first query, its end, first key, its end) of each block, in positions."""
     if not in_order:
         return [(0, T, 0, S)]
@@ -158,15 +158,16 @@ def _spans(T: int, S: int, window: int, in_order: bool) -> list[tuple[int, int, 
     return [(t, min(t + size, T), max(0, t - window + 1) if window else 0, min(t + size, T)) for t in starts]
 
 
-def _unrolled(T: int, S: int) -> bool:
+def unrolled(T: int, S: int) -> bool:
+    """Whether the blocks (`spans`) are written out one by one, and not looped over."""
     return T * S <= UNROLLED**2
 
 
 def _attend_forward(q, k, v, rows, keys, window, group, in_order):
     T, S = q.shape[2] // group, k.shape[2]
-    if _unrolled(T, S):
+    if unrolled(T, S):
         outs, normalizers = [], []
-        for q_lo, q_hi, k_lo, k_hi in _spans(T, S, window, in_order):
+        for q_lo, q_hi, k_lo, k_hi in spans(T, S, window, in_order):
             some, block = slice(q_lo * group, q_hi * group), rows.part(q_lo * group, (q_hi - q_lo) * group)
             seen = keys.part(k_lo, k_hi - k_lo)
             out, total, top = _forward_block(q[:, :, some], k[:, :, k_lo:k_hi], v[:, :, k_lo:k_hi], block, seen, window)
@@ -183,9 +184,9 @@ def _attend_backward(window, group, in_order, residuals, g):
     T, S = q.shape[2] // group, k.shape[2]
     q = late(q, g)
     inner, g = jnp.sum(g * out, axis=-1), g.astype(q.dtype)
-    if _unrolled(T, S):
+    if unrolled(T, S):
         dqs, dk, dv = [], 0.0, 0.0
-        for q_lo, q_hi, k_lo, k_hi in _spans(T, S, window, in_order):
+        for q_lo, q_hi, k_lo, k_hi in spans(T, S, window, in_order):
             some, block = slice(q_lo * group, q_hi * group), rows.part(q_lo * group, (q_hi - q_lo) * group)
             whole = lambda x, lo=k_lo, hi=k_hi: jnp.pad(x, ((0, 0), (0, 0), (lo, S - hi), (0, 0)))
             dq, dk_part, dv_part = _backward_block(

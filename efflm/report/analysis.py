@@ -9,8 +9,9 @@ import math
 from efflm.config import ModelConfig, TrainConfig
 from efflm.evaluate.cost import Protocol
 from efflm.evaluate.machine import Roofline
-from efflm.model import cost, memory
+from efflm.model import cost
 from efflm.model.cost import Work
+from efflm.plan import memory
 from efflm.precision import POLICIES, Policy
 from efflm.report.table import Columns
 
@@ -120,18 +121,8 @@ def holdings(
 ) -> tuple[list[Holding], str]:
     """The rows of the memory table, and a sentence on what the temporaries are. devices: that share the batch."""
     policy = POLICIES[train.policy]
-    found = memory.moments(
-        config,
-        train.batch // devices,
-        train.length,
-        policy,
-        remat=train.remat,
-        scanned=train.scan,
-        accumulate=train.accumulate,
-        optimizer=train.optimizer,
-    )
-    moment = max(found, key=lambda name: sum(found[name].values()))
-    largest = sorted(found[moment].items(), key=lambda item: -item[1])[:6]
+    peak = memory.moments(config, train, train.batch // devices, train.length).peak
+    largest = sorted((peak.of_weights | peak.of_tokens).items(), key=lambda item: -item[1])[:6]
     weights, state = cost.weight_bytes(config, policy), cost.optimizer_bytes(config, train.optimizer)
     row = lambda name, note, predicted, compiled=None: Holding(
         name=name, note=note, predicted=predicted, compiled=compiled
@@ -149,7 +140,7 @@ def holdings(
             "temporaries of a step",
             f"activations, gradients and more at their peak, for {train.batch} x {train.length} tokens on one of "
             f"{devices} device(s)",
-            sum(found[moment].values()),
+            peak.total(),
             measured and measured.temporaries,
         ),
         row(
@@ -164,8 +155,7 @@ def holdings(
         ),
     ]
     parts = "; ".join(f"{name} {held / 1e6:.1f}" for name, held in largest if held)
-    where = {"update": "in the update", "loss": "in the loss"}.get(moment, f"in the backward pass of {moment}")
-    return rows, f"The temporaries peak {where}. The largest there, in MB: {parts}."
+    return rows, f"The temporaries peak {peak.where}. The largest there, in MB: {parts}."
 
 
 def phases(
@@ -178,15 +168,7 @@ def phases(
 ) -> list[Phase]:
     """A training step, prefill, and decode under the two protocols: with a short and with a full cache."""
     policy = POLICIES[train.policy]
-    step = cost.train_step(
-        config,
-        train.batch,
-        train.length,
-        policy,
-        remat=train.remat,
-        accumulate=train.accumulate,
-        optimizer=train.optimizer,
-    )
+    step = cost.train_step(config, train, train.batch, train.length) | {"optimizer": cost.update(config, train)}
     near, far = protocols
     reading = cost.prefill(config, 1, near.prompt, inference, near.prompt)
     tokens = train.batch * train.length

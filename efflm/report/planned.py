@@ -1,11 +1,12 @@
 """The plan of a run on a mesh, as rows of tables: bytes on a device, what goes over the network, times, candidates."""
 
 import dataclasses
+from typing import Any
 
-from efflm.evaluate.collectives import Collective
-from efflm.evaluate.hardware import Hardware
-from efflm.evaluate.plan import Prediction
-from efflm.evaluate.search import Candidate
+from efflm.plan.collectives import Collective
+from efflm.plan.hardware import Hardware
+from efflm.plan.prediction import Held, Prediction, Served
+from efflm.plan.search import Candidate
 from efflm.report.table import Columns
 
 
@@ -54,6 +55,49 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
+def on_device(found: Any) -> float:
+    """Bytes that a program needs on a device, from its memory_analysis(): arguments, temporaries, and results that are
+    no argument's."""
+    return (
+        found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    )
+
+
+def holdings(held: Held | Served, found: Any) -> list[Bytes]:
+    """What is held, by the closed form and by the program's memory_analysis(), where it compiled."""
+    row = lambda name, note, predicted, compiled=None: Bytes(
+        name=name, note=note, predicted=predicted, compiled=compiled
+    )
+    arguments, temporaries = found and found.argument_size_in_bytes, found and found.temp_size_in_bytes
+    weights = row("weights", "exact, by the sharding table", held.weights)
+    everything = row("all", "what must fit", held.total, found and on_device(found))
+    if isinstance(held, Served):
+        return [
+            weights,
+            row("keys and values", "by rows, and by heads along tensor where it divides them", held.cache),
+            row("arguments", "the weights; decoding, the cache too", held.arguments, arguments),
+            row("results", "prefilling, the cache", held.cache, found and found.output_size_in_bytes),
+            row("temporaries", "", None, temporaries),
+            everything,
+        ]
+    return [
+        weights,
+        row("optimizer state", "exact for rules with whole moments", held.optimizer),
+        row("batch", "tokens, targets, segments, positions", held.batch),
+        row("arguments", "the three above", held.arguments, arguments),
+        row("gradients", "float32, exact, by the sharding table", held.gradients),
+        row("activations", "and other temporaries, modelled on the CPU's program", held.activations),
+        row("temporaries", "the two above, at their peak", held.temporaries, temporaries),
+        everything,
+    ]
+
+
+def fit(needed: float, chip: Hardware) -> str:
+    """A sentence on whether so many bytes fit."""
+    share = f"{size(needed)} of the {size(chip.memory)} of a {chip.name} ({needed / chip.memory:.0%})"
+    return f"It fits: {share}." if needed <= chip.memory else f"It does NOT fit: {share}."
+
+
 def traffic(found: list[Collective], hardware: Hardware, devices: int) -> list[Traffic]:
     """The collectives by kind, those that are written as another kind told apart."""
     out = []
@@ -83,7 +127,7 @@ def times(prediction: Prediction, hardware: Hardware, dtype: str) -> list[Time]:
     """The three bounds."""
     network = "every byte received at the full speed of the links its group has"
     notes = {
-        "compute": f"products at {hardware.peak(dtype) / 1e12:,.0f} TFLOP/s, {hardware.name}'s peak in {dtype}",
+        "compute": f"matmuls at {hardware.peak(dtype) / 1e12:,.0f} TFLOP/s, {hardware.name}'s peak in {dtype}",
         "memory": f"operands and results moved once, at {hardware.bandwidth / 1e12:.2f} TB/s",
         "network": f"{network}: {hardware.link / 1e9:.0f} GB/s"
         + (f" within {hardware.node} devices, {hardware.network / 1e9:.0f} beyond" if hardware.node else ""),

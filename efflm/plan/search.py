@@ -1,4 +1,4 @@
-"""Ranking the ways to train a model on so many devices, by the closed form of evaluate.plan: nothing is compiled."""
+"""Ranking the ways to train a model on so many devices, by the closed form: nothing is compiled."""
 
 import dataclasses
 import itertools
@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterator
 
 from efflm.config import ModelConfig, TrainConfig
-from efflm.evaluate import plan
-from efflm.evaluate.hardware import Hardware
-from efflm.evaluate.plan import Held, Prediction
 from efflm.model import sharding
+from efflm.plan import prediction
+from efflm.plan.device import abstract_mesh
+from efflm.plan.hardware import Hardware
+from efflm.plan.prediction import Held, Prediction
+from efflm.plan.traffic import train_traffic
 from efflm.precision import POLICIES
 
 REMATS = ("none", "dots", "full")
@@ -58,11 +60,9 @@ def search(config: ModelConfig, train: TrainConfig, hardware: Hardware, devices:
     for sizes, batch, remat in itertools.product(meshes(devices), batches, REMATS):
         if not possible(config, batch, train.length, sizes) or batch % train.accumulate:
             continue
-        tried, mesh = dataclasses.replace(train, batch=batch, remat=remat), plan.abstract_mesh(**sizes)
-        bytes_held = plan.held(config, tried, mesh)
-        traffic = plan.train_traffic(config, tried, mesh)
-        prediction = plan.predict(
-            plan.train_work(config, tried, mesh), traffic, hardware, POLICIES[train.policy].compute, devices
-        )
-        out.append(Candidate(sizes, tried, bytes_held, prediction, bytes_held.total <= hardware.memory))
+        tried, mesh = dataclasses.replace(train, batch=batch, remat=remat), abstract_mesh(**sizes)
+        held, work = prediction.held(config, tried, mesh), prediction.train_work(config, tried, mesh)
+        traffic, dtype = train_traffic(config, tried, mesh), POLICIES[train.policy].compute
+        predicted = prediction.predict(work, traffic, hardware, dtype, devices)
+        out.append(Candidate(sizes, tried, held, predicted, held.total <= hardware.memory))
     return sorted(out, key=lambda each: (not each.fits, -each.tokens_a_second, each.held.total))

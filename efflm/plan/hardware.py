@@ -16,6 +16,8 @@ have less.
 
 import dataclasses
 import math
+import os
+from typing import Any
 
 from efflm.config import InputError, require
 
@@ -88,3 +90,20 @@ def parse(text: str) -> tuple[Hardware, str]:
 def chips(topology: str) -> int:
     """How many devices a topology has."""
     return math.prod(int(side) for side in topology.split("x"))
+
+
+def tpu_devices(chip: Hardware, topology: str) -> list[Any]:
+    """Devices of a TPU that is not attached, to compile for: libtpu must be installed."""
+    # libtpu would ask Google what machine this is, complain of what it does not hear, and take the TPU
+    # that is not there for itself alone.
+    quiet = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": f"{chip.name}-8",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{chip.name}:{topology}").devices)

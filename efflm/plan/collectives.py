@@ -21,9 +21,11 @@ Compilers write all-reduce for other things, too, and what counts here is the le
 A combined operation is counted once for each kind in it.
 """
 
+import collections
 import dataclasses
 import math
 import re
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,18 +34,9 @@ BITS = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32, "s64": 64, "u64": 64,
     "f8e4m3fn": 8, "f8e5m2": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64,
 }  # fmt: skip
-# What hands a value on unchanged, or changed element by element, on its way to a slice
-PASSING = (
-    "get-tuple-element",
-    "bitcast",
-    "copy",
-    "convert",
-    "reshape",
-    "transpose",
-    "multiply",
-    "copy-start",
-    "copy-done",
-)
+PASSING = {  # opcodes that hand a value on unchanged, or changed element by element
+    "get-tuple-element", "bitcast", "copy", "convert", "reshape", "transpose", "multiply", "copy-start", "copy-done",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +60,20 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
+    """A line `name = shape opcode(arguments), rest`. operands: names; a name is preceded by its computation's."""
+
     name: str
     shape: str
     opcode: str
+    arguments: str
     operands: tuple[str, ...]
     rest: str
     root: bool
 
 
+_Computations = dict[str, list[_Instruction]]
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
@@ -85,37 +82,37 @@ _CALLED = re.compile(
 
 def collectives(text: str) -> list[Collective]:
     """Every collective of an optimized HLO module that runs, in the order of the text."""
-    programs, entry = _parse(text)
-    out = []
-    for name, (trips, known) in _repetitions(programs, entry).items():
-        for instruction in programs[name].values():
+    computations, entry = _parse(text)
+    graph, out = _graph(computations), []
+    for name, (trips, known) in _repetitions(computations, entry).items():
+        for instruction in computations[name]:
             if instruction.opcode.removesuffix("-start") in KINDS:
-                out += _collectives(instruction, programs, name, trips, known)
+                out += _collectives(graph.nodes[instruction.name], graph, trips, known)
     return out
 
 
-def _collectives(instruction, programs, computation: str, trips: int, known: bool) -> list[Collective]:
+def _collectives(instruction: _Instruction, graph: "_Graph", trips: int, known: bool) -> list[Collective]:
     """The operation, once for each kind of what it does to its operands."""
     written = instruction.opcode.removesuffix("-start")
     group = _group(instruction.rest, written)
     bytes_of: dict[str, float] = {}
     dtypes: dict[str, str] = {}
     for index, name in enumerate(instruction.operands):
-        arrays = _ARRAY.findall(programs[computation][name].shape)
+        arrays = _ARRAY.findall(graph.nodes[name].shape)
         given = sum(map(_nbytes, arrays))
-        back = _back(programs, computation, name)
         kind, dtype = written, max(arrays, key=_nbytes)[0] if arrays else ""
-        if dtype == "f32" and any(each.shape.startswith("bf16") for each, _ in back):
+        if dtype == "f32" and any(each.shape.startswith("bf16") for each in _origins(graph, name)):
             given, dtype = given / 2, "bf16"
         if written == "all-reduce":
             part = index if len(instruction.operands) > 1 else None
-            if _only_sliced(programs, computation, instruction.name, part):
+            if _only_sliced(graph, instruction, part):
                 kind = "reduce-scatter"
-            elif _own_part(programs, back):
+            elif _own_part(graph, name):
                 kind, given = "all-gather", given / len(group)
         bytes_of[kind], dtypes[kind] = bytes_of.get(kind, 0) + given * _received(kind, len(group)), dtype
+    name = instruction.name.partition("/")[2]
     return [
-        Collective(kind, instruction.name, group, dtypes[kind], nbytes * trips, trips, kind != written, known)
+        Collective(kind, name, group, dtypes[kind], nbytes * trips, trips, kind != written, known)
         for kind, nbytes in bytes_of.items()
     ]
 
@@ -137,33 +134,23 @@ def _nbytes(array: tuple[str, str]) -> float:
     return BITS.get(dtype, 32) / 8 * math.prod(int(side) for side in sides.split(",") if side)
 
 
-def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
-    """{computation: {name: instruction}}, and the name of the one that is run."""
-    programs: dict[str, dict[str, _Instruction]] = {}
-    entry, current = "", None
+def _parse(text: str) -> tuple[_Computations, str]:
+    """{computation: its instructions}, and the name of the one that is run."""
+    computations: _Computations = {}
+    entry, current = "", ""
     for line in text.splitlines():
         if header := _HEADER.match(line):
-            entry = header[2] if header[1] else entry
-            current = programs.setdefault(header[2], {})
-        elif line.startswith("}"):
-            current = None
-        elif current is not None and (found := _LINE.match(line)):
-            shape, rest = _split_shape(found[3])
-            opcode, _, rest = rest.partition("(")
+            current = header[2]
+            computations[current] = []
+            entry = current if header[1] else entry
+        elif current and (found := _LINE.match(line)):
+            root, name, shape, opcode, rest = found.groups()
             arguments, rest = _split_arguments(rest)
-            names = tuple(re.findall(r"%([\w.\-]+)", arguments) or re.findall(r"[\w.\-]+", arguments))
-            names = (arguments,) if opcode in ("parameter", "constant") else names
-            current[found[2]] = _Instruction(found[2], shape, opcode.strip(), names, rest, bool(found[1]))
-    return programs, entry
-
-
-def _split_shape(text: str) -> tuple[str, str]:
-    """The shape, which may be a tuple, and what follows it."""
-    if not text.startswith("("):
-        shape, _, rest = text.partition(" ")
-        return shape, rest
-    shape, rest = _split_arguments(text[1:])
-    return shape, rest.strip()
+            names = re.findall(r"%([\w.\-]+)", arguments) or re.findall(r"[\w.\-]+", arguments)
+            operands = tuple(f"{current}/{each}" for each in names if opcode not in ("parameter", "constant"))
+            instruction = _Instruction(f"{current}/{name}", shape, opcode, arguments, operands, rest, bool(root))
+            computations[current].append(instruction)
+    return computations, entry
 
 
 def _split_arguments(text: str) -> tuple[str, str]:
@@ -206,95 +193,100 @@ def _group_of_mesh(mesh: str, axes: str) -> tuple[int, ...]:
     return tuple(devices[tuple(slice(None) if part else 0 for part in talk)].ravel().tolist())
 
 
-def _repetitions(programs, entry: str) -> dict[str, tuple[int, bool]]:
+def _repetitions(computations: _Computations, entry: str) -> dict[str, tuple[int, bool]]:
     """{computation that runs: (how often, whether that is known)}."""
     out: dict[str, tuple[int, bool]] = {}
 
     def visit(name: str, trips: int, known: bool) -> None:
         before, sure = out.get(name, (0, True))
         out[name] = (before + trips, sure and known)
-        for instruction in programs[name].values():
-            called = [part for found in _CALLED.findall(instruction.rest) for part in re.findall(r"[\w.\-]+", found)]
-            count = _trips(instruction, programs) if instruction.opcode == "while" else 1
-            for part in called:
-                if part in programs:
-                    visit(part, trips * (count or 1), known and count is not None)
+        for instruction in computations[name]:
+            count = _trips(instruction, computations) if instruction.opcode == "while" else 1
+            for called in _called(instruction):
+                if called in computations:
+                    visit(called, trips * (count or 1), known and count is not None)
 
     visit(entry, 1, True)
     return out
 
 
-def _trips(loop: _Instruction, programs) -> int | None:
+def _called(instruction: _Instruction) -> list[str]:
+    return [name for found in _CALLED.findall(instruction.rest) for name in re.findall(r"[\w.\-]+", found)]
+
+
+def _trips(loop: _Instruction, computations: _Computations) -> int | None:
     """How often a loop runs: by the compiler's own note, else by the one constant that its condition compares with."""
     if found := re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop.rest):
         return int(found[1])
-    condition = programs.get(re.search(r"condition=%?([\w.\-]+)", loop.rest)[1], {})
-    constants = [i.operands[0] for i in condition.values() if i.opcode == "constant" and i.operands[0].isdigit()]
+    condition = computations.get(re.search(r"condition=%?([\w.\-]+)", loop.rest)[1], [])
+    constants = [each.arguments for each in condition if each.opcode == "constant" and each.arguments.isdigit()]
     return int(constants[0]) if len(constants) == 1 else None
 
 
-# --- what becomes of a value, and where it comes from ------------------------------------------------------------
+# --- what becomes of a value, and where it comes from ----------------------------------------------------------------
 
 
-def _called_by(instruction: _Instruction) -> str:
-    return re.search(r"(?:calls|to_apply)=%?([\w.\-]+)", instruction.rest)[1]
+class _Graph(NamedTuple):
+    """Instructions by name, and those that read each. What fusions and calls compute stands in their place."""
+
+    nodes: dict[str, _Instruction]
+    users: dict[str, list[_Instruction]]
 
 
-def _only_sliced(programs, computation: str, name: str, index: int | None = None) -> bool:
-    """Whether all that reads a value (its part `index`, where it is a tuple) is, in the end, slices of it."""
-    program = programs[computation]
-    users = [
-        each for each in program.values() if name in each.operands and each.opcode not in ("parameter", "constant")
-    ]
-    if index is not None:
-        users = [each for each in users if f"index={index}" in re.split(r"[,\s]+", each.rest)]
-    if not users or program[name].root:
-        return False
-    return all(_slices(programs, computation, user, name) for user in users)
+def _graph(computations: _Computations) -> _Graph:
+    instructions = [each for some in computations.values() for each in some]
+    calls = [(each, called) for each in instructions for called in _called(each)]
+    times = collections.Counter(called for _, called in calls)
+    same: dict[str, str] = {}  # a fusion -> its root; a parameter of it -> the operand
+    for call, called in calls:
+        if call.opcode in ("fusion", "call") and times[called] == 1:
+            for each in computations[called]:
+                if each.root:
+                    same[call.name] = each.name
+                if each.opcode == "parameter":
+                    same[each.name] = call.operands[int(each.arguments)]
+
+    def real(name: str) -> str:
+        while name in same:
+            name = same[name]
+        return name
+
+    graph, inside = _Graph({}, collections.defaultdict(list)), set(same.values())
+    for each in instructions:
+        if each.name not in same:
+            operands, root = tuple(map(real, each.operands)), each.root and each.name not in inside
+            graph.nodes[each.name] = each = dataclasses.replace(each, operands=operands, root=root)
+            for name in set(operands):
+                graph.users[name].append(each)
+    return graph
 
 
-def _slices(programs, computation: str, user: _Instruction, name: str) -> bool:
-    if user.opcode == "dynamic-slice":
-        return user.operands[0] == name
-    if user.opcode in PASSING:
-        return _only_sliced(programs, computation, user.name)
-    if user.opcode in ("fusion", "call"):
-        called = _called_by(user)
-        numbers = [str(index) for index, operand in enumerate(user.operands) if operand == name]
-        inside = [i.name for i in programs[called].values() if i.opcode == "parameter" and i.operands[0] in numbers]
-        return all(_only_sliced(programs, called, each) for each in inside)
-    return False
+def _only_sliced(graph: _Graph, value: _Instruction, part: int | None = None) -> bool:
+    """Whether all that reads a value (its part, where it is a tuple) is, in the end, slices of it."""
+    users = graph.users[value.name]
+    if part is not None:
+        users = [user for user in users if f"index={part}" in re.split(r"[,\s]+", user.rest)]
+
+    def slices(user: _Instruction) -> bool:
+        if user.opcode == "dynamic-slice":
+            return user.operands[0] == value.name
+        return user.opcode in PASSING and _only_sliced(graph, user)
+
+    return bool(users) and not value.root and all(map(slices, users))
 
 
-def _back(programs, computation: str, name: str, callers: tuple = ()) -> list[tuple[_Instruction, tuple]]:
-    """The instructions that a value has passed through unchanged, the last first, into fusions and out of them.
-
-    Each comes with its place: the computation it is in, and the calls that lead there.
-    """
-    out, part = [], 0
-    while found := programs[computation].get(name):
-        out.append((found, (computation, callers)))
-        if found.opcode in PASSING and found.operands:
-            name = found.operands[0]
-            if index := re.search(r"index=(\d+)", found.rest):
-                part = int(index[1])
-        elif found.opcode == "fusion":
-            callers, computation = (*callers, (computation, found)), _called_by(found)
-            name = next(each.name for each in programs[computation].values() if each.root)
-        elif found.opcode == "tuple":
-            name = found.operands[part]
-        elif found.opcode == "parameter" and callers:
-            (computation, call), callers = callers[-1], callers[:-1]
-            name = call.operands[int(found.operands[0])]
-        else:
-            break
+def _origins(graph: _Graph, name: str) -> list[_Instruction]:
+    """The instructions that a value has passed through unchanged, the last first."""
+    out, part = [graph.nodes[name]], 0
+    while (found := out[-1]).opcode in PASSING or found.opcode == "tuple":
+        if index := re.search(r"index=(\d+)", found.rest):
+            part = int(index[1])
+        out.append(graph.nodes[found.operands[part if found.opcode == "tuple" else 0]])
     return out
 
 
-def _own_part(programs, back: list[tuple[_Instruction, tuple]]) -> bool:
+def _own_part(graph: _Graph, name: str) -> bool:
     """Whether the value is zeros into which a slice was written."""
-    last, (computation, callers) = back[-1]
-    if last.opcode != "dynamic-update-slice":
-        return False
-    below, _ = _back(programs, computation, last.operands[0], callers)[-1]
-    return below.opcode in ("broadcast", "constant")
+    last = _origins(graph, name)[-1]
+    below = last.opcode == "dynamic-update-slice" and _origins(graph, last.operands[0])[-1]
+    return bool(below) and below.opcode in ("broadcast", "constant")

@@ -1,8 +1,8 @@
 import pytest
 
 from efflm.config import InputError
-from efflm.evaluate import hardware
-from efflm.evaluate.hardware import HARDWARE
+from efflm.plan import hardware
+from efflm.plan.hardware import HARDWARE
 
 
 def test_a_topology_is_read():

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from efflm.evaluate.collectives import collectives
 from efflm.model import sharding
+from efflm.plan.collectives import collectives
 
 LAYERS, WIDTH, ROWS = 5, 64, 16
 MESH = sharding.make_mesh(fsdp=8)

@@ -8,13 +8,15 @@ import pytest
 
 from efflm.compress.quantize import quantize
 from efflm.config import TrainConfig
-from efflm.evaluate import plan, search
-from efflm.evaluate.collectives import Collective
-from efflm.evaluate.hardware import HARDWARE
-from efflm.evaluate.plan import Work
 from efflm.infer import ahead as infer_ahead
 from efflm.model import LanguageModel, cost, init_params, sharding
+from efflm.model.cost import Work
 from efflm.model.presets import preset
+from efflm.plan import device, prediction, search
+from efflm.plan.collectives import Collective
+from efflm.plan.device import abstract_mesh
+from efflm.plan.hardware import HARDWARE
+from efflm.plan.traffic import train_traffic
 from efflm.precision import POLICIES, cast
 from efflm.train import ahead
 from tests import tiny
@@ -34,7 +36,7 @@ def test_bytes_are_those_of_zero(name, n):
     config = tiny.CONFIGS[name]
     matrices = sum(math.prod(shape) for shape in cost.shapes(config).values() if len(shape) == 2)
     vectors = sum(math.prod(shape) for shape in cost.shapes(config).values() if len(shape) == 1)
-    held = plan.held(config, TRAIN, plan.abstract_mesh(fsdp=n))
+    held = prediction.held(config, TRAIN, abstract_mesh(fsdp=n))
     each = 4 * (matrices / n + vectors)
     assert (held.weights, held.gradients) == (each, each)
     assert held.optimizer == pytest.approx(2 * each, rel=1e-12)
@@ -47,7 +49,7 @@ def test_bytes_are_those_of_the_state_as_it_lies(name, sizes):
     batch = dataclasses.replace(TRAIN, batch=24)
     _, (state, _, rows) = ahead.training_step(config, batch, mesh)
     part = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    held = plan.held(config, batch, plan.abstract_mesh(**sizes))
+    held = prediction.held(config, batch, abstract_mesh(**sizes))
     assert sum(map(part, jax.tree.leaves(state.trainable))) == held.weights
     assert 0 <= sum(map(part, jax.tree.leaves(state.optimizer))) - held.optimizer <= COUNTERS
     assert sum(map(part, jax.tree.leaves(rows))) == held.batch
@@ -57,7 +59,7 @@ def test_bytes_are_those_of_the_compiled_arguments():
     config, mesh = tiny.LLAMA.config(), sharding.make_mesh(fsdp=4, tensor=2)
     step, arguments = ahead.training_step(config, TRAIN, mesh)
     stats = step.lower(*arguments).compile().memory_analysis()
-    held = plan.held(config, TRAIN, plan.abstract_mesh(fsdp=4, tensor=2))
+    held = prediction.held(config, TRAIN, abstract_mesh(fsdp=4, tensor=2))
     assert 0 <= stats.argument_size_in_bytes - held.arguments <= COUNTERS
 
 
@@ -70,43 +72,44 @@ def test_bytes_of_served_models_are_those_of_the_compiled_arguments(int8):
         return quantize(params) if int8 else params
 
     model = LanguageModel(config, jax.eval_shape(stored))
-    shape = plan.abstract_mesh(data=2, tensor=2)
-    weights = plan.tree_bytes(model.params, shape)
-    cache = plan.cache_bytes(config, 4, 16, policy, shape)
+    shape = abstract_mesh(data=2, tensor=2)
+    decoding, prefilling = (
+        prediction.served(model.params, config, phase, 4, 16, policy, shape) for phase in ("decode", "prefill")
+    )
     stats = infer_ahead.decode(model, 4, 16, mesh).compile().memory_analysis()
     rows = (4 + 4 + 1 + 8) * 4 / 2  # of two devices: lengths, newest tokens, whether ended, keys
     same = 4 * (4 + 16)  # how to sample, and the stop tokens
-    rest = stats.argument_size_in_bytes - weights - cache - rows - same
+    rest = stats.argument_size_in_bytes - decoding.arguments - rows - same
     assert 0 <= rest <= COUNTERS
     if int8:
-        assert weights < 0.35 * plan.tree_bytes(abstract(config), shape)  # of float32
+        assert decoding.weights < 0.35 * device.tree_bytes(abstract(config), shape)  # of float32
     prefilled = infer_ahead.prefill(model, 4, 16, mesh).compile().memory_analysis()
-    assert 0 <= prefilled.argument_size_in_bytes - weights - 4 * 4 * (16 + 1) / 2 <= COUNTERS
+    assert 0 <= prefilled.argument_size_in_bytes - prefilling.arguments - 4 * 4 * (16 + 1) / 2 <= COUNTERS
 
 
 def test_work_is_divided_among_devices():
     config = preset("llama3-8b")
     train = dataclasses.replace(TRAIN, batch=64, length=4096)
-    one = plan.train_work(config, train, plan.abstract_mesh()).flops
+    one = prediction.train_work(config, train, abstract_mesh()).flops
     for sizes in ({"fsdp": 8}, {"data": 2, "fsdp": 4}, {"tensor": 8}, {"sequence": 4, "fsdp": 2}):
-        shared = plan.train_work(config, train, plan.abstract_mesh(**sizes)).flops
+        shared = prediction.train_work(config, train, abstract_mesh(**sizes)).flops
         assert 8 * shared == pytest.approx(one, rel=0.01), sizes
 
 
 def test_the_network_takes_what_the_slowest_link_says():
     chip = HARDWARE["h100"]
     near, far = (Collective("all-gather", "x", group, "f32", 9e9, 1) for group in (tuple(range(8)), tuple(range(64))))
-    prediction = plan.predict(Work(1e12, 1e9), [near, far], chip, "bfloat16", 64)
-    assert prediction.network == pytest.approx(9e9 / 450e9 + 9e9 / 50e9)
-    assert prediction.bound == "network"
-    assert prediction.seconds == prediction.network < prediction.unhidden
+    predicted = prediction.predict(Work(1e12, 1e9), [near, far], chip, "bfloat16", 64)
+    assert predicted.network == pytest.approx(9e9 / 450e9 + 9e9 / 50e9)
+    assert predicted.bound == "network"
+    assert predicted.seconds == predicted.network < predicted.unhidden
 
 
 def test_groups_are_those_of_the_mesh():
-    mesh = plan.abstract_mesh(data=2, fsdp=2, tensor=2)
-    assert plan.group(("tensor",), mesh) == (0, 1)
-    assert plan.group(("data",), mesh) == (0, 4)
-    assert plan.group(("data", "tensor"), mesh) == (0, 1, 4, 5)
+    mesh = abstract_mesh(data=2, fsdp=2, tensor=2)
+    assert device.group(("tensor",), mesh) == (0, 1)
+    assert device.group(("data",), mesh) == (0, 4)
+    assert device.group(("data", "tensor"), mesh) == (0, 1, 4, 5)
 
 
 def test_traffic_under_fsdp_is_three_times_the_weights():
@@ -116,7 +119,7 @@ def test_traffic_under_fsdp_is_three_times_the_weights():
     train = dataclasses.replace(train, batch=8)
     received = lambda **sizes: sum(
         each.nbytes
-        for each in plan.train_traffic(config, train, plan.abstract_mesh(**sizes))
+        for each in train_traffic(config, train, abstract_mesh(**sizes))
         if each.name in ("weights", "gradients")
     )
     assert received(fsdp=8) == pytest.approx(1.5 * received(data=8), rel=1e-3)
