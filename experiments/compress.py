@@ -24,23 +24,27 @@ from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink
 from efflm.compress.step import Context, Step
 from efflm.config import InputError, flag, require
-from efflm.data import dataset
+from efflm.data import corpora, dataset
 from efflm.evaluate import cost, quality
+from efflm.evaluate.windows import Scoring
 from efflm.flags import command_line, launch
 from efflm.formats import safetensors, sources
-from efflm.formats.sources import Loaded
+from efflm.formats.sources import KINDS, Loaded
 from efflm.infer.generate import generate
 from efflm.model import LanguageModel, sharding
-from efflm.report import page, plots, rows, table
+from efflm.report import page, plots, rows, scoring, table
 from efflm.tokenizer import Tokenizer
-from experiments import evaluate
 
 BEFORE = "before.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run(evaluate.Scored):
+class Run:
     """The run"""
+
+    model: str = flag(str(rundir.ROOT / "quickstart"), KINDS)
+    text: str = flag("", "file or folder of UTF-8 text to score; default: the test split of --corpus")
+    corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib")
 
     recipe: str = flag(
         "w8a16",
@@ -57,7 +61,6 @@ class Run(evaluate.Scored):
     sample: int = flag(32, "tokens it goes on by")
 
     def __post_init__(self):
-        super().__post_init__()
         require(bool(self.recipe.split()), f"recipe is {self.recipe!r}: give at least one")
         for names in self.recipe.split():
             recipe.named(names)
@@ -85,20 +88,14 @@ def training_context(run: Run, loaded: Loaded, trains: bool) -> Context:
     if not trains:
         return Context(seed=run.seed, mesh=mesh)
     data = dataset.prepare(
-        evaluate.source_of(run, loaded.about),
-        cache_of(run.model),
+        dataset.source_of(run.corpus, loaded.about),
+        dataset.cache_beside(run.model),
         vocabulary=loaded.model.config.vocabulary,
         length=run.length,
         batch=run.batch,
         tokenizer=loaded.tokenizer,
     )
     return Context(batches=data.batches(run.batch, run.seed), seed=run.seed, mesh=mesh)
-
-
-def cache_of(source: str) -> Path:
-    """Where the corpora of a model's run are kept."""
-    path = Path(source).absolute()
-    return next((p / "corpora" for p in path.parents if (p / "corpora").is_dir()), rundir.ROOT / "corpora")
 
 
 def described(steps: tuple[Step, ...], after: LanguageModel) -> str:
@@ -117,7 +114,7 @@ def written(model: LanguageModel, tokens: Tokenizer, prompt: str, new: int) -> s
     return prompt + tokens.decode(generate(model, [ids], new, stops=tokens.stops)[0]) if new > 0 else prompt
 
 
-def main(run: Run, quantize: dict, prune: dict, finetune: dict, distill: dict, shrink: dict) -> None:
+def main(run: Run, score: Scoring, quantize: dict, prune: dict, finetune: dict, distill: dict, shrink: dict) -> None:
     began = time.perf_counter()
     say = lambda words: print(f"[{time.perf_counter() - began:4.0f} s] {words}", flush=True)
     changes = {Quantize: quantize, Prune: prune, Finetune: finetune, Distill: distill, Shrink: shrink}
@@ -126,45 +123,45 @@ def main(run: Run, quantize: dict, prune: dict, finetune: dict, distill: dict, s
     loaded = sources.load(run.model, mesh=sharding.data_parallel(run.batch))
     dense, tokens, about = loaded.model, loaded.tokenizer, loaded.about
     rundir.require_writable(run_dir, needs=50_000_000 + (1 + len(plans)) * trees.nbytes(dense.params))
-    say(f"{run.model}: {trees.count(dense.params) / 1e6:.1f} M parameters, {evaluate.origin(run.model, about)}")
-    to_score, words = evaluate.scored_rows(run, loaded)
+    say(f"{run.model}: {trees.count(dense.params) / 1e6:.1f} M parameters, {rows.origin(run.model, about)}")
+    text = dataset.to_score(run.text, run.corpus, about, tokens, dataset.cache_beside(run.model))
+    score = score.within(dense.config.max_length, about.get("train.length", 0), text.unbroken)
     context = training_context(run, loaded, any(map(recipe.trains, plans.values())))
     rundir.use_compilation_cache(run_dir.parent / "compilation_cache")
-    protocol, batch = evaluate.speed_protocol(dense), evaluate.rows_at_a_time(to_score)
+    protocol, kept = cost.protocol_for(dense), {}
     one, records, samples, measured = jax.devices()[0], {}, {}, []
-    first = evaluate.label(about)
+    first = rows.label(about)
     dense_here = jax.device_put(dense, one)
     for name, steps in plans.items():
         say(f"{name}: {', then '.join(map(repr, steps))}")
         after, records[name] = recipe.run(dense, steps, context)
-        if not measured:  # the first step has been taken, so nothing is left behind where a recipe cannot be
+        here = jax.device_put(after, one)
+        models = {name: here} if measured else {first: dense_here, name: here}
+        say(f"{name}: reading the text")
+        found = scoring.measure(models, text, tokens, score, dense_here, kept)
+        for each, figures in found.items():
+            say(f"{each}: {quality.words(quality.bits_per_byte(figures))} bits per byte")
+        if not measured:  # a step has been taken and the text read, so nothing is left behind where that cannot be
             run_dir.mkdir(parents=True, exist_ok=True)
             tokens.save(run_dir / "tokenizer.json")
-            size = safetensors.save(run_dir / BEFORE, dense, about)
-            say(f"{first}: reading the text")
-            reading = quality.read(dense_here, to_score, batch)
-            before = quality.score(reading, reading, to_score, tokens.token_bytes)
-            say(f"{first}: {quality.bits_per_byte(before)[0]:.4f} bits per byte")
+            before, size = found[first], safetensors.save(run_dir / BEFORE, dense, about)
         after_size = safetensors.save(run_dir / f"{name}.safetensors", after, about | {"recipe": name})
-        after = jax.device_put(after, one)
-        found = quality.score(quality.read(after, to_score, batch), reading, to_score, tokens.token_bytes)
-        say(f"{name}: {quality.bits_per_byte(found)[0]:.4f} bits per byte")
-        rates = cost.rates({first: dense_here, name: after}, protocol)
-        pairs = [(name, after, after_size, described(steps, after), found)]
+        rates = cost.rates({first: dense_here, name: here}, protocol)
+        pairs = [(name, here, after_size, described(steps, here), found[name])]
         if not measured:
-            pairs.insert(0, (first, dense_here, size, evaluate.origin(run.model, about), before))
+            pairs.insert(0, (first, dense_here, size, rows.origin(run.model, about), before))
         for each, model, nbytes, note, figures in pairs:
             base = None if each == first else (before, rates[first])
             measured.append(rows.make(each, model, nbytes, note, figures, rates[each], base))
             if run.prompt:
                 samples[each] = written(model, tokens, run.prompt, run.sample)
-        del after, model, pairs
+        del after, here, models, model, pairs
     report(run, measured, records, samples, [
-        f"Quality: {words}. Divergence: from the first model.",
+        f"Quality: {scoring.protocol(text, score, before)}. Divergence: from the first model.",
         f"Speed: {protocol}; each model in turn with the first, whose rounds beside the second are shown. In brackets "
         "the quartiles.",
         f"Size: an uncompressed safetensors file; the source itself takes {table.megabytes(loaded.nbytes)} MB.",
-        *evaluate.cautions(run, about),
+        *rows.cautions(run.model, about, text.known),
     ])  # fmt: skip
     say(f"done: {run_dir / 'report.html'}")
 
@@ -199,4 +196,7 @@ def report(run: Run, measured: list[rows.Row], records: dict, samples: dict[str,
 
 
 if __name__ == "__main__":
-    launch(main, __doc__, run=Run(), quantize=Quantize, prune=Prune, finetune=Finetune, distill=Distill, shrink=Shrink)
+    launch(
+        main, __doc__, run=Run(), score=Scoring(), quantize=Quantize, prune=Prune, finetune=Finetune, distill=Distill,
+        shrink=Shrink,
+    )  # fmt: skip

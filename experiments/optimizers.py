@@ -26,12 +26,14 @@ from jax.sharding import Mesh
 
 from efflm import config, rundir
 from efflm.config import InputError, ModelConfig, ModelShape, TrainConfig, flag, require
-from efflm.data import dataset
-from efflm.data.dataset import Dataset
+from efflm.data import corpora, dataset
+from efflm.data.dataset import Dataset, Text
 from efflm.evaluate import quality
+from efflm.evaluate.quality import Quality
+from efflm.evaluate.windows import Scoring
 from efflm.flags import command_line, launch
 from efflm.model import LanguageModel, init_params, sharding
-from efflm.report import plots, table
+from efflm.report import plots, scoring, table
 from efflm.train import assemble, optimizer
 
 # Untied, since with tied embeddings the seed decides when a small model leaves the loss of token frequencies.
@@ -52,7 +54,7 @@ class Run:
     """The run"""
 
     run_dir: str = flag(str(rundir.ROOT / "optimizers"), "where everything is written")
-    corpus: str = flag("stdlib", "'stdlib' (Python's own source files), or a file or folder of UTF-8 text")
+    corpus: str = flag(corpora.DEFAULT, corpora.KINDS)
     optimizers: str = flag(",".join(get_args(config.Optimizer)), "which to compare; adamw is always among them")
     multipliers: str = flag("0.5,1,2", "grid of learning rates, as multiples of each optimizer's usual one")
     widen: int = flag(1, "further rates tried where the best of the grid lies at its edge")
@@ -123,7 +125,7 @@ COLUMNS = (
 )
 
 
-def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
+def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> None:
     began, run_dir = time.perf_counter(), Path(run.run_dir)
     if run.reduced:
         model, train = replace_defaults(model, MODEL, REDUCED_MODEL), replace_defaults(train, TRAIN, REDUCED_TRAIN)
@@ -143,10 +145,11 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
     mesh = sharding.data_parallel(train.batch)
     print(data.corpus.describe())
 
+    score, folder = score.within(shape.max_length, train.length, data.test.unbroken), run_dir / "curves"
     runs, fastest, notes = {}, {}, {}
     for name in run.names():
         usual = settings(name, train)
-        at = lambda rate, seed=0, usual=usual: fit(usual, rate, seed, shape, data, mesh, run_dir / "curves")
+        at = lambda rate, seed=0, usual=usual: fit(usual, rate, seed, shape, data, score, mesh, folder)
         swept = sweep(at, [usual.learning_rate * factor for factor in run.grid()], run.widen)
         best = min(swept, key=lambda one: one.validation)
         runs[name] = [best, *(at(best.rate, seed) for seed in range(1, run.seeds))]
@@ -158,7 +161,8 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
         notes[name] = f"validation bits per byte by learning rate {tried}{edge}"
         print(f"[{time.perf_counter() - began:4.0f} s] {name}: {notes[name]}", flush=True)
 
-    test = {name: np.array([held_out(one.model, data.test[:], data) for one in group]) for name, group in runs.items()}
+    found = {name: [held_out(one.model, data.test, data, score) for one in group] for name, group in runs.items()}
+    test = {name: np.array([quality.bits_per_byte(one)[0] for one in group]) for name, group in found.items()}
     curves = {}
     for name, group in runs.items():
         mean = smoothed(np.mean([one.curve[2] for one in group], axis=0))
@@ -187,7 +191,8 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
         *verdicts({row.name: row for row in rows}),
         f"Trained for {train.steps} steps of {train.batch} x {train.length} tokens, {train.warmup} of them warm-up; "
         f"seeds: {run.seeds}; {train.schedule} schedule (schedule_free: constant, and evaluated at its average).",
-        f"Quality: {data.protocol}. Smaller is better; learning rates were selected on validation text.",
+        f"Quality: {scoring.protocol(data.test, score, found['adamw'][0])}. Smaller is better; learning "
+        "rates were selected on validation text.",
         "Steps to AdamW's loss: when the training loss, averaged over seeds and the tenth of the steps before, first "
         "is at most AdamW's at its end. A run planned to end there might do so sooner, its rate decayed by then.",
         "Seconds and tokens/s: of the fastest run of each optimizer, after its first step, which compiles.",
@@ -242,7 +247,14 @@ def sweep(at, rates: list[float], widen: int) -> list[Trained]:
 
 
 def fit(
-    usual: TrainConfig, rate: float, seed: int, shape: ModelConfig, data: Dataset, mesh: Mesh, folder: Path
+    usual: TrainConfig,
+    rate: float,
+    seed: int,
+    shape: ModelConfig,
+    data: Dataset,
+    score: Scoring,
+    mesh: Mesh,
+    folder: Path,
 ) -> Trained:
     """Train at one rate and seed, and score on validation rows; the seed is that of the weights and of the batches."""
     file = folder / f"{usual.optimizer}-{rate:.2e}-seed{seed}.jsonl"
@@ -256,7 +268,7 @@ def fit(
             title=f"{usual.optimizer}, rate {rate:.1e}, seed {seed}",
             metrics_file=file,
         )
-        validation = held_out(model, data.validation[:], data)
+        validation = quality.bits_per_byte(held_out(model, data.validation, data, score))[0]
     except InputError as error:  # it diverged, which is an answer too
         print(f"  {error}")
         model, validation = None, math.inf
@@ -266,9 +278,8 @@ def fit(
     return Trained(rate=rate, curve=curve, tokens_per_second=speed, model=model, validation=validation)
 
 
-def held_out(model: LanguageModel, rows: dict[str, np.ndarray], data: Dataset) -> float:
-    """Bits per byte."""
-    return quality.bits_per_byte(quality.measure({"": model}, rows, data.tokenizer.token_bytes, model)[""])[0]
+def held_out(model: LanguageModel, text: Text, data: Dataset, score: Scoring) -> Quality:
+    return scoring.measure({"": model}, text, data.tokenizer, score, model)[""]
 
 
 def smoothed(losses: np.ndarray) -> np.ndarray:
@@ -308,4 +319,4 @@ def verdicts(rows: dict[str, Row]) -> list[str]:
 
 
 if __name__ == "__main__":
-    launch(main, __doc__, run=Run(), model=MODEL, train=TRAIN)
+    launch(main, __doc__, run=Run(), model=MODEL, train=TRAIN, score=Scoring())

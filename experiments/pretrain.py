@@ -16,12 +16,13 @@ from jax.sharding import Mesh
 
 from efflm import hosts, rundir, tokenizer
 from efflm.config import HostsConfig, InputError, MeshConfig, ModelConfig, ModelShape, TrainConfig, flag, require
-from efflm.data import dataset
+from efflm.data import corpora, dataset
 from efflm.data.dataset import Dataset
 from efflm.evaluate import quality
+from efflm.evaluate.windows import Scoring
 from efflm.flags import launch
 from efflm.model import LanguageModel, init_params, sharding
-from efflm.report import plots
+from efflm.report import plots, scoring
 from efflm.train import assemble, checkpoint, metrics
 from efflm.train.checkpoint import Checkpointing
 
@@ -31,9 +32,7 @@ class Run:
     """The run"""
 
     run_dir: str = flag(str(rundir.ROOT / "pretrain"), "where everything is written")
-    corpus: str = flag(
-        "stdlib", "'stdlib' (Python's own source files), 'enwik8' (read in bytes), or a file or folder of UTF-8 text"
-    )
+    corpus: str = flag(corpora.DEFAULT, corpora.KINDS)
     seed: int = flag(0, "seed of the weights and of the order of rows")
     test: bool = flag(False, "score the test text too: once, when all choices are made")
     init_from: str = flag("", "run directory of an earlier training run to start the weights from")
@@ -89,7 +88,7 @@ def check(run: Run, config: ModelConfig, train: TrainConfig) -> None:
 
 def prepare(run: Run, config: ModelConfig, train: TrainConfig) -> Dataset:
     """The corpus in tokens; with --init_from, in the tokens of that run."""
-    data = dataset.prepare(
+    return dataset.prepare(
         run.corpus,
         Path(run.run_dir).parent / "corpora",
         vocabulary=config.vocabulary,
@@ -97,12 +96,6 @@ def prepare(run: Run, config: ModelConfig, train: TrainConfig) -> Dataset:
         batch=train.batch,
         tokenizer=tokenizer.load(Path(run.init_from) / "tokenizer.json") if run.init_from else None,
     )
-    require(
-        data.tokenizer.vocabulary <= config.vocabulary,
-        f"the tokenizer of {run.init_from} has {data.tokenizer.vocabulary} entries, but model.vocabulary is "
-        f"{config.vocabulary}: set it to at least that",
-    )
-    return data
 
 
 def trained_model(run: Run, config: ModelConfig, train: TrainConfig, data: Dataset, mesh: Mesh) -> LanguageModel:
@@ -156,9 +149,10 @@ def show_curve(run_dir: Path) -> None:
         plots.training_curves({"training": tuple(columns)}, run_dir / "loss.png")
 
 
-def main(run: Run, model: ModelShape, train: TrainConfig, mesh: MeshConfig) -> None:
+def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring, mesh: MeshConfig) -> None:
     config = model.config()
     check(run, config, train)
+    score.within(config.max_length)
     devices = sharding.mesh_for(mesh, train.batch, train.length)
     with hosts.first_alone():
         data = prepare(run, config, train)
@@ -169,13 +163,17 @@ def main(run: Run, model: ModelShape, train: TrainConfig, mesh: MeshConfig) -> N
     if hosts.is_first():
         show_curve(run_dir)
     for split in ("validation", "test") if run.test else ("validation",):
-        measured = quality.measure({"": trained}, getattr(data, split)[:], data.tokenizer.token_bytes, trained)
-        mean, error = quality.bits_per_byte(measured[""])
-        print(f"{split}: {mean:.4f} ± {error:.4f} bits per byte", flush=True)
+        text = getattr(data, split)
+        resolved = score.within(config.max_length, train.length, text.unbroken)
+        measured = scoring.measure({"": trained}, text, data.tokenizer, resolved, trained)[""]
+        print(f"{split}: {quality.words(quality.bits_per_byte(measured))} bits per byte", flush=True)
     if run.test:
-        print(f"on {data.protocol}")
+        print(f"on {scoring.protocol(text, resolved, measured)}")
     print(f"the model is in {run_dir}")
 
 
 if __name__ == "__main__":
-    launch(main, __doc__, run=Run(), model=ModelShape(), train=TrainConfig(), mesh=MeshConfig(), hosts=HostsConfig())
+    launch(
+        main, __doc__, run=Run(), model=ModelShape(), train=TrainConfig(), score=Scoring(), mesh=MeshConfig(),
+        hosts=HostsConfig(),
+    )  # fmt: skip

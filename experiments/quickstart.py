@@ -11,17 +11,20 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+
 from efflm import rundir, trees
 from efflm.compress import recipe
 from efflm.compress.step import Context
 from efflm.config import ModelShape, TrainConfig
-from efflm.evaluate import quality
+from efflm.evaluate import cost, quality
 from efflm.evaluate.cost import Protocol
+from efflm.evaluate.windows import Scoring
 from efflm.flags import command_line, launch
 from efflm.formats import safetensors
 from efflm.infer.generate import generate
 from efflm.model import LanguageModel, sharding
-from efflm.report import page, plots, rows, table
+from efflm.report import page, plots, rows, scoring, table
 from experiments import pretrain
 
 NOTES = {
@@ -40,17 +43,14 @@ NOTES = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Run(pretrain.Run):
-    """The run"""
-
-    run_dir: str = pretrain.flag(str(rundir.ROOT / "quickstart"), "where everything is written")
+RUN = pretrain.Run(run_dir=str(rundir.ROOT / "quickstart"))
 
 
-def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
+def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scoring) -> None:
     began = time.perf_counter()
     run_dir, config = Path(run.run_dir), model.config()
     pretrain.check(run, config, train)
+    score.within(config.max_length)
     step = lambda number, words: print(f"[{time.perf_counter() - began:4.0f} s] {number}/6 {words}", flush=True)
 
     step(1, f"Text: {run.corpus}")
@@ -76,25 +76,22 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
     (run_dir / "models").mkdir(parents=True, exist_ok=True)
     data.tokenizer.save(run_dir / "models" / "tokenizer.json")
     for name, compressed in models.items():
-        about = {"source": data.corpus.source, "recipe": name, "seed": run.seed}
+        about = {"source": data.corpus.source, "recipe": name, "seed": run.seed, "train.length": train.length}
         sizes[name] = safetensors.save(run_dir / "models" / f"{name}.safetensors", compressed, about)
 
     step(5, "Measuring quality, then speed, all models in turn")
     protocol = Protocol().within(config.max_length)
-    test, token_bytes = data.test[:], data.tokenizer.token_bytes
-    measured, qualities = rows.collect(models, sizes, notes, test, token_bytes, dense, protocol)
+    text, score = data.test, score.within(config.max_length, train.length, data.test.unbroken)
+    models = {name: jax.device_put(each, jax.devices()[0]) for name, each in models.items()}
+    qualities = scoring.measure(models, text, data.tokenizer, score, models["float32"])
+    measured = rows.collect(models, sizes, notes, qualities, cost.rates(models, protocol))
 
     step(6, "Report")
     difference, error = quality.paired_difference(qualities["student_distilled"], qualities["student_scratch"])
-    verdict = (
-        "no difference beyond two standard errors"
-        if abs(difference) < 2 * error
-        else ("distillation helped" if difference < 0 else "distillation hurt")
-    )
     facts = [
-        f"Distilled minus from scratch, paired over test documents: {difference:+.4f} ± {error:.4f} bits per byte, "
-        f"{verdict}.",
-        f"Quality: {data.protocol}. Smaller is better.",
+        f"Distilled minus from scratch, paired over test documents: {quality.words((difference, error), '+.4f')} bits "
+        f"per byte, {verdict(difference, error)}.",
+        f"Quality: {scoring.protocol(text, score, qualities['float32'])}. Smaller is better.",
         f"Speed: {protocol}. In brackets the quartiles; a difference is claimed only where they do not overlap.",
         "Size: an uncompressed safetensors file; matrices with many zeros are stored as a bitmask and their values.",
         "One seed, one small model, one corpus: orders of rows, not constants of nature.",
@@ -127,6 +124,12 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
     print(f"[{time.perf_counter() - began:4.0f} s] done: open {run_dir / 'report.html'}")
 
 
+def verdict(difference: float, error: float | None) -> str:
+    if error is None or abs(difference) < 2 * error:
+        return "no difference beyond two standard errors"
+    return "distillation helped" if difference < 0 else "distillation hurt"
+
+
 def written(model: LanguageModel, tokenizer, prompt: str = "def main(", tokens: int = 60) -> str:
     """A greedy continuation, to look at."""
     ids = [tokenizer.separator, *tokenizer.encode(prompt)]
@@ -135,4 +138,5 @@ def written(model: LanguageModel, tokenizer, prompt: str = "def main(", tokens: 
 
 
 if __name__ == "__main__":
-    launch(main, __doc__, run=Run(), model=ModelShape(layers=4), train=TrainConfig(steps=600, batch=4))
+    model, train = ModelShape(layers=4), TrainConfig(steps=600, batch=4)
+    launch(main, __doc__, run=RUN, model=model, train=train, score=Scoring())

@@ -16,7 +16,7 @@ import pytest
 
 from efflm.config import InputError
 from efflm.evaluate import quality
-from efflm.evaluate.windows import Windows, cut
+from efflm.evaluate.windows import Scoring, blocks
 from efflm.formats import gguf_model, wheels
 from efflm.infer.generate import forward, generate
 from tests.tokenizer_lines import lines
@@ -74,7 +74,7 @@ def test_the_likelihood_of_a_text(smollm2, alice):
 
 def test_the_perplexity_of_a_text_by_its_protocol(smollm2, alice):
     model, tokenizer, golden = smollm2
-    rows = cut([tokenizer.encode(alice)[:1024]], tokenizer.separator, Windows(window=1024, bos=False))
+    rows = blocks([tokenizer.encode(alice)], tokenizer.separator, Scoring(window=1024, tokens=1024, bos=False))
     found = quality.measure({"": model}, rows, tokenizer.token_bytes, model)[""]
     assert quality.perplexity(found)[0] == pytest.approx(golden["perplexity"], rel=1e-4)
     assert found.tokens.sum() == 1023

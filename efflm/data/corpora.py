@@ -8,17 +8,53 @@ import io
 import json
 import shutil
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 from efflm.config import InputError, require
 
 DEFAULT = "stdlib"
+KINDS = "'stdlib' (Python's own source files), 'enwik8' (read in bytes), or a file or folder of UTF-8 text"
 SPLITS = {"test": 0.10, "validation": 0.05}  # of the documents; the rest trains
 LEFT_OUT = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "__pycache__"}
 FEW_FILES = 64  # a corpus of fewer files is cut into pieces, so that every split gets some of it
 PIECE_BYTES = 16 * 1024
 
+STRETCH = 1 << 18  # bytes of a document that are read and tokenized at a time
+
 Document = tuple[str, str]  # (name, text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A document that is still on disk: `nbytes` of a file from byte `start` on, which are so many characters."""
+
+    name: str
+    path: Path
+    start: int
+    nbytes: int
+    characters: int
+
+    def stretches(self) -> Iterator[str]:
+        """The text, cut at line ends into stretches of at most STRETCH bytes."""
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            left = self.nbytes
+            while left > 0 and (data := file.read(min(STRETCH, left))):
+                if len(data) < left:
+                    end = data.rfind(b"\n") + 1 or _last_character(data)
+                    file.seek(end - len(data), 1)
+                    data = data[:end]
+                left -= len(data)
+                yield data.decode()
+
+    def text(self) -> str:
+        return "".join(self.stretches())
+
+
+def _last_character(data: bytes) -> int:
+    """Where the last character of UTF-8 begins, of which not all bytes may be there."""
+    return next(i for i in range(len(data) - 1, -1, -1) if data[i] & 0xC0 != 0x80)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +79,10 @@ def load(source: str, cache: Path, least_bytes: int = 0) -> Corpus:
 
     Splits follow a hash of each document's path. `least_bytes` is the smallest training split that will do.
     """
-    name, documents = _read(source)
-    splits = _split(documents)
+    name = name_of(source)
+    splits = {
+        split: [(part.name, part.text()) for part in parts] for split, parts in _split(_documents(source)).items()
+    }
     size = sum(len(text.encode()) for _, text in splits["train"])
     require(
         size >= least_bytes and all(splits.values()),
@@ -56,86 +94,91 @@ def load(source: str, cache: Path, least_bytes: int = 0) -> Corpus:
     return Corpus(name, source, digest, **_through_tfds(splits, cache / digest))
 
 
-def read(source: str, documents: int = 0) -> tuple[str, int, list[Document]]:
-    """The name of `source` (as `load` takes it), how many documents it holds, and the first `documents` of them (0:
-    all) in the order of a hash of their names, which makes them a sample. Raises InputError.
+def read(source: str) -> list[Part]:
+    """All documents of `source` (as `load` takes it) in the order of a hash of their names, which makes the first of
+    them a sample. Raises InputError.
 
     A file is a document; a single one is cut into pieces of PIECE_BYTES.
     """
-    name, found = _files(source)
-    found = _pieces(found, PIECE_BYTES) if len(found) == 1 else found
-    return name, len(found), _by_hash(found)[: documents or None]
+    root, paths = _files(source)
+    return _by_hash(_parts(root, paths, PIECE_BYTES if len(paths) == 1 else 0))
 
 
-def held_out(source: str, documents: int = 0) -> tuple[str, int, list[Document]]:
-    """The same of the test split that `load` makes, without preparing the others. Raises InputError."""
-    name, found = _read(source)
-    test = _split(found)["test"]
-    return name, len(test), test[: documents or None]
+def held_out(source: str, split: str = "test") -> list[Part]:
+    """The same of a split that `load` makes, without preparing the others. Raises InputError."""
+    return _split(_documents(source))[split]
 
 
-def _read(source: str) -> tuple[str, list[Document]]:
+def name_of(source: str) -> str:
+    """A corpus in words."""
+    return "Python's standard library" if source == DEFAULT else str(Path(source).expanduser())
+
+
+def _documents(source: str) -> list[Part]:
     """The documents to split: files, or where these are few, pieces of them."""
-    name, documents = _files(source)
-    size = max(1, min(PIECE_BYTES, sum(len(text) for _, text in documents) // FEW_FILES))
-    return name, documents if source == DEFAULT or len(documents) >= FEW_FILES else _pieces(documents, size)
+    root, paths = _files(source)
+    whole = _parts(root, paths, 0)
+    if source == DEFAULT or len(whole) >= FEW_FILES:
+        return whole
+    size = max(1, min(PIECE_BYTES, sum(part.characters for part in whole) // FEW_FILES))
+    return _parts(root, paths, size)
 
 
-def _files(source: str) -> tuple[str, list[Document]]:
+def _files(source: str) -> tuple[Path, list[Path]]:
+    """The folder that names count from, and the files in it."""
     if source == DEFAULT:
         root = Path(sysconfig.get_path("stdlib"))
-        paths = [path for path in root.rglob("*.py") if not LEFT_OUT & set(path.relative_to(root).parts)]
-        return "Python's standard library", _documents(root, paths)
+        found = root.rglob("*.py")
+        return root, sorted(path for path in found if not LEFT_OUT & set(path.relative_to(root).parts))
     root = Path(source).expanduser()
     require(root.exists(), f"corpus {source} does not exist: give a file or folder of UTF-8 text")
     if root.is_file():
-        return str(root), _documents(root.parent, [root])
+        return root.parent, [root]
     paths = [
         path
         for path in root.rglob("*")
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
     ]
     require(bool(paths), f"corpus {source} is empty: it holds no files")
-    return str(root), _documents(root, paths)
+    return root, sorted(paths)
 
 
-def _documents(root: Path, paths: list[Path]) -> list[Document]:
-    documents = []
-    for path in sorted(paths):
-        data = path.read_bytes()
-        require(b"\0" not in data, f"corpus file {path} is binary: give UTF-8 text")
+def _parts(root: Path, paths: list[Path], size: int) -> list[Part]:
+    """Each file cut at line ends into parts of about `size` characters; 0: whole. Blank ones are left out."""
+    parts = [part for path in paths for part in _parts_of(path.relative_to(root).as_posix(), path, size)]
+    require(bool(parts), f"corpus {root if len(paths) != 1 else paths[0]} is empty: it holds no text")
+    return parts
+
+
+def _parts_of(name: str, path: Path, size: int) -> Iterator[Part]:
+    index = start = count = characters = 0
+    blank = True
+    for line in _lines(path, 4 * size or STRETCH):  # a file may be one endless line
+        count, characters, blank = count + len(line.encode()), characters + len(line), blank and not line.strip()
+        if size and characters >= size:
+            if not blank:
+                yield Part(f"{name}#{index}", path, start, count, characters)
+            index, start, count, characters, blank = index + 1, start + count, 0, 0, True
+    if not blank:
+        yield Part(f"{name}#{index}" if size else name, path, start, count, characters)
+
+
+def _lines(path: Path, most: int) -> Iterator[str]:
+    """The lines of a file with their ends, long ones in parts of `most` characters. Raises InputError."""
+    with path.open(encoding="utf-8", newline="\n") as file:
         try:
-            text = data.decode("utf-8")
+            while line := file.readline(most):
+                require("\0" not in line, f"corpus file {path} is binary: give UTF-8 text")
+                yield line
         except UnicodeDecodeError as error:
+            offset = file.buffer.tell() - len(error.object) + error.start
             raise InputError(
-                f"corpus file {path} is not UTF-8 (byte {data[error.start]:#04x} at offset {error.start}): "
+                f"corpus file {path} is not UTF-8 (byte {error.object[error.start]:#04x} at offset {offset}): "
                 "convert it, or leave it out"
             ) from None
-        if text.strip():
-            documents.append((path.relative_to(root).as_posix(), text))
-    require(bool(documents), f"corpus {root if len(paths) != 1 else paths[0]} is empty: it holds no text")
-    return documents
 
 
-def _pieces(documents: list[Document], size: int) -> list[Document]:
-    """Each document cut at line ends into pieces of about `size` characters."""
-    out = []
-    for name, text in documents:
-        piece, length, index = [], 0, 0
-        for line in text.splitlines(keepends=True):
-            for start in range(0, len(line), 4 * size):  # a file may be one endless line
-                part = line[start : start + 4 * size]
-                piece.append(part)
-                length += len(part)
-                if length >= size:
-                    out.append((f"{name}#{index}", "".join(piece)))
-                    piece, length, index = [], 0, index + 1
-        if piece:
-            out.append((f"{name}#{index}", "".join(piece)))
-    return [document for document in out if document[1].strip()]
-
-
-def _split(documents: list[Document]) -> dict[str, list[Document]]:
+def _split(documents: list[Part]) -> dict[str, list[Part]]:
     by_hash = _by_hash(documents)
     splits, start = {}, 0
     for name, fraction in SPLITS.items():
@@ -144,8 +187,8 @@ def _split(documents: list[Document]) -> dict[str, list[Document]]:
     return {"train": by_hash[start:], **splits}
 
 
-def _by_hash(documents: list[Document]) -> list[Document]:
-    return sorted(documents, key=lambda document: hashlib.sha256(document[0].encode()).digest())
+def _by_hash(documents: list[Part]) -> list[Part]:
+    return sorted(documents, key=lambda part: hashlib.sha256(part.name.encode()).digest())
 
 
 def _through_tfds(splits: dict[str, list[Document]], folder: Path) -> dict[str, list[Document]]:

@@ -1,31 +1,55 @@
-"""From a corpus to rows of tokens: each thing is made once and kept under a hash of its content."""
+"""From a corpus to rows of tokens to train on, each made once and kept under a hash of its content, and to held-out
+text as a stream of tokens to score."""
 
 import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
+from efflm import rundir
 from efflm import tokenizer as tokenizers
 from efflm.config import require
 from efflm.data import corpora, enwik8, loader, packing
 from efflm.tokenizer import Tokenizer
 
-# What is scored, so that measuring takes as long on a large corpus as on a small one: many documents, a part of each.
-TEST_DOCUMENTS, TEST_TOKENS = 64, 512
 # Of a text without documents: the bytes that count as one, for standard errors, and how much validation text is read.
 STRETCH, VALIDATION = 1 << 16, 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
+class Text:
+    """Documents as token ids, read and tokenized anew whenever one iterates over them: one at a time, and of a long one
+    a stretch at a time.
+
+    name: what they are, in words. parts: one a document; encode: a part -> its ids, list by list. sizes: bytes of
+    each. unbroken: they are stretches of one text. known: the text that models from elsewhere were in all likelihood
+    trained on, if it is that.
+    """
+
+    name: str
+    parts: Sequence[Any]
+    encode: Callable[[Any], Iterable[list[int]]]
+    sizes: Sequence[int]
+    unbroken: bool = False
+    known: str = ""
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[Iterator[int]]:
+        return (itertools.chain.from_iterable(self.encode(part)) for part in self.parts)
+
+
+@dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A corpus in rows of tokens. protocol: how quality is measured on test, in words."""
+    """A corpus in rows of tokens to train on, and its held-out text."""
 
     corpus: corpora.Corpus | enwik8.Enwik8
     tokenizer: Tokenizer
     train: packing.Rows | packing.Stream
-    validation: packing.Rows | packing.Stream
-    test: packing.Rows | packing.Stream
-    protocol: str
+    validation: Text
+    test: Text
 
     def batches(self, batch: int, seed: int):
         return loader.batches(self.train, batch, seed)
@@ -36,47 +60,77 @@ def prepare(
 ) -> Dataset:
     """Read, split, tokenize and pack `source`. A tokenizer is trained on its training split unless one is given.
 
-    enwik8 is read in bytes, whatever `vocabulary` is, and all of its test split is scored. Raises InputError, before
-    anything is written, if the text cannot be read or is far too small for one batch.
+    enwik8 is read in bytes, whatever `vocabulary` is. Raises InputError, before anything is written, if the text
+    cannot be read or is far too small for one batch, and if the tokenizer given has more than `vocabulary` entries.
     """
-    if source == enwik8.NAME:
-        return _in_bytes(enwik8.load(cache), tokenizer or tokenizers.train((), tokenizers.BYTES), length)
-    corpus = corpora.load(source, cache, least_bytes=2 * batch * length)
-    folder = cache / corpus.digest
-    if tokenizer is None:
-        path = folder / f"tokenizer-{vocabulary}.json"
-        if path.exists():
-            tokenizer = tokenizers.load(path)
-        else:
-            tokenizer = tokenizers.train((text for _, text in corpus.train), vocabulary)
-            tokenizer.save(path)
-    texts = lambda split: tokenizer.encode_batch([text for _, text in split])
-    pack = lambda split, most: packing.pack(texts(split), tokenizer.separator, length, most)
-    held_out = lambda split: pack(split[:TEST_DOCUMENTS], TEST_TOKENS)  # the order is a hash's: the first are a sample
-    train = packing.load_or_pack(folder / f"rows-{tokenizer.digest}-{length}.npz", lambda: pack(corpus.train, None))
-    loader.require_one_batch(train, batch)
-    test = held_out(corpus.test)
-    protocol = (
-        f"{test.segments.max()} of {len(corpus.test)} test documents of {corpus.name}, at most the first {TEST_TOKENS} "
-        f"tokens of each ({np.sum(test.segments > 0):,} in all), in rows of {length} without overlap; context crosses "
-        "no document or row; bits per byte of UTF-8, standard error over documents"
+    require(
+        tokenizer is None or tokenizer.vocabulary <= vocabulary,
+        f"the tokenizer given has {tokenizer and tokenizer.vocabulary} entries, but the vocabulary is {vocabulary}: "
+        "set model.vocabulary to at least that",
     )
-    return Dataset(corpus, tokenizer, train, held_out(corpus.validation), test, protocol)
+    if source == enwik8.NAME:
+        corpus, tokenizer = enwik8.load(cache), tokenizer or tokenizers.train((), tokenizers.BYTES)
+        _require_bytes(tokenizer)
+        train = packing.Stream(corpus.train, tokenizer.byte_ids, tokenizer.separator, length)
+    else:
+        corpus = corpora.load(source, cache, least_bytes=2 * batch * length)
+        folder = cache / corpus.digest
+        tokenizer = tokenizer or _trained(folder / f"tokenizer-{vocabulary}.json", corpus, vocabulary)
+        texts = lambda: tokenizer.encode_batch([text for _, text in corpus.train])
+        pack = lambda: packing.pack(texts(), tokenizer.separator, length)
+        train = packing.load_or_pack(folder / f"rows-{tokenizer.digest}-{length}.npz", pack)
+        loader.require_one_batch(train, batch)
+    held_out_text = lambda split: held_out(source, tokenizer, cache, split)
+    return Dataset(corpus, tokenizer, train, held_out_text("validation"), held_out_text("test"))
 
 
-def _in_bytes(corpus: enwik8.Enwik8, tokenizer: Tokenizer, length: int) -> Dataset:
+def _trained(path: Path, corpus: corpora.Corpus, vocabulary: int) -> Tokenizer:
+    if path.exists():
+        return tokenizers.load(path)
+    tokenizer = tokenizers.train((text for _, text in corpus.train), vocabulary)
+    tokenizer.save(path)
+    return tokenizer
+
+
+def held_out(source: str, tokenizer: Tokenizer, cache: Path, split: str = "test") -> Text:
+    """What `prepare` keeps from training. Raises InputError."""
+    if source != enwik8.NAME:
+        return _text(f"{split} documents of {corpora.name_of(source)}", corpora.held_out(source, split), tokenizer)
+    _require_bytes(tokenizer)
+    content = getattr(enwik8.load(cache), split)[: VALIDATION if split == "validation" else None]
+    parts = [content[start : start + STRETCH] for start in range(0, len(content), STRETCH)]
+    name = f"stretches of {STRETCH:,} bytes of the {split} split of enwik8"
+    encode = lambda part: [tokenizer.byte_ids[part].tolist()]
+    return Text(name, parts, encode, [len(part) for part in parts], unbroken=True)
+
+
+def source_of(corpus: str, about: dict[str, Any]) -> str:
+    """The corpus asked for, else the one that a model was trained on here (about: formats.sources.Loaded)."""
+    return corpus or about.get("source") or corpora.DEFAULT
+
+
+def to_score(text: str, corpus: str, about: dict[str, Any], tokenizer: Tokenizer, cache: Path) -> Text:
+    """All of a file or folder if one is given as `text`, else the test split of `source_of`. Raises InputError."""
+    if text:
+        return _text(f"documents of {corpora.name_of(text)}", corpora.read(text), tokenizer)
+    source = source_of(corpus, about)
+    known = corpora.name_of(source) if source == corpora.DEFAULT and not about.get("source") else ""
+    return dataclasses.replace(held_out(source, tokenizer, cache), known=known)
+
+
+def _text(name: str, parts: list[corpora.Part], tokenizer: Tokenizer) -> Text:
+    encode = lambda part: map(tokenizer.encode, part.stretches())
+    return Text(name, parts, encode, [part.nbytes for part in parts])
+
+
+def cache_beside(run: str) -> Path:
+    """Where the corpora of a model's run are kept."""
+    path = Path(run).absolute()
+    return next((p / "corpora" for p in path.parents if (p / "corpora").is_dir()), rundir.ROOT / "corpora")
+
+
+def _require_bytes(tokenizer: Tokenizer) -> None:
     require(
         tokenizer.vocabulary == tokenizers.BYTES,
         f"enwik8 is read in bytes, but the tokenizer given has {tokenizer.vocabulary} entries: train without it",
-    )
-    rows = lambda content: packing.Stream(
-        content, tokenizer.byte_ids, tokenizer.separator, length, max(1, STRETCH // length)
-    )
-    protocol = (
-        f"all {len(corpus.test):,} bytes of the test split of {corpus.name}, in rows of {length} without overlap; "
-        "context crosses no row; bits per byte (the literature's bits per character), standard error over stretches "
-        f"of {STRETCH:,} bytes"
-    )
-    return Dataset(
-        corpus, tokenizer, rows(corpus.train), rows(corpus.validation[:VALIDATION]), rows(corpus.test), protocol
     )

@@ -26,7 +26,6 @@ URL = "http://mattmahoney.net/dc/enwik8.zip"
 MD5 = "a1fa5ffddb56f4953e226637dabbb36a"
 SIZE = 100_000_000
 SPLITS = {"train": slice(0, 90_000_000), "validation": slice(90_000_000, 95_000_000), "test": slice(95_000_000, SIZE)}
-DATA = Path(__file__).resolve().parent.parent.parent.parent / "shared" / "data"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Enwik8:
 
 
 def load(cache: Path) -> Enwik8:
-    """Take enwik8, enwik8.xz or enwik8.zip out of the folder $EFFLM_DATA, else from the network, once.
+    """Take enwik8, enwik8.xz or enwik8.zip out of the folder $EFFLM_DATA if that is set, else from the network, once.
 
     Raises InputError if it can be had from neither, or is not the file that everybody measures on.
     """
@@ -72,22 +71,18 @@ def _unpack(path: Path) -> None:
 
 @contextmanager
 def _source() -> Iterator[BinaryIO]:
-    folder = Path(os.environ.get("EFFLM_DATA", DATA))
+    folder = os.environ.get("EFFLM_DATA")
+    places = [Path(folder) / f"{NAME}{kind}" for kind in ("", ".xz", ".zip")] if folder else []
+    path = next((place for place in places if place.is_file()), None)
     try:
-        if (folder / NAME).is_file():
-            with (folder / NAME).open("rb") as file:
-                yield file
-        elif (folder / f"{NAME}.xz").is_file():
-            with lzma.open(folder / f"{NAME}.xz") as file:
-                yield file
-        elif (folder / f"{NAME}.zip").is_file():
-            with zipfile.ZipFile(folder / f"{NAME}.zip") as archive, archive.open(NAME) as file:
+        if path is None or path.suffix == ".zip":
+            with zipfile.ZipFile(path or _download()) as archive, archive.open(NAME) as file:
                 yield file
         else:
-            with zipfile.ZipFile(_download()) as archive, archive.open(NAME) as file:
+            with lzma.open(path) if path.suffix else path.open("rb") as file:
                 yield file
     except (lzma.LZMAError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"the enwik8 in {folder} cannot be unpacked ({error}): get {URL} again") from None
+        raise InputError(f"{path or 'what was downloaded'} cannot be unpacked ({error}): get {URL} again") from None
 
 
 def _download() -> io.BytesIO:
@@ -97,7 +92,7 @@ def _download() -> io.BytesIO:
             shutil.copyfileobj(answer, content)
     except OSError as error:
         raise InputError(
-            f"enwik8 is not in EFFLM_DATA={os.environ.get('EFFLM_DATA', DATA)} and cannot be downloaded ({error}): get "
+            f"enwik8 is not in EFFLM_DATA={os.environ.get('EFFLM_DATA', '')} and cannot be downloaded ({error}): get "
             f"{URL} elsewhere and set EFFLM_DATA to its folder"
         ) from None
     content.seek(0)

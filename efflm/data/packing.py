@@ -39,15 +39,13 @@ class Stream:
     """One text without ends, too long to be packed, as rows made when they are asked for; in use like `Rows`.
 
     content: uint8 [bytes], may lie on disk; ids: the token of each byte, int32 [256]. Every byte is a target exactly
-    once, the first after the separator; context crosses no row. `stretch` rows share a segment number, so that there
-    is something to take standard errors over.
+    once, the first after the separator; context crosses no row.
     """
 
     content: np.ndarray
     ids: np.ndarray
     separator: int
     length: int
-    stretch: int
 
     def __len__(self) -> int:
         return -(-len(self.content) // self.length)
@@ -61,16 +59,16 @@ class Stream:
         return {
             "inputs": np.where(inside, np.where(place > 0, before, self.separator), 0).astype(np.int32),
             "targets": np.where(inside, self.ids[self.content[np.minimum(place, most)]], 0).astype(np.int32),
-            "segments": np.where(inside, 1 + rows // self.stretch, 0).astype(np.int32),
+            "segments": inside.astype(np.int32),
             "positions": np.where(inside, column, 0).astype(np.int32),
         }
 
 
-def pack(documents: list[list[int]], separator: int, length: int, most: int | None = None) -> Rows:
-    """Pack token ids, the separator before and after each document; of each at most the first `most` targets."""
+def pack(documents: list[list[int]], separator: int, length: int) -> Rows:
+    """Pack token ids, the separator before and after each document."""
     inputs, targets, segments = [], [], []
     for index, ids in enumerate(documents):
-        stream = np.asarray([separator, *ids, separator], np.int32)[: None if most is None else most + 1]
+        stream = np.asarray([separator, *ids, separator], np.int32)
         inputs.append(stream[:-1])
         targets.append(stream[1:])
         segments.append(np.full(len(stream) - 1, index + 1, np.int32))

@@ -1,17 +1,16 @@
 """Likelihood on text, and divergence from a reference model, document by document.
 
-What is scored, and what each token sees while it is, stands in the rows: packed ones (data.packing), where a document
-is scored from its first token on within its own row, or windows (evaluate.windows). Sums are kept for each document,
-so that errors are over documents: the tokens of one document are not independent.
+What is scored, and what each token sees while it is, stands in blocks of rows (evaluate.windows). They are read one
+after another and nothing of them is kept but sums for each document, so that memory does not grow with the text.
+Errors are over documents: the tokens of one document are not independent.
 
-Of the reference only the states before its output layer are kept, so models can be scored one after another without
-it, and logits, which are by far the largest arrays here, exist for a slice of tokens at a time.
+Logits, which are by far the largest arrays here, exist for a slice of tokens at a time.
 """
 
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -23,8 +22,10 @@ from efflm.config import require
 from efflm.model import LanguageModel, Transformer, sharding
 from efflm.precision import policy_for
 
-SLICE = 512  # tokens whose logits are held at a time, of the model and of the reference
-BLOCK = 1 << 18  # tokens whose states `measure` holds at a time
+LOGITS = 1 << 25  # logits held at a time, of the model and as many of the reference
+KEPT = 1 << 28  # bytes of the reference's states that `measure` may keep for the next model
+
+Block = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +38,6 @@ class Quality:
     tokens: np.ndarray
     kl: np.ndarray
     agreement: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """What a model made of some rows: the states [tokens scored, D] before its output layer, and what is left of the
-    model without its layers."""
-
-    states_MD: np.ndarray
-    output: LanguageModel
 
 
 def _transformer(model: LanguageModel) -> Transformer:
@@ -68,10 +60,12 @@ def _whole(tree: Any) -> Any:
 
 @jax.jit
 def _score(
-    reference: LanguageModel, expected_MD: jax.Array, model: LanguageModel, x_MD: jax.Array, targets_M: jax.Array
+    reference: LanguageModel | None, expected_MD: jax.Array | None, model: LanguageModel, x_MD, targets_M: jax.Array
 ) -> dict[str, jax.Array]:
+    """Without a reference, the model is its own."""
     unembed = lambda model, x: _transformer(model).apply({"params": model.params}, x[None], method=Transformer.unembed)
-    expected_MV, logits_MV = (x[0].astype(jnp.float32) for x in (unembed(reference, expected_MD), unembed(model, x_MD)))
+    logits_MV = unembed(model, x_MD)[0].astype(jnp.float32)
+    expected_MV = logits_MV if reference is None else unembed(reference, expected_MD)[0].astype(jnp.float32)
     # From both normalizers, in one pass over the vocabulary: through log-probabilities it takes four times as long.
     normalizer_M, expected_normalizer_M = (jax.nn.logsumexp(x, axis=-1) for x in (logits_MV, expected_MV))
     p_MV = jnp.exp(expected_MV - expected_normalizer_M[:, None])
@@ -90,11 +84,6 @@ def _without_layers(model: LanguageModel) -> LanguageModel:
     return model.replace(params=kept, masks=None)
 
 
-def _scored(rows: dict[str, np.ndarray]) -> np.ndarray:
-    """1 + the document of each target [rows, T] that is scored, else 0."""
-    return rows.get("documents", rows["segments"])
-
-
 @contextlib.contextmanager
 def _mesh_of(model: LanguageModel) -> Iterator[NamedSharding | None]:
     """Where the rows of a batch go: spread over the mesh that the weights lie on, if they lie on one."""
@@ -106,98 +95,137 @@ def _mesh_of(model: LanguageModel) -> Iterator[NamedSharding | None]:
         yield NamedSharding(where.mesh, PartitionSpec(sharding.BATCH[0]))
 
 
-def read(model: LanguageModel, rows: dict[str, np.ndarray], batch: int = 8) -> Reading:
-    """The model's states at every token that is scored, row by row, reading `batch` rows at a time."""
-    owners_RT, parts = _scored(rows), []
+def states(model: LanguageModel, block: Block) -> np.ndarray:
+    """What the model makes of a block, before its output layer: [tokens scored, D], row by row."""
+    part = {name: block[name] for name in ("inputs", "segments", "positions")}
     with _mesh_of(model) as place:
         if place is not None:
             spread = math.prod(place.mesh.shape[axis] for axis in sharding.BATCH[0])
-            batch = -(-batch // spread) * spread
-        for start in range(0, len(owners_RT), batch):
-            part = {name: rows[name][start : start + batch] for name in ("inputs", "segments", "positions")}
-            missing = batch - len(part["inputs"])
+            missing = -len(block["inputs"]) % spread
             part = {name: np.pad(array, ((0, missing), (0, 0))) for name, array in part.items()}
-            states = np.asarray(_states(model, jax.device_put(part, place) if place else part))
-            owners = owners_RT[start : start + batch]
-            parts.append(states[: len(owners)][owners > 0])
-    return Reading(np.concatenate(parts), _without_layers(model))
+            part = jax.device_put(part, place)
+        states_RTD = np.asarray(_states(model, part))
+    return states_RTD[: len(block["inputs"])][block["documents"] > 0]
 
 
 def score(
-    mine: Reading, reference: Reading, rows: dict[str, np.ndarray], token_bytes: np.ndarray, documents: int = 0
-) -> Quality:
-    """How good a model is and how far from a reference, which both have read these rows.
+    model: LanguageModel,
+    states_MD: np.ndarray,
+    reference: LanguageModel | None,
+    expected_MD: np.ndarray | None,
+    targets_M: np.ndarray,
+    most: int,
+) -> dict[str, np.ndarray]:
+    """bits, kl and agreement (see Quality) at each of at most `most` targets. Without a reference, the model is its
+    own."""
+    count = max(1, min(most, LOGITS // model.config.vocabulary))  # not the number of targets: one program for all
+    output, expected_output = _without_layers(model), None if reference is None else _without_layers(reference)
+    parts = []
+    with _mesh_of(model):
+        for start in range(0, len(targets_M), count):
+            cut = lambda x, start=start: None if x is None else _filled(x[start : start + count], count)
+            got = _score(expected_output, cut(expected_MD), output, cut(states_MD), cut(targets_M))
+            parts.append({name: x[: len(targets_M) - start] for name, x in jax.device_get(got).items()})
+    return {
+        name: np.concatenate([np.zeros(0), *(part[name] for part in parts)]) for name in ("bits", "kl", "agreement")
+    }
 
-    token_bytes [V]: the bytes of text each token stands for. documents: how many there are; 0: as the rows say. Raises
-    InputError if the vocabularies differ.
-    """
-    sizes = [each.output.config.vocabulary for each in (mine, reference)]
-    require(
-        sizes[0] == sizes[1],
-        f"the model's vocabulary has {sizes[0]} entries, the reference's {sizes[1]}: both need the same one",
-    )
-    owners_RT = _scored(rows)
-    owners_M, targets_M = owners_RT[owners_RT > 0], rows["targets"][owners_RT > 0]
-    values = {"bytes": token_bytes[targets_M], "tokens": np.ones(len(targets_M))}
-    slices: dict[str, list[np.ndarray]] = {"bits": [], "kl": [], "agreement": []}
-    with _mesh_of(mine.output):
-        for start in range(0, len(targets_M), SLICE):
-            some = slice(start, start + SLICE)
-            fill = lambda x, some=some: np.pad(x[some], [(0, SLICE - len(x[some]))] + [(0, 0)] * (x.ndim - 1))
-            pairs = (reference.output, fill(reference.states_MD), mine.output, fill(mine.states_MD))
-            for name, got in jax.device_get(_score(*pairs, fill(targets_M))).items():
-                slices[name].append(got[: len(targets_M[some])])
-    values |= {name: np.concatenate([np.zeros(0), *parts]) for name, parts in slices.items()}
-    total = lambda x: np.bincount(owners_M, x.astype(np.float64), minlength=1 + (documents or owners_RT.max()))[1:]
-    return Quality(**{name: total(x) for name, x in values.items()})
+
+def _filled(x: np.ndarray, count: int) -> np.ndarray:
+    return np.pad(x, [(0, count - len(x))] + [(0, 0)] * (x.ndim - 1))
 
 
 def measure(
     models: dict[str, LanguageModel],
-    rows: dict[str, np.ndarray],
+    blocks: Iterable[Block],
     token_bytes: np.ndarray,
     reference: LanguageModel,
-    batch: int = 8,
+    kept: dict[int, np.ndarray] | None = None,
 ) -> dict[str, Quality]:
-    """`score` of each model against the reference, which reads the rows once."""
-    documents, blocks = int(_scored(rows).max()), {name: [] for name in models}
-    count = max(batch, BLOCK // rows["inputs"].shape[1])
-    for start in range(0, len(rows["inputs"]), count):
-        some = {name: array[start : start + count] for name, array in rows.items()}
-        expected = read(reference, some, batch)
-        for name, model in models.items():
-            mine = expected if model is reference else read(model, some, batch)
-            blocks[name].append(score(mine, expected, some, token_bytes, documents))
+    """How good each model is, and how far from the reference, which reads each block once.
+
+    token_bytes [V]: the bytes of text each token stands for. kept: filled with the reference's states of the first
+    blocks, up to KEPT bytes; given again with the same reference and text, it spares reading these. Raises InputError
+    if a vocabulary differs from the reference's or has fewer entries than the tokenizer.
+    """
+    for model in models.values():
+        _require_vocabulary(model, reference, token_bytes)
     fields = [field.name for field in dataclasses.fields(Quality)]
-    total = lambda parts: Quality(**{name: sum(getattr(part, name) for part in parts) for name in fields})
-    return {name: total(parts) for name, parts in blocks.items()}
+    sums = {name: np.zeros((len(fields), 0)) for name in models}
+    documents = 0
+    for index, block in enumerate(blocks):
+        where = block["documents"] > 0
+        if not where.any():
+            continue
+        owners_M, targets_M = block["documents"][where], block["targets"][where]
+        first, documents = int(owners_M.min()), int(owners_M.max())
+        counts = {"bytes": token_bytes[targets_M], "tokens": np.ones(len(targets_M))}
+        expected_MD = kept[index] if kept and index in kept else states(reference, block)
+        if kept is not None and sum(x.nbytes for x in kept.values()) + expected_MD.nbytes <= KEPT:
+            kept[index] = expected_MD
+        for name, model in models.items():
+            pair = (None, None) if model is reference else (reference, expected_MD)
+            states_MD = expected_MD if model is reference else states(model, block)
+            found = counts | score(model, states_MD, *pair, targets_M, where.size)
+            sums[name] = _room_for(documents, sums[name])
+            for i, field in enumerate(fields):
+                sums[name][i, first - 1 : documents] += np.bincount(owners_M - first, found[field])
+    return {name: Quality(*(of[:, :documents])) for name, of in sums.items()}
+
+
+def _room_for(count: int, sums: np.ndarray) -> np.ndarray:
+    """The sums with space for `count` documents: doubled where they are short, so that growing takes linear time."""
+    missing = count - sums.shape[1]
+    return sums if missing <= 0 else np.pad(sums, ((0, 0), (0, max(missing, sums.shape[1]))))
+
+
+def _require_vocabulary(model: LanguageModel, reference: LanguageModel, token_bytes: np.ndarray) -> None:
+    mine, theirs = model.config.vocabulary, reference.config.vocabulary
+    require(
+        mine == theirs,
+        f"the model's vocabulary has {mine} entries, the reference's {theirs}: both need the same one",
+    )
+    require(
+        len(token_bytes) <= mine,
+        f"the tokenizer has {len(token_bytes)} entries, but the model's vocabulary is {mine}: use the model's own",
+    )
 
 
 # --- figures: a mean over all tokens or bytes, and its standard error over documents ---------------------------------
 
 
-def bits_per_byte(quality: Quality) -> tuple[float, float]:
+Figure = tuple[float, float | None]  # the error of a single document is not known: None
+
+
+def bits_per_byte(quality: Quality) -> Figure:
     """All bits over all bytes."""
     return _ratio(quality.bits, quality.bytes)
 
 
-def perplexity(quality: Quality) -> tuple[float, float]:
+def perplexity(quality: Quality) -> Figure:
     """exp of the mean nats a token; depends on the tokenizer, as bits per byte do not. The error is to first order."""
     nats, error = _ratio(quality.bits * math.log(2), quality.tokens)
-    return math.exp(nats), math.exp(nats) * error
+    return math.exp(nats), None if error is None else math.exp(nats) * error
 
 
-def divergence(quality: Quality) -> tuple[float, float]:
+def divergence(quality: Quality) -> Figure:
     """KL(reference || model) in nats a token."""
     return _ratio(quality.kl, quality.tokens)
 
 
-def agreement(quality: Quality) -> tuple[float, float]:
+def agreement(quality: Quality) -> Figure:
     """The share of tokens at which model and reference rank the same one first."""
     return _ratio(quality.agreement, quality.tokens)
 
 
-def paired_difference(first: Quality, second: Quality) -> tuple[float, float]:
+def words(figure: Figure, form: str = ".4f") -> str:
+    """The figure and its error as a reader sees them."""
+    value, error = figure
+    spread = " (one document: no error bar)" if error is None else f" ± {error:{form.lstrip('+')}}"
+    return f"{value:{form}}{spread}"
+
+
+def paired_difference(first: Quality, second: Quality) -> Figure:
     """bits per byte of `first` minus those of `second` on the same documents.
 
     What both find hard cancels, so the error is far below that of either alone.
@@ -205,10 +233,10 @@ def paired_difference(first: Quality, second: Quality) -> tuple[float, float]:
     return _ratio(first.bits - second.bits, first.bytes)
 
 
-def _ratio(numerators: np.ndarray, denominators: np.ndarray) -> tuple[float, float]:
+def _ratio(numerators: np.ndarray, denominators: np.ndarray) -> Figure:
     """sum / sum, and its standard error by linearization (Cochran, Sampling Techniques, section 6.3)."""
     count, ratio = len(numerators), numerators.sum() / denominators.sum()
     if count < 2:
-        return float(ratio), float("nan")
+        return float(ratio), None
     residuals = numerators - ratio * denominators
     return float(ratio), float(np.sqrt(count / (count - 1) * np.sum(residuals**2)) / denominators.sum())

@@ -1,4 +1,4 @@
-"""Text as rows to score: the protocol that a perplexity is worth nothing without.
+"""The one protocol by which text is scored: which part of it, in windows of how many tokens.
 
 A stream of tokens is read in windows of W tokens, each S further on. The first window scores all of its tokens, any
 other the ones that no window before it has scored: so every token is scored once, and with S < W it is seen with at
@@ -6,35 +6,55 @@ least W - S tokens before it where there are so many. S = W are disjoint windows
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
-from efflm.config import require
+from efflm.config import flag, require
+from efflm.evaluate.quality import Quality
+
+FIELDS = ("inputs", "targets", "documents", "segments", "positions")
+BLOCK = 8192  # tokens in a block: its states and the arrays inside the model are all that scoring holds
+LONGEST = 1024  # the window, unless one is asked for
+JOINED = "all documents joined by the separator, which is not scored"
+
+Block = dict[str, np.ndarray]  # FIELDS, each int32 [rows, length]
+Piece = tuple[np.ndarray, np.ndarray, np.ndarray]  # inputs, targets and documents of one window, int32 [tokens]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Windows:
-    """How documents become streams and streams become windows. Raises InputError.
+class Scoring:
+    """How text is scored"""
 
-    window: tokens a model reads at once. stride: tokens from one window to the next; 0: the window. bos: the
-    separator stands before each stream, so that its first token is scored too; without it that token is read only.
-    joined: all documents are one stream, with the separator between them, which is read and not scored; otherwise
-    each is a stream of its own.
-    """
-
-    window: int = 1024
-    stride: int = 0
-    bos: bool = True
-    joined: bool = False
+    documents: int = flag(64, "documents to score, drawn by a hash of their names; 0: all; of enwik8 always all")
+    tokens: int = flag(512, "tokens of each document to score, its first; 0: all; of enwik8 always all")
+    window: int = flag(0, "tokens the model reads at once; 0: as many as it was trained on, at most 1024")
+    stride: int = flag(0, "tokens from one window to the next, of which only the new ones are scored; 0: the window")
+    bos: bool = flag(True, "put the tokenizer's separator before each text; without it the first token is not scored")
+    joined: bool = flag(False, "join all documents to one text, the separator between them, in place of each by itself")
 
     def __post_init__(self):
-        require(self.window > 0, f"window is {self.window}, but must be positive")
+        for name in ("documents", "tokens", "window"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, but must be positive, or 0")
+        longest = self.window or LONGEST
         require(
-            0 <= self.stride <= self.window,
-            f"stride is {self.stride}, but must be in [1, {self.window}], the window, or 0 for just that: a longer one "
+            0 <= self.stride <= longest,
+            f"stride is {self.stride}, but must be in [1, {longest}], the window, or 0 for just that: a longer one "
             "would leave tokens out",
         )
+
+    def within(self, max_length: int, trained: int = 0, unbroken: bool = False) -> "Scoring":
+        """The same with the window of a model that reads at most `max_length` tokens and was trained on sequences of
+        `trained`; 0: not known. unbroken: for documents that are parts of one text, which is scored whole. Raises
+        InputError."""
+        window = self.window or min(LONGEST, trained or max_length, max_length)
+        require(
+            window <= max_length, f"window is {window}, but the model's max_length is {max_length}: shorten the window"
+        )
+        whole = {"documents": 0, "tokens": 0, "joined": True} if unbroken else {}
+        return dataclasses.replace(self, window=window, **whole)
 
     @property
     def step(self) -> int:
@@ -43,35 +63,41 @@ class Windows:
     def __str__(self) -> str:
         seen = f"each token scored once, after at least {self.window - self.step:,} others where there are so many"
         moves = "disjoint" if self.step == self.window else f"{self.step:,} apart, {seen}"
-        text = (
-            "all documents joined by the separator, which is not scored" if self.joined else "each document by itself"
-        )
+        text = JOINED if self.joined else "each document by itself"
         first = "after the separator as BOS" if self.bos else "without BOS, so that a first token is not scored"
         return f"windows of {self.window:,} tokens, {moves}; {text}, {first}"
 
 
-def cut(documents: Sequence[Sequence[int]], separator: int, windows: Windows) -> dict[str, np.ndarray]:
-    """Rows for evaluate.quality, of token ids: int32 [rows, length], as long as the longest window.
+def blocks(
+    documents: Iterable[Iterable[int]], separator: int, scoring: Scoring, unbroken: bool = False
+) -> Iterator[Block]:
+    """The text in blocks of rows of about BLOCK tokens, all of one shape, for evaluate.quality.
 
-    inputs; targets, the token after each input; documents, 1 + the document of a target that is scored here, else 0;
-    segments, the window within the row from 1 on, 0 on padding; positions, from 0 in each window. Short windows share
-    a row. Raises InputError if there is nothing to score.
+    documents: token ids, which are read once and never held. unbroken: no separators between them. scoring: as
+    `within` says. A block holds inputs; targets, the token
+    after each input; documents, 1 + the document of a target that is scored here, else 0; segments, the window within
+    the row from 1 on, 0 on padding; positions, from 0 in each window. Short windows share a row. Raises InputError at
+    the end if there was nothing to score.
     """
-    pieces = [
-        piece
-        for stream, owners in _streams(documents, separator, windows)
-        for piece in _pieces(stream, owners, windows)
-    ]
-    require(bool(pieces), "there is nothing to score: every document is empty, or a single token without BOS")
-    length, rows = max(len(inputs) for inputs, _, _ in pieces), []
-    for piece in pieces:
-        if not rows or sum(len(inputs) for inputs, _, _ in rows[-1]) + len(piece[0]) > length:
+    chosen = itertools.islice(documents, scoring.documents or None)
+    capped = (itertools.islice(ids, scoring.tokens or None) for ids in chosen)
+    length = scoring.window if scoring.joined or not scoring.tokens else min(scoring.window, scoring.tokens)
+    count, rows, used, full = max(1, BLOCK // length), [], length, False
+    for piece in _pieces(capped, separator, scoring, unbroken):
+        if used + len(piece[0]) > length:
+            if len(rows) == count:
+                yield _block(rows, (count, length))
+                rows, full = [], True
             rows.append([])
+            used = 0
         rows[-1].append(piece)
-    out = {
-        name: np.zeros((len(rows), length), np.int32)
-        for name in ("inputs", "targets", "documents", "segments", "positions")
-    }
+        used += len(piece[0])
+    require(bool(rows), "there is nothing to score: every document is empty, or a single token without BOS")
+    yield _block(rows, (count if full else len(rows), length))
+
+
+def _block(rows: list[list[Piece]], shape: tuple[int, int]) -> Block:
+    out = {name: np.zeros(shape, np.int32) for name in FIELDS}
     for r, row in enumerate(rows):
         at = 0
         for segment, (inputs, targets, owners) in enumerate(row, start=1):
@@ -82,28 +108,48 @@ def cut(documents: Sequence[Sequence[int]], separator: int, windows: Windows) ->
     return out
 
 
-def _streams(documents, separator: int, windows: Windows) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(token ids, 1 + the document each belongs to, 0 for a separator)."""
-    first = [separator] if windows.bos else []
-    if not windows.joined:
-        for index, ids in enumerate(documents, start=1):
-            yield np.array([*first, *ids], np.int32), np.array([0] * len(first) + [index] * len(ids), np.int32)
+def _pieces(documents: Iterable[Iterable[int]], separator: int, scoring: Scoring, unbroken: bool) -> Iterator[Piece]:
+    """The windows of all streams."""
+    first = [(separator, 0)] if scoring.bos else []
+    numbered = enumerate(documents, start=1)
+    if not scoring.joined:
+        for index, ids in numbered:
+            yield from _windows(itertools.chain(first, zip(ids, itertools.repeat(index))), scoring)
         return
-    stream, owners = list(first), [0] * len(first)
-    for index, ids in enumerate(documents, start=1):
-        if index > 1:
-            stream, owners = [*stream, separator], [*owners, 0]
-        stream, owners = [*stream, *ids], [*owners, *[index] * len(ids)]
-    yield np.array(stream, np.int32), np.array(owners, np.int32)
+    between = [] if unbroken else [(separator, 0)]
+    parts = (
+        itertools.chain(between if index > 1 else first, zip(ids, itertools.repeat(index))) for index, ids in numbered
+    )
+    yield from _windows(itertools.chain.from_iterable(parts), scoring)
 
 
-def _pieces(stream: np.ndarray, owners: np.ndarray, windows: Windows):
-    """The windows of one stream: inputs, targets, and the owner of each target that no window before has scored."""
-    last, scored = len(stream) - 1, 0  # the last target, and the last that has been scored
-    for start in range(0, last, windows.step):
-        end = min(start + windows.window, last)
-        fresh = np.arange(start + 1, end + 1) > scored
-        yield stream[start:end], stream[start + 1 : end + 1], np.where(fresh, owners[start + 1 : end + 1], 0)
-        scored = end
-        if end == last:
-            return
+def _windows(stream: Iterator[tuple[int, int]], scoring: Scoring) -> Iterator[Piece]:
+    """The windows of one stream of (token, 1 + its document, 0 for a separator). A target that a window before has
+    scored has no document."""
+    held, fresh = _taken(stream, scoring.window + 1), 0  # at most a window and one; targets already scored
+    while held.shape[1] - 1 > fresh:
+        owners = held[1, 1:].copy()
+        owners[:fresh] = 0
+        yield held[0, :-1], held[0, 1:], owners
+        more = _taken(stream, scoring.step) if held.shape[1] > scoring.window else held[:, :0]
+        fresh = max(0, held.shape[1] - 1 - scoring.step)
+        held = np.concatenate([held[:, scoring.step :], more], axis=1)
+
+
+def _taken(stream: Iterator[Any], count: int) -> np.ndarray:
+    """The next `count` pairs of the stream or what is left of it, int32 [2, tokens]."""
+    flat = itertools.chain.from_iterable(itertools.islice(stream, count))
+    return np.fromiter(flat, np.int32).reshape(-1, 2).T
+
+
+def described(scoring: Scoring, name: str, count: int, quality: Quality, unbroken: bool = False) -> str:
+    """The protocol in words, without which a perplexity is worth nothing. name: what the text is; count: how many
+    documents there are, of which the sums are of the first."""
+    documents, tokens = len(quality.tokens), int(quality.tokens.sum())
+    how = str(scoring).replace(JOINED, "as one text") if unbroken else str(scoring)
+    each = f"at most the first {scoring.tokens:,} tokens of each" if scoring.tokens else "whole"
+    errors = "standard errors over documents" if documents > 1 else "one document: no error bar"
+    return (
+        f"{documents} of {count:,} {name}, {each} ({tokens:,} tokens scored); {how}; bits per byte of text; perplexity "
+        f"of this tokenizer's tokens; {errors}"
+    )

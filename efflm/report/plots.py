@@ -9,35 +9,102 @@ import numpy as np
 from efflm.report.rows import Row
 from efflm.rundir import write_whole
 
+LINEAR = 1e-3  # bits per byte; smaller differences are drawn to a linear scale
 
-def pareto(rows: list[Row], path: Path) -> None:
-    """Two panels: bits per byte against bytes on disk, and against milliseconds a decoded token; lower left wins."""
+
+def pareto(rows: list[Row], path: Path) -> list[Any]:
+    """Two panels: bits per byte over the first row against bytes on disk, and against milliseconds a decoded token.
+
+    Lower left is better; the line joins the rows that no other row beats in both. Vertical bars are standard errors of
+    that difference, which is paired over documents, horizontal ones the quartiles of the time. The vertical axis is
+    linear up to LINEAR and logarithmic beyond. Returns the labels, which do not overlap.
+    """
     pyplot = _pyplot()
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
-    sizes = [row.bytes / 1e6 for row in rows]
-    times = [1e3 / row.decode_tokens_per_second for row in rows]
-    for axis, xs, label in ((panels[0], sizes, "MB on disk"), (panels[1], times, "ms a decoded token, batch 1")):
-        colors = pyplot.get_cmap("tab10").colors
-        for index, (row, x) in enumerate(zip(rows, xs, strict=True)):
-            axis.errorbar(
-                x,
-                row.bits_per_byte,
-                yerr=row.bits_per_byte_stderr,
-                fmt="os^DvPX*<>"[index % 10],
-                color=colors[index % 10],
-                markersize=8,
-                elinewidth=0.8,
-                ecolor="0.8",
-                label=row.name,
-                zorder=3,
-            )
+    figure, panels = pyplot.subplots(1, 2, figsize=(13, 5.6), sharey=True, layout="constrained")
+    over = np.array([row.bits_per_byte_over_dense for row in rows])
+    error = np.array([row.bits_per_byte_over_dense_stderr or 0.0 for row in rows])
+    sizes = np.array([row.bytes / 1e6 for row in rows])
+    times = np.array([1e3 / row.decode_tokens_per_second for row in rows])
+    spread = np.array([[1e3 / bound for bound in reversed(row.decode_spread)] for row in rows])
+    bars = np.abs(spread - times[:, None]).T
+    panels[0].set_yscale("symlog", linthresh=LINEAR, linscale=0.6)
+    for axis, xs, ends, label in (
+        (panels[0], sizes, None, "MB on disk"),
+        (panels[1], times, bars, "ms a decoded token, batch 1"),
+    ):
+        front = _front(xs, over)
+        axis.plot(xs[front], over[front], color="0.75", linewidth=1.6, zorder=1)
+        axis.errorbar(xs, over, yerr=error, xerr=ends, fmt="none", ecolor="0.72", elinewidth=0.9, zorder=2)
+        colors = ["tab:blue" if i in front else "0.45" for i in range(len(rows))]
+        axis.scatter(xs, over, c=colors, s=34, zorder=3)
         axis.set_xlabel(label)
-        axis.set_xlim(left=0)
-        axis.grid(color="0.92", zorder=0)
+        axis.set_xlim(0, 1.12 * (xs.max() if ends is None else (xs + ends[1]).max()))
+        axis.axhline(0, color="0.85", linewidth=0.8, zorder=0)
+        axis.grid(color="0.94", zorder=0)
         axis.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("bits per byte of test text (s.e. over documents)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    low, high = (over - error).min(), (over + error).max()
+    panels[0].set_ylim(min(-2 * LINEAR, 1.6 * low), max(2 * LINEAR, 2.2 * high))
+    panels[0].set_ylabel(f"bits per byte over {rows[0].name} (paired, s.e. over documents)")
+    figure.canvas.draw()
+    figure.set_layout_engine("none")  # as it was laid out without the labels, which are placed in its pixels
+    labels = []
+    for axis, xs in zip(panels, (sizes, times), strict=True):
+        labels += _label(axis, xs, over, [row.name for row in rows])
     _save(pyplot, figure, path)
+    return labels
+
+
+def _front(xs: np.ndarray, ys: np.ndarray) -> list[int]:
+    """The points for which no other is at least as good in both and better in one, by ascending x; least is best."""
+    order = np.lexsort((ys, xs))
+    best = np.minimum.accumulate(np.concatenate([[np.inf], ys[order][:-1]]))
+    return [int(i) for i, least in zip(order, best, strict=True) if ys[i] < least]
+
+
+def _label(axis: Any, xs: np.ndarray, ys: np.ndarray, names: list[str]) -> list[Any]:
+    """A name beside each point, where it covers no point and no other name; a thin line leads to it from afar."""
+    renderer = axis.figure.canvas.get_renderer()
+    points = axis.transData.transform(np.stack([xs, ys], axis=1))
+    inside, taken, labels = axis.get_window_extent(renderer), [], []
+    scale = axis.figure.dpi / 72
+    for name, x, y, (px, py) in zip(names, xs, ys, points, strict=True):
+        text = axis.annotate(
+            name, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=8.5, va="center", zorder=4,
+            bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.5},
+            arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
+        )  # fmt: skip
+        box = text.get_window_extent(renderer)
+        width, height = box.width + 4, box.height + 2
+        for dx, dy in _offsets(width, height):
+            left, bottom = px + dx, py + dy - height / 2
+            edges = (left, bottom, left + width, bottom + height)
+            free = not any(_overlap(edges, other) for other in taken)
+            clear = not np.any(
+                (points[:, 0] > edges[0] - 5) & (points[:, 0] < edges[2] + 5)
+                & (points[:, 1] > edges[1] - 4) & (points[:, 1] < edges[3] + 4)
+            )  # fmt: skip
+            within = edges[0] > inside.x0 and edges[2] < inside.x1 and edges[1] > inside.y0 and edges[3] < inside.y1
+            if free and clear and within:
+                break
+        taken.append(edges)
+        text.set_position(((dx + 2) / scale, dy / scale))
+        labels.append(text)
+    return labels
+
+
+def _offsets(width: float, height: float) -> list[tuple[float, float]]:
+    """Where a name may begin, in pixels from its point: right, left, above and below, then ever further away."""
+    found = []
+    for ring in range(40):
+        rise = ring * height * 0.6
+        aside = 9 + 4 * ring
+        for dy in dict.fromkeys((rise, -rise)):
+            found += [(aside, dy), (-width - aside, dy), (-width / 2, dy + np.sign(dy) * 6)]
+    return found
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def training_curves(

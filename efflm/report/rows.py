@@ -1,13 +1,11 @@
 """The evidence: one row for each model, measured side by side."""
 
 import dataclasses
-
-import jax
-import numpy as np
+from typing import Any
 
 from efflm import ops, trees
-from efflm.evaluate import cost, quality
-from efflm.evaluate.cost import Protocol, Rate
+from efflm.evaluate import quality
+from efflm.evaluate.cost import Rate
 from efflm.evaluate.quality import Quality
 from efflm.model import LanguageModel
 
@@ -17,7 +15,7 @@ class Row:
     """What a model is, what it costs here, and how good it is.
 
     Spreads are the quartiles of the repeats. The difference to the dense model is paired over documents, so its
-    error is far below that of either alone.
+    error is far below that of either alone. Of a single document there is no error: None.
     """
 
     name: str
@@ -29,45 +27,59 @@ class Row:
     decode_tokens_per_second: float
     decode_spread: tuple[float, float]
     bits_per_byte: float
-    bits_per_byte_stderr: float
+    bits_per_byte_stderr: float | None
     bits_per_byte_over_dense: float
-    bits_per_byte_over_dense_stderr: float
+    bits_per_byte_over_dense_stderr: float | None
     perplexity: float
-    perplexity_stderr: float
+    perplexity_stderr: float | None
     kl_to_dense: float
-    kl_to_dense_stderr: float
+    kl_to_dense_stderr: float | None
     top1_agreement: float
-    top1_agreement_stderr: float
+    top1_agreement_stderr: float | None
     note: str
+
+
+def label(about: dict[str, Any]) -> str:
+    """What the first of several models is called. about: see formats.sources.Loaded."""
+    return f"dequantized {about['dequantized']}" if "dequantized" in about else "before"
+
+
+def origin(source: str, about: dict[str, Any]) -> str:
+    """Where a model is from, in words: what it was before it became floats must be said."""
+    return f"from {source}" + (f", dequantized {about['dequantized']}" if "dequantized" in about else "")
+
+
+def cautions(model: str, about: dict[str, Any], seen: str) -> list[str]:
+    """What the figures must not be taken for. seen: the text that the model was in all likelihood trained on elsewhere,
+    if that is what is scored."""
+    out = []
+    if seen:
+        out.append(
+            f"{model} was in all likelihood trained on {seen}: compare these rows with each other and not with other "
+            "texts, or give --text."
+        )
+    if "dequantized" in about:
+        out.append(
+            f"The weights of {model} are dequantized {about['dequantized']}: they lie on that format's grid, so "
+            "nothing here says what rounding to as few bits would cost a model whose weights do not."
+        )
+    return out
 
 
 def collect(
     models: dict[str, LanguageModel],
     sizes: dict[str, int],
     notes: dict[str, str],
-    test: dict[str, np.ndarray],
-    token_bytes: np.ndarray,
-    reference: LanguageModel,
-    protocol: Protocol,
-) -> tuple[list[Row], dict[str, Quality]]:
-    """A row for each model, in order, and the sums by document behind it.
-
-    sizes: bytes on disk. notes: what was done, to which the measured speeds are added in words. Speeds and bits
-    are compared with the first model's; divergence and agreement are against `reference`. All run on one device.
-    """
-    one = jax.devices()[0]
-    models, reference = (
-        {name: jax.device_put(model, one) for name, model in models.items()},
-        jax.device_put(reference, one),
-    )
-    qualities = quality.measure(models, test, token_bytes, reference)
-    rates = cost.rates(models, protocol)
-    first = next(iter(models))
-    out = []
+    qualities: dict[str, Quality],
+    rates: dict[str, tuple[Rate, Rate]],
+) -> list[Row]:
+    """A row for each model, in order. sizes: bytes on disk. notes: what was done, to which the measured speeds are
+    added in words. Speeds and bits are compared with the first model's."""
+    first, out = next(iter(models)), []
     for name, model in models.items():
         base = None if name == first else (qualities[first], rates[first])
-        out.append(make(name, model, sizes[name], notes.get(name, ""), qualities[name], rates[name], base))
-    return out, qualities
+        out.append(make(name, model, sizes[name], notes[name], qualities[name], rates[name], base))
+    return out
 
 
 def make(

@@ -17,10 +17,15 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.2f}"
 
 
-def perplexity(value: float, error: float) -> str:
+def with_error(value: float, error: float | None, form: str = ".4f") -> str:
+    """A figure and its standard error, in one format; of a single document there is none."""
+    sizes = form.lstrip("+")
+    return f"{value:{form}}" if error is None else f"{value:{form}} ± {error:{sizes}}"
+
+
+def perplexity(value: float, error: float | None) -> str:
     """With as many decimals as make sense: a ruined model's perplexity is in the hundreds."""
-    digits = 3 if value < 100 else 1
-    return f"{value:,.{digits}f} ± {error:,.{digits}f}"
+    return with_error(value, error, ",.3f" if value < 100 else ",.1f")
 
 
 # (heading, one row's entry)
@@ -34,14 +39,14 @@ COLUMNS: Columns = (
     ("MB on disk", lambda row: megabytes(row.bytes)),
     ("prefill tok/s", lambda row: rate(row.prefill_tokens_per_second, row.prefill_spread)),
     ("decode tok/s", lambda row: rate(row.decode_tokens_per_second, row.decode_spread)),
-    ("bits/byte ± s.e.", lambda row: f"{row.bits_per_byte:.4f} ± {row.bits_per_byte_stderr:.4f}"),
+    ("bits/byte ± s.e.", lambda row: with_error(row.bits_per_byte, row.bits_per_byte_stderr)),
     (
         "over dense ± s.e.",
-        lambda row: f"{row.bits_per_byte_over_dense:+.4f} ± {row.bits_per_byte_over_dense_stderr:.4f}",
+        lambda row: with_error(row.bits_per_byte_over_dense, row.bits_per_byte_over_dense_stderr, "+.4f"),
     ),
     ("perplexity ± s.e.", lambda row: perplexity(row.perplexity, row.perplexity_stderr)),
-    ("KL to dense ± s.e.", lambda row: f"{row.kl_to_dense:.4f} ± {row.kl_to_dense_stderr:.4f}"),
-    ("same top-1 ± s.e.", lambda row: f"{row.top1_agreement:.1%} ± {row.top1_agreement_stderr:.1%}"),
+    ("KL to dense ± s.e.", lambda row: with_error(row.kl_to_dense, row.kl_to_dense_stderr)),
+    ("same top-1 ± s.e.", lambda row: with_error(row.top1_agreement, row.top1_agreement_stderr, ".1%")),
 )
 
 

@@ -1,7 +1,13 @@
+import hashlib
+
 import pytest
 
 from efflm.config import InputError
 from efflm.data import corpora
+
+
+def by_hash(name):
+    return hashlib.sha256(name.encode()).digest()
 
 
 def documents(corpus):
@@ -16,9 +22,10 @@ def test_a_folder_is_split_by_file_whole_and_disjoint(tmp_path):
     (folder / ".hidden").write_bytes(b"\0")
     corpus = corpora.load(str(folder), tmp_path / "cache")
     assert sorted(documents(corpus)) == sorted((f"sub/{i}.txt", f"text {i} ünï\n" * 5) for i in range(100))
-    assert (len(corpus.train), len(corpus.validation), len(corpus.test)) == (85, 5, 10)
-    again = corpora.load(str(folder), tmp_path / "cache")
-    assert again == corpus
+    names = sorted((f"sub/{i}.txt" for i in range(100)), key=by_hash)
+    assert [name for name, _ in corpus.test] == names[:10]
+    assert [name for name, _ in corpus.validation] == names[10:15]
+    assert [name for name, _ in corpus.train] == names[15:]
 
 
 def test_a_file_is_cut_at_line_ends_and_loses_nothing(tmp_path):
@@ -79,33 +86,57 @@ def test_an_empty_folder_is_refused(tmp_path):
 
 
 def test_the_default_corpus_is_this_pythons_library_without_its_tests(tmp_path):
-    name, found = corpora._read(corpora.DEFAULT)
-    names = {document for document, _ in found}
+    found = corpora._documents(corpora.DEFAULT)
+    names = {part.name for part in found}
     assert {"argparse.py", "json/decoder.py"} <= names
     assert not [n for n in names if set(n.split("/")) & corpora.LEFT_OUT]
-    assert sum(len(text) for _, text in found) > 5_000_000
-    assert "library" in name
+    assert sum(part.characters for part in found) > 5_000_000
+    assert "library" in corpora.name_of(corpora.DEFAULT)
 
 
 def test_text_to_score_is_whole_files_or_pieces_of_one(tmp_path):
     for i in range(5):
         (tmp_path / f"{i}.txt").write_text(f"text {i}\n" * 10)
-    name, count, found = corpora.read(str(tmp_path), documents=3)
-    assert (name, count, len(found)) == (str(tmp_path), 5, 3)
-    assert all(text == f"text {name[0]}\n" * 10 for name, text in found)
-    assert found == corpora.read(str(tmp_path))[2][:3]  # a sample that does not depend on its size
-    (tmp_path / "0.txt").write_text("line\n" * 10_000)
-    _, count, found = corpora.read(str(tmp_path / "0.txt"))
-    assert count == len(found) == 4
-    assert sorted(text for _, text in found) == sorted(
-        text for _, text in corpora._pieces([("", "line\n" * 10_000)], 16384)
-    )
+    (tmp_path / "blank.txt").write_text("\n \n")
+    found = corpora.read(str(tmp_path))
+    assert [part.name for part in found] == sorted((f"{i}.txt" for i in range(5)), key=by_hash)
+    assert [part.text() for part in found] == [f"text {part.name[0]}\n" * 10 for part in found]
+    text = "".join(f"line {i}, née\n" for i in range(4000))
+    (tmp_path / "0.txt").write_text(text)
+    found = corpora.read(str(tmp_path / "0.txt"))
+    assert [part.name for part in found] == sorted((f"0.txt#{i}" for i in range(len(found))), key=by_hash)
+    assert "".join(part.text() for part in sorted(found, key=lambda part: part.start)) == text
+    for part in found:
+        assert (len(part.text()), len(part.text().encode())) == (part.characters, part.nbytes)
+        assert part.text().endswith("\n")
+        assert 0 <= part.characters - corpora.PIECE_BYTES < 20 or part.start + part.nbytes == len(text.encode())
+
+
+@pytest.mark.parametrize("text", ["é😀\n" * 40, "é😀" * 60, "a" * 100, "\n" * 50 + "x", "😀"])
+@pytest.mark.parametrize("stretch", [5, 16, 1000])
+def test_a_document_is_read_in_stretches_that_end_with_lines_or_characters(tmp_path, monkeypatch, text, stretch):
+    monkeypatch.setattr(corpora, "STRETCH", stretch)
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    (part,) = corpora._parts(tmp_path, [tmp_path / "a.txt"], 0)
+    stretches = list(part.stretches())
+    assert "".join(stretches) == text
+    assert all(0 < len(each.encode()) <= stretch for each in stretches)
+    if stretch == 16 and "\n" in text:
+        assert all(each.endswith("\n") for each in stretches[:-1])
+
+
+def test_a_damaged_byte_far_into_a_file_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes("é".encode() * 20_001 + b"\xff" + b"a" * 30_000)
+    with pytest.raises(InputError, match=r"byte 0xff at offset 40002\)"):
+        corpora.read(str(tmp_path / "a.txt"))
 
 
 def test_held_out_documents_are_those_of_the_test_split(tmp_path):
     path = tmp_path / "book.txt"
     path.write_text("".join(f"line {i}\n" for i in range(5000)))
-    name, count, found = corpora.held_out(str(path))
     whole = corpora.load(str(path), tmp_path / "cache")
-    assert (name, count, found) == (whole.name, len(whole.test), whole.test)
-    assert corpora.held_out(str(path), 2)[1:] == (count, whole.test[:2])
+    for split in ("validation", "test"):
+        found = [(part.name, part.text()) for part in corpora.held_out(str(path), split)]
+        assert found == getattr(whole, split)
+    names = sorted((name for name, _ in documents(whole)), key=by_hash)
+    assert [part.name for part in corpora.held_out(str(path))] == names[: round(0.1 * len(names))]

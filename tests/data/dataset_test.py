@@ -1,8 +1,10 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
 from efflm.config import InputError
-from efflm.data import dataset
+from efflm.data import corpora, dataset
 
 
 @pytest.fixture
@@ -25,19 +27,51 @@ def test_a_corpus_becomes_rows_and_the_second_time_finds_them(folder):
     second = prepare(folder)
     assert made == {p: p.stat().st_mtime_ns for p in (folder.parent / "cache").rglob("*") if p.is_file()}
     assert first.tokenizer.digest == second.tokenizer.digest
-    for name in ("train", "validation", "test"):
-        for field, array in getattr(first, name)[:].items():
-            np.testing.assert_array_equal(array, getattr(second, name)[:][field])
+    for field, array in first.train[:].items():
+        np.testing.assert_array_equal(array, second.train[:][field])
     ids = first.train.targets[first.train.segments == 1]
     assert first.tokenizer.decode(ids) == first.corpus.train[0][1]
 
 
-def test_held_out_text_is_capped_and_the_protocol_says_so(folder):
+def test_held_out_text_comes_as_tokens_again_and_again(folder):
     data = prepare(folder)
-    assert len(data.corpus.test) == 70
-    assert data.test.segments.max() == dataset.TEST_DOCUMENTS == 64
-    assert np.bincount(data.test.segments.ravel())[1:].max() <= dataset.TEST_TOKENS
-    assert "64 of 70 test documents" in data.protocol
+    for split, count in (("validation", 35), ("test", 70)):
+        text = getattr(data, split)
+        for _ in range(2):
+            found = [data.tokenizer.decode(list(ids)) for ids in text]
+            assert found == [document for _, document in getattr(data.corpus, split)]
+        assert len(text) == len(text.sizes) == count
+        assert sum(text.sizes) == sum(len(document.encode()) for document in found)
+        assert text.name == f"{split} documents of {folder}"
+    assert not text.unbroken
+
+
+def test_a_long_document_is_tokenized_in_stretches(folder, monkeypatch):
+    data = prepare(folder)
+    whole = [list(ids) for ids in data.test]
+    monkeypatch.setattr(corpora, "STRETCH", 64)
+    seen, encode = [], data.tokenizer.encode
+    text = dataclasses.replace(data.test, encode=lambda part: (encode(seen.append(s) or s) for s in part.stretches()))
+    ids = next(iter(text))
+    assert next(ids) == whole[0][0]
+    assert len(seen) == 1  # the rest of the document has not been read
+    assert data.tokenizer.decode([whole[0][0], *ids]) == data.tokenizer.decode(whole[0])
+    assert max(len(each) for each in seen) <= 64
+
+
+def test_what_is_scored_is_a_text_or_the_test_split(folder, tmp_path):
+    data, cache = prepare(folder), tmp_path / "cache"
+    score = lambda text, corpus, about: dataset.to_score(text, corpus, about, data.tokenizer, cache)
+    assert len(score(str(folder), "", {})) == 700
+    assert score("", str(folder), {}).name == score("", "", {"source": str(folder)}).name == data.test.name
+    assert score("", "", {}).known == "Python's standard library"
+    assert not score("", "", {"source": "stdlib"}).known
+
+
+def test_a_tokenizer_that_is_too_large_is_refused(folder):
+    tokens = prepare(folder).tokenizer
+    with pytest.raises(InputError, match="has 270 entries, but the vocabulary is 269"):
+        dataset.prepare(str(folder), folder.parent / "c", vocabulary=269, length=32, batch=2, tokenizer=tokens)
 
 
 def test_too_little_text_for_a_batch_is_refused(folder):

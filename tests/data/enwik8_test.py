@@ -19,6 +19,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(enwik8, "MD5", hashlib.md5(TEXT).hexdigest())
     parts = {"train": slice(0, 1500), "validation": slice(1500, 1700), "test": slice(1700, len(TEXT))}
     monkeypatch.setattr(enwik8, "SPLITS", parts)
+    monkeypatch.setattr(dataset, "STRETCH", 64)
     return tmp_path
 
 
@@ -37,14 +38,18 @@ def test_every_byte_of_a_split_is_a_target_once_in_order(small, kind):
     write(small / "data", kind)
     data = dataset.prepare("enwik8", small / "cache", vocabulary=999, length=32, batch=2)
     byte_of = {int(token): byte for byte, token in enumerate(data.tokenizer.byte_ids)}
-    for name, where in enwik8.SPLITS.items():
-        rows = getattr(data, name)[:]
-        real = rows["segments"] > 0
-        assert bytes(byte_of[token] for token in rows["targets"][real]) == TEXT[where]
-        assert rows["inputs"][0, 0] == data.tokenizer.separator
-        stream = rows["targets"][real]
-        np.testing.assert_array_equal(rows["inputs"][real][1:], stream[:-1])
-    assert f"{len(TEXT[enwik8.SPLITS['test']]):,} bytes" in data.protocol
+    rows = data.train[:]
+    real = rows["segments"] > 0
+    stream = rows["targets"][real]
+    assert bytes(byte_of[token] for token in stream) == TEXT[enwik8.SPLITS["train"]]
+    assert rows["inputs"][0, 0] == data.tokenizer.separator
+    np.testing.assert_array_equal(rows["inputs"][real][1:], stream[:-1])
+    for name in ("validation", "test"):
+        text = getattr(data, name)
+        assert b"".join(bytes(byte_of[token] for token in ids) for ids in text) == TEXT[enwik8.SPLITS[name]]
+        assert text.unbroken
+        assert text.sizes == [64, 64, 64, 8] or name == "test"
+    assert text.name == "stretches of 64 bytes of the test split of enwik8"
     assert (data.tokenizer.token_bytes[data.tokenizer.byte_ids] == 1).all()
 
 
@@ -78,3 +83,14 @@ def test_other_bytes_and_no_bytes_are_refused(small, monkeypatch):
     monkeypatch.setattr(enwik8, "URL", (small / "nothing.zip").as_uri())
     with pytest.raises(InputError, match="set EFFLM_DATA"):
         enwik8.load(small / "cache")
+
+
+def test_without_EFFLM_DATA_no_folder_is_looked_into(small, monkeypatch):
+    """Not even one beside the checkout: the file comes from the network."""
+    monkeypatch.delenv("EFFLM_DATA")
+    write(small, "zip")
+    monkeypatch.setattr(enwik8, "URL", (small / "enwik8.zip").as_uri())
+    opened, plain = [], lzma.open
+    monkeypatch.setattr(lzma, "open", lambda path, *rest: opened.append(path) or plain(path, *rest))
+    assert bytes(enwik8.load(small / "cache").train) == TEXT[:1500]
+    assert not opened

@@ -29,11 +29,6 @@ def test_positions_count_from_the_start_of_each_stretch(documents, length):
             assert positions[t] == (0 if starts else positions[t - 1] + 1)
 
 
-def test_a_cap_keeps_the_first_targets_of_each_document():
-    rows = pack([[1, 2, 3, 4], [5]], separator=0, length=4, most=3)
-    np.testing.assert_array_equal(rows.targets.ravel()[:5], [1, 2, 3, 5, 0])
-
-
 def test_stored_rows_are_read_and_not_made_again(tmp_path):
     rows = pack([[1, 2, 3]], separator=0, length=4)
     load_or_pack(tmp_path / "r.npz", lambda: rows)

@@ -1,11 +1,31 @@
+import itertools
+
+import numpy as np
+
+from efflm.evaluate import cost
 from efflm.evaluate.cost import Protocol, rates
 from tests import tiny
 
 
-def test_rates_are_medians_within_their_spread():
-    models = {"a": tiny.model(), "b": tiny.model(tiny.GPT2)}
-    got = rates(models, Protocol(prompt=24, new=3, repeats=3))
+def test_rates_are_the_quartiles_of_what_the_clock_says(rng):
+    """Each measurement takes two looks at the clock: prefill of a, decode of a, prefill of b, and so on in turn."""
+    protocol = Protocol(prompt=24, new=3, repeats=6)
+    seconds_RMP = rng.uniform(1.0, 9.0, (1 + protocol.repeats, 2, 2))  # rounds, the first to warm up; models; phases
+    seconds_RMP[0] = 1000.0
+    idle = itertools.repeat(0.25)
+    looks = np.cumsum(list(itertools.chain.from_iterable(zip(idle, seconds_RMP.ravel()))))
+    clock = iter(looks)
+    got = rates({"a": tiny.model(), "b": tiny.model(tiny.GPT2)}, protocol, clock=lambda: next(clock))
+    assert next(clock, None) is None
     assert list(got) == ["a", "b"]
-    for pair in got.values():
-        for rate in pair:
-            assert 0 < rate.low <= rate.median <= rate.high
+    for m, pair in enumerate(got.values()):
+        for p, (rate, tokens) in enumerate(zip(pair, (24, 3))):
+            expected = tokens / np.percentile(seconds_RMP[1:, m, p], [50, 75, 25])
+            np.testing.assert_allclose([rate.median, rate.low, rate.high], expected)
+
+
+def test_large_models_are_measured_more_briefly(monkeypatch):
+    model = tiny.model()
+    assert cost.protocol_for(model) == Protocol().within(64)
+    monkeypatch.setattr(cost, "LARGE", 1000)
+    assert cost.protocol_for(model) == cost.SHORT.within(64)

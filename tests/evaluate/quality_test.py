@@ -10,15 +10,16 @@ def log_softmax(x):
     return x - x.max(-1, keepdims=True) - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize("block", [quality.BLOCK, 12])
-def test_sums_by_document_equal_float64(block, monkeypatch):
-    monkeypatch.setattr(quality, "BLOCK", block)  # tokens read at a time: all of them, or a batch of rows
+@pytest.mark.parametrize("logits", [quality.LOGITS, 5 * 300])
+def test_sums_by_document_equal_float64(logits, monkeypatch):
+    monkeypatch.setattr(quality, "LOGITS", logits)  # held at a time: all of them, or those of five tokens
     model, other = tiny.model(seed=0), tiny.model(seed=1)
     rows = tiny.batch(model.config, rows=3, length=12)
     rows["segments"] = np.where(rows["segments"] > 0, rows["segments"] + 2 * np.arange(3)[:, None], 0)
-    rows["segments"] = rows["segments"].astype(np.int32)
+    rows["segments"] = rows["documents"] = rows["segments"].astype(np.int32)
+    blocks = [{name: array[start : start + 2] for name, array in rows.items()} for start in (0, 2)]
     sizes = np.arange(model.config.vocabulary) % 5
-    got = quality.measure({"a": other, "same": model}, rows, sizes, reference=model, batch=2)
+    got = quality.measure({"a": other, "same": model}, blocks, sizes, reference=model)
     for document in range(1, 7):
         r, mine = (document - 1) // 2, rows["segments"] == document
         tokens, targets = rows["inputs"][mine], rows["targets"][mine]
@@ -52,7 +53,15 @@ def test_the_ratio_and_its_error(rng):
         means.append(quality.bits_per_byte(of(sizes * rng.normal(2.0, 0.3, 40), sizes))[0])
         errors.append(quality.bits_per_byte(of(sizes * rng.normal(2.0, 0.3, 40), sizes))[1])
     np.testing.assert_allclose(np.mean(errors), np.std(means), rtol=0.1)
-    assert np.isnan(quality.bits_per_byte(of([2], [1]))[1])
+
+
+def test_of_one_document_there_is_no_error():
+    one = of([2], [1])
+    assert quality.bits_per_byte(one) == (2.0, None)
+    assert quality.perplexity(one) == (4.0, None)
+    assert quality.paired_difference(one, one) == (0.0, None)
+    assert quality.words(quality.bits_per_byte(one)) == "2.0000 (one document: no error bar)"
+    assert quality.words((2.0, 0.5), "+.1f") == "+2.0 ± 0.5"
 
 
 def test_pairing_cancels_what_both_find_hard(rng):

@@ -1,6 +1,7 @@
 """Windows against their definition, and figures over them against float64."""
 
 import dataclasses
+import tracemalloc
 
 import jax
 import numpy as np
@@ -10,9 +11,8 @@ from hypothesis import strategies as st
 
 from efflm.compress.quantize import quantize
 from efflm.config import InputError
-from efflm.data import packing
-from efflm.evaluate import quality
-from efflm.evaluate.windows import Windows, cut
+from efflm.evaluate import quality, windows
+from efflm.evaluate.windows import Scoring, blocks
 from efflm.model import LanguageModel, sharding
 from tests import reference, tiny
 
@@ -24,11 +24,18 @@ def documents(*lengths, seed=0):
     return [rng.integers(0, 290, length).tolist() for length in lengths]
 
 
-def by_definition(texts, windows):
+def cut(texts, separator, scoring):
+    """All blocks as one."""
+    parts = list(blocks(texts, separator, scoring))
+    assert len({part["inputs"].shape for part in parts}) == 1
+    return {name: np.concatenate([part[name] for part in parts]) for name in windows.FIELDS}
+
+
+def by_definition(texts, scoring):
     """{(document, place in it): how many tokens are before the token in the window that scores it}, token by token."""
-    first, step = [(0, None)] if windows.bos else [], windows.stride or windows.window
+    first, step = [(0, None)] if scoring.bos else [], scoring.stride or scoring.window
     streams = [first + [(d, i) for i in range(len(text))] for d, text in enumerate(texts, 1)]
-    if windows.joined:
+    if scoring.joined:
         whole = list(first)
         for d, stream in enumerate(streams):
             whole += [(0, None)] * (d > 0) + stream[len(first) :]
@@ -37,7 +44,7 @@ def by_definition(texts, windows):
     for stream in streams:
         for place in range(1, len(stream)):
             start = 0
-            while start + windows.window < place:  # the first window whose last target is this one or a later
+            while start + scoring.window < place:  # the first window whose last target is this one or a later
                 start += step
             if stream[place][0]:
                 out[stream[place]] = place - start
@@ -50,14 +57,18 @@ def by_definition(texts, windows):
     stride=st.integers(0, 20),
     bos=st.booleans(),
     joined=st.booleans(),
+    block=st.sampled_from([1, 24, 8192]),
 )
-def test_every_token_is_scored_once_after_the_tokens_it_should_see(lengths, window, stride, bos, joined):
-    windows = Windows(window=window, stride=min(stride, window), bos=bos, joined=joined)
+def test_every_token_is_scored_once_after_the_tokens_it_should_see(lengths, window, stride, bos, joined, block):
+    scoring = Scoring(window=window, stride=min(stride, window), bos=bos, joined=joined)
     texts = documents(*lengths)
-    expected = by_definition(texts, windows)
+    expected = by_definition(texts, scoring)
     if not sum(max(0, length + bos - 1) for length in lengths) and not expected:
         return
-    rows, found, places = cut(texts, SEPARATOR, windows), {}, dict.fromkeys(range(1, len(texts) + 1), 1 - bos)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(windows, "BLOCK", block)
+        rows = cut(texts, SEPARATOR, scoring)
+    found, places = {}, dict.fromkeys(range(1, len(texts) + 1), 1 - bos)
     if joined:
         places = dict.fromkeys(places, 0) | ({1: 1 - bos} if lengths[0] else {})
     for r, t in np.argwhere(rows["documents"] > 0):
@@ -70,39 +81,41 @@ def test_every_token_is_scored_once_after_the_tokens_it_should_see(lengths, wind
         assert len(found) >= sum(lengths) - 1
     assert found == expected
     assert rows["inputs"].shape[1] <= window
-    step = windows.stride or window
+    step = scoring.stride or window
     assert all(seen >= min(window - step, place) for (_, place), seen in found.items())
 
 
 def test_the_rows_of_one_document():
-    rows = cut([[1, 2, 3, 4, 5, 6]], 9, Windows(window=4, stride=2))
+    rows = cut([[1, 2, 3, 4, 5, 6]], 9, Scoring(window=4, stride=2))
     assert rows["inputs"].tolist() == [[9, 1, 2, 3], [2, 3, 4, 5]]
     assert rows["targets"].tolist() == [[1, 2, 3, 4], [3, 4, 5, 6]]
     assert rows["documents"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
     assert rows["positions"].tolist() == [[0, 1, 2, 3]] * 2
-    rows = cut([[1, 2, 3], [4], [5, 6]], 9, Windows(window=8, joined=True))
+    rows = cut([[1, 2, 3], [4], [5, 6]], 9, Scoring(window=8, joined=True))
     assert rows["inputs"].tolist() == [[9, 1, 2, 3, 9, 4, 9, 5]]
     assert rows["documents"].tolist() == [[1, 1, 1, 0, 2, 0, 3, 3]]
-    rows = cut([[1, 2, 3], [4], [5, 6]], 9, Windows(window=8))  # short ones share a row
-    assert rows["inputs"].tolist() == [[9, 1, 2], [9, 9, 5]]
-    assert rows["segments"].tolist() == [[1, 1, 1], [1, 2, 2]]
-    rows = cut([[1, 2, 3], [4], [5, 6]], 9, Windows(window=8, bos=False))
-    assert rows["targets"].tolist() == [[2, 3], [6, 0]]
-    assert rows["documents"].tolist() == [[1, 1], [3, 0]]
+    rows = cut([[1, 2, 3], [4], [5, 6]], 9, Scoring(window=8))  # short ones share a row
+    assert rows["inputs"].tolist() == [[9, 1, 2, 9, 9, 5, 0, 0]]
+    assert rows["segments"].tolist() == [[1, 1, 1, 2, 3, 3, 0, 0]]
+    rows = cut([[1, 2, 3], [4], [5, 6]], 9, Scoring(window=8, bos=False))
+    assert rows["targets"].tolist() == [[2, 3, 6, 0, 0, 0, 0, 0]]
+    assert rows["documents"].tolist() == [[1, 1, 3, 0, 0, 0, 0, 0]]
+    rows = cut([[1, 2, 3], [4], [5, 6, 7, 8]], 9, Scoring(window=8, documents=2, tokens=2))  # only so much of them
+    assert rows["targets"].tolist() == [[1, 2], [4, 0]]
 
 
 @pytest.mark.parametrize("joined", [False, True])
 def test_figures_equal_float64(joined):
     model, other = tiny.model(seed=0), tiny.model(seed=1)
-    texts, windows = documents(5, 21, 9), Windows(window=8, stride=3, joined=joined)
+    texts, scoring = documents(5, 21, 9), Scoring(window=8, stride=3, joined=joined)
     sizes = np.arange(300) % 4 + 1
-    got = quality.measure({"": other}, cut(texts, SEPARATOR, windows), sizes, reference=model)[""]
+    got = quality.measure({"": other}, blocks(texts, SEPARATOR, scoring), sizes, reference=model)[""]
     bits, kl, same, size = np.zeros(3), np.zeros(3), np.zeros(3), np.zeros(3)
     stream = [(0, SEPARATOR)] + [(1, i) for i in texts[0]]
     streams = [[(0, SEPARATOR)] + [(d, i) for i in text] for d, text in enumerate(texts, 1)]
     if joined:
         streams = [stream + streams[1] + streams[2]]
-    scored = by_definition(texts, windows)
+    scored = by_definition(texts, scoring)
     for stream in streams:
         counts = dict.fromkeys((1, 2, 3), 0)
         for place, (document, token) in enumerate(stream):
@@ -126,16 +139,108 @@ def test_figures_equal_float64(joined):
     np.testing.assert_allclose(quality.divergence(got)[0], kl.sum() / 35, rtol=1e-4)
 
 
-def test_windows_agree_with_packed_rows_where_the_protocols_do():
-    """Documents cut before their closing separator, each within a row."""
-    model, other = tiny.model(seed=0), tiny.model(seed=1)
-    texts = documents(8, 8, 8)
-    packed = packing.pack(texts, SEPARATOR, 8, most=8)[:]
-    rows = cut(texts, SEPARATOR, Windows(window=8))
-    sizes = np.ones(300)
-    by = [quality.measure({"": other}, each, sizes, reference=model)[""] for each in (packed, rows)]
-    for field in dataclasses.fields(by[0]):
-        np.testing.assert_allclose(getattr(by[0], field.name), getattr(by[1], field.name), rtol=1e-6)
+def test_blocks_add_up_to_the_whole(monkeypatch):
+    """One block or many, and what is kept of the reference, are all the same to the sums."""
+    model, other, sizes = tiny.model(seed=0), tiny.model(seed=1), np.ones(300)
+    texts, scoring = documents(5, 0, 21, 40, 1, 9), Scoring(window=8, stride=3)
+    whole = quality.measure({"": other}, blocks(texts, SEPARATOR, scoring), sizes, model)[""]
+    monkeypatch.setattr(windows, "BLOCK", 16)
+    kept = {}
+    parts = quality.measure({"": other}, blocks(texts, SEPARATOR, scoring), sizes, model, kept)[""]
+    assert len(kept) > 3
+    monkeypatch.setattr(quality, "KEPT", sum(x.nbytes for x in kept.values()))
+    again = quality.measure({"": other}, blocks(texts, SEPARATOR, scoring), sizes, model, kept)[""]
+    for field in dataclasses.fields(whole):
+        one, many, third = (getattr(each, field.name) for each in (whole, parts, again))
+        assert one.shape == (6,)
+        np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-5, err_msg=field.name)
+        np.testing.assert_array_equal(third, many)
+    monkeypatch.setattr(quality, "KEPT", 2 * kept[0].nbytes)
+    few = {}
+    quality.measure({"": other}, blocks(texts, SEPARATOR, scoring), sizes, model, few)
+    assert list(few) == [0, 1]  # bounded
+
+
+class Counted:
+    """A document that counts the tokens that are asked of it."""
+
+    asked = 0
+
+    def __init__(self, length):
+        self.length = length
+
+    def __iter__(self):
+        for index in range(self.length):
+            Counted.asked += 1
+            yield index % 250
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("length", [3, 3000])
+def test_memory_does_not_grow_with_the_text(joined, length, monkeypatch):
+    monkeypatch.setattr(windows, "BLOCK", 512)
+    scoring = Scoring(window=64, stride=32, joined=joined, documents=0, tokens=0)
+
+    def peak(tokens):
+        Counted.asked = 0
+        tracemalloc.start()
+        for _ in blocks((Counted(length) for _ in range(tokens // length)), SEPARATOR, scoring):
+            pass
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert Counted.asked == tokens // length * length  # each token is read once
+        return most
+
+    peak(3000)  # what is imported or cached the first time
+    assert peak(60_000) < 1.2 * peak(6000)
+
+
+def test_sums_grow_in_linear_time():
+    """Space for documents is doubled, never added one by one."""
+    sums, copied = np.zeros((5, 0)), 0
+    for count in range(1, 5000):
+        before, sums = sums, quality._room_for(count, sums)
+        copied += before.shape[1] * (sums is not before)
+    assert copied < 2 * 5000
+
+
+def test_only_the_first_tokens_of_a_document_are_read():
+    Counted.asked = 0
+    (block,) = blocks([Counted(10**9), Counted(10**9)], SEPARATOR, Scoring(window=16, documents=1, tokens=20))
+    assert (block["documents"] > 0).sum() == 20
+    assert Counted.asked <= 21
+
+
+def test_parts_of_one_text_are_scored_without_separators():
+    scoring = Scoring(window=4).within(64, unbroken=True)
+    (block,) = blocks([[1, 2, 3], [4, 5, 6]], 9, scoring, unbroken=True)
+    assert block["inputs"].tolist() == [[9, 1, 2, 3], [4, 5, 0, 0]]
+    assert block["targets"].tolist() == [[1, 2, 3, 4], [5, 6, 0, 0]]
+    assert block["documents"].tolist() == [[1, 1, 1, 2], [2, 2, 0, 0]]
+
+
+def test_the_window_is_what_the_model_was_trained_on():
+    assert Scoring().within(4096).window == 1024
+    assert Scoring().within(512).window == 512
+    assert Scoring().within(1024, trained=256).window == 256
+    assert Scoring(window=600).within(1024, trained=256).window == 600
+    with pytest.raises(InputError, match="window is 65, but the model's max_length is 64"):
+        Scoring(window=65).within(64)
+    whole = Scoring(documents=3).within(64, unbroken=True)
+    assert (whole.documents, whole.tokens, whole.joined) == (0, 0, True)
+
+
+def test_the_protocol_says_how_much_was_scored():
+    sums = lambda count: quality.Quality(*(np.full(count, 7.0) for _ in range(5)))
+    scoring = Scoring().within(64)
+    said = windows.described(scoring, "test documents of X", 70, sums(2))
+    assert "2 of 70 test documents of X, at most the first 512 tokens of each (14 tokens scored)" in said
+    assert said.endswith("standard errors over documents")
+    assert windows.described(scoring, "documents", 1, sums(1)).endswith("one document: no error bar")
+    whole = windows.described(scoring.within(64, unbroken=True), "stretches", 2, sums(2), unbroken=True)
+    assert "whole" in whole
+    assert "as one text" in whole
+    assert "separator, which" not in whole
 
 
 @pytest.mark.parametrize("format", ["float32", "int8"])
@@ -145,32 +250,34 @@ def test_a_model_on_a_mesh_scores_the_same(format):
         model = LanguageModel(model.config, quantize(model.params, "int8"))
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     spread = model.replace(params=jax.device_put(model.params, sharding.shardings(model.params, mesh)))
-    rows = cut(documents(20, 30, 7), SEPARATOR, Windows(window=16, stride=8))
-    one, many = (quality.measure({"": each}, rows, np.ones(300), each, batch=3)[""] for each in (model, spread))
+    rows = list(blocks(documents(20, 30, 7), SEPARATOR, Scoring(window=16, stride=8)))
+    one, many = (quality.measure({"": each}, rows, np.ones(300), each)[""] for each in (model, spread))
     np.testing.assert_allclose(many.bits, one.bits, rtol=1e-5)
     assert quality.divergence(many) == (0.0, 0.0)
 
 
 def test_what_cannot_be_scored_is_refused():
-    with pytest.raises(InputError, match="window is 0"):
-        Windows(window=0)
+    with pytest.raises(InputError, match="window is -1"):
+        Scoring(window=-1)
     with pytest.raises(InputError, match="stride is 9"):
-        Windows(window=8, stride=9)
+        Scoring(window=8, stride=9)
     with pytest.raises(InputError, match="nothing to score"):
-        cut([[]], SEPARATOR, Windows())
+        cut([[]], SEPARATOR, Scoring(window=4))
     small = tiny.model(dataclasses.replace(tiny.LLAMA, vocabulary=400))
-    rows = cut(documents(5), SEPARATOR, Windows())
+    rows = list(blocks(documents(5), SEPARATOR, Scoring(window=8)))
     with pytest.raises(InputError, match="vocabulary has 400 entries, the reference's 300"):
-        quality.measure({"": small}, rows, np.ones(400), reference=tiny.model())
+        quality.measure({"": small}, rows, np.ones(300), reference=tiny.model())
+    with pytest.raises(InputError, match="tokenizer has 301 entries, but the model's vocabulary is 300"):
+        quality.measure({"": tiny.model()}, rows, np.ones(301), reference=tiny.model())
 
 
 @pytest.mark.parametrize(
-    ("windows", "words"),
+    ("scoring", "words"),
     [
-        (Windows(window=2048, stride=512), ["2,048 tokens, 512 apart", "at least 1,536", "by itself", "as BOS"]),
-        (Windows(window=64, bos=False, joined=True), ["64 tokens, disjoint", "joined", "without BOS"]),
+        (Scoring(window=2048, stride=512), ["2,048 tokens, 512 apart", "at least 1,536", "by itself", "as BOS"]),
+        (Scoring(window=64, bos=False, joined=True), ["64 tokens, disjoint", "joined", "without BOS"]),
     ],
 )
-def test_the_protocol_says_what_it_is(windows, words):
+def test_the_protocol_says_what_it_is(scoring, words):
     for word in words:
-        assert word in str(windows)
+        assert word in str(scoring)

@@ -15,6 +15,7 @@ from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink
 from efflm.config import MeshConfig, ModelShape, TrainConfig
+from efflm.evaluate.windows import Scoring
 from efflm.flags import launch
 from efflm.train import loop
 from experiments import compress, evaluate, pretrain, quickstart
@@ -35,13 +36,16 @@ FIELDS = {
 
 def run(module, *argv):
     groups = {
-        quickstart: {"run": quickstart.Run(), "model": ModelShape(), "train": TrainConfig()},
-        pretrain: {"run": pretrain.Run(), "model": ModelShape(), "train": TrainConfig(), "mesh": MeshConfig()},
-        compress: {
-            "run": compress.Run(), "quantize": Quantize, "prune": Prune, "finetune": Finetune, "distill": Distill,
-            "shrink": Shrink,
+        quickstart: {"run": quickstart.RUN, "model": ModelShape(), "train": TrainConfig(), "score": Scoring()},
+        pretrain: {
+            "run": pretrain.Run(), "model": ModelShape(), "train": TrainConfig(), "score": Scoring(),
+            "mesh": MeshConfig(),
         },
-        evaluate: {"run": evaluate.Run(), "mesh": MeshConfig(data=1)},
+        compress: {
+            "run": compress.Run(), "score": Scoring(), "quantize": Quantize, "prune": Prune, "finetune": Finetune,
+            "distill": Distill, "shrink": Shrink,
+        },
+        evaluate: {"run": evaluate.Run(), "score": Scoring(), "mesh": MeshConfig(data=1)},
     }[module]  # fmt: skip
     launch(module.main, module.__doc__, ["x", *argv], **groups)
 
@@ -152,20 +156,20 @@ def test_init_from_starts_where_another_run_ended(trained, corpus, tmp_path):
 def test_scanned_pretraining_leaves_an_unstacked_checkpoint(corpus, tmp_path, family, capsys):
     flags = [f"--corpus={corpus}", *TINY, f"--model.family={family}", "--train.scan", "--train.policy=bfloat16"]
     run(pretrain, f"--run_dir={tmp_path / 'run'}", *flags)
-    run(evaluate, f"--model={tmp_path / 'run'}", "--window=16", f"--run_dir={tmp_path / 'out'}")
+    run(evaluate, f"--model={tmp_path / 'run'}", "--score.window=16", f"--run_dir={tmp_path / 'out'}")
     assert rows_of(tmp_path / "out")[0]["top1_agreement"] == 1
     assert "bits per byte" in capsys.readouterr().out
 
 
 def test_compress_and_evaluate_a_trained_run(trained, tmp_path):
     out = tmp_path / "out"
-    run(compress, f"--model={trained}", "--recipe=masks50,w8a8", "--prune.sparsity=0.25", "--window=16",
+    run(compress, f"--model={trained}", "--recipe=masks50,w8a8", "--prune.sparsity=0.25", "--score.window=16",
         "--sample=4", f"--run_dir={out}")  # fmt: skip
     before, after = rows_of(out)
     assert after["name"] == "masks50+w8a8"
     layers = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48)
     assert before["nonzeros"] - after["nonzeros"] >= layers // 4
-    run(evaluate, f"--model={out / 'masks50+w8a8.safetensors'}", f"--reference={trained}", "--window=16",
+    run(evaluate, f"--model={out / 'masks50+w8a8.safetensors'}", f"--reference={trained}", "--score.window=16",
         f"--run_dir={tmp_path / 'seen'}")  # fmt: skip
     seen = rows_of(tmp_path / "seen")[0]
     for field in ("bits_per_byte", "kl_to_dense", "top1_agreement_stderr", "perplexity", "nonzeros", "bytes"):
@@ -179,7 +183,8 @@ def test_several_recipes_in_one_report(trained, corpus, tmp_path):
     for i in range(3):
         (text / f"{i}.txt").write_text((corpus / f"{i}.txt").read_text())
     run(compress, f"--model={trained}", "--recipe=w8a16 masks24 student_scratch", "--shrink.layers=1",
-        f"--text={text}", "--window=32", "--stride=8", "--length=16", "--sample=4", f"--run_dir={out}")  # fmt: skip
+        f"--text={text}", "--score.window=32", "--score.stride=8", "--length=16", "--sample=4",
+        f"--run_dir={out}")  # fmt: skip
     results = json.loads((out / "results.json").read_text())
     assert [row["name"] for row in results["rows"]] == ["before", "w8a16", "masks24", "student_scratch"]
     before, w8a16, masks24, student = results["rows"]
@@ -204,7 +209,14 @@ def test_several_recipes_in_one_report(trained, corpus, tmp_path):
 
 def test_a_model_on_a_mesh_is_measured_the_same(trained, tmp_path):
     def measured(name, *flags):
-        run(evaluate, f"--model={trained}", "--window=16", "--documents=4", f"--run_dir={tmp_path / name}", *flags)
+        run(
+            evaluate,
+            f"--model={trained}",
+            "--score.window=16",
+            "--score.documents=4",
+            f"--run_dir={tmp_path / name}",
+            *flags,
+        )
         return rows_of(tmp_path / name)[0]
 
     one, spread = measured("one"), measured("spread", "--mesh.fsdp=2", "--mesh.tensor=2")
@@ -262,8 +274,8 @@ def test_a_checkpoint_of_another_config_is_refused(trained, corpus, capsys, flag
         (["--recipe= "], "recipe is ' '"),
         (["--model=/nowhere"], "no model at /nowhere"),
         (["--text=/nowhere"], "/nowhere does not exist"),
-        (["--window=65"], "window is 65, but the model's max_length is 64"),
-        (["--window=16", "--stride=17"], "stride is 17"),
+        (["--score.window=65"], "window is 65, but the model's max_length is 64"),
+        (["--score.window=16", "--score.stride=17"], "stride is 17"),
     ],
 )
 def test_bad_recipes_are_refused(trained, tmp_path, capsys, flags, message):

@@ -13,6 +13,7 @@ from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink
 from efflm.config import MeshConfig
+from efflm.evaluate.windows import Scoring
 from efflm.flags import launch
 from efflm.formats import sources
 from experiments import compress, evaluate, export, generate
@@ -43,7 +44,7 @@ def results(folder):
 def test_compress_says_what_the_weights_were(model, text, tmp_path, capsys):
     out = tmp_path / "runs" / "out"
     launch(compress.main, "", ["x", f"--model={model}", "--recipe=w8a16 masks24", f"--text={text}", "--sample=3",
-           f"--run_dir={out}"], run=compress.Run(), **STEPS)  # fmt: skip
+           f"--run_dir={out}"], run=compress.Run(), score=Scoring(), **STEPS)  # fmt: skip
     before, w8a16, masks24 = results(out)["rows"]
     assert before["name"] == "dequantized Q4_1"
     assert before["note"] == f"from {model}, dequantized Q4_1"
@@ -57,7 +58,7 @@ def test_compress_says_what_the_weights_were(model, text, tmp_path, capsys):
     # The label outlives the file it was read from.
     again = tmp_path / "runs" / "again"
     launch(evaluate.main, "", ["x", f"--model={out / 'w8a16.safetensors'}", f"--reference={model}", f"--text={text}",
-           f"--run_dir={again}"], run=evaluate.Run(), mesh=MeshConfig(data=1))  # fmt: skip
+           f"--run_dir={again}"], run=evaluate.Run(), score=Scoring(), mesh=MeshConfig(data=1))  # fmt: skip
     (row,) = results(again)["rows"]
     for field in ("bits_per_byte", "kl_to_dense", "perplexity"):
         assert row[field] == w8a16[field], field
@@ -66,11 +67,11 @@ def test_compress_says_what_the_weights_were(model, text, tmp_path, capsys):
 
 def test_without_a_text_of_its_own_it_reads_the_standard_library(model, tmp_path):
     out = tmp_path / "runs" / "out"
-    launch(evaluate.main, "", ["x", f"--model={model}", "--documents=2", "--tokens=20", f"--run_dir={out}"],
-           run=evaluate.Run(), mesh=MeshConfig(data=1))  # fmt: skip
+    launch(evaluate.main, "", ["x", f"--model={model}", "--score.documents=2", "--score.tokens=20", f"--run_dir={out}"],
+           run=evaluate.Run(), score=Scoring(), mesh=MeshConfig(data=1))  # fmt: skip
     facts = " ".join(results(out)["protocol"])
     assert "2 of" in facts
-    assert "Python's standard library, at most the first 20 tokens of each (40 scored)" in facts
+    assert "Python's standard library, at most the first 20 tokens of each (40 tokens scored)" in facts
     assert "in all likelihood trained on Python's standard library" in facts
 
 

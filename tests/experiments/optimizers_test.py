@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from efflm import config
+from efflm.evaluate.windows import Scoring
 from efflm.flags import launch
 from efflm.model import sharding
 from efflm.train.step import init_state, make_step
@@ -25,7 +26,7 @@ TINY = [
 
 
 def run(*argv):
-    groups = {"run": optimizers.Run(), "model": optimizers.MODEL, "train": optimizers.TRAIN}
+    groups = {"run": optimizers.Run(), "model": optimizers.MODEL, "train": optimizers.TRAIN, "score": Scoring()}
     launch(optimizers.main, optimizers.__doc__, ["x", *argv], **groups)
 
 

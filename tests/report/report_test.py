@@ -1,6 +1,12 @@
+import dataclasses
+import itertools
+import json
 import re
 
+import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 from efflm.report import page, plots, rows, table
 
@@ -39,6 +45,72 @@ def test_the_page_is_self_contained_and_escaped(tmp_path):
         "jax 0.10",
     ):
         assert entry in text
+
+
+def test_of_one_document_no_error_is_shown(capsys):
+    fields = [field.name for field in dataclasses.fields(rows.Row) if field.name.endswith("_stderr")]
+    one = dataclasses.replace(ROW, **dict.fromkeys(fields))
+    table.show([one], [])
+    out = capsys.readouterr().out
+    assert " ± " not in out.split("w8a16", 1)[1]
+    assert "+0.0010" in out
+    assert json.loads(json.dumps(dataclasses.asdict(one)))["bits_per_byte_stderr"] is None
+
+
+def placed(count, seed):
+    """Rows at random places, many of them close together."""
+    rng, out = np.random.default_rng(seed), []
+    for index in range(count):
+        size, speed, over = (
+            rng.choice([4e6, 4.1e6, 1e7, 1.6e7]),
+            rng.choice([900, 1000, 2500]),
+            rng.choice([0, 1e-5, 0.01]),
+        )
+        out.append(dataclasses.replace(ROW, name=f"model_number_{index}", bytes=int(size), note="",
+                   decode_tokens_per_second=float(speed), decode_spread=(0.9 * speed, 1.1 * speed),
+                   bits_per_byte_over_dense=over * index,
+                   bits_per_byte_over_dense_stderr=0.1 * over or None))  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize(("count", "seed"), [(1, 0), (10, 1), (12, 2)])
+def test_no_label_covers_another_or_leaves_its_panel(tmp_path, count, seed):
+    labels = plots.pareto(placed(count, seed), tmp_path / "p.png")
+    assert [label.get_text() for label in labels] == 2 * [f"model_number_{i}" for i in range(count)]
+    renderer = FigureCanvasAgg(labels[0].figure).get_renderer()
+    for label in labels:
+        label.update_positions(renderer)
+    boxes = [Text.get_window_extent(label, renderer) for label in labels]  # without the line to its point
+    for one, two in itertools.combinations(boxes, 2):
+        assert not one.overlaps(two)
+    for label, box in zip(labels, boxes):
+        panel = label.axes.get_window_extent(renderer)
+        assert panel.x0 <= box.x0
+        assert box.x1 <= panel.x1
+        assert panel.y0 <= box.y0
+        assert box.y1 <= panel.y1
+
+
+def test_the_front_is_what_nothing_beats_in_both(rng):
+    for _ in range(50):
+        xs, ys = rng.integers(0, 5, 8), rng.integers(0, 5, 8)
+        points = set(zip(xs.tolist(), ys.tolist()))
+        expected = {(x, y) for x, y in points if not any(a <= x and b <= y for a, b in points - {(x, y)})}
+        found = plots._front(xs, ys)
+        assert [(xs[i], ys[i]) for i in found] == sorted(expected)
+
+
+def test_the_picture_has_the_error_of_the_difference(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, plain = [], Axes.errorbar
+    monkeypatch.setattr(
+        Axes, "errorbar", lambda axis, *args, **given: drawn.append((args, given)) or plain(axis, *args, **given)
+    )
+    plots.pareto([ROW, ROW], tmp_path / "p.png")
+    for (_, ys), given in drawn:
+        assert ys.tolist() == [0.001, 0.001]
+        assert given["yerr"].tolist() == [0.0005, 0.0005]
 
 
 def test_perplexities_have_the_decimals_that_make_sense():

@@ -1,0 +1,52 @@
+"""Text scored by the one protocol (evaluate.windows), with a bar on stderr that says how far it has come."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from efflm.evaluate import quality, windows
+from efflm.evaluate.quality import Block, Quality
+from efflm.evaluate.windows import Scoring
+from efflm.model import LanguageModel
+
+
+def measure(
+    models: dict[str, LanguageModel],
+    text: Any,
+    tokenizer: Any,
+    scoring: Scoring,
+    reference: LanguageModel,
+    kept: dict[int, np.ndarray] | None = None,
+) -> dict[str, Quality]:
+    """`quality.measure` of a text (see data.dataset.Text) in the tokens of its tokenizer. scoring: as `within` says."""
+    blocks = windows.blocks(text, tokenizer.separator, scoring, text.unbroken)
+    blocks = _shown(blocks, f"reading {text.name}", text.sizes, tokenizer.token_bytes, scoring)
+    return quality.measure(models, blocks, tokenizer.token_bytes, reference, kept)
+
+
+def protocol(text: Any, scoring: Scoring, measured: Quality) -> str:
+    """What was scored and how, in words."""
+    return windows.described(scoring, text.name, len(text), measured, text.unbroken)
+
+
+def _shown(
+    blocks: Iterable[Block], title: str, sizes: Sequence[int], token_bytes: np.ndarray, scoring: Scoring
+) -> Iterator[Block]:
+    """The blocks, with a bar and the time left where stderr is a terminal. sizes: bytes of each document.
+
+    It counts bytes scored, or documents where only the first tokens of each are.
+    """
+    console, done, sizes = Console(stderr=True), 0, sizes[: scoring.documents or None]
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    columns = (*columns, TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(title, total=len(sizes) if scoring.tokens else sum(sizes))
+        for block in blocks:
+            yield block
+            owners = block["documents"]
+            scored = token_bytes[block["targets"][owners > 0]].sum()
+            done = max(done, int(owners.max())) if scoring.tokens else done + int(scored)
+            bar.update(task, completed=done)
