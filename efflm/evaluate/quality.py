@@ -8,16 +8,14 @@ Of the reference only the states before its output layer are kept, so models can
 it, and logits, which are by far the largest arrays here, exist for a slice of tokens at a time.
 """
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from efflm.config import require
 from efflm.model import LanguageModel, Transformer, sharding
@@ -94,21 +92,10 @@ def _scored(rows: dict[str, np.ndarray]) -> np.ndarray:
     return rows.get("documents", rows["segments"])
 
 
-@contextlib.contextmanager
-def _mesh_of(model: LanguageModel) -> Iterator[NamedSharding | None]:
-    """Where the rows of a batch go: spread over the mesh that the weights lie on, if they lie on one."""
-    where = jax.tree.leaves(model.params)[0].sharding
-    if not isinstance(where, NamedSharding) or where.mesh.size == 1:
-        yield None
-        return
-    with sharding.on_mesh(where.mesh):
-        yield NamedSharding(where.mesh, PartitionSpec(sharding.BATCH[0]))
-
-
 def read(model: LanguageModel, rows: dict[str, np.ndarray], batch: int = 8) -> Reading:
     """The model's states at every token that is scored, row by row, reading `batch` rows at a time."""
     owners_RT, parts = _scored(rows), []
-    with _mesh_of(model) as place:
+    with sharding.mesh_of(model.params) as place:
         if place is not None:
             spread = math.prod(place.mesh.shape[axis] for axis in sharding.BATCH[0])
             batch = -(-batch // spread) * spread
@@ -139,7 +126,7 @@ def score(
     owners_M, targets_M = owners_RT[owners_RT > 0], rows["targets"][owners_RT > 0]
     values = {"bytes": token_bytes[targets_M], "tokens": np.ones(len(targets_M))}
     slices: dict[str, list[np.ndarray]] = {"bits": [], "kl": [], "agreement": []}
-    with _mesh_of(mine.output):
+    with sharding.mesh_of(mine.output.params):
         for start in range(0, len(targets_M), SLICE):
             some = slice(start, start + SLICE)
             fill = lambda x, some=some: np.pad(x[some], [(0, SLICE - len(x[some]))] + [(0, 0)] * (x.ndim - 1))
