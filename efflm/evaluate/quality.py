@@ -7,16 +7,15 @@ Errors are over documents: the tokens of one document are not independent.
 Logits, which are by far the largest arrays here, exist for a slice of tokens at a time.
 """
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from efflm.config import require
 from efflm.model import LanguageModel, Transformer, sharding
@@ -84,21 +83,10 @@ def _without_layers(model: LanguageModel) -> LanguageModel:
     return model.replace(params=kept, masks=None)
 
 
-@contextlib.contextmanager
-def _mesh_of(model: LanguageModel) -> Iterator[NamedSharding | None]:
-    """Where the rows of a batch go: spread over the mesh that the weights lie on, if they lie on one."""
-    where = jax.tree.leaves(model.params)[0].sharding
-    if not isinstance(where, NamedSharding) or where.mesh.size == 1:
-        yield None
-        return
-    with sharding.on_mesh(where.mesh):
-        yield NamedSharding(where.mesh, PartitionSpec(sharding.BATCH[0]))
-
-
 def states(model: LanguageModel, block: Block) -> np.ndarray:
     """What the model makes of a block, before its output layer: [tokens scored, D], row by row."""
     part = {name: block[name] for name in ("inputs", "segments", "positions")}
-    with _mesh_of(model) as place:
+    with sharding.mesh_of(model.params) as place:
         if place is not None:
             spread = math.prod(place.mesh.shape[axis] for axis in sharding.BATCH[0])
             missing = -len(block["inputs"]) % spread
@@ -121,7 +109,7 @@ def score(
     count = max(1, min(most, LOGITS // model.config.vocabulary))  # not the number of targets: one program for all
     output, expected_output = _without_layers(model), None if reference is None else _without_layers(reference)
     parts = []
-    with _mesh_of(model):
+    with sharding.mesh_of(model.params):
         for start in range(0, len(targets_M), count):
             cut = lambda x, start=start: None if x is None else _filled(x[start : start + count], count)
             got = _score(expected_output, cut(expected_MD), output, cut(states_MD), cut(targets_M))

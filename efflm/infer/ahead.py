@@ -27,8 +27,7 @@ def placed(model: LanguageModel, mesh: Mesh) -> LanguageModel:
 def prefill(model: LanguageModel, rows: int, length: int, mesh: Mesh) -> Any:
     """The lowered program that reads prompts of `length` tokens into a cache of just that length."""
     tokens, lengths = _rows(mesh, (rows, length), jnp.int32), _rows(mesh, (rows,), jnp.int32)
-    with sharding.on_mesh(mesh):
-        return generate.prefill.lower(placed(model, mesh), tokens, lengths, cache_length=length)
+    return generate.prefill.lower(placed(model, mesh), tokens, lengths, cache_length=length)
 
 
 def decode(model: LanguageModel, rows: int, cache_length: int, mesh: Mesh) -> Any:
@@ -50,5 +49,4 @@ def decode(model: LanguageModel, rows: int, cache_length: int, mesh: Mesh) -> An
     whole = NamedSharding(mesh, PartitionSpec())
     how = {name: jax.ShapeDtypeStruct((), x.dtype, sharding=whole) for name, x in GREEDY.arrays().items()}
     stops = jax.ShapeDtypeStruct((generate.LEAST,), jnp.int32, sharding=whole)
-    # Not `on_mesh`: for one token a row activations should travel and not weights, which the partitioner sees to.
     return jax.jit(generate.step, donate_argnames="state").lower(placed(model, mesh), state, how, stops)

@@ -18,7 +18,7 @@ from jax import lax
 
 from efflm.config import ModelConfig, require
 from efflm.infer.sampling import GREEDY, Sampling, sample
-from efflm.model import Cache, LanguageModel, Transformer, empty_cache
+from efflm.model import Cache, LanguageModel, Transformer, empty_cache, sharding
 from efflm.precision import policy_for
 
 PAD_ID = -1  # in place of a token, where a row has ended
@@ -40,7 +40,8 @@ class State:
 def forward(model: LanguageModel, tokens_BT: jax.Array, **inputs: Any) -> tuple[jax.Array, Cache | None]:
     """Logits [B, T, V] and the cache after them, in the precision the model is stored in."""
     transformer = Transformer(model.config, policy_for(model.config))
-    return transformer.apply({"params": model.params}, tokens_BT, **inputs)
+    with sharding.mesh_of(model.params):
+        return transformer.apply({"params": model.params}, tokens_BT, **inputs)
 
 
 @functools.partial(jax.jit, static_argnames="cache_length")
@@ -54,9 +55,10 @@ def prefill(
     transformer = Transformer(model.config, policy_for(model.config))
     apply = functools.partial(transformer.apply, {"params": model.params})
     cache = empty_cache(model.config, tokens_BT.shape[0], cache_length, policy_for(model.config).compute)
-    x_BTD, cache = apply(tokens_BT, cache=cache, method=Transformer.final_states)
-    last_B1D = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)
-    return apply(last_B1D, method=Transformer.unembed)[:, 0], cache.replace(length_B=lengths_B)
+    with sharding.mesh_of(model.params):
+        x_BTD, cache = apply(tokens_BT, cache=cache, method=Transformer.final_states)
+        last_B1D = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)
+        return apply(last_B1D, method=Transformer.unembed)[:, 0], cache.replace(length_B=lengths_B)
 
 
 def _next(logits_BV: jax.Array, cache: Cache, keys_B: jax.Array, how: dict[str, Any]) -> jax.Array:
@@ -73,7 +75,8 @@ def start(logits_BV: jax.Array, cache: Cache, keys_B: jax.Array, how: dict[str, 
 
 def step(model: LanguageModel, state: State, how: dict[str, Any], stops_K: jax.Array) -> tuple[State, jax.Array]:
     """One more token for each sequence that has not ended: the new state, and the tokens [B], PAD_ID for the others."""
-    logits_BTV, cache = forward(model, state.token_B[:, None], cache=state.cache)
+    with sharding.unconstrained():
+        logits_BTV, cache = forward(model, state.token_B[:, None], cache=state.cache)
     token_B = _next(logits_BTV[:, -1], cache, state.keys_B, how)
     keep = lambda old, new: jnp.where(state.done_B, old, new)
     cache = cache.replace(length_B=keep(state.cache.length_B, cache.length_B))

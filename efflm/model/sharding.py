@@ -4,8 +4,11 @@ A leaf that is no weight is an error. A mesh axis that does not divide a dimensi
 Optimizer states and the parts of a compressed weight have the weight's path inside theirs, and shard like it.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -99,13 +102,46 @@ def on_mesh(mesh: Mesh):
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
+@contextlib.contextmanager
+def mesh_of(tree: Any) -> Iterator[NamedSharding | None]:
+    """`on_mesh` of the mesh that the arrays of the tree lie on; traced arrays know theirs too. One device: no mesh.
+
+    Gives where the sequences [B, ...] of a batch go (traced: on the abstract mesh), or None.
+    """
+    leaf = jax.tree.leaves(tree)[0]
+    mesh = jax.typeof(leaf).sharding.mesh
+    if mesh.empty or mesh.size == 1:
+        yield None
+        return
+    with jax.sharding.use_abstract_mesh(mesh):
+        devices = mesh if isinstance(leaf, jax.core.Tracer) else leaf.sharding.mesh
+        yield NamedSharding(devices, PartitionSpec(BATCH[0]))
+
+
+_UNCONSTRAINED = contextvars.ContextVar("unconstrained", default=False)
+
+
+@contextlib.contextmanager
+def unconstrained() -> Iterator[None]:
+    """A `with` in which `constrain` leaves the layout of activations to the partitioner; the mesh stays known.
+
+    For decoding: with one token a sequence, activations should travel between devices and weights should not.
+    """
+    token = _UNCONSTRAINED.set(True)
+    try:
+        yield
+    finally:
+        _UNCONSTRAINED.reset(token)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """x, an activation, told to lie on the mesh as ACTIVATIONS says of its axes. Outside of `on_mesh`, x as it is.
+    """x, an activation, told to lie on the mesh as ACTIVATIONS says of its axes. Outside of `on_mesh` and inside
+    `unconstrained`, x as it is.
 
     Without it the partitioner is free to follow the weights, and under fsdp splits the width in place of the rows.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty or mesh.size == 1 or _UNCONSTRAINED.get():
         return x
 
     def one(size: int, name: str | None):

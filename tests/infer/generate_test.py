@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efflm import ops
 from efflm.compress.quantize import quantize
 from efflm.config import InputError
 from efflm.infer import generate as module
@@ -154,3 +155,33 @@ def test_a_model_on_a_mesh_writes_the_same():
     mesh = sharding.make_mesh(fsdp=2, tensor=4)
     spread = model.replace(params=jax.device_put(model.params, sharding.shardings(model.params, mesh)))
     assert generate(spread, some, 8) == generate(model, some, 8)
+
+
+def test_every_phase_is_traced_inside_the_mesh_of_the_weights(monkeypatch):
+    """What a shard_map inside would find; decoding leaves the layout of activations to the partitioner all the same."""
+    model = tiny.model(dataclasses.replace(tiny.LLAMA, mlp_dim=40))  # compiled nowhere else
+    mesh = sharding.make_mesh(fsdp=2, tensor=4)
+    spread = model.replace(params=jax.device_put(model.params, sharding.shardings(model.params, mesh)))
+    attended, constrained, here = [], [], jax.sharding.get_abstract_mesh
+    attention, constraint = ops.attention, jax.lax.with_sharding_constraint
+
+    def seen_attention(q_BTNH, *args, **inputs):
+        attended.append((q_BTNH.shape[1], here().shape))
+        return attention(q_BTNH, *args, **inputs)
+
+    def seen_constraint(x, spec):
+        constrained.append(x.shape)
+        return constraint(x, spec)
+
+    monkeypatch.setattr(ops, "attention", seen_attention)
+    monkeypatch.setattr(jax.lax, "with_sharding_constraint", seen_constraint)
+    generate(spread, [[1, 2, 3]] * 4, 3)
+    assert {length for length, _ in attended} == {16, 1}
+    assert all(shape == mesh.shape for _, shape in attended)
+    assert (4, 16, model.config.width) in constrained
+    assert (4, 1, model.config.width) not in constrained
+    with sharding.mesh_of(model.params) as place:
+        assert place is None
+        assert here().empty
+    eager, _ = module.forward(spread, jnp.asarray([[1, 2, 3]]))
+    np.testing.assert_allclose(eager, module.forward(model, jnp.asarray([[1, 2, 3]]))[0], atol=1e-4)
