@@ -29,6 +29,8 @@ def require_sparsity(value: float) -> None:
 
 
 Precision = Literal["float32", "bfloat16"]
+AskedPrecision = Literal["", "float32", "bfloat16"]
+PRECISION = "of the operands of matmuls; default: what the model was saved for"  # the flag's help
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

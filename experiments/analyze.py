@@ -26,8 +26,8 @@ from efflm.evaluate import machine
 from efflm.evaluate.cost import Protocol, rates
 from efflm.evaluate.machine import Roofline
 from efflm.flags import command_line, launch
-from efflm.model import LanguageModel, cost, init_params, sharding
-from efflm.precision import POLICIES, Policy, cast
+from efflm.model import LanguageModel, cost, in_dtype, init_params, sharding
+from efflm.precision import POLICIES, Policy
 from efflm.report import analysis, plots, table
 from efflm.report.analysis import Measured, Phase
 from efflm.train.ahead import timed_step
@@ -71,7 +71,7 @@ def measure(run: Run, shape: ModelShape, train: TrainConfig) -> Measured:
     state, temporaries = timed.state_bytes, timed.peak_bytes - timed.state_bytes - batch
     step = statistics.median(list(itertools.islice(timed.seconds, 1 + run.steps))[1:])
     del timed
-    model = LanguageModel(config, cast(init_params(config, 0), policy.param))
+    model = in_dtype(LanguageModel(config, init_params(config, 0)), policy.param)
     near, far = protocols(run, config)
     prefill, first = rates({"": model}, near)[""]
     _, last = rates({"": model}, far)[""]

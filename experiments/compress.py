@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from efflm import rundir, trees
+from efflm import ops, rundir, trees
 from efflm.compress import recipe
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
@@ -23,7 +23,7 @@ from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink
 from efflm.compress.step import Context, Step
-from efflm.config import InputError, flag, require
+from efflm.config import PRECISION, AskedPrecision, InputError, flag, require
 from efflm.data import corpora, dataset
 from efflm.evaluate import cost, quality
 from efflm.evaluate.windows import Scoring
@@ -45,7 +45,7 @@ class Run:
     model: str = flag(str(rundir.ROOT / "quickstart"), KINDS)
     text: str = flag("", "file or folder of UTF-8 text to score; default: the test split of --corpus")
     corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib")
-
+    precision: AskedPrecision = flag("", PRECISION)
     recipe: str = flag(
         "w8a16",
         f"one of {', '.join(recipe.RECIPES)}; several joined by commas are one after another, several with spaces "
@@ -95,7 +95,13 @@ def training_context(run: Run, loaded: Loaded, trains: bool) -> Context:
         batch=run.batch,
         tokenizer=loaded.tokenizer,
     )
-    return Context(batches=data.batches(run.batch, run.seed), seed=run.seed, mesh=mesh)
+    return Context(
+        batches=data.batches(run.batch, run.seed),
+        seed=run.seed,
+        corpus=data.corpus.digest,
+        tokenizer=data.tokenizer.digest,
+        mesh=mesh,
+    )
 
 
 def described(steps: tuple[Step, ...], after: LanguageModel) -> str:
@@ -120,7 +126,7 @@ def main(run: Run, score: Scoring, quantize: dict, prune: dict, finetune: dict, 
     changes = {Quantize: quantize, Prune: prune, Finetune: finetune, Distill: distill, Shrink: shrink}
     plans, run_dir = chains(run.recipe, changes), Path(run.run_dir)
     rundir.require_writable(run_dir, needs=50_000_000)
-    loaded = sources.load(run.model, mesh=sharding.data_parallel(run.batch))
+    loaded = sources.load(run.model, precision=run.precision, mesh=sharding.data_parallel(run.batch))
     dense, tokens, about = loaded.model, loaded.tokenizer, loaded.about
     rundir.require_writable(run_dir, needs=50_000_000 + (1 + len(plans)) * trees.nbytes(dense.params))
     say(f"{run.model}: {trees.count(dense.params) / 1e6:.1f} M parameters, {rows.origin(run.model, about)}")
@@ -131,11 +137,11 @@ def main(run: Run, score: Scoring, quantize: dict, prune: dict, finetune: dict, 
     protocol, kept = cost.protocol_for(dense), {}
     one, records, samples, measured = jax.devices()[0], {}, {}, []
     first = rows.label(about)
-    dense_here = jax.device_put(dense, one)
+    dense_here = ops.prepare(jax.device_put(dense, one), one.platform)
     for name, steps in plans.items():
         say(f"{name}: {', then '.join(map(repr, steps))}")
         after, records[name] = recipe.run(dense, steps, context)
-        here = jax.device_put(after, one)
+        here = ops.prepare(jax.device_put(after, one), one.platform)
         models = {name: here} if measured else {first: dense_here, name: here}
         say(f"{name}: reading the text")
         found = scoring.measure(models, text, tokens, score, dense_here, kept)
@@ -145,7 +151,7 @@ def main(run: Run, score: Scoring, quantize: dict, prune: dict, finetune: dict, 
             run_dir.mkdir(parents=True, exist_ok=True)
             tokens.save(run_dir / "tokenizer.json")
             before, size = found[first], safetensors.save(run_dir / BEFORE, dense, about)
-        after_size = safetensors.save(run_dir / f"{name}.safetensors", after, about | {"recipe": name})
+        after_size = safetensors.save(run_dir / f"{name}.safetensors", after, about | {"recipe": name}, records[name])
         rates = cost.rates({first: dense_here, name: here}, protocol)
         pairs = [(name, here, after_size, described(steps, here), found[name])]
         if not measured:

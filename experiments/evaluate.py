@@ -15,8 +15,8 @@ from pathlib import Path
 
 import jax
 
-from efflm import rundir
-from efflm.config import MeshConfig, flag, require
+from efflm import ops, rundir
+from efflm.config import PRECISION, AskedPrecision, MeshConfig, flag, require
 from efflm.data import corpora, dataset
 from efflm.evaluate import cost
 from efflm.evaluate.windows import Scoring
@@ -35,6 +35,7 @@ class Run:
     text: str = flag("", "file or folder of UTF-8 text to score; default: the test split of --corpus")
     corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib")
     reference: str = flag("", "what divergence is measured against, given like --model; default: the model itself")
+    precision: AskedPrecision = flag("", PRECISION)
     run_dir: str = flag("", "where to write results.json; default: nowhere")
 
 
@@ -43,19 +44,20 @@ def main(run: Run, score: Scoring, mesh: MeshConfig) -> None:
         rundir.require_writable(Path(run.run_dir), needs=1_000_000)
     any_rows = 2 * jax.device_count() * math.prod(abs(size) for size in dataclasses.asdict(mesh).values())
     devices = sharding.mesh_for(mesh, any_rows, any_rows)
-    loaded = sources.load(run.model, mesh=devices)
-    model, tokens, about, name = loaded.model, loaded.tokenizer, loaded.about, Path(run.model).stem
+    loaded = sources.load(run.model, precision=run.precision, mesh=devices)
+    model = ops.prepare(loaded.model, jax.default_backend())
+    tokens, about, name = loaded.tokenizer, loaded.about, Path(run.model).stem
     text = dataset.to_score(run.text, run.corpus, about, tokens, dataset.cache_beside(run.model))
     score = score.within(model.config.max_length, about.get("train.length", 0), text.unbroken)
     rundir.use_compilation_cache((Path(run.run_dir).parent if run.run_dir else rundir.ROOT) / "compilation_cache")
     reference = model
     if run.reference:
-        other = sources.load(run.reference, mesh=devices)
+        other = sources.load(run.reference, precision=run.precision, mesh=devices)
         require(
             tokens.digest == other.tokenizer.digest,
             f"{run.model} and {run.reference} have different tokenizers: divergence compares token by token",
         )
-        reference = other.model
+        reference = ops.prepare(other.model, jax.default_backend())
     measured = scoring.measure({name: model}, text, tokens, score, reference)[name]
     protocol = cost.protocol_for(model)
     rates = cost.rates({name: model}, protocol)[name]

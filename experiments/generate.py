@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import jax
 
-from efflm import rundir
-from efflm.config import flag, require
+from efflm import ops, rundir
+from efflm.config import PRECISION, AskedPrecision, flag, require
 from efflm.flags import launch
 from efflm.formats import sources
 from efflm.formats.sources import KINDS, Loaded
@@ -40,6 +40,7 @@ class Run:
     min_p: float = flag(0.0, "draw from tokens at least this fraction as likely as the likeliest; 0: all")
     seed: int = flag(0, "of what is drawn")
     stop: str = flag("", "text to end before, beside the model's own stop tokens")
+    precision: AskedPrecision = flag("", PRECISION)
 
     def __post_init__(self):
         require(self.max_tokens > 0, f"max_tokens is {self.max_tokens}, but must be positive")
@@ -95,7 +96,8 @@ def main(run: Run) -> None:
     require(bool(text) or not run.chat, "the prompt is empty: give --prompt, or --prompt=- and something on stdin")
     note = lambda words: print(words, file=sys.stderr, flush=True)
     began = time.perf_counter()
-    loaded = sources.load(run.model)
+    loaded = sources.load(run.model, precision=run.precision)
+    loaded = dataclasses.replace(loaded, model=ops.prepare(loaded.model, jax.default_backend()))
     jax.block_until_ready(loaded.model.params)
     note(f"{run.model}: loaded in {time.perf_counter() - began:.1f} s")
     ids = prompt_ids(run, loaded, text)

@@ -249,7 +249,8 @@ def served(run: Run, config: ModelConfig, mesh: Mesh) -> tuple[Any, Served, Work
         params = cast(init_params(config, 0), jnp.bfloat16)
         return quantize(params, run.activations) if run.int8 else params
 
-    model, policy, abstract = LanguageModel(config, jax.eval_shape(stored)), BFLOAT16, abstract_mesh(**mesh.shape)
+    served = dataclasses.replace(config, precision=BFLOAT16.compute)
+    model, policy, abstract = LanguageModel(served, jax.eval_shape(stored)), BFLOAT16, abstract_mesh(**mesh.shape)
     of_call = (run.phase, run.rows, run.cache_length, policy, abstract)
     held = prediction.served(model.params, config, *of_call)
     work = prediction.infer_work(config, *of_call, weight_bytes=held.weights)

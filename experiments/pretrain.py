@@ -21,7 +21,8 @@ from efflm.data.dataset import Dataset
 from efflm.evaluate import quality
 from efflm.evaluate.windows import Scoring
 from efflm.flags import launch
-from efflm.model import LanguageModel, init_params, sharding
+from efflm.model import LanguageModel, cost, init_params, sharding
+from efflm.precision import POLICIES
 from efflm.report import plots, scoring
 from efflm.train import assemble, checkpoint, metrics
 from efflm.train.checkpoint import Checkpointing
@@ -76,14 +77,20 @@ def check(run: Run, config: ModelConfig, train: TrainConfig) -> None:
         profile is None or profile[1] < train.steps,
         f"profile_steps {run.profile_steps} lies beyond the last step: train.steps is {train.steps}",
     )
-    matrices = config.width * (config.vocabulary + sum(3 * block.mlp_dim + 4 * config.width for block in config.blocks))
     # Weights and both moments in float32 for each checkpoint kept and the one being written; the model itself.
-    rundir.require_writable(Path(run.run_dir), needs=150_000_000 + (12 * (run.keep + 1) + 4) * matrices)
+    rundir.require_writable(
+        Path(run.run_dir), needs=150_000_000 + (12 * (run.keep + 1) + 4) * sum(cost.parameters(config).values())
+    )
     if run.init_from:
         require(
             checkpoint.exists(Path(run.init_from) / "checkpoint"),
             f"no checkpoint in {run.init_from}: --init_from takes the directory of a finished training run",
         )
+
+
+def saved_config(model: ModelShape, train: TrainConfig) -> ModelConfig:
+    """The config of the model that is trained: saved for matmuls in the dtype that its weights are kept in."""
+    return dataclasses.replace(model.config(), precision=POLICIES[train.policy].param)
 
 
 def prepare(run: Run, config: ModelConfig, train: TrainConfig) -> Dataset:
@@ -150,7 +157,7 @@ def show_curve(run_dir: Path) -> None:
 
 
 def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring, mesh: MeshConfig) -> None:
-    config = model.config()
+    config = saved_config(model, train)
     check(run, config, train)
     score.within(config.max_length)
     devices = sharding.mesh_for(mesh, train.batch, train.length)

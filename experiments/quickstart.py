@@ -29,8 +29,8 @@ from experiments import pretrain
 
 NOTES = {
     "float32": "the dense model that all others are compared with",
-    "bfloat16": "every weight cast to bfloat16, products in bfloat16, sums in float32",
-    "w8a16": "int8 matrices, one scale an output channel; activations in floating point",
+    "bfloat16": "every weight cast to bfloat16, matmuls in bfloat16, sums in float32",
+    "w8a16": "int8 matrices, one scale for each output channel; activations in floating point",
     "w8a8": "the same int8 matrices, activations rounded to int8 row by row; batch-1 decode on a CPU falls back in "
     "XLA, which has no int8 matrix-vector kernel there",
     "masks50": "the smaller half of every matrix in the layers set to zero",
@@ -48,7 +48,7 @@ RUN = pretrain.Run(run_dir=str(rundir.ROOT / "quickstart"))
 
 def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scoring) -> None:
     began = time.perf_counter()
-    run_dir, config = Path(run.run_dir), model.config()
+    run_dir, config = Path(run.run_dir), pretrain.saved_config(model, train)
     pretrain.check(run, config, train)
     score.within(config.max_length)
     step = lambda number, words: print(f"[{time.perf_counter() - began:4.0f} s] {number}/6 {words}", flush=True)
@@ -65,7 +65,8 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
 
     step(4, "Compression")
     models, records, notes = {"float32": dense}, {"float32": ()}, dict(NOTES)
-    context = Context(batches=data.batches(train.batch, run.seed + 1), seed=run.seed + 1, mesh=mesh)
+    digests = {"corpus": data.corpus.digest, "tokenizer": data.tokenizer.digest}
+    context = Context(batches=data.batches(train.batch, run.seed + 1), seed=run.seed + 1, mesh=mesh, **digests)
     for name in list(NOTES)[1:]:
         print(f"  {name}: {NOTES[name]}", flush=True)
         models[name], records[name] = recipe.run(dense, recipe.named(name), context)
@@ -76,8 +77,8 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     (run_dir / "models").mkdir(parents=True, exist_ok=True)
     data.tokenizer.save(run_dir / "models" / "tokenizer.json")
     for name, compressed in models.items():
-        about = {"source": data.corpus.source, "recipe": name, "seed": run.seed, "train.length": train.length}
-        sizes[name] = safetensors.save(run_dir / "models" / f"{name}.safetensors", compressed, about)
+        about = digests | {"source": data.corpus.source, "recipe": name, "seed": run.seed, "train.length": train.length}
+        sizes[name] = safetensors.save(run_dir / "models" / f"{name}.safetensors", compressed, about, records[name])
 
     step(5, "Measuring quality, then speed, all models in turn")
     protocol = Protocol().within(config.max_length)

@@ -10,10 +10,9 @@ from typing import Any, Literal
 from efflm import trees
 from efflm.compress.step import Context, record
 from efflm.config import flag
-from efflm.model import LanguageModel
+from efflm.model import LanguageModel, in_dtype
 from efflm.model.params import find, is_matrix
 from efflm.ops.qarray import Activations, QArray, quantize_array
-from efflm.precision import cast
 
 
 def quantize(params: Any, activations: Activations = "float") -> Any:
@@ -47,6 +46,5 @@ class Cast:
     dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "dtype of the weights, and of their products")
 
     def __call__(self, model: LanguageModel, context: Context):
-        config = dataclasses.replace(model.config, precision=self.dtype)
-        after = model.replace(config=config, params=cast(model.params, self.dtype))
+        after = in_dtype(model, self.dtype)
         return after, record(self, model, after, context)

@@ -11,8 +11,7 @@ from efflm import tokenizer
 from efflm.config import require
 from efflm.formats import gguf_model, hub, huggingface, safetensors, wheels
 from efflm.formats.tensors import require_dtype
-from efflm.model import LanguageModel, sharding
-from efflm.precision import cast
+from efflm.model import LanguageModel, in_dtype, sharding
 from efflm.tokenizer import Tokenizer
 from efflm.train import checkpoint
 
@@ -107,11 +106,7 @@ def _file(path: Path, dtype: str | None, mesh: Mesh) -> Loaded:
 
 
 def _in(model: LanguageModel, dtype: str | None) -> LanguageModel:
-    if not dtype:
-        return model
-    precision = "bfloat16" if dtype == "bfloat16" else "float32"
-    config = dataclasses.replace(model.config, precision=precision)
-    return model.replace(config=config, params=cast(model.params, dtype))
+    return in_dtype(model, dtype) if dtype else model
 
 
 def _size(files: Any) -> int:

@@ -1,5 +1,6 @@
 """A decoder-only Transformer that covers the families of models by its config, and the model as a value."""
 
+import dataclasses
 import operator
 from typing import Any
 
@@ -19,16 +20,22 @@ from efflm.model.norms import Norm
 from efflm.model.sharding import constrain
 from efflm.ops.dot import MATMUL
 from efflm.ops.late import late
-from efflm.precision import Policy
+from efflm.precision import Policy, cast
 
 
 @flax.struct.dataclass
 class LanguageModel:
-    """A model is a value: what it is, its weights, and the pruning masks of those that have one (see ops.masks)."""
+    """A model is a value: what it is, its weights, and the masks of pruned weights (ops.masks)."""
 
     config: ModelConfig = flax.struct.field(pytree_node=False)
     params: Any
     masks: ops.Masks = None
+
+
+def in_dtype(model: LanguageModel, dtype: str) -> LanguageModel:
+    """The model with its floating-point arrays in `dtype`; its matmuls are in bfloat16 if that is it, else float32."""
+    config = dataclasses.replace(model.config, precision="bfloat16" if dtype == "bfloat16" else "float32")
+    return model.replace(config=config, params=cast(model.params, dtype))
 
 
 @flax.struct.dataclass

@@ -19,6 +19,7 @@ class Row:
     """
 
     name: str
+    precision: str
     parameters: int
     nonzeros: int
     bytes: int
@@ -103,6 +104,7 @@ def make(
     same, same_error = quality.agreement(measured)
     return Row(
         name=name,
+        precision=model.config.precision,
         parameters=trees.count(model.params),
         nonzeros=ops.nonzeros(model.params),
         bytes=size,

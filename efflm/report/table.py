@@ -34,6 +34,7 @@ Columns = tuple[tuple[str, Callable[[Any], str]], ...]
 # The terminal and the page show the same columns
 COLUMNS: Columns = (
     ("model", lambda row: row.name),
+    ("matmuls in", lambda row: row.precision),
     ("parameters", lambda row: f"{row.parameters / 1e6:.2f} M"),
     ("non-zero", lambda row: f"{row.nonzeros / 1e6:.2f} M"),
     ("MB on disk", lambda row: megabytes(row.bytes)),

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import numpy as np
@@ -10,7 +11,7 @@ from efflm.compress.finetune import Finetune
 from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink, evenly_spaced, keep_layers
-from efflm.compress.step import Context
+from efflm.compress.step import Context, digest, record
 from efflm.config import InputError
 from efflm.model import sharding
 from tests import tiny
@@ -67,3 +68,20 @@ def test_every_named_recipe_runs():
         after, records = recipe.run(tiny.model(), recipe.override(steps, mine), CONTEXT)
         assert records[-1].predicted_bytes == ops.stored_nbytes(after.params, after.masks), name
         assert records[-1].leaves, name
+
+
+def test_a_step_that_changes_only_the_config_is_a_change():
+    model = tiny.model()
+    longer = dataclasses.replace(model.config, max_length=128)
+    done = record(Quantize(), model, model.replace(config=longer), CONTEXT)
+    assert done.leaves == ()
+    with pytest.raises(InputError, match="changed nothing"):
+        record(Quantize(), model, model, CONTEXT)
+
+
+def test_records_name_text_and_the_model_before():
+    context = dataclasses.replace(CONTEXT, corpus="text", tokenizer="tokens", seed=7)
+    after, (pruned, trained) = recipe.run(tiny.model(), (Prune(sparsity=0.5), Finetune(steps=1)), context)
+    assert (pruned.corpus, trained.corpus, trained.tokenizer, trained.seed) == ("", "text", "tokens", 7)
+    assert pruned.parent == digest(tiny.model()) != trained.parent != digest(after)
+    assert trained.settings == {"steps": 1, "learning_rate": 2e-3}

@@ -20,8 +20,7 @@ from efflm.config import BlockConfig, InputError, ModelConfig
 from efflm.formats import build, huggingface, tensors
 from efflm.formats.families import FAMILIES
 from efflm.infer.generate import forward
-from efflm.model import LanguageModel, cost, empty_cache, sharding
-from efflm.precision import cast
+from efflm.model import LanguageModel, cost, empty_cache, in_dtype, sharding
 from efflm.tokenizer import Tokenizer
 from tests import tiny
 
@@ -118,7 +117,7 @@ def test_models_come_back_bit_for_bit(name, dtype, tmp_path):
         model = tiny.model(tiny.CONFIGS[name.removeprefix("tiny ")])
     else:
         model = huggingface.load_weights(GOLDENS / name)
-    model, tokens = model.replace(params=cast(model.params, dtype)), small_tokenizer()
+    model, tokens = in_dtype(model, dtype), small_tokenizer()
     huggingface.save(tmp_path / "a" / "model", model, tokens)
     back, tokens_back = huggingface.load(tmp_path / "a" / "model")
     require_equal(back, model)
@@ -131,10 +130,10 @@ def test_models_come_back_bit_for_bit(name, dtype, tmp_path):
 @pytest.mark.parametrize("wanted", ["float32", "bfloat16", "float16"])
 def test_weights_come_in_the_wanted_dtype(stored_as, wanted, tmp_path):
     model = huggingface.load_weights(GOLDENS / "llama")
-    model = model.replace(params=cast(model.params, stored_as))
+    model = in_dtype(model, stored_as)
     huggingface.save(tmp_path / "model", model, small_tokenizer())
     back = huggingface.load_weights(tmp_path / "model", dtype=wanted)
-    require_equal(back, model.replace(params=cast(model.params, wanted)))
+    require_equal(back, in_dtype(model, wanted))
 
 
 def test_what_does_not_fit_a_dtype_is_not_made_infinite(folder):

@@ -14,8 +14,8 @@ import pytest
 from efflm.compress.quantize import quantize
 from efflm.config import InputError
 from efflm.formats import gguf_model, huggingface, load_model, safetensors, sources, wheels
-from efflm.model import sharding
-from efflm.precision import cast
+from efflm.infer.generate import forward
+from efflm.model import in_dtype, sharding
 from efflm.train import checkpoint
 from tests import gguf_files, tiny
 from tests.formats.huggingface_test import require_equal, small_tokenizer
@@ -44,7 +44,7 @@ def test_training_runs_and_their_checkpoints(run):
     with pytest.raises(InputError, match="dtype is 'int8', but must be float32, bfloat16 or float16"):
         load_model(run, dtype="int8")
     loaded = sources.load(run, dtype="bfloat16", mesh=MESH)
-    require_equal(loaded.model, tiny.model().replace(params=cast(tiny.model().params, "bfloat16")))
+    require_equal(loaded.model, in_dtype(tiny.model(), "bfloat16"))
     assert spread(loaded.model)
     assert loaded.about == {"source": "stdlib"}
     assert loaded.nbytes > 4 * sum(leaf.size for leaf in jax.tree.leaves(tiny.model().params))
@@ -62,7 +62,7 @@ def test_files_of_our_own(tmp_path):
     loaded = sources.load(tmp_path / "w8a8.safetensors", mesh=MESH)
     require_equal(loaded.model, model)
     assert spread(loaded.model)
-    assert (loaded.about, loaded.nbytes) == ({"recipe": "w8a8"}, size)
+    assert (loaded.about, loaded.nbytes) == ({"recipe": "w8a8", "lineage": []}, size)
 
 
 def test_gguf_files_and_models_by_name(tmp_path, monkeypatch):
@@ -179,3 +179,24 @@ def test_a_link_out_of_the_cache_is_not_followed(cache):
     (snapshot / "model.safetensors").symlink_to(cache / "secret.safetensors")
     with pytest.raises(InputError, match="links out of its folder"):
         load_model(snapshot)
+
+
+def test_the_precision_of_matmuls_is_chosen_and_not_guessed(run, tmp_path):
+    """Weights in bfloat16 do not make a model compute in it, nor float32 ones the other way round."""
+    assert sources.load(run).model.config.precision == "float32"
+    chosen = sources.load(run, precision="bfloat16").model
+    assert chosen.config.precision == "bfloat16"
+    tokens = tiny.tokens(chosen.config, 1, 6)
+    low, full = tiny.logits(chosen, tokens), tiny.logits(tiny.model(), tokens)
+    assert 0 < np.abs(low - full).max() < 0.05 * np.abs(full).max()
+    program = jax.jit(forward).lower(chosen, tokens).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line and "kernel" not in line]
+    assert products
+    assert all("bf16" in line for line in products)
+    int8 = chosen.replace(params=quantize(chosen.params))  # W8A16: int8 weights multiplied in bfloat16
+    program = jax.jit(forward).lower(int8, tokens).as_text()
+    assert all("bf16" in line for line in program.splitlines() if "dot_general" in line)
+    stored = in_dtype(tiny.model(), "bfloat16")
+    stored = stored.replace(config=tiny.model().config)  # bfloat16 weights, float32 matmuls
+    program = jax.jit(forward).lower(stored, tokens).as_text()
+    assert not any("bf16" in line for line in program.splitlines() if "dot_general" in line)

@@ -11,8 +11,7 @@ from efflm.config import InputError
 from efflm.infer import generate as module
 from efflm.infer.generate import generate, prefill, start, stream
 from efflm.infer.sampling import GREEDY, Sampling
-from efflm.model import LanguageModel, sharding
-from efflm.precision import cast
+from efflm.model import in_dtype, sharding
 from tests import tiny
 
 WARM = Sampling(temperature=1.5, top_k=40, top_p=0.95)
@@ -143,8 +142,9 @@ def test_bad_prompts_are_refused(some, new, message):
 @pytest.mark.parametrize("format", ["bfloat16", "float", "int8"])
 def test_compressed_models_generate(format):
     model = tiny.model()
-    params = cast(model.params, format) if format == "bfloat16" else quantize(model.params, format)
-    (out,) = generate(LanguageModel(model.config, params), [[0, 0, 0]], 4)
+    quantized = format != "bfloat16"
+    model = model.replace(params=quantize(model.params, format)) if quantized else in_dtype(model, format)
+    (out,) = generate(model, [[0, 0, 0]], 4)
     assert len(out) == 4
     assert max(out) < model.config.vocabulary
 
