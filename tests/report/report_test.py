@@ -11,7 +11,8 @@ from matplotlib.text import Text
 from efflm.report import page, plots, rows, table
 
 ROW = rows.Row(
-    name="w8a16", precision="float32", parameters=4_000_000, nonzeros=3_900_000, bytes=4_070_000, prefill_tokens_per_second=14000.0,
+    name="w8a16", precision="float32", parameters=4_000_000, nonzeros=3_900_000, bytes=4_070_000,
+    prefill_tokens_per_second=14000.0,
     prefill_spread=(13000.0, 15000.0), decode_tokens_per_second=1400.0, decode_spread=(1300.0, 1500.0),
     bits_per_byte=2.2, bits_per_byte_stderr=0.07, bits_per_byte_over_dense=0.001,
     bits_per_byte_over_dense_stderr=0.0005, perplexity=12.5, perplexity_stderr=0.25,
