@@ -135,13 +135,13 @@ def main(run: Run, score: Scoring, quantize: dict, prune: dict, finetune: dict, 
     context = training_context(run, loaded, any(map(recipe.trains, plans.values())))
     rundir.use_compilation_cache(run_dir.parent / "compilation_cache")
     protocol, kept = cost.protocol_for(dense), {}
-    one, records, samples, measured = jax.devices()[0], {}, {}, []
+    platform, records, samples, measured = jax.default_backend(), {}, {}, []
     first = rows.label(about)
-    dense_here = ops.prepare(jax.device_put(dense, one), one.platform)
+    dense_here = ops.prepare(sharding.on_one_device(dense), platform)
     for name, steps in plans.items():
         say(f"{name}: {', then '.join(map(repr, steps))}")
         after, records[name] = recipe.run(dense, steps, context)
-        here = ops.prepare(jax.device_put(after, one), one.platform)
+        here = ops.prepare(sharding.on_one_device(after), platform)
         models = {name: here} if measured else {first: dense_here, name: here}
         say(f"{name}: reading the text")
         found = scoring.measure(models, text, tokens, score, dense_here, kept)

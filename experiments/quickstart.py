@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from efflm import rundir, trees
+from efflm import ops, rundir, trees
 from efflm.compress import recipe
 from efflm.compress.step import Context
 from efflm.config import ModelShape, TrainConfig
@@ -81,9 +81,9 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
         sizes[name] = safetensors.save(run_dir / "models" / f"{name}.safetensors", compressed, about, records[name])
 
     step(5, "Measuring quality, then speed, all models in turn")
-    protocol = Protocol().within(config.max_length)
+    protocol, platform = Protocol().within(config.max_length), jax.default_backend()
     text, score = data.test, score.within(config.max_length, train.length, data.test.unbroken)
-    models = {name: jax.device_put(each, jax.devices()[0]) for name, each in models.items()}
+    models = {name: ops.prepare(sharding.on_one_device(each), platform) for name, each in models.items()}
     qualities = scoring.measure(models, text, data.tokenizer, score, models["float32"])
     measured = rows.collect(models, sizes, notes, qualities, cost.rates(models, protocol))
 

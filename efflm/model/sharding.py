@@ -102,6 +102,12 @@ def on_mesh(mesh: Mesh):
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
+def on_one_device(tree: Any) -> Any:
+    """The arrays of the tree on the first device, as those of a mesh of one: `jax.device_put` to a device would leave
+    the mesh that they come from in their types, where `mesh_of` reads it."""
+    return jax.device_put(tree, NamedSharding(make_mesh(), PartitionSpec()))
+
+
 @contextlib.contextmanager
 def mesh_of(tree: Any) -> Iterator[NamedSharding | None]:
     """`on_mesh` of the mesh that the arrays of the tree lie on; traced arrays know theirs too. One device: no mesh.
