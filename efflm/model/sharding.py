@@ -1,6 +1,6 @@
 """How a tree of weights lies on a mesh: leaf path -> named axes (model.params) -> mesh axes.
 
-A leaf that is no weight is an error. A mesh axis that does not divide a dimension replicates it; vectors replicate.
+A matrix that is no weight is an error. An axis that does not divide a dimension replicates it; vectors replicate.
 Optimizer states and the parts of a compressed weight have the weight's path inside theirs, and shard like it.
 """
 
@@ -76,13 +76,13 @@ def mesh_for(config: MeshConfig, batch: int, length: int) -> Mesh:
 
 
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The spec of one leaf. Raises ValueError for a leaf that has dimensions but is no weight."""
+    """The spec of one leaf. Raises ValueError for a matrix that is no weight."""
     if not shape:
         return PartitionSpec()
     param, _ = params.find(path)
-    if param is None:
+    if param is None and len(shape) > 1:
         raise ValueError(f"{path} of shape {shape} is no weight of a model: add it to efflm/model/params.py")
-    if not param.is_matrix:
+    if param is None or not param.is_matrix:
         return PartitionSpec(*(None,) * len(shape))  # vectors are small
     names = (None,) * (len(shape) - 2) + param.axes  # stacked layers lead with an axis of their own
     mesh_axes = [WEIGHT_AXES.get(name) for name in names[-len(shape) :]]
