@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import shlex
 import sys
+import traceback
 import typing
 from collections.abc import Callable
 from typing import Any, Literal
@@ -80,12 +81,12 @@ def _help(values: flags.FlagValues, groups: dict[str, Any]) -> str:
 
 
 def launch(main: Callable[..., None], doc: str, argv: list[str] | None = None, **groups: Any) -> None:
-    """Run main(**groups) with the flags applied; a user's mistake is one line on stderr and exit code 2.
+    """Run main(**groups) with the flags applied; what fails ends with the code that hosts.exit_code has for it.
 
-    A run that was told to stop, and has left a checkpoint, says so and exits with code 0 or that of hosts.stopped.
-    What the operating system refuses (a full disk, a missing permission) is reported as a mistake is. Anything else is
-    our own bug and keeps its traceback. A group named `hosts` is not main's: it says which other processes this one
-    belongs to (efflm.hosts).
+    That is one line on stderr: a user's mistake, what the operating system refuses (a full disk, a missing
+    permission), memory that does not suffice, a machine that was lost. Anything else is our own bug and keeps its
+    traceback. A run that was told to stop, and has left a checkpoint, says so and exits with code 0 or that of
+    hosts.stopped. A group named `hosts` is not main's: it says which other processes this one belongs to (efflm.hosts).
     """
     others = HostsConfig()
     try:
@@ -99,20 +100,15 @@ def launch(main: Callable[..., None], doc: str, argv: list[str] | None = None, *
         print(stopped)
         if others.stopped:
             sys.exit(others.stopped)
-    except InputError as error:
-        _fail(str(error))
-    except OSError as error:
-        where = error.filename or "free some space, or give another --run_dir"
-        _fail(f"{error.strerror}: {where}" if error.strerror else str(error))
-    except Exception as error:
-        if not hosts.lost(error):
+    except (Exception, KeyboardInterrupt) as error:
+        code = hosts.exit_code(error)
+        if code != hosts.BUG:
+            print(f"error: {hosts.explain(error, code)}", file=sys.stderr)
+        elif others.coordinator:
+            traceback.print_exc()
+        else:
             raise
-        _fail(f"another process was lost ({str(error).splitlines()[0]}): start all of them again", hosts.LOST)
-
-
-def _fail(message: str, code: int = 2) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    hosts.leave(code)
+        hosts.leave(code)
 
 
 def command_line(module: str, argv: list[str]) -> str:

@@ -5,7 +5,9 @@ writes what belongs to the run as a whole.
 """
 
 import contextlib
+import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 
@@ -15,14 +17,101 @@ from jax.experimental import multihost_utils
 
 from efflm.config import HostsConfig, InputError
 
-# What a process ends with that lost the others, sysexits' "try again": launch/ starts all anew after it.
-LOST = 75
+# What a process ends with. Only RETRY (sysexits' EX_TEMPFAIL) makes the scripts in launch/ start all of them again.
+BUG, MISTAKE, MEMORY, RETRY = 1, 2, 3, 75
+
+# Errors of machines, networks and network storage. Any other of the operating system (ENOSPC, EDQUOT, EACCES, EROFS)
+# is about the directory that the user gave, and comes again.
+_FAILED_IO = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN,
+}  # fmt: skip
+# XLA's and TensorStore's errors begin with the name of a status of absl; the first line is theirs, others are not.
+_STATUS = re.compile(
+    "(CANCELLED|UNKNOWN|INVALID_ARGUMENT|DEADLINE_EXCEEDED|NOT_FOUND|ALREADY_EXISTS|PERMISSION_DENIED|UNAUTHENTICATED"
+    "|RESOURCE_EXHAUSTED|FAILED_PRECONDITION|ABORTED|OUT_OF_RANGE|UNIMPLEMENTED|INTERNAL|UNAVAILABLE|DATA_LOSS): (.*)"
+)
+# What lost processes look like under another status: "UNKNOWN: Gloo all-reduce failed: ... Connection reset by peer".
+_LOST = re.compile(
+    "(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED):|gloo|nccl|connection (reset|closed|refused)|heartbeat timeout"
+    "|barrier failed|coordination service",
+    re.IGNORECASE,
+)
+
+
+class Interrupted(Exception):
+    """What failed was a machine, the network or storage, and not the run: it can go on from its last checkpoint.
+
+    The message is one line, for the user; the exit code is RETRY."""
+
+
+def exit_code(error: BaseException, began: bool = False) -> int:
+    """What a process that fails with `error` ends with: MISTAKE, MEMORY and BUG come again if it is started again.
+
+    Input and output that fail are the user's mistake until training began (a path on storage that does not work), and
+    worth another try after it. Lost processes are so at any time.
+    """
+    if isinstance(error, Interrupted):
+        return RETRY
+    if isinstance(error, InputError):
+        return MISTAKE
+    text = str(error).partition("\n")[0]
+    system = _system_error(error)
+    if isinstance(error, MemoryError) or system == errno.ENOMEM:
+        return MEMORY
+    if isinstance(error, OSError) or system:
+        failed = system in _FAILED_IO or (system is None and isinstance(error, TimeoutError | ConnectionError))
+        return RETRY if failed and began else MISTAKE
+    if not _STATUS.match(text):
+        return BUG
+    if re.search("RESOURCE_EXHAUSTED:|out of memory", text, re.IGNORECASE):
+        return MEMORY
+    return RETRY if _LOST.search(text) else BUG
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line: of the system's errors the system's words."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    system = _system_error(error)  # TensorStore has them after a long list of paths
+    return os.strerror(system) if system else str(error).partition("\n")[0] or type(error).__name__
+
+
+def explain(error: BaseException, code: int) -> str:
+    """The line that tells the user of an error that is no BUG, and what to do."""
+    if isinstance(error, InputError | Interrupted):
+        return str(error)
+    if code == MEMORY:
+        return f"out of memory ({reason(error)}): make the batch, the sequences or the model smaller, or add devices"
+    if code == RETRY:
+        return f"a machine, the network or storage failed ({reason(error)}): start again, from the last checkpoint"
+    named = getattr(error, "filename", None)
+    return reason(error) if named else f"{reason(error)}: free some space, or give another --run_dir"
+
+
+@contextlib.contextmanager
+def begun() -> Iterator[None]:
+    """What goes on in here is a run that began to train: raises Interrupted for what is worth another try."""
+    try:
+        yield
+    except Exception as error:
+        if exit_code(error, began=True) == RETRY:
+            raise Interrupted(explain(error, RETRY)) from error
+        raise
+
+
+def _system_error(error: BaseException) -> int | None:
+    """The errno of an error of the operating system, which TensorStore has in its text; None if it is no such."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\[os_error_code='(\d+)'", str(error)) if _STATUS.match(str(error)) else None
+    return int(found[1]) if found else None
 
 
 def start(hosts: HostsConfig) -> None:
     """Join the other processes, if there are any, before the first use of a device. Raises InputError.
 
-    From here on a process that fails ends at once: it would wait for the others to say goodbye, and they for it.
+    From here on a process that fails must `leave`: it would wait for the others to say goodbye, and they for it.
     """
     if not hosts.coordinator:
         return
@@ -38,20 +127,14 @@ def start(hosts: HostsConfig) -> None:
             shutdown_timeout_seconds=2 * hosts.heartbeat,
         )
     except (ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if exit_code(error) == RETRY:
+            raise
         raise InputError(
-            f"cannot join the processes of hosts.coordinator={hosts.coordinator} ({reason}): start all of them with "
-            "one of the scripts in launch/"
+            f"cannot join the processes of hosts.coordinator={hosts.coordinator} ({reason(error)}): start all of them "
+            "with one of the scripts in launch/"
         ) from None
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
-    show = sys.excepthook
-
-    def show_and_leave(*error):
-        show(*error)
-        leave(1)
-
-    sys.excepthook = show_and_leave
 
 
 def is_first() -> bool:
@@ -59,15 +142,13 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def lost(error: Exception) -> bool:
-    """Whether an error is what a process sees of another one's death, or of a broken network."""
-    return jax.distributed.is_initialized() and isinstance(error, jax.errors.JaxRuntimeError)
-
-
 def leave(code: int) -> None:
-    """End this process. If others wait for it, then without a goodbye."""
+    """End this process. If others wait for it, then without a goodbye.
+
+    The scripts in launch/ look for the line: of several processes, the first to say it is the cause."""
     if not jax.distributed.is_initialized():
         sys.exit(code)
+    print(f"this process ends with exit code {code}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import yaml
 
-from efflm.config import HostsConfig, InputError
-
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 FLAGS = [
@@ -180,20 +178,6 @@ def test_the_jobset_has_the_shape_of_one():
     mistake = spec["podFailurePolicy"]["rules"][0]["onExitCodes"]
     assert mistake["containerName"] == container["name"]
     assert mistake["values"] == [2]
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"coordinator": "a:1"}, "hosts.index is -1 of hosts.count 0"),
-        ({"coordinator": "a:1", "count": 2, "index": 2}, "hosts.index is 2"),
-        ({"coordinator": "a", "count": 2, "index": 1}, "give an address and a port"),
-        ({"heartbeat": 0}, "hosts.heartbeat is 0"),
-    ],
-)
-def test_hosts_that_cannot_be_are_refused(values, message):
-    with pytest.raises(InputError, match=message):
-        HostsConfig(**values)
 
 
 # --- two real processes --------------------------------------------------------------------------------------------
