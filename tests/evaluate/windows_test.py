@@ -158,7 +158,8 @@ def test_blocks_add_up_to_the_whole(monkeypatch):
     monkeypatch.setattr(quality, "KEPT", 2 * kept[0].nbytes)
     few = {}
     quality.measure({"": other}, blocks(texts, SEPARATOR, scoring), sizes, model, few)
-    assert list(few) == [0, 1]  # bounded
+    assert sum(x.nbytes for x in few.values()) <= quality.KEPT  # bounded
+    assert 0 < len(few) < len(kept)
 
 
 class Counted:
