@@ -4,11 +4,11 @@ config      frozen dataclasses: what a run is told
 flags       the one bridge from them to a command line
 hosts       several processes that run one program
 trees       paths, selection, counting and bytes of trees of weights
-precision   which dtype weights, products and results have
+precision   which dtype weights, matmuls and results have
 ops         how a weight is used, whatever its format
-model       the Transformer, and how its weights lie on a mesh
+model       the Transformer, and how its weights are sharded over a mesh
 tokenizer   text to token ids and back; chat, the templates of conversations
-data        corpora, packing, the order of rows
+data        corpora, packing, the order of sequences
 train       losses, the optimizer, the step, the loop, checkpoints
 infer       prefill, decode, sampling
 compress    steps from a model to a model, and recipes that chain them

@@ -79,10 +79,10 @@ class ModelConfig:
     norm="layer", position="learned", feedforward="gelu" (the tanh form), biases, tied embeddings. Other families
     differ from these by a few of the fields below (see formats.families).
 
-    bias: of every product; qkv_bias: of queries, keys and values alone. qk_norm: the queries and the keys of each
+    bias: of every linear layer; qkv_bias: of queries, keys and values alone. qk_norm: the queries and the keys of each
     head are RMS-normed before they are rotated. parallel: attention and feed-forward part read the same input.
     rotary_fraction: the share of each head, counted from its start, that is rotated. precision: of the operands of
-    matmuls when the model is run, whatever its weights are stored in; who runs it may choose another.
+    matmuls when the model is run; it does not depend on the dtype of the weights, and can be overridden.
     """
 
     vocabulary: int
@@ -199,8 +199,8 @@ class TrainConfig:
     """One training run"""
 
     steps: int = flag(500, "optimizer steps")
-    batch: int = flag(8, "rows in a batch, over all devices")
-    length: int = flag(256, "tokens in a row")
+    batch: int = flag(8, "sequences in a batch, over all devices")
+    length: int = flag(256, "tokens in a sequence")
     optimizer: Optimizer = flag("adamw", "update rule; adamw8bit keeps both moments in 8 bits")
     learning_rate: float = flag(2e-3, "peak learning rate")
     schedule: Schedule = flag("cosine", "of the learning rate, after the warm-up; wsd holds it and decays at the end")
@@ -214,11 +214,11 @@ class TrainConfig:
     z_loss: float = flag(0.0, "weight of the squared log-normalizer in the loss, which keeps logits small")
     policy: PolicyName = flag(
         "float32",
-        "dtype of the products, over float32 weights and moments; bfloat16_pure keeps the weights in bfloat16 too, "
+        "dtype of the matmuls, over float32 weights and moments; bfloat16_pure keeps the weights in bfloat16 too, "
         "rounded stochastically; float16 scales the loss dynamically",
     )
     accumulate: int = flag(1, "parts a batch is read in, one after another, for less memory; must divide the batch")
-    remat: Remat = flag("none", "what the backward pass computes again: nothing, all but the products, or whole layers")
+    remat: Remat = flag("none", "what the backward pass computes again: nothing, all but the matmuls, or whole layers")
     scan: bool = flag(False, "one compiled layer looped over (short compile times) in place of unrolled layers")
     on_nan: OnNan = flag("stop", "at a loss or gradient that is not finite: stop, or skip that update and count it")
     log_every: int = flag(10, "steps between lines in metrics.jsonl")
@@ -255,12 +255,12 @@ class TrainConfig:
 class MeshConfig:
     """How the devices are laid out; one axis may be -1: the devices that are left"""
 
-    data: int = flag(-1, "copies of the model, each reading rows of its own; -1 takes no more than divide the batch")
+    data: int = flag(-1, "copies of the model, each with its own sequences; -1 takes no more than divide the batch")
     fsdp: int = flag(
-        1, "devices that keep a part of the weights, gradients and moments each, and read rows of their own"
+        1, "devices that keep a part of the weights, gradients and moments each, and have their own sequences"
     )
     sequence: int = flag(1, "devices that read a part of each sequence each")
-    tensor: int = flag(1, "devices that compute a part of every matrix product each")
+    tensor: int = flag(1, "devices that compute a part of every matmul each")
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)

@@ -1,4 +1,4 @@
-"""Which dtype weights are kept in, products are computed in, and results come out in; loss scaling, rounding."""
+"""The dtypes of weights, of matmuls and of results; loss scaling, rounding."""
 
 import dataclasses
 from typing import Any
@@ -13,9 +13,9 @@ from efflm.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """param: dtype of the weights at rest; compute: of the operands of products; output: of logits.
+    """param: dtype that weights are stored in; compute: of the operands of matmuls; output: of logits.
 
-    Products accumulate in float32 whatever the policy; softmax, norm statistics, losses and moments are float32.
+    Matmuls accumulate in float32 under every policy; softmax, norm statistics, losses and moments are float32.
     """
 
     param: str = "float32"

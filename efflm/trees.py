@@ -1,6 +1,6 @@
 """Trees of weights: leaf paths, selection by regex, counting, bytes.
 
-A leaf is whatever has a shape: an array, or a weight in another format that knows its logical shape.
+A leaf is anything with a shape: an array, or a weight in another format that knows its logical shape.
 """
 
 import re
@@ -61,5 +61,5 @@ def count(tree: Any) -> int:
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of all arrays as they lie in memory."""
+    """Bytes of all arrays in memory."""
     return sum(leaf.size * leaf.dtype.itemsize for _, leaf in flatten(tree, inside=True))

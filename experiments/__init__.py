@@ -1,1 +1,1 @@
-"""One flat file a question, each a main with absl flags."""
+"""One file per question, each with a main and flags; see README.md."""

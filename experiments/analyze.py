@@ -6,8 +6,8 @@
 
 Expect, in about a minute, three tables and a picture for the model that --model.* describes, untrained, since nothing
 of it depends on the weights' values: what a token costs by component and where attention overtakes the feed-forward
-part; what memory holds what, predicted and compiled; and the time of a training step, of prefill and of decode,
-predicted from this machine's roofline (its bandwidth and matrix-product peak are measured first) and measured.
+part; which arrays take the memory, predicted and compiled; and the time of a training step, of prefill and of decode,
+predicted from this machine's roofline (its bandwidth and matmul peak are measured first) and measured.
 --nomeasure leaves out everything that compiles or runs the model, and so takes any size. In the run directory:
 analysis.png and results.json.
 """
@@ -108,14 +108,14 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
     peak = roofline.matmul[policy.compute]
     peaks = ", ".join(f"{flops / 1e9:.0f} GFLOP/s in {name}" for name, flops in roofline.matmul.items())
     facts = [
-        f"A token of training costs {per_token / 1e6:.1f} MFLOPs (forward and backward, {train.length} tokens a row), "
+        f"A token of training costs {per_token / 1e6:.1f} MFLOPs (forward and backward, sequences of {train.length}), "
         f"a decoded one at most {tokens[-1].flops[config.max_length] / 1e6:.1f} ({config.max_length:,} seen).",
         analysis.crossover(config),
         peak_fact,
         f"This machine: {peaks}; {roofline.bandwidth / 1e9:.1f} GB/s. Work of fewer than "
         f"{peak / roofline.bandwidth:.0f} FLOPs a byte ({policy.compute}) waits for memory.",
-        "Predicted times are a lower bound: matrix products at this machine's best, and each operand and result moved "
-        "once. Left out are norms, softmax, activations and copies, and what small or thin products lack to the peak. "
+        "Predicted times are a lower bound: matmuls at this machine's peak, and each operand and result moved "
+        "once. Left out are norms, softmax, activations and copies, and what small or thin matmuls lack to the peak. "
         "Only what fits into the caches can be faster.",
     ]
     if measured:

@@ -1,10 +1,10 @@
-"""Training speed by precision policy, beside a peer's: tokens/s, model FLOP utilization, compile time, memory.
+"""Training speed by precision policy, compared with another program's: tokens/s, MFU, compile time, memory.
 
     bash launch/run.sh experiments.bench_train
     bash launch/run.sh experiments.bench_train --peer="PYTHON torch_train.py"
 
 Expect one JSON line a policy: name, tokens_per_second (median of the rounds), mfu (of the devices' own measured
-matrix-product peak in the policy's compute dtype), compile_seconds, peak_bytes (arguments and temporaries of the
+matmul peak in the policy's compute dtype), compile_seconds, peak_bytes (arguments and temporaries of the
 compiled step). With a peer, a command that prints JSON lines with `dtype` and `tokens_per_second`, the two run in
 turn, one after the other and never at once, and each line has the ratio of medians to the peer's best (float32 is
 compared with its float32, everything else against all of it) and the least and greatest ratio of a round.

@@ -52,13 +52,11 @@ class Run:
         "between them are compared",
     )
     run_dir: str = flag(str(rundir.ROOT / "compress"), "where everything is written")
-    batch: int = flag(8, "rows in a batch, where a step trains")
-    length: int = flag(256, "tokens in a row, where a step trains")
-    seed: int = flag(0, "seed of whatever a step draws")
-    prompt: str = flag(
-        "The capital of France is", "what each model goes on from in the report, to look at; empty: nothing"
-    )
-    sample: int = flag(32, "tokens it goes on by")
+    batch: int = flag(8, "sequences in a batch, where a step trains")
+    length: int = flag(256, "tokens in a sequence, where a step trains")
+    seed: int = flag(0, "seed of what a step draws at random")
+    prompt: str = flag("The capital of France is", "prompt that each model continues in the report; empty: none")
+    sample: int = flag(32, "tokens of that continuation")
 
     def __post_init__(self):
         require(bool(self.recipe.split()), f"recipe is {self.recipe!r}: give at least one")
@@ -105,7 +103,7 @@ def training_context(run: Run, loaded: Loaded, trains: bool) -> Context:
 
 
 def described(steps: tuple[Step, ...], after: LanguageModel) -> str:
-    """What was done, and where zeros were made, what they do not buy."""
+    """What was done; for pruned models, that zeros do not make them faster."""
     words = ", then ".join(map(repr, steps))
     if not any(isinstance(step, Prune) for step in steps):
         return words
@@ -147,7 +145,7 @@ def main(run: Run, score: Scoring, quantize: dict, prune: dict, finetune: dict, 
         found = scoring.measure(models, text, tokens, score, dense_here, kept)
         for each, figures in found.items():
             say(f"{each}: {quality.words(quality.bits_per_byte(figures))} bits per byte")
-        if not measured:  # a step has been taken and the text read, so nothing is left behind where that cannot be
+        if not measured:  # only now: if a step or the text fails, no directory is left behind
             run_dir.mkdir(parents=True, exist_ok=True)
             tokens.save(run_dir / "tokenizer.json")
             before, size = found[first], safetensors.save(run_dir / BEFORE, dense, about)

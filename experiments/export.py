@@ -1,4 +1,4 @@
-"""Write a model, from wherever it is, as a Hugging Face directory, which transformers and others load unchanged.
+"""Write a model from any source as a Hugging Face directory, which transformers and others load unchanged.
 
     python -m experiments.export --model=runs/pretrain --out=runs/exported
     python -m experiments.export --model=smollm2 --out=runs/smollm2 --dtype=bfloat16

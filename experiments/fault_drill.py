@@ -4,13 +4,13 @@
 
 A tiny model is trained in processes of its own, with a checkpoint every few steps. Some are killed (kill -9) at a
 random step, some while a checkpoint is being written, some while they start; between two lives the newest checkpoint
-is now and then truncated, hit by a flipped bit, or robbed of its manifest. Then the same on a disk too small for the
+is sometimes truncated, has a bit flipped, or loses its manifest. Then the same on a disk too small for the
 checkpoints: a tmpfs, or, where mounting is not permitted, a limit on the size of files.
 
 Every line of metrics and the last state are compared, bit for bit, with those of a run that nobody disturbed. Expect,
 in about 3 minutes on two cores, a line for each life and at the end two zeros and exit code 0: no life lost work beyond
 one checkpoint interval (apart from the interval whose checkpoint was still being written, or was damaged by us), and
-none went on in a wrong state without a word. Exit code 1 otherwise.
+none continued in a wrong state without an error. Exit code 1 otherwise.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from efflm.train.ahead import random_rows
 from efflm.train.checkpoint import Checkpointing, TrainingRun
 
 SHAPE = ModelShape(layers=2, width=64, heads=4, kv_heads=2, mlp_dim=128, vocabulary=512, max_length=32)
-ROWS, LENGTH, PAUSE = 4, 32, 0.02  # seconds a step waits for its rows, so that a kill hits the step it is meant for
+ROWS, LENGTH, PAUSE = 4, 32, 0.02  # seconds a step waits for its batch, so that a kill hits the step it is meant for
 KEEP = 2
 DAMAGE = ("truncate", "flip", "no manifest")
 
@@ -70,7 +70,7 @@ def checkpointing(run: Run) -> Checkpointing:
 
 
 def train(run: Run) -> None:
-    """What is killed: the trainer as it is, on rows that are a function of the step."""
+    """What is killed: the unchanged trainer, on batches that are a function of the step."""
     if run.largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (run.largest_file, run.largest_file))
     rundir.use_compilation_cache(Path(run.run_dir).parent / "compilation_cache")

@@ -1,11 +1,11 @@
-"""Write text with a model: a continuation of a prompt, or with --chat an answer to it, shown as it comes.
+"""Write text with a model: a continuation of a prompt, or with --chat an answer to it, shown while it is generated.
 
     python -m experiments.generate --model=smollm2 --prompt="The capital of France is" --temperature=0
     python -m experiments.generate --model=smollm2 --chat --prompt="Name three rivers." --max_tokens=128
     cat notes.txt | python -m experiments.generate --model=runs/quickstart --prompt=- > more.txt
 
-Expect the text on stdout and nothing else there; on stderr the time to the first token and tokens a second, the time
-that compiling took told apart. What was compiled once is reused by the next run.
+Expect the text on stdout and nothing else there; on stderr the time to the first token and tokens a second, and
+separately the time that compiling took. What was compiled once is reused by the next run.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ def prompt_ids(run: Run, loaded: Loaded, text: str) -> list[int]:
 
 
 def until(texts: Iterable[str], stop: str) -> Iterator[str]:
-    """The texts up to `stop`, wherever it is cut; what may be its beginning is held back until that is clear."""
+    """The texts up to `stop`, which may be split over several of them; a possible beginning of it is held back."""
     held = ""
     for text in texts:
         held += text
@@ -103,7 +103,7 @@ def main(run: Run) -> None:
     ids = prompt_ids(run, loaded, text)
     rundir.use_compilation_cache(rundir.ROOT / "compilation_cache")
     compiling, tokens = compile_clock(), loaded.tokenizer
-    # What cannot be is refused here, before anything is on stdout.
+    # Bad input is refused here, before anything is on stdout.
     chunks = stream(loaded.model, [ids], run.max_tokens, run.sampling(), tokens.stops, run.seed, CHUNK)
     times, counts = [(time.perf_counter(), 0.0)], [0]  # after each chunk: the time, compiling until then; tokens so far
 
@@ -125,7 +125,7 @@ def main(run: Run) -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         note("")
-    except BrokenPipeError:  # whoever read has had enough
+    except BrokenPipeError:  # the reader of stdout has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     note(timing(times, counts, len(ids)))
 

@@ -7,8 +7,8 @@ Expect a table in the terminal and, in the run directory, results.json, loss cur
 (curves.png), and the metrics of every run (curves/).
 
 Protocol: for each optimizer the learning rate is swept with seed 0, on multiples of its usual one; the grid is widened
-where the best lies at its edge. Selected is the lowest loss on validation rows. The other seeds, of weights and of the
-order of rows alike, are then trained at that rate; seed 0 is counted with them. Reported is the loss on test rows,
+where the best is at its edge. Selected is the lowest loss on validation text. The other seeds, of weights and of the
+order of the sequences, are then trained at that rate; seed 0 is counted with them. Reported is the loss on test text,
 which selected nothing. The same seed has the same weights and batches under every optimizer, so differences are paired.
 """
 
@@ -57,7 +57,7 @@ class Run:
     corpus: str = flag(corpora.DEFAULT, corpora.KINDS)
     optimizers: str = flag(",".join(get_args(config.Optimizer)), "which to compare; adamw is always among them")
     multipliers: str = flag("0.5,1,2", "grid of learning rates, as multiples of each optimizer's usual one")
-    widen: int = flag(1, "further rates tried where the best of the grid lies at its edge")
+    widen: int = flag(1, "further rates tried where the best of the grid is at its edge")
     seeds: int = flag(3, "runs at the best rate, over which mean and standard deviation are taken")
     reduced: bool = flag(False, "a tiny model and few steps, in place of all flags that were left at their defaults")
 
@@ -256,7 +256,7 @@ def fit(
     mesh: Mesh,
     folder: Path,
 ) -> Trained:
-    """Train at one rate and seed, and score on validation rows; the seed is that of the weights and of the batches."""
+    """Train at one rate and seed, and score on validation text; the seed is that of the weights and of the batches."""
     file = folder / f"{usual.optimizer}-{rate:.2e}-seed{seed}.jsonl"
     try:
         model = assemble.fit_model(

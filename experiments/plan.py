@@ -1,4 +1,4 @@
-"""What a pod would do with a model, told by a laptop: what one device holds, hears and takes, from the real program.
+"""Plan a run for hardware that is not here: one device's memory, traffic and time, from the real program.
 
     python -m experiments.plan --model=llama3-8b --mesh.fsdp=64
     python -m experiments.plan --model=llama3-70b --hardware=v5p:8x8x8
@@ -61,7 +61,7 @@ class Run:
     search: bool = flag(False, "rank meshes, remat policies and batches by the closed form")
     compile: bool = flag(True, "compile; with --search, the best that fits")
     shown: int = flag(8, "candidates of the search that are shown")
-    rows: int = flag(64, "rows that are prefilled or decoded at a time, over all devices")
+    rows: int = flag(64, "sequences that are prefilled or decoded at a time, over all devices")
     cache_length: int = flag(4096, "tokens of the prompt that is prefilled, or positions in the cache while decoding")
     int8: bool = flag(False, "weights in int8 for prefill and decode, in place of bfloat16")
     activations: Literal["float", "int8"] = flag("float", "int8: the activations too (W8A8), where the weights are")
@@ -194,7 +194,7 @@ def compiled(
     settings = f"{train.policy}, remat {train.remat}, {train.optimizer}" if training else weights_in(run)
     facts = [
         f"{run.model}, {sum(cost.parameters(config).values()) / 1e9:.2f} B parameters, on {mesh.size} x {chip.name} "
-        f"({axes}): {run.phase}, {batch:,} rows of {length:,}, {settings}.",
+        f"({axes}): {run.phase}, {batch:,} sequences of {length:,}, {settings}.",
         f"Compiled by {how}.",
         f"The step takes {planned.seconds(predicted.seconds)} or more, bound by {predicted.bound} "
         f"({planned.seconds(predicted.unhidden)} if nothing overlaps): at most "

@@ -1,9 +1,9 @@
-"""Train a language model from nothing on a text corpus, and keep a checkpoint.
+"""Train a language model from scratch on a text corpus, and keep a checkpoint.
 
     python -m experiments.pretrain --corpus=stdlib --run_dir=runs/pretrain --train.steps=200 --model.layers=6
 
 Expect `checkpoint/`, `tokenizer.json`, `metrics.jsonl`, `tensorboard/` and `loss.png` in the run directory, and a
-validation loss at the end. While it trains, `state/` holds what it goes on from, by the same command, when it was
+validation loss at the end. While it trains, `state/` holds what the same command resumes from when it was
 stopped or killed: a SIGTERM makes it write one last checkpoint and end with exit code 0. On several hosts: launch/.
 """
 
@@ -34,7 +34,7 @@ class Run:
 
     run_dir: str = flag(str(rundir.ROOT / "pretrain"), "where everything is written")
     corpus: str = flag(corpora.DEFAULT, corpora.KINDS)
-    seed: int = flag(0, "seed of the weights and of the order of rows")
+    seed: int = flag(0, "seed of the weights and of the order of sequences")
     test: bool = flag(False, "score the test text too: once, when all choices are made")
     init_from: str = flag("", "run directory of an earlier training run to start the weights from")
     checkpoint_every: int = flag(200, "steps between checkpoints of the running training; 0: only at its end")
@@ -118,7 +118,7 @@ def trained_model(run: Run, config: ModelConfig, train: TrainConfig, data: Datas
         **{
             f"train.{name}": value
             for name, value in dataclasses.asdict(train).items()
-            if name not in ("log_every", "on_nan")  # what the run that is gone on with may change
+            if name not in ("log_every", "on_nan")  # what may change when a run is resumed
         },
     }
     if hosts.agree(checkpoint.exists(folder)):

@@ -1,4 +1,4 @@
-"""Train a small language model on real text, compress it in nine ways, and show what each bought and cost.
+"""Train a small language model on real text, compress it in nine ways, and show what each gains and costs.
 
     bash launch/quickstart.sh                    # or: python -m experiments.quickstart --corpus=FOLDER --seed=1
 
@@ -31,7 +31,7 @@ NOTES = {
     "float32": "the dense model that all others are compared with",
     "bfloat16": "every weight cast to bfloat16, matmuls in bfloat16, sums in float32",
     "w8a16": "int8 matrices, one scale for each output channel; activations in floating point",
-    "w8a8": "the same int8 matrices, activations rounded to int8 row by row; batch-1 decode on a CPU falls back in "
+    "w8a8": "the same int8 matrices, activations in int8, one scale per token; batch-1 decode on a CPU falls back in "
     "XLA, which has no int8 matrix-vector kernel there",
     "masks50": "the smaller half of every matrix in the layers set to zero",
     "masks24": "two of every four inputs set to zero",
@@ -95,7 +95,7 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
         f"Quality: {scoring.protocol(text, score, qualities['float32'])}. Smaller is better.",
         f"Speed: {protocol}. In brackets the quartiles; a difference is claimed only where they do not overlap.",
         "Size: an uncompressed safetensors file; matrices with many zeros are stored as a bitmask and their values.",
-        "One seed, one small model, one corpus: orders of rows, not constants of nature.",
+        "One seed, one small model, one corpus: read the order of the rows, not the exact values.",
     ]
     table.show(measured, facts)
     samples = {name: written(models[name], data.tokenizer) for name in ("float32", "w8a8", "shrink_distill_int8")}

@@ -1,6 +1,6 @@
 """Casting to bfloat16, and int8 weights with one scale per output channel, round-to-nearest.
 
-W8A16 leaves activations in floating point; W8A8 rounds them too, dynamically, one scale a row (as in LLM.int8(),
+W8A16 leaves activations in floating point; W8A8 rounds them too, dynamically, one scale per token (as in LLM.int8(),
 Dettmers 2022, arXiv 2208.07339, without its outlier path). The scheme is symmetric absmax.
 """
 
@@ -32,7 +32,7 @@ def quantize(params: Any, activations: Activations = "float") -> Any:
 class Quantize:
     """Int8 matrices, round-to-nearest, per output channel."""
 
-    activations: Literal["float", "int8"] = flag("float", "int8 also rounds activations, row by row (W8A8)")
+    activations: Literal["float", "int8"] = flag("float", "int8 also rounds activations, one scale per token (W8A8)")
 
     def __call__(self, model: LanguageModel, context: Context):
         after = model.replace(params=quantize(model.params, self.activations))
@@ -43,7 +43,7 @@ class Quantize:
 class Cast:
     """Every floating-point weight in another dtype."""
 
-    dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "dtype of the weights, and of their products")
+    dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "dtype of the weights, and of their matmuls")
 
     def __call__(self, model: LanguageModel, context: Context):
         after = in_dtype(model, self.dtype)

@@ -21,7 +21,7 @@ from efflm.train.losses import LossFn
 class Context:
     """What a step may use beside the model.
 
-    batches: step -> training rows (see data.packing). calibration: rows whose activations a step may look at.
+    batches: step -> a batch to train on (see data.packing). calibration: a batch whose activations a step may look at.
     teacher: what to imitate; a recipe fills in the model it started from. corpus, tokenizer: digests of the text that
     batches and calibration are from and of what made tokens of it, for the records.
     """
@@ -93,7 +93,7 @@ def _same(old: Any, new: Any) -> bool:
 
 def digest(model: LanguageModel) -> str:
     """A short SHA-256 of the config and of every array of a model, masks included: two models with the same digest are
-    the same, wherever they lie."""
+    the same, on whatever devices they are."""
     out = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for path, array in trees.flatten({"params": model.params, "masks": dict(model.masks or {})}, inside=True):
         out.update(f"{path} {array.dtype} {array.shape}".encode())

@@ -1,5 +1,5 @@
-"""From a corpus to rows of tokens to train on, each made once and kept under a hash of its content, and to held-out
-text as a stream of tokens to score."""
+"""From a corpus to packed rows of tokens to train on, each made once and kept under a hash of its content, and to
+held-out text as a stream of tokens to score."""
 
 import dataclasses
 import itertools

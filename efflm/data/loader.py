@@ -1,4 +1,4 @@
-"""Which rows a step sees: a function of seed and step alone, so the state of the data is the global step."""
+"""Which packed rows a step trains on: a function of seed and step only, so the state of the data is the global step."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Documents into rows of a fixed length, once. Attention, positions and loss never cross a document.
+"""Pack documents into rows (sequences) of a fixed length, once. Attention, positions and loss never cross a document.
 
 A row is four int32 arrays of `length`: inputs, targets (the token after each input), segments (1 + the document's
 index; 0 is padding) and positions (from 0 at the start of each stretch of a document in a row). A document that does
@@ -38,8 +38,8 @@ class Rows:
 class Stream:
     """One text without ends, too long to be packed, as rows made when they are asked for; in use like `Rows`.
 
-    content: uint8 [bytes], may lie on disk; ids: the token of each byte, int32 [256]. Every byte is a target exactly
-    once, the first after the separator; context crosses no row.
+    content: uint8 [bytes], may be mapped from a file; ids: the token of each byte, int32 [256]. Every byte is a target
+    exactly once, the first after the separator; attention crosses no row.
     """
 
     content: np.ndarray

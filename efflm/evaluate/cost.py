@@ -25,7 +25,7 @@ class Rate:
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """Prefill reads `prompt` tokens of one row; decode writes `new` more after the first `start`, greedily."""
+    """Prefill reads `prompt` tokens of one sequence; decode writes `new` more after the first `start`, greedily."""
 
     prompt: int = 512
     start: int = 16
@@ -56,7 +56,7 @@ def protocol_for(model: LanguageModel) -> Protocol:
 def rates(
     models: dict[str, LanguageModel], protocol: Protocol = Protocol(), clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, tuple[Rate, Rate]]:
-    """{name: (prefill, decode)}. The models take turns, so that what else the machine does falls on all alike."""
+    """{name: (prefill, decode)}. The models take turns, so that other load on the machine affects all equally."""
     runs = {name: _round(model, protocol, clock) for name, model in models.items()}
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
     for round_ in range(protocol.repeats + 1):

@@ -14,7 +14,7 @@ from efflm import ops
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """matmul: FLOP/s of a large square product of a dtype, by its name; bandwidth: bytes/s read and written."""
+    """matmul: FLOP/s of a large square matmul in a dtype, by its name; bandwidth: bytes/s read and written."""
 
     matmul: dict[str, float]
     bandwidth: float

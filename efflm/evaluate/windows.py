@@ -76,7 +76,7 @@ def blocks(
     documents: token ids, which are read once and never held. unbroken: no separators between them. scoring: as
     `within` says. A block holds inputs; targets, the token
     after each input; documents, 1 + the document of a target that is scored here, else 0; segments, the window within
-    the row from 1 on, 0 on padding; positions, from 0 in each window. Short windows share a row. Raises InputError at
+    the row, from 1 on, 0 on padding; positions, from 0 in each window. Short windows share a row. Raises InputError at
     the end if there was nothing to score.
     """
     chosen = itertools.islice(documents, scoring.documents or None)

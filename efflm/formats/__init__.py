@@ -1,4 +1,4 @@
-"""Models on disk: in from wherever they are, and out."""
+"""Reading and writing models."""
 
 from efflm.formats.sources import load_model
 

@@ -1,7 +1,7 @@
-"""The families of models that are read and written: where each of our leaves lies among Hugging Face's tensors.
+"""The families of models that are read and written: which of Hugging Face's tensors holds each of our leaves.
 
 A family is an entry in FAMILIES: how config.json describes it, and a Place for each leaf. To add one, add an entry;
-tests/formats/make_goldens.py then makes the file that holds it against transformers.
+tests/formats/make_goldens.py then makes the file for the test that compares it with transformers.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from efflm.formats.hf_config import NEEDED, Described
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a leaf lies: a tensor's name, in which * stands for the layer's number.
+    """Where a leaf is stored: a tensor's name, in which * stands for the layer's number.
 
     transpose: stored as [out, in]. part: one of queries (0), keys (1) and values (2) fused along the outputs; by_head:
     these are ordered by (head, part) and not by (part, head).
@@ -48,7 +48,7 @@ HARMLESS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias|attenti
 
 
 def _linear(leaf: str, name: str, bias: bool = False, **how: Any) -> dict[str, Place]:
-    """The places of a product's weight and bias, `transpose` unless said otherwise."""
+    """The places of a linear layer's weight and bias, `transpose` unless said otherwise."""
     kernel = {f"{leaf}/kernel": Place(f"{name}.weight", **{"transpose": True} | how)}
     vector = {name: value for name, value in how.items() if name != "transpose"}
     return kernel | ({f"{leaf}/bias": Place(f"{name}.bias", **vector)} if bias else {})

@@ -40,7 +40,7 @@ CHUNK = 1 << 16  # elements that are dequantized at a time: what stays in the ca
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies. shape as numpy has it, rows first; kind: the name in KINDS; start, size: in bytes."""
+    """A tensor's place in the file. shape: as in numpy, rows first; kind: the name in KINDS; start, size: in bytes."""
 
     shape: tuple[int, ...]
     kind: str

@@ -60,8 +60,8 @@ def load(path: Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> t
 def quantization(path: Path) -> str:
     """The quantized type that most weights of the file are stored in, "" if none is.
 
-    Whoever compresses what `load` returns should know: dequantized weights lie on the grid of that type, so rounding
-    them to as few bits again costs nothing, which says nothing of weights that do not.
+    For reports on compression: dequantized weights have only the values of that type, so rounding them to as few bits
+    again costs nothing. For other weights it would cost something.
     """
     counts: dict[str, int] = {}
     for tensor in gguf.read_header(path).tensors.values():

@@ -24,7 +24,7 @@ def fetch(name: str) -> Path:
     """The folder in the cache that holds the model `org/name`; fetched first if it is not there or not the newest.
 
     Without a network, or with HF_HUB_OFFLINE=1, it is what the cache holds. Raises InputError if that is nothing, or
-    if the hub has no such model for whoever asks.
+    if the hub has no such model, or none that this user may read.
     """
     from huggingface_hub import constants, errors, snapshot_download
 

@@ -52,7 +52,7 @@ def load_weights(folder: Path, *, dtype: str | None = None, mesh: Mesh | None = 
 def save(folder: Path, model: LanguageModel, tokens: Tokenizer) -> None:
     """Write a directory that transformers loads, whole or not at all; one tensor is held in memory at a time.
 
-    Of the qwen2 family transformers 5 reads the vocabulary but splits text in Qwen's own way, whatever the tokenizer.
+    For the qwen2 family, transformers 5 reads the vocabulary but splits text as Qwen does, with any tokenizer.
 
     Raises InputError if the folder holds something already, the weights are not floats, or no family has such a model.
     """

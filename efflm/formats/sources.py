@@ -1,4 +1,4 @@
-"""A model from wherever it is: one name for directories, files, the hub and what efflm wrote itself."""
+"""Load a model from any source: one name for directories, files, the hub and what efflm wrote itself."""
 
 import dataclasses
 import re

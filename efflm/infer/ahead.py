@@ -13,7 +13,7 @@ from efflm.precision import policy_for
 
 
 def _rows(mesh: Mesh, shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
-    """An array whose first axis is the rows of a batch, and whose further ones lie along `axes` of the mesh."""
+    """An array whose first axis is the sequences of a batch, and whose others are split along `axes` of the mesh."""
     spec = PartitionSpec(sharding.BATCH[0], *axes)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
@@ -31,9 +31,9 @@ def prefill(model: LanguageModel, rows: int, length: int, mesh: Mesh) -> Any:
 
 
 def decode(model: LanguageModel, rows: int, cache_length: int, mesh: Mesh) -> Any:
-    """The lowered program that decodes one token for each row, against a cache of `cache_length` positions.
+    """The lowered program that decodes one token for each sequence, with a cache of `cache_length` positions.
 
-    The cache is spread by rows, and by key-value heads along `tensor` where that divides them.
+    The cache is split by sequences, and by key-value heads along `tensor` where that divides them.
     """
     config, tensor = model.config, mesh.shape["tensor"]
     dtype = policy_for(model.config).compute

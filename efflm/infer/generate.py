@@ -1,9 +1,9 @@
-"""Prefill and decode with a KV cache, for rows of different lengths; the decode loop stays on the device.
+"""Prefill and decode with a KV cache, for sequences of different lengths; the decode loop stays on the device.
 
-Prompts are padded on the right, so that slot s of a row holds its position s: what lies beyond a row's length is never
-seen, and is overwritten as the row grows. Prompts and caches are padded to powers of two, so that one compiled program
-serves all lengths in between. A row's tokens depend on its prompt, its key and its positions alone: not on the rows
-beside it, nor on how many tokens are decoded at a time.
+Prompts are padded on the right, so that slot s of a sequence holds its position s: slots beyond its length are never
+seen, and are overwritten as it grows. Prompts and caches are padded to powers of two, so that one compiled program
+serves all lengths in between. The tokens of a sequence depend on its prompt, its key and its positions only: not on
+the other sequences in the batch, nor on how many tokens are decoded at a time.
 """
 
 import functools
@@ -21,15 +21,15 @@ from efflm.infer.sampling import GREEDY, Sampling, sample
 from efflm.model import Cache, LanguageModel, Transformer, empty_cache, sharding
 from efflm.precision import policy_for
 
-PAD_ID = -1  # in place of a token, where a row has ended
+PAD_ID = -1  # in place of a token, where a sequence has ended
 LEAST = 16  # the smallest bucket
-CHUNK = 8  # tokens decoded for each visit of the host, where text is shown as it comes
+CHUNK = 8  # tokens decoded between two reads by the host, where text is shown while it is generated
 
 
 @flax.struct.dataclass
 class State:
-    """Rows being written. token_B is each row's newest token, which the cache does not hold yet; done_B: whether a
-    stop token has ended the row; keys_B: what its further tokens are drawn with."""
+    """Sequences being generated. token_B is the newest token of each, which the cache does not hold yet; done_B:
+    whether a stop token has ended it; keys_B: the random keys of its further tokens."""
 
     cache: Cache
     token_B: jax.Array
@@ -50,7 +50,7 @@ def prefill(
 ) -> tuple[jax.Array, Cache]:
     """Read prompts, of which lengths_B tokens count, into a fresh cache of `cache_length` positions.
 
-    The logits [B, V] after each row's last token, and the cache.
+    The logits [B, V] after the last token of each sequence, and the cache.
     """
     transformer = Transformer(model.config, policy_for(model.config))
     apply = functools.partial(transformer.apply, {"params": model.params})
@@ -68,7 +68,7 @@ def _next(logits_BV: jax.Array, cache: Cache, keys_B: jax.Array, how: dict[str, 
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def start(logits_BV: jax.Array, cache: Cache, keys_B: jax.Array, how: dict[str, Any], stops_K: jax.Array) -> State:
-    """The first token of each row, from what `prefill` returned."""
+    """The first token of each sequence, from what `prefill` returned."""
     token_B = _next(logits_BV, cache, keys_B, how)
     return State(cache, token_B, jnp.isin(token_B, stops_K), keys_B)
 
@@ -108,7 +108,7 @@ def bucket(count: int, least: int = LEAST) -> int:
 
 
 def row_keys(seed: int, rows: int) -> jax.Array:
-    """A key for each row, the same for row i however many there are."""
+    """A key for each sequence; the key of sequence i does not depend on how many there are."""
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(rows))
 
 
@@ -148,9 +148,9 @@ def stream(
     seed: int = 0,
     chunk: int = CHUNK,
 ) -> Iterator[list[list[int]]]:
-    """Continue every prompt: the new ids of each row as they come, first one, then up to `chunk` at a time.
+    """Continue every prompt: the new ids of each sequence, first one, then up to `chunk` at a time.
 
-    A row ends before the first of the `stops`, or after max_tokens. Raises InputError.
+    A sequence ends before the first of the `stops`, or after max_tokens. Raises InputError.
     """
     tokens_BT, lengths_B = padded(prompts, model.config, max_tokens)
     how, keys_B = sampling.arrays(), row_keys(seed, len(prompts))
@@ -168,7 +168,7 @@ def stream(
             yield rows(ids_BS)
             done += limit
 
-    return chunks()  # what cannot be has been refused before the first is asked for
+    return chunks()  # a generator: the checks above run when `stream` is called, not at the first chunk
 
 
 def generate(
@@ -179,7 +179,7 @@ def generate(
     stops: Sequence[int] = (),
     seed: int = 0,
 ) -> list[list[int]]:
-    """Continue every prompt by up to max_tokens tokens, in one go on the device: the new ids of each row."""
+    """Continue every prompt by up to max_tokens tokens, in one loop on the device: the new ids of each sequence."""
     out: list[list[int]] = [[] for _ in prompts]
     for new in stream(model, prompts, max_tokens, sampling, stops, seed, chunk=bucket(max_tokens)):
         for row, ids in zip(out, new, strict=True):

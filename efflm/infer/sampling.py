@@ -52,7 +52,7 @@ GREEDY = Sampling()
 
 
 def ranked(logits_BV: jax.Array, how: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-    """Token ids [B, V] from the likeliest down, and the logarithm of what each is drawn with, up to a constant a row.
+    """Token ids [B, V] from the likeliest down, and their log-probabilities up to a constant for each sequence.
 
     float32; -inf for a token that one of the filters leaves out. The temperature must be positive.
     """
@@ -64,12 +64,12 @@ def ranked(logits_BV: jax.Array, how: dict[str, Any]) -> tuple[jax.Array, jax.Ar
     before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
     kept_BV = kept_BV & ((before_BV < how["top_p"]) | (how["top_p"] >= 1))  # a sum may round up to 1 too early
     kept_BV = kept_BV & (p_BV >= how["min_p"] * p_BV[:, :1])
-    # The likeliest stays, whatever rounding does to the sums.
+    # Rounding of the sums must not drop the likeliest token.
     return order_BV, jnp.where(kept_BV | (rank_1V == 0), sorted_BV, -jnp.inf)
 
 
 def sample(logits_BV: jax.Array, how: dict[str, Any], keys_B: jax.Array) -> jax.Array:
-    """Token ids int32 [B], each row drawn with its own key. how: Sampling.arrays()."""
+    """Token ids int32 [B], each sequence with its own key. how: Sampling.arrays()."""
     draw = jax.vmap(jax.random.categorical)
 
     def by_rank() -> jax.Array:

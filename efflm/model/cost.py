@@ -1,7 +1,7 @@
 """What a Transformer costs, in closed form: parameters, and the FLOPs and bytes of its phases by component.
 
-FLOPs are those of matrix products (elementwise work is left out, as MFU does), a multiplication and an addition being
-two. Two kinds of them are told apart:
+FLOPs are those of matmuls (elementwise work is left out, as MFU does), a multiplication and an addition being
+two. There are two kinds of them:
 
     model      what the mathematics asks for: a query is multiplied with the keys it sees and no others, so causal
                attention counts half of its square, and the backward pass is twice the forward (Chowdhery 2022, arXiv
@@ -9,9 +9,9 @@ two. Two kinds of them are told apart:
     executed   what our program multiplies: attention in blocks (ops.attention), scores made again in the backward
                pass, padding, rematerialization, the optimizer. `train_step`, `update`, `prefill`, `decode`.
 
-Bytes are the least that can move between memory and processor: each operand of a product is read once and each result
+Bytes are the least that can move between memory and processor: each operand of a matmul is read once and each result
 written once, attention's scores stay inside; what elementwise operations move besides is not counted. Everything is
-a function of configs and lengths; nothing is traced or allocated. Documents are taken to be as long as their rows, and
+a function of configs and lengths; nothing is traced or allocated. Each document is taken to fill its sequence, and
 weights to be plain arrays. cuDNN's attention kernels, on GPUs, multiply about the model's half.
 """
 
@@ -27,13 +27,13 @@ from efflm.ops.output_loss import chunk_count
 from efflm.precision import FLOAT32, POLICIES, Policy
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-FLOAT = 4  # bytes of a float32, which all results of products, gradients and moments are
+FLOAT = 4  # bytes of a float32, which all results of matmuls, gradients and moments are
 COMPONENTS = ("projections", "attention", "feedforward", "output")  # of a forward pass
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """flops: of matrix products. nbytes: the least that must move to and from memory."""
+    """flops: of matmuls. nbytes: the least that must move to and from memory."""
 
     flops: float
     nbytes: float
@@ -114,13 +114,13 @@ def kv_cache_bytes(config: ModelConfig, batch: int, length: int, policy: Policy 
 
 
 def seen_pairs(length: int, window: int = 0) -> float:
-    """(query, key) pairs in a causal row: each of `length` queries sees the keys up to itself, at most `window`."""
+    """(query, key) pairs in a causal sequence: each of `length` queries sees keys up to its own, at most `window`."""
     reach = min(window or length, length)
     return reach * (reach + 1) / 2 + (length - reach) * reach
 
 
 def forward(config: ModelConfig, batch: int, length: int, policy: Policy = FLOAT32) -> dict[str, Work]:
-    """One forward pass over `batch` rows of `length` tokens with all their logits, by component."""
+    """One forward pass over `batch` sequences of `length` tokens with all their logits, by component."""
     pairs = lambda block: batch * seen_pairs(length, block.window)
     return _forward(config, policy, batch * length, pairs, batch * length, batch * length)
 
@@ -141,7 +141,7 @@ def train_flops(config: ModelConfig, batch: int, length: int) -> float:
 def crossover_length(config: ModelConfig) -> float:
     """How many positions a token must see for its attention (scores and values) to cost what its feed-forward costs.
 
-    Over a causal row it is an average of half the row: rows of about twice this length, where there is no window.
+    A causal query sees half of its sequence on average: so sequences of about twice this length, without a window.
     Infinity where windows are too short for it.
     """
     target = sum(work.flops for name, work in token(config, 1).items() if name == "feedforward")
@@ -178,7 +178,7 @@ def _forward(
 
 
 def _product(rows: float, shape: tuple[int, ...], policy: Policy) -> Work:
-    """[rows, in] @ [in, out]. Its two products in the backward pass have the same three matrices, so the same work."""
+    """[rows, in] @ [in, out]. Its two matmuls in the backward pass have the same three matrices, so the same work."""
     fan_in, fan_out = shape
     moved = (
         rows * fan_in * ITEMSIZE[policy.compute] + fan_in * fan_out * ITEMSIZE[policy.param] + rows * fan_out * FLOAT
@@ -190,8 +190,8 @@ def _product(rows: float, shape: tuple[int, ...], policy: Policy) -> Work:
 
 
 def computed_pairs(queries: int, keys: int, window: int = 0, in_order: bool = True) -> float:
-    """(query, key) pairs that ops.attention multiplies in a row, seen or hidden. in_order: query t is at slot t and
-    there is no cache; otherwise the queries are the first of a cache of `keys` positions."""
+    """(query, key) pairs that ops.attention multiplies in a sequence, seen or masked. in_order: query t is at slot t
+    and there is no cache; otherwise the queries are the first of a cache of `keys` positions."""
     if unrolled(queries, keys):
         blocks = spans(queries, keys, window, in_order)
         return sum((q_end - q_start) * (k_end - k_start) for q_start, q_end, k_start, k_end in blocks)
@@ -207,7 +207,7 @@ def loss_tokens(rows: int, length: int) -> int:
 
 
 def train_step(config: ModelConfig, train: TrainConfig, batch: int, length: int) -> dict[str, Work]:
-    """Forward and backward passes of one step over `batch` rows of `length` tokens, by component. `update` follows."""
+    """Forward and backward passes of one step over `batch` sequences of `length` tokens, by component; no `update`."""
     policy, rows = POLICIES[train.policy], batch // train.accumulate
     pairs = lambda block: rows * computed_pairs(length, length, block.window)
     ahead = _forward(config, policy, rows * length, pairs, rows * length, loss_tokens(rows, length))

@@ -1,4 +1,4 @@
-"""How a tree of weights lies on a mesh: leaf path -> named axes (model.params) -> mesh axes.
+"""How a tree of weights is sharded over a mesh: leaf path -> named axes (model.params) -> mesh axes.
 
 A matrix that is no weight is an error. An axis that does not divide a dimension replicates it; vectors replicate.
 Optimizer states and the parts of a compressed weight have the weight's path inside theirs, and shard like it.
@@ -20,11 +20,11 @@ from efflm import trees
 from efflm.config import MeshConfig, require
 from efflm.model import params
 
-AXES = ("data", "fsdp", "sequence", "tensor")  # the axis that talks most is innermost, among nearest neighbours
+AXES = ("data", "fsdp", "sequence", "tensor")  # the axis that communicates most is innermost, among nearest neighbours
 BATCH = PartitionSpec(("data", "fsdp"), "sequence")  # of [B, T]
 
 # Axes of weights (model.params) in the first table, those of activations in the second, where the width is whole and
-# each device has rows of its own. An axis that is not listed is not split.
+# each device has its own sequences. An axis that is not listed is not split.
 WEIGHT_AXES = {"vocabulary": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "width": "fsdp"}
 ACTIVATIONS = {"batch": ("data", "fsdp"), "length": "sequence", None: None} | dict.fromkeys(
     ("heads", "mlp", "vocabulary"), "tensor"
@@ -44,7 +44,7 @@ def data_parallel(batch: int) -> Mesh:
 
 
 def mesh_for(config: MeshConfig, batch: int, length: int) -> Mesh:
-    """The mesh of the config on all devices there are, for rows [batch, length]. Raises InputError."""
+    """The mesh of the config on all devices there are, for sequences [batch, length]. Raises InputError."""
     sizes, count = dataclasses.asdict(config), jax.device_count()
     fixed = math.prod(size for size in sizes.values() if size != -1)
     asked = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items() if size != 1)
@@ -110,7 +110,7 @@ def on_one_device(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def mesh_of(tree: Any) -> Iterator[NamedSharding | None]:
-    """`on_mesh` of the mesh that the arrays of the tree lie on; traced arrays know theirs too. One device: no mesh.
+    """`on_mesh` of the mesh of the arrays in the tree; traced arrays know theirs too. One device: no mesh.
 
     Gives where the sequences [B, ...] of a batch go (traced: on the abstract mesh), or None.
     """
@@ -141,10 +141,10 @@ def unconstrained() -> Iterator[None]:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """x, an activation, told to lie on the mesh as ACTIVATIONS says of its axes. Outside of `on_mesh` and inside
+    """x, an activation, sharded over the mesh as ACTIVATIONS says of its axes. Outside of `on_mesh` and inside
     `unconstrained`, x as it is.
 
-    Without it the partitioner is free to follow the weights, and under fsdp splits the width in place of the rows.
+    Without it the partitioner is free to follow the weights, and under fsdp splits the width in place of the sequences.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or _UNCONSTRAINED.get():
@@ -159,6 +159,6 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def sequence_shards() -> int:
-    """Over how many devices each row is spread, as far as what is being traced knows: the size of `sequence`."""
+    """Over how many devices each sequence is split, as far as what is being traced knows: the size of `sequence`."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape["sequence"]

@@ -1,4 +1,4 @@
-"""Products with a weight of any format, accumulated in float32."""
+"""Matmuls with a weight of any format, accumulated in float32."""
 
 import functools
 from typing import Any
@@ -14,9 +14,9 @@ MATMUL = "matmul"
 
 
 def transposed(x: jax.Array) -> jax.Array:
-    """x [..., M, N] -> [..., N, M], as an array of its own and not as a view that a product then reads across.
+    """x [..., M, N] -> [..., N, M], as an array of its own and not as a view that a matmul then reads with strides.
 
-    XLA's CPU compiler folds a plain transpose into the product that reads it, and a bfloat16 product with such a left
+    XLA's CPU compiler folds a plain transpose into the matmul that reads it, and a bfloat16 matmul with such a left
     operand falls back to float32 at half the speed or less. A reshape in between is not folded. In float32, where
     writing the operand costs more than it gains, and elsewhere, the folded form is the fast one.
     """

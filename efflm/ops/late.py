@@ -1,8 +1,8 @@
-"""What a backward pass computes again rather than finds stored, and when.
+"""Recomputation in the backward pass, and what keeps a compiler from doing it in the forward pass.
 
-XLA's CPU compiler drops optimization barriers, merges equal computations and runs whatever has its inputs: what is to
-be computed again would be computed once, in the forward pass, and stored. What depends on a value of the incoming
-gradient cannot be.
+XLA's CPU compiler drops optimization barriers, merges equal computations and runs each as soon as its inputs are there:
+what is to be recomputed would be computed once, in the forward pass, and stored. What depends on a value of the
+incoming gradient is not: it has to wait for that gradient.
 """
 
 import functools

@@ -17,7 +17,7 @@ Masks = Mapping[str, Any] | None
 
 
 def apply_masks(params: Any, masks: Masks) -> Any:
-    """The tree with every weight that a mask drops exactly zero, in whatever format it is."""
+    """The tree with an exact zero for every weight that a mask drops, in any format."""
     masks = masks or {}
     return trees.map_with_path(lambda path, w: apply_mask(w, masks[path]) if path in masks else w, params)
 

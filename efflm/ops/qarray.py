@@ -31,7 +31,7 @@ class QArray:
     None: 0, and codes within +-(2^(bits - 1) - 1). activation_scale: float32 [..., 1, 1] with "int8_static".
     axis: the contracted axis, counted from the end. group: entries that share a scale; 0: all. size: of the contracted
     axis. activations: "float" multiplies in floating point (weight-only); "int8" rounds the other operand too, one
-    scale a row, taken when it is multiplied; "int8_static" with one scale for all, known before.
+    scale per token, computed in the matmul; "int8_static" with one scale for all, known before.
 
     For every element |w - dequantize(w)| <= scale / 2, and an exact zero stays one.
     """
@@ -221,7 +221,7 @@ def straight_through(master: jax.Array, like: Any) -> Any:
 
 
 def rounded_activations(x: jax.Array, activation_scale: jax.Array | None) -> jax.Array:
-    """x [..., K] as an int8 matmul reads it, in the dtype of x, straight-through: one scale a row, or the given one."""
+    """x [..., K] as an int8 matmul reads it, in the dtype of x, straight-through; scale: per token, or given."""
     if activation_scale is None:
         values, scale = round_to_int8(x, axis=-1)
     else:

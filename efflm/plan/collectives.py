@@ -1,4 +1,4 @@
-"""What a compiled program says over the network: the collectives in its HLO text, with their bytes and repetitions.
+"""What a compiled program sends over the network: the collectives in its HLO text, with their bytes and repetitions.
 
 Bytes are those that one device receives, by the ring algorithms, of a group of g devices (Thakur 2005, "Optimization
 of collective communication operations in MPICH"):
@@ -34,7 +34,7 @@ BITS = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32, "s64": 64, "u64": 64,
     "f8e4m3fn": 8, "f8e5m2": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64,
 }  # fmt: skip
-PASSING = {  # opcodes that hand a value on unchanged, or changed element by element
+PASSING = {  # opcodes that pass a value on unchanged, or changed element by element
     "get-tuple-element", "bitcast", "copy", "convert", "reshape", "transpose", "multiply", "copy-start", "copy-done",
 }  # fmt: skip
 
@@ -43,7 +43,7 @@ PASSING = {  # opcodes that hand a value on unchanged, or changed element by ele
 class Collective:
     """One collective operation of a program.
 
-    group: the device numbers of one of the groups that talk. nbytes: received by a device in all its `trips`. dtype: of
+    group: the device numbers of one of the groups. nbytes: received by a device in all its `trips`. dtype: of
     its elements. disguised: it is written as an all-reduce. known: whether the compiler knew the trips of all loops
     around it; otherwise those unknown count as one.
     """

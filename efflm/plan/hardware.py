@@ -42,11 +42,11 @@ class Hardware:
     torus: int = 0
 
     def peak(self, dtype: str) -> float:
-        """FLOP/s of products with operands of this dtype; float32 counts as half of bfloat16's, which flatters it."""
+        """FLOP/s of matmuls with operands of this dtype; float32 counts as half of bfloat16's, which flatters it."""
         return {"int8": self.int8, "float32": self.bfloat16 / 2}.get(dtype, self.bfloat16)
 
     def received_a_second(self, group: tuple[int, ...], devices: int) -> float:
-        """Bytes a second that each device of a group can receive while its devices talk among themselves.
+        """Bytes a second that each device of a group can receive while its devices communicate.
 
         Beyond a node it is the network that bounds. In a torus a group has the links along the dimensions it spans: of
         D * log(group) / log(devices) dimensions out of D, which is exact where the torus is a cube and the group a
@@ -94,7 +94,7 @@ def chips(topology: str) -> int:
 
 def tpu_devices(chip: Hardware, topology: str) -> list[Any]:
     """Devices of a TPU that is not attached, to compile for: libtpu must be installed."""
-    # libtpu would ask Google what machine this is, complain of what it does not hear, and take the TPU
+    # libtpu would ask Google what machine this is, complain when no answer comes, and reserve the TPU
     # that is not there for itself alone.
     quiet = {
         "TPU_SKIP_MDS_QUERY": "1",

@@ -6,11 +6,11 @@ backward pass of the last layer's feed-forward part, or of its attention; or in 
 there twice.
 
 There is a line for each array in the program that XLA's CPU compiler makes of our code, and that is not quite the one
-we wrote. Its scheduler runs whatever has its inputs: what a backward pass needs and ops.late has not tied to a gradient
-(slices of keys and values, the zeros that loops start from) is made in the forward pass, of all layers that are not
-scanned. And its loops hold no bfloat16: what scanned layers stack is float32 under every policy. Not modeled are the
-holes between arrays, the masks, and what a partitioner adds on several devices. Within 25% of the compiled program with
-AdamW under float32 and bfloat16; the other rules' and policies' updates are rough.
+we wrote. Its scheduler runs each operation once its inputs are there: what a backward pass needs and ops.late has not
+tied to a gradient (slices of keys and values, the zeros that loops start from) is made in the forward pass, of all
+layers that are not scanned. And its loops hold no bfloat16: what scanned layers stack is float32 under every policy.
+Not modeled are the holes between arrays, the masks, and what a partitioner adds on several devices. Within 25% of the
+compiled program with AdamW under float32 and bfloat16; the other rules' and policies' updates are rough.
 
 x, f, a, k are the bytes of a float32 [B, T, D], [B, T, F], [B, T, N, H] and [B, T, K, H].
 """
@@ -25,7 +25,7 @@ from efflm.ops.attention import spans, unrolled
 from efflm.ops.output_loss import chunk_count
 from efflm.precision import FLOAT32, POLICIES, Policy
 
-FUSED = 4096  # tokens from which products with vectors are no longer fused into those that read them
+FUSED = 4096  # tokens from which elementwise multiplications with vectors are no longer fused into those that read them
 
 Arrays = dict[str, float]  # bytes by name, for a reader: no name is looked up
 
@@ -145,7 +145,7 @@ def moments(config: ModelConfig, train: TrainConfig, batch: int, length: int) ->
         stored = [saved(config, each, rows, length, train.remat) for each in config.blocks]
         layer, ended = working(config, block, rows, length, policy, train.remat, scanned), Layer()
         if train.remat == "dots" and not scanned:
-            stored.pop()  # the last layer's products are read, and freed, where its backward pass begins
+            stored.pop()  # the last layer's matmul results are read, and freed, where its backward pass begins
     else:
         stored = [kept(config, each, rows, length, policy).total for each in rest]
         layer = ended = kept(config, block, rows, length, policy)
@@ -201,7 +201,7 @@ def kept(config: ModelConfig, block: BlockConfig, rows: int, length: int, policy
 
 
 def saved(config: ModelConfig, block: BlockConfig, rows: int, length: int, remat: Remat) -> float:
-    """Bytes that a scanned or rematerialized layer stores, float32 whatever the policy."""
+    """Bytes that a scanned or rematerialized layer stores: float32 under every policy."""
     size = _sizes(config, block, rows, length, FLOAT32)
     if remat == "full":
         return size.x  # its input

@@ -116,7 +116,7 @@ def cache_bytes(config: ModelConfig, rows: int, cache_length: int, policy: Polic
 def train_work(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh) -> Work:
     """The matmuls of one device, padding and rematerialization included, and the bytes they move through its HBM."""
     mine, (rows, length) = device.local(config, mesh), device.rows_and_length(train.batch, train.length, mesh)
-    whole = cost.total(_train_step(mine, train, rows, train.length))  # queries see keys of the whole row ...
+    whole = cost.total(_train_step(mine, train, rows, train.length))  # queries see keys of the whole sequence ...
     flops = whole.flops / mesh.shape["sequence"]  # ... but are those of a part
     update = _update(mine, train) * (device.weight_count(config, mesh) / _parameters(mine))
     return Work(flops, cost.total(_train_step(mine, train, rows, length)).nbytes) + update
@@ -131,7 +131,7 @@ def infer_work(
     mesh: AbstractMesh,
     weight_bytes: float = 0,
 ) -> Work:
-    """The matmuls of prefill or of one decoded token for each row.
+    """The matmuls of prefill or of one decoded token for each sequence.
 
     weight_bytes: what one device holds of the weights, where that is not the policy's: compressed ones move less.
     """

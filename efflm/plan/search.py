@@ -15,7 +15,7 @@ from efflm.plan.traffic import train_traffic
 from efflm.precision import POLICIES
 
 REMATS = ("none", "dots", "full")
-SHORTEST = 1024  # tokens of a row that are worth a device of their own
+SHORTEST = 1024  # tokens of a sequence that are worth a device of their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def meshes(devices: int) -> Iterator[dict[str, int]]:
 
 
 def possible(config: ModelConfig, batch: int, length: int, sizes: dict[str, int]) -> bool:
-    """Whether the mesh cuts nothing that it should not: rows, tokens, key-value heads, widths."""
+    """Whether the mesh divides all that it splits: sequences, tokens, key-value heads, widths."""
     tensor = sizes["tensor"]
     blocks = all(block.kv_heads % tensor == 0 and block.mlp_dim % tensor == 0 for block in set(config.blocks))
     rows = batch % (sizes["data"] * sizes["fsdp"]) == 0 and length % sizes["sequence"] == 0

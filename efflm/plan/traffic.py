@@ -1,4 +1,4 @@
-"""What a device of a mesh hears from the others in a training step, in closed form.
+"""What a device of a mesh receives from the others in a training step, in closed form.
 
 It is what the partitioner has to move: weights gathered twice (forward and backward) and gradients scattered along
 fsdp, the output layer's once for each chunk of the loss; gradients reduced along data; partial sums along tensor; keys
@@ -25,7 +25,7 @@ def train_traffic(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh) -
     # Along fsdp
     cut = device.gathered_along_fsdp(config, mesh)
     passes = parts * share(fsdp) * sum(cut.values())
-    # The loss reads the output layer's weight, and hands on its gradient, for every chunk of tokens.
+    # The loss reads the output layer's weight, and passes on its gradient, for every chunk of tokens.
     chunks = parts * chunk_count(train.batch // parts, train.length) - parts
     output = chunks * share(fsdp) * cut.get("embedding" if config.tied else "unembedding", 0)
     embedded = 2 * share(fsdp) * FLOAT * rows * length * config.width  # of all tokens, by parts of its width

@@ -19,7 +19,7 @@ MEANS = {
     "projections": "queries, keys, values and the output of attention: a constant for each token",
     "attention": "scores and values: grows with the positions a token sees (a sliding window bounds it)",
     "feedforward": "the largest matrices: a constant for each token",
-    "output": "the product with the whole vocabulary: a constant for each token whose logits are wanted",
+    "output": "the matmul with the whole vocabulary: a constant for each token whose logits are wanted",
     "all": "a training step costs three times this for each token, backward pass included",
 }
 NAMES = {"feedforward": "feed-forward", "output": "output layer"}

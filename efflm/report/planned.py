@@ -99,7 +99,7 @@ def fit(needed: float, chip: Hardware) -> str:
 
 
 def traffic(found: list[Collective], hardware: Hardware, devices: int) -> list[Traffic]:
-    """The collectives by kind, those that are written as another kind told apart."""
+    """The collectives by kind, those that are written as another kind listed separately."""
     out = []
     for kind, disguised in sorted({(each.kind, each.disguised) for each in found}):
         some = [each for each in found if (each.kind, each.disguised) == (kind, disguised)]

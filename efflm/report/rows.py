@@ -51,7 +51,7 @@ def origin(source: str, about: dict[str, Any]) -> str:
 
 
 def cautions(model: str, about: dict[str, Any], seen: str) -> list[str]:
-    """What the figures must not be taken for. seen: the text that the model was in all likelihood trained on elsewhere,
+    """What the figures do not show. seen: the text that the model was in all likelihood trained on elsewhere,
     if that is what is scored."""
     out = []
     if seen:

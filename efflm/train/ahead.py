@@ -61,7 +61,7 @@ def _seconds(compiled: Any, state: Any, batch: Any) -> Iterator[float]:
 
 
 def random_rows(batch: int, length: int, vocabulary: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """A batch as data.packing makes it, of random tokens: one document a row."""
+    """A batch as data.packing makes it, of random tokens: one document in each sequence."""
     tokens = np.random.default_rng(seed).integers(0, vocabulary, (batch, length + 1)).astype(np.int32)
     return {
         "inputs": tokens[:, :-1],

@@ -33,7 +33,7 @@ def make(config: TrainConfig, learning_rate: jax.Array | float | None = None) ->
     """The update rule of `config`: the gradient clipped to its largest global norm, then the optimizer.
 
     learning_rate: the peak, in place of the config's. It may be traced, so that under `optax.inject_hyperparams` one
-    compiled step serves any rate. Moments have the dtype of the parameters, float32 where train.step hands them over.
+    compiled step serves any rate. Moments have the dtype of the parameters, float32 where train.step calls it.
     """
     peak = config.learning_rate if learning_rate is None else learning_rate
     rules = {
@@ -50,7 +50,7 @@ def make(config: TrainConfig, learning_rate: jax.Array | float | None = None) ->
 
 
 def decay_mask(params: Any) -> Any:
-    """True for the matrices that weight decay pulls on: all but embeddings, norms and biases."""
+    """True for the matrices that weight decay is applied to: all but embeddings, norms and biases."""
     return trees.map_with_path(lambda path, _: in_layer(path), params)
 
 

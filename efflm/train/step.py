@@ -62,7 +62,7 @@ def abstract_state(
 def _fresh(
     optimizer: optax.GradientTransformation, trainable: Any, loss_scale: LossScale | None, masks: Any
 ) -> TrainState:
-    moments = optimizer.init(cast(trainable, jnp.float32))  # float32 whatever the weights are kept in
+    moments = optimizer.init(cast(trainable, jnp.float32))  # float32, also for weights of another dtype
     return TrainState(jnp.int32(0), jax.tree.map(jnp.copy, trainable), moments, loss_scale, jnp.int32(0), masks)
 
 
@@ -148,7 +148,7 @@ def _gradients(loss_fn, trainable, frozen, batch, rng, scale, accumulate):
     require(
         size % accumulate == 0, f"a batch of {size} rows is not divisible by {accumulate} parts: change one of them"
     )
-    # Part i has rows i, i + accumulate, ...: where rows are spread over devices, each device keeps its own.
+    # Part i has sequences i, i + accumulate, ...: where they are spread over devices, each device keeps its own.
     parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(carry, rows_and_index):
