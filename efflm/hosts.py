@@ -62,8 +62,11 @@ def exit_code(error: BaseException, began: bool = False) -> int:
     if isinstance(error, OSError) or system:
         failed = system in _FAILED_IO or (system is None and isinstance(error, TimeoutError | ConnectionError))
         return RETRY if failed and began else MISTAKE
-    if not _STATUS.match(text):
+    status = _STATUS.match(text)
+    if not status:
         return BUG
+    if status[1] in ("PERMISSION_DENIED", "UNAUTHENTICATED"):  # of remote storage
+        return MISTAKE
     if re.search("RESOURCE_EXHAUSTED:|out of memory", text, re.IGNORECASE):
         return MEMORY
     return RETRY if _LOST.search(text) else BUG
