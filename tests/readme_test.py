@@ -1,24 +1,79 @@
-"""The README's code runs, and what it names exists."""
+"""The code in the READMEs runs, and what they name exists."""
 
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from efflm import trees
+from efflm import config, trees
 from efflm.compress import recipe
-from tests import tiny
+from efflm.compress.distill import Distill
+from efflm.compress.finetune import Finetune
+from efflm.compress.prune import Prune
+from efflm.compress.quantize import Quantize
+from efflm.compress.shrink import Shrink
+from efflm.evaluate.windows import Scoring
+from efflm.formats import load_model
+from tests import gguf_files, tiny
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text()
+READMES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("[a-z]*/**/README.md"))
+FRONT = (ROOT / "README.md").read_text()
+GROUPS = {
+    "model": config.ModelShape, "train": config.TrainConfig, "mesh": config.MeshConfig, "hosts": config.HostsConfig,
+    "score": Scoring, "quantize": Quantize, "prune": Prune, "finetune": Finetune, "distill": Distill, "shrink": Shrink,
+}  # fmt: skip
+
+
+def name_of(file):
+    return str(file.relative_to(ROOT))
+
+
+def python_of(file):
+    (code,) = re.findall(r"```python\n(.*?)```", file.read_text(), re.S)
+    return code
+
+
+def run(code):
+    names = {"__name__": "readme"}
+    exec(compile(code, "README.md", "exec"), names)
+    return names
+
+
+def anchors(file):
+    """What GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_front_page_is_short():
+    assert len((ROOT / "README.md").read_bytes()) <= 8000
+
+
+def test_the_front_pages_code_works(tmp_path, monkeypatch):
+    code = python_of(ROOT / "README.md")
+    assert len(code.rpartition("import scoring\n")[2].split("\n\n")[-1].strip().splitlines()) == 8
+    weights = gguf_files.weights(np.random.default_rng(0), width=64, hidden=64)
+    source = gguf_files.write(tmp_path / "tiny.gguf", weights, kind="Q4_1")
+    for name, there in (("smollm2", source), ("stdlib", ROOT / "efflm" / "compress")):
+        assert code.count(f'"{name}"') == 1
+        code = code.replace(f'"{name}"', repr(str(there)))
+    monkeypatch.chdir(tmp_path)
+    names = run(code)
+    before, after = names["measured"].values()
+    assert 0 < after.tokens.sum() == before.tokens.sum()
+    assert before.kl.sum() == 0 < after.kl.sum()
+    again, tokenizer = load_model(tmp_path / "runs" / "small" / "w8a16.safetensors")
+    assert tokenizer.digest == names["tokenizer"].digest
+    for one, other in zip(jax.tree.leaves(again.params), jax.tree.leaves(names["smaller"].params), strict=True):
+        assert np.array_equal(np.asarray(one), np.asarray(other))
 
 
 def test_the_step_of_ones_own_works():
-    text = (ROOT / "efflm" / "compress" / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    names = {"__name__": "readme"}
-    exec(compile(code, "README.md", "exec"), names)
+    names = run(python_of(ROOT / "efflm" / "compress" / "README.md"))
     model = tiny.model()
     after = names["compressed"](model)
     for path, w in trees.select(model.params, "kernel"):
@@ -30,12 +85,30 @@ def test_the_step_of_ones_own_works():
     assert jnp.all(after.params["embedding"] == model.params["embedding"])
 
 
-def test_named_recipes_files_and_pictures_exist():
-    listed = re.search(r"Recipes: (.*?)\. On", TEXT).group(1)
-    assert re.findall(r"`(\w+)`", listed) == list(recipe.RECIPES)
-    for link in re.findall(r"\]\(([^)]+)\)", TEXT):
-        assert (ROOT / link).exists(), link
-    for script in re.findall(r"launch/\w+\.sh", TEXT):
+def test_the_front_page_lists_every_recipe_and_experiment():
+    methods = FRONT.partition("## Methods")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", methods, re.M) == list(recipe.RECIPES)
+    there = {file.stem for file in (ROOT / "experiments").glob("*.py")} - {"__init__"}
+    assert set(re.findall(r"^\| `experiments\.(\w+)` \|", FRONT, re.M)) == there
+    listed = re.findall(r"^\| `(\w+)` \| [A-Z].*\?", (ROOT / "experiments" / "README.md").read_text(), re.M)
+    assert set(listed) == there
+
+
+@pytest.mark.parametrize("file", READMES, ids=name_of)
+def test_what_it_names_exists(file):
+    text = file.read_text()
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if not link.startswith("http"):
+            path, _, anchor = link.partition("#")
+            target = (file.parent / path).resolve() if path else file
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+    for script in re.findall(r"launch/[\w.]+\.(?:sh|sbatch|yaml)", text):
         assert (ROOT / script).exists(), script
-    for module in re.findall(r"experiments\.(\w+)", TEXT):
+    for module in re.findall(r"\bexperiments\.([a-z_]+)", text):
         assert (ROOT / "experiments" / f"{module}.py").exists(), module
+    for name in re.findall(r"--recipe=\"?([\w ,]+)", text):
+        for each in name.split():
+            recipe.named(each)
+    for group, field in re.findall(r"--(?:no)?([a-z]+)\.(\w+)", text):
+        assert field in GROUPS[group].__dataclass_fields__, f"--{group}.{field}"
