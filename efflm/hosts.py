@@ -145,13 +145,15 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def leave(code: int) -> None:
-    """End this process. If others wait for it, then without a goodbye.
+def leave(code: int, several: bool = False) -> None:
+    """End this process; if others wait for it, then without a goodbye.
 
-    The scripts in launch/ look for the line: of several processes, the first to say it is the cause."""
+    Where there are `several` it says so: the first to end is the cause, and the scripts in launch/ look for the line
+    (srun and gcloud give the code of one process, not always of that one)."""
+    if several:
+        print(f"this process ends with exit code {code}", file=sys.stderr)
     if not jax.distributed.is_initialized():
         sys.exit(code)
-    print(f"this process ends with exit code {code}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
