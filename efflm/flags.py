@@ -89,8 +89,10 @@ def launch(main: Callable[..., None], doc: str, argv: list[str] | None = None, *
     hosts.stopped. A group named `hosts` is not main's: it says which other processes this one belongs to (efflm.hosts).
     """
     others = HostsConfig()
+    argv = sys.argv if argv is None else argv
+    several = any("hosts.coordinator" in arg for arg in argv[1:])  # the flags may be what is wrong: nothing is parsed
     try:
-        given = parse(sys.argv if argv is None else argv, **groups)
+        given = parse(argv, **groups)
         others = given.pop("hosts", others)
         hosts.start(others)
         main(**given)
@@ -104,11 +106,11 @@ def launch(main: Callable[..., None], doc: str, argv: list[str] | None = None, *
         code = hosts.exit_code(error)
         if code != hosts.BUG:
             print(f"error: {hosts.explain(error, code)}", file=sys.stderr)
-        elif others.coordinator:
+        elif several:
             traceback.print_exc()
         else:
             raise
-        hosts.leave(code)
+        hosts.leave(code, several)
 
 
 def command_line(module: str, argv: list[str]) -> str:

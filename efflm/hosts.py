@@ -62,8 +62,11 @@ def exit_code(error: BaseException, began: bool = False) -> int:
     if isinstance(error, OSError) or system:
         failed = system in _FAILED_IO or (system is None and isinstance(error, TimeoutError | ConnectionError))
         return RETRY if failed and began else MISTAKE
-    if not _STATUS.match(text):
+    status = _STATUS.match(text)
+    if not status:
         return BUG
+    if status[1] in ("PERMISSION_DENIED", "UNAUTHENTICATED"):  # of remote storage
+        return MISTAKE
     if re.search("RESOURCE_EXHAUSTED:|out of memory", text, re.IGNORECASE):
         return MEMORY
     return RETRY if _LOST.search(text) else BUG
@@ -142,13 +145,15 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def leave(code: int) -> None:
-    """End this process. If others wait for it, then without a goodbye.
+def leave(code: int, several: bool = False) -> None:
+    """End this process; if others wait for it, then without a goodbye.
 
-    The scripts in launch/ look for the line: of several processes, the first to say it is the cause."""
+    Where there are `several` it says so: the first to end is the cause, and the scripts in launch/ look for the line
+    (srun and gcloud give the code of one process, not always of that one)."""
+    if several:
+        print(f"this process ends with exit code {code}", file=sys.stderr)
     if not jax.distributed.is_initialized():
         sys.exit(code)
-    print(f"this process ends with exit code {code}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Run an experiment as several processes on this machine, each with its own fake devices, as a pod would:
 #   bash launch/local.sh --processes=2 --devices=4 -- experiments.pretrain --run_dir=runs/two --train.steps=200
-# If a process is killed or lost, the others stop and all start again, from the last checkpoint. A mistake (exit code 2)
-# ends it. What process 0 says is shown; the errors of all.
+# If a process is killed or lost, the others stop and all start again, from the last checkpoint, at most --restarts
+# times. A final exit code (launch/README.md) ends it. What process 0 says is shown; the errors of all.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -62,18 +62,17 @@ for ((life = 0; life <= restarts; life++)); do
     sleep 0.2
   done
   if [ ${#codes[@]} -eq 0 ]; then exit 0; fi
-  mistake=no
+  final=0
   for code in "${codes[@]}"; do
     case $code in
-      2) mistake=yes ;;
       75 | 134) ;; # it lost the others
-      *) mistake=no; break ;;
+      *) if retryable "$code"; then final=0; break; else final=$code; fi ;;
     esac
   done
-  if [ "$mistake" = yes ]; then exit 2; fi
+  if [ "$final" -ne 0 ]; then exit "$final"; fi
   if [ "$life" -lt "$restarts" ]; then
     echo "launch: starting all $processes again, from the last checkpoint ($((life + 1)) of $restarts)" >&2
   fi
 done
 echo "error: given up after $restarts restarts: see the errors above" >&2
-exit 1
+exit 75

@@ -39,6 +39,17 @@ set_up() {
   echo "install: done"
 }
 
+# What a run ended with, from what it printed (a file) and the exit code of srun or gcloud, which may be that of a
+# process that only suffered: of several processes the first to say how it ends is the cause.
+cause() {
+  local said
+  said=$(grep -aom1 'this process ends with exit code [0-9]*' "$1" | head -n1) || true
+  echo "${said:+${said##* }}" | grep . || echo "$2"
+}
+
+# Exit codes worth another try: lost machines and storage, and signals. See the table in launch/README.md.
+retryable() { [ "$1" -eq 75 ] || [ "$1" -gt 128 ]; }
+
 # Huge pages, and one big heap in place of a mapping, and its page faults, for each array. On a 2-core Zen 4, in turn
 # with and without: a training step is 1.15 to 1.2 times as fast. Results are the same to the last bit.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184}"

@@ -68,6 +68,7 @@ ERRORS = [  # error, its exit code before training began, and after
     (stored("OUT_OF_RANGE", errno.EFBIG), MISTAKE, MISTAKE),
     (stored("PERMISSION_DENIED", errno.EACCES), MISTAKE, MISTAKE),
     (stored("UNKNOWN", errno.EIO), MISTAKE, RETRY),
+    (ValueError("PERMISSION_DENIED: the bucket is not yours"), MISTAKE, MISTAKE),
     (stored("RESOURCE_EXHAUSTED", errno.ENOMEM), MEMORY, MEMORY),
 ]
 

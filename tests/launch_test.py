@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
+from efflm import hosts
+
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 FLAGS = [
@@ -26,6 +28,9 @@ FLAGS = [
     "--train.log_every=1",
     "--checkpoint_every=4",
 ]
+
+
+FINAL, ENDS = (1, 2, 3), "this process ends with exit code {}\n"
 
 
 def bash(*command, **settings):
@@ -59,45 +64,108 @@ def test_a_wrong_command_is_told_in_one_line(command, words):
 
 def test_slurm_starts_one_process_a_task_and_again_when_one_was_lost(tmp_path):
     """srun and the installed Python are stood in for by scripts that write down how they were called."""
-    code = tmp_path / "code"
-    (tmp_path / "srun").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/calls\n read -r c < {code}; exit $c\n')
+    code, said = tmp_path / "code", tmp_path / "said"
+    (tmp_path / "srun").write_text(
+        f'#!/bin/bash\necho "$@" >> {tmp_path}/calls\ncat {said}\nread -r c < {code}\nexit $c\n'
+    )
     (tmp_path / "srun").chmod(0o755)
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     (tmp_path / "venv" / "bin" / "python").symlink_to("/bin/true")
     (tmp_path / "venv" / ".efflm-installed").write_text((ROOT / "requirements.txt").read_text())
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "EFFLM_VENV": str(tmp_path / "venv"), "EFFLM_ACCELERATOR": ""}
-    for exit_code, starts in ((0, 1), (2, 1), (75, 10)):
+    cases = [(code, "", code, 1) for code in (0, *FINAL)] + [(code, "", code, 10) for code in (75, 137)]
+    # srun gives the highest code: that of those who lost the first, or were killed because it had ended
+    cases += [(137, ENDS.format(code), code, 1) for code in FINAL] + [(137, ENDS.format(75) + ENDS.format(1), 75, 10)]
+    for sruns, words, exit_code, starts in cases:
         (tmp_path / "calls").unlink(missing_ok=True)
-        code.write_text(f"{exit_code}\n")
+        code.write_text(f"{sruns}\n")
+        said.write_text(words)
         ended = bash(LAUNCH / "slurm.sbatch", "experiments.pretrain", "--run_dir=a b", env=env, cwd=ROOT)
         calls = (tmp_path / "calls").read_text().splitlines()
         assert (ended.returncode, len(calls)) == (exit_code, starts), ended.stderr
         assert calls[0].endswith("experiments.pretrain --run_dir=a b --hosts.coordinator=auto --hosts.stopped=75")
+    (tmp_path / "calls").unlink()
+    ended = bash(LAUNCH / "slurm.sbatch", "experiments.pretrain", env=env | {"SLURM_RESTART_COUNT": "101"}, cwd=ROOT)
+    assert (ended.returncode, (tmp_path / "calls").exists()) == (75, False)
+
+
+@pytest.mark.parametrize(
+    ("codes", "exit_code", "lives"),
+    [
+        ((0, 0), 0, 1),
+        *(((code, 75), code, 1) for code in FINAL),
+        ((2, 134), 2, 1),
+        ((75, 0), 75, 3),
+        ((137, 2), 75, 3),  # it was killed: what the other one made of that is not the cause
+    ],
+)
+def test_local_processes_start_again_a_few_times_but_not_after_a_final_code(tmp_path, codes, exit_code, lives):
+    """Python is stood in for by a script that ends with the code of its index, the second process after the first."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(f"""#!/bin/bash
+case "$*" in
+  *hosts.index=0*) echo life >> {tmp_path}/lives; exit {codes[0]} ;;
+  *hosts.index=1*) /usr/bin/sleep 0.5; exit {codes[1]} ;;
+  *) echo 1234 ;;
+esac
+""")
+    (tmp_path / "bin" / "python").chmod(0o755)
+    (tmp_path / ".efflm-installed").write_text((ROOT / "requirements.txt").read_text())
+    env = {"PATH": "/usr/bin:/bin", "EFFLM_VENV": str(tmp_path), "EFFLM_ACCELERATOR": ""}
+    ended = bash(LAUNCH / "local.sh", "--processes=2", "--restarts=2", "--", "experiments.pretrain", env=env)
+    assert ended.returncode == exit_code, ended.stderr
+    assert len((tmp_path / "lives").read_text().splitlines()) == lives
+
+
+def tpu_pod(folder, ssh):
+    """The script's end and what it asked of gcloud, for which a script stands in; `ssh` is what that does to a run."""
+    (folder / "gcloud").write_text(f"""#!/bin/bash
+echo "$@" >> {folder}/calls
+case "$*" in
+  *describe*) [ -e {folder}/pod ] && cat {folder}/pod || exit 1 ;;
+  *queued-resources\\ create*) [ -e {folder}/none ] && echo FAILED > {folder}/pod || echo ACTIVE > {folder}/pod ;;
+  *delete*) rm {folder}/pod ;;
+  *ssh*) {ssh} ;;
+esac
+""")
+    (folder / "sleep").write_text("#!/bin/bash\n")
+    for name in ("gcloud", "sleep"):
+        (folder / name).chmod(0o755)
+    flags = ["--name=mine", "--zone=z", "--type=v5p-128", "--runtime=r", "--spot", "--restarts=2", "--"]
+    env = {"PATH": f"{folder}:/usr/bin:/bin", "HOME": str(folder)}
+    ended = bash(LAUNCH / "tpu_pod.sh", *flags, "experiments.pretrain", "--run_dir=a b", env=env)
+    calls = (folder / "calls").read_text()
+    asked = re.findall(r"queued-resources (create|delete)|tpu-vm (scp|ssh)", calls)
+    return ended, calls, ["".join(one) for one in asked]
 
 
 def test_the_tpu_pod_is_asked_for_used_and_given_back(tmp_path):
-    """gcloud is stood in for by a script: the first pod is lost while it works, the second finishes."""
-    (tmp_path / "gcloud").write_text(f"""#!/bin/bash
-echo "$@" >> {tmp_path}/calls
-case "$*" in
-  *describe*) [ -e {tmp_path}/pod ] && cat {tmp_path}/pod || exit 1 ;;
-  *queued-resources\\ create*) echo ACTIVE > {tmp_path}/pod ;;
-  *delete*) rm {tmp_path}/pod ;;
-  *ssh*) [ -e {tmp_path}/lost ] && exit 0; touch {tmp_path}/lost; echo SUSPENDED > {tmp_path}/pod; exit 255 ;;
-esac
-""")
-    (tmp_path / "sleep").write_text("#!/bin/bash\n")
-    for name in ("gcloud", "sleep"):
-        (tmp_path / name).chmod(0o755)
-    flags = ["--name=mine", "--zone=z", "--type=v5p-128", "--runtime=r", "--spot", "--", "experiments.pretrain"]
-    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path)}
-    ended = bash(LAUNCH / "tpu_pod.sh", *flags, "--run_dir=a b", env=env)
+    """The first pod is lost while it works, the second finishes."""
+    lost = f"[ -e {tmp_path}/lost ] && exit 0; touch {tmp_path}/lost; echo SUSPENDED > {tmp_path}/pod; exit 255"
+    ended, calls, asked = tpu_pod(tmp_path, lost)
     assert ended.returncode == 0, ended.stderr
-    calls = (tmp_path / "calls").read_text()
-    asked = re.findall(r"queued-resources (create|delete)|tpu-vm (scp|ssh)", calls)
-    assert ["".join(one) for one in asked] == ["create", "scp", "ssh", "delete", "create", "scp", "ssh", "delete"]
+    assert asked == ["create", "scp", "ssh", "delete", "create", "scp", "ssh", "delete"]
     assert "--accelerator-type=v5p-128 --runtime-version=r --spot --zone=z" in calls
     assert "experiments.pretrain --run_dir=a\\ b  --hosts.coordinator=auto" in calls
+
+
+@pytest.mark.parametrize(
+    ("said", "exit_code", "lives"), [*((code, code, 1) for code in FINAL), (75, 75, 3), (None, 75, 3)]
+)
+def test_a_run_on_the_tpu_pod_starts_again_a_few_times_but_not_after_a_final_code(tmp_path, said, exit_code, lives):
+    """gcloud itself ends with 1, whatever the processes end with."""
+    ssh = f"echo {ENDS.format(said).strip()} >&2; exit 1" if said else "exit 1"
+    ended, _, asked = tpu_pod(tmp_path, ssh)
+    assert ended.returncode == exit_code, ended.stderr
+    assert asked == ["create", *["scp", "ssh"] * lives, "delete"]
+
+
+def test_a_pod_that_is_not_to_be_had_is_not_asked_for_for_ever(tmp_path):
+    (tmp_path / "none").touch()
+    ended, _, asked = tpu_pod(tmp_path, "exit 0")
+    assert ended.returncode == 75
+    assert asked[:6] == ["create", "delete"] * 3
+    assert "create" not in asked[6:]
 
 
 # What a JobSet may hold (its v1alpha2 resource definition, as far as ours goes): a dict is an object of these keys and
@@ -177,7 +245,8 @@ def test_the_jobset_has_the_shape_of_one():
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     mistake = spec["podFailurePolicy"]["rules"][0]["onExitCodes"]
     assert mistake["containerName"] == container["name"]
-    assert mistake["values"] == [2]
+    assert tuple(mistake["values"]) == FINAL == (hosts.BUG, hosts.MISTAKE, hosts.MEMORY)
+    assert 0 < jobset["spec"]["failurePolicy"]["maxRestarts"] <= 100
 
 
 # --- two real processes --------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from jax import lax
 
 from efflm import ops
 from efflm.config import BlockConfig, ModelConfig
-from efflm.model import sequence_parallel, sharding
+from efflm.model import per_device, sequence_parallel, sharding
 from efflm.model.linear import Linear
 from efflm.model.norms import Norm
 from efflm.model.rotary import rotate
@@ -54,7 +54,7 @@ class Attention(nn.Module):
         if cache is None and sequence_parallel.is_sharded():
             out_BTNH = sequence_parallel.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, block.window)
         elif cache is None:
-            out_BTNH = ops.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=segments_BT, window=block.window)
+            out_BTNH = per_device.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=block.window)
         else:
             start_B = positions_BT[:, 0]
             cache = LayerCache(_write(cache.keys, k_BTKH, start_B), _write(cache.values, v_BTKH, start_B))

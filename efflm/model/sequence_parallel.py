@@ -7,6 +7,7 @@ A later causal query attends to more keys. So that all devices have the same num
 chunks for C devices, and device i has chunks i and 2C - 1 - i.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,11 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from efflm import ops
-from efflm.model import sharding
+from efflm.model import per_device, sharding
+from efflm.ops.attention import KERNELS, kernel_for
 
 AXIS = "sequence"
+HIDDEN = -1  # a segment that no token is in
 
 
 def is_sharded() -> bool:
@@ -62,19 +65,53 @@ def _reordered(x: jax.Array, order: list[int]) -> jax.Array:
 def attention(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None, window: int
 ) -> jax.Array:
-    """One device's T queries, with the keys and values of all devices -> float32 [B, T, N, H]."""
-    shards, T = sharding.sequence_shards(), q_BTNH.shape[1]
+    """Of one device's queries and all devices' keys and values -> float32 [B, T, N, H]; T tokens are its own."""
+    shards, (T, H), dtype = sharding.sequence_shards(), q_BTNH.shape[1::2], q_BTNH.dtype
     order = _chunk_order(shards)
-    inverse = [order.index(chunk) for chunk in range(2 * shards)]
-    whole = lambda x: _reordered(lax.all_gather(x, AXIS, axis=1, tiled=True), inverse)
-    device, half = lax.axis_index(AXIS), jnp.arange(T // 2, dtype=jnp.int32)
-    slots_T = jnp.concatenate([device * (T // 2) + half, (2 * shards - 1 - device) * (T // 2) + half])
+    place = [order.index(stretch) for stretch in range(2 * shards)]
+    whole = lambda x: None if x is None else _reordered(lax.all_gather(x, AXIS, axis=1, tiled=True), place)
+    device = lax.axis_index(AXIS)
+    arguments = (q_BTNH, whole(k_BTKH), whole(v_BTKH), segments_BT, whole(segments_BT), device)
+    by_slots = functools.partial(_by_slots, shards=shards, window=window)
+    by_stretches = functools.partial(_by_stretches, shards=shards, window=window)
+    # The stretch in front sees half of the keys at most.
+    lengths = [(T // 2, shards * T // 2), (T // 2, shards * T)]
+    taken = lambda name: all(kernel_for(name, *each, H, dtype, window, own_segments=False) for each in lengths)
+    kernels = {name: by_stretches for name in KERNELS if taken(name)}
+    return lax.platform_dependent(*arguments, default=by_slots, **kernels) if kernels else by_slots(*arguments)
+
+
+def _by_slots(q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, device, *, shards: int, window: int) -> jax.Array:
+    """The portable form: it computes just the blocks of keys that the slots of its queries reach."""
+    half_T = jnp.arange(q_BTNH.shape[1] // 2, dtype=jnp.int32)
+    slots_T = jnp.concatenate([stretch * len(half_T) + half_T for stretch in (device, 2 * shards - 1 - device)])
     return ops.attention(
         q_BTNH,
-        whole(k_BTKH),
-        whole(v_BTKH),
+        k_BSKH,
+        v_BSKH,
         slots_BT=slots_T[None],
         segments_BT=segments_BT,
-        key_segments_BS=None if segments_BT is None else whole(segments_BT),
+        key_segments_BS=key_segments_BS,
         window=window,
     )
+
+
+def _by_stretches(q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, device, *, shards: int, window: int):
+    """For kernels, whose masks are the same on every device: keys are rotated until a stretch's own are the last.
+
+    The keys that come after it then stand first: they are hidden by a segment that no query is in.
+    """
+    B, T = q_BTNH.shape[:2]
+    S, half = k_BSKH.shape[1], T // 2
+    if segments_BT is None:
+        segments_BT, key_segments_BS = jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32)
+    outs = []
+    for queries, keys, stretch in ((slice(half), S // 2, device), (slice(half, T), S, 2 * shards - 1 - device)):
+        later = keys - (stretch + 1) * half  # keys that come after the stretch
+        rotated = lambda x, keys=keys, later=later: jnp.roll(x[:, :keys], later, axis=1)
+        key_segments = jnp.where(jnp.arange(keys)[None] < later, HIDDEN, rotated(key_segments_BS))
+        out = per_device.attention(
+            q_BTNH[:, queries], rotated(k_BSKH), rotated(v_BSKH), segments_BT[:, queries], key_segments, window=window
+        )
+        outs.append(out)
+    return jnp.concatenate(outs, axis=1)

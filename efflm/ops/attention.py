@@ -3,8 +3,11 @@
 Exact attention that holds no T x T array (FlashAttention, Dao 2022, arXiv 2205.14135): queries are read in blocks, the
 softmax runs online over blocks of keys, and the backward pass computes the weights again from the log-normalizers.
 Scores, softmax and sums are float32. Inside, the queries of a group lie side by side: of q_BKQH, with Q = T * N / K,
-row r is at position r // (N / K). The backward pass holds its scores as [S, Q]: so every product but one reads its
+row r is at position r // (N / K). The backward pass holds its scores as [S, Q]: so every matmul but one reads its
 operands as they lie (see ops.dot.transposed).
+
+That form is portable. Where a platform has a kernel that takes the call (`kernel_for`), the program holds both and the
+platform that it is compiled for chooses, whatever is attached to the machine that traces it.
 """
 
 import functools
@@ -15,23 +18,26 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from efflm.ops.dot import transposed
+from efflm.ops.kernels import gpu, tpu
 from efflm.ops.late import late
 
 MASKED = -1e30  # the score of a key that a query may not see: finite, so that a wholly masked block stays finite too
-UNROLLED = 1024  # rows up to this long are cut into a few blocks written out one by one, each with just its own keys
+UNROLLED = 1024  # sequences up to this long are cut into a few blocks written out one by one, each with its own keys
 BLOCK = 512  # queries and keys in a block of the loops beyond that
+KERNELS = {"tpu": tpu, "cuda": gpu}  # by JAX's name of the platform that is compiled for
 
 
 @flax.struct.dataclass
-class _Rows:
-    """Where queries or keys sit: their slots and segments (or None), int32 [B or 1, rows]."""
+class _Placement:
+    """The slots and the segments (or None) of queries or keys, int32 [B or 1, queries or keys]."""
 
     slots: jax.Array
     segments: jax.Array | None
 
-    def part(self, start: Any, size: int) -> "_Rows":
+    def part(self, start: Any, size: int) -> "_Placement":
         return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=1), self)
 
 
@@ -47,52 +53,74 @@ def attention(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v over the keys that each query may see -> float32 [B, T, N, H].
 
-    A query sees the keys up to its own slot, slots_BT[b, t] of the S (default: t, with S = T), of these the last
-    `window` (0: all), and of these the ones in its own segment, where segments are given (key_segments_BS: the keys',
-    where keys are not the queries' own).
+    A query sees the keys up to its own slot, slots_BT[b, t] of the S (default: the queries are the last T of the S, in
+    order), of these the last `window` (0: all), and of these the ones in its own segment, where segments are given
+    (key_segments_BS: the keys', where keys are not the queries' own).
     Query head n reads key-value head n // (N / K).
     """
+    T, S, H, dtype = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[3], q_BTNH.dtype
+    in_order, own_segments = slots_BT is None, key_segments_BS is None
+    found = {name: kernel_for(name, T, S, H, dtype, window, in_order, own_segments) for name in KERNELS}
+    kernels = {name: functools.partial(kernel, window=window) for name, kernel in found.items() if kernel}
+    if own_segments:
+        key_segments_BS = segments_BT
+    portable = functools.partial(_portable, slots_BT=slots_BT, window=window)
+    if not kernels:
+        return portable(q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS)
+    return lax.platform_dependent(q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, default=portable, **kernels)
+
+
+def kernel_for(
+    platform: str,
+    queries: int,
+    keys: int,
+    head_dim: int,
+    dtype: DTypeLike,
+    window: int = 0,
+    in_order: bool = True,
+    own_segments: bool = True,
+) -> Callable[..., jax.Array] | None:
+    """The kernel that `attention` runs on a platform ("tpu", "cuda", "cpu"), or None: the portable form.
+
+    in_order: whether the queries are the last of the keys (no slots); own_segments: whether the segments of the keys
+    are the queries'.
+    """
+    kernels = KERNELS.get(platform)
+    fits = kernels and in_order and kernels.takes(queries, keys, head_dim, dtype, window, own_segments)
+    return kernels.attention if fits else None
+
+
+# --- the portable form -----------------------------------------------------------------------------------------------
+
+
+def unrolled(T: int, S: int) -> bool:
+    """Whether the blocks (`spans`) are written out one by one, and not looped over."""
+    return T * S <= UNROLLED**2
+
+
+def spans(T: int, S: int, window: int, in_order: bool) -> list[tuple[int, int, int, int]]:
+    """(first query, its end, first key, its end) of each block, in positions; in order, queries are the last keys."""
+    if not in_order:
+        return [(0, T, 0, S)]
+    size, offset = max(64, -(-T // 4)), S - T
+    blocks = [(t, min(t + size, T)) for t in range(0, T, size)]
+    return [(t, end, max(0, offset + t - window + 1) if window else 0, offset + end) for t, end in blocks]
+
+
+def _portable(q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, *, slots_BT, window: int) -> jax.Array:
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
-    group = N // K
-    if key_segments_BS is None:
-        key_segments_BS = segments_BT
-    kernel = _backend_kernel(q_BTNH.dtype, T, H, plain=slots_BT is None and segments_BT is None)
-    if kernel:
-        return kernel(q_BTNH, k_BSKH, v_BSKH, window)
-    in_order = slots_BT is None
+    group, in_order = N // K, slots_BT is None
     per_query = lambda x_BT: None if x_BT is None else jnp.repeat(x_BT, group, axis=1)
     order = jnp.arange(S, dtype=jnp.int32)[None]
-    rows = _Rows(per_query(order if in_order else slots_BT), per_query(segments_BT))
+    queries = _Placement(per_query(order[:, S - T :] if in_order else slots_BT), per_query(segments_BT))
     q_BKQH = q_BTNH.reshape(B, T, K, group, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * group, H)
-    out_BKQH = _attend(
-        q_BKQH,
-        k_BSKH.swapaxes(1, 2),
-        v_BSKH.swapaxes(1, 2),
-        rows,
-        _Rows(order, key_segments_BS),
-        window,
-        group,
-        in_order,
-    )
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    out_BKQH = _attend(q_BKQH, k_BKSH, v_BKSH, queries, _Placement(order, key_segments_BS), window, group, in_order)
     return out_BKQH.reshape(B, K, T, group, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
 
 
-def _backend_kernel(dtype: Any, T: int, H: int, plain: bool) -> Callable[..., jax.Array] | None:
-    """cuDNN's flash attention, where it has a kernel for the call: half precision, one document a row, no cache."""
-    half = dtype in (jnp.bfloat16, jnp.float16)
-    if not (plain and half and T >= 128 and H % 8 == 0 and H <= 128 and jax.default_backend() == "gpu"):
-        return None
-
-    def cudnn(q, k, v, window):
-        size = (window - 1, 0) if window else None
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=size, implementation="cudnn")
-        return out.astype(jnp.float32)
-
-    return cudnn
-
-
-# --- products and masks of one block ---------------------------------------------------------------------------------
+# --- matmuls and masks of one block ---------------------------------------------------------------------------------
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -105,8 +133,8 @@ def _matmul_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
     return lax.dot_general(a, b, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
 
 
-def _masked(first: _Rows, second: _Rows, window: int, queries_first: bool) -> jax.Array:
-    """True where a query may not see a key, [B or 1, 1, rows of first, rows of second]."""
+def _masked(first: _Placement, second: _Placement, window: int, queries_first: bool) -> jax.Array:
+    """True where a query may not see a key, [B or 1, 1, first, second]."""
     down, across = lambda x: x[:, None, :, None], lambda x: x[:, None, None, :]
     query, key = (down(first.slots), across(second.slots))
     if not queries_first:
@@ -119,22 +147,22 @@ def _masked(first: _Rows, second: _Rows, window: int, queries_first: bool) -> ja
     return masked
 
 
-def _forward_block(q, k, v, rows: _Rows, keys: _Rows, window: int):
+def _forward_block(q, k, v, queries: _Placement, keys: _Placement, window: int):
     """Of some queries and some keys: the sum of exp(score - top) v, of exp(score - top), and top; float32."""
     scores_BKQS = _matmul_transposed(q, k) * q.shape[-1] ** -0.5
-    scores_BKQS = jnp.where(_masked(rows, keys, window, True), MASKED, scores_BKQS)
+    scores_BKQS = jnp.where(_masked(queries, keys, window, True), MASKED, scores_BKQS)
     top = jnp.max(scores_BKQS, axis=-1, keepdims=True)
     weights_BKQS = jnp.exp(scores_BKQS - top)
     return _matmul(weights_BKQS.astype(v.dtype), v), jnp.sum(weights_BKQS, axis=-1, keepdims=True), top
 
 
-def _backward_block(q, k, v, g, normalizer, inner, rows: _Rows, keys: _Rows, window: int):
+def _backward_block(q, k, v, g, normalizer, inner, queries: _Placement, keys: _Placement, window: int):
     """The float32 gradients of some queries, keys and values through each other.
 
     g is the gradient of the output in the compute dtype; normalizer and inner = sum(g * output) are [B, K, Q].
     """
     scale = q.shape[-1] ** -0.5
-    scores_BKSQ = jnp.where(_masked(keys, rows, window, False), MASKED, _matmul_transposed(k, q) * scale)
+    scores_BKSQ = jnp.where(_masked(keys, queries, window, False), MASKED, _matmul_transposed(k, q) * scale)
     weights_BKSQ = jnp.exp(scores_BKSQ - normalizer[:, :, None, :])
     from_weights = _matmul_transposed(v, g)
     ds_BKSQ = (weights_BKSQ * (from_weights - inner[:, :, None, :]) * scale).astype(q.dtype)
@@ -145,49 +173,35 @@ def _backward_block(q, k, v, g, normalizer, inner, rows: _Rows, keys: _Rows, win
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attend(q, k, v, rows: _Rows, keys: _Rows, window: int, group: int, in_order: bool):
-    return _attend_forward(q, k, v, rows, keys, window, group, in_order)[0]
+def _attend(q, k, v, queries: _Placement, keys: _Placement, window: int, group: int, in_order: bool):
+    return _attend_forward(q, k, v, queries, keys, window, group, in_order)[0]
 
 
-def spans(T: int, S: int, window: int, in_order: bool) -> list[tuple[int, int, int, int]]:
-    """(first query, its end, first key, its end) of each block, in positions."""
-    if not in_order:
-        return [(0, T, 0, S)]
-    size = max(64, -(-T // 4))
-    starts = range(0, T, size)
-    return [(t, min(t + size, T), max(0, t - window + 1) if window else 0, min(t + size, T)) for t in starts]
-
-
-def unrolled(T: int, S: int) -> bool:
-    """Whether the blocks (`spans`) are written out one by one, and not looped over."""
-    return T * S <= UNROLLED**2
-
-
-def _attend_forward(q, k, v, rows, keys, window, group, in_order):
+def _attend_forward(q, k, v, queries, keys, window, group, in_order):
     T, S = q.shape[2] // group, k.shape[2]
     if unrolled(T, S):
         outs, normalizers = [], []
         for q_lo, q_hi, k_lo, k_hi in spans(T, S, window, in_order):
-            some, block = slice(q_lo * group, q_hi * group), rows.part(q_lo * group, (q_hi - q_lo) * group)
+            some, block = slice(q_lo * group, q_hi * group), queries.part(q_lo * group, (q_hi - q_lo) * group)
             seen = keys.part(k_lo, k_hi - k_lo)
             out, total, top = _forward_block(q[:, :, some], k[:, :, k_lo:k_hi], v[:, :, k_lo:k_hi], block, seen, window)
             outs.append(out / total)
             normalizers.append((top + jnp.log(total))[..., 0])
         out, normalizer = jnp.concatenate(outs, axis=2), jnp.concatenate(normalizers, axis=2)
     else:
-        out, normalizer = _loop_forward(q, k, v, rows, keys, window, group)
-    return out, (q, k, v, rows, keys, out, normalizer)
+        out, normalizer = _loop_forward(q, k, v, queries, keys, window, group)
+    return out, (q, k, v, queries, keys, out, normalizer)
 
 
 def _attend_backward(window, group, in_order, residuals, g):
-    q, k, v, rows, keys, out, normalizer = residuals
+    q, k, v, queries, keys, out, normalizer = residuals
     T, S = q.shape[2] // group, k.shape[2]
     q = late(q, g)
     inner, g = jnp.sum(g * out, axis=-1), g.astype(q.dtype)
     if unrolled(T, S):
         dqs, dk, dv = [], 0.0, 0.0
         for q_lo, q_hi, k_lo, k_hi in spans(T, S, window, in_order):
-            some, block = slice(q_lo * group, q_hi * group), rows.part(q_lo * group, (q_hi - q_lo) * group)
+            some, block = slice(q_lo * group, q_hi * group), queries.part(q_lo * group, (q_hi - q_lo) * group)
             whole = lambda x, lo=k_lo, hi=k_hi: jnp.pad(x, ((0, 0), (0, 0), (lo, S - hi), (0, 0)))
             dq, dk_part, dv_part = _backward_block(
                 q[:, :, some], k[:, :, k_lo:k_hi], v[:, :, k_lo:k_hi], g[:, :, some], normalizer[:, :, some],
@@ -197,40 +211,40 @@ def _attend_backward(window, group, in_order, residuals, g):
             dk, dv = whole(dk_part) + dk, whole(dv_part) + dv
         dq = jnp.concatenate(dqs, axis=2)
     else:
-        dq, dk, dv = _loop_backward(q, k, v, g, normalizer, inner, rows, keys, window, group)
+        dq, dk, dv = _loop_backward(q, k, v, g, normalizer, inner, queries, keys, window, group)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _grid(q, k, rows: _Rows, keys: _Rows, window: int, group: int):
-    """Pad queries and keys to whole blocks: the padding rule, padded rows and keys, and each block's range of keys.
+def _grid(q, k, queries: _Placement, keys: _Placement, window: int, group: int):
+    """Pad queries and keys to whole blocks: the functions that pad, what they sit at, and each block's range of keys.
 
     Padded queries repeat the last one's place and get gradient zero; padded keys lie beyond every slot.
     """
     size = BLOCK * group
     fill = lambda x, axis, unit: [(0, -x.shape[axis] % unit) if i == axis else (0, 0) for i in range(x.ndim)]
     pad_q, pad_k = lambda x: jnp.pad(x, fill(x, 2, size)), lambda x: jnp.pad(x, fill(x, 2, BLOCK))
-    rows = jax.tree.map(lambda x: jnp.pad(x, fill(x, 1, size), mode="edge"), rows)
+    queries = jax.tree.map(lambda x: jnp.pad(x, fill(x, 1, size), mode="edge"), queries)
     total = k.shape[2] + -k.shape[2] % BLOCK
     segments = keys.segments if keys.segments is None else jnp.pad(keys.segments, fill(keys.segments, 1, BLOCK))
-    keys = _Rows(jnp.arange(total, dtype=jnp.int32)[None], segments)
+    keys = _Placement(jnp.arange(total, dtype=jnp.int32)[None], segments)
 
-    def key_blocks(block: _Rows):
+    def key_blocks(block: _Placement):
         first = jnp.maximum(jnp.min(block.slots) - window + 1, 0) // BLOCK if window else 0
         return first, jnp.max(block.slots) // BLOCK + 1
 
-    return pad_q, pad_k, rows, keys, key_blocks, size
+    return pad_q, pad_k, queries, keys, key_blocks, size
 
 
-def _loop_forward(q, k, v, rows, keys, window, group):
+def _loop_forward(q, k, v, queries, keys, window, group):
     B, K, Q, H = q.shape
-    pad_q, pad_k, rows, keys, key_blocks, size = _grid(q, k, rows, keys, window, group)
+    pad_q, pad_k, queries, keys, key_blocks, size = _grid(q, k, queries, keys, window, group)
     q, k, v = pad_q(q), pad_k(k), pad_k(v)
 
     def one(start):
-        block, q_block = rows.part(start, size), lax.dynamic_slice_in_dim(q, start, size, axis=2)
+        block, q_block = queries.part(start, size), lax.dynamic_slice_in_dim(q, start, size, axis=2)
 
         def add_keys(j, carry):
             out, total, top = carry
@@ -251,14 +265,14 @@ def _loop_forward(q, k, v, rows, keys, window, group):
     return join(outs), join(normalizers)
 
 
-def _loop_backward(q, k, v, g, normalizer, inner, rows, keys, window, group):
+def _loop_backward(q, k, v, g, normalizer, inner, queries, keys, window, group):
     B, K, Q, H = q.shape
     S = k.shape[2]
-    pad_q, pad_k, rows, keys, key_blocks, size = _grid(q, k, rows, keys, window, group)
+    pad_q, pad_k, queries, keys, key_blocks, size = _grid(q, k, queries, keys, window, group)
     q, k, v, g, normalizer, inner = pad_q(q), pad_k(k), pad_k(v), pad_q(g), pad_q(normalizer), pad_q(inner)
 
     def one(carry, start):
-        block = rows.part(start, size)
+        block = queries.part(start, size)
         of_queries = [lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in (q, g, normalizer, inner)]
         q_block, g_block, normalizer_block, inner_block = of_queries
 

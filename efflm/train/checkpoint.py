@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import re
 import shutil
 import signal
 import sys
@@ -31,7 +30,13 @@ from efflm.ops.storage import from_flat, to_flat
 from efflm.train import manifest
 from efflm.train.step import TrainState
 
-FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError)  # what Orbax and TensorStore raise for a bad disk
+FAILURES = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+)  # what Orbax and TensorStore raise for what they cannot read
 
 
 # --- finished models -----------------------------------------------------------------------------------------------
@@ -147,16 +152,16 @@ class TrainingRun:
         return jax.tree.unflatten(jax.tree.structure(like), [restored[path] for path in flat])
 
     def save(self, step: int, state: TrainState) -> None:
-        """Begin to write the state after `step` steps; on return it may be donated. Raises InputError if this or the
-        save before it failed."""
+        """Begin to write the state after `step` steps; on return it may be donated. Raises what `check` does, of
+        this save or the one before it."""
         self.writer.write(step, dict(trees.flatten(state, inside=True)), self.policy.about)
 
     def check(self) -> None:
-        """Raise InputError if the last save has failed by now."""
+        """Raise if the last save has failed by now: InputError, or hosts.Interrupted for what another try may mend."""
         self.writer.check()
 
     def wait(self) -> None:
-        """Return when the last save is committed. Raises InputError if it failed."""
+        """Return when the last save is committed. Raises what `check` does."""
         self.writer.wait()
 
 
@@ -190,8 +195,6 @@ class _Writer:
         self.directory, self.kept = directory.absolute(), kept
         self.bad: set[int] = set()  # steps whose checkpoints are known not to be whole: they go with the next commit
         self.orbax = self.thread = self.error = None
-        self.hook = sys.unraisablehook
-        sys.unraisablehook = _quiet(self.hook)
 
     def __enter__(self) -> "_Writer":
         return self
@@ -201,7 +204,6 @@ class _Writer:
             self.thread.join()
         if self.orbax:
             self.orbax.close()
-        sys.unraisablehook = self.hook
         if kind is None:  # else there is a first error already
             self.check()
 
@@ -226,8 +228,11 @@ class _Writer:
                 rundir.write_json(folder / "about.json", about)
             self.orbax = self.orbax or _orbax().StandardCheckpointer()
             self.orbax.save(folder / "arrays", trees.unflatten(arrays))
-        except FAILURES as error:
-            raise self._failed(folder, error) from error
+        except Exception as error:
+            failed = self._failed(folder, error)
+            if failed is error:
+                raise
+            raise failed from error
         self.thread = threading.Thread(target=self._commit, args=(step,), name=f"checkpoint {step}")
         self.thread.start()
 
@@ -238,10 +243,8 @@ class _Writer:
             if hosts.is_first():
                 manifest.write(folder)
                 self._drop(step)
-        except FAILURES as error:
+        except BaseException as error:  # the main thread raises it
             self.error = self._failed(folder, error)
-        except BaseException as error:  # our own bug: the main thread raises it as it is
-            self.error = error
 
     def _drop(self, newest: int) -> None:
         """Delete what the newest checkpoint makes superfluous, and what is not whole."""
@@ -256,16 +259,19 @@ class _Writer:
         if free < needed:
             raise OSError(f"{free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed")
 
-    def _failed(self, folder: Path, error: Exception) -> InputError:
-        if hosts.is_first():
-            manifest.remove(folder)
-        left = [step for step in _steps(self.directory) if manifest.exists(self.directory / str(step))]
-        self.hook = sys.unraisablehook  # stays: the complaints go on until the process ends
+    def _failed(self, folder: Path, error: BaseException) -> BaseException:
+        """What to raise for an error of a save: our own bug and a lack of memory as they are. Cleans up `folder`."""
+        left = []
+        with contextlib.suppress(OSError):  # on storage that fails this may fail too; `error` came first
+            if hosts.is_first():
+                manifest.remove(folder)
+            left = [step for step in _steps(self.directory) if manifest.exists(self.directory / str(step))]
         last = f"the last good one is that of step {left[-1]}" if left else "there is none before it"
-        return InputError(
-            f"the checkpoint {folder} could not be written ({_reason(error)}); {last}: free some space, or give "
-            "another --run_dir"
-        )
+        what = f"the checkpoint {folder} could not be written ({hosts.reason(error)}); {last}"
+        code = hosts.exit_code(error, began=True)
+        if code == hosts.RETRY:
+            return hosts.Interrupted(f"{what}: start again when the machines and the storage work")
+        return InputError(f"{what}: free some space, or give another --run_dir") if code == hosts.MISTAKE else error
 
 
 def _orbax() -> Any:
@@ -308,18 +314,9 @@ def _read(folder: Path, leaves: dict[str, jax.ShapeDtypeStruct]) -> dict[str, ja
         with _orbax().StandardCheckpointer() as reader:
             tree = reader.restore(folder.absolute() / "arrays", trees.unflatten(leaves))
     except FAILURES as error:
-        raise InputError(f"the checkpoint {folder} cannot be read ({_reason(error)}): delete it or give another") from (
-            error
-        )
+        if hosts.exit_code(error, began=True) in (hosts.RETRY, hosts.MEMORY):
+            raise
+        raise InputError(
+            f"the checkpoint {folder} cannot be read ({hosts.reason(error)}): delete it or give another"
+        ) from error
     return dict(trees.flatten(tree))
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong in one line. TensorStore gives the system's word for it after a long list of paths."""
-    system = re.search(r": ([^:]+) \[os_error_code", str(error))
-    return system[1] if system else (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _quiet(hook: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Orbax gives up at the first write that fails; the others still running then complain that nobody listens."""
-    return lambda trouble: None if "Event loop is closed" in str(trouble.exc_value) else hook(trouble)

@@ -60,10 +60,17 @@ def fit(
     written. A SIGTERM ends the run after the step in flight with a checkpoint and raises Stopped.
 
     Raises InputError if the loss or a gradient is not finite, unless the step was skipped: for a lower loss scale, or
-    because of on_nan="skip". Raises it too if a checkpoint cannot be written; the one before is left as it is.
+    because of on_nan="skip"; and if every step was. Raises it too if a checkpoint cannot be written; the one before is
+    left as it is. Raises hosts.Interrupted for what the last checkpoint survives: lost machines, storage that fails.
     """
     like = abstract_state(trainable, optimizer, mesh, loss_scale, masks)
+
+    def excused(values: dict[str, float]) -> bool:
+        overflowed = loss_scale is not None and not math.isfinite(values["gradient_norm"])
+        return on_nan == "skip" or (overflowed and values["loss_scale"] > 1)  # 1 is the lowest that LossScale tries
+
     with contextlib.ExitStack() as stack:
+        stack.enter_context(hosts.begun())
         # A SIGTERM is caught until the last checkpoint is written, so it is the last to be left.
         asked_to_stop = stack.enter_context(preemption()) if checkpointing else lambda step: False
         saved = stack.enter_context(TrainingRun(checkpointing)) if checkpointing else None
@@ -79,9 +86,7 @@ def fit(
             _Report(
                 metrics=Metrics(metrics_file if hosts.is_first() else None, tensorboard, first),
                 bar=_Bar(title, first, steps),
-                excused=lambda values: (
-                    on_nan == "skip" or bool(loss_scale and not math.isfinite(values["gradient_norm"]))
-                ),
+                excused=excused,
                 leaves=[path for path, _ in trees.flatten(trainable, inside=True)],
             )
         )
@@ -104,6 +109,13 @@ def fit(
                 report.start(done)
             report.add(done, metrics, line=done % log_every == 0 or last)
             report.bar.advance(done)
+            if last:  # before the last checkpoint, from which the same command would go on to the same weights
+                report.fetch()
+                require(
+                    int(state.skipped) < steps,
+                    f"none of the {steps} steps changed a weight: the loss or a gradient was not finite at each. Lower "
+                    "the learning rate, lengthen the warm-up, or use --train.policy=bfloat16",
+                )
             if saved:
                 stop = asked_to_stop(done) and not last
                 if stop or last or (checkpointing.every and done % checkpointing.every == 0):
@@ -117,7 +129,6 @@ def fit(
                         f"stopped at step {done} of {steps}, as told by SIGTERM: the same command goes on from the "
                         f"checkpoint in {checkpointing.directory}"
                     )
-        report.fetch()
         return evaluation_params(state.optimizer, state.trainable)
 
 
@@ -164,9 +175,11 @@ class _Report:
 
     def _require_excuse(self, step: int, values: dict[str, float], leaf: int) -> None:
         where = f"the first such gradient is that of {self.leaves[leaf]}" if leaf >= 0 else "no gradient is at fault"
+        scale = f" at the lowest loss scale, {values['loss_scale']}" if "loss_scale" in values else ""
         require(
             self.excused(values),
-            f"the loss is {values['loss']} at step {step}, the gradient's norm {values['gradient_norm']} ({where}): "
+            f"the loss is {values['loss']} at step {step}, the gradient's norm {values['gradient_norm']}{scale} "
+            f"({where}): "
             "lower the learning rate, lengthen the warm-up, or leave such steps out with --train.on_nan=skip",
         )
 

@@ -1,5 +1,6 @@
 """A run that is killed, stopped, out of disk or fed nonsense goes on as if nothing had happened, or says why not."""
 
+import errno
 import json
 import os
 import resource
@@ -17,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 
+from efflm import hosts, rundir
 from efflm.config import InputError, Stopped, TrainConfig
 from efflm.model import sharding, stack_blocks
 from efflm.precision import POLICIES, LossScale
@@ -299,6 +301,33 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, told
     same(train(tmp_path, **settings), train(tmp_path / "calm", **settings))
 
 
+FAILURES = [
+    (OSError(errno.EIO, "Input/output error"), hosts.Interrupted),
+    (OSError(errno.ESTALE, "Stale file handle"), hosts.Interrupted),
+    (jax.errors.JaxRuntimeError("UNAVAILABLE: Task 1 heartbeat timeout"), hosts.Interrupted),
+    (OSError(errno.EDQUOT, "Disk quota exceeded"), InputError),
+    (TypeError("a bug"), TypeError),
+]
+
+
+@pytest.mark.parametrize(("error", "raised"), FAILURES, ids=lambda value: repr(value)[:30])
+@pytest.mark.parametrize("where", [(rundir, "write_json"), (manifest, "write"), (os, "fsync")], ids=lambda w: w[1])
+def test_what_fails_in_a_save_is_retryable_or_final_by_its_cause(tmp_path, monkeypatch, error, raised, where):
+    """In the main thread, in the thread that commits, and in the metrics that are put on disk before."""
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(*where, fail)
+    kinds = OSError if where[1] == "fsync" and raised is InputError else raised  # flags.launch knows what it is
+    with pytest.raises(kinds) as caught:
+        train(tmp_path, steps=2)
+    final = {hosts.Interrupted: hosts.RETRY, InputError: hosts.MISTAKE, TypeError: hosts.BUG}[raised]
+    assert hosts.exit_code(caught.value) == final
+    assert "\n" not in str(caught.value)
+    assert steps_in(tmp_path) == [] if (tmp_path / "state").exists() else True
+
+
 # --- being stopped -------------------------------------------------------------------------------------------------
 
 
@@ -379,3 +408,25 @@ def test_such_steps_can_be_skipped_and_are_counted(tmp_path):
     assert np.all(np.isfinite(skipping["scale"]))
     ending = train(tmp_path / "shorter", batches=nonsense(1), on_nan="skip", steps=5)
     same(skipping, ending)
+
+
+@pytest.mark.parametrize("steps", [3, 40])
+def test_a_loss_scale_that_overflows_at_every_step_is_an_error(tmp_path, steps):
+    """Few steps: none changed a weight. Many: the scale is 1, and there is no lower one to try."""
+    with pytest.raises(InputError, match=r"none of the 3 steps|lowest loss scale, 1\.0") as error:
+        train(tmp_path, batches=nonsense(*range(steps)), loss_scale=LossScale.start(), steps=steps)
+    assert "\n" not in str(error.value)
+    assert not manifest.exists(tmp_path / "state" / str(steps))
+
+
+def test_a_run_that_skipped_every_step_is_an_error_even_when_resumed(tmp_path):
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"none of the 4 steps .* not finite"):
+            train(tmp_path, batches=nonsense(*range(4)), on_nan="skip", steps=4)
+    assert steps_in(tmp_path) == [2]
+
+
+def test_a_loss_scale_may_fall_to_1_and_recover(tmp_path):
+    out = train(tmp_path, batches=nonsense(1, 2), loss_scale=LossScale.start(4.0), steps=5)
+    assert [line["loss_scale"] for line in metrics(tmp_path)] == [4, 4, 2, 1, 1]
+    assert np.all(np.isfinite(out["scale"]))
