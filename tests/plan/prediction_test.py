@@ -65,7 +65,11 @@ def test_bytes_are_those_of_the_compiled_arguments():
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_bytes_of_served_models_are_those_of_the_compiled_arguments(int8):
-    config, mesh, policy = tiny.LLAMA.config(), sharding.make_mesh(data=2, tensor=2), POLICIES["bfloat16_pure"]
+    config, mesh, policy = (
+        dataclasses.replace(tiny.LLAMA.config(), precision="bfloat16"),
+        sharding.make_mesh(data=2, tensor=2),
+        POLICIES["bfloat16_pure"],
+    )
 
     def stored():
         params = cast(init_params(config, 0), policy.param)
