@@ -267,10 +267,8 @@ def full_disk(run: Run, disk: Path, calm: Path, undisturbed: str, is_true) -> tu
     """Train where two checkpoints fit and a third does not, then with more space. (lost work, wrong state)."""
     size = sum(file.stat().st_size for file in (calm / "state" / str(run.train.steps)).rglob("*") if file.is_file())
     disk.mkdir(parents=True)
-    mount = lambda options: (
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], capture_output=True).returncode
-    )
-    mounted = shutil.which("mount") and mount(f"size={int(2.6 * size)}") == 0
+    mount = lambda *with_: subprocess.run(["mount", *with_, str(disk)], capture_output=True).returncode
+    mounted = shutil.which("mount") and mount("-t", "tmpfs", "-o", f"size={int(2.6 * size)}", "tmpfs") == 0
     run_dir = disk / "run"
     try:
         if mounted:
@@ -288,7 +286,7 @@ def full_disk(run: Run, disk: Path, calm: Path, undisturbed: str, is_true) -> tu
         clear = code == 2 and len(words) == 1
         print(f"full disk ({'tmpfs' if mounted else 'limited file size'}): exit code {code}, {' '.join(words)}")
         if mounted:
-            mount(f"remount,size={40 * size}")
+            mount("-o", f"remount,size={40 * size}")
         finished = start(run, run_dir).wait() == 0
         same = (
             finished and is_true(run_dir) and final_state(dataclasses.replace(run, run_dir=str(run_dir))) == undisturbed

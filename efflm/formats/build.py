@@ -1,12 +1,12 @@
 """From a config.json and named tensors to a model, and back: one tensor at a time, by the family's table."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
@@ -89,10 +89,8 @@ def tensors_of(
         first, head_dim = where[paths[0]], _head_dim(model.config, paths[0])
         dtype = np.result_type(*(leaves[path].dtype for path in paths))
         shape = stored_shape(leaves[paths[0]].shape, first)
-        arrays = lambda paths=paths, first=first, head_dim=head_dim, dtype=dtype: joined(
-            [np.asarray(leaves[path], dtype) for path in paths], first, head_dim
-        )
-        yield name, jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), arrays
+        parts = [leaves[path] for path in paths]
+        yield name, jax.ShapeDtypeStruct(shape, dtype), functools.partial(joined, parts, first, head_dim, dtype)
 
 
 # --- layouts ---------------------------------------------------------------------------------------------------------
@@ -116,8 +114,9 @@ def taken(tensor: np.ndarray, place: Place, head_dim: int) -> np.ndarray:
     return array.reshape(*lead, -1, 3, head_dim)[..., place.part, :].reshape(*lead, -1)
 
 
-def joined(leaves: list[np.ndarray], place: Place, head_dim: int) -> np.ndarray:
+def joined(leaves: list[jax.Array], place: Place, head_dim: int, dtype: np.dtype) -> np.ndarray:
     """The tensor that holds one leaf, or queries, keys and values: the inverse of `taken`."""
+    leaves = [np.asarray(leaf, dtype) for leaf in leaves]
     array = leaves[0]
     if place.part is not None:
         lead = array.shape[:-1]

@@ -124,9 +124,10 @@ def holdings(
     peak = memory.moments(config, train, train.batch // devices, train.length).peak
     largest = sorted((peak.of_weights | peak.of_tokens).items(), key=lambda item: -item[1])[:6]
     weights, state = cost.weight_bytes(config, policy), cost.optimizer_bytes(config, train.optimizer)
-    row = lambda name, note, predicted, compiled=None: Holding(
-        name=name, note=note, predicted=predicted, compiled=compiled
-    )
+
+    def row(name: str, note: str, predicted: int, compiled: int | None = None) -> Holding:
+        return Holding(name=name, note=note, predicted=predicted, compiled=compiled)
+
     rows = [
         row("weights", f"of {sum(cost.parameters(config).values()):,} parameters, {policy.param}", weights),
         row("optimizer state", f"what {train.optimizer} keeps from step to step", state),

@@ -65,9 +65,10 @@ def on_device(found: Any) -> float:
 
 def holdings(held: Held | Served, found: Any) -> list[Bytes]:
     """What is held, by the closed form and by the program's memory_analysis(), where it compiled."""
-    row = lambda name, note, predicted, compiled=None: Bytes(
-        name=name, note=note, predicted=predicted, compiled=compiled
-    )
+
+    def row(name: str, note: str, predicted: int, compiled: int | None = None) -> Bytes:
+        return Bytes(name=name, note=note, predicted=predicted, compiled=compiled)
+
     arguments, temporaries = found and found.argument_size_in_bytes, found and found.temp_size_in_bytes
     weights = row("weights", "exact, by the sharding table", held.weights)
     everything = row("all", "what must fit", held.total, found and on_device(found))
@@ -132,10 +133,10 @@ def times(prediction: Prediction, hardware: Hardware, dtype: str) -> list[Time]:
         "network": f"{network}: {hardware.link / 1e9:.0f} GB/s"
         + (f" within {hardware.node} devices, {hardware.network / 1e9:.0f} beyond" if hardware.node else ""),
     }
-    row = lambda name: Time(
-        name=name, note=notes[name], seconds=getattr(prediction, name), bound=name == prediction.bound
-    )
-    return [row(name) for name in notes]
+    return [
+        Time(name=name, note=note, seconds=getattr(prediction, name), bound=name == prediction.bound)
+        for name, note in notes.items()
+    ]
 
 
 BYTES_COLUMNS: Columns = (
