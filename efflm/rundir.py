@@ -38,9 +38,11 @@ def require_writable(path: Path, needs: int) -> None:
 
 
 def use_compilation_cache(folder: Path) -> None:
-    """Keep compiled programs in `folder`, for this run and the next."""
+    """Keep compiled programs in `folder`, for this run and the next; not where JAX_COMPILATION_CACHE_DIR names one."""
     import jax
 
+    if jax.config.jax_compilation_cache_dir:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -4,12 +4,13 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 from efflm.config import BlockConfig, ModelConfig, ModelShape, RopeScaling
 from efflm.infer.generate import forward
 from efflm.model import LanguageModel, init_params
 
-LLAMA = ModelShape(layers=3, width=32, heads=4, kv_heads=2, mlp_dim=48, vocabulary=300, max_length=64)
+LLAMA = ModelShape(layers=2, width=32, heads=4, kv_heads=2, mlp_dim=48, vocabulary=300, max_length=64)
 GPT2 = dataclasses.replace(LLAMA, family="gpt2", kv_heads=4)
 UNTIED = dataclasses.replace(LLAMA, tied=False)
 logits = jax.jit(
@@ -49,6 +50,16 @@ CONFIGS = {name: shape.config() for name, shape in SHAPES.items()} | {
         rotary_fraction=0.5,
     ),
 }
+
+
+def slow(*values):
+    """A case of a parametrized test that adds combinations to those that run every time; .ci/run runs it."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def and_slow(values, every_time) -> list:
+    """All values, of which only those in `every_time` run every time."""
+    return [value if value in every_time else slow(value) for value in values]
 
 
 def model(shape: ModelShape | ModelConfig = LLAMA, seed: int = 0) -> LanguageModel:

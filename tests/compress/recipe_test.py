@@ -17,13 +17,14 @@ from efflm.model import sharding
 from tests import tiny
 
 CONTEXT = Context(mesh=sharding.make_mesh(), batches=lambda step: tiny.batch(tiny.LLAMA.config(), seed=step))
-STEPS = (Shrink(layers=2), Prune(sparsity=0.5), Distill(steps=1), Quantize())
+THREE = dataclasses.replace(tiny.LLAMA, layers=3)
+STEPS = (Shrink(layers=1), Prune(sparsity=0.5), Distill(steps=1), Quantize())
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[::5])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[::8])
 def test_steps_chain_in_any_order(order):
     after, records = recipe.run(tiny.model(), [STEPS[i] for i in order], CONTEXT)
-    assert len(after.config.blocks) == 2
+    assert len(after.config.blocks) == 1
     assert ops.nonzeros(after.params) < 0.85 * trees.count(after.params)
     logits = tiny.logits(after, tiny.tokens(after.config, 1, 4))
     assert np.all(np.isfinite(logits))
@@ -45,7 +46,7 @@ def test_fields_are_overridden_only_where_the_step_is_in_the_chain():
 
 def test_shrinking_keeps_evenly_spaced_layers_and_the_same_function_of_them():
     assert [evenly_spaced(6, k) for k in (1, 2, 3, 6)] == [[0], [0, 5], [0, 2, 5], [0, 1, 2, 3, 4, 5]]
-    model = tiny.model()
+    model = tiny.model(THREE)
     small = keep_layers(model, [0, 2])
     for name in ("attention", "feedforward"):
         pair = small.params["block_1"][name], model.params["block_2"][name]
@@ -57,8 +58,8 @@ def test_shrinking_keeps_evenly_spaced_layers_and_the_same_function_of_them():
 
 
 def test_too_many_layers_are_refused():
-    with pytest.raises(InputError, match=r"shrink\.layers is 4, but the model has 3"):
-        Shrink(layers=4)(tiny.model(), CONTEXT)
+    with pytest.raises(InputError, match=r"shrink\.layers is 3, but the model has 2"):
+        Shrink(layers=3)(tiny.model(), CONTEXT)
 
 
 def test_every_named_recipe_runs():

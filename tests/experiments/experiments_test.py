@@ -19,6 +19,7 @@ from efflm.evaluate.windows import Scoring
 from efflm.flags import launch
 from efflm.train import loop
 from experiments import compress, evaluate, pretrain, quickstart
+from tests import tiny
 
 TINY = [
     "--model.layers=2", "--model.width=32", "--model.mlp_dim=48", "--model.vocabulary=300", "--model.max_length=64",
@@ -152,7 +153,7 @@ def test_init_from_starts_where_another_run_ended(trained, corpus, tmp_path):
     assert first(tmp_path / "next") < first(trained)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", tiny.and_slow(["llama", "gpt2"], ["gpt2"]))
 def test_scanned_pretraining_leaves_an_unstacked_checkpoint(corpus, tmp_path, family, capsys):
     flags = [f"--corpus={corpus}", *TINY, f"--model.family={family}", "--train.scan", "--train.policy=bfloat16"]
     run(pretrain, f"--run_dir={tmp_path / 'run'}", *flags)

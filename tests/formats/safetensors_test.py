@@ -127,7 +127,7 @@ def test_files_that_contradict_themselves_are_refused(tmp_path):
     refused("masks50", foreign, "block_0/mystery is no weight of the config")
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(st.sampled_from([8, 4, 3]), st.sampled_from([0, 16, 20]), st.booleans(), st.sampled_from([None, 0.05, 0.5, 0.9]))
 def test_every_format_comes_back_from_files_and_checkpoints_as_predicted(bits, group, symmetric, sparsity):
     """Packed or not, with zero points or not, with masks that pay for a bitmask and masks that do not."""

@@ -89,11 +89,10 @@ def test_packed_bits_lie_lowest_first():
 def test_parts_of_a_matrix_are_those_of_its_floats(w, form, data):
     q = quantize_array(jnp.asarray(w), **form)
     floats = np.asarray(dequantize(q))
-    some = np.array(data.draw(st.lists(st.integers(0, w.shape[0] - 1), min_size=1, max_size=4)))
+    some = np.array(data.draw(st.lists(st.integers(0, w.shape[0] - 1), min_size=3, max_size=3)))
     np.testing.assert_array_equal(rows(q, jnp.asarray(some)), floats[some])
     for axis in (0, 1):
-        kept = st.lists(st.integers(0, w.shape[axis] - 1), min_size=1, max_size=4, unique=True)
-        indices = np.array(data.draw(kept))
+        indices = np.array(data.draw(st.permutations(range(w.shape[axis])))[:3])
         part = take(q, axis, indices)
         assert (part.bits, part.axis) == (q.bits, q.axis)
         expected = np.take(floats, indices, axis=axis)

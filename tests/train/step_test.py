@@ -65,10 +65,9 @@ def test_padding_has_no_weight_in_the_loss():
 # --- memory: rematerialization and accumulation ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
 @pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "neox"])
-def test_rematerialized_gradients_are_the_same(remat, scan, name):
+@pytest.mark.parametrize("name", tiny.and_slow(["llama", "gpt2", "qwen3", "neox"], ["llama"]))
+def test_rematerialized_gradients_are_the_same(scan, name):
     model = tiny.model(tiny.CONFIGS[name])
     params = stack_blocks(model.params, model.config) if scan else model.params
     batch, key = tiny.batch(model.config), jax.random.key(0)
@@ -76,7 +75,9 @@ def test_rematerialized_gradients_are_the_same(remat, scan, name):
         jax.grad(lambda p: losses.language_model_loss(model.config, scanned=scan, remat=remat)(p, {}, batch, key)[0])
     )(params)
     same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    jax.tree.map(same, gradient(remat), gradient("none"))
+    kept = gradient("none")
+    for remat in ("dots", "full"):
+        jax.tree.map(same, gradient(remat), kept)
 
 
 def test_full_rematerialization_halves_the_activations():
@@ -106,7 +107,7 @@ def steps_of(loss, params, batch, accumulate=1, loss_scale=None, count=3):
     return state, out
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", tiny.and_slow([2, 4], [4]))
 def test_a_batch_in_parts_trains_like_the_whole(parts):
     model = tiny.model()
     batch = tiny.batch(model.config)
@@ -117,7 +118,9 @@ def test_a_batch_in_parts_trains_like_the_whole(parts):
     for a, b in zip(cut_metrics, metrics, strict=True):
         assert a.keys() == b.keys()
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4), a, b)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    close = lambda a, b: np.testing.assert_allclose(
+        a, b, rtol=1e-3, atol=3e-4
+    )  # Adam divides gradients near 0 by themselves
     jax.tree.map(close, cut.trainable, whole.trainable)
 
 

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, SingleDeviceSharding
 
 from efflm import ops
 from efflm.ops.attention import KERNELS, kernel_for
+from tests import tiny
 
 CALLS = {"tpu": ("tpu_custom_call", "splash"), "cuda": ("triton", "mha")}  # what their programs hold
 
@@ -58,10 +59,10 @@ def assert_close(got, want):
 @pytest.mark.parametrize(
     ("platform", "lengths", "heads", "H", "window", "segments"),
     [
-        ("tpu", (256, 256), (4, 2), 64, 0, True),
+        tiny.slow("tpu", (256, 256), (4, 2), 64, 0, True),
         ("tpu", (256, 256), (2, 2), 80, 100, True),
         ("tpu", (128, 384), (2, 1), 64, 200, True),  # the last queries of longer keys
-        ("tpu", (128, 128), (2, 1), 64, 0, False),
+        tiny.slow("tpu", (128, 128), (2, 1), 64, 0, False),
         ("cuda", (256, 256), (4, 2), 64, 0, True),
         ("cuda", (128, 128), (2, 1), 80, 0, False),
     ],
