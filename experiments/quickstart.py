@@ -2,7 +2,7 @@
 
     bash launch/quickstart.sh                    # or: python -m experiments.quickstart --corpus=FOLDER --seed=1
 
-Expect, in at most 8 minutes on two cores, a table in the terminal and in runs/quickstart: results.json, pareto.png,
+Expect, in 6 to 9 minutes on two cores, a table in the terminal and in runs/quickstart: results.json, pareto.png,
 report.html, metrics.jsonl, the trained model in checkpoint/ and every compressed one in models/.
 """
 

@@ -55,7 +55,7 @@ def show(rows: list[Any], facts: list[str], columns: Columns = COLUMNS) -> None:
     """Print the table, then the note of each row, then `facts`. The rows of other columns need a name and a note."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=210)
+        console = Console(width=240)
     table = Table(header_style="bold", pad_edge=False)
     for index, (heading, _) in enumerate(columns):
         table.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")
