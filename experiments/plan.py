@@ -177,7 +177,7 @@ def compiled(
         example = f"--hardware={chip.name}:{'x'.join('4' * chip.torus)}"
         how += f" ({LIBTPU if topology else f'a topology, as in {example}, asks the TPU compiler'})"
     began = time.perf_counter()
-    lowered, held, work, dtype = trained(config, train, mesh) if training else served(run, config, mesh)
+    lowered, held, work, dtype = trained(config, train, mesh, chip) if training else served(run, config, mesh)
     print(f"[{time.perf_counter() - began:4.0f} s] traced", flush=True)
     program, refused = compile_or_why_not(lowered)
     print(f"[{time.perf_counter() - began:4.0f} s] compiled by {how}", flush=True)
@@ -206,7 +206,8 @@ def compiled(
         facts.append(f"Model FLOP utilization: at most {used / chip.peak(dtype):.0%}.")
         if not by_tpu:
             facts.append(
-                "The CPU's compiler keeps its loops in float32 and so needs more temporaries than an accelerator's."
+                "The CPU's compiler keeps its loops in float32, and attention's scores in memory where the prediction "
+                f"counts on {chip.name}'s kernel, and so needs more temporaries than an accelerator's."
             )
     table.show(rows, [], planned.BYTES_COLUMNS)
     table.show(traffic, [], planned.TRAFFIC_COLUMNS)
@@ -234,11 +235,12 @@ def compiled(
     }
 
 
-def trained(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> tuple[Any, Held, Work, str]:
+def trained(config: ModelConfig, train: TrainConfig, mesh: Mesh, chip: Hardware) -> tuple[Any, Held, Work, str]:
     """The lowered training step; what a device holds and computes in it; the dtype of its matmuls."""
     step, arguments = train_ahead.training_step(config, train, mesh)
     abstract, dtype = abstract_mesh(**mesh.shape), POLICIES[train.policy].compute
-    held, work = prediction.held(config, train, abstract), prediction.train_work(config, train, abstract)
+    held = prediction.held(config, train, abstract, chip.platform)
+    work = prediction.train_work(config, train, abstract)
     return step.lower(*arguments), held, work, dtype
 
 

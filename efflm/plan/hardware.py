@@ -41,6 +41,11 @@ class Hardware:
     network: float = 0.0
     torus: int = 0
 
+    @property
+    def platform(self) -> str:
+        """JAX's name of the platform that programs are compiled for."""
+        return "tpu" if self.torus else "cuda"
+
     def peak(self, dtype: str) -> float:
         """FLOP/s of matmuls with operands of this dtype; float32 counts as half of bfloat16's, which flatters it."""
         return {"int8": self.int8, "float32": self.bfloat16 / 2}.get(dtype, self.bfloat16)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from efflm.config import BlockConfig, ModelConfig, Optimizer, Remat, TrainConfig
 from efflm.model import cost
 from efflm.model.cost import FLOAT, ITEMSIZE
-from efflm.ops.attention import spans, unrolled
+from efflm.ops.attention import kernel_for, spans, unrolled
 from efflm.ops.output_loss import chunk_count
 from efflm.precision import FLOAT32, POLICIES, Policy
 
@@ -119,8 +119,11 @@ def _sizes(config: ModelConfig, block: BlockConfig, rows: int, length: int, poli
     )
 
 
-def moments(config: ModelConfig, train: TrainConfig, batch: int, length: int) -> Moments:
-    """What a compiled training step holds on one CPU device that reads `batch` sequences of `length` tokens."""
+def moments(config: ModelConfig, train: TrainConfig, batch: int, length: int, platform: str = "cpu") -> Moments:
+    """What a compiled training step holds on one device that reads `batch` sequences of `length` tokens.
+
+    Written from the CPU's program. Where `platform` has a kernel for attention, its scores never leave the chip.
+    """
     rows, policy = batch // train.accumulate, POLICIES[train.policy]
     scanned = train.scan and len(config.blocks) > 1  # a loop of one step is no loop
     # The order of layers does not matter here, and what one layer needs besides is that of the largest.
@@ -143,7 +146,7 @@ def moments(config: ModelConfig, train: TrainConfig, batch: int, length: int) ->
 
     if scanned or train.remat != "none":
         stored = [saved(config, each, rows, length, train.remat) for each in config.blocks]
-        layer, ended = working(config, block, rows, length, policy, train.remat, scanned), Layer()
+        layer, ended = working(config, block, rows, length, policy, train.remat, scanned, platform), Layer()
         if train.remat == "dots" and not scanned:
             stored.pop()  # the last layer's matmul results are read, and freed, where its backward pass begins
     else:
@@ -169,7 +172,7 @@ def moments(config: ModelConfig, train: TrainConfig, batch: int, length: int) ->
         Moment(
             "in the backward pass of attention",
             backward_weights,
-            backward | freed.named() | attention_gradients(block, rows, length, size.low),
+            backward | freed.named() | attention_gradients(block, rows, length, policy, platform),
         ),
         Moment("in the update", copies, {}),
     )
@@ -213,7 +216,14 @@ def saved(config: ModelConfig, block: BlockConfig, rows: int, length: int, remat
 
 
 def working(
-    config: ModelConfig, block: BlockConfig, rows: int, length: int, policy: Policy, remat: Remat, scanned: bool
+    config: ModelConfig,
+    block: BlockConfig,
+    rows: int,
+    length: int,
+    policy: Policy,
+    remat: Remat,
+    scanned: bool,
+    platform: str,
 ) -> Layer:
     """What one scanned or rematerialized layer holds besides while its backward pass runs."""
     layer, size = kept(config, block, rows, length, policy), _sizes(config, block, rows, length, policy)
@@ -224,13 +234,15 @@ def working(
             attention_outputs=layer.attention_outputs,
         )
     if remat == "dots":
-        again, inner = scores(block, rows, length), 0.0 if scanned else layer.gate_and_up
+        again, inner = scores(block, rows, length, policy, platform), 0.0 if scanned else layer.gate_and_up
         layer = dataclasses.replace(layer, scores_again=again, gate_and_up=inner)
     return layer if scanned else dataclasses.replace(layer, input_tied_to_gradient=2 * size.x)
 
 
-def scores(block: BlockConfig, rows: int, length: int) -> float:
+def scores(block: BlockConfig, rows: int, length: int, policy: Policy, platform: str) -> float:
     """Of all blocks at once, where they are unrolled; in loops those of a block, which are not counted."""
+    if kernel_for(platform, length, length, block.head_dim, policy.compute, block.window):
+        return 0.0
     pairs = cost.computed_pairs(length, length, block.window)
     return FLOAT * rows * block.heads * pairs * unrolled(length, length)
 
@@ -242,9 +254,9 @@ def feedforward_gradients(config: ModelConfig, size: _Sizes) -> Arrays:
     return {"gradients of hidden and up": 2 * size.f}
 
 
-def attention_gradients(block: BlockConfig, rows: int, length: int, low: float) -> Arrays:
+def attention_gradients(block: BlockConfig, rows: int, length: int, policy: Policy, platform: str) -> Arrays:
     """What comes and goes in the backward pass of attention."""
-    weights = scores(block, rows, length)
+    weights, low = scores(block, rows, length, policy, platform), ITEMSIZE[policy.compute] / FLOAT
     return {
         "attention's weights": weights * (1 + low * (low < 1)),
         "gradients of attention's weights, in half precision transposed too": weights,

@@ -74,8 +74,11 @@ class Served:
         return self.weights + self.cache
 
 
-def held(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh) -> Held:
-    """Bytes of a training step on one device; the moments exactly for rules that keep whole ones (adamw, adam, ...)."""
+def held(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh, platform: str = "cpu") -> Held:
+    """Bytes of a training step on one device; the moments exactly for rules that keep whole ones (adamw, adam, ...).
+
+    platform: as in plan.memory.moments.
+    """
     count = device.weight_count(config, mesh)
     gradients, rows = count * FLOAT, train.batch / (mesh.shape["data"] * mesh.shape["fsdp"])
     return Held(
@@ -83,13 +86,14 @@ def held(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh) -> Held:
         gradients=gradients,
         optimizer=_optimizer_bytes(config, train.optimizer) * (count / _parameters(config)),
         batch=4 * 4 * rows * train.length,  # four int32 for each token
-        activations=max(0.0, _temporaries(config, train, mesh) - gradients),
+        activations=max(0.0, _temporaries(config, train, mesh, platform) - gradients),
     )
 
 
-def _temporaries(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh) -> float:
+def _temporaries(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh, platform: str) -> float:
     n, low = mesh.shape["fsdp"], ITEMSIZE[POLICIES[train.policy].compute]
-    found = _moments(device.local(config, mesh), train, *device.rows_and_length(train.batch, train.length, mesh))
+    rows, length = device.rows_and_length(train.batch, train.length, mesh)
+    found = _moments(device.local(config, mesh), train, rows, length, platform)
     layers = 2 * device.largest_layer(config, mesh) * low * (n > 1)  # gathered: one in use, one on its way
     return max(found.update.total(n), *(layers + moment.total(n) for moment in found.passes))
 

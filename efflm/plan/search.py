@@ -61,7 +61,7 @@ def search(config: ModelConfig, train: TrainConfig, hardware: Hardware, devices:
         if not possible(config, batch, train.length, sizes) or batch % train.accumulate:
             continue
         tried, mesh = dataclasses.replace(train, batch=batch, remat=remat), abstract_mesh(**sizes)
-        held, work = prediction.held(config, tried, mesh), prediction.train_work(config, tried, mesh)
+        held, work = prediction.held(config, tried, mesh, hardware.platform), prediction.train_work(config, tried, mesh)
         traffic, dtype = train_traffic(config, tried, mesh), POLICIES[train.policy].compute
         predicted = prediction.predict(work, traffic, hardware, dtype, devices)
         out.append(Candidate(sizes, tried, held, predicted, held.total <= hardware.memory))
