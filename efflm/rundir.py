@@ -1,16 +1,19 @@
 """What every run does with its directory: check it first, cache compiled programs beside it, write files whole."""
 
+import datetime
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from efflm.config import InputError, require
 
+VECTORS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "bf16", "i8mm")
 ROOT = Path(__file__).resolve().parent.parent / "runs"
 
 
@@ -64,19 +67,39 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def machine() -> dict[str, str]:
-    """The versions and the hardware that a result was measured with."""
+    """The date, the versions and the hardware that a result was measured with."""
     import jax
 
     names = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "tokenizers", "safetensors")
     versions = {name: importlib.metadata.version(name) for name in names}
     device = jax.devices()[0]
-    cpu = next(
-        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor() or platform.machine(),
-    )
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    hardware = {"cpu": cpu, "cores": str(usable), "device": f"{len(jax.devices())} x {device.device_kind}"}
-    return {"python": platform.python_version(), **versions, **hardware}
+    hardware = {"cpu": _processor(), "cores": str(usable), "device": f"{len(jax.devices())} x {device.device_kind}"}
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return {"date": date, "commit": _commit(), "python": platform.python_version(), **versions, **hardware}
+
+
+def _processor() -> str:
+    """Its name, and those of its vector instructions that decide what is fast."""
+    found: dict[str, str] = {}
+    for line in _lines("/proc/cpuinfo"):
+        name, _, value = line.partition(":")
+        found.setdefault(name.strip(), value.strip())
+    name = found.get("model name") or platform.processor() or platform.machine()
+    has = [each for each in VECTORS if each in found.get("flags", "").split()]
+    return f"{name} ({', '.join(has)})" if has else name
+
+
+def _commit() -> str:
+    """The commit of this code, and whether files differ from it; "unknown" outside of a git repository."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        run = lambda *args: subprocess.run([*git, *args], capture_output=True, text=True, check=True, timeout=10).stdout
+        return run("rev-parse", "--short", "HEAD").strip() + (
+            ", changed" if run("status", "--porcelain", "-uno") else ""
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
 
 
 def _lines(path: str) -> list[str]:

@@ -4,12 +4,12 @@
     bash launch/run.sh experiments.analyze --nomeasure --model.width=2048 --model.layers=24 --model.heads=32 \\
         --model.kv_heads=8 --model.mlp_dim=5632 --model.max_length=32768 --longest=131072
 
-Expect, in about a minute, three tables and a picture for the model that --model.* describes, untrained, since nothing
+Expect, in about a minute, three tables for the model that --model.* describes, untrained, since nothing
 of it depends on the weights' values: what a token costs by component and where attention overtakes the feed-forward
 part; which arrays take the memory, predicted and compiled; and the time of a training step, of prefill and of decode,
 predicted from this machine's roofline (its bandwidth and matmul peak are measured first) and measured.
 --nomeasure leaves out everything that compiles or runs the model, and so takes any size. In the run directory:
-analysis.png and results.json.
+report.html and results.json.
 """
 
 import dataclasses
@@ -28,8 +28,10 @@ from efflm.evaluate.machine import Roofline
 from efflm.flags import command_line, launch
 from efflm.model import LanguageModel, cost, in_dtype, init_params, sharding
 from efflm.precision import POLICIES, Policy
-from efflm.report import analysis, plots, table
+from efflm.report import analysis, page, plots, table
 from efflm.report.analysis import Measured, Phase
+from efflm.report.page import Section, Table
+from efflm.report.plots import Chart
 from efflm.train.ahead import timed_step
 
 
@@ -37,9 +39,9 @@ from efflm.train.ahead import timed_step
 class Run:
     """The run"""
 
-    run_dir: str = flag(str(rundir.ROOT / "analyze"), "where analysis.png and results.json are written")
+    run_dir: str = flag(str(rundir.ROOT / "analyze"), "where report.html and results.json are written")
     measure: bool = flag(True, "compile and run the model as well; without it only the machine is measured")
-    longest: int = flag(0, "longest sequence in table and picture; 0: four times model.max_length")
+    longest: int = flag(0, "longest sequence in tables and plots; 0: four times model.max_length")
     prompt: int = flag(512, "tokens of the prefill that is measured, at most model.max_length")
     steps: int = flag(7, "timed training steps and rounds of prefill and decode, after one to warm up")
 
@@ -124,7 +126,25 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
     table.show(tokens, [], analysis.token_columns(seen))
     table.show(held, [], analysis.MEMORY_COLUMNS)
     table.show(timed, facts, analysis.PHASE_COLUMNS)
-    draw(run_dir / "analysis.png", config, inference, roofline, policy, timed, longest)
+    given, command = rundir.machine(), command_line("experiments.analyze", sys.argv)
+    tables = [
+        Table(caption="Compute of one token by component.", columns=analysis.token_columns(seen), rows=tokens),
+        Table(caption="Memory, by the closed form and as compiled.", columns=analysis.MEMORY_COLUMNS, rows=held),
+        Table(caption="Time, by this machine's roofline and as measured.", columns=analysis.PHASE_COLUMNS, rows=timed),
+    ]
+    values = {row.name: row.parts for row in timed}
+    split = page.bars("Predicted time of each phase by component.", values, "ms", 1e-3, each_whole=True)
+    page.write(
+        run_dir / "report.html",
+        title=f"What a {model.family} model of {tokens[-1].parameters / 1e6:.1f} M parameters costs, and why",
+        sections=[
+            Section("The costs", tables),
+            Section("Where they come from", [split, *charts(config, inference, roofline, policy, timed, longest)]),
+        ],
+        facts=facts,
+        made=page.made(given, total_time=page.duration(time.perf_counter() - began)),
+        command=command,
+    )
     rundir.write_json(
         run_dir / "results.json",
         {
@@ -135,30 +155,27 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
             "roofline": dataclasses.asdict(roofline),
             "train_flops_per_token": per_token,
             "facts": facts,
-            "command": command_line("experiments.analyze", sys.argv),
-            "versions": rundir.machine(),
+            "command": command,
+            "versions": given,
         },
     )
-    print(f"[{time.perf_counter() - began:4.0f} s] done: see {run_dir / 'analysis.png'}")
+    print(f"[{time.perf_counter() - began:4.0f} s] done: open {run_dir / 'report.html'}")
 
 
-def draw(
-    path: Path,
-    config: ModelConfig,
-    inference: Policy,
-    roofline: Roofline,
-    policy: Policy,
-    timed: list[Phase],
-    longest: int,
-) -> None:
+def charts(
+    config: ModelConfig, inference: Policy, roofline: Roofline, policy: Policy, timed: list[Phase], longest: int
+) -> list[Chart]:
+    """FLOPs and bytes of a token against the positions it sees, and the roofline."""
     lengths = sorted({max(1, round(longest ** (i / 60))) for i in range(61)})
     work = [cost.token(config, n, inference) for n in lengths]
-    flops = {analysis.NAMES.get(name, name): [each[name].flops for each in work] for name in cost.COMPONENTS}
-    weights = [cost.total(each).nbytes - each["attention"].nbytes for each in work]
+    named = {analysis.NAMES.get(name, name): name for name in cost.COMPONENTS}
+    flops = {shown: [each[name].flops / 1e6 for each in work] for shown, name in named.items()}
     moved = {
-        "weights": weights,
-        "keys and values": [cost.kv_cache_bytes(config, 1, n, inference) for n in lengths],
+        "weights": [(cost.total(each).nbytes - each["attention"].nbytes) / 1e6 for each in work],
+        "keys and values": [cost.kv_cache_bytes(config, 1, n, inference) / 1e6 for n in lengths],
     }
+    crossing = cost.crossover_length(config)
+    mark = (crossing, f"attention = feed-forward\n{crossing:,.0f} positions") if math.isfinite(crossing) else None
     points = {
         row.name: (
             row.intensity,
@@ -167,15 +184,25 @@ def draw(
         )
         for row in timed
     }
-    plots.cost_of_a_token(
-        lengths,
-        flops,
-        moved,
-        points,
-        cost.crossover_length(config),
-        (f"{policy.compute} peak", roofline.matmul[policy.compute], roofline.bandwidth),
-        path,
-    )
+    peak = (f"{policy.compute} peak", roofline.matmul[policy.compute], roofline.bandwidth)
+    bound = "; ".join(f"{row.name} is bound by {row.bound}" for row in timed)
+    return [
+        plots.chart(
+            plots.components(lengths, flops, "MFLOPs to decode a token", mark),
+            f"FLOPs of a token by component. {analysis.crossover(config)}",
+            "Compute of a token by component; dashed: all.",
+        ),
+        plots.chart(
+            plots.components(lengths, moved, "MB read to decode a token, batch 1"),
+            "Bytes read to decode a token: weights are constant, keys and values grow with the positions it sees.",
+            "Memory traffic of a decoded token; dashed: all.",
+        ),
+        plots.chart(
+            plots.roofline(points, peak),
+            f"FLOP/s against FLOPs a byte under this machine's roofline: {bound}.",
+            "This machine's roofline: its matmul peak and its bandwidth.",
+        ),
+    ]
 
 
 if __name__ == "__main__":

@@ -30,10 +30,9 @@ from efflm.evaluate.windows import Scoring
 from efflm.flags import command_line, launch
 from efflm.formats import safetensors, sources
 from efflm.formats.sources import KINDS, Loaded
-from efflm.infer.generate import generate
 from efflm.model import LanguageModel, sharding
-from efflm.report import page, plots, rows, scoring, table
-from efflm.tokenizer import Tokenizer
+from efflm.report import analysis, compared, page, rows, samples, scoring, table
+from efflm.train import metrics
 
 BEFORE = "before.safetensors"
 
@@ -111,13 +110,6 @@ def described(steps: tuple[Step, ...], after: LanguageModel) -> str:
     return f"{words}; no faster, since a masked dense matrix multiplies its zeros too; {megabytes} MB if dense"
 
 
-def written(model: LanguageModel, tokens: Tokenizer, prompt: str, new: int) -> str:
-    """A greedy continuation."""
-    ids = tokens.prompt(prompt) or [tokens.separator]
-    new = min(new, model.config.max_length - len(ids))
-    return prompt + tokens.decode(generate(model, [ids], new, stops=tokens.stops)[0]) if new > 0 else prompt
-
-
 def main(run: Run, score: Scoring, quantize: dict, prune: dict, finetune: dict, distill: dict, shrink: dict) -> None:
     began = time.perf_counter()
     say = lambda words: print(f"[{time.perf_counter() - began:4.0f} s] {words}", flush=True)
@@ -133,12 +125,13 @@ def main(run: Run, score: Scoring, quantize: dict, prune: dict, finetune: dict, 
     context = training_context(run, loaded, any(map(recipe.trains, plans.values())))
     rundir.use_compilation_cache(run_dir.parent / "compilation_cache")
     protocol, kept = cost.protocol_for(dense), {}
-    platform, records, samples, measured = jax.default_backend(), {}, {}, []
+    platform, records, written, measured, phases = jax.default_backend(), {}, {}, [], []
+    prompt = tokens.prompt(run.prompt) or [tokens.separator]
     first = rows.label(about)
     dense_here = ops.prepare(sharding.on_one_device(dense), platform)
     for name, steps in plans.items():
         say(f"{name}: {', then '.join(map(repr, steps))}")
-        after, records[name] = recipe.run(dense, steps, context)
+        after, records[name] = recipe.run(dense, steps, dataclasses.replace(context, metrics=curves_of(run_dir, name)))
         here = ops.prepare(sharding.on_one_device(after), platform)
         models = {name: here} if measured else {first: dense_here, name: here}
         say(f"{name}: reading the text")
@@ -158,45 +151,59 @@ def main(run: Run, score: Scoring, quantize: dict, prune: dict, finetune: dict, 
             base = None if each == first else (before, rates[first])
             measured.append(rows.make(each, model, nbytes, note, figures, rates[each], base))
             if run.prompt:
-                samples[each] = written(model, tokens, run.prompt, run.sample)
+                written[each] = samples.write(model, tokens, prompt, run.sample)
+        phases = phases or analysis.inference(dense_here, protocol, rates[first])
         del after, here, models, model, pairs
-    report(run, measured, records, samples, [
+    facts = [
         f"Quality: {scoring.protocol(text, score, before)}. Divergence: from the first model.",
         f"Speed: {protocol}; each model in turn with the first, whose rounds beside the second are shown. In brackets "
         "the quartiles.",
         f"Size: an uncompressed safetensors file; the source itself takes {table.megabytes(loaded.nbytes)} MB.",
         *rows.cautions(run.model, about, text.known),
-    ])  # fmt: skip
-    say(f"done: {run_dir / 'report.html'}")
-
-
-def report(run: Run, measured: list[rows.Row], records: dict, samples: dict[str, str], facts: list[str]) -> None:
-    """The table in the terminal, the page, and results.json."""
-    run_dir = Path(run.run_dir)
+    ]
+    commands = {first: command_line("experiments.evaluate", ["", f"--model={run.model}"])}
+    commands |= {name: command_for(name, sys.argv) for name in plans}
+    details = compared.details(rows.origin(run.model, about), about, records, written, run.prompt, tokens, commands)
     table.show(measured, facts)
-    plots.pareto(measured, run_dir / "pareto.png")
-    versions, command = rundir.machine(), command_line("experiments.compress", sys.argv)
-    page.write(
+    machine, command = rundir.machine(), command_line("experiments.compress", sys.argv)
+    compared.write(
         run_dir / "report.html",
-        title=f"efflm: {run.model} by {run.recipe.replace(',', '+').replace(' ', ', ')}",
+        title=f"{run.model} by {run.recipe.replace(',', '+').replace(' ', ', ')}: what it saves and what it costs",
         rows=measured,
+        details=details,
+        curves=dict(pair for name in plans for pair in metrics.curves(curves_of(run_dir, name), name)),
+        phases=phases,
         facts=facts,
-        plot=run_dir / "pareto.png",
-        samples=samples,
+        made=page.made(machine, seed=run.seed, total_time=page.duration(time.perf_counter() - began)),
         command=command,
-        versions=versions,
     )
     rundir.write_json(
         run_dir / "results.json",
         {
             "rows": [dataclasses.asdict(row) for row in measured],
             "records": {name: [dataclasses.asdict(record) for record in kept] for name, kept in records.items()},
-            "samples": samples,
+            "samples": {name: run.prompt + tokens.decode(ids) for name, ids in written.items()},
             "protocol": facts,
             "command": command,
-            "versions": versions,
+            "versions": machine,
         },
     )
+    say(f"done: open {run_dir / 'report.html'}")
+
+
+def curves_of(run_dir: Path, name: str) -> Path:
+    """Where the training steps of a recipe write their metrics."""
+    return run_dir / "curves" / name
+
+
+def command_for(name: str, argv: list[str]) -> str:
+    """The command for one recipe of several."""
+    kept, skip = [], False
+    for arg in argv[1:]:
+        if not skip and not arg.lstrip("-").startswith("recipe"):
+            kept.append(arg)
+        skip = arg.lstrip("-") == "recipe"  # its value is the next argument
+    return command_line("experiments.compress", [argv[0], *kept, f"--recipe={name.replace('+', ',')}"])
 
 
 if __name__ == "__main__":

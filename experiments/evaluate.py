@@ -11,6 +11,7 @@ as a stream: memory does not grow with it.
 import dataclasses
 import math
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -24,7 +25,8 @@ from efflm.flags import command_line, launch
 from efflm.formats import sources
 from efflm.formats.sources import KINDS
 from efflm.model import sharding
-from efflm.report import rows, scoring, table
+from efflm.report import analysis, compared, page, rows, scoring, table
+from efflm.report.page import Detail
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,10 +38,11 @@ class Run:
     corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib")
     reference: str = flag("", "what divergence is measured against, given like --model; default: the model itself")
     precision: AskedPrecision = flag("", PRECISION)
-    run_dir: str = flag("", "where to write results.json; default: nowhere")
+    run_dir: str = flag("", "where to write results.json and report.html; default: nowhere")
 
 
 def main(run: Run, score: Scoring, mesh: MeshConfig) -> None:
+    began = time.perf_counter()
     if run.run_dir:
         rundir.require_writable(Path(run.run_dir), needs=1_000_000)
     any_rows = 2 * jax.device_count() * math.prod(abs(size) for size in dataclasses.asdict(mesh).values())
@@ -50,34 +53,43 @@ def main(run: Run, score: Scoring, mesh: MeshConfig) -> None:
     text = dataset.to_score(run.text, run.corpus, about, tokens, dataset.cache_beside(run.model))
     score = score.within(model.config.max_length, about.get("train.length", 0), text.unbroken)
     rundir.use_compilation_cache((Path(run.run_dir).parent if run.run_dir else rundir.ROOT) / "compilation_cache")
-    reference = model
+    models, sizes, notes = {name: model}, {name: loaded.nbytes}, {name: rows.origin(run.model, about)}
     if run.reference:
         other = sources.load(run.reference, precision=run.precision, mesh=devices)
         require(
             tokens.digest == other.tokenizer.digest,
             f"{run.model} and {run.reference} have different tokenizers: divergence compares token by token",
         )
-        reference = ops.prepare(other.model, jax.default_backend())
-    measured = scoring.measure({name: model}, text, tokens, score, reference)[name]
+        first = Path(run.reference).stem if Path(run.reference).stem != name else "reference"
+        models = {first: ops.prepare(other.model, jax.default_backend())} | models
+        sizes[first], notes[first] = other.nbytes, rows.origin(run.reference, other.about)
+    first = next(iter(models))
+    found = scoring.measure(models, text, tokens, score, models[first])
     protocol = cost.protocol_for(model)
-    rates = cost.rates({name: model}, protocol)[name]
-    row = rows.make(name, model, loaded.nbytes, rows.origin(run.model, about), measured, rates, None)
-    against = f" Divergence: from {run.reference}." if run.reference else ""
+    rates = cost.rates(models, protocol)
+    measured = rows.collect(models, sizes, notes, found, rates)
+    against = f" Divergence: from {first}." if run.reference else ""
     facts = [
-        f"Quality: {scoring.protocol(text, score, measured)}.{against}",
+        f"Quality: {scoring.protocol(text, score, found[name])}.{against}",
         f"Speed: {protocol}.",
         *rows.cautions(run.model, about, text.known),
     ]
-    table.show([row], facts)
+    table.show(measured, facts)
     if run.run_dir:
-        rundir.write_json(
-            Path(run.run_dir) / "results.json",
-            {
-                "rows": [dataclasses.asdict(row)],
-                "protocol": facts,
-                "command": command_line("experiments.evaluate", sys.argv),
-                "versions": rundir.machine(),
-            },
+        machine, command = rundir.machine(), command_line("experiments.evaluate", sys.argv)
+        given = {"rows": [dataclasses.asdict(row) for row in measured], "protocol": facts}
+        rundir.write_json(Path(run.run_dir) / "results.json", given | {"command": command, "versions": machine})
+        abouts = {first: other.about if run.reference else about} | {name: about}
+        compared.write(
+            Path(run.run_dir) / "report.html",
+            title=f"{run.model} measured" + (f" beside {run.reference}" if run.reference else ""),
+            rows=measured,
+            details={each: Detail(lineage=compared.before(notes[each], abouts[each])) for each in models},
+            curves={},
+            phases=analysis.inference(models[first], protocol, rates[first]),
+            facts=facts,
+            made=page.made(machine, total_time=page.duration(time.perf_counter() - began)),
+            command=command,
         )
 
 

@@ -3,8 +3,8 @@
     python -m experiments.optimizers --reduced      # 3 minutes on two cores
     python -m experiments.optimizers                # about 45 runs of one to two minutes
 
-Expect a table in the terminal and, in the run directory, results.json, loss curves against steps and against seconds
-(curves.png), and the metrics of every run (curves/).
+Expect a table in the terminal and, in the run directory, report.html with loss curves against steps and against
+seconds, results.json, and the metrics of every run (curves/).
 
 Protocol: for each optimizer the learning rate is swept with seed 0, on multiples of its usual one; the grid is widened
 where the best is at its edge. Selected is the lowest loss on validation text. The other seeds, of weights and of the
@@ -33,7 +33,9 @@ from efflm.evaluate.quality import Quality
 from efflm.evaluate.windows import Scoring
 from efflm.flags import command_line, launch
 from efflm.model import LanguageModel, init_params, sharding
-from efflm.report import plots, scoring, table
+from efflm.report import numbers, page, plots, scoring, table
+from efflm.report.page import Section, Table
+from efflm.report.table import Column
 from efflm.train import assemble, optimizer
 
 # Untied, since with tied embeddings the seed decides when a small model leaves the loss of token frequencies.
@@ -113,15 +115,36 @@ class Row:
     note: str
 
 
+def _spread(value: float, deviation: float, **how) -> tuple[str, str]:
+    """A mean over seeds and its standard deviation; of one seed there is none."""
+    return numbers.with_error(value, None if math.isnan(deviation) else deviation, **how)
+
+
 COLUMNS = (
-    ("optimizer", lambda row: row.name),
-    ("learning rate", lambda row: f"{row.learning_rate:.1e}"),
-    ("test bits/byte ± s.d.", lambda row: f"{row.bits_per_byte:.4f} ± {row.bits_per_byte_sd:.4f}"),
-    ("over AdamW ± s.d.", lambda row: f"{row.over_adamw:+.4f} ± {row.over_adamw_sd:.4f}"),
-    ("steps to AdamW's loss", lambda row: str(row.steps_to_adamw or "—")),
-    ("seconds to it", lambda row: f"{row.seconds_to_adamw:.1f}" if row.steps_to_adamw else "—"),
-    ("tokens/s", lambda row: f"{row.tokens_per_second:,.0f}"),
-    ("state bytes/parameter", lambda row: f"{row.state_bytes:.2f}"),
+    Column("optimizer", lambda row: row.name),
+    Column("learning rate", lambda row: f"{row.learning_rate:.1e}", lambda row: row.learning_rate),
+    Column(
+        "test bits/byte ± s.d.",
+        lambda row: _spread(row.bits_per_byte, row.bits_per_byte_sd),
+        lambda row: row.bits_per_byte,
+    ),
+    Column(
+        "over AdamW ± s.d.",
+        lambda row: "reference" if row.name == "adamw" else _spread(row.over_adamw, row.over_adamw_sd, sign=True),
+        lambda row: row.over_adamw,
+    ),
+    Column(
+        "steps to AdamW's loss",
+        lambda row: f"{row.steps_to_adamw:,}" if row.steps_to_adamw else "—",
+        lambda row: row.steps_to_adamw,
+    ),
+    Column(
+        "seconds to it",
+        lambda row: f"{row.seconds_to_adamw:.1f}" if row.steps_to_adamw else "—",
+        lambda row: row.seconds_to_adamw,
+    ),
+    Column("tokens/s", lambda row: f"{row.tokens_per_second:,.0f}", lambda row: row.tokens_per_second, best="largest"),
+    Column("state bytes/parameter", lambda row: f"{row.state_bytes:.2f}", lambda row: row.state_bytes, best="smallest"),
 )
 
 
@@ -198,18 +221,46 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
         "Seconds and tokens/s: of the fastest run of each optimizer, after its first step, which compiles.",
     ]
     table.show(rows, facts, COLUMNS)
-    plots.training_curves(curves, run_dir / "curves.png", "training loss, nats a token (mean over seeds)")
+    machine, command = rundir.machine(), command_line("experiments.optimizers", sys.argv)
+    label, ends = (
+        "training loss, nats a token",
+        "; ".join(f"{name} {curve[2][-1]:.3f}" for name, curve in curves.items()),
+    )
+    charts = [
+        plots.chart(
+            plots.curves({name: (curve[index], curve[2]) for name, curve in curves.items()}, across, label),
+            f"Training loss against {across}, mean over seeds. At the end: {ends}.",
+            "Mean over seeds, averaged over the tenth of the steps before.",
+        )
+        for index, across in enumerate(("steps", "seconds after the first step"))
+    ]
+    page.write(
+        run_dir / "report.html",
+        title="What adaptive optimization buys: each optimizer at its own best learning rate",
+        sections=[
+            Section(
+                "The optimizers",
+                [Table(caption="Each beside AdamW; × is the ratio to it.", columns=COLUMNS, rows=rows)],
+            ),
+            Section("Training loss", charts),
+        ],
+        facts=facts,
+        made=page.made(
+            machine, seeds=run.seeds, steps=train.steps, total_time=page.duration(time.perf_counter() - began)
+        ),
+        command=command,
+    )
     rundir.write_json(
         run_dir / "results.json",
         {
             "rows": [dataclasses.asdict(row) for row in rows],
             "test_bits_per_byte": {name: values.tolist() for name, values in test.items()},
             "facts": facts,
-            "command": command_line("experiments.optimizers", sys.argv),
-            "versions": rundir.machine(),
+            "command": command,
+            "versions": machine,
         },
     )
-    print(f"[{time.perf_counter() - began:4.0f} s] done: see {run_dir / 'curves.png'}")
+    print(f"[{time.perf_counter() - began:4.0f} s] done: open {run_dir / 'report.html'}")
 
 
 def replace_defaults(given, usual, values: dict):

@@ -42,7 +42,8 @@ from efflm.plan.prediction import Held, Served
 from efflm.plan.search import Candidate
 from efflm.plan.traffic import train_traffic
 from efflm.precision import POLICIES, cast
-from efflm.report import planned, table
+from efflm.report import page, planned, table
+from efflm.report.page import Section, Table
 from efflm.train import ahead as train_ahead
 
 BFLOAT16 = POLICIES["bfloat16_pure"]  # of served models
@@ -93,17 +94,35 @@ def main(run: Run, mesh: MeshConfig, train: TrainConfig) -> None:
     )
     devices = how_many(run, mesh, topology)
     rundir.require_writable(run_dir, needs=10_000_000)
+    tables: list[Table] = []
+    facts: list[str] = []
     out: dict[str, Any] = {"model": run.model, "hardware": dataclasses.asdict(chip), "devices": devices}
     if run.search:
-        found = ranked(run, config, train, chip, devices)
+        found, words = ranked(run, config, train, chip, devices)
+        shown = planned.ranked(found)
+        tables.append(Table(caption="The fastest candidates.", columns=planned.SEARCH_COLUMNS, rows=shown))
+        facts += words
         out["search"] = [dataclasses.asdict(each) for each in found]
         mesh, train = MeshConfig(**found[0].sizes), found[0].train
     if run.compile:
-        out |= compiled(run, config, train, mesh, chip, topology, devices)
+        result, more = compiled(run, config, train, mesh, chip, topology, devices)
+        out, tables, facts = out | result, tables + more, facts + result["facts"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    out |= {"seconds": time.perf_counter() - began, "peak_bytes": peak, "versions": rundir.machine()}
-    rundir.write_json(run_dir / "plan.json", out | {"command": command_line("experiments.plan", sys.argv)})
-    print(f"[{out['seconds']:4.0f} s, {planned.size(peak)} of this machine's memory] done: see {run_dir / 'plan.json'}")
+    machine, command = rundir.machine(), command_line("experiments.plan", sys.argv)
+    out |= {"seconds": time.perf_counter() - began, "peak_bytes": peak, "versions": machine}
+    rundir.write_json(run_dir / "plan.json", out | {"command": command})
+    page.write(
+        run_dir / "report.html",
+        title=f"{run.model} on {devices} × {chip.name}: memory, collectives and times, predicted",
+        sections=[Section("The plan", tables)],
+        facts=facts,
+        made=page.made(machine, total_time=page.duration(out["seconds"])),
+        command=command,
+    )
+    print(
+        f"[{out['seconds']:4.0f} s, {planned.size(peak)} of this machine's memory] done: open "
+        f"{run_dir / 'report.html'}, or read plan.json beside it"
+    )
 
 
 def how_many(run: Run, mesh: MeshConfig, topology: str) -> int:
@@ -126,8 +145,10 @@ def how_many(run: Run, mesh: MeshConfig, topology: str) -> int:
     return count
 
 
-def ranked(run: Run, config: ModelConfig, train: TrainConfig, chip: Hardware, devices: int) -> list[Candidate]:
-    """The best candidates, shown; the first one fits."""
+def ranked(
+    run: Run, config: ModelConfig, train: TrainConfig, chip: Hardware, devices: int
+) -> tuple[list[Candidate], list[str]]:
+    """The best candidates, shown, of which the first one fits, and what is to be said of them."""
     found = search.search(config, train, chip, devices)
     require(
         len(found) > 0,
@@ -139,7 +160,7 @@ def ranked(run: Run, config: ModelConfig, train: TrainConfig, chip: Hardware, de
     facts.append("By the closed form; memory is a guide only (within a quarter where it could be compared).")
     table.show(planned.ranked(found[: run.shown]), facts, planned.SEARCH_COLUMNS)
     require(fits > 0, f"nothing fits: more devices than {devices}, or a smaller train.batch than {train.batch}, may")
-    return found[: run.shown]
+    return found[: run.shown], facts
 
 
 # --- compiling -------------------------------------------------------------------------------------------------------
@@ -162,8 +183,8 @@ def compiled(
     chip: Hardware,
     topology: str,
     devices: int,
-) -> dict[str, Any]:
-    """Compile, show the tables, and return them."""
+) -> tuple[dict[str, Any], list[Table]]:
+    """Compile, show the tables, and return the results and the tables."""
     start(devices)
     training = run.phase == "train"
     batch, length = (train.batch, train.length) if training else (run.rows, run.cache_length)
@@ -209,11 +230,17 @@ def compiled(
                 "The CPU's compiler keeps its loops in float32, and attention's scores in memory where the prediction "
                 f"counts on {chip.name}'s kernel, and so needs more temporaries than an accelerator's."
             )
+    times = planned.times(predicted, chip, dtype)
+    tables = [
+        Table(caption="Bytes on one device.", columns=planned.BYTES_COLUMNS, rows=rows),
+        Table(caption="Collectives of one step.", columns=planned.TRAFFIC_COLUMNS, rows=traffic),
+        Table(caption="The least time of one step.", columns=planned.TIME_COLUMNS, rows=times),
+    ]
     table.show(rows, [], planned.BYTES_COLUMNS)
     table.show(traffic, [], planned.TRAFFIC_COLUMNS)
-    table.show(planned.times(predicted, chip, dtype), facts, planned.TIME_COLUMNS)
+    table.show(times, facts, planned.TIME_COLUMNS)
     analysis = (program and program.cost_analysis()) or {}
-    return {
+    result = {
         "mesh": dict(mesh.shape),
         "train": dataclasses.asdict(train) if training else None,
         "phase": run.phase,
@@ -233,6 +260,7 @@ def compiled(
         "compile_seconds": time.perf_counter() - began,
         "facts": facts,
     }
+    return result, tables
 
 
 def trained(config: ModelConfig, train: TrainConfig, mesh: Mesh, chip: Hardware) -> tuple[Any, Held, Work, str]:

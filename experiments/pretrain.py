@@ -11,7 +11,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 
 from efflm import hosts, rundir, tokenizer
@@ -150,10 +149,9 @@ def trained_model(run: Run, config: ModelConfig, train: TrainConfig, data: Datas
 
 
 def show_curve(run_dir: Path) -> None:
-    records = [record for _, record in metrics.read(run_dir / "metrics.jsonl")]
-    if records:
-        columns = [np.array([record[name] for record in records]) for name in ("step", "seconds", "loss")]
-        plots.training_curves({"training": tuple(columns)}, run_dir / "loss.png")
+    curve = metrics.curve(run_dir / "metrics.jsonl")
+    if len(curve[0]):
+        plots.save(plots.curves({"training": curve}, "steps"), run_dir / "loss.png")
 
 
 def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring, mesh: MeshConfig) -> None:

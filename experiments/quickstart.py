@@ -2,8 +2,8 @@
 
     bash launch/quickstart.sh                    # or: python -m experiments.quickstart --corpus=FOLDER --seed=1
 
-Expect, in 6 to 9 minutes on two cores, a table in the terminal and in runs/quickstart: results.json, pareto.png,
-report.html, metrics.jsonl, the trained model in checkpoint/ and every compressed one in models/.
+Expect, in 6 to 9 minutes on two cores, a table in the terminal and in runs/quickstart: report.html, results.json,
+metrics.jsonl and curves/, the trained model in checkpoint/ and every compressed one in models/.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from efflm.evaluate.cost import Protocol
 from efflm.evaluate.windows import Scoring
 from efflm.flags import command_line, launch
 from efflm.formats import safetensors
-from efflm.infer.generate import generate
-from efflm.model import LanguageModel, sharding
-from efflm.report import page, plots, rows, scoring, table
+from efflm.model import sharding
+from efflm.report import analysis, compared, page, rows, samples, scoring, table
+from efflm.train import metrics
 from experiments import pretrain
 
 NOTES = {
@@ -43,6 +43,7 @@ NOTES = {
 }
 
 
+PROMPT = "def main("  # what each model continues, to look at
 RUN = pretrain.Run(run_dir=str(rundir.ROOT / "quickstart"))
 
 
@@ -69,6 +70,7 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     context = Context(batches=data.batches(train.batch, run.seed + 1), seed=run.seed + 1, mesh=mesh, **digests)
     for name in list(NOTES)[1:]:
         print(f"  {name}: {NOTES[name]}", flush=True)
+        context = dataclasses.replace(context, metrics=run_dir / "curves" / name)
         models[name], records[name] = recipe.run(dense, recipe.named(name), context)
         if name.startswith("masks"):
             megabytes = table.megabytes(trees.nbytes(models[name].params))
@@ -85,7 +87,9 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     text, score = data.test, score.within(config.max_length, train.length, data.test.unbroken)
     models = {name: ops.prepare(sharding.on_one_device(each), platform) for name, each in models.items()}
     qualities = scoring.measure(models, text, data.tokenizer, score, models["float32"])
-    measured = rows.collect(models, sizes, notes, qualities, cost.rates(models, protocol))
+    rates = cost.rates(models, protocol)
+    measured = rows.collect(models, sizes, notes, qualities, rates)
+    phases = analysis.inference(models["float32"], protocol, rates["float32"])
 
     step(6, "Report")
     difference, error = quality.paired_difference(qualities["student_distilled"], qualities["student_scratch"])
@@ -98,9 +102,11 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
         "One seed, one small model, one corpus: read the order of the rows, not the exact values.",
     ]
     table.show(measured, facts)
-    samples = {name: written(models[name], data.tokenizer) for name in ("float32", "w8a8", "shrink_distill_int8")}
-    plots.pareto(measured, run_dir / "pareto.png")
-    versions, command = rundir.machine(), command_line("experiments.quickstart", sys.argv)
+    prompt = [data.tokenizer.separator, *data.tokenizer.encode(PROMPT)]
+    written = {name: samples.write(each, data.tokenizer, prompt, tokens=48) for name, each in models.items()}
+    machine, command = rundir.machine(), command_line("experiments.quickstart", sys.argv)
+    about = digests | {"source": data.corpus.source, "seed": run.seed}
+    about |= {f"train.{name}": value for name, value in dataclasses.asdict(train).items()}
     rundir.write_json(
         run_dir / "results.json",
         {
@@ -109,18 +115,24 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
             "records": {name: [dataclasses.asdict(record) for record in kept] for name, kept in records.items()},
             "facts": facts,
             "command": command,
-            "versions": versions,
+            "versions": machine,
         },
     )
-    page.write(
+    trained = {"float32": metrics.curve(run_dir / "metrics.jsonl")}
+    compared.write(
         run_dir / "report.html",
-        title="efflm: what each way of making a language model cheaper bought, and what it cost",
+        title="What each way of making a language model cheaper buys, and what it costs",
         rows=measured,
+        details=compared.details(
+            "", about, records, written, PROMPT, data.tokenizer, commands(run, train, list(models), command)
+        ),
+        curves=trained | dict(pair for name in models for pair in metrics.curves(run_dir / "curves" / name, name)),
+        phases=phases,
         facts=facts,
-        plot=run_dir / "pareto.png",
-        samples=samples,
+        made=page.made(
+            machine, seed=run.seed, steps=train.steps, total_time=page.duration(time.perf_counter() - began)
+        ),
         command=command,
-        versions=versions,
     )
     print(f"[{time.perf_counter() - began:4.0f} s] done: open {run_dir / 'report.html'}")
 
@@ -131,11 +143,11 @@ def verdict(difference: float, error: float | None) -> str:
     return "distillation helped" if difference < 0 else "distillation hurt"
 
 
-def written(model: LanguageModel, tokenizer, prompt: str = "def main(", tokens: int = 60) -> str:
-    """A greedy continuation, to look at."""
-    ids = [tokenizer.separator, *tokenizer.encode(prompt)]
-    tokens = max(1, min(tokens, model.config.max_length - len(ids)))
-    return prompt + tokenizer.decode(generate(model, [ids], tokens)[0])
+def commands(run: pretrain.Run, train: TrainConfig, names: list[str], whole: str) -> dict[str, str]:
+    """The command that makes each model again, from the trained one of this run."""
+    flags = [f"--model={run.run_dir}", f"--seed={run.seed + 1}", f"--batch={train.batch}", f"--length={train.length}"]
+    of = lambda name: ["", *flags, f"--recipe={name}", f"--run_dir={run.run_dir}_{name}"]
+    return {name: command_line("experiments.compress", of(name)) if name in recipe.RECIPES else whole for name in names}
 
 
 if __name__ == "__main__":

@@ -60,7 +60,9 @@ def run(model: LanguageModel, steps: Sequence[Step], context: Context) -> tuple[
     if context.teacher is None:
         context = dataclasses.replace(context, teacher=model)
     records = []
-    for step in steps:
-        model, done = step(model, context)
+    folder = context.metrics
+    for index, step in enumerate(steps, 1):
+        file = folder and folder / f"{index}_{type(step).__name__.lower()}.jsonl"
+        model, done = step(model, dataclasses.replace(context, metrics=file))
         records.append(done)
     return model, tuple(records)

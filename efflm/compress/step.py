@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -23,7 +24,8 @@ class Context:
 
     batches: step -> a batch to train on (see data.packing). calibration: a batch whose activations a step may look at.
     teacher: what to imitate; a recipe fills in the model it started from. corpus, tokenizer: digests of the text that
-    batches and calibration are from and of what made tokens of it, for the records.
+    batches and calibration are from and of what made tokens of it, for the records. metrics: the file that a step which
+    trains writes its metrics to; of a recipe the folder, in which each step has a file.
     """
 
     batches: loop.Batches | None = None
@@ -32,6 +34,7 @@ class Context:
     seed: int = 0
     corpus: str = ""
     tokenizer: str = ""
+    metrics: Path | None = None
     mesh: Mesh
 
 
@@ -133,6 +136,7 @@ def train_step(
         mesh=context.mesh,
         seed=context.seed,
         title=type(step).__name__.lower(),
+        metrics_file=context.metrics,
     )
     after = model.replace(params=on_weights(ops.requantize, trained))
     return after, record(step, model, after, context, uses_text=True)

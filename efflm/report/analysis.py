@@ -6,14 +6,16 @@ Pure functions of a config, a machine's roofline and what was measured, if anyth
 import dataclasses
 import math
 
+from efflm import trees
 from efflm.config import ModelConfig, TrainConfig
-from efflm.evaluate.cost import Protocol
+from efflm.evaluate import machine
+from efflm.evaluate.cost import Protocol, Rate
 from efflm.evaluate.machine import Roofline
-from efflm.model import cost
+from efflm.model import LanguageModel, cost
 from efflm.model.cost import Work
 from efflm.plan import memory
 from efflm.precision import POLICIES, Policy
-from efflm.report.table import Columns
+from efflm.report.table import Column, Columns
 
 MEANS = {
     "projections": "queries, keys, values and the output of attention: a constant for each token",
@@ -68,6 +70,7 @@ class Phase:
     bytes: float
     bound: str
     predicted_seconds: float
+    parts: dict[str, float]  # of them, by component
     measured_seconds: float | None
 
     @property
@@ -109,6 +112,7 @@ def _phase(
         bytes=everything.nbytes,
         bound="memory" if memory_bound > predicted / 2 else "compute",
         predicted_seconds=predicted,
+        parts={NAMES.get(part, part): took for part, took in seconds.items()},
         measured_seconds=measured,
     )
 
@@ -171,17 +175,46 @@ def phases(
     policy = POLICIES[train.policy]
     step = cost.train_step(config, train, train.batch, train.length) | {"optimizer": cost.update(config, train)}
     near, far = protocols
-    reading = cost.prefill(config, 1, near.prompt, inference, near.prompt)
     tokens = train.batch * train.length
-    rows = [
-        _phase("training step", step, tokens, roofline, policy.compute, measured and measured.step),
-        _phase("prefill", reading, near.prompt, roofline, inference.compute, measured and measured.prefill),
+    took = lambda length: measured and measured.decode[length]
+    first = _phase("training step", step, tokens, roofline, policy.compute, measured and measured.step)
+    reading = prefill(config, inference, near, roofline, measured and measured.prefill)
+    decoding = [
+        dataclasses.replace(
+            decode(config, inference, each, roofline, took(each.start + each.new)), name=f"decode, {words} cache"
+        )
+        for each, words in ((near, "short"), (far, "full"))
     ]
-    for name, protocol in (("decode, short cache", near), ("decode, full cache", far)):
-        cache_length = protocol.start + protocol.new
-        work = cost.decode(config, 1, cache_length, inference)
-        rows.append(_phase(name, work, 1, roofline, inference.compute, measured and measured.decode[cache_length]))
-    return rows
+    return [first, reading, *decoding]
+
+
+def prefill(
+    config: ModelConfig, policy: Policy, protocol: Protocol, roofline: Roofline, measured: float | None
+) -> Phase:
+    work = cost.prefill(config, 1, protocol.prompt, policy, protocol.prompt)
+    return _phase("prefill", work, protocol.prompt, roofline, policy.compute, measured)
+
+
+def decode(
+    config: ModelConfig, policy: Policy, protocol: Protocol, roofline: Roofline, measured: float | None
+) -> Phase:
+    """Of one token, where the cache is full."""
+    work = cost.decode(config, 1, protocol.start + protocol.new, policy)
+    return _phase("decode", work, 1, roofline, policy.compute, measured)
+
+
+def inference(model: LanguageModel, protocol: Protocol, rates: tuple[Rate, Rate]) -> list[Phase]:
+    """Prefill and decode of a model by component, at this machine's speed, which is measured. Empty for a compressed
+    model: its weights have no one dtype."""
+    dtypes = {str(leaf.dtype) for _, leaf in trees.flatten(model.params) if hasattr(leaf, "dtype")}
+    if len(dtypes) != 1 or len(dtypes) != len({type(leaf) for _, leaf in trees.flatten(model.params)}):
+        return []
+    policy = Policy(param=dtypes.pop(), compute=model.config.precision)
+    roofline, (reading, writing) = machine.measure((policy.compute,)), rates
+    return [
+        prefill(model.config, policy, protocol, roofline, protocol.prompt / reading.median),
+        decode(model.config, policy, protocol, roofline, 1 / writing.median),
+    ]
 
 
 def crossover(config: ModelConfig) -> str:
@@ -197,36 +230,54 @@ def crossover(config: ModelConfig) -> str:
     )
 
 
-def _ratio(row: Phase) -> str:
-    return "" if row.measured_seconds is None else f"{row.measured_seconds / row.predicted_seconds:.2f}"
-
-
 def token_columns(seen: list[int]) -> Columns:
     """The columns of `components`."""
+    shown = lambda row, n: (f"{row.flops[n] / 1e6:,.2f}", f"({row.share[n]:.0%})")
     return (
-        ("one token", lambda row: row.name),
-        ("parameters", lambda row: "" if row.parameters is None else f"{row.parameters / 1e6:.2f} M"),
-        *((f"MFLOPs, {n:,} seen", lambda row, n=n: f"{row.flops[n] / 1e6:.2f} ({row.share[n]:.0%})") for n in seen),
+        Column("one token", lambda row: row.name),
+        Column(
+            "parameters",
+            lambda row: "" if row.parameters is None else f"{row.parameters / 1e6:,.2f} M",
+            lambda row: row.parameters,
+        ),
+        *(Column(f"MFLOPs, {n:,} seen", lambda row, n=n: shown(row, n), lambda row, n=n: row.flops[n]) for n in seen),
     )
 
 
+def _optional(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def _compared(row: Holding) -> float | None:
+    return row.predicted / row.compiled if row.compiled else None
+
+
+def _slower(row: Phase) -> float | None:
+    return None if row.measured_seconds is None else row.measured_seconds / row.predicted_seconds
+
+
+def _rate(row: Phase) -> float | None:
+    return None if row.measured_seconds is None else row.tokens / row.measured_seconds
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1e3 * seconds:,.3f}"
+
+
 MEMORY_COLUMNS = (
-    ("memory", lambda row: row.name),
-    ("predicted MB", lambda row: f"{row.predicted / 1e6:.1f}"),
-    ("compiled MB", lambda row: "" if row.compiled is None else f"{row.compiled / 1e6:.1f}"),
-    ("predicted / compiled", lambda row: "" if row.compiled is None else f"{row.predicted / row.compiled:.2f}"),
+    Column("memory", lambda row: row.name),
+    Column("predicted MB", lambda row: f"{row.predicted / 1e6:,.1f}", lambda row: row.predicted),
+    Column("compiled MB", lambda row: _optional(row.compiled and row.compiled / 1e6, ",.1f"), lambda row: row.compiled),
+    Column("predicted / compiled", lambda row: _optional(_compared(row), ".2f"), _compared),
 )
 PHASE_COLUMNS = (
-    ("time", lambda row: row.name),
-    ("GFLOPs", lambda row: f"{row.flops / 1e9:.3f}"),
-    ("MB moved", lambda row: f"{row.bytes / 1e6:.1f}"),
-    ("FLOPs a byte", lambda row: f"{row.intensity:.1f}"),
-    ("bound by", lambda row: row.bound),
-    ("predicted ms", lambda row: f"{1e3 * row.predicted_seconds:.3f}"),
-    ("measured ms", lambda row: "" if row.measured_seconds is None else f"{1e3 * row.measured_seconds:.3f}"),
-    ("measured / predicted", _ratio),
-    (
-        "measured tokens/s",
-        lambda row: "" if row.measured_seconds is None else f"{row.tokens / row.measured_seconds:,.0f}",
-    ),
+    Column("time", lambda row: row.name),
+    Column("GFLOPs", lambda row: f"{row.flops / 1e9:,.3f}", lambda row: row.flops),
+    Column("MB moved", lambda row: f"{row.bytes / 1e6:,.1f}", lambda row: row.bytes),
+    Column("FLOPs a byte", lambda row: f"{row.intensity:,.1f}", lambda row: row.intensity),
+    Column("bound by", lambda row: row.bound),
+    Column("predicted ms", lambda row: _milliseconds(row.predicted_seconds), lambda row: row.predicted_seconds),
+    Column("measured ms", lambda row: _milliseconds(row.measured_seconds), lambda row: row.measured_seconds),
+    Column("measured / predicted", lambda row: _optional(_slower(row), ".2f"), _slower),
+    Column("measured tokens/s", lambda row: _optional(_rate(row), ",.0f"), _rate),
 )

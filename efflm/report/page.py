@@ -1,67 +1,194 @@
-"""The report as one self-contained HTML page: no outside requests, readable on a phone."""
+"""The report: one HTML page that stands by itself. Style and script are in it, nothing is requested from elsewhere."""
 
-import base64
-import html
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from efflm.report.rows import Row
-from efflm.report.table import COLUMNS
+import jinja2
+
+from efflm.report import numbers
+from efflm.report.plots import Chart
+from efflm.report.samples import Sample
+from efflm.report.table import Column, Columns
+from efflm.report.verdicts import Verdict
 from efflm.rundir import write_whole
 
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 96rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-h3 { font-size: 1rem; margin: 1rem 0 .3rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .5rem; font-size: .9rem; }
-th, td { border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
-img { width: 100%; min-width: 44rem; max-width: 66rem; height: auto; background: #fff; border-radius: 6px; }
-pre { background: var(--soft); padding: .7rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
-dt { font-weight: 600; margin-top: .6rem; } dd { margin: 0 0 0 1rem; }
-li { margin: .3rem 0; } li, dd { max-width: 62rem; }
-"""
+HERE = Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One step of how a model was made."""
+
+    name: str
+    words: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Detail:
+    """What a row opens to. samples: {model: what it writes}, the first row's first; command: makes just this row."""
+
+    lineage: Sequence[Step] = ()
+    samples: dict[str, Sample] = dataclasses.field(default_factory=dict)
+    agreement: str = ""
+    command: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One figure: what is shown, beside it its error or range, its ratio to the first row's with the share of the
+    column's largest in percent, and what is sorted by."""
+
+    text: str
+    beside: str
+    ratio: str
+    part: str
+    sort: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows, which have a name and a note, under columns. details: {name of a row: what it opens to beside its note}."""
+
+    caption: str
+    columns: Columns
+    rows: Sequence[Any]
+    details: dict[str, Detail] = dataclasses.field(default_factory=dict)
+
+    @property
+    def groups(self) -> list[tuple[str, int]]:
+        """(name, how many columns), left to right; empty where no column belongs to one."""
+        found: list[tuple[str, int]] = []
+        for column in self.columns:
+            if found and found[-1][0] == column.group:
+                found[-1] = (column.group, found[-1][1] + 1)
+            else:
+                found.append((column.group, 1))
+        return found if any(name for name, _ in found) else []
+
+    def detail(self, row: Any) -> Detail | None:
+        return self.details.get(row.name, Detail() if row.note else None)
+
+    def cell(self, column: Column, row: Any) -> Cell:
+        text, beside = column.pair(row)
+        value = column.value(row) if column.value else None
+        sort = text if column.value is None else "" if value is None else repr(float(value))
+        first = column.value(self.rows[0]) if column.best and column.value else None
+        if not first or value is None or len(self.rows) < 2:
+            return Cell(text, beside, "", "", sort)
+        largest = max(column.value(each) or 0.0 for each in self.rows)
+        spread = math.hypot(column.spread(row), column.spread(self.rows[0])) if column.spread else 0.0
+        ratio = "" if row is self.rows[0] else numbers.ratio(value / first, spread)
+        return Cell(text, beside, ratio or "1×", f"{100 * value / largest:.1f}", sort)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    share: float
+    tip: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    name: str
+    total: str
+    pieces: Sequence[Piece]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bars:
+    """A bar a name, made of parts in the same order and colors."""
+
+    caption: str
+    parts: Sequence[str]
+    bars: Sequence[Bar]
+
+
+def bars(caption: str, values: dict[str, dict[str, float]], unit: str, scale: float, each_whole: bool = False) -> Bars:
+    """values: {name: {part: value}}, shown as value / scale in `unit`; each_whole: every bar is as long as the others,
+    where the totals are no measure of each other."""
+    parts = list(dict.fromkeys(part for found in values.values() for part in found))
+    totals = {name: sum(found.values()) for name, found in values.items()}
+    longest, out = max(totals.values()), []
+    for name, found in values.items():
+        total = totals[name]
+        whole = total if each_whole else longest
+        pieces = [
+            Piece(
+                round(100 * found.get(part, 0.0) / whole, 3),
+                f"{name}, {part}: {_shown(found.get(part, 0.0) / scale)} {unit} ({found.get(part, 0.0) / total:.0%})",
+            )
+            for part in parts
+        ]
+        out.append(Bar(name, f"{_shown(total / scale)} {unit}", pieces))
+    return Bars(caption, parts, out)
+
+
+def _shown(value: float) -> str:
+    return numbers.fixed(value, max(0, 2 - math.floor(math.log10(value))) if value else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of the page under its own heading."""
+
+    heading: str
+    blocks: Sequence[Table | Chart | Bars]
+    words: str = ""
 
 
 def write(
     path: Path,
     *,
     title: str,
-    rows: list[Row],
-    facts: list[str],
-    plot: Path,
-    samples: dict[str, str],
+    sections: Sequence[Section],
+    facts: Sequence[str],
+    made: dict[str, str],
     command: str,
-    versions: dict[str, str],
+    about: str = "",
+    verdicts: Sequence[Verdict] = (),
+    against: Sequence[Verdict] = (),
 ) -> None:
-    """Put table, notes, plot, samples, command and versions on one page."""
-    escape = html.escape
-    header = "".join(f"<th>{escape(heading)}</th>" for heading, _ in COLUMNS)
-    body = "\n".join(
-        "<tr>" + "".join(f"<td>{escape(entry(row))}</td>" for _, entry in COLUMNS) + "</tr>" for row in rows
-    )
-    notes = "".join(f"<dt>{escape(row.name)}</dt><dd>{escape(row.note)}</dd>" for row in rows)
-    items = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
-    texts = "".join(f"<h3>{escape(name)}</h3><pre>{escape(text)}</pre>" for name, text in samples.items())
-    picture = base64.b64encode(plot.read_bytes()).decode()
-    listed = "\n".join(f"{name} {version}" for name, version in versions.items())
+    """Write the page. verdicts: what the figures say, first; against: what is not worth it. facts: how they were
+    measured. made: {date, commit, ...} and the command that makes the page again."""
+    numbered = (dataclasses.replace(each, blocks=_unique(each.blocks, f"s{i}")) for i, each in enumerate(sections))
     write_whole(
         path,
-        f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body>
-<h1>{escape(title)}</h1>
-<div class="wide"><table><thead><tr>{header}</tr></thead><tbody>
-{body}
-</tbody></table></div>
-<h2>What it says</h2><ul>{items}</ul>
-<h2>Quality against cost</h2><p>Lower left is better.</p>
-<div class="wide"><img alt="bits per byte against bytes on disk and against decode time"
-src="data:image/png;base64,{picture}"></div>
-<h2>The rows</h2><dl>{notes}</dl>
-{f"<h2>What they write</h2>{texts}" if texts else ""}
-<h2>How it was made</h2><pre>{escape(command)}</pre><pre>{escape(listed)}</pre>
-</body></html>
-""",
-    )
+        _environment().get_template("page.html").render(
+            title=title, about=about, verdicts=verdicts, against=against, sections=list(numbered), facts=facts,
+            made=made, command=command, kind=lambda block: type(block).__name__,
+            style=(HERE / "page.css").read_text(), script=(HERE / "page.js").read_text(),
+        ),
+    )  # fmt: skip
+
+
+def made(machine: dict[str, str], **more: Any) -> dict[str, str]:
+    """What stands under "how it was made". machine: rundir.machine(); more: a run's seed, steps, time."""
+    software = {"jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "tokenizers", "safetensors"}
+    named = {"cpu": "processor"}
+    found = {named.get(name, name): value for name, value in machine.items() if name not in software}
+    versions = ", ".join(f"{name} {machine[name]}" for name in machine if name in software)
+    return found | {name.replace("_", " "): str(value) for name, value in more.items()} | {"packages": versions}
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _environment() -> jinja2.Environment:
+    loader = jinja2.FileSystemLoader(HERE)
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+
+
+def _unique(blocks: Sequence[Any], prefix: str) -> list[Any]:
+    """The blocks with ids that no other plot on the page has."""
+    return [
+        dataclasses.replace(block, svg=re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{prefix}-{index}-", block.svg))
+        if isinstance(block, Chart)
+        else block
+        for index, block in enumerate(blocks)
+    ]

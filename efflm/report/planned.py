@@ -7,7 +7,7 @@ from efflm.plan.collectives import Collective
 from efflm.plan.hardware import Hardware
 from efflm.plan.prediction import Held, Prediction, Served
 from efflm.plan.search import Candidate
-from efflm.report.table import Columns
+from efflm.report.table import Column, Columns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,20 +140,20 @@ def times(prediction: Prediction, hardware: Hardware, dtype: str) -> list[Time]:
 
 
 BYTES_COLUMNS: Columns = (
-    ("on a device", lambda row: row.name),
-    ("predicted", lambda row: size(row.predicted)),
-    ("compiled", lambda row: size(row.compiled)),
+    Column("on a device", lambda row: row.name),
+    Column("predicted", lambda row: size(row.predicted), lambda row: row.predicted),
+    Column("compiled", lambda row: size(row.compiled), lambda row: row.compiled),
 )
 TRAFFIC_COLUMNS: Columns = (
-    ("over the network", lambda row: row.name),
-    ("a step", lambda row: f"{row.count:,}"),
-    ("received", lambda row: size(row.nbytes)),
-    ("at least", lambda row: seconds(row.seconds)),
+    Column("over the network", lambda row: row.name),
+    Column("a step", lambda row: f"{row.count:,}", lambda row: row.count),
+    Column("received", lambda row: size(row.nbytes), lambda row: row.nbytes),
+    Column("at least", lambda row: seconds(row.seconds), lambda row: row.seconds),
 )
 TIME_COLUMNS: Columns = (
-    ("bound", lambda row: row.name),
-    ("at least", lambda row: seconds(row.seconds)),
-    ("the largest", lambda row: "<--" if row.bound else ""),
+    Column("bound", lambda row: row.name),
+    Column("at least", lambda row: seconds(row.seconds), lambda row: row.seconds),
+    Column("the largest", lambda row: "<--" if row.bound else ""),
 )
 
 
@@ -176,14 +176,17 @@ def ranked(candidates: list[Candidate]) -> list[Ranked]:
     return out
 
 
+def _bound(name: str) -> Column:
+    value = lambda row: getattr(row.candidate.prediction, name)
+    return Column(name, lambda row: seconds(value(row)), value)
+
+
 SEARCH_COLUMNS: Columns = (
-    ("mesh", lambda row: row.name),
-    ("remat", lambda row: row.candidate.train.remat),
-    ("batch", lambda row: f"{row.candidate.train.batch:,}"),
-    ("compute", lambda row: seconds(row.candidate.prediction.compute)),
-    ("memory", lambda row: seconds(row.candidate.prediction.memory)),
-    ("network", lambda row: seconds(row.candidate.prediction.network)),
-    ("tokens/s", lambda row: f"{row.candidate.tokens_a_second:,.0f}"),
-    ("bytes a device", lambda row: size(row.candidate.held.total)),
-    ("fits", lambda row: "yes" if row.candidate.fits else "no"),
+    Column("mesh", lambda row: row.name),
+    Column("remat", lambda row: row.candidate.train.remat),
+    Column("batch", lambda row: f"{row.candidate.train.batch:,}", lambda row: row.candidate.train.batch),
+    *map(_bound, ("compute", "memory", "network")),
+    Column("tokens/s", lambda row: f"{row.candidate.tokens_a_second:,.0f}", lambda row: row.candidate.tokens_a_second),
+    Column("bytes a device", lambda row: size(row.candidate.held.total), lambda row: row.candidate.held.total),
+    Column("fits", lambda row: "yes" if row.candidate.fits else "no"),
 )

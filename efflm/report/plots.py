@@ -1,57 +1,73 @@
-"""Quality against size and against decode time; training loss against steps and against seconds."""
+"""Plots as SVG that follows the page's colors, or as PNG files: loss against what a model costs, training curves, and
+what a token costs. The only place that imports matplotlib."""
 
+import contextlib
+import dataclasses
 import io
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from efflm.report.rows import Row
 from efflm.rundir import write_whole
 
 LINEAR = 1e-3  # bits per byte; smaller differences are drawn to a linear scale
 
+# Colors by what they mean: the SVG has the page's variables in their place, with values for light and dark.
+INK, MUTED, LINE, PAPER, ACCENT = "#1b1f24", "#57606b", "#d0d7df", "#fffffe", "#0a5cc4"
+SERIES = ("#0a5cc5", "#b3480a", "#1a7440", "#8a3ab0", "#a31d4d", "#0b6b74", "#6a5a00", "#5a5f68")
+_VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", PAPER: "paper", ACCENT: "accent"} | {
+    color: f"s{index}" for index, color in enumerate(SERIES)
+}
 
-def pareto(rows: list[Row], path: Path) -> list[Any]:
-    """Two panels: bits per byte over the first row against bytes on disk, and against milliseconds a decoded token.
 
-    Lower left is better; the line joins the rows that no other row beats in both. Vertical bars are standard errors of
-    that difference, which is paired over documents, horizontal ones the quartiles of the time. The vertical axis is
-    linear up to LINEAR and logarithmic beyond. Returns the labels, which do not overlap.
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A plot on the page. alt: what it shows and the main finding, in words."""
+
+    svg: str
+    alt: str
+    caption: str
+
+
+def tradeoff(
+    names: Sequence[str],
+    costs: Sequence[float],
+    ranges: Sequence[tuple[float, float]] | None,
+    losses: Sequence[float],
+    errors: Sequence[float],
+    label: str,
+    tips: Sequence[str],
+) -> tuple[Any, list[Any], list[int]]:
+    """Loss over the first model against a cost: a figure, its labels, which do not overlap, and the Pareto front.
+
+    Lower left is better; the line joins the models that no other one beats in both. Vertical bars are standard errors,
+    horizontal ones the `ranges` of the cost. The vertical axis is linear up to LINEAR and logarithmic beyond. Models
+    whose points coincide share a label. tips: what pointing at each shows.
     """
-    pyplot = _pyplot()
-    figure, panels = pyplot.subplots(1, 2, figsize=(13, 5.6), sharey=True, layout="constrained")
-    over = np.array([row.bits_per_byte_over_dense for row in rows])
-    error = np.array([row.bits_per_byte_over_dense_stderr or 0.0 for row in rows])
-    sizes = np.array([row.bytes / 1e6 for row in rows])
-    times = np.array([1e3 / row.decode_tokens_per_second for row in rows])
-    spread = np.array([[1e3 / bound for bound in reversed(row.decode_spread)] for row in rows])
-    bars = np.abs(spread - times[:, None]).T
-    panels[0].set_yscale("symlog", linthresh=LINEAR, linscale=0.6)
-    for axis, xs, ends, label in (
-        (panels[0], sizes, None, "MB on disk"),
-        (panels[1], times, bars, "ms a decoded token, batch 1"),
-    ):
-        front = _front(xs, over)
-        axis.plot(xs[front], over[front], color="0.75", linewidth=1.6, zorder=1)
-        axis.errorbar(xs, over, yerr=error, xerr=ends, fmt="none", ecolor="0.72", elinewidth=0.9, zorder=2)
-        colors = ["tab:blue" if i in front else "0.45" for i in range(len(rows))]
-        axis.scatter(xs, over, c=colors, s=34, zorder=3)
+    with _style() as pyplot:
+        figure, axis = pyplot.subplots(figsize=(4.7, 3.9), layout="constrained")
+        xs, ys, error = (np.array(values, np.float64) for values in (costs, losses, errors))
+        ends = None if ranges is None else np.abs(np.array(ranges) - xs[:, None]).T
+        axis.set_yscale("symlog", linthresh=LINEAR, linscale=0.6)
+        axis.axhline(0, color=LINE, linewidth=1, zorder=0)
+        front = _front(xs, ys)
+        axis.plot(xs[front], ys[front], color=ACCENT, linewidth=1.4, alpha=0.6, zorder=1)
+        axis.errorbar(xs, ys, yerr=error, xerr=ends, fmt="none", ecolor=MUTED, elinewidth=0.8, zorder=2)
+        for index, (x, y) in enumerate(zip(xs, ys)):
+            axis.plot(x, y, "o", color=ACCENT if index in front else MUTED, markersize=5.5, zorder=3)
+        axis.set_xlim(0, 1.12 * (xs if ends is None else xs + ends[1]).max())
+        low, high = (ys - error).min(), (ys + error).max()
+        axis.set_ylim(min(-2 * LINEAR, 1.6 * low), max(2 * LINEAR, 2.2 * high))
         axis.set_xlabel(label)
-        axis.set_xlim(0, 1.12 * (xs.max() if ends is None else (xs + ends[1]).max()))
-        axis.axhline(0, color="0.85", linewidth=0.8, zorder=0)
-        axis.grid(color="0.94", zorder=0)
-        axis.spines[["top", "right"]].set_visible(False)
-    low, high = (over - error).min(), (over + error).max()
-    panels[0].set_ylim(min(-2 * LINEAR, 1.6 * low), max(2 * LINEAR, 2.2 * high))
-    panels[0].set_ylabel(f"bits per byte over {rows[0].name} (paired, s.e. over documents)")
-    figure.canvas.draw()
-    figure.set_layout_engine("none")  # as it was laid out without the labels, which are placed in its pixels
-    labels = []
-    for axis, xs in zip(panels, (sizes, times), strict=True):
-        labels += _label(axis, xs, over, [row.name for row in rows])
-    _save(pyplot, figure, path)
-    return labels
+        axis.set_ylabel(f"bits per byte over {names[0]}", parse_math=False)
+        for index, (x, y) in enumerate(zip(xs, ys)):  # what reacts to the pointer: larger than what is seen
+            axis.plot(x, y, "o", markersize=17, color=ACCENT, alpha=0, zorder=5, gid=_gid(tips[index], names[index]))
+        figure.canvas.draw()
+        figure.set_layout_engine("none")  # as it was laid out without the labels, which are placed in its pixels
+        return figure, _label(axis, xs, ys, names), front
 
 
 def _front(xs: np.ndarray, ys: np.ndarray) -> list[int]:
@@ -61,17 +77,18 @@ def _front(xs: np.ndarray, ys: np.ndarray) -> list[int]:
     return [int(i) for i, least in zip(order, best, strict=True) if ys[i] < least]
 
 
-def _label(axis: Any, xs: np.ndarray, ys: np.ndarray, names: list[str]) -> list[Any]:
+def _label(axis: Any, xs: np.ndarray, ys: np.ndarray, names: Sequence[str]) -> list[Any]:
     """A name beside each point, where it covers no point and no other name; a thin line leads to it from afar."""
     renderer = axis.figure.canvas.get_renderer()
     points = axis.transData.transform(np.stack([xs, ys], axis=1))
     inside, taken, labels = axis.get_window_extent(renderer), [], []
     scale = axis.figure.dpi / 72
-    for name, x, y, (px, py) in zip(names, xs, ys, points, strict=True):
+    for name, (px, py) in _grouped(names, points, near=3 * scale):
         text = axis.annotate(
-            name, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=8.5, va="center", zorder=4,
-            bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.5},
-            arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
+            name, axis.transData.inverted().transform((px, py)), xytext=(0, 0), textcoords="offset points", va="center",
+            parse_math=False, fontsize=8, zorder=4,
+            bbox={"facecolor": PAPER, "alpha": 0.8, "edgecolor": "none", "pad": 0.5},
+            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
         )  # fmt: skip
         box = text.get_window_extent(renderer)
         width, height = box.width + 4, box.height + 2
@@ -92,14 +109,26 @@ def _label(axis: Any, xs: np.ndarray, ys: np.ndarray, names: list[str]) -> list[
     return labels
 
 
+def _grouped(names: Sequence[str], points: np.ndarray, near: float) -> list[tuple[str, np.ndarray]]:
+    """The points with their names, on a line each where several lie within `near` pixels of each other."""
+    groups: list[tuple[list[str], np.ndarray]] = []
+    for name, point in zip(names, points):
+        found = next((group for group, at in groups if np.abs(at - point).max() < near), None)
+        if found is None:
+            groups.append(([name], point))
+        else:
+            found.append(name)
+    return [("\n".join(group), at) for group, at in groups]
+
+
 def _offsets(width: float, height: float) -> list[tuple[float, float]]:
     """Where a name may begin, in pixels from its point: right, left, above and below, then ever further away."""
     found = []
-    for ring in range(40):
-        rise = ring * height * 0.6
+    for ring in range(48):
+        rise = ring * 7.0
         aside = 9 + 4 * ring
         for dy in dict.fromkeys((rise, -rise)):
-            found += [(aside, dy), (-width - aside, dy), (-width / 2, dy + np.sign(dy) * 6)]
+            found += [(aside, dy), (-width - aside, dy), (-width / 2, dy + np.sign(dy) * (height / 2 + 3))]
     return found
 
 
@@ -107,90 +136,154 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def training_curves(
-    curves: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], path: Path, label: str = "training loss, nats a token"
-) -> None:
-    """Two panels: training loss against steps, and against seconds. curves: name -> (steps, seconds, losses).
+def curves(
+    found: dict[str, tuple[np.ndarray, np.ndarray]], across: str, label: str = "training loss, nats a token"
+) -> Any:
+    """A figure of losses, each named at its end. found: name -> (steps or seconds, losses).
 
-    Of the loss the range below what all have reached after a tenth of the steps is shown: there they part.
+    Of the loss the range below what all have reached after a tenth of their length is shown: there they part.
     """
-    pyplot = _pyplot()
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
-    for axis, which, words in ((panels[0], 0, "steps"), (panels[1], 1, "seconds after the first step")):
-        for index, (name, curve) in enumerate(curves.items()):
-            color = pyplot.get_cmap("tab10").colors[index % 10]
-            axis.plot(curve[which], curve[2], color=color, linewidth=1.4, label=name, linestyle=("-", "--")[index % 2])
-        axis.set_xlabel(words)
+    with _style() as pyplot:
+        figure, axis = pyplot.subplots(figsize=(4.7, 3.7))
+        for index, (name, (xs, losses)) in enumerate(found.items()):
+            tip = f"{name}: {losses[-1]:.3f} after {xs[-1]:,.0f} {across.split()[0]}"
+            axis.plot(xs, losses, color=SERIES[index % len(SERIES)], linewidth=1.3)
+            axis.plot(xs, losses, color=ACCENT, alpha=0, linewidth=9, gid=_gid(tip, name), zorder=5)
+        axis.set(xlabel=across, ylabel=label)
         axis.set_xlim(left=0)
-        axis.grid(color="0.92", zorder=0)
-        axis.spines[["top", "right"]].set_visible(False)
-    low, high = min(loss.min() for *_, loss in curves.values()), max(c[2][len(c[2]) // 10] for c in curves.values())
-    if high > low:
-        panels[0].set_ylim(low - 0.05 * (high - low), high)
-    panels[0].set_ylabel(label)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    _save(pyplot, figure, path)
+        low, high = min(y.min() for _, y in found.values()), max(y[len(y) // 10] for _, y in found.values())
+        if high > low:
+            axis.set_ylim(low - 0.05 * (high - low), high)
+        _name_ends(axis, found)
+        return figure
 
 
-def cost_of_a_token(
-    lengths: list[int],
-    flops: dict[str, list[float]],
-    moved: dict[str, list[float]],
-    points: dict[str, tuple[float, float, float | None]],
-    crossover: float,
-    roof: tuple[str, float, float],
-    path: Path,
-) -> None:
-    """Three panels: FLOPs of a token against the positions it sees, bytes read to decode it, and the roofline.
+def _name_ends(axis: Any, found: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """The name of each curve to the right of the panel, at the height where the curve ends if no other is there."""
+    axis.figure.canvas.draw()
+    bottom, top = (axis.transData.transform((0, y))[1] for y in axis.get_ylim())
+    right, step = axis.get_xlim()[1], 12 * axis.figure.dpi / 72
+    ends = [
+        (axis.transData.transform((0, losses[-1]))[1], i, name) for i, (name, (_, losses)) in enumerate(found.items())
+    ]
+    least = bottom
+    for height, index, name in sorted(ends):
+        at = max(min(height, top), least)
+        least, y = at + step, axis.transData.inverted().transform((0, at))[1]
+        axis.annotate(
+            name, (right, y), xytext=(5, 0), textcoords="offset points", va="center", annotation_clip=False,
+            parse_math=False, fontsize=8, color=SERIES[index % len(SERIES)],
+        )  # fmt: skip
 
-    flops, moved: {component: values at `lengths`}. points: {phase: (FLOPs a byte, FLOP/s predicted and measured)}.
-    roof: (name, FLOP/s, bytes/s).
-    """
-    pyplot = _pyplot()
-    figure, panels = pyplot.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
-    colors = pyplot.get_cmap("tab10").colors
-    for axis, curves, scale in ((panels[0], flops, 1e6), (panels[1], moved, 1e6)):
-        for color, (name, values) in zip(colors, curves.items(), strict=False):
-            axis.plot(lengths, np.array(values) / scale, color=color, label=name)
-        total = np.sum(list(curves.values()), axis=0) / scale
-        axis.plot(lengths, total, color="black", linewidth=0.8, linestyle="--", label="all")
-        axis.set(xscale="log", yscale="log", xlabel="positions a token sees", xlim=(lengths[0], lengths[-1]))
-        axis.set_ylim(bottom=max(total.max() / 1e4, min(map(min, curves.values())) / scale / 2))
-        axis.legend(frameon=False)
-    panels[0].set(title="compute", ylabel="MFLOPs to decode a token")
-    panels[1].set(title="memory traffic", ylabel="MB read to decode a token, batch 1")
-    if crossover <= lengths[-1]:
-        panels[0].axvline(crossover, color="0.6", linewidth=0.8)
-        words, place = f"attention = feed-forward\n{crossover:,.0f} positions ", (crossover, panels[0].get_ylim()[0])
-        panels[0].annotate(words, place, xytext=(0, 8), textcoords="offset points", ha="right", color="0.4")
-    name, peak, bandwidth = roof
-    xs = [x for x, _, _ in points.values()]
-    span = np.geomspace(min([*xs, peak / bandwidth]) / 3, max([*xs, peak / bandwidth]) * 3, 200)
-    panels[2].plot(span, np.minimum(peak, span * bandwidth) / 1e9, color="black", label=f"roofline, {name}")
-    for color, marker, (phase, (x, predicted, measured)) in zip(colors, "os^D", points.items(), strict=False):
-        panels[2].plot(x, predicted / 1e9, marker, color=color, markerfacecolor="none", markersize=8)
-        panels[2].plot(
-            x, (measured or predicted) / 1e9, marker if measured else "", color=color, markersize=8, label=phase
+
+def components(
+    lengths: list[int], parts: dict[str, list[float]], label: str, mark: tuple[float, str] | None = None
+) -> Any:
+    """A figure of what each component adds, against the positions a token sees; mark: a position, and its words."""
+    with _style() as pyplot:
+        figure, axis = pyplot.subplots(figsize=(4.7, 3.7))
+        for index, (name, values) in enumerate(parts.items()):
+            axis.plot(
+                lengths, values, color=SERIES[index], gid=_gid(f"{name}: {values[-1]:,.1f} at {lengths[-1]:,}", name)
+            )
+        total = np.sum(list(parts.values()), axis=0)
+        axis.plot(lengths, total, color=INK, linewidth=0.9, linestyle="--")
+        axis.set(
+            xscale="log", yscale="log", xlabel="positions a token sees", ylabel=label, xlim=(lengths[0], lengths[-1])
         )
-    panels[2].set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="GFLOP/s", title="this machine")
-    panels[2].legend(frameon=False, title="open: predicted, filled: measured", loc="lower right")
-    for axis in panels:
-        axis.grid(color="0.92", zorder=0)
-        axis.spines[["top", "right"]].set_visible(False)
-    _save(pyplot, figure, path)
+        axis.set_ylim(bottom=max(total.max() / 1e4, min(map(min, parts.values())) / 2), top=total.max() * 1.5)
+        if mark and mark[0] <= lengths[-1]:
+            axis.axvline(mark[0], color=MUTED, linewidth=0.8)
+            place = (mark[0], axis.get_ylim()[0])
+            axis.annotate(
+                mark[1], place, xytext=(-4, 8), textcoords="offset points", ha="right", color=MUTED, fontsize=8
+            )
+        _name_ends(axis, {name: (np.array(lengths), np.array(values)) for name, values in parts.items()})
+        return figure
 
 
-def _pyplot() -> Any:
+def roofline(points: dict[str, tuple[float, float, float | None]], roof: tuple[str, float, float]) -> Any:
+    """A figure of FLOP/s against FLOPs a byte. points: {phase: (FLOPs a byte, FLOP/s predicted and measured)}; roof:
+    (name, FLOP/s, bytes/s)."""
+    with _style() as pyplot:
+        figure, axis = pyplot.subplots(figsize=(4.7, 3.7))
+        name, peak, bandwidth = roof
+        xs = [x for x, _, _ in points.values()]
+        span = np.geomspace(min([*xs, peak / bandwidth]) / 3, max([*xs, peak / bandwidth]) * 3, 200)
+        axis.plot(span, np.minimum(peak, span * bandwidth) / 1e9, color=INK, label=f"roofline, {name}")
+        for color, marker, (phase, (x, predicted, measured)) in zip(SERIES, "os^D", points.items(), strict=False):
+            axis.plot(x, predicted / 1e9, marker, color=color, markerfacecolor="none", markersize=7)
+            shown = measured or predicted
+            tip = _gid(f"{phase}: {shown / 1e9:.3g} GFLOP/s at {x:.3g} FLOPs a byte", phase)
+            axis.plot(x, shown / 1e9, marker if measured else "", color=color, markersize=7, label=phase, gid=tip)
+        axis.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="GFLOP/s")
+        axis.legend(frameon=False, title="open: predicted, filled: measured", loc="lower right", fontsize=8)
+        return figure
+
+
+# --- from figures to files and pages ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _style() -> Iterator[Any]:
     import matplotlib  # here, for its only use: it is slow to import
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot
+    how = {
+        "svg.fonttype": "none", "svg.hashsalt": "efflm", "font.size": 9, "axes.spines.top": False,
+        "axes.spines.right": False, "axes.grid": True, "grid.color": LINE, "grid.linewidth": 0.5,
+        "axes.axisbelow": True,
+        "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED,
+        "legend.labelcolor": INK,
+    }  # fmt: skip
+    with matplotlib.rc_context(how):
+        yield pyplot
 
 
-def _save(pyplot: Any, figure: Any, path: Path) -> None:
+def _gid(tip: str, name: str) -> str:
+    """What names an element in the SVG until `svg` makes attributes of it."""
+    return f"tip:{tip}\t{name}"
+
+
+def save(figure: Any, path: Path) -> None:
+    """The figure as a PNG file."""
+    write_whole(path, _written(figure, "png"))
+
+
+def chart(figure: Any, alt: str, caption: str) -> Chart:
+    """The figure as a part of the page."""
+    return Chart(svg(figure), alt, caption)
+
+
+def svg(figure: Any) -> str:
+    """The figure as an <svg> element that takes its colors from the page and tells what is pointed at."""
+    text = _written(figure, "svg").decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"| (width|height)="[\d.]+pt"', "", text).replace("xlink:href", "href")
+    text = re.sub(r"<g id=(['\"])tip:(.*?)\t(.*?)\1>", _mark, text)
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)  # the page's own
+    text = re.sub(r'(<(?:g|path)) id="(?!m[0-9a-f]{10})[^"]*"', r"\1", text)  # of no use, and not unique on a page
+    for color, name in _VARIABLES.items():
+        text = text.replace(color, f"var(--{name})")
+    return re.sub(r"\n\s*", "\n", text).strip()
+
+
+def _mark(found: re.Match) -> str:
+    tip, name = (each.replace('"', "&quot;") for each in found.groups()[1:])
+    return f'<g class="mark" tabindex="0" role="img" aria-label="{tip}" data-tip="{tip}" data-row="{name}">'
+
+
+def _written(figure: Any, kind: str) -> bytes:
+    from matplotlib import pyplot
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    none = {"png": {"Software": None}, "svg": {"Date": None}}[kind]
+    with _style():
+        figure.savefig(
+            buffer, format=kind, dpi=130, metadata=none, bbox_inches="tight", transparent=kind == "svg", pad_inches=0.05
+        )
     pyplot.close(figure)
-    write_whole(path, buffer.getvalue())
+    return buffer.getvalue()

@@ -1,13 +1,15 @@
 """The evidence: one row for each model, measured side by side."""
 
 import dataclasses
+import typing
 from typing import Any
 
 from efflm import ops, trees
 from efflm.evaluate import quality
 from efflm.evaluate.cost import Rate
 from efflm.evaluate.quality import Quality
-from efflm.model import LanguageModel
+from efflm.model import LanguageModel, params
+from efflm.model.params import Component
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,7 +17,8 @@ class Row:
     """What a model is, what it costs here, and how good it is.
 
     Spreads are the quartiles of the repeats. The difference to the dense model is paired over documents, so its
-    error is far below that of either alone. Of a single document there is no error: None.
+    error is far below that of either alone. Of a single document there is no error: None. Nor is there a difference,
+    divergence or agreement of the dense model itself. component_bytes: the bytes of the weights on disk by component.
     """
 
     name: str
@@ -23,19 +26,20 @@ class Row:
     parameters: int
     nonzeros: int
     bytes: int
+    component_bytes: dict[str, int]
     prefill_tokens_per_second: float
     prefill_spread: tuple[float, float]
     decode_tokens_per_second: float
     decode_spread: tuple[float, float]
     bits_per_byte: float
     bits_per_byte_stderr: float | None
-    bits_per_byte_over_dense: float
+    bits_per_byte_over_dense: float | None
     bits_per_byte_over_dense_stderr: float | None
     perplexity: float
     perplexity_stderr: float | None
-    kl_to_dense: float
+    kl_to_dense: float | None
     kl_to_dense_stderr: float | None
-    top1_agreement: float
+    top1_agreement: float | None
     top1_agreement_stderr: float | None
     note: str
 
@@ -96,18 +100,21 @@ def make(
     row itself."""
     prefill, decode = rates
     bits, error = quality.bits_per_byte(measured)
-    over, over_error = quality.paired_difference(measured, base[0] if base else measured)
+    none = (None, None)
+    over, over_error = quality.paired_difference(measured, base[0]) if base else none
     words = [note]
     if base:
         words += [_speed(prefill, base[1][0], "prefill"), _speed(decode, base[1][1], "decode")]
-    (perplexity, perplexity_error), (kl, kl_error) = quality.perplexity(measured), quality.divergence(measured)
-    same, same_error = quality.agreement(measured)
+    perplexity, perplexity_error = quality.perplexity(measured)
+    kl, kl_error = quality.divergence(measured) if base else none
+    same, same_error = quality.agreement(measured) if base else none
     return Row(
         name=name,
         precision=model.config.precision,
         parameters=trees.count(model.params),
         nonzeros=ops.nonzeros(model.params),
         bytes=size,
+        component_bytes=component_bytes(model),
         prefill_tokens_per_second=round(prefill.median, 1),
         prefill_spread=(round(prefill.low, 1), round(prefill.high, 1)),
         decode_tokens_per_second=round(decode.median, 1),
@@ -124,6 +131,15 @@ def make(
         top1_agreement_stderr=same_error,
         note="; ".join(word for word in words if word),
     )
+
+
+def component_bytes(model: LanguageModel) -> dict[str, int]:
+    """{component: bytes of its weights as a file holds them}, embeddings first. Bitmasks and scales are included."""
+    table, masks, found = params.table(model.config), model.masks or {}, dict.fromkeys(typing.get_args(Component), 0)
+    for path, leaf in trees.flatten(model.params):
+        mask = {path: masks[path]} if path in masks else None
+        found[table[path].component] += ops.stored_nbytes({path: leaf}, mask)
+    return {name: nbytes for name, nbytes in found.items() if nbytes}
 
 
 def _speed(rate: Rate, base: Rate, phase: str) -> str:

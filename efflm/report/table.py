@@ -1,68 +1,126 @@
-"""The table in the terminal."""
+"""Tables: what their columns show, and how they look in the terminal. The page (report.page) shows the same ones."""
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from efflm.report import numbers
 
 
-def rate(median: float, bounds: tuple[float, float]) -> str:
-    """The median and (the quartiles)."""
-    short = lambda value: f"{value / 1000:.1f}k" if value >= 10_000 else f"{value:,.0f}"
-    return f"{short(median)} ({short(bounds[0])}–{short(bounds[1])})"
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One column of a table whose rows are any dataclasses with a name and a note.
+
+    text: a row's figure, or the figure and what stands beside it: its error, range or unit. value: what to sort by;
+    None: the text. group: what the column belongs to, named above it. best: which way it is better; such figures are
+    also shown as ratios to those of the first row, and spread gives the relative error of a row's figure.
+    """
+
+    heading: str
+    text: Callable[[Any], str | tuple[str, str]]
+    value: Callable[[Any], float | None] | None = None
+    group: str = ""
+    best: Literal["", "smallest", "largest"] = ""
+    spread: Callable[[Any], float] | None = None
+
+    def pair(self, row: Any) -> tuple[str, str]:
+        shown = self.text(row)
+        return (shown, "") if isinstance(shown, str) else shown
 
 
-def megabytes(count: int) -> str:
-    return f"{count / 1e6:.2f}"
+Columns = Sequence[Column]
 
 
-def with_error(value: float, error: float | None, form: str = ".4f") -> str:
-    """A figure and its standard error, in one format; of a single document there is none."""
-    sizes = form.lstrip("+")
-    return f"{value:{form}}" if error is None else f"{value:{form}} ± {error:{sizes}}"
+def _half(bounds: tuple[float, float], median: float) -> float:
+    return (bounds[1] - bounds[0]) / 2 / median
 
 
-def perplexity(value: float, error: float | None) -> str:
-    """With as many decimals as make sense: a ruined model's perplexity is in the hundreds."""
-    return with_error(value, error, ",.3f" if value < 100 else ",.1f")
+def _against_first(value: float | None, error: float | None, **how: Any) -> tuple[str, str]:
+    return ("reference", "") if value is None else numbers.with_error(value, error, **how)
 
 
-# (heading, one row's entry)
-Columns = tuple[tuple[str, Callable[[Any], str]], ...]
+def _parameters(row: Any) -> tuple[str, str]:
+    millions = lambda count: f"{numbers.fixed(count / 1e6, 2)} M"
+    zeros = row.nonzeros < 0.99 * row.parameters
+    return millions(row.parameters), f"{millions(row.nonzeros)} non-zero" if zeros else ""
 
-# The terminal and the page show the same columns
+
+# The rows are rows.Row
 COLUMNS: Columns = (
-    ("model", lambda row: row.name),
-    ("matmuls in", lambda row: row.precision),
-    ("parameters", lambda row: f"{row.parameters / 1e6:.2f} M"),
-    ("non-zero", lambda row: f"{row.nonzeros / 1e6:.2f} M"),
-    ("MB on disk", lambda row: megabytes(row.bytes)),
-    ("prefill tok/s", lambda row: rate(row.prefill_tokens_per_second, row.prefill_spread)),
-    ("decode tok/s", lambda row: rate(row.decode_tokens_per_second, row.decode_spread)),
-    ("bits/byte ± s.e.", lambda row: with_error(row.bits_per_byte, row.bits_per_byte_stderr)),
-    (
-        "over dense ± s.e.",
-        lambda row: with_error(row.bits_per_byte_over_dense, row.bits_per_byte_over_dense_stderr, "+.4f"),
+    Column("model", lambda row: row.name),
+    Column("parameters", _parameters, lambda row: row.parameters, "size"),
+    Column("MB on disk", lambda row: numbers.megabytes(row.bytes), lambda row: row.bytes, "size", "smallest"),
+    Column("matmuls in", lambda row: row.precision, None, "speed"),
+    Column(
+        "prefill tok/s",
+        lambda row: numbers.with_range(row.prefill_tokens_per_second, row.prefill_spread),
+        lambda row: row.prefill_tokens_per_second,
+        "speed",
+        "largest",
+        lambda row: _half(row.prefill_spread, row.prefill_tokens_per_second),
     ),
-    ("perplexity ± s.e.", lambda row: perplexity(row.perplexity, row.perplexity_stderr)),
-    ("KL to dense ± s.e.", lambda row: with_error(row.kl_to_dense, row.kl_to_dense_stderr)),
-    ("same top-1 ± s.e.", lambda row: with_error(row.top1_agreement, row.top1_agreement_stderr, ".1%")),
+    Column(
+        "decode tok/s",
+        lambda row: numbers.with_range(row.decode_tokens_per_second, row.decode_spread),
+        lambda row: row.decode_tokens_per_second,
+        "speed",
+        "largest",
+        lambda row: _half(row.decode_spread, row.decode_tokens_per_second),
+    ),
+    Column(
+        "bits/byte",
+        lambda row: numbers.with_error(row.bits_per_byte, row.bits_per_byte_stderr),
+        lambda row: row.bits_per_byte,
+        "quality, ± standard error",
+    ),
+    Column(
+        "over dense",
+        lambda row: _against_first(row.bits_per_byte_over_dense, row.bits_per_byte_over_dense_stderr, sign=True),
+        lambda row: row.bits_per_byte_over_dense or 0.0,
+        "quality, ± standard error",
+    ),
+    Column(
+        "perplexity",
+        lambda row: numbers.with_error(row.perplexity, row.perplexity_stderr, unknown=2, most=3),
+        lambda row: row.perplexity,
+        "quality, ± standard error",
+    ),
+    Column(
+        "KL to dense",
+        lambda row: _against_first(row.kl_to_dense, row.kl_to_dense_stderr),
+        lambda row: row.kl_to_dense or 0.0,
+        "quality, ± standard error",
+    ),
+    Column(
+        "same top-1",
+        lambda row: (
+            ("reference", "")
+            if row.top1_agreement is None
+            else numbers.percent(row.top1_agreement, row.top1_agreement_stderr)
+        ),
+        lambda row: 1.0 if row.top1_agreement is None else row.top1_agreement,
+        "quality, ± standard error",
+    ),
 )
 
 
 def show(rows: list[Any], facts: list[str], columns: Columns = COLUMNS) -> None:
-    """Print the table, then the note of each row, then `facts`. The rows of other columns need a name and a note."""
+    """Print the table, then the note of each row, then `facts`."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=240)
+    beside = " " if console.width >= 200 else "\n"
     table = Table(header_style="bold", pad_edge=False)
-    for index, (heading, _) in enumerate(columns):
-        table.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")
+    for index, column in enumerate(columns):
+        table.add_column(column.heading, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(entry(row) for _, entry in columns))
+        table.add_row(*(beside.join(filter(None, column.pair(row))) for column in columns))
     console.print(table)
     for row in rows:
-        console.print(f"  [bold]{row.name}[/bold]: {row.note}", highlight=False, soft_wrap=True)
+        console.print(Text.assemble("  ", (row.name, "bold"), f": {row.note}"), soft_wrap=True)
     for fact in facts:
         console.print(f"  {fact}", highlight=False, soft_wrap=True, markup=False)

@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from efflm import rundir
 
 
@@ -69,3 +71,16 @@ def read(file: Path) -> list[tuple[str, dict[str, Any]]]:
             break
         out.append((text, record))
     return out
+
+
+def curve(file: Path, name: str = "loss") -> tuple[np.ndarray, np.ndarray]:
+    """The steps and the values of one metric."""
+    records = [record for _, record in read(file)]
+    return tuple(np.array([record[key] for record in records]) for key in ("step", name))
+
+
+def curves(folder: Path, name: str) -> list[tuple[str, tuple[np.ndarray, np.ndarray]]]:
+    """The losses of the steps of a recipe that trained, of which each has a file in the folder, by name."""
+    files = sorted(folder.glob("*.jsonl"))
+    titles = [name if len(files) == 1 else f"{name}, {file.stem.partition('_')[2]}" for file in files]
+    return [(title, found) for title, found in zip(titles, map(curve, files)) if len(found[0])]

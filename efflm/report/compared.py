@@ -1,0 +1,172 @@
+"""The page of models measured side by side: verdicts, a table whose rows open, loss against each cost, training curves,
+where bytes and time go."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from efflm.report import numbers, page, plots, samples, table, verdicts
+from efflm.report.analysis import NAMES, Phase
+from efflm.report.page import Bars, Detail, Section, Step, Table
+from efflm.report.plots import Chart
+from efflm.report.rows import Row
+from efflm.tokenizer import Tokenizer
+
+Record = Any  # compress.step.Record, which is not imported here
+
+Curves = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> (steps, losses)
+
+
+def write(
+    path: Path,
+    *,
+    title: str,
+    rows: Sequence[Row],
+    details: dict[str, Detail],
+    curves: Curves,
+    phases: Sequence[Phase],
+    facts: Sequence[str],
+    made: dict[str, str],
+    command: str,
+) -> None:
+    """The page. phases: prefill and decode of the first model, by component."""
+    several = len(rows) > 1
+    caption = "Each model" + (
+        " beside the first; × is the ratio to it. Select a name for how it was made" if several else ""
+    )
+    found = [Section("The models", [Table(caption=f"{caption}.", columns=table.COLUMNS, rows=rows, details=details)])]
+    if several:
+        words = (
+            f"Lower left is better. The line joins the models that no other one beats in both. Vertical bars are "
+            f"standard errors of the difference to {rows[0].name}, horizontal ones quartiles; the vertical scale is "
+            f"linear up to {plots.LINEAR} and logarithmic beyond."
+        )
+        found.append(Section("Loss against cost", tradeoffs(rows), words))
+    if curves:
+        figure = plots.chart(
+            plots.curves(curves, "steps"),
+            "Training loss against steps: "
+            + "; ".join(f"{name} ends at {y[-1]:.3f}" for name, (_, y) in curves.items()),
+            "Of distilled models the loss is the mixture that is minimized, so it does not compare with the others'.",
+        )
+        found.append(Section("Training and distillation", [figure]))
+    found.append(
+        Section("Where the bytes and the time go", [size_bars(rows), *([time_bars(phases)] if phases else [])])
+    )
+    page.write(
+        path,
+        title=title,
+        about=f"{made['date']} · {made['processor']}, {made['cores']} cores · commit {made['commit']}",
+        verdicts=verdicts.positive(list(rows)) if several else (),
+        against=verdicts.negative(list(rows)) if several else (),
+        sections=found,
+        facts=facts,
+        made=made,
+        command=command,
+    )
+
+
+def tradeoffs(rows: Sequence[Row]) -> list[Chart]:
+    """Loss over the first row against bytes, decode time and prefill time."""
+    milliseconds = lambda rate: 1e3 / rate
+    decode = [milliseconds(row.decode_tokens_per_second) for row in rows]
+    prefill = [milliseconds(row.prefill_tokens_per_second) for row in rows]
+    spread = lambda name: [tuple(map(milliseconds, reversed(getattr(row, name)))) for row in rows]
+    return [
+        _tradeoff(rows, [row.bytes / 1e6 for row in rows], None, "MB on disk", "MB"),
+        _tradeoff(rows, decode, spread("decode_spread"), "ms a decoded token, batch 1", "ms"),
+        _tradeoff(rows, prefill, spread("prefill_spread"), "ms a token of prefill, batch 1", "ms"),
+    ]
+
+
+def _tradeoff(
+    rows: Sequence[Row], costs: list[float], ranges: list[tuple[float, float]] | None, label: str, unit: str
+) -> Chart:
+    names = [row.name for row in rows]
+    losses = [row.bits_per_byte_over_dense or 0.0 for row in rows]
+    errors = [row.bits_per_byte_over_dense_stderr or 0.0 for row in rows]
+    shown = [f"{cost:.3g} {unit}, {_loss(row)}" for cost, row in zip(costs, rows)]
+    tips = [f"{name}: {words}" for name, words in zip(names, shown)]
+    figure, _, front = plots.tradeoff(names, costs, ranges, losses, errors, label, tips)
+    best = "; ".join(tips[i] for i in front)
+    alt = f"Loss over {names[0]} against {label}, {len(rows)} models. Not beaten: {best}."
+    return plots.chart(figure, alt, f"Not beaten, by the medians: {', '.join(names[i] for i in front)}.")
+
+
+def _loss(row: Row) -> str:
+    if row.bits_per_byte_over_dense is None:
+        return "the reference"
+    words = numbers.with_error(row.bits_per_byte_over_dense, row.bits_per_byte_over_dense_stderr, sign=True)
+    return " ".join(filter(None, words)) + " bits/byte"
+
+
+def size_bars(rows: Sequence[Row]) -> Bars:
+    named = lambda found: {NAMES.get(name, name): nbytes for name, nbytes in found.items()}
+    return page.bars("Bytes on disk, by component", {row.name: named(row.component_bytes) for row in rows}, "MB", 1e6)
+
+
+def time_bars(phases: Sequence[Phase]) -> Bars:
+    """Each bar is a phase of the first model, measured in all and split as predicted."""
+    values = {phase.name: phase.parts for phase in phases}
+    measured = "; ".join(
+        f"{phase.name} {1e3 * phase.measured_seconds / phase.tokens:.3g} ms a token measured, "
+        f"{1e3 * phase.predicted_seconds / phase.tokens:.3g} predicted"
+        for phase in phases
+        if phase.measured_seconds
+    )
+    caption = (
+        "Time of the first model by component, as its FLOPs and bytes at this machine's measured speed predict: a "
+        f"lower bound. {measured}."
+    )
+    per_token = {phase.name: {k: v / phase.tokens for k, v in values[phase.name].items()} for phase in phases}
+    return page.bars(caption, per_token, "ms a token", 1e-3, each_whole=True)
+
+
+def details(
+    origin: str,
+    about: dict[str, Any],
+    records: dict[str, Sequence[Record]],
+    written: dict[str, list[int]],
+    prompt: str,
+    tokenizer: Tokenizer,
+    commands: dict[str, str],
+) -> dict[str, Detail]:
+    """What each row opens to. origin, about: of the first model. records: of the steps from it to each model. written:
+    the ids that each model writes after the prompt, {} for no samples."""
+    first = next(iter(commands))
+    compare = lambda name: samples.compare(prompt, written[name], written[first], tokenizer)
+    found = {}
+    for name, command in commands.items():
+        shown = {each: compare(each) for each in dict.fromkeys((first, name))} if written else {}
+        found[name] = Detail(
+            lineage=[*before(origin, about), *map(_step, map(dataclasses.asdict, records.get(name, ())))],
+            samples=shown,
+            agreement=samples.agreement(written[name], written[first], first) if written and name != first else "",
+            command=command,
+        )
+    return found
+
+
+def before(origin: str, about: dict[str, Any]) -> list[Step]:
+    """How the first model was made, as far as it is known. about: see formats.sources.Loaded."""
+    if "train.steps" not in about:
+        return [Step("loaded", origin), *map(_step, about.get("lineage", ()))]
+    words = (
+        f"{about['train.steps']} steps of {about['train.batch']} × {about['train.length']} tokens of "
+        f"{about['source']}, {about['train.optimizer']}, learning rate {about['train.learning_rate']}, "
+        f"{about['train.policy']}; seed {about['seed']}, text {about['corpus'][:12]}, tokenizer "
+        f"{about['tokenizer'][:12]}"
+    )
+    return [Step("trained", words), *map(_step, about.get("lineage", ()))]
+
+
+def _step(record: dict[str, Any]) -> Step:
+    """A step of a model's lineage (the fields of compress.step.Record) in words."""
+    given = ", ".join(f"{name}={value}" for name, value in record["settings"].items())
+    text = f", text {record['corpus'][:12]}, tokenizer {record['tokenizer'][:12]}" if record["corpus"] else ""
+    changed = f"{len(record['leaves'])} weight{'s' * (len(record['leaves']) != 1)}"
+    words = f"({given}) changed {changed}; seed {record['seed']}{text}; made from model {record['parent']}"
+    return Step(record["step"], words)

@@ -1,0 +1,57 @@
+"""How figures are written: no more digits than their error allows, thousands with commas, no negative zero."""
+
+import math
+
+MOST_DECIMALS = 5  # a bit per byte is not compared beyond
+
+
+def decimals(error: float, most: int = MOST_DECIMALS) -> int:
+    """Digits after the point of a figure with this error: the error keeps two. Negative: that many zeros before it."""
+    if not error or not math.isfinite(error):
+        return most
+    return min(most, 1 - math.floor(math.log10(abs(error))))
+
+
+def fixed(value: float, places: int, sign: bool = False) -> str:
+    """`value` rounded to so many places after the point, or before it where they are negative; zero has no sign."""
+    rounded = round(value, places)
+    if not math.isfinite(rounded):
+        return str(rounded)
+    return f"{rounded or 0.0:{'+' if sign and rounded else ''},.{max(0, places)}f}"
+
+
+def with_error(
+    value: float, error: float | None, *, sign: bool = False, unknown: int = 4, most: int = MOST_DECIMALS
+) -> tuple[str, str]:
+    """A figure, and "± its error". With no error, as of a single document, it has `unknown` places and "" beside it."""
+    if error is None:
+        return fixed(value, unknown, sign), ""
+    if value == error == 0:
+        return "0", "exactly"
+    places = decimals(max(abs(error), 10.0**-most), most)
+    least = 10.0**-places
+    small = f"± {fixed(error, places)}" if error >= least / 2 else f"± <{least:.{places}f}"
+    return fixed(value, places, sign), small
+
+
+def percent(value: float, error: float | None) -> tuple[str, str]:
+    """A share and its error in percent."""
+    shown, spread = with_error(100 * value, None if error is None else 100 * error, unknown=1, most=2)
+    return f"{shown}%", spread and f"{spread}%"
+
+
+def with_range(median: float, bounds: tuple[float, float]) -> tuple[str, str]:
+    """A median, and "(its quartiles)", to the first digit in which they differ."""
+    places = decimals((bounds[1] - bounds[0]) / 2, 3 if median < 10 else 1) - 1
+    return fixed(median, places), f"({fixed(bounds[0], places)}–{fixed(bounds[1], places)})"
+
+
+def ratio(value: float, spread: float = 0.0) -> str:
+    """How many times, to the first digit of its error; spread: its relative error, 0 where it is exact."""
+    places = max(0, min(2 if value < 10 else 1, decimals(value * spread, 3) - 1))
+    return f"{fixed(value, places)}×"
+
+
+def megabytes(count: float) -> str:
+    """Bytes in MB: three digits or two places, whatever is more."""
+    return fixed(count / 1e6, 2 if count < 1e8 else 1 if count < 1e9 else 0)
