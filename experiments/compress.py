@@ -2,7 +2,7 @@
 
     python -m experiments.compress --model=runs/quickstart --recipe=w8a8
     python -m experiments.compress --model=runs/quickstart --recipe=masks50,w8a16 --prune.sparsity=0.3
-    python -m experiments.compress --model=smollm2 --recipe="w8a16 w8a8 masks50 masks24"
+    python -m experiments.compress --model=smollm2 --recipe="w8a16 w8a8 masks50" --text=notes.txt --run_dir=runs/mine
 
 Expect a table of all models, and in the run directory each compressed one as `<recipe>.safetensors`, its tokenizer,
 `results.json` and `report.html`. Beside the first model one compressed model is held at a time.
@@ -23,7 +23,7 @@ from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink
 from efflm.compress.step import Context, Step
-from efflm.config import PRECISION, AskedPrecision, InputError, flag, require
+from efflm.config import PRECISION, AskedPrecision, InputError, flag, require, require_seed
 from efflm.data import corpora, dataset
 from efflm.evaluate import cost, quality
 from efflm.evaluate.windows import Scoring
@@ -59,6 +59,7 @@ class Run:
     sample: int = flag(32, "tokens of that continuation")
 
     def __post_init__(self):
+        require_seed(self.seed)
         require(bool(self.recipe.split()), f"recipe is {self.recipe!r}: give at least one")
         for names in self.recipe.split():
             recipe.named(names)

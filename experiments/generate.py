@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 
 from efflm import ops, rundir
-from efflm.config import PRECISION, AskedPrecision, flag, require
+from efflm.config import PRECISION, AskedPrecision, flag, require, require_seed
 from efflm.flags import launch
 from efflm.formats import sources
 from efflm.formats.sources import KINDS, Loaded
@@ -38,12 +38,13 @@ class Run:
     top_k: int = flag(0, "draw from the k likeliest tokens only; 0: all")
     top_p: float = flag(1.0, "draw from the fewest tokens that have this much of the probability; 1: all")
     min_p: float = flag(0.0, "draw from tokens at least this fraction as likely as the likeliest; 0: all")
-    seed: int = flag(0, "of what is drawn")
+    seed: int = flag(0, "seed of what is drawn")
     stop: str = flag("", "text to end before, beside the model's own stop tokens")
     precision: AskedPrecision = flag("", PRECISION)
 
     def __post_init__(self):
         require(self.max_tokens > 0, f"max_tokens is {self.max_tokens}, but must be positive")
+        require_seed(self.seed)
         require(self.chat or not self.system, "system is for --chat: put it into the prompt")
         self.sampling()
 

@@ -2,6 +2,7 @@
 
     python -m experiments.optimizers --reduced      # 3 minutes on two cores
     python -m experiments.optimizers                # about 45 runs of one to two minutes
+    python -m experiments.optimizers --optimizers=adamw,muon --seeds=2 --run_dir=runs/muon
 
 Expect a table in the terminal and, in the run directory, results.json, loss curves against steps and against seconds
 (curves.png), and the metrics of every run (curves/).

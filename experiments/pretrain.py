@@ -1,6 +1,7 @@
 """Train a language model from scratch on a text corpus, and keep a checkpoint.
 
     python -m experiments.pretrain --corpus=stdlib --run_dir=runs/pretrain --train.steps=200 --model.layers=6
+    python -m experiments.pretrain --corpus=FOLDER --train.batch=16 --train.length=512 --train.learning_rate=1e-3
 
 Expect `checkpoint/`, `tokenizer.json`, `metrics.jsonl`, `tensorboard/` and `loss.png` in the run directory, and a
 validation loss at the end. While it trains, `state/` holds what the same command resumes from when it was
@@ -15,7 +16,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from efflm import hosts, rundir, tokenizer
-from efflm.config import HostsConfig, InputError, MeshConfig, ModelConfig, ModelShape, TrainConfig, flag, require
+from efflm.config import (
+    HostsConfig,
+    InputError,
+    MeshConfig,
+    ModelConfig,
+    ModelShape,
+    TrainConfig,
+    flag,
+    require,
+    require_seed,
+)
 from efflm.data import corpora, dataset
 from efflm.data.dataset import Dataset
 from efflm.evaluate import quality
@@ -43,6 +54,7 @@ class Run:
     profile_steps: str = flag("", "FIRST,LAST: trace these steps into run_dir/profile, for TensorBoard and Perfetto")
 
     def __post_init__(self):
+        require_seed(self.seed)
         self.profile()
         self.checkpointing({})
 

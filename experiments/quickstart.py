@@ -1,6 +1,7 @@
 """Train a small language model on real text, compress it in nine ways, and show what each gains and costs.
 
-    bash launch/quickstart.sh                    # or: python -m experiments.quickstart --corpus=FOLDER --seed=1
+    bash launch/quickstart.sh
+    bash launch/quickstart.sh --corpus=FOLDER --run_dir=runs/mine --train.steps=300 --seed=1
 
 Expect, in 6 to 9 minutes on two cores, a table in the terminal and in runs/quickstart: results.json, pareto.png,
 report.html, metrics.jsonl, the trained model in checkpoint/ and every compressed one in models/.
