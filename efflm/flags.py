@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from absl import flags
 
-from efflm import helptext, hosts
+from efflm import helptext, hosts, signals, streams
 from efflm.config import HostsConfig, InputError, Stopped, require
 
 
@@ -108,33 +108,51 @@ def launch(main: Callable[..., None], doc: str, argv: list[str] | None = None, *
     """Run main(**groups) with the flags applied; what fails ends with the code that hosts.exit_code has for it.
 
     That is one line on stderr: a user's mistake, what the operating system refuses (a full disk, a missing
-    permission), memory that does not suffice, a machine that was lost. Anything else is our own bug and keeps its
-    traceback. A run that was told to stop, and has left a checkpoint, says so and exits with code 0 or that of
-    hosts.stopped. A group named `hosts` is not main's: it says which other processes this one belongs to (efflm.hosts).
+    permission), a stdout that takes nothing, memory that does not suffice, a machine that was lost, Ctrl-C. Anything
+    else is our own bug and keeps its traceback. A run that was told to stop, and has left a checkpoint, says so and
+    exits with code 0 or that of hosts.stopped. A group named `hosts` is not main's: it says which other processes this
+    one belongs to (efflm.hosts).
     """
-    others = HostsConfig()
     argv = sys.argv if argv is None else argv
     several = any("hosts.coordinator" in arg for arg in argv[1:])  # the flags may be what is wrong: nothing is parsed
+    streams.prepare()
     try:
-        given = parse(argv, **groups)
-        others = given.pop("hosts", others)
-        hosts.start(others)
-        main(**given)
-    except HelpWanted as wanted:
-        print(helptext.text(doc, *wanted.args))
-    except Stopped as stopped:
-        print(stopped)
-        if others.stopped:
-            sys.exit(others.stopped)
-    except (Exception, KeyboardInterrupt) as error:
-        code = hosts.exit_code(error)
+        code = _run(main, doc, argv, groups)
+    except KeyboardInterrupt:
+        signals.interrupted()
+        hosts.leave(hosts.INTERRUPTED, several)
+    except Exception as error:
+        told = streams.problem(error)
+        code = hosts.MISTAKE if told else hosts.exit_code(error)
         if code != hosts.BUG:
-            print(f"error: {hosts.explain(error, code)}", file=sys.stderr)
+            streams.complain(f"error: {told or hosts.explain(error, code)}")
         elif several:
             traceback.print_exc()
         else:
             raise
         hosts.leave(code, several)
+    if code:
+        sys.exit(code)
+
+
+def _run(main: Callable[..., None], doc: str, argv: list[str], groups: dict[str, Any]) -> int:
+    """The exit code of what ends well. Raises all else."""
+    with signals.second_interrupt_ends():
+        try:
+            given = parse(argv, **groups)
+        except HelpWanted as wanted:
+            streams.show(helptext.text(doc, *wanted.args))
+            return 0
+        streams.require_signs()
+        others = given.pop("hosts", HostsConfig())
+        hosts.start(others)
+        try:
+            main(**given)
+        except Stopped as stopped:
+            print(stopped, flush=True)
+            return others.stopped
+        sys.stdout.flush()
+        return 0
 
 
 def command_line(module: str, argv: list[str]) -> str:

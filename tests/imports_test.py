@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "efflm").rglob("*.py"))
-BASE = {"config", "trees", "precision", "rundir", "hosts"}
+BASE = {"config", "trees", "precision", "rundir", "hosts", "signals"}
 ALLOWED = {
     "config": set(),
     "trees": set(),
@@ -17,7 +17,9 @@ ALLOWED = {
     "rundir": {"config"},
     "hosts": {"config"},
     "helptext": set(),
-    "flags": {"config", "helptext", "hosts"},
+    "signals": {"hosts"},
+    "streams": {"config"},
+    "flags": {"config", "helptext", "hosts", "signals", "streams"},
     "chat": {"config"},
     "tokenizer_json": {"config"},
     "tokenizer": BASE | {"chat", "tokenizer_json"},
