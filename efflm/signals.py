@@ -59,8 +59,9 @@ def stop_requests() -> Iterator[Callable[[int], str]]:
     signals: list[int] = []
 
     def told(number: int, _) -> None:
+        first = number not in signals
         signals.append(number)
-        if number == signal.SIGINT:
+        if number == signal.SIGINT and first:
             if hosts.is_first():
                 _say("stopping with a last checkpoint; another Ctrl-C ends at once")
             if several:

@@ -13,10 +13,9 @@ import dataclasses
 import json
 import logging
 import shutil
-import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,26 +162,6 @@ class TrainingRun:
     def wait(self) -> None:
         """Return when the last save is committed. Raises what `check` does."""
         self.writer.wait()
-
-
-@contextlib.contextmanager
-def preemption() -> Iterator[Callable[[int], bool]]:
-    """Gives asked(step): whether the run was told to stop by a SIGTERM, which then no longer kills it.
-
-    On several hosts the signal, which may reach only one of them, is caught by jax.distributed, and all agree on the
-    step at which to stop: call it once a step, on each of them.
-    """
-    if jax.process_count() > 1:
-        yield _orbax().multihost.reached_preemption
-    elif threading.current_thread() is not threading.main_thread():
-        yield lambda step: False  # only the main thread may catch signals
-    else:
-        signals: list[int] = []
-        before = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
-        try:
-            yield lambda step: bool(signals)
-        finally:
-            signal.signal(signal.SIGTERM, before)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
