@@ -5,7 +5,8 @@
 
 Expect `checkpoint/`, `tokenizer.json`, `metrics.jsonl`, `tensorboard/` and `loss.png` in the run directory, and a
 validation loss at the end. While it trains, `state/` holds what the same command resumes from when it was
-stopped or killed: Ctrl-C or SIGTERM make it write one last checkpoint and end with exit code 0. On several hosts: launch/.
+stopped or killed: at Ctrl-C or SIGTERM it writes one last checkpoint and ends with exit code 0. On several hosts:
+launch/.
 """
 
 import dataclasses

@@ -32,14 +32,13 @@ shift
 set_up >&2
 export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
 exec 3>&2
-pids=() stopped=0
+pids=() stopped=0 told=''
 stop() {
   if [ "$stopped" -ne 0 ]; then
     kill -KILL "${pids[@]}" 2>/dev/null || true
     return
   fi
   stopped=$1
-  echo "launch: stopping with a last checkpoint; the same again ends all at once" >&3
   kill -TERM "${pids[@]}" 2>/dev/null || true # each then writes its part
 }
 trap 'stop 130' INT
@@ -100,6 +99,10 @@ for ((life = 0; life <= restarts; life++)); do
   shown=()
   running=("${!pids[@]}")
   while [ ${#running[@]} -gt 0 ]; do
+    if [ "$stopped" -ne 0 ] && [ -z "$told" ]; then
+      echo "launch: stopping with a last checkpoint; the same again ends all at once" >&3
+      told=yes # not in the trap, which misses what comes while it runs
+    fi
     left=()
     for index in "${running[@]}"; do
       if kill -0 "${pids[index]}" 2>/dev/null; then
