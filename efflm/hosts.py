@@ -143,7 +143,7 @@ def start(hosts: HostsConfig) -> None:
 
 def is_first() -> bool:
     """Whether this process is the one that prints and writes for all."""
-    return jax.process_index() == 0
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def leave(code: int, several: bool = False) -> None:

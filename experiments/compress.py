@@ -119,15 +119,17 @@ def written(model: LanguageModel, tokens: Tokenizer, prompt: str, new: int) -> s
     return prompt + tokens.decode(generate(model, [ids], new, stops=tokens.stops)[0]) if new > 0 else prompt
 
 
+@rundir.locked
 def main(run: Run, score: Scoring, quantize: dict, prune: dict, finetune: dict, distill: dict, shrink: dict) -> None:
     began = time.perf_counter()
     say = lambda words: print(f"[{time.perf_counter() - began:4.0f} s] {words}", flush=True)
     changes = {Quantize: quantize, Prune: prune, Finetune: finetune, Distill: distill, Shrink: shrink}
     plans, run_dir = chains(run.recipe, changes), Path(run.run_dir)
-    rundir.require_writable(run_dir, needs=50_000_000)
+    rundir.require_writable(run_dir, needs=rundir.SMALL_FILES)
     loaded = sources.load(run.model, precision=run.precision, mesh=sharding.data_parallel(run.batch))
     dense, tokens, about = loaded.model, loaded.tokenizer, loaded.about
-    rundir.require_writable(run_dir, needs=50_000_000 + (1 + len(plans)) * trees.nbytes(dense.params))
+    largest = max(trees.nbytes(dense.params), 2 * trees.count(dense.params))  # of int8, recipe bfloat16 makes that
+    rundir.require_writable(run_dir, needs=(1 + len(plans)) * largest + rundir.SMALL_FILES)
     say(f"{run.model}: {trees.count(dense.params) / 1e6:.1f} M parameters, {rows.origin(run.model, about)}")
     text = dataset.to_score(run.text, run.corpus, about, tokens, dataset.cache_beside(run.model))
     score = score.within(dense.config.max_length, about.get("train.length", 0), text.unbroken)

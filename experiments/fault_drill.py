@@ -206,12 +206,17 @@ def damage(run_dir: Path, rng: random.Random) -> tuple[int, str] | None:
     return committed[-1], f"{how} {file.relative_to(folder)}"
 
 
+@rundir.locked
 def main(run: Run) -> None:
     if run.role == "train":
         train(run)
         return
     root = Path(run.run_dir)
-    shutil.rmtree(root, ignore_errors=True)
+    for old in root.glob("*"):
+        if old.is_dir():
+            shutil.rmtree(old)
+        elif old.name != rundir.LOCK:
+            old.unlink()
     calm, troubled = root / "calm", root / "troubled"
     require(start(run, calm).wait() == 0, f"the undisturbed run failed: see {root}/calm.log")
     truth = {line["step"]: line for line in lines(calm)}

@@ -126,6 +126,7 @@ COLUMNS = (
 )
 
 
+@rundir.locked
 def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> None:
     began, run_dir = time.perf_counter(), Path(run.run_dir)
     if run.reduced:
@@ -137,7 +138,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
         train.length <= shape.max_length,
         f"train.length {train.length} is longer than model.max_length {shape.max_length}: raise model.max_length",
     )
-    rundir.require_writable(run_dir, needs=200_000_000)
+    rundir.require_writable(run_dir, needs=2 * rundir.SMALL_FILES)
     data = dataset.prepare(
         run.corpus, run_dir.parent / "corpora", vocabulary=shape.vocabulary, length=train.length, batch=train.batch
     )

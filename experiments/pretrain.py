@@ -39,6 +39,8 @@ from efflm.report import plots, scoring
 from efflm.train import assemble, checkpoint, metrics
 from efflm.train.checkpoint import Checkpointing
 
+LEAF_FILES, METRICS_LINE = 4_000, 1_000  # bytes: what Orbax notes of a weight, and a line in both kinds of metrics
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
@@ -79,8 +81,11 @@ class Run:
         return first, last, Path(self.run_dir) / "profile"
 
 
-def check(run: Run, config: ModelConfig, train: TrainConfig) -> None:
-    """Find what is wrong with the directories and checkpoints before anything is written. Raises InputError."""
+def check(run: Run, config: ModelConfig, train: TrainConfig, models: int = 1) -> None:
+    """Find what is wrong with the directories and checkpoints before anything is written. Raises InputError.
+
+    models: how many of the size of the trained one are written.
+    """
     require(
         train.length <= config.max_length,
         f"train.length {train.length} is longer than model.max_length {config.max_length}: raise model.max_length",
@@ -90,9 +95,12 @@ def check(run: Run, config: ModelConfig, train: TrainConfig) -> None:
         profile is None or profile[1] < train.steps,
         f"profile_steps {run.profile_steps} lies beyond the last step: train.steps is {train.steps}",
     )
-    # Weights and both moments in float32 for each checkpoint kept and the one being written; the model itself.
+    weights = cost.weight_bytes(config, POLICIES[train.policy])
+    state = weights + cost.optimizer_bytes(config, train.optimizer) + LEAF_FILES * len(cost.shapes(config))
+    lines = METRICS_LINE * train.steps // train.log_every
+    checkpoints = run.checkpointing({}).most(train.steps)
     rundir.require_writable(
-        Path(run.run_dir), needs=150_000_000 + (12 * (run.keep + 1) + 4) * sum(cost.parameters(config).values())
+        Path(run.run_dir), needs=checkpoints * state + models * weights + lines + rundir.SMALL_FILES
     )
     if run.init_from:
         require(
@@ -169,6 +177,7 @@ def show_curve(run_dir: Path) -> None:
         plots.training_curves({"training": tuple(columns)}, run_dir / "loss.png")
 
 
+@rundir.locked
 def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring, mesh: MeshConfig) -> None:
     config = saved_config(model, train)
     check(run, config, train)

@@ -44,13 +44,15 @@ NOTES = {
 }
 
 
+MODELS = 8  # of the size of the dense one: the ten that are written, most of them smaller, and the checkpoint
 RUN = pretrain.Run(run_dir=str(rundir.ROOT / "quickstart"))
 
 
+@rundir.locked
 def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scoring) -> None:
     began = time.perf_counter()
     run_dir, config = Path(run.run_dir), pretrain.saved_config(model, train)
-    pretrain.check(run, config, train)
+    pretrain.check(run, config, train, MODELS)
     score.within(config.max_length)
     step = lambda number, words: print(f"[{time.perf_counter() - began:4.0f} s] {number}/6 {words}", flush=True)
 

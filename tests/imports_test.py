@@ -14,7 +14,7 @@ ALLOWED = {
     "config": set(),
     "trees": set(),
     "precision": {"config"},
-    "rundir": {"config"},
+    "rundir": {"config", "hosts"},
     "hosts": {"config"},
     "helptext": set(),
     "signals": {"hosts"},

@@ -263,7 +263,9 @@ def test_damaged_checkpoints_do_not_count_among_the_kept(tmp_path):
 def test_only_damaged_checkpoints_are_one_clear_line(tmp_path):
     train(tmp_path, steps=2)
     flip(tmp_path / "state" / "2")
-    with pytest.raises(InputError, match="is whole: delete it to start over"):
+    with pytest.raises(
+        InputError, match=f"no checkpoint is whole: delete the folder {tmp_path / 'state'} to start over"
+    ):
         train(tmp_path)
 
 
