@@ -46,9 +46,10 @@ def require_writable(path: Path, needs: int) -> None:
     except OSError as error:
         raise InputError(f"cannot write into {existing} ({error.strerror}): give another --run_dir") from None
     free = shutil.disk_usage(existing).free
+    megabytes = lambda size: f"{size / 1e6:,.0f}" if size >= 1e7 else f"{size / 1e6:.2g}"
     require(
         free >= needs,
-        f"{existing} has {free / 1e6:.0f} MB free, but this run needs about {needs / 1e6:.0f} MB: free some space or "
+        f"{existing} has {megabytes(free)} MB free, but this run needs about {megabytes(needs)} MB: free some space or "
         "give another --run_dir",
     )
 

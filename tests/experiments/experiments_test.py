@@ -119,7 +119,8 @@ def test_the_space_asked_for_is_that_of_the_files(trained, tmp_path, monkeypatch
     """Of a whole run, which is small, and of the checkpoints of one that is larger."""
     asked = []
     monkeypatch.setattr(rundir, "require_writable", lambda path, needs: asked.append(needs))
-    shape, train = ModelShape(layers=2, width=32, mlp_dim=48, vocabulary=300, max_length=64), TrainConfig(steps=6)
+    shape = ModelShape(layers=2, width=32, mlp_dim=48, vocabulary=300, max_length=64)
+    train = TrainConfig(steps=6, length=16)
     config = pretrain.saved_config(shape, train)
     pretrain.check(pretrain.Run(), config, train, models=quickstart.MODELS)
     assert written_in(trained) < asked[-1] < 2.5 * written_in(trained) + 4e6
@@ -220,11 +221,13 @@ def test_scanned_pretraining_leaves_an_unstacked_checkpoint(corpus, tmp_path, fa
     assert "bits per byte" in capsys.readouterr().out
 
 
-def test_compress_and_evaluate_a_trained_run(trained, tmp_path):
-    out = tmp_path / "out"
+def test_compress_and_evaluate_a_trained_run(trained, tmp_path, monkeypatch):
+    out, asked, require = tmp_path / "out", [], rundir.require_writable
+    monkeypatch.setattr(rundir, "require_writable", lambda path, needs: asked.append(needs) or require(path, needs))
     run(compress, f"--model={trained}", "--recipe=masks50,w8a8", "--prune.sparsity=0.25", "--score.window=16",
         "--sample=4", f"--run_dir={out}")  # fmt: skip
     before, after = rows_of(out)
+    assert written_in(out) < asked[-1] < 2.5 * written_in(out) + 4e6
     assert after["name"] == "masks50+w8a8"
     layers = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48)
     assert before["nonzeros"] - after["nonzeros"] >= layers // 4
