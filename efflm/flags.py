@@ -52,7 +52,12 @@ def parse(argv: list[str], **groups: Any) -> dict[str, Any]:
     for group, default in groups.items():
         names = [field.name for field in dataclasses.fields(default)]
         mine = {name: given[_prefix(group) + name] for name in names if _prefix(group) + name in given}
-        out[group] = mine if isinstance(default, type) else dataclasses.replace(default, **mine)
+        try:
+            out[group] = mine if isinstance(default, type) else dataclasses.replace(default, **mine)
+        except InputError as error:  # a dataclass calls its fields by their names
+            first = str(error).partition(" ")[0]
+            found = next((name for name in (first, _prefix(group) + first) if name in kinds), None)
+            raise InputError(f"--{found}{str(error).removeprefix(first)}" if found else str(error)) from None
     return out
 
 

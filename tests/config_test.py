@@ -64,7 +64,7 @@ def test_a_group_given_as_a_class_returns_only_what_was_set():
         (["--model.heads=4", "--model.kv_heads=3"], "heads 4 is not divisible by kv_heads 3"),
         (["--model.layers=0"], "at least one layer"),
         (["--model.vocabulary=100"], "at least 257"),
-        (["--train.steps=0"], "must be positive"),
+        (["--train.steps=0"], "--train.steps is 0, but must be positive"),
         (["--train.steps=10", "--train.warmup=10"], "train.warmup is 10, but must be less than train.steps=10"),
         (["--train.optimizer=adagrad"], "adamw8bit"),
         (["--train.schedule=step"], "cosine"),

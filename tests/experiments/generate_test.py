@@ -112,9 +112,9 @@ def test_chat_goes_through_the_template(folder, loaded, monkeypatch, tmp_path, c
         (["--prompt=hi", "--max_tokens=64"], "max_length is 64"),
         (["--prompt=hi", "--model=/nowhere.gguf"], "no model at /nowhere.gguf"),
         (["--prompt=a\udcff"], "--prompt is not UTF-8 (byte 0xff at character 1)"),
-        (["--prompt=hi", "--top_k=2147483648"], "top_k is 2147483648, but must be from 1 to 2147483647"),
+        (["--prompt=hi", "--top_k=2147483648"], "--top_k is 2147483648, but must be from 1 to 2147483647"),
         (["--prompt=hi", "--seed=18446744073709551616"], "--seed is 18446744073709551616, but must lie within 64 bits"),
-        (["--prompt=hi", "--seed=-1"], "seed is -1, but must be from 0 to 4294967295"),
+        (["--prompt=hi", "--seed=-1"], "--seed is -1, but must be from 0 to 4294967295"),
     ],
 )
 def test_bad_input_is_one_line(folder, monkeypatch, tmp_path, capsys, flags, message):
