@@ -1,8 +1,9 @@
 """efflm: train language models in JAX, make them smaller, and measure what that bought and what it cost.
 
 config      frozen dataclasses: what a run is told
-flags       the one bridge from them to a command line
+flags       the one bridge from them to a command line; helptext, what --help says; streams, stdout and its limits
 hosts       several processes that run one program
+signals     Ctrl-C and SIGTERM
 trees       paths, selection, counting and bytes of trees of weights
 precision   which dtype weights, matmuls and results have
 ops         how a weight is used, whatever its format

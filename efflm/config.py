@@ -13,9 +13,12 @@ class Stopped(Exception):
     """A run was asked to stop and did so in good order: its message is for the user, and the exit code is 0."""
 
 
-def flag(default: Any, help: str) -> Any:
-    """A dataclass field that the bridge turns into a flag with this default and help text."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def flag(default: Any, help: str, internal: bool = False) -> Any:
+    """A dataclass field that the bridge turns into a flag with this default and help text.
+
+    internal: scripts set it, so that --help leaves it out.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "internal": internal})
 
 
 def require(condition: bool, message: str) -> None:
@@ -24,13 +27,18 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def require_seed(value: int) -> None:
+    """JAX drops what is beyond 32 bits: without this, different seeds would draw the same."""
+    require(0 <= value < 1 << 32, f"seed is {value}, but must be from 0 to {(1 << 32) - 1}")
+
+
 def require_sparsity(value: float) -> None:
     require(0 <= value < 1, f"sparsity is {value}, but must be in [0, 1): the fraction of weights to remove")
 
 
 Precision = Literal["float32", "bfloat16"]
 AskedPrecision = Literal["", "float32", "bfloat16"]
-PRECISION = "of the operands of matmuls; default: what the model was saved for"  # the flag's help
+PRECISION = "dtype of the operands of matmuls; default: what the model was saved for"  # the flag's help
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,7 +147,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A model whose layers are all alike, as flags say it."""
+    """The model, whose layers are all alike"""
 
     family: Literal["llama", "gpt2"] = flag("llama", "RMSNorm, RoPE, SwiGLU; or LayerNorm, learned positions, GELU")
     layers: int = flag(6, "number of Transformer layers")
@@ -203,7 +211,9 @@ class TrainConfig:
     length: int = flag(256, "tokens in a sequence")
     optimizer: Optimizer = flag("adamw", "update rule; adamw8bit keeps both moments in 8 bits")
     learning_rate: float = flag(2e-3, "peak learning rate")
-    schedule: Schedule = flag("cosine", "of the learning rate, after the warm-up; wsd holds it and decays at the end")
+    schedule: Schedule = flag(
+        "cosine", "course of the learning rate after the warm-up; wsd holds it and decays at the end"
+    )
     warmup: int = flag(-1, "steps of linear warm-up; -1: a tenth of all steps, at most 40")
     decay: int = flag(-1, "steps of the decay that ends the wsd schedule; -1: a fifth of all steps")
     final_fraction: float = flag(0.1, "learning rate at the end, as a fraction of the peak")
@@ -275,12 +285,16 @@ class HostsConfig:
     """Several processes that run one program together; the scripts in launch/ set these"""
 
     coordinator: str = flag(
-        "", "address:port of process 0; auto: as Slurm, a TPU pod or Open MPI say it; empty: this process is alone"
+        "",
+        "address:port of process 0; auto: as Slurm, a TPU pod or Open MPI say it; empty: this process is alone",
+        internal=True,
     )
-    count: int = flag(0, "how many processes there are; not with auto")
-    index: int = flag(-1, "which of them this one is, from 0; not with auto")
-    heartbeat: int = flag(30, "seconds of silence after which a process is given up and the others stop")
-    stopped: int = flag(0, "exit code of a run that SIGTERM stopped; 75 tells the scripts of a cluster to start again")
+    count: int = flag(0, "how many processes there are; not with auto", internal=True)
+    index: int = flag(-1, "which of them this one is, from 0; not with auto", internal=True)
+    heartbeat: int = flag(30, "seconds of silence after which a process is given up and the others stop", internal=True)
+    stopped: int = flag(
+        0, "exit code of a run that SIGTERM stopped; 75 tells the scripts of a cluster to start again", internal=True
+    )
 
     def __post_init__(self):
         require(self.heartbeat > 0, f"hosts.heartbeat is {self.heartbeat}, but must be positive")

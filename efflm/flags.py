@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import shlex
 import sys
 import traceback
@@ -11,20 +12,8 @@ from typing import Any, Literal
 
 from absl import flags
 
-from efflm import hosts
+from efflm import helptext, hosts, signals, streams
 from efflm.config import HostsConfig, InputError, Stopped, require
-
-_DEFINERS = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
-
-
-def _define(values: flags.FlagValues, prefix: str, default: Any) -> None:
-    for field in dataclasses.fields(default):
-        kind = typing.get_type_hints(default if isinstance(default, type) else type(default))[field.name]
-        name, value, text = f"{prefix}{field.name}", getattr(default, field.name), field.metadata["help"]
-        if typing.get_origin(kind) is Literal:
-            flags.DEFINE_enum(name, value, list(typing.get_args(kind)), text, flag_values=values)
-        else:
-            _DEFINERS[kind](name, value, text, flag_values=values)
 
 
 def parse(argv: list[str], **groups: Any) -> dict[str, Any]:
@@ -32,85 +21,143 @@ def parse(argv: list[str], **groups: Any) -> dict[str, Any]:
 
     The group named `run` has bare flags (--seed); any other has its name before each (--train.steps). A group given
     as a class comes back as a dict of just the fields the user set. Raises InputError for anything that does not
-    parse or validate.
+    parse or validate, and HelpWanted.
     """
     values = flags.FlagValues()
-    flags.DEFINE_boolean("help", False, "print this help", flag_values=values, short_name="h")
+    flags.DEFINE_boolean("help", False, "", flag_values=values, short_name="h")
+    flags.DEFINE_boolean("helpfull", False, "", flag_values=values)
+    kinds: dict[str, Any] = {}
     for group, default in groups.items():
-        _define(values, _prefix(group), default)
+        hints = typing.get_type_hints(default if isinstance(default, type) else type(default))
+        for field in dataclasses.fields(default):
+            name = _prefix(group) + field.name
+            kinds[name] = hints[field.name]
+            # absl reads names and true or false; other values it leaves as they are written.
+            define = flags.DEFINE_boolean if kinds[name] is bool else flags.DEFINE_string
+            define(name, None, "", flag_values=values)
     try:
         rest = values(argv)[1:]
     except flags.UnrecognizedFlagError as error:
-        close = difflib.get_close_matches(error.flagname, list(values), n=1, cutoff=0.7)
-        hint = f"did you mean --{close[0]}?" if close else "--help lists the flags"
-        raise InputError(f"unknown flag --{error.flagname}: {hint}") from None
+        raise InputError(f"unknown flag --{error.flagname}: {_hint(error.flagname, list(kinds))}") from None
+    except flags.IllegalFlagValueError as error:
+        name, _, value = str(error).removeprefix("flag --").partition(": ")[0].partition("=")
+        raise InputError(f"--{name} is {value!r}, but must be true or false") from None
     except flags.Error as error:
         raise InputError(" ".join(str(error).split())) from None
     require(not rest, f"unexpected argument {rest[0] if rest else ''!r}: flags are given as --name=value")
-    if values.help:
-        raise HelpWanted(_help(values, groups))
+    if values.help or values.helpfull:
+        raise HelpWanted({_prefix(group): default for group, default in groups.items()}, values.helpfull)
+    given = {name: _value(name, kind, values[name].value) for name, kind in kinds.items() if values[name].present}
     out = {}
     for group, default in groups.items():
-        given = {field.name: values[_prefix(group) + field.name] for field in dataclasses.fields(default)}
-        if isinstance(default, type):
-            out[group] = {name: item.value for name, item in given.items() if item.present}
-        else:
-            out[group] = dataclasses.replace(default, **{name: item.value for name, item in given.items()})
+        names = [field.name for field in dataclasses.fields(default)]
+        mine = {name: given[_prefix(group) + name] for name in names if _prefix(group) + name in given}
+        try:
+            out[group] = mine if isinstance(default, type) else dataclasses.replace(default, **mine)
+        except InputError as error:  # a dataclass calls its fields by their names
+            first = str(error).partition(" ")[0]
+            found = next((name for name in (first, _prefix(group) + first) if name in kinds), None)
+            raise InputError(f"--{found}{str(error).removeprefix(first)}" if found else str(error)) from None
     return out
+
+
+class HelpWanted(Exception):
+    """--help or --helpfull was given; the arguments are those of helptext.text."""
 
 
 def _prefix(group: str) -> str:
     return "" if group == "run" else f"{group}."
 
 
-class HelpWanted(Exception):
-    """--help was given; the text is its argument."""
+def _hint(name: str, known: list[str]) -> str:
+    """What an unknown flag may have meant: those that end in it (--steps: --train.steps), else the one closest."""
+    close = [one for one in known if one.rpartition(".")[2] == name]
+    close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return f"did you mean {' or '.join(f'--{one}' for one in close)}?" if close else "--help lists the flags"
 
 
-def _help(values: flags.FlagValues, groups: dict[str, Any]) -> str:
-    lines = []
-    for group, default in groups.items():
-        kind = default if isinstance(default, type) else type(default)
-        lines.append(f"\n{kind.__doc__.splitlines()[0]}")
-        for field in dataclasses.fields(default):
-            item = values[_prefix(group) + field.name]
-            choices = f" [{'|'.join(item.parser.enum_values)}]" if hasattr(item.parser, "enum_values") else ""
-            shown = str(item.value).lower() if isinstance(item.value, bool) else item.value
-            lines.append(f"  --{item.name}={shown}{choices}\n        {item.help}")
-    return "\n".join(lines)
+def _value(name: str, kind: Any, given: Any) -> Any:
+    """A flag's value from what was written. Raises InputError."""
+    refuse = lambda must: InputError(f"--{name} is {given!r}, but must {must}")
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if given not in choices:
+            raise refuse(f"be one of {', '.join(filter(None, choices))}")
+    elif kind is int:
+        try:
+            given = int(given)
+        except ValueError:
+            raise refuse("be a whole number") from None
+        if not -(1 << 63) <= given < 1 << 63:
+            raise refuse("lie within 64 bits")
+    elif kind is float:
+        try:
+            number = float(given)
+        except ValueError:
+            raise refuse("be a number") from None
+        if not math.isfinite(number):
+            raise refuse("be a finite number")
+        return number
+    elif kind is str:
+        try:
+            given.encode()
+        except UnicodeEncodeError as error:  # Python has made surrogates of the bytes that it could not decode
+            byte = ord(given[error.start]) & 0xFF
+            raise InputError(
+                f"--{name} is not UTF-8 (byte {byte:#04x} at character {error.start}): give it in UTF-8"
+            ) from None
+    return given
 
 
 def launch(main: Callable[..., None], doc: str, argv: list[str] | None = None, **groups: Any) -> None:
     """Run main(**groups) with the flags applied; what fails ends with the code that hosts.exit_code has for it.
 
     That is one line on stderr: a user's mistake, what the operating system refuses (a full disk, a missing
-    permission), memory that does not suffice, a machine that was lost. Anything else is our own bug and keeps its
-    traceback. A run that was told to stop, and has left a checkpoint, says so and exits with code 0 or that of
-    hosts.stopped. A group named `hosts` is not main's: it says which other processes this one belongs to (efflm.hosts).
+    permission), a stdout that takes nothing, memory that does not suffice, a machine that was lost, Ctrl-C. Anything
+    else is our own bug and keeps its traceback. A run that was told to stop, and has left a checkpoint, says so and
+    exits with code 0 or that of hosts.stopped. A group named `hosts` is not main's: it says which other processes this
+    one belongs to (efflm.hosts).
     """
-    others = HostsConfig()
     argv = sys.argv if argv is None else argv
     several = any("hosts.coordinator" in arg for arg in argv[1:])  # the flags may be what is wrong: nothing is parsed
+    streams.prepare()
     try:
-        given = parse(argv, **groups)
-        others = given.pop("hosts", others)
-        hosts.start(others)
-        main(**given)
-    except HelpWanted as wanted:
-        print(f"{doc.strip()}\n{wanted}")
-    except Stopped as stopped:
-        print(stopped)
-        if others.stopped:
-            sys.exit(others.stopped)
-    except (Exception, KeyboardInterrupt) as error:
-        code = hosts.exit_code(error)
+        code = _run(main, doc, argv, groups)
+    except KeyboardInterrupt:
+        signals.interrupted()
+        hosts.leave(hosts.INTERRUPTED, several)
+    except Exception as error:
+        told = streams.problem(error)
+        code = hosts.MISTAKE if told else hosts.exit_code(error)
         if code != hosts.BUG:
-            print(f"error: {hosts.explain(error, code)}", file=sys.stderr)
+            streams.complain(f"error: {told or hosts.explain(error, code)}")
         elif several:
             traceback.print_exc()
         else:
             raise
         hosts.leave(code, several)
+    if code:
+        sys.exit(code)
+
+
+def _run(main: Callable[..., None], doc: str, argv: list[str], groups: dict[str, Any]) -> int:
+    """The exit code of what ends well. Raises all else."""
+    with signals.second_interrupt_ends():
+        try:
+            given = parse(argv, **groups)
+        except HelpWanted as wanted:
+            streams.show(helptext.text(doc, *wanted.args))
+            return 0
+        streams.require_signs()
+        others = given.pop("hosts", HostsConfig())
+        hosts.start(others)
+        try:
+            main(**given)
+        except Stopped as stopped:
+            print(stopped, flush=True)
+            return others.stopped
+        sys.stdout.flush()
+        return 0
 
 
 def command_line(module: str, argv: list[str]) -> str:

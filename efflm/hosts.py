@@ -18,7 +18,8 @@ from jax.experimental import multihost_utils
 from efflm.config import HostsConfig, InputError
 
 # What a process ends with. Only RETRY (sysexits' EX_TEMPFAIL) makes the scripts in launch/ start all of them again.
-BUG, MISTAKE, MEMORY, RETRY = 1, 2, 3, 75
+# INTERRUPTED is what shells give a program that Ctrl-C has ended.
+BUG, MISTAKE, MEMORY, RETRY, INTERRUPTED = 1, 2, 3, 75, 130
 
 # Errors of machines, networks and network storage. Any other of the operating system (ENOSPC, EDQUOT, EACCES, EROFS)
 # is about the directory that the user gave, and comes again.
@@ -142,7 +143,7 @@ def start(hosts: HostsConfig) -> None:
 
 def is_first() -> bool:
     """Whether this process is the one that prints and writes for all."""
-    return jax.process_index() == 0
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def leave(code: int, several: bool = False) -> None:

@@ -1,20 +1,35 @@
-"""What every run does with its directory: check it first, cache compiled programs beside it, write files whole."""
+"""What every run does with its directory: check it first, have it for itself, cache compiled programs beside it, write
+files whole."""
 
+import contextlib
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from efflm import hosts
 from efflm.config import InputError, require
 
-VECTORS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "bf16", "i8mm")
+try:
+    import fcntl
+except ImportError:  # a system without it
+    fcntl = None
+
 ROOT = Path(__file__).resolve().parent.parent / "runs"
+SMALL_FILES = 3_000_000  # bytes: logs, tables, pictures, the page and the tokenizer of a run, at most
+VECTORS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "bf16", "i8mm")
+LOCK = "run.lock"
+_held: set[Path] = set()  # the directories that this process has for itself
 
 
 def require_writable(path: Path, needs: int) -> None:
@@ -33,11 +48,93 @@ def require_writable(path: Path, needs: int) -> None:
     except OSError as error:
         raise InputError(f"cannot write into {existing} ({error.strerror}): give another --run_dir") from None
     free = shutil.disk_usage(existing).free
+    megabytes = lambda size: f"{size / 1e6:,.0f}" if size >= 1e7 else f"{size / 1e6:.2g}"
     require(
         free >= needs,
-        f"{existing} has {free / 1e6:.0f} MB free, but this run needs about {needs / 1e6:.0f} MB: free some space or "
+        f"{existing} has {megabytes(free)} MB free, but this run needs about {megabytes(needs)} MB: free some space or "
         "give another --run_dir",
     )
+
+
+def locked(main: Callable[..., None]) -> Callable[..., None]:
+    """The main of an experiment, with run.run_dir `held`."""
+
+    @functools.wraps(main)
+    def alone(run: Any, *groups: Any, **named: Any) -> None:
+        with held(Path(run.run_dir)):
+            main(run, *groups, **named)
+
+    return alone
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Have the directory, which is made if need be, for this process; of several that run one program, for process 0.
+
+    The lock is the kernel's, on a file that says who has it, and ends with the process in whatever way that ends. It
+    is gone in the end, as is the directory where nothing came into it. Raises InputError if another process has it.
+    """
+    path = path.resolve()
+    if fcntl is None or path in _held or not hosts.is_first():
+        yield
+        return
+    require_writable(path, needs=0)
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = _lock(path)
+        _held.add(path)
+        try:
+            yield
+        finally:
+            _held.discard(path)
+            (path / LOCK).unlink(missing_ok=True)
+            os.close(handle)
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
+
+
+def _lock(path: Path) -> int:
+    """An open file, locked where its file system can do that, in which is who we are."""
+    file = path / LOCK
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise InputError(
+                f"{path} is in use by {_owner(file)}: wait for its end, or give another --run_dir"
+            ) from None
+        except OSError as error:
+            print(
+                f"warning: no lock on {path} ({error.strerror}): make sure that no other run writes into it",
+                file=sys.stderr,
+            )
+        with contextlib.suppress(OSError):
+            if os.fstat(handle).st_ino == file.stat().st_ino:
+                break
+        os.close(handle)  # its owner has just deleted it
+    me = {
+        "pid": os.getpid(),
+        "host": platform.node(),
+        "since": datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S"),
+        "command": shlex.join(sys.argv),
+    }
+    with contextlib.suppress(OSError):  # a full disk: the lock counts, not the words
+        os.ftruncate(handle, 0)
+        os.write(handle, json.dumps(me).encode())
+    return handle
+
+
+def _owner(file: Path) -> str:
+    try:
+        who = json.loads(file.read_text())
+        return f"process {who['pid']} on {who['host']}, since {who['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # it has not written it yet
+        return "another process"
 
 
 def use_compilation_cache(folder: Path) -> None:

@@ -84,13 +84,14 @@ def measure(run: Run, shape: ModelShape, train: TrainConfig) -> Measured:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
+@rundir.locked
 def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
     config, run_dir, policy = model.config(), Path(run.run_dir), POLICIES[train.policy]
     require(
         train.length <= config.max_length or not run.measure,
         f"train.length {train.length} is longer than model.max_length {config.max_length}: raise model.max_length",
     )
-    rundir.require_writable(run_dir, needs=10_000_000)
+    rundir.require_writable(run_dir, needs=rundir.SMALL_FILES)
     inference = POLICIES["bfloat16_pure"] if policy.param == "bfloat16" else POLICIES["float32"]
     began = time.perf_counter()
     roofline = machine.measure(tuple(sorted({policy.compute, inference.compute})))

@@ -1,6 +1,6 @@
 """Training speed by precision policy, compared with another program's: tokens/s, MFU, compile time, memory.
 
-    bash launch/run.sh experiments.bench_train
+    bash launch/run.sh experiments.bench_train --policies=float32,bfloat16 --rounds=5
     bash launch/run.sh experiments.bench_train --peer="PYTHON torch_train.py"
 
 Expect one JSON line a policy: name, tokens_per_second (median of the rounds), mfu (of the devices' own measured

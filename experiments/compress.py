@@ -2,7 +2,7 @@
 
     python -m experiments.compress --model=runs/quickstart --recipe=w8a8
     python -m experiments.compress --model=runs/quickstart --recipe=masks50,w8a16 --prune.sparsity=0.3
-    python -m experiments.compress --model=smollm2 --recipe="w8a16 w8a8 masks50 masks24"
+    python -m experiments.compress --model=smollm2 --recipe="w8a16 w8a8 masks50" --text=notes.txt --run_dir=runs/mine
 
 Expect a table of all models, and in the run directory each compressed one as `<recipe>.safetensors`, its tokenizer,
 `results.json` and `report.html`. Beside the first model one compressed model is held at a time.
@@ -23,7 +23,7 @@ from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink
 from efflm.compress.step import Context, Step
-from efflm.config import PRECISION, AskedPrecision, InputError, flag, require
+from efflm.config import PRECISION, AskedPrecision, InputError, flag, require, require_seed
 from efflm.data import corpora, dataset
 from efflm.evaluate import cost, quality
 from efflm.evaluate.windows import Scoring
@@ -58,6 +58,7 @@ class Run:
     sample: int = flag(32, "tokens of that continuation")
 
     def __post_init__(self):
+        require_seed(self.seed)
         require(bool(self.recipe.split()), f"recipe is {self.recipe!r}: give at least one")
         for names in self.recipe.split():
             recipe.named(names)
@@ -110,15 +111,17 @@ def described(steps: tuple[Step, ...], after: LanguageModel) -> str:
     return f"{words}; no faster, since a masked dense matrix multiplies its zeros too; {megabytes} MB if dense"
 
 
+@rundir.locked
 def main(run: Run, score: Scoring, quantize: dict, prune: dict, finetune: dict, distill: dict, shrink: dict) -> None:
     began = time.perf_counter()
     say = lambda words: print(f"[{time.perf_counter() - began:4.0f} s] {words}", flush=True)
     changes = {Quantize: quantize, Prune: prune, Finetune: finetune, Distill: distill, Shrink: shrink}
     plans, run_dir = chains(run.recipe, changes), Path(run.run_dir)
-    rundir.require_writable(run_dir, needs=50_000_000)
+    rundir.require_writable(run_dir, needs=rundir.SMALL_FILES)
     loaded = sources.load(run.model, precision=run.precision, mesh=sharding.data_parallel(run.batch))
     dense, tokens, about = loaded.model, loaded.tokenizer, loaded.about
-    rundir.require_writable(run_dir, needs=50_000_000 + (1 + len(plans)) * trees.nbytes(dense.params))
+    largest = max(trees.nbytes(dense.params), 2 * trees.count(dense.params))  # of int8, recipe bfloat16 makes that
+    rundir.require_writable(run_dir, needs=(1 + len(plans)) * largest + rundir.SMALL_FILES)
     say(f"{run.model}: {trees.count(dense.params) / 1e6:.1f} M parameters, {rows.origin(run.model, about)}")
     text = dataset.to_score(run.text, run.corpus, about, tokens, dataset.cache_beside(run.model))
     score = score.within(dense.config.max_length, about.get("train.length", 0), text.unbroken)

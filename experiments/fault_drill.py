@@ -30,7 +30,7 @@ from typing import Any, Literal
 import numpy as np
 
 from efflm import rundir, trees
-from efflm.config import ModelShape, TrainConfig, flag, require
+from efflm.config import ModelShape, TrainConfig, flag, require, require_seed
 from efflm.flags import launch
 from efflm.model import LanguageModel, init_params, sharding
 from efflm.train import assemble, manifest, metrics
@@ -51,11 +51,12 @@ class Run:
     kills: int = flag(20, "how often the run is killed")
     every: int = flag(5, "steps between checkpoints")
     seed: int = flag(0, "seed of when is killed and what is damaged")
-    role: Literal["drill", "train"] = flag("drill", "train: one of the processes that get killed")
-    steps: int = flag(0, "steps to train; 0: as many as the kills need")
-    largest_file: int = flag(0, "bytes beyond which the system lets no file grow; 0: no limit")
+    role: Literal["drill", "train"] = flag("drill", "train: one of the processes that get killed", internal=True)
+    steps: int = flag(0, "steps to train; 0: as many as the kills need", internal=True)
+    largest_file: int = flag(0, "bytes beyond which the system lets no file grow; 0: no limit", internal=True)
 
     def __post_init__(self):
+        require_seed(self.seed)
         require(self.kills >= 0, f"kills is {self.kills}, but must not be negative")
         require(self.every > 0, f"every is {self.every}, but must be positive")
 
@@ -205,12 +206,17 @@ def damage(run_dir: Path, rng: random.Random) -> tuple[int, str] | None:
     return committed[-1], f"{how} {file.relative_to(folder)}"
 
 
+@rundir.locked
 def main(run: Run) -> None:
     if run.role == "train":
         train(run)
         return
     root = Path(run.run_dir)
-    shutil.rmtree(root, ignore_errors=True)
+    for old in root.glob("*"):
+        if old.is_dir():
+            shutil.rmtree(old)
+        elif old.name != rundir.LOCK:
+            old.unlink()
     calm, troubled = root / "calm", root / "troubled"
     require(start(run, calm).wait() == 0, f"the undisturbed run failed: see {root}/calm.log")
     truth = {line["step"]: line for line in lines(calm)}

@@ -9,15 +9,15 @@ separately the time that compiling took. What was compiled once is reused by the
 """
 
 import dataclasses
-import os
+import io
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
 
-from efflm import ops, rundir
-from efflm.config import PRECISION, AskedPrecision, flag, require
+from efflm import ops, rundir, streams
+from efflm.config import PRECISION, AskedPrecision, InputError, flag, require, require_seed
 from efflm.flags import launch
 from efflm.formats import sources
 from efflm.formats.sources import KINDS, Loaded
@@ -38,12 +38,13 @@ class Run:
     top_k: int = flag(0, "draw from the k likeliest tokens only; 0: all")
     top_p: float = flag(1.0, "draw from the fewest tokens that have this much of the probability; 1: all")
     min_p: float = flag(0.0, "draw from tokens at least this fraction as likely as the likeliest; 0: all")
-    seed: int = flag(0, "of what is drawn")
+    seed: int = flag(0, "seed of what is drawn")
     stop: str = flag("", "text to end before, beside the model's own stop tokens")
     precision: AskedPrecision = flag("", PRECISION)
 
     def __post_init__(self):
         require(self.max_tokens > 0, f"max_tokens is {self.max_tokens}, but must be positive")
+        require_seed(self.seed)
         require(self.chat or not self.system, "system is for --chat: put it into the prompt")
         self.sampling()
 
@@ -76,8 +77,12 @@ def until(texts: Iterable[str], stop: str) -> Iterator[str]:
     yield held
 
 
-def compile_clock() -> Callable[[], float]:
-    """Starts to watch JAX compile; what it returns says how many seconds that has taken since, tracing included."""
+Clock = Callable[[float, float], tuple[float, float]]
+
+
+def compile_clock() -> Clock:
+    """Starts to watch JAX compile, tracing included; what it returns splits the seconds between two readings of
+    time.perf_counter into those that compiling took and all others. Neither can be negative."""
     spans: list[tuple[float, float]] = []
 
     def listen(event: str, seconds: float, **_) -> None:
@@ -87,12 +92,34 @@ def compile_clock() -> Callable[[], float]:
                 spans.pop()
             spans.append((now - seconds, now))
 
+    def split(since: float, until: float) -> tuple[float, float]:
+        compiling = others = 0.0
+        at = since
+        for start, end in spans:
+            start, end = min(max(start, at), until), min(max(end, at), until)
+            others, compiling, at = others + start - at, compiling + end - start, end
+        return compiling, others + until - at
+
     jax.monitoring.register_event_duration_secs_listener(listen)
-    return lambda: sum(end - start for start, end in spans)
+    return split
+
+
+def read_prompt() -> str:
+    """What comes on stdin, whatever the locale says of its encoding. Raises InputError."""
+    require(
+        sys.stdin is not None, "--prompt=- reads stdin, which is closed: pipe the prompt in, or give it as --prompt"
+    )
+    try:
+        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"--prompt=- reads stdin, which is not UTF-8 (byte {error.object[error.start]:#04x} at offset "
+            f"{error.start}): convert it first"
+        ) from None
 
 
 def main(run: Run) -> None:
-    text = sys.stdin.read() if run.prompt == "-" else run.prompt
+    text = read_prompt() if run.prompt == "-" else run.prompt
     require(bool(text) or not run.chat, "the prompt is empty: give --prompt, or --prompt=- and something on stdin")
     note = lambda words: print(words, file=sys.stderr, flush=True)
     began = time.perf_counter()
@@ -102,15 +129,15 @@ def main(run: Run) -> None:
     note(f"{run.model}: loaded in {time.perf_counter() - began:.1f} s")
     ids = prompt_ids(run, loaded, text)
     rundir.use_compilation_cache(rundir.ROOT / "compilation_cache")
-    compiling, tokens = compile_clock(), loaded.tokenizer
+    clock, tokens = compile_clock(), loaded.tokenizer
     # Bad input is refused here, before anything is on stdout.
     chunks = stream(loaded.model, [ids], run.max_tokens, run.sampling(), tokens.stops, run.seed, CHUNK)
-    times, counts = [(time.perf_counter(), 0.0)], [0]  # after each chunk: the time, compiling until then; tokens so far
+    times, counts = [time.perf_counter()], [0]  # after each chunk: the time, and how many tokens there are
 
     def texts() -> Iterator[str]:
         decode = tokens.stream()
         for (new,) in chunks:
-            times.append((time.perf_counter(), compiling()))
+            times.append(time.perf_counter())
             counts.append(counts[-1] + len(new))
             yield decode(new)
         yield decode([], final=True)
@@ -123,23 +150,21 @@ def main(run: Run) -> None:
             sys.stdout.flush()
         sys.stdout.write("\n")
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        note("")
     except BrokenPipeError:  # the reader of stdout has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    note(timing(times, counts, len(ids)))
+        streams.drop(sys.stdout)
+    note(timing(times, counts, len(ids), clock))
 
 
-def timing(times: list[tuple[float, float]], counts: list[int], prompt: int) -> str:
+def timing(times: list[float], counts: list[int], prompt: int, clock: Clock) -> str:
     """The last line: of `times` the first is when it began, the second when the first token was there."""
     if len(times) < 2:
         return "nothing was written"
-    (start, _), (first, before), (last, compiled) = times[0], times[1], times[-1]
-    words = [f"first token after {first - start - before:.2f} s ({prompt} in the prompt)"]
-    further, seconds = counts[-1] - counts[1], last - first - (compiled - before)
-    if further > 0:
+    start, first, last = times[0], times[1], times[-1]
+    words = [f"first token after {clock(start, first)[1]:.2f} s ({prompt} in the prompt)"]
+    further, seconds = counts[-1] - counts[1], clock(first, last)[1]
+    if further > 0 and seconds > 0:
         words.append(f"{further} more at {further / seconds:.1f} tokens/s")
-    return "; ".join([*words, f"compiling took {compiled:.1f} s beside that"])
+    return "; ".join([*words, f"compiling took {clock(start, last)[0]:.1f} s beside that"])
 
 
 if __name__ == "__main__":

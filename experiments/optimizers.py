@@ -2,6 +2,7 @@
 
     python -m experiments.optimizers --reduced      # 3 minutes on two cores
     python -m experiments.optimizers                # about 45 runs of one to two minutes
+    python -m experiments.optimizers --optimizers=adamw,muon --seeds=2 --run_dir=runs/muon
 
 Expect a table in the terminal and, in the run directory, report.html with loss curves against steps and against
 seconds, results.json, and the metrics of every run (curves/).
@@ -148,6 +149,7 @@ COLUMNS = (
 )
 
 
+@rundir.locked
 def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> None:
     began, run_dir = time.perf_counter(), Path(run.run_dir)
     if run.reduced:
@@ -159,7 +161,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
         train.length <= shape.max_length,
         f"train.length {train.length} is longer than model.max_length {shape.max_length}: raise model.max_length",
     )
-    rundir.require_writable(run_dir, needs=200_000_000)
+    rundir.require_writable(run_dir, needs=2 * rundir.SMALL_FILES)
     data = dataset.prepare(
         run.corpus, run_dir.parent / "corpora", vocabulary=shape.vocabulary, length=train.length, batch=train.batch
     )

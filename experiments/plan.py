@@ -82,6 +82,7 @@ TRAIN = TrainConfig(batch=512, length=4096, policy="bfloat16", scan=True, remat=
 MESH = MeshConfig(data=1, fsdp=-1)
 
 
+@rundir.locked
 def main(run: Run, mesh: MeshConfig, train: TrainConfig) -> None:
     began = time.perf_counter()
     config, run_dir = preset(run.model), Path(run.run_dir)
@@ -93,7 +94,7 @@ def main(run: Run, mesh: MeshConfig, train: TrainConfig) -> None:
         f"{name} {length} is longer than the max_length of {run.model}, {config.max_length}: lower {name}",
     )
     devices = how_many(run, mesh, topology)
-    rundir.require_writable(run_dir, needs=10_000_000)
+    rundir.require_writable(run_dir, needs=rundir.SMALL_FILES)
     tables: list[Table] = []
     facts: list[str] = []
     out: dict[str, Any] = {"model": run.model, "hardware": dataclasses.asdict(chip), "devices": devices}

@@ -1,10 +1,12 @@
 """Train a language model from scratch on a text corpus, and keep a checkpoint.
 
     python -m experiments.pretrain --corpus=stdlib --run_dir=runs/pretrain --train.steps=200 --model.layers=6
+    python -m experiments.pretrain --corpus=FOLDER --train.batch=16 --train.length=512 --train.learning_rate=1e-3
 
 Expect `checkpoint/`, `tokenizer.json`, `metrics.jsonl`, `tensorboard/` and `loss.png` in the run directory, and a
 validation loss at the end. While it trains, `state/` holds what the same command resumes from when it was
-stopped or killed: a SIGTERM makes it write one last checkpoint and end with exit code 0. On several hosts: launch/.
+stopped or killed: at Ctrl-C or SIGTERM it writes one last checkpoint and ends with exit code 0. On several hosts:
+launch/.
 """
 
 import dataclasses
@@ -14,7 +16,17 @@ from typing import Any
 from jax.sharding import Mesh
 
 from efflm import hosts, rundir, tokenizer
-from efflm.config import HostsConfig, InputError, MeshConfig, ModelConfig, ModelShape, TrainConfig, flag, require
+from efflm.config import (
+    HostsConfig,
+    InputError,
+    MeshConfig,
+    ModelConfig,
+    ModelShape,
+    TrainConfig,
+    flag,
+    require,
+    require_seed,
+)
 from efflm.data import corpora, dataset
 from efflm.data.dataset import Dataset
 from efflm.evaluate import quality
@@ -25,6 +37,8 @@ from efflm.precision import POLICIES
 from efflm.report import plots, scoring
 from efflm.train import assemble, checkpoint, metrics
 from efflm.train.checkpoint import Checkpointing
+
+LEAF_FILES, METRICS_LINE = 4_000, 1_000  # bytes: what Orbax notes of a weight, and a line in both kinds of metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +56,7 @@ class Run:
     profile_steps: str = flag("", "FIRST,LAST: trace these steps into run_dir/profile, for TensorBoard and Perfetto")
 
     def __post_init__(self):
+        require_seed(self.seed)
         self.profile()
         self.checkpointing({})
 
@@ -65,8 +80,11 @@ class Run:
         return first, last, Path(self.run_dir) / "profile"
 
 
-def check(run: Run, config: ModelConfig, train: TrainConfig) -> None:
-    """Find what is wrong with the directories and checkpoints before anything is written. Raises InputError."""
+def check(run: Run, config: ModelConfig, train: TrainConfig, models: int = 1) -> None:
+    """Find what is wrong with the directories and checkpoints before anything is written. Raises InputError.
+
+    models: how many of the size of the trained one are written.
+    """
     require(
         train.length <= config.max_length,
         f"train.length {train.length} is longer than model.max_length {config.max_length}: raise model.max_length",
@@ -76,9 +94,12 @@ def check(run: Run, config: ModelConfig, train: TrainConfig) -> None:
         profile is None or profile[1] < train.steps,
         f"profile_steps {run.profile_steps} lies beyond the last step: train.steps is {train.steps}",
     )
-    # Weights and both moments in float32 for each checkpoint kept and the one being written; the model itself.
+    weights = cost.weight_bytes(config, POLICIES[train.policy])
+    state = weights + cost.optimizer_bytes(config, train.optimizer) + LEAF_FILES * len(cost.shapes(config))
+    lines = METRICS_LINE * train.steps // train.log_every
+    checkpoints = run.checkpointing({}).most(train.steps)
     rundir.require_writable(
-        Path(run.run_dir), needs=150_000_000 + (12 * (run.keep + 1) + 4) * sum(cost.parameters(config).values())
+        Path(run.run_dir), needs=checkpoints * state + models * weights + lines + rundir.SMALL_FILES
     )
     if run.init_from:
         require(
@@ -154,6 +175,7 @@ def show_curve(run_dir: Path) -> None:
         plots.save(plots.curves({"training": curve}, "steps"), run_dir / "loss.png")
 
 
+@rundir.locked
 def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring, mesh: MeshConfig) -> None:
     config = saved_config(model, train)
     check(run, config, train)

@@ -1,6 +1,7 @@
 """Train a small language model on real text, compress it in nine ways, and show what each gains and costs.
 
-    bash launch/quickstart.sh                    # or: python -m experiments.quickstart --corpus=FOLDER --seed=1
+    bash launch/quickstart.sh
+    bash launch/quickstart.sh --corpus=FOLDER --run_dir=runs/mine --train.steps=300 --seed=1
 
 Expect, in 6 to 9 minutes on two cores, a table in the terminal and in runs/quickstart: report.html, results.json,
 metrics.jsonl and curves/, the trained model in checkpoint/ and every compressed one in models/.
@@ -44,13 +45,15 @@ NOTES = {
 
 
 PROMPT = "def main("  # what each model continues, to look at
+MODELS = 8  # of the size of the dense one: the ten that are written, most of them smaller, and the checkpoint
 RUN = pretrain.Run(run_dir=str(rundir.ROOT / "quickstart"))
 
 
+@rundir.locked
 def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scoring) -> None:
     began = time.perf_counter()
     run_dir, config = Path(run.run_dir), pretrain.saved_config(model, train)
-    pretrain.check(run, config, train)
+    pretrain.check(run, config, train, MODELS)
     score.within(config.max_length)
     step = lambda number, words: print(f"[{time.perf_counter() - began:4.0f} s] {number}/6 {words}", flush=True)
 

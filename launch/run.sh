@@ -4,5 +4,6 @@
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+module=$(experiment "${1:-}")
 set_up >&2
-exec "$venv/bin/python" -P -m "$@"
+exec "$venv/bin/python" -P -m "$module" "${@:2}"

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: makes .venv beside the code (or in $EFFLM_VENV) and installs requirements.txt into it,
+# Sourced by the other scripts: knows the experiments by their names, makes .venv beside the code (or in $EFFLM_VENV) and installs requirements.txt into it,
 # once, and jax for the accelerator in $EFFLM_ACCELERATOR (tpu, cuda12, cuda13).
 # Safe to interrupt: the install is marked done by a stamp written last, and pip picks up where it was.
 
@@ -15,6 +15,25 @@ find_python() {
     fi
   done
   echo "error: efflm needs Python 3.11 or 3.12 on the PATH: install one, or set PYTHON to it" >&2
+  return 2
+}
+
+# The module of an experiment given as experiments.NAME, as NAME or by its file.
+experiment() {
+  local name=${1##*experiments[./]} names near
+  name=${name%.py}
+  if [ -z "$name" ]; then
+    echo "error: no experiment given: name one, as in experiments.pretrain" >&2
+    return 2
+  elif [ "${name#_}" = "$name" ] && [ -f "$root/experiments/$name.py" ]; then
+    echo "experiments.$name"
+    return
+  fi
+  names=("$root"/experiments/[a-z]*.py)
+  names=("${names[@]##*/}")
+  near=$("$(find_python)" -c 'import difflib, sys; print(*difflib.get_close_matches(*sys.argv[1:2], sys.argv[2:], 1))' \
+    "$name" "${names[@]%.py}" 2>/dev/null) || near=''
+  echo "error: there is no experiment $1: ${near:+did you mean experiments.$near? }experiments/README.md lists them" >&2
   return 2
 }
 
@@ -47,8 +66,8 @@ cause() {
   echo "${said:+${said##* }}" | grep . || echo "$2"
 }
 
-# Exit codes worth another try: lost machines and storage, and signals. See the table in launch/README.md.
-retryable() { [ "$1" -eq 75 ] || [ "$1" -gt 128 ]; }
+# Exit codes worth another try: lost machines and storage, and signals but for Ctrl-C. See the table in launch/README.md.
+retryable() { [ "$1" -eq 75 ] || { [ "$1" -gt 128 ] && [ "$1" -ne 130 ]; }; }
 
 # Huge pages, and one big heap in place of a mapping, and its page faults, for each array. On a 2-core Zen 4, in turn
 # with and without: a training step is 1.15 to 1.2 times as fast. Results are the same to the last bit.

@@ -27,6 +27,7 @@ if [ -z "$name" ] || [ -z "$zone" ] || [ -z "$type" ] || [ -z "$runtime" ] || [ 
   echo "error: --name, --zone, --type and --runtime are needed, and an experiment after --" >&2
   exit 2
 fi
+experiment "$1" >/dev/null
 
 tpu() { gcloud compute tpus "$@" --zone="$zone"; }
 state() { tpu queued-resources describe "$name" --format='value(state.state)' 2>/dev/null || echo NONE; }

@@ -1,11 +1,14 @@
 import dataclasses
 import json
+import re
 
 import pytest
 
 from efflm import flags, rundir
+from efflm.compress.finetune import Finetune
 from efflm.compress.prune import Prune
-from efflm.config import InputError, ModelConfig, ModelShape, RopeScaling, TrainConfig, flag
+from efflm.config import HostsConfig, InputError, ModelConfig, ModelShape, RopeScaling, TrainConfig, flag
+from experiments import compress, generate, pretrain
 from tests import tiny
 
 
@@ -14,6 +17,13 @@ class Run:
     """The run"""
 
     seed: int = flag(0, "a seed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Named:
+    """The run"""
+
+    name: str = flag("", "a name")
 
 
 def parsed(*argv, **groups):
@@ -38,14 +48,23 @@ def test_a_group_given_as_a_class_returns_only_what_was_set():
     [
         (["--sed=3"], "unknown flag --sed: did you mean --seed"),
         (["--model.leyers=3"], "did you mean --model.layers"),
-        (["--seed=x"], "seed"),
-        (["--model.family=bert"], "llama"),
+        (["--steps=5"], "unknown flag --steps: did you mean --train.steps?"),
+        (["--width=5"], "did you mean --model.width?"),
+        (["--seed=x"], "--seed is 'x', but must be a whole number"),
+        (["--train.steps=five"], "--train.steps is 'five', but must be a whole number"),
+        (["--train.steps=1e3"], "--train.steps is '1e3', but must be a whole number"),
+        (["--train.steps="], "--train.steps is '', but must be a whole number"),
+        (["--seed=99999999999999999999"], "--seed is 99999999999999999999, but must lie within 64 bits"),
+        (["--train.clip=much"], "--train.clip is 'much', but must be a number"),
+        (["--train.clip=nan"], "--train.clip is 'nan', but must be a finite number"),
+        (["--train.scan=maybe"], "--train.scan is 'maybe', but must be true or false"),
+        (["--model.family=bert"], "--model.family is 'bert', but must be one of llama, gpt2"),
         (["stray"], "unexpected argument 'stray'"),
         (["--model.width=100", "--model.heads=3"], "width 100 is not divisible by model.heads 3"),
         (["--model.heads=4", "--model.kv_heads=3"], "heads 4 is not divisible by kv_heads 3"),
         (["--model.layers=0"], "at least one layer"),
         (["--model.vocabulary=100"], "at least 257"),
-        (["--train.steps=0"], "must be positive"),
+        (["--train.steps=0"], "--train.steps is 0, but must be positive"),
         (["--train.steps=10", "--train.warmup=10"], "train.warmup is 10, but must be less than train.steps=10"),
         (["--train.optimizer=adagrad"], "adamw8bit"),
         (["--train.schedule=step"], "cosine"),
@@ -63,6 +82,26 @@ def test_mistakes_are_one_line(argv, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_bare_name_suggests_every_flag_that_ends_in_it():
+    with pytest.raises(InputError, match=r"did you mean --train\.learning_rate or --finetune\.learning_rate\?"):
+        parsed("--learning_rate=1", train=TrainConfig(), finetune=Finetune, prune=Prune)
+
+
+def test_text_that_is_not_utf8_is_refused_by_the_name_of_its_flag():
+    with pytest.raises(InputError, match=r"--name is not UTF-8 \(byte 0xff at character 2\)"):
+        parsed("--name=ab\udcff", run=Named())
+    assert parsed("--name=naïve 😀", run=Named())["run"].name == "naïve 😀"
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 32])
+def test_a_seed_that_another_one_would_equal_is_refused(seed):
+    """JAX drops what is beyond 32 bits, so that 0 and 2**32 would draw the same."""
+    for kind in (generate.Run, pretrain.Run, compress.Run):
+        kind(seed=(1 << 32) - 1)
+        with pytest.raises(InputError, match=f"seed is {seed}, but must be from 0 to 4294967295"):
+            kind(seed=seed)
+
+
 def test_mistakes_and_the_systems_refusals_exit_with_two(capsys):
     def refuse(run):
         raise OSError(28, "No space left on device", "/full/file")
@@ -78,11 +117,49 @@ def test_mistakes_and_the_systems_refusals_exit_with_two(capsys):
         flags.launch(lambda run: 1 / 0, "doc", ["x"], run=Run())
 
 
-def test_help_shows_doc_flags_defaults_and_choices(capsys):
-    flags.launch(lambda **_: 1 / 0, "What it does.", ["x", "--help"], run=Run(), model=ModelShape(), prune=Prune)
-    out = capsys.readouterr().out
-    for text in ("What it does.", "--seed=0", "--model.family=llama [llama|gpt2]", "--prune.sparsity=0.5"):
-        assert text in out
+DOC = """What it does, in a sentence that is long enough to be wrapped on a terminal that is narrow.
+
+    python -m experiments.it --model.width=64 --seed=3 --notrain.scan
+
+Expect a result.
+"""
+
+
+def helped(monkeypatch, capsys, *argv, columns=80):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    groups = {"run": Run(), "model": ModelShape(), "train": TrainConfig(), "prune": Prune, "hosts": HostsConfig()}
+    flags.launch(lambda **_: 1 / 0, DOC, ["x", *argv], **groups)
+    return capsys.readouterr().out
+
+
+def test_help_shows_doc_flags_defaults_and_choices(monkeypatch, capsys):
+    out = helped(monkeypatch, capsys, "--help")
+    for text in ("What it does", "--seed=0", "--model.family=llama", "[llama, gpt2]", "--prune.sparsity=0.5"):
+        assert out.count(text) == 1, text
+    assert out.count("schedule_free") == 1
+
+
+def test_help_tells_the_flags_of_the_commands_first(monkeypatch, capsys):
+    out = helped(monkeypatch, capsys, "--help")
+    names = re.findall(r"^  --(\S+?)=", out, re.M)
+    assert names[:3] == ["model.width", "seed", "train.scan"]
+    assert len(names) == len(set(names))
+    assert out.index("Expect a result") < out.index("--model.width=256") < out.index("--model.family")
+
+
+def test_help_hides_what_scripts_set(monkeypatch, capsys):
+    out = helped(monkeypatch, capsys, "--help")
+    assert "--hosts" not in out
+    assert "--helpfull" in out
+    assert "--hosts.coordinator" in helped(monkeypatch, capsys, "--helpfull")
+
+
+@pytest.mark.parametrize("columns", [60, 100])
+def test_help_fits_the_terminal(monkeypatch, capsys, columns):
+    out = helped(monkeypatch, capsys, "--helpfull", columns=columns)
+    commands = [line for line in out.splitlines() if line.startswith("    python")]
+    assert len(commands) == 1
+    assert max(len(line) for line in out.splitlines() if line not in commands) <= columns
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

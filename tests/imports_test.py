@@ -9,14 +9,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "efflm").rglob("*.py"))
-BASE = {"config", "trees", "precision", "rundir", "hosts"}
+BASE = {"config", "trees", "precision", "rundir", "hosts", "signals"}
 ALLOWED = {
     "config": set(),
     "trees": set(),
     "precision": {"config"},
-    "rundir": {"config"},
+    "rundir": {"config", "hosts"},
     "hosts": {"config"},
-    "flags": {"config", "hosts"},
+    "helptext": set(),
+    "signals": {"hosts"},
+    "streams": {"config"},
+    "flags": {"config", "helptext", "hosts", "signals", "streams"},
     "chat": {"config"},
     "tokenizer_json": {"config"},
     "tokenizer": BASE | {"chat", "tokenizer_json"},

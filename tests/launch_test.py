@@ -1,6 +1,8 @@
 """The scripts in launch/: what they say, what they start, and two real processes that train one model."""
 
+import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -53,13 +55,142 @@ def test_scripts_are_clean(script):
         (["local.sh", "--procs=2", "--", "experiments.pretrain"], "unknown flag --procs=2"),
         (["tpu_pod.sh", "--name=x", "--", "experiments.pretrain"], "--zone"),
         (["slurm.sbatch"], "no experiment given"),
+        (["run.sh"], "no experiment given"),
+        *[
+            ([*script, name], f"there is no experiment {name}: did you mean experiments.{meant}?")
+            for script in (
+                ["run.sh"],
+                ["local.sh", "--"],
+                ["slurm.sbatch"],
+                ["tpu_pod.sh", "--name=x", "--zone=z", "--type=t", "--runtime=r", "--"],
+            )
+            for name, meant in (("experiments.pretrane", "pretrain"), ("experiments/evalute.py", "evaluate"))
+        ],
+        (["run.sh", "xyz"], "there is no experiment xyz: experiments/README.md lists them"),
     ],
 )
 def test_a_wrong_command_is_told_in_one_line(command, words):
-    ended = bash(LAUNCH / command[0], *command[1:])
+    ended = bash(LAUNCH / command[0], *command[1:], cwd=ROOT)
     assert ended.returncode == 2
     assert words in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
+
+
+def stand_in(folder, script):
+    """An environment in which a script is the installed Python, but for what the launch scripts ask it themselves."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").write_text(f"""#!/bin/bash
+case "$*" in
+  *socket*) echo 1234; exit ;;
+esac
+{script}
+""")
+    (folder / "bin" / "python").chmod(0o755)
+    (folder / ".efflm-installed").write_text((ROOT / "requirements.txt").read_text())
+    return {"PATH": "/usr/bin:/bin", "EFFLM_VENV": str(folder), "EFFLM_ACCELERATOR": "", "TMPDIR": str(folder)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "experiments.pretrain",
+        "pretrain",
+        "experiments/pretrain.py",
+        "./experiments/pretrain.py",
+        f"{ROOT}/experiments/pretrain.py",
+    ],
+)
+def test_an_experiment_has_several_names(tmp_path, name):
+    ended = bash(LAUNCH / "run.sh", name, "--seed=1", env=stand_in(tmp_path / "venv", 'echo "$@"'))
+    assert ended.stdout == "-P -m experiments.pretrain --seed=1\n", ended.stderr
+
+
+GROUPS = []
+
+
+@pytest.fixture(autouse=True)
+def no_group_left_running():
+    yield
+    while GROUPS:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(GROUPS.pop(), signal.SIGKILL)
+
+
+def local(folder, script, *flags):
+    """launch/local.sh with two stand-ins, in a process group of its own as a terminal makes one."""
+    running = subprocess.Popen(
+        ["bash", str(LAUNCH / "local.sh"), *flags, "--", "experiments.pretrain"], env=stand_in(folder, script),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    GROUPS.append(running.pid)
+    return running
+
+
+def test_what_a_runtime_dumps_goes_to_a_log_whose_name_is_printed(tmp_path):
+    """Process 1 is killed, process 0 then loses it and says so between the dumps of its libraries."""
+    running = local(tmp_path, """
+case "$*" in
+  *hosts.index=0*)
+    echo "  training: step 1"; /usr/bin/sleep 0.5
+    { echo 'E0000 coordination_service_agent.cc:1'; echo 'error: a machine failed (UNAVAILABLE)'; echo '*** SIGABRT'
+      echo 'warning: passing over the checkpoint 3'; echo 'this process ends with exit code 75'; } >&2
+    exit 75 ;;
+  *) echo 'F0000 dump' >&2; kill -KILL $$ ;;
+esac""", "--restarts=1")  # fmt: skip
+    out, errors = running.communicate(timeout=60)
+    assert (running.returncode, out) == (75, "  training: step 1\n" * 2)
+    lines = [line for line in errors.splitlines() if not line.startswith("install:")]
+    where = next(tmp_path.glob("efflm-local.*"))
+    assert lines[:5] == [
+        "launch: process 1 ended with exit code 137",
+        f"launch: what the processes write to stderr is in {where}",
+        "error: a machine failed (UNAVAILABLE)",
+        "warning: passing over the checkpoint 3",
+        "launch: process 0 ended with exit code 75",
+    ]
+    assert [line for line in lines if "000 dump" in line or "E0000" in line or "SIGABRT" in line] == []
+    assert len([line for line in lines if str(where) in line]) == 1
+    assert (where / "process-1.log").read_text() == "F0000 dump\n" * 2
+    assert (where / "process-0.log").read_text().count("E0000") == 2
+
+
+def test_a_bug_shows_its_traceback_once(tmp_path):
+    script = "echo 'E0000 dump' >&2; printf 'Traceback (most recent call last):\n  File\nKeyError: 1\n' >&2; exit 1"
+    _, errors = (running := local(tmp_path, script)).communicate(timeout=60)
+    assert running.returncode == 1
+    assert errors.count("KeyError: 1") == errors.count("Traceback") == 1
+    assert "dump" not in errors
+
+
+def test_what_went_well_leaves_no_logs(tmp_path):
+    running = local(tmp_path, "echo 'E0000 dump' >&2")
+    _, errors = running.communicate(timeout=60)
+    assert (running.returncode, "dump" in errors) == (0, False)
+    assert list(tmp_path.glob("efflm-local.*")) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_script_stops_all_once(tmp_path, number):
+    """A terminal sends Ctrl-C to the script and to its processes, which leave it to the script to tell them to stop."""
+    script = f"trap 'echo stopped >> {tmp_path}/told; exit 0' TERM; echo up; while :; do /usr/bin/sleep 0.1; done"
+    running = local(tmp_path / "venv", script)
+    assert [running.stdout.readline() for _ in range(2)] == ["up\n"] * 2
+    os.killpg(running.pid, number) if number == signal.SIGINT else running.send_signal(number)
+    running.communicate(timeout=60)
+    assert running.returncode == 0
+    assert (tmp_path / "told").read_text() == "stopped\n" * 2
+
+
+def test_a_second_ctrl_c_ends_all_and_nothing_starts_again(tmp_path):
+    running = local(tmp_path / "venv", "trap '' TERM; echo up; while :; do /usr/bin/sleep 0.1; done")
+    assert [running.stdout.readline() for _ in range(2)] == ["up\n"] * 2
+    os.killpg(running.pid, signal.SIGINT)
+    while "launch: stopping" not in (line := running.stderr.readline()):
+        assert line
+    os.killpg(running.pid, signal.SIGINT)
+    out, errors = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert (out, "again" in errors) == ("", False)
 
 
 def test_slurm_starts_one_process_a_task_and_again_when_one_was_lost(tmp_path):
@@ -101,17 +232,13 @@ def test_slurm_starts_one_process_a_task_and_again_when_one_was_lost(tmp_path):
 )
 def test_local_processes_start_again_a_few_times_but_not_after_a_final_code(tmp_path, codes, exit_code, lives):
     """Python is stood in for by a script that ends with the code of its index, the second process after the first."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").write_text(f"""#!/bin/bash
-case "$*" in
+    env = stand_in(
+        tmp_path / "venv",
+        f"""case "$*" in
   *hosts.index=0*) echo life >> {tmp_path}/lives; exit {codes[0]} ;;
   *hosts.index=1*) /usr/bin/sleep 0.5; exit {codes[1]} ;;
-  *) echo 1234 ;;
-esac
-""")
-    (tmp_path / "bin" / "python").chmod(0o755)
-    (tmp_path / ".efflm-installed").write_text((ROOT / "requirements.txt").read_text())
-    env = {"PATH": "/usr/bin:/bin", "EFFLM_VENV": str(tmp_path), "EFFLM_ACCELERATOR": ""}
+esac""",
+    )
     ended = bash(LAUNCH / "local.sh", "--processes=2", "--restarts=2", "--", "experiments.pretrain", env=env)
     assert ended.returncode == exit_code, ended.stderr
     assert len((tmp_path / "lives").read_text().splitlines()) == lives
@@ -284,7 +411,11 @@ def train(run_dir, corpus, processes, *flags, steps=24):
     ]
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     with (run_dir.parent / f"{run_dir.name}.log").open("w") as log:
-        STARTED.append(subprocess.Popen([*command, *where, *FLAGS, *flags], stdout=log, stderr=subprocess.STDOUT))
+        STARTED.append(
+            subprocess.Popen(
+                [*command, *where, *FLAGS, *flags], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        )
     return STARTED[-1]
 
 
@@ -339,8 +470,10 @@ def test_sigterm_stops_all_processes_at_the_same_step_and_another_number_goes_on
         assert other.poll() is None, said(run_dir)
         time.sleep(0.05)
     assert f"going on from step {step} of 400" in said(run_dir)
-    other.send_signal(signal.SIGTERM)
+    os.killpg(other.pid, signal.SIGINT)  # as a terminal sends Ctrl-C
     assert other.wait() == 0, said(run_dir)
+    assert len(re.findall(r"stopped at step \d+ of 400", said(run_dir))) == 1
+    assert "Traceback" not in said(run_dir)
 
 
 @pytest.mark.slow

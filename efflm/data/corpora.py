@@ -11,6 +11,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from efflm import rundir
 from efflm.config import InputError, require
 
 DEFAULT = "stdlib"
@@ -195,6 +196,9 @@ def _through_tfds(splits: dict[str, list[Document]], folder: Path) -> dict[str, 
     """Write the splits with a TFDS builder unless `folder` has them, and read them back."""
     if folder.exists() and not list(folder.glob("*/*/dataset_info.json")):
         shutil.rmtree(folder)  # an interrupted preparation
+    if not folder.exists():
+        size = sum(len(text.encode()) for documents in splits.values() for _, text in documents)
+        rundir.require_writable(folder, needs=2 * size)
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         builder = _builder_class()(splits, data_dir=folder, file_format="array_record")
         builder.download_and_prepare()

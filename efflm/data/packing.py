@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from efflm import rundir
+
 FIELDS = ("inputs", "targets", "segments", "positions")
 
 
@@ -88,6 +90,7 @@ def load_or_pack(path: Path, make: Callable[[], Rows]) -> Rows:
         with np.load(path) as stored:
             return Rows(**{name: stored[name] for name in FIELDS})
     rows = make()
+    rundir.require_writable(path.parent, needs=sum(array.nbytes for array in rows[:].values()))
     partial = path.with_suffix(".partial.npz")
     np.savez(partial, **rows[:])
     partial.replace(path)

@@ -34,7 +34,10 @@ class Sampling:
             self.temperature >= 0 and np.isfinite(self.temperature),
             f"temperature is {self.temperature}, but must be at least 0, which takes the likeliest token",
         )
-        require(self.top_k >= 0, f"top_k is {self.top_k}, but must be positive, or 0 for all tokens")
+        require(
+            0 <= self.top_k < 1 << 31,
+            f"top_k is {self.top_k}, but must be from 1 to {(1 << 31) - 1}, or 0 for all tokens",
+        )
         require(0 < self.top_p <= 1, f"top_p is {self.top_p}, but must be in (0, 1]; 1 keeps all tokens")
         require(0 <= self.min_p <= 1, f"min_p is {self.min_p}, but must be in [0, 1]; 0 keeps all tokens")
 

@@ -13,10 +13,9 @@ import dataclasses
 import json
 import logging
 import shutil
-import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,8 @@ FAILURES = (
     TypeError,
     RuntimeError,
 )  # what Orbax and TensorStore raise for what they cannot read
+
+NONE_WHOLE = "no checkpoint is whole: delete the folder {} to start over, or give another --run_dir"
 
 
 # --- finished models -----------------------------------------------------------------------------------------------
@@ -61,7 +62,7 @@ def load(directory: Path, mesh: Mesh) -> tuple[LanguageModel, dict[str, Any]]:
     """The newest model under `directory`, laid on the mesh, and its `about`. Raises InputError."""
     require(bool(_steps(directory)), f"no checkpoint in {directory}: give a directory that a training run has written")
     step = _newest_good(directory)
-    require(step is not None, f"no checkpoint in {directory} is whole: delete it and train again, or give another")
+    require(step is not None, NONE_WHOLE.format(directory.absolute()))
     about = _about(directory, step)
     where = lambda path, shape: jax.NamedSharding(mesh, sharding.partition_spec(path, shape, mesh))
     leaves = {
@@ -112,6 +113,11 @@ class Checkpointing:
         for_good = [step for step in steps if self.keep_period and step % self.keep_period == 0]
         return sorted({*steps[-self.keep :], *for_good})
 
+    def most(self, steps: int) -> int:
+        """How many are on disk at once at most, the one being written included, in a run of so many steps."""
+        written = -(-steps // self.every) if self.every else 1
+        return min(written, self.keep + 1 + (steps // self.keep_period if self.keep_period else 0))
+
 
 class TrainingRun:
     """The checkpoints of one run: `resume` once, then `save` as often as wanted, inside a `with`.
@@ -141,7 +147,7 @@ class TrainingRun:
         if step is None:
             require(
                 not exists(directory),
-                f"no checkpoint in {directory} is whole: delete it to start over, or give another --run_dir",
+                NONE_WHOLE.format(directory.absolute()),
             )
             return None
         as_stored = json.loads(json.dumps(self.policy.about))
@@ -163,26 +169,6 @@ class TrainingRun:
     def wait(self) -> None:
         """Return when the last save is committed. Raises what `check` does."""
         self.writer.wait()
-
-
-@contextlib.contextmanager
-def preemption() -> Iterator[Callable[[int], bool]]:
-    """Gives asked(step): whether the run was told to stop by a SIGTERM, which then no longer kills it.
-
-    On several hosts the signal, which may reach only one of them, is caught by jax.distributed, and all agree on the
-    step at which to stop: call it once a step, on each of them.
-    """
-    if jax.process_count() > 1:
-        yield _orbax().multihost.reached_preemption
-    elif threading.current_thread() is not threading.main_thread():
-        yield lambda step: False  # only the main thread may catch signals
-    else:
-        signals: list[int] = []
-        before = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
-        try:
-            yield lambda step: bool(signals)
-        finally:
-            signal.signal(signal.SIGTERM, before)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------

@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from efflm import hosts, trees
+from efflm import hosts, signals, trees
 from efflm.config import OnNan, Stopped, require
 from efflm.model.sharding import shardings
 from efflm.precision import LossScale
-from efflm.train.checkpoint import Checkpointing, TrainingRun, preemption
+from efflm.train.checkpoint import Checkpointing, TrainingRun
 from efflm.train.metrics import Metrics
 from efflm.train.optimizer import evaluation_params
 from efflm.train.step import LossFn, abstract_state, init_state, make_step, place
@@ -57,7 +57,7 @@ def fit(
 
     With `checkpointing`, the run goes on from its newest good checkpoint, to the same metrics and weights as if it had
     never stopped, bit for bit on one device. Every step up to a checkpoint is known to have been finite before that is
-    written. A SIGTERM ends the run after the step in flight with a checkpoint and raises Stopped.
+    written. SIGTERM or Ctrl-C ends the run after the step in flight with a checkpoint and raises Stopped.
 
     Raises InputError if the loss or a gradient is not finite, unless the step was skipped: for a lower loss scale, or
     because of on_nan="skip"; and if every step was. Raises it too if a checkpoint cannot be written; the one before is
@@ -71,8 +71,8 @@ def fit(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(hosts.begun())
-        # A SIGTERM is caught until the last checkpoint is written, so it is the last to be left.
-        asked_to_stop = stack.enter_context(preemption()) if checkpointing else lambda step: False
+        # Signals are caught until the last checkpoint is written, so this is the last to be left.
+        asked_to_stop = stack.enter_context(signals.stop_requests()) if checkpointing else lambda step: ""
         saved = stack.enter_context(TrainingRun(checkpointing)) if checkpointing else None
         state = saved.resume(like) if saved else None
         if state is None:
@@ -117,7 +117,7 @@ def fit(
                     "the learning rate, lengthen the warm-up, or use --train.policy=bfloat16",
                 )
             if saved:
-                stop = asked_to_stop(done) and not last
+                stop = "" if last else asked_to_stop(done)
                 if stop or last or (checkpointing.every and done % checkpointing.every == 0):
                     report.fetch()
                     report.metrics.sync()
@@ -126,7 +126,7 @@ def fit(
                 if stop:
                     saved.wait()
                     raise Stopped(
-                        f"stopped at step {done} of {steps}, as told by SIGTERM: the same command goes on from the "
+                        f"stopped at step {done} of {steps}, as told by {stop}: the same command goes on from the "
                         f"checkpoint in {checkpointing.directory}"
                     )
         return evaluation_params(state.optimizer, state.trainable)

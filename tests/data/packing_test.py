@@ -1,7 +1,11 @@
+import shutil
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from efflm.config import InputError
 from efflm.data.packing import load_or_pack, pack
 
 DOCUMENTS = st.lists(st.lists(st.integers(1, 9), max_size=20), min_size=1, max_size=6)
@@ -36,3 +40,11 @@ def test_stored_rows_are_read_and_not_made_again(tmp_path):
     for name, array in rows[:].items():
         np.testing.assert_array_equal(again[:][name], array)
     assert [path.name for path in tmp_path.iterdir()] == ["r.npz"]
+
+
+def test_rows_that_the_disk_has_no_room_for_are_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+    rows = pack([[1] * 500], 0, 10)
+    with pytest.raises(InputError, match=r"0\.001 MB free, but this run needs about 0\.00\d+ MB"):
+        load_or_pack(tmp_path / "rows.npz", lambda: rows)
+    assert list(tmp_path.iterdir()) == []

@@ -1,23 +1,30 @@
 """The experiments from their flags to their files, on models small enough for a test."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import signal
+from pathlib import Path
+from typing import get_args
 
+import jax
 import numpy as np
 import pytest
 
+from efflm import rundir
 from efflm.compress import recipe
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
 from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink
-from efflm.config import MeshConfig, ModelShape, TrainConfig
+from efflm.config import MeshConfig, ModelShape, Optimizer, TrainConfig
 from efflm.evaluate.windows import Scoring
 from efflm.flags import launch
-from efflm.train import loop
+from efflm.model import sharding
+from efflm.train import assemble, loop
+from efflm.train.checkpoint import Checkpointing, TrainingRun
 from experiments import compress, evaluate, pretrain, quickstart
 from tests import tiny
 
@@ -104,6 +111,58 @@ def test_quickstart_leaves_the_whole_evidence(trained):
     assert [json.loads(line)["step"] for line in (trained / "metrics.jsonl").read_text().splitlines()] == [2, 4, 6]
 
 
+def written_in(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_space_asked_for_is_that_of_the_files(trained, tmp_path, monkeypatch):
+    """Of a whole run, which is small, and of the checkpoints of one that is larger."""
+    asked = []
+    monkeypatch.setattr(rundir, "require_writable", lambda path, needs: asked.append(needs))
+    shape = ModelShape(layers=2, width=32, mlp_dim=48, vocabulary=300, max_length=64)
+    train = TrainConfig(steps=6, length=16)
+    config = pretrain.saved_config(shape, train)
+    pretrain.check(pretrain.Run(), config, train, models=quickstart.MODELS)
+    assert written_in(trained) < asked[-1] < 2.5 * written_in(trained) + 4e6
+
+    config = pretrain.saved_config(ModelShape(layers=2, width=128, mlp_dim=352), train)
+    for name in get_args(Optimizer):
+        train = TrainConfig(steps=10, optimizer=name, policy="bfloat16_pure" if name == "lion" else "float32")
+        run = pretrain.Run(run_dir=str(tmp_path / name), checkpoint_every=3)
+        rng = np.random.default_rng(0)
+        noise = lambda x, rng=rng: (rng.standard_normal(x.shape) * 100).astype(x.dtype)
+        state = jax.device_put(jax.tree.map(noise, assemble.abstract_state(config, train, sharding.make_mesh())))
+        with TrainingRun(dataclasses.replace(run.checkpointing({}), keep=9)) as saved:
+            for step in (3, 6, 9):  # two that are kept, and the one being written
+                saved.save(step, state)
+        pretrain.check(run, config, train, models=0)
+        assert 1 < asked[-1] / written_in(tmp_path / name) < 2.5, name
+
+
+@pytest.mark.parametrize(
+    ("policy", "steps", "most"),
+    [({}, 10, 1), ({"every": 3}, 10, 3), ({"every": 3}, 4, 2), ({"every": 3, "keep": 1}, 10, 2),
+     ({"every": 2, "keep": 1, "keep_period": 4}, 16, 6), ({"every": 1, "keep": 1}, 10**12, 2)],
+)  # fmt: skip
+def test_the_checkpoints_on_disk_at_once_are_known_before(policy, steps, most):
+    assert Checkpointing(directory=Path("x"), **policy).most(steps) == most
+
+
+def test_a_second_run_in_the_same_directory_is_refused(trained, corpus, capsys):
+    with rundir.held(trained):
+        lock = json.loads((trained / rundir.LOCK).read_text())
+    (trained / rundir.LOCK).write_text(json.dumps(lock | {"pid": 4711}))
+    with (trained / rundir.LOCK).open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        for module, flags in ((quickstart, TINY), (pretrain, TINY), (compress, [f"--model={trained}"])):
+            with pytest.raises(SystemExit) as stopped:
+                run(module, f"--run_dir={trained}", *flags, *([f"--corpus={corpus}"] if module != compress else []))
+            assert stopped.value.code == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert "process 4711" in line
+    (trained / rundir.LOCK).unlink()
+
+
 def test_a_second_quickstart_reuses_the_checkpoint_and_agrees(trained, corpus, capsys):
     before = rows_of(trained)
     run(quickstart, f"--run_dir={trained}", f"--corpus={corpus}", *TINY)
@@ -162,11 +221,13 @@ def test_scanned_pretraining_leaves_an_unstacked_checkpoint(corpus, tmp_path, fa
     assert "bits per byte" in capsys.readouterr().out
 
 
-def test_compress_and_evaluate_a_trained_run(trained, tmp_path):
-    out = tmp_path / "out"
+def test_compress_and_evaluate_a_trained_run(trained, tmp_path, monkeypatch):
+    out, asked, require = tmp_path / "out", [], rundir.require_writable
+    monkeypatch.setattr(rundir, "require_writable", lambda path, needs: asked.append(needs) or require(path, needs))
     run(compress, f"--model={trained}", "--recipe=masks50,w8a8", "--prune.sparsity=0.25", "--score.window=16",
         "--sample=4", f"--run_dir={out}")  # fmt: skip
     before, after = rows_of(out)
+    assert written_in(out) < asked[-1] < 2.5 * written_in(out) + 4e6
     assert after["name"] == "masks50+w8a8"
     layers = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48)
     assert before["nonzeros"] - after["nonzeros"] >= layers // 4

@@ -3,8 +3,12 @@
 import io
 import json
 import os
+import re
+import signal
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,6 +38,11 @@ def loaded(folder):
     return LanguageModel(model.config, model.params), tokenizer.load(folder / "tokenizer.json")
 
 
+def stdin(content):
+    """What is piped in, in a locale that is not UTF-8."""
+    return io.TextIOWrapper(io.BytesIO(content), encoding="latin-1")
+
+
 def run(folder, monkeypatch, tmp_path, *argv):
     monkeypatch.setattr(rundir, "ROOT", tmp_path)
     launch(generate.main, generate.__doc__, ["x", f"--model={folder / 'model.safetensors'}", *argv],
@@ -50,7 +59,7 @@ def test_the_text_is_on_stdout_and_the_times_on_stderr(folder, loaded, monkeypat
     assert "first token after" in err
     assert "19 more at" in err
     assert "compiling took" in err
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat"))
+    monkeypatch.setattr(sys, "stdin", stdin(b"the cat"))
     run(folder, monkeypatch, tmp_path, "--prompt=-", "--max_tokens=20")
     assert capsys.readouterr().out == out
     part = out[10:14]
@@ -102,6 +111,10 @@ def test_chat_goes_through_the_template(folder, loaded, monkeypatch, tmp_path, c
         (["--prompt=hi", "--top_p=0"], "top_p is 0"),
         (["--prompt=hi", "--max_tokens=64"], "max_length is 64"),
         (["--prompt=hi", "--model=/nowhere.gguf"], "no model at /nowhere.gguf"),
+        (["--prompt=a\udcff"], "--prompt is not UTF-8 (byte 0xff at character 1)"),
+        (["--prompt=hi", "--top_k=2147483648"], "--top_k is 2147483648, but must be from 1 to 2147483647"),
+        (["--prompt=hi", "--seed=18446744073709551616"], "--seed is 18446744073709551616, but must lie within 64 bits"),
+        (["--prompt=hi", "--seed=-1"], "--seed is -1, but must be from 0 to 4294967295"),
     ],
 )
 def test_bad_input_is_one_line(folder, monkeypatch, tmp_path, capsys, flags, message):
@@ -111,6 +124,36 @@ def test_bad_input_is_one_line(folder, monkeypatch, tmp_path, capsys, flags, mes
     out, err = capsys.readouterr()
     assert out == ""
     assert message in err.splitlines()[-1]
+
+
+def test_stdin_that_is_no_text_is_one_line(folder, monkeypatch, tmp_path, capsys):
+    for piped, message in ((stdin(b"hello \xff"), "byte 0xff at offset 6"), (None, "is closed")):
+        monkeypatch.setattr(sys, "stdin", piped)
+        with pytest.raises(SystemExit) as stopped:
+            run(folder, monkeypatch, tmp_path, "--prompt=-")
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: --prompt=- reads stdin, which ")
+        assert message in line
+
+
+def test_ctrl_c_leaves_the_text_and_one_line(folder, monkeypatch, tmp_path, capfd):
+    def stream(*_):
+        yield [[66]]
+        os.kill(os.getpid(), signal.SIGINT)
+        yield [[66]]
+
+    monkeypatch.setattr(generate, "stream", stream)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run(folder, monkeypatch, tmp_path, "--prompt=the")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.code == 130
+    out, err = capfd.readouterr()
+    assert out.startswith("the")
+    assert err.splitlines()[1:] == ["stopped by Ctrl-C: what was written until now stays"]
 
 
 @given(st.text("ab\n", max_size=30), st.text("ab\n", max_size=4), st.lists(st.integers(0, 5), max_size=12))
@@ -125,21 +168,63 @@ def test_text_ends_before_the_stop_wherever_it_is_cut(text, stop, cuts):
         assert stop.startswith("".join(parts[: i + 1])[-held:]) if held and len(got) > i + 1 else True
 
 
-def test_times_leave_compiling_out():
-    times = [(10.0, 0.0), (13.0, 2.5), (14.0, 2.5), (17.0, 4.5)]
-    words = generate.timing(times, [0, 1, 9, 17], 5)
+def test_times_leave_compiling_out(compiled):
+    compiled((9.0, 10.25), (10.5, 12.75), (14.5, 16.5))
+    words = generate.timing([10.0, 13.0, 14.0, 17.0], [0, 1, 9, 17], 5, generate.compile_clock())
     assert words == (
         "first token after 0.50 s (5 in the prompt); 16 more at 8.0 tokens/s; compiling took 4.5 s beside that"
     )
-    assert generate.timing(times[:1], [0], 5) == "nothing was written"
+    assert generate.timing([10.0], [0], 5, generate.compile_clock()) == "nothing was written"
 
 
-def test_nested_compiling_counts_once(monkeypatch):
-    heard, clock = [], iter([5.0, 6.0, 9.0])
-    monkeypatch.setattr(generate.jax.monitoring, "register_event_duration_secs_listener", heard.append)
-    monkeypatch.setattr(generate.time, "perf_counter", lambda: next(clock))
-    total = generate.compile_clock()
-    for event, seconds in (("trace", 1.0), ("other", 3.0), ("compile", 2.0)):
-        heard[0](f"/jax/core/compile/{event}", seconds)
-    heard[0]("/jax/elsewhere", 100.0)
-    assert total() == 5.0  # (4, 5) lies in (3, 6), and (7, 9) is apart
+@pytest.fixture
+def compiled(monkeypatch):
+    """Makes the clock hear that programs were compiled, from and until these times."""
+    spans = []
+
+    def register(listen):
+        for start, end in spans:
+            monkeypatch.setattr(generate.time, "perf_counter", lambda end=end: end)
+            listen("/jax/core/compile/backend", end - start)
+            listen("/jax/elsewhere", 100.0)
+
+    monkeypatch.setattr(generate.jax.monitoring, "register_event_duration_secs_listener", register)
+    return lambda *new: spans.extend(new)
+
+
+def test_nested_compiling_counts_once(compiled):
+    compiled((4.0, 5.0), (3.0, 6.0), (7.0, 9.0))  # (4, 5) lies in (3, 6), and (7, 9) is apart
+    clock = generate.compile_clock()
+    assert clock(0.0, 10.0) == (5.0, 5.0)
+    assert clock(3.5, 8.0) == (3.5, 1.0)
+
+
+@given(st.lists(st.tuples(st.floats(-5, 20), st.floats(0, 10)), max_size=6), st.floats(0, 10), st.floats(0, 5))
+def test_no_time_is_negative_whatever_was_compiled_and_when(spans, start, seconds):
+    """Before the generation began too, as when its prompt was encoded."""
+    with pytest.MonkeyPatch.context() as patch:
+        compiled = [(begin, begin + length) for begin, length in sorted(spans, key=sum)]
+
+        def register(listen):
+            for begin, end in compiled:
+                patch.setattr(generate.time, "perf_counter", lambda end=end: end)
+                listen("/jax/core/compile/backend", end - begin)
+
+        patch.setattr(generate.jax.monitoring, "register_event_duration_secs_listener", register)
+        clock = generate.compile_clock()
+        assert min(clock(start, start + seconds)) >= 0
+        assert sum(clock(start, start + seconds)) == pytest.approx(seconds)
+        assert "-" not in generate.timing([start, start + seconds, start + seconds], [0, 1, 9], 3, clock)
+
+
+def test_what_was_compiled_before_the_generation_is_not_its(folder, monkeypatch, tmp_path, capsys):
+    """The key of the seed, among others, is made while the input is checked."""
+    before = generate.stream
+
+    def stream(*arguments):
+        jax.block_until_ready(jax.jit(lambda x: jnp.sort(jnp.sin(x) @ x))(jnp.ones((7, 7))))
+        return before(*arguments)
+
+    monkeypatch.setattr(generate, "stream", stream)
+    run(folder, monkeypatch, tmp_path, "--prompt=the", "--max_tokens=2")
+    assert re.search(r"first token after \d+\.\d+ s", capsys.readouterr().err)

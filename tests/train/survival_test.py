@@ -263,7 +263,9 @@ def test_damaged_checkpoints_do_not_count_among_the_kept(tmp_path):
 def test_only_damaged_checkpoints_are_one_clear_line(tmp_path):
     train(tmp_path, steps=2)
     flip(tmp_path / "state" / "2")
-    with pytest.raises(InputError, match="is whole: delete it to start over"):
+    with pytest.raises(
+        InputError, match=f"no checkpoint is whole: delete the folder {tmp_path / 'state'} to start over"
+    ):
         train(tmp_path)
 
 
@@ -338,28 +340,33 @@ def test_a_disk_without_room_is_not_written_to(tmp_path, monkeypatch):
     assert not (tmp_path / "state").exists() or steps_in(tmp_path) == []
 
 
-def test_a_sigterm_ends_the_run_after_the_step_in_flight(tmp_path):
+ASKING = [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")]
+
+
+@pytest.mark.parametrize(("number", "name"), ASKING)
+def test_a_signal_ends_the_run_after_the_step_in_flight(tmp_path, number, name):
     def batches(step):
         if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return rows(step)
 
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped, match="stopped at step 3 of 6"):
+    before = [signal.getsignal(each) for each, _ in ASKING]
+    with pytest.raises(Stopped, match=f"stopped at step 3 of 6, as told by {name}: the same command goes on"):
         train(tmp_path, batches=batches, every=0)
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert [signal.getsignal(each) for each, _ in ASKING] == before
     assert steps_in(tmp_path) == [3]
     same(train(tmp_path), train(tmp_path / "calm"))
     assert metrics(tmp_path) == metrics(tmp_path / "calm")
 
 
-def test_a_sigterm_is_exit_code_0_with_a_word(tmp_path):
+def under_way(tmp_path, pause):
+    """A training process in whose fifth step we are, which takes `pause` seconds as all others from then on do."""
     program = (
         "import sys, time\n"
         "from efflm.flags import launch\n"
         "from tests.train import survival_test as t\n"
         "from pathlib import Path\n"
-        "slow = lambda step: (print('step', step, flush=True), time.sleep(0.01), t.rows(step))[2]\n"
+        f"slow = lambda step: (print('step', step, flush=True), time.sleep({pause} * (step > 4)), t.rows(step))[2]\n"
         "launch(lambda: t.train(Path(sys.argv[1]), steps=100000, batches=slow, every=0), '', ['x'])\n"
     )
     run = subprocess.Popen(
@@ -368,10 +375,26 @@ def test_a_sigterm_is_exit_code_0_with_a_word(tmp_path):
     )  # fmt: skip
     for line in run.stdout:
         if line.startswith("step 5"):
-            run.send_signal(signal.SIGTERM)
             break
+    return run
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path):
+    run = under_way(tmp_path, 600)
+    run.send_signal(signal.SIGINT)
+    assert run.stderr.readline() == "stopping with a last checkpoint; another Ctrl-C ends at once\n"
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert (run.returncode, errors) == (130, "")
+
+
+@pytest.mark.parametrize("number", [number for number, _ in ASKING])
+def test_a_signal_is_exit_code_0_with_a_word(tmp_path, number):
+    run = under_way(tmp_path, 0.01)
+    run.send_signal(number)
     rest, errors = run.communicate(timeout=60)
     assert run.returncode == 0, errors
+    assert "Traceback" not in errors
     word = rest.splitlines()[-1]
     assert word.startswith("stopped at step")
     assert steps_in(tmp_path) == [int(word.split()[3])]

@@ -1,0 +1,96 @@
+"""A run has its directory for itself, and says what it needs of the disk."""
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from efflm import rundir
+from efflm.config import InputError
+
+ROOT = Path(__file__).parent.parent
+HOLDER = """
+import sys, time
+from pathlib import Path
+from efflm import rundir
+with rundir.held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    run = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE)
+    assert run.stdout.readline() == b"held\n"
+    yield run
+    run.kill()
+    run.wait()
+
+
+def test_a_second_run_is_told_who_has_the_directory_until_that_one_dies(tmp_path, holder):
+    folder = tmp_path / "run"
+    with pytest.raises(InputError) as error, rundir.held(folder):
+        pass
+    said = str(error.value)
+    assert f"process {holder.pid} on {os.uname().nodename}" in said
+    assert str(folder) in said
+    assert "--run_dir" in said
+    assert "\n" not in said
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (folder / rundir.LOCK).exists()  # what a killed process leaves must not keep the next one out
+    with rundir.held(folder):
+        pass
+
+
+def test_a_process_does_not_lock_itself_out_and_leaves_nothing(tmp_path):
+    folder = tmp_path / "a" / "run"
+    with rundir.held(folder):
+        with rundir.held(folder), rundir.held(tmp_path / "a" / ".." / "a" / "run"):
+            assert (folder / rundir.LOCK).exists()
+        with (folder / rundir.LOCK).open() as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the inner ones have not released it
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ZeroDivisionError), rundir.held(folder):
+        1 / 0  # noqa: B018
+    assert list(tmp_path.iterdir()) == []
+    with rundir.held(folder):
+        (folder / "result").write_text("1")
+    assert [path.name for path in folder.iterdir()] == ["result"]
+
+
+def test_a_lock_file_that_was_just_deleted_is_no_lock(tmp_path, monkeypatch):
+    """Its last owner deleted it between our opening and our locking it: a third run would lock a new one."""
+    locked = []
+
+    def flock(handle, how):
+        if not locked:
+            (tmp_path / rundir.LOCK).unlink()
+        locked.append(os.fstat(handle).st_ino)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with rundir.held(tmp_path):
+        assert len(locked) == 2
+        assert (tmp_path / rundir.LOCK).stat().st_ino == locked[1]
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with rundir.held(tmp_path / "run"):
+        pass
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ")
+    assert "No locks available" in line
+    monkeypatch.setattr(rundir, "fcntl", None)  # a system that has none
+    with rundir.held(tmp_path / "run"):
+        pass
+    assert capsys.readouterr().err == ""
