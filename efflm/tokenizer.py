@@ -18,10 +18,10 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from efflm import chat
+from efflm import chat, model_files
 from efflm.config import InputError, require
 from efflm.rundir import write_json, write_whole
-from efflm.tokenizer_json import read_object, read_text, require_sound
+from efflm.tokenizer_json import require_sound
 
 SEPARATOR = "<|endoftext|>"
 BYTES = 257  # entries of a vocabulary that has a token for each byte, a separator and nothing else
@@ -220,17 +220,18 @@ def load(path: Path) -> Tokenizer:
     """Read a tokenizer.json, given as the file or as its folder, and the files beside it that say what it does not:
     tokenizer_config.json, special_tokens_map.json, chat_template.jinja, generation_config.json, config.json.
 
-    Raises InputError if it is missing or one of them is damaged.
+    Raises InputError if it is missing, or one of them is damaged or not a file of the folder itself.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
-    require(file.is_file(), f"no tokenizer at {file}: give the directory of a finished run, or of a Hugging Face model")
-    beside = lambda name: read_object(file.with_name(name))
-    core = from_description(read_object(file), file)
+    folder, exists = file.parent, functools.partial(model_files.exists, file.parent)
+    require(exists(file.name), f"no tokenizer at {file}: give the directory of a finished run or a Hugging Face model")
+    beside = lambda name: model_files.read_object(folder, name) if exists(name) else {}
+    core = from_description(beside(file.name), file)
     config_file = file.with_name(f"{file.stem}_config.json")
     config = beside("special_tokens_map.json") | beside(config_file.name)
     names = _names(core, config, config_file)
     ends = beside("config.json") | beside("generation_config.json")
-    ids = {name: _ids(core, ends.get(f"{name}_id"), f"{file.parent}: {name}_id") for name in ("bos_token", "eos_token")}
+    ids = {name: _ids(core, ends.get(f"{name}_id"), f"{folder}: {name}_id") for name in ("bos_token", "eos_token")}
     names |= {name: core.id_to_token(found[0]) for name, found in ids.items() if found and name not in names}
     eos = core.token_to_id(names["eos_token"]) if "eos_token" in names else None
     return Tokenizer(
@@ -278,8 +279,9 @@ def _adds_bos(core: tokenizers.Tokenizer, names: dict[str, str], setting: Any, w
 
 
 def _template(file: Path, config: dict[str, Any], config_file: Path) -> str | None:
-    separate = file.with_name("chat_template.jinja")
-    value = read_text(separate) if separate.is_file() else config.get("chat_template")
+    separate = "chat_template.jinja"
+    inside = config.get("chat_template")
+    value = model_files.read_text(file.parent, separate) if model_files.exists(file.parent, separate) else inside
     if isinstance(value, list):  # several, by name
         named = [entry for entry in value if isinstance(entry, dict) and entry.get("name") == "default"]
         value = named[0].get("template") if named else None

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "efflm").rglob("*.py"))
-BASE = {"config", "trees", "precision", "rundir", "hosts"}
+BASE = {"config", "trees", "precision", "rundir", "hosts", "model_files"}
 ALLOWED = {
     "config": set(),
     "trees": set(),
@@ -17,6 +17,7 @@ ALLOWED = {
     "rundir": {"config"},
     "hosts": {"config"},
     "flags": {"config", "hosts"},
+    "model_files": {"config"},
     "chat": {"config"},
     "tokenizer_json": {"config"},
     "tokenizer": BASE | {"chat", "tokenizer_json"},

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 from hypothesis import given
@@ -213,3 +214,44 @@ def test_padding_and_truncation_of_a_file_are_left_out(tmp_path):
     core["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>"}
     core["truncation"] = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
     assert tokenizer.load(folder_of(tmp_path, core)).encode("hi hi") == [264, 264]
+
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+FILES += ("generation_config.json", "config.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_files_of_the_folder_itself_are_read(tmp_path, name):
+    """No links out, no links in a circle, no pipes that never end, no more bytes than such a file can need."""
+    home = tmp_path / "model"
+    home.mkdir()
+    folder_of(home, sentencepiece_like())
+    (tmp_path / "secret").write_bytes((home / "tokenizer.json").read_bytes())
+    (home / name).unlink(missing_ok=True)
+    (home / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match=rf"{name} links out of its folder, to .*secret: copy the file in"):
+        tokenizer.load(home)
+    (home / name).unlink()
+    (home / name).symlink_to(home / name)
+    with pytest.raises(InputError, match=f"has no {name}"):
+        tokenizer.load(home)
+    (home / name).unlink()
+    os.mkfifo(home / name)
+    with pytest.raises(InputError, match=f"{name} is not a file"):
+        tokenizer.load(home)
+    (home / name).unlink()
+    (home / name).touch()
+    os.truncate(home / name, 3_000_000_000)
+    with pytest.raises(InputError, match=f"{name} has 3,000,000,000 bytes, too many"):
+        tokenizer.load(home)
+
+
+def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs(tmp_path):
+    snapshot, blobs = tmp_path / "snapshots" / "1", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "a").write_text(json.dumps(sentencepiece_like()))
+    (blobs / "b").write_text("{{ messages[0]['content'] }}")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/a")
+    (snapshot / "chat_template.jinja").symlink_to("../../blobs/b")
+    assert tokenizer.load(snapshot).chat([{"role": "user", "content": "hi"}]) == "hi"
