@@ -126,6 +126,7 @@ def main(run: Run, score: Scoring, quantize: dict, prune: dict, finetune: dict, 
     rundir.require_writable(run_dir, needs=50_000_000)
     loaded = sources.load(run.model, precision=run.precision, mesh=sharding.data_parallel(run.batch))
     dense, tokens, about = loaded.model, loaded.tokenizer, loaded.about
+    recipe.require_finite(dense)
     rundir.require_writable(run_dir, needs=50_000_000 + (1 + len(plans)) * trees.nbytes(dense.params))
     say(f"{run.model}: {trees.count(dense.params) / 1e6:.1f} M parameters, {rows.origin(run.model, about)}")
     text = dataset.to_score(run.text, run.corpus, about, tokens, dataset.cache_beside(run.model))

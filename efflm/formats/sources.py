@@ -2,12 +2,13 @@
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from efflm import tokenizer
+from efflm import hosts, tokenizer, trees
 from efflm.config import require
 from efflm.formats import gguf_model, hub, huggingface, safetensors, wheels
 from efflm.formats.tensors import require_dtype
@@ -44,9 +45,12 @@ def load(source: str | Path, *, dtype: str | None = None, precision: str = "", m
     """What is at `source`: one of KINDS. A path that exists goes before a hub id. Raises InputError.
 
     dtype: of the weights; None: as they are stored. precision: of the matmuls, float32 or bfloat16; "": what the model
-    was saved for.
+    was saved for. Weights that are not finite are warned of, on stderr.
     """
     loaded = _load(source, dtype, mesh)
+    problem = trees.not_finite(loaded.model.params)
+    if problem and hosts.is_first():
+        print(f"warning: {source}: {problem}, so what it writes is of no use: fetch or train it again", file=sys.stderr)
     if not precision:
         return loaded
     config = dataclasses.replace(loaded.model.config, precision=precision)

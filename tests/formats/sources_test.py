@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from efflm import trees
 from efflm.compress.quantize import quantize
 from efflm.config import InputError
 from efflm.formats import gguf_model, huggingface, load_model, safetensors, sources, wheels
@@ -63,6 +64,37 @@ def test_files_of_our_own(tmp_path):
     require_equal(loaded.model, model)
     assert spread(loaded.model)
     assert (loaded.about, loaded.nbytes) == ({"recipe": "w8a8", "lineage": []}, size)
+
+
+def broken(model, path, value):
+    """The model with two such numbers in the leaf at that path."""
+    flat = dict(trees.flatten(model.params, inside=True))
+    damaged = np.array(flat[path])
+    damaged.reshape(-1)[[0, -1]] = value
+    leaves, tree = [damaged if name == path else leaf for name, leaf in flat.items()], jax.tree.structure(model.params)
+    return model.replace(params=jax.tree.map(jax.numpy.asarray, jax.tree.unflatten(tree, leaves)))
+
+
+@pytest.mark.parametrize(
+    ("bits", "path", "value"),
+    [
+        ("float32", "block_1/attention_norm/scale", np.nan),
+        ("bfloat16", "block_0/feedforward/down/kernel", -np.inf),
+        ("int8", "block_0/attention/query/kernel/scale", np.inf),
+    ],
+)
+def test_weights_that_are_not_finite_are_named(tmp_path, capsys, bits, path, value):
+    model = in_dtype(tiny.model(), bits) if bits != "int8" else tiny.model()
+    model = model.replace(params=quantize(model.params, "int8")) if bits == "int8" else model
+    small_tokenizer().save(tmp_path / "tokenizer.json")
+    file = tmp_path / "model.safetensors"
+    safetensors.save(file, model, {})
+    sources.load(file)
+    assert capsys.readouterr().err == ""
+    safetensors.save(file, broken(model, path, value), {})
+    sources.load(file)
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {file}: 2 of the numbers in {path} are infinite or NaN")
 
 
 def test_gguf_files_and_models_by_name(tmp_path, monkeypatch):
