@@ -5,12 +5,13 @@ tokenizer.json of the `tokenizers` library, with the files that stand beside it 
 """
 
 import codecs
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ class Tokenizer:
     """Text to token ids and back.
 
     names: bos_token, eos_token, unk_token and so on, each in the vocabulary. adds_bos: the model expects `bos` before
-    every text. extra_stops: ids beside `eos` that end an answer. template: see efflm.chat.
+    every text. extra_stops: ids beside `eos` that end an answer. template: see efflm.chat. where: the file it is from.
+    encode, encode_batch and decode raise InputError for what the tokenizer of a bad file cannot do.
     """
 
     core: tokenizers.Tokenizer
@@ -41,6 +43,7 @@ class Tokenizer:
     adds_bos: bool = False
     extra_stops: tuple[int, ...] = ()
     template: str | None = None
+    where: Any = "this tokenizer"
 
     @functools.cached_property
     def vocabulary(self) -> int:
@@ -76,10 +79,12 @@ class Tokenizer:
         return tuple(sorted({end for end in ends if end is not None}))
 
     def encode(self, text: str) -> list[int]:
-        return self.core.encode(text, add_special_tokens=False).ids
+        with _panics_of(self.where, "tokenize this text"):
+            return self.core.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.core.encode_batch_fast(texts, add_special_tokens=False)]
+        with _panics_of(self.where, "tokenize this text"):
+            return [encoding.ids for encoding in self.core.encode_batch_fast(texts, add_special_tokens=False)]
 
     def prompt(self, text: str) -> list[int]:
         """The ids of `text` as the model expects to read it: after `bos`, if it expects that. Not for what `chat`
@@ -90,10 +95,11 @@ class Tokenizer:
         """The conversation as the model was taught to read it, up to where its answer begins. messages: dicts with
         `role` and `content`. Raises InputError if there is no template or it refuses them."""
         require(self.template is not None, "this model brings no chat template: give it a plain --prompt")
-        return chat.render(self.template, messages, self.names, add_generation_prompt)
+        return chat.render(self.template, messages, self.names, add_generation_prompt, str(self.where))
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.core.decode(list(ids), skip_special_tokens=True)
+        with _panics_of(self.where, "decode these ids"):
+            return self.core.decode(list(ids), skip_special_tokens=True)
 
     def stream(self) -> Callable[..., str]:
         """A function (ids, final=False) -> the text that these ids add to those of the calls before.
@@ -164,6 +170,19 @@ class Tokenizer:
         if self.extra_stops:
             ends = ([] if self.eos is None else [self.eos]) + list(self.extra_stops)
             write_json(file.with_name("generation_config.json"), {"eos_token_id": ends})
+
+
+@contextlib.contextmanager
+def _panics_of(where: Any, doing: str) -> Iterator[None]:
+    """Make an InputError of what the library fails with: bare Exceptions, and panics, which are BaseExceptions. Before
+    a panic the library writes a few lines of its own on stderr, which it cannot be told to leave out."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        words = " ".join(str(error).split())[:300]
+        raise InputError(f"{where} cannot {doing}: {words}: fetch the model again, or use another tokenizer") from None
 
 
 def _stages(decoder: Any) -> list[dict[str, Any]]:
@@ -240,6 +259,7 @@ def load(path: Path) -> Tokenizer:
         adds_bos=_adds_bos(core, names, config.get("add_bos_token"), config_file),
         extra_stops=tuple(index for index in ids["eos_token"] if index != eos),
         template=_template(file, config, config_file),
+        where=file,
     )
 
 
@@ -275,7 +295,8 @@ def _adds_bos(core: tokenizers.Tokenizer, names: dict[str, str], setting: Any, w
     )
     if "bos_token" not in names:
         return False
-    return core.encode("").ids[:1] == [core.token_to_id(names["bos_token"])] if setting is None else setting
+    with _panics_of(where, "tokenize an empty text"):
+        return core.encode("").ids[:1] == [core.token_to_id(names["bos_token"])] if setting is None else setting
 
 
 def _template(file: Path, config: dict[str, Any], config_file: Path) -> str | None:

@@ -255,3 +255,41 @@ def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs(tmp_path):
     (snapshot / "tokenizer.json").symlink_to("../../blobs/a")
     (snapshot / "chat_template.jinja").symlink_to("../../blobs/b")
     assert tokenizer.load(snapshot).chat([{"role": "user", "content": "hi"}]) == "hi"
+
+
+BACKTRACKS = {"Regex": "(a+)+$"}
+HARD = "a" * 40 + "!"
+
+
+def test_a_regular_expression_that_backtracks_for_ever_is_one_line(tmp_path):
+    """The library panics on it, which is no Exception."""
+    core = sentencepiece_like()
+    core["pre_tokenizer"] = {"type": "Split", "pattern": BACKTRACKS, "behavior": "Isolated", "invert": False}
+    loaded = tokenizer.load(folder_of(tmp_path, core))
+    assert loaded.encode("hi") == [264]
+    for encode in (loaded.encode, loaded.prompt, lambda text: loaded.encode_batch([text, text])):
+        with pytest.raises(InputError, match=r"tokenizer\.json cannot .* this text: .*retry-limit-in-match") as error:
+            encode(HARD)
+        assert "\n" not in str(error.value)
+    core = sentencepiece_like()
+    core["decoder"] = {"type": "Replace", "pattern": BACKTRACKS, "content": "b"}
+    core["model"]["vocab"][HARD] = 265
+    loaded = tokenizer.load(folder_of(tmp_path, core))
+    with pytest.raises(InputError, match=r"tokenizer\.json cannot .* these ids: .*retry-limit-in-match"):
+        loaded.decode([265])
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, MemoryError, TypeError])
+def test_only_the_librarys_own_failures_are_the_files_fault(raised):
+    class Core:
+        def encode(self, *_, **__):
+            raise raised
+
+    with pytest.raises(raised):
+        tokenizer.Tokenizer(Core()).encode("a")
+
+
+def test_errors_of_a_chat_template_name_the_model(tmp_path):
+    loaded = tokenizer.load(folder_of(tmp_path, sentencepiece_like(), chat_template="{{ 1 / 0 }}"))
+    with pytest.raises(InputError, match=rf"the chat template of {tmp_path}/tokenizer\.json fails"):
+        loaded.chat([])
