@@ -71,7 +71,7 @@ def _answer(request: bytes) -> tuple[str, str]:
         late.set()
         child.kill()
 
-    timer = threading.Timer(SECONDS, stop)
+    timer, said = threading.Timer(SECONDS, stop), bytearray()
     with child:
         try:
             with contextlib.suppress(BrokenPipeError):  # what it died of is on its stderr
@@ -80,8 +80,9 @@ def _answer(request: bytes) -> tuple[str, str]:
             ready = child.stdout.readline() == b"ready\n"
             if ready:
                 timer.start()
-            said = child.stdout.read(largest + 1) if ready else b""
-            ended = len(said) <= largest and not child.wait() if ready else False
+            while ready and len(said) <= largest and (part := child.stdout.read1(1 << 16)):
+                said += part
+            ended = ready and len(said) <= largest and child.wait() == 0
         finally:
             timer.cancel()
             child.kill()
