@@ -91,7 +91,7 @@ def load(file: Path, mesh: Mesh | None = None) -> tuple[LanguageModel, dict[str,
         weights = ops.apply_masks(storage.from_flat(flat, formats), masks)
         return LanguageModel(config, weights, masks or None), about
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise InputError(f"{file} cannot be read as a model ({error}): export it again") from error
+        raise InputError(f"{file} cannot be read as a model ({str(error)[:300]}): export it again") from error
 
 
 def _require_whole(

@@ -75,7 +75,7 @@ def load(directory: Path, mesh: Mesh) -> tuple[LanguageModel, dict[str, Any]]:
         }
         how_made = dict(about["about"])
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise InputError(f"{folder} cannot be read as a model ({error}): give another") from error
+        raise InputError(f"{folder} cannot be read as a model ({str(error)[:300]}): give another") from error
     flat = _read(folder, leaves)
     masks = {path.removeprefix("masks/"): flat.pop(path) for path in leaves if path.startswith("masks/")}
     return LanguageModel(config, from_flat(flat, formats), masks or None), how_made

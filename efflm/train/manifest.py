@@ -48,9 +48,9 @@ def problem(folder: Path) -> str:
         for name, digest in hashes.items():
             file = folder / name
             if file not in files:
-                return f"{name} is missing"
+                return f"{name:.80} is missing"
             if _digest(file) != digest:
-                return f"{name} is not what was written: its SHA-256 differs"
+                return f"{name:.80} is not what was written: its SHA-256 differs"
     except (ValueError, KeyError, TypeError, AttributeError):  # a manifest that was damaged itself
         return f"{NAME} is damaged"
     except OSError as error:
