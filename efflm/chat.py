@@ -1,54 +1,94 @@
 """Chat templates: the Jinja program a model brings along, which writes a conversation the way the model was taught it.
 
-A template is a stranger's code. It runs in Jinja's immutable sandbox, under the environment that Hugging Face's
-documentation of chat templates promises it.
+A template is a stranger's code. Jinja's sandbox keeps it from files and from Python, but neither from looping for ever
+nor from asking for all of the memory. So it runs in a process of its own (efflm.render_template), which starts in a
+tenth of a second and is stopped at the limits below. Systems that limit no process's memory (macOS, Windows) stop it by
+the time alone.
 """
 
-import datetime
+import contextlib
+import importlib.util
 import json
-from typing import Any
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 from efflm.config import InputError
 
 Messages = list[dict[str, str]]
+SECONDS, MEGABYTES = 2, 256
+LONGEST = 10_000_000  # characters: more than any model here reads
+PROBLEMS = {
+    "f": "fails on these messages",
+    "l": f"wrote over {LONGEST:,} characters",
+    "m": f"needed over {MEGABYTES} MB of memory",
+    "s": f"ran for over {SECONDS} s",
+    "d": "ended the process it ran in",
+}
+PROGRAM = Path(__file__).with_name("render_template.py")
 
 
-def render(template: str, messages: Messages, names: dict[str, str], add_generation_prompt: bool) -> str:
-    """The conversation as one text. names: bos_token, eos_token and so on, as the template may ask for them.
+def render(
+    template: str, messages: Messages, names: dict[str, str], add_generation_prompt: bool, where: str = "this model"
+) -> str:
+    """The conversation as one text. names: bos_token, eos_token and so on, as the template may ask for them. where:
+    what it belongs to, for errors.
 
-    Raises InputError if the template is none, or refuses these messages.
+    Raises InputError if the template is none, refuses these messages, or exceeds the limits.
     """
-    import jinja2
-    import jinja2.ext
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(jinja2.ext.Extension):
-        """{% generation %} marks what the assistant said, for training on it alone: here its body is just shown."""
-
-        tags = frozenset({"generation"})
-
-        def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def refuse(message: Any) -> None:
-        raise jinja2.TemplateError(str(message))
-
-    def to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        # Jinja's own filter escapes HTML, which a prompt must not contain.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    given = {**names, "tools": None, "documents": None}
+    given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+    request = {
+        "template": template,
+        "variables": names | {"tools": None, "documents": None} | given,
+        "memory": MEGABYTES * 10**6,
+        "seconds": SECONDS + 1,
+        "longest": LONGEST,
+    }
     try:
-        return environment.from_string(template).render(
-            **given, messages=messages, add_generation_prompt=add_generation_prompt
-        )
-    except Exception as error:  # a program may fail in any way
-        line = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"the model's chat template fails on these messages: {line}") from None
+        sent = json.dumps(request).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"messages must hold what JSON can: {error}") from None
+    kind, text = _answer(sent)
+    if kind == "t":
+        return text
+    problem = f"{PROBLEMS.get(kind, PROBLEMS['d'])}, so give other messages or a plain --prompt"
+    raise InputError(f"the chat template of {where} {problem}" + (f": {text}" if text else ""))
+
+
+def _answer(request: bytes) -> tuple[str, str]:
+    """The letter and the text that the program answers; `s` if it took too long, `d` if it died."""
+    found = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
+    folders = sorted({str(Path(spec.origin).parents[1]) for spec in found if spec and spec.origin})
+    command = [sys.executable or "python3", "-I", "-S", "-W", "ignore", str(PROGRAM), *folders]
+    pipe, late, largest = subprocess.PIPE, threading.Event(), 4 * LONGEST + 1
+    try:
+        child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+    except OSError as error:
+        raise InputError(f"cannot start {command[0]} to run a chat template in: {error.strerror}") from None
+
+    def stop() -> None:
+        late.set()
+        child.kill()
+
+    timer, said = threading.Timer(SECONDS, stop), bytearray()
+    with child:
+        try:
+            with contextlib.suppress(BrokenPipeError):  # what it died of is on its stderr
+                child.stdin.write(request)
+                child.stdin.close()
+            ready = child.stdout.readline() == b"ready\n"
+            if ready:
+                timer.start()
+            while ready and len(said) <= largest and (part := child.stdout.read1(1 << 16)):
+                said += part
+            ended = ready and len(said) <= largest and child.wait() == 0
+        finally:
+            timer.cancel()
+            child.kill()
+        if not ready:
+            why = " ".join(child.stderr.read().decode(errors="replace").split())[-300:]
+            raise InputError(f"cannot start {command[0]} to run a chat template in: {why or 'it said nothing'}")
+    if ended and said:
+        return said[:1].decode(), said[1:].decode("utf-8", "surrogatepass")
+    return ("s", "") if late.is_set() else ("d", f"exit code {child.returncode}")

@@ -1,6 +1,7 @@
 """What a run is told: frozen dataclasses, validated when made. `flags` makes command lines of them."""
 
 import dataclasses
+import functools
 import typing
 from typing import Any, Literal
 
@@ -36,6 +37,49 @@ def require_sparsity(value: float) -> None:
     require(0 <= value < 1, f"sparsity is {value}, but must be in [0, 1): the fraction of weights to remove")
 
 
+MOST, MOST_LAYERS = 2**31 - 1, 10_000  # of anything that an array or a position counts; of layers
+# From, to: of every field of a model's config that is a float.
+RANGES = {"rope_base": (1, 1e30), "norm_epsilon": (0, 1), "rotary_fraction": (1e-3, 1)} | dict.fromkeys(
+    ("factor", "low_freq_factor", "high_freq_factor"), (1e-3, 1e6)
+)
+_hints = functools.cache(typing.get_type_hints)
+
+
+def _require_types(config: Any, prefix: str = "") -> None:
+    """Raise InputError for a field of a model's config that is not of its type, not finite, or out of its range.
+
+    Whole numbers in place of floats, as JSON has them, become floats.
+    """
+    for name, kind in _hints(type(config)).items():
+        value, good, wanted = getattr(config, name), True, ""
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if kind is int:
+            least, most = int(name != "window"), MOST_LAYERS if name == "layers" else MOST
+            good = number and isinstance(value, int) and least <= value <= most
+            wanted = f", but must be a whole number from {least} to {most:,}" + ("; 0 for none" if least == 0 else "")
+        elif kind is float:
+            least, most = RANGES[name]
+            good, wanted = number and least <= value <= most, f", but must be a number from {least:g} to {most:g}"
+        elif kind is bool:
+            good, wanted = isinstance(value, bool), ", but must be true or false"
+        elif typing.get_origin(kind) is Literal:
+            good, wanted = value in typing.get_args(kind), f": choose from {typing.get_args(kind)}"
+        require(good, f"{prefix}{name} is {value!r:.60}{wanted}")
+        if kind is float:
+            object.__setattr__(config, name, float(value))
+
+
+def _made(kind: type, values: Any, what: str) -> Any:
+    """The dataclass with these fields. Raises InputError for one that it has not, and for one that is missing."""
+    require(isinstance(values, dict), f"{what} is {values!r:.60}, but must be an object")
+    fields = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
+    unknown = [name for name in values if name not in fields]
+    require(not unknown, f"{what} has {unknown[:1]!r:.60}, which this version of efflm does not know: update it")
+    missing = [name for name, needed in fields.items() if needed and name not in values]
+    require(not missing, f"{what} does not say {', '.join(missing)}: write the model again")
+    return kind(**values)
+
+
 Precision = Literal["float32", "bfloat16"]
 AskedPrecision = Literal["", "float32", "bfloat16"]
 PRECISION = "dtype of the operands of matmuls; default: what the model was saved for"  # the flag's help
@@ -52,9 +96,8 @@ class BlockConfig:
     window: int = 0
 
     def __post_init__(self):
-        for name in ("heads", "kv_heads", "head_dim", "mlp_dim"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
-        require(self.window >= 0, f"window is {self.window}, but must be positive, or 0 for none")
+        _require_types(self)
+        require(self.heads * self.head_dim <= MOST, f"heads {self.heads} x head_dim {self.head_dim} is over {MOST:,}")
         require(
             self.heads % self.kv_heads == 0,
             f"heads {self.heads} is not divisible by kv_heads {self.kv_heads}: choose a divisor of the heads",
@@ -71,8 +114,7 @@ class RopeScaling:
     original_max_length: int
 
     def __post_init__(self):
-        for name in ("factor", "low_freq_factor", "original_max_length"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
+        _require_types(self)
         require(
             self.high_freq_factor > self.low_freq_factor,
             f"high_freq_factor is {self.high_freq_factor}, but must be above low_freq_factor {self.low_freq_factor}",
@@ -112,17 +154,8 @@ class ModelConfig:
     precision: Precision = "float32"
 
     def __post_init__(self):
-        for name in ("vocabulary", "width", "max_length", "rope_base"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
-        require(self.norm_epsilon >= 0, f"norm_epsilon is {self.norm_epsilon}, but must not be negative")
-        for name in ("norm", "position", "feedforward", "precision"):
-            choices = typing.get_args(typing.get_type_hints(ModelConfig)[name])
-            require(getattr(self, name) in choices, f"{name} is {getattr(self, name)!r}: choose from {choices}")
-        require(len(self.blocks) > 0, "a model needs at least one layer: set layers to 1 or more")
-        require(
-            0 < self.rotary_fraction <= 1,
-            f"rotary_fraction is {self.rotary_fraction}, but must be a share of each head, above 0 and at most 1",
-        )
+        require(len(self.blocks) > 0, "blocks is empty: a model needs at least one layer")
+        _require_types(self)
         if self.position == "rotary":
             for size in {block.head_dim for block in self.blocks}:
                 rotated = int(size * self.rotary_fraction)
@@ -137,12 +170,16 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
-        scaling = values.get("rope_scaling")
-        return cls(
-            **values
-            | {"blocks": tuple(BlockConfig(**block) for block in values["blocks"])}
-            | {"rope_scaling": RopeScaling(**scaling) if scaling else None}
+        """The inverse of to_dict. Raises InputError for whatever is not what to_dict writes."""
+        require(isinstance(values, dict), f"the config is {values!r:.60}, but must be an object")
+        blocks, scaling = values.get("blocks"), values.get("rope_scaling")
+        require(
+            isinstance(blocks, list | tuple) and len(blocks) <= MOST_LAYERS,
+            f"blocks is {blocks!r:.60}, but must be a list of at most {MOST_LAYERS:,} layers",
         )
+        made = {"blocks": tuple(_made(BlockConfig, block, f"blocks[{i}]") for i, block in enumerate(blocks))}
+        made["rope_scaling"] = None if scaling is None else _made(RopeScaling, scaling, "rope_scaling")
+        return _made(cls, values | made, "the config")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,19 +198,26 @@ class ModelShape:
     tied: bool = flag(True, "share the input and output embeddings")
 
     def __post_init__(self):
+        require(self.layers != 0, "model.layers is 0: a model needs at least one layer, so set it to 1 or more")
+        _require_types(self, "model.")
         require(
-            self.layers > 0, f"model.layers is {self.layers}: a model needs at least one layer, so set it to 1 or more"
-        )
-        require(self.heads > 0, f"model.heads is {self.heads}, but must be positive")
-        require(
-            self.width > 0 and self.width % self.heads == 0,
+            self.width % self.heads == 0,
             f"model.width {self.width} is not divisible by model.heads {self.heads}: change one of them",
+        )
+        size = self.width // self.heads
+        require(
+            self.family != "llama" or size % 2 == 0,
+            f"model.width {self.width} / model.heads {self.heads} is {size}, but rotary positions need heads of an "
+            "even size: change one of them",
         )
         require(
             self.vocabulary >= 257,
             f"model.vocabulary is {self.vocabulary}, but 256 bytes and a separator need at least 257",
         )
-        self.config()
+        try:
+            self.config()
+        except InputError as error:  # which begins with the name of a field
+            raise InputError(f"model.{error}") from None
 
     def config(self) -> ModelConfig:
         block = BlockConfig(

@@ -5,12 +5,13 @@ tokenizer.json of the `tokenizers` library, with the files that stand beside it 
 """
 
 import codecs
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from efflm import chat
+from efflm import chat, model_files
 from efflm.config import InputError, require
 from efflm.rundir import write_json, write_whole
-from efflm.tokenizer_json import read_object, read_text, require_sound
+from efflm.tokenizer_json import require_sound
 
 SEPARATOR = "<|endoftext|>"
 BYTES = 257  # entries of a vocabulary that has a token for each byte, a separator and nothing else
@@ -33,7 +34,8 @@ class Tokenizer:
     """Text to token ids and back.
 
     names: bos_token, eos_token, unk_token and so on, each in the vocabulary. adds_bos: the model expects `bos` before
-    every text. extra_stops: ids beside `eos` that end an answer. template: see efflm.chat.
+    every text. extra_stops: ids beside `eos` that end an answer. template: see efflm.chat. where: the file it is from.
+    encode, encode_batch and decode raise InputError for what the tokenizer of a bad file cannot do.
     """
 
     core: tokenizers.Tokenizer
@@ -41,6 +43,7 @@ class Tokenizer:
     adds_bos: bool = False
     extra_stops: tuple[int, ...] = ()
     template: str | None = None
+    where: Any = "this tokenizer"
 
     @functools.cached_property
     def vocabulary(self) -> int:
@@ -76,10 +79,12 @@ class Tokenizer:
         return tuple(sorted({end for end in ends if end is not None}))
 
     def encode(self, text: str) -> list[int]:
-        return self.core.encode(text, add_special_tokens=False).ids
+        with _panics_of(self.where, "tokenize this text"):
+            return self.core.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.core.encode_batch_fast(texts, add_special_tokens=False)]
+        with _panics_of(self.where, "tokenize this text"):
+            return [encoding.ids for encoding in self.core.encode_batch_fast(texts, add_special_tokens=False)]
 
     def prompt(self, text: str) -> list[int]:
         """The ids of `text` as the model expects to read it: after `bos`, if it expects that. Not for what `chat`
@@ -90,10 +95,11 @@ class Tokenizer:
         """The conversation as the model was taught to read it, up to where its answer begins. messages: dicts with
         `role` and `content`. Raises InputError if there is no template or it refuses them."""
         require(self.template is not None, "this model brings no chat template: give it a plain --prompt")
-        return chat.render(self.template, messages, self.names, add_generation_prompt)
+        return chat.render(self.template, messages, self.names, add_generation_prompt, str(self.where))
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.core.decode(list(ids), skip_special_tokens=True)
+        with _panics_of(self.where, "decode these ids"):
+            return self.core.decode(list(ids), skip_special_tokens=True)
 
     def stream(self) -> Callable[..., str]:
         """A function (ids, final=False) -> the text that these ids add to those of the calls before.
@@ -166,6 +172,19 @@ class Tokenizer:
             write_json(file.with_name("generation_config.json"), {"eos_token_id": ends})
 
 
+@contextlib.contextmanager
+def _panics_of(where: Any, doing: str) -> Iterator[None]:
+    """Make an InputError of what the library fails with: bare Exceptions, and panics, which are BaseExceptions. Before
+    a panic the library writes a few lines of its own on stderr, which it cannot be told to leave out."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        words = " ".join(str(error).split())[:300]
+        raise InputError(f"{where} cannot {doing}: {words}: fetch the model again, or use another tokenizer") from None
+
+
 def _stages(decoder: Any) -> list[dict[str, Any]]:
     """The stages of a decoder as plain values."""
     if decoder is None:
@@ -220,17 +239,18 @@ def load(path: Path) -> Tokenizer:
     """Read a tokenizer.json, given as the file or as its folder, and the files beside it that say what it does not:
     tokenizer_config.json, special_tokens_map.json, chat_template.jinja, generation_config.json, config.json.
 
-    Raises InputError if it is missing or one of them is damaged.
+    Raises InputError if it is missing, or one of them is damaged or not a file of the folder itself.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
-    require(file.is_file(), f"no tokenizer at {file}: give the directory of a finished run, or of a Hugging Face model")
-    beside = lambda name: read_object(file.with_name(name))
-    core = from_description(read_object(file), file)
+    folder, exists = file.parent, functools.partial(model_files.exists, file.parent)
+    require(exists(file.name), f"no tokenizer at {file}: give the directory of a finished run or a Hugging Face model")
+    beside = lambda name: model_files.read_object(folder, name) if exists(name) else {}
+    core = from_description(beside(file.name), file)
     config_file = file.with_name(f"{file.stem}_config.json")
     config = beside("special_tokens_map.json") | beside(config_file.name)
     names = _names(core, config, config_file)
     ends = beside("config.json") | beside("generation_config.json")
-    ids = {name: _ids(core, ends.get(f"{name}_id"), f"{file.parent}: {name}_id") for name in ("bos_token", "eos_token")}
+    ids = {name: _ids(core, ends.get(f"{name}_id"), f"{folder}: {name}_id") for name in ("bos_token", "eos_token")}
     names |= {name: core.id_to_token(found[0]) for name, found in ids.items() if found and name not in names}
     eos = core.token_to_id(names["eos_token"]) if "eos_token" in names else None
     return Tokenizer(
@@ -239,6 +259,7 @@ def load(path: Path) -> Tokenizer:
         adds_bos=_adds_bos(core, names, config.get("add_bos_token"), config_file),
         extra_stops=tuple(index for index in ids["eos_token"] if index != eos),
         template=_template(file, config, config_file),
+        where=file,
     )
 
 
@@ -274,12 +295,14 @@ def _adds_bos(core: tokenizers.Tokenizer, names: dict[str, str], setting: Any, w
     )
     if "bos_token" not in names:
         return False
-    return core.encode("").ids[:1] == [core.token_to_id(names["bos_token"])] if setting is None else setting
+    with _panics_of(where, "tokenize an empty text"):
+        return core.encode("").ids[:1] == [core.token_to_id(names["bos_token"])] if setting is None else setting
 
 
 def _template(file: Path, config: dict[str, Any], config_file: Path) -> str | None:
-    separate = file.with_name("chat_template.jinja")
-    value = read_text(separate) if separate.is_file() else config.get("chat_template")
+    separate = "chat_template.jinja"
+    inside = config.get("chat_template")
+    value = model_files.read_text(file.parent, separate) if model_files.exists(file.parent, separate) else inside
     if isinstance(value, list):  # several, by name
         named = [entry for entry in value if isinstance(entry, dict) and entry.get("name") == "default"]
         value = named[0].get("template") if named else None

@@ -1,40 +1,14 @@
-"""The files a tokenizer is read from, looked through before the library that reads them is let near.
+"""What a tokenizer.json describes, looked through before the library that reads it is let near.
 
-They are a stranger's, and the `tokenizers` library trusts them: it cuts text at places that a file names without
-looking whether a character begins there, and replaces text by as much as a file says.
+It is a stranger's, and the `tokenizers` library trusts it: it cuts text at places that a file names without looking
+whether a character begins there, and replaces text by as much as a file says.
 """
 
-import json
-import re
-from pathlib import Path
 from typing import Any
 
-from efflm.config import InputError, require
+from efflm.config import require
 
 MOST_GROWTH = 10_000
-
-
-def read_text(path: Path) -> str:
-    """Raises InputError."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path} cannot be read as text: {error}") from None
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, empty if there is no file. Raises InputError."""
-    if not path.is_file():
-        return {}
-    text = read_text(path)
-    try:
-        value = json.loads(text)
-        if re.search(r"\\u[dD][89a-fA-F]", text):
-            json.dumps(value, ensure_ascii=False).encode()  # fails on half a character, which JSON can spell
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}): fetch it again") from None
-    require(isinstance(value, dict), f"{path} holds a {type(value).__name__}, but must hold a JSON object")
-    return value
 
 
 def require_sound(described: dict[str, Any], where: Any) -> None:

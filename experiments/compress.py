@@ -120,6 +120,7 @@ def main(run: Run, score: Scoring, quantize: dict, prune: dict, finetune: dict, 
     rundir.require_writable(run_dir, needs=rundir.SMALL_FILES)
     loaded = sources.load(run.model, precision=run.precision, mesh=sharding.data_parallel(run.batch))
     dense, tokens, about = loaded.model, loaded.tokenizer, loaded.about
+    recipe.require_finite(dense)
     largest = max(trees.nbytes(dense.params), 2 * trees.count(dense.params))  # of int8, recipe bfloat16 makes that
     rundir.require_writable(run_dir, needs=(1 + len(plans)) * largest + rundir.SMALL_FILES)
     say(f"{run.model}: {trees.count(dense.params) / 1e6:.1f} M parameters, {rows.origin(run.model, about)}")

@@ -1,4 +1,5 @@
 import datetime
+import sys
 
 import pytest
 
@@ -51,3 +52,43 @@ def test_what_templates_are_promised():
 def test_a_template_that_fails_or_breaks_out_is_refused(template, message):
     with pytest.raises(InputError, match=message):
         render(template)
+
+
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLING = "{% set n = namespace(t='a') %}{% for i in range(60) %}{% set n.t = n.t ~ n.t %}{% endfor %}{{ n.t }}"
+TIME, MEMORY = "ran for over 2 s", "needed over 256 MB of memory"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (LOOPS, TIME),
+        ("{{ 9 ** (9 ** 9) % 7 }}", TIME),  # one operation, which nothing inside the process can interrupt
+        ("{{ 'a' * 4000000000 }}", MEMORY),
+        ("{{ '%1500000000d' | format(1) }}", MEMORY),
+        ("{{ '{:1500000000}'.format(1) }}", MEMORY),
+        ("{{ 'a' | center(1500000000) }}", MEMORY),
+        ("{{ ([0] * 1000000000) | length }}", MEMORY),
+        (DOUBLING, MEMORY),
+        ("{{ 'ab' * 10000000 }}", "wrote over 10,000,000 characters"),
+        ("{{ raise_exception('x' * 5000) }}", "x{300}$"),
+        ("{{ raise_exception('a\n\x1b[2Jb') }}", r"a \?\[2Jb"),
+    ],
+)
+def test_a_template_has_two_seconds_and_256_megabytes(template, message):
+    with pytest.raises(InputError, match=f"^the chat template of /models/x/tokenizer.json .*{message}") as error:
+        chat.render(template, HELLO, {}, True, "/models/x/tokenizer.json")
+    assert len(str(error.value)) < 500
+
+
+def test_conversations_reach_a_template_as_they_are():
+    odd = "\ud800 \x00 \u2028 \r\n é😀 " + "long " * 100_000
+    assert render("{{ messages[0]['content'] }}{{ messages[0]['n'] }}", [{"content": odd, "n": 1.5}]) == odd + "1.5"
+    with pytest.raises(InputError, match="messages must hold what JSON can"):
+        render("", [{"content": {1, 2}}])
+
+
+def test_a_template_is_never_run_here(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(InputError, match="cannot start"):
+        render("a")

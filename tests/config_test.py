@@ -219,3 +219,92 @@ def test_impossible_rotary_scaling_is_refused():
         RopeScaling(factor=8.0, low_freq_factor=4.0, high_freq_factor=1.0, original_max_length=8192)
     with pytest.raises(InputError, match="factor is 0"):
         RopeScaling(factor=0.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=8192)
+
+
+SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_length": 8192}
+WHOLE = (2.0, True, "2", None, [2], -1, 2**31, 10**30, float("nan"))
+NUMBERS = (True, "1", None, [], -1.0, 2**63 * 10**15, 1e31, float("inf"), float("-inf"), float("nan"))
+OTHERS = (0, 1, "no", None, [], {})
+WRONG = {
+    **dict.fromkeys(("vocabulary", "width", "max_length"), (*WHOLE, 0)),
+    **dict.fromkeys(("rope_base", "rotary_fraction"), (*NUMBERS, 0)),
+    "norm_epsilon": (*NUMBERS, 2**63, 1.5),
+    **dict.fromkeys(("bias", "tied", "qkv_bias", "qk_norm", "parallel"), OTHERS),
+    **dict.fromkeys(("norm", "position", "feedforward", "precision"), OTHERS),
+    "rope_scaling": ([], 1, "x", {}, False),
+    "blocks": (None, 3, [], {}, [3], [[]], [{}]),
+}
+
+
+def refused(change):
+    """The message with which a config with these plain values is refused."""
+    with pytest.raises(InputError) as error:
+        ModelConfig.from_dict(tiny.CONFIGS["llama"].to_dict() | change)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("name", "values"), WRONG.items())
+def test_a_field_of_another_type_or_out_of_range_is_refused(name, values):
+    for value in values:
+        assert name.removesuffix("s") in refused({name: value}), value
+
+
+@pytest.mark.parametrize("name", ["heads", "kv_heads", "head_dim", "mlp_dim", "window"])
+def test_so_is_one_of_a_layer(name):
+    block = dataclasses.asdict(tiny.CONFIGS["llama"].blocks[0])
+    for value in (*WHOLE, *([] if name == "window" else [0])):
+        assert refused({"blocks": [block | {name: value}]}).startswith(name), value
+
+
+@pytest.mark.parametrize("name", SCALING)
+def test_and_one_of_the_rotary_scaling(name):
+    for value in (*(WHOLE if name == "original_max_length" else NUMBERS), 0):
+        assert name in refused({"rope_scaling": SCALING | {name: value}}), value
+
+
+def test_fields_that_are_unknown_or_missing_are_named():
+    values = tiny.CONFIGS["llama"].to_dict()
+    block = values["blocks"][0]
+    assert "experts" in refused({"experts": 8})
+    assert "sinks" in refused({"blocks": [block | {"sinks": 1}]})
+    assert "beta" in refused({"rope_scaling": SCALING | {"beta": 1}})
+    assert "factor" in refused({"rope_scaling": {key: SCALING[key] for key in SCALING if key != "factor"}})
+    assert "mlp_dim" in refused({"blocks": [{key: block[key] for key in block if key != "mlp_dim"}]})
+    del values["vocabulary"]
+    with pytest.raises(InputError, match="vocabulary"):
+        ModelConfig.from_dict(values)
+    for junk in (None, [], 3, "x"):
+        with pytest.raises(InputError, match="must be an object"):
+            ModelConfig.from_dict(junk)
+
+
+def test_heads_do_not_multiply_beyond_what_an_array_can_have():
+    block = dataclasses.asdict(tiny.CONFIGS["llama"].blocks[0])
+    assert "head_dim" in refused({"blocks": [block | {"heads": 2**20, "kv_heads": 1, "head_dim": 2**20}]})
+
+
+def test_whole_numbers_stand_for_floats():
+    config = ModelConfig.from_dict(tiny.CONFIGS["llama"].to_dict() | {"rope_base": 10**20, "norm_epsilon": 0})
+    assert (type(config.rope_base), config.rope_base, type(config.norm_epsilon)) == (float, 1e20, float)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kv_heads": 0}, "model.kv_heads is 0, but must be a whole number from 1"),
+        ({"kv_heads": 3}, "model.heads 4 is not divisible by kv_heads 3"),
+        ({"window": -1}, "model.window is -1"),
+        ({"window": 2**31}, "model.window is 2147483648"),
+        ({"layers": 10**9}, "model.layers is 1000000000"),
+        ({"width": 12}, "model.width 12 / model.heads 4 is 3, but rotary positions need heads of an even size"),
+        ({"mlp_dim": 2.0}, "model.mlp_dim is 2.0"),
+        ({"family": "bert"}, "model.family is 'bert': choose from"),
+        ({"tied": 1}, "model.tied is 1"),
+    ],
+)
+def test_a_shape_is_refused_by_the_names_of_its_flags(change, message):
+    with pytest.raises(InputError) as error:
+        ModelShape(**change)
+    assert str(error.value).startswith(message)

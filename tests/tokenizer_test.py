@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 from hypothesis import given
@@ -213,3 +214,82 @@ def test_padding_and_truncation_of_a_file_are_left_out(tmp_path):
     core["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>"}
     core["truncation"] = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
     assert tokenizer.load(folder_of(tmp_path, core)).encode("hi hi") == [264, 264]
+
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+FILES += ("generation_config.json", "config.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_files_of_the_folder_itself_are_read(tmp_path, name):
+    """No links out, no links in a circle, no pipes that never end, no more bytes than such a file can need."""
+    home = tmp_path / "model"
+    home.mkdir()
+    folder_of(home, sentencepiece_like())
+    (tmp_path / "secret").write_bytes((home / "tokenizer.json").read_bytes())
+    (home / name).unlink(missing_ok=True)
+    (home / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match=rf"{name} links out of its folder, to .*secret: copy the file in"):
+        tokenizer.load(home)
+    (home / name).unlink()
+    (home / name).symlink_to(home / name)
+    with pytest.raises(InputError, match=f"has no {name}"):
+        tokenizer.load(home)
+    (home / name).unlink()
+    os.mkfifo(home / name)
+    with pytest.raises(InputError, match=f"{name} is not a file"):
+        tokenizer.load(home)
+    (home / name).unlink()
+    (home / name).touch()
+    os.truncate(home / name, 3_000_000_000)
+    with pytest.raises(InputError, match=f"{name} has 3,000,000,000 bytes, too many"):
+        tokenizer.load(home)
+
+
+def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs(tmp_path):
+    snapshot, blobs = tmp_path / "snapshots" / "1", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "a").write_text(json.dumps(sentencepiece_like()))
+    (blobs / "b").write_text("{{ messages[0]['content'] }}")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/a")
+    (snapshot / "chat_template.jinja").symlink_to("../../blobs/b")
+    assert tokenizer.load(snapshot).chat([{"role": "user", "content": "hi"}]) == "hi"
+
+
+BACKTRACKS = {"Regex": "(a+)+$"}
+HARD = "a" * 40 + "!"
+
+
+def test_a_regular_expression_that_backtracks_for_ever_is_one_line(tmp_path):
+    """The library panics on it, which is no Exception."""
+    core = sentencepiece_like()
+    core["pre_tokenizer"] = {"type": "Split", "pattern": BACKTRACKS, "behavior": "Isolated", "invert": False}
+    loaded = tokenizer.load(folder_of(tmp_path, core))
+    assert loaded.encode("hi") == [264]
+    for encode in (loaded.encode, loaded.prompt, lambda text: loaded.encode_batch([text, text])):
+        with pytest.raises(InputError, match=r"tokenizer\.json cannot .* this text: .*retry-limit-in-match") as error:
+            encode(HARD)
+        assert "\n" not in str(error.value)
+    core = sentencepiece_like()
+    core["decoder"] = {"type": "Replace", "pattern": BACKTRACKS, "content": "b"}
+    core["model"]["vocab"][HARD] = 265
+    loaded = tokenizer.load(folder_of(tmp_path, core))
+    with pytest.raises(InputError, match=r"tokenizer\.json cannot .* these ids: .*retry-limit-in-match"):
+        loaded.decode([265])
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, MemoryError, TypeError])
+def test_only_the_librarys_own_failures_are_the_files_fault(raised):
+    class Core:
+        def encode(self, *_, **__):
+            raise raised
+
+    with pytest.raises(raised):
+        tokenizer.Tokenizer(Core()).encode("a")
+
+
+def test_errors_of_a_chat_template_name_the_model(tmp_path):
+    loaded = tokenizer.load(folder_of(tmp_path, sentencepiece_like(), chat_template="{{ 1 / 0 }}"))
+    with pytest.raises(InputError, match=rf"the chat template of {tmp_path}/tokenizer\.json fails"):
+        loaded.chat([])

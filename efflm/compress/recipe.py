@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from efflm import trees
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
 from efflm.compress.prune import Prune
 from efflm.compress.quantize import Cast, Quantize
 from efflm.compress.shrink import Shrink
 from efflm.compress.step import Context, Record, Step
-from efflm.config import InputError
+from efflm.config import InputError, require
 from efflm.model import LanguageModel
 
 W8A16 = Quantize(activations="float")
@@ -55,8 +56,15 @@ def override(steps: Sequence[Step], changes: dict[type, dict[str, Any]]) -> tupl
     return tuple(dataclasses.replace(step, **changes.get(type(step), {})) for step in steps)
 
 
+def require_finite(model: LanguageModel) -> None:
+    """Raise InputError for weights that are infinite or NaN: a scale or a mask made of them spoils the others too."""
+    problem = trees.not_finite(model.params)
+    require(not problem, f"{problem}: such a model cannot be compressed, so fetch or train it again")
+
+
 def run(model: LanguageModel, steps: Sequence[Step], context: Context) -> tuple[LanguageModel, tuple[Record, ...]]:
-    """Apply the steps in order; the teacher is the first model unless the context names one."""
+    """Apply the steps in order; the teacher is the first model unless the context names one. Raises InputError."""
+    require_finite(model)
     if context.teacher is None:
         context = dataclasses.replace(context, teacher=model)
     records = []

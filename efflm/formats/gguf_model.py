@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from efflm.config import require
+from efflm.config import InputError, require
 from efflm.formats import gguf, gguf_tokenizer
 from efflm.formats.build import build
 from efflm.formats.tensors import Tensors
@@ -54,7 +54,10 @@ def load(path: Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> t
         {name: header.tensors[stored].shape for name, stored in names.items()},
         lambda name: read(header, names, description, name),
     )
-    return build(description, source, dtype=dtype, mesh=mesh), tokens
+    try:
+        return build(description, source, dtype=dtype, mesh=mesh), tokens
+    except InputError as error:
+        raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
 
 def quantization(path: Path) -> str:

@@ -91,6 +91,7 @@ def from_metadata(metadata: dict[str, Any], where: Path) -> Tokenizer:
         adds_bos=adds_bos and ids["bos"] is not None,
         extra_stops=tuple(sorted(ends - {ids["eos"]})),
         template=template,
+        where=where,
     )
 
 

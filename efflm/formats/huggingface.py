@@ -4,11 +4,9 @@ A directory is a stranger's: nothing is unpickled, no file outside of it is open
 anything is allocated.
 """
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -19,12 +17,12 @@ from efflm.formats import tensors
 from efflm.formats.build import build, describe, tensors_of
 from efflm.formats.tensors import NAMES, Tensors
 from efflm.model import LanguageModel
+from efflm.model_files import inside, read_object
 from efflm.rundir import write_json
 from efflm.tokenizer import Tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-LARGEST_JSON = 64_000_000  # bytes: the index of a model of a million tensors
 
 
 def load(folder: Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> tuple[LanguageModel, Tokenizer]:
@@ -34,7 +32,7 @@ def load(folder: Path, *, dtype: str | None = None, mesh: Mesh | None = None) ->
         f"{folder} has no tokenizer.json: fetch it again, or where the model brings another kind of tokenizer, write "
         "one with transformers (AutoTokenizer.from_pretrained, then save_pretrained)",
     )
-    tokens = tokenizer.load(_inside(folder, "tokenizer.json"))
+    tokens = tokenizer.load(folder)
     model = load_weights(folder, dtype=dtype, mesh=mesh)
     _require_fit(model, tokens, folder)
     return model, tokens
@@ -43,7 +41,7 @@ def load(folder: Path, *, dtype: str | None = None, mesh: Mesh | None = None) ->
 def load_weights(folder: Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> LanguageModel:
     """The model without its tokenizer, see `build`. Raises InputError."""
     try:
-        return build(_read_json(folder, "config.json"), _tensors(folder), dtype=dtype, mesh=mesh)
+        return build(read_object(folder, "config.json"), _tensors(folder), dtype=dtype, mesh=mesh)
     except InputError as error:
         named = str(folder) in str(error)
         raise InputError(str(error) if named else f"{folder}: {error}") from None
@@ -94,38 +92,10 @@ def _require_fit(model: LanguageModel, tokens: Tokenizer, folder: Path) -> None:
 # --- reading what may be damaged -------------------------------------------------------------------------------------
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """The regular file of that name in the folder itself, or where a snapshot of the hub's cache links to.
-
-    Raises InputError for anything else: other folders, links that lead out, links in circles.
-    """
-    require(Path(name).name == name, f"{folder} speaks of {name!r:.80}, which is not a file in it: it is not read")
-    try:
-        home, file = folder.resolve(strict=True), (folder / name).resolve(strict=True)
-    except (OSError, RuntimeError, ValueError):
-        raise InputError(f"{folder} has no {name:.80}: the model is not whole, fetch it again") from None
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    require(file.parent in homes, f"{folder / name} links out of its folder, to {file}: copy the file in")
-    require(file.is_file(), f"{folder / name} is not a file")
-    return folder / name
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    path = _inside(folder, name)
-    size = path.stat().st_size
-    require(size <= LARGEST_JSON, f"{path} has {size:,} bytes, too many for what it should hold")
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error})") from None
-    require(isinstance(values, dict), f"{path} holds no JSON object")
-    return values
-
-
 def _tensors(folder: Path) -> Tensors:
     """All tensors of the folder, however many files they are in."""
     if (folder / WEIGHTS).exists():
-        return tensors.from_safetensors(_inside(folder, WEIGHTS))
+        return tensors.from_safetensors(inside(folder, WEIGHTS))
     if (folder / INDEX).exists():
         return _sharded(folder)
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
@@ -138,12 +108,12 @@ def _tensors(folder: Path) -> Tensors:
 
 
 def _sharded(folder: Path) -> Tensors:
-    where = _read_json(folder, INDEX).get("weight_map")
+    where = read_object(folder, INDEX).get("weight_map")
     require(
         isinstance(where, dict) and all(isinstance(file, str) for file in where.values()) and len(where) > 0,
         f"{INDEX} has no weight_map from tensors to files",
     )
-    files = {file: tensors.from_safetensors(_inside(folder, file)) for file in sorted(set(where.values()))}
+    files = {file: tensors.from_safetensors(inside(folder, file)) for file in sorted(set(where.values()))}
     shapes = {}
     for file, part in files.items():
         for name, shape in part.shapes.items():

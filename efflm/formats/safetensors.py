@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from efflm import ops, trees
 from efflm.config import InputError, ModelConfig, require
 from efflm.formats import tensors
-from efflm.formats.tensors import NAMES, Tensors
+from efflm.formats.tensors import Tensors
 from efflm.model import LanguageModel, params, sharding
 from efflm.ops import storage
 from efflm.ops.packing import pack
@@ -91,7 +91,7 @@ def load(file: Path, mesh: Mesh | None = None) -> tuple[LanguageModel, dict[str,
         weights = ops.apply_masks(storage.from_flat(flat, formats), masks)
         return LanguageModel(config, weights, masks or None), about
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise InputError(f"{file} cannot be read as a model ({error}): export it again") from error
+        raise InputError(f"{file} cannot be read as a model ({str(error)[:300]}): export it again") from error
 
 
 def _require_whole(
@@ -107,12 +107,7 @@ def _require_whole(
     wanted: dict[str, tuple[int, ...] | None] = {}
     for path, param in table.items():
         bitmask = (-(-math.prod(param.shape) // 8),)
-        parts = {path: param.shape}
-        if path in formats:
-            of_format = storage.part_shapes(param.shape, formats[path])
-            parts = {f"{path}/{part}": shape for part, shape in of_format.items()}
-            if f"{path}/zeros" not in there:
-                del parts[f"{path}/zeros"]
+        parts: dict[str, Any] = storage.array_shapes(path, param.shape, formats.get(path), there)
         if path in sparse:
             parts.pop(f"{path}/values", None) or parts.pop(path)
             parts |= {f"{path}/bitmask": bitmask, f"{path}/nonzeros": None}
@@ -150,8 +145,7 @@ def _weight(
             array = source.read(name)
         else:
             continue
-        integers = {"values": np.int8 if bits == 8 else np.uint8, "zeros": np.int8}.get(part)
-        fits = array.dtype == integers if integers else array.dtype in NAMES
+        fits = storage.is_dtype_of(array.dtype, part, bits)
         require(fits, f"{name} is stored as {array.dtype}, which is not what such a weight is made of")
         out[name] = laid(name, array)
     return out

@@ -2,13 +2,14 @@
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from efflm import tokenizer
-from efflm.config import require
+from efflm import hosts, tokenizer, trees
+from efflm.config import MOST, require
 from efflm.formats import gguf_model, hub, huggingface, safetensors, wheels
 from efflm.formats.tensors import require_dtype
 from efflm.model import LanguageModel, in_dtype, sharding
@@ -44,9 +45,12 @@ def load(source: str | Path, *, dtype: str | None = None, precision: str = "", m
     """What is at `source`: one of KINDS. A path that exists goes before a hub id. Raises InputError.
 
     dtype: of the weights; None: as they are stored. precision: of the matmuls, float32 or bfloat16; "": what the model
-    was saved for.
+    was saved for. Weights that are not finite are warned of, on stderr.
     """
     loaded = _load(source, dtype, mesh)
+    problem = trees.not_finite(loaded.model.params)
+    if problem and hosts.is_first():
+        print(f"warning: {source}: {problem}, so what it writes is of no use: fetch or train it again", file=sys.stderr)
     if not precision:
         return loaded
     config = dataclasses.replace(loaded.model.config, precision=precision)
@@ -87,7 +91,7 @@ def _directory(path: Path, dtype: str | None, mesh: Mesh) -> Loaded:
     )
     model, about = checkpoint.load(folder, mesh)
     tokens = tokenizer.load(run / "tokenizer.json")
-    return Loaded(_in(model, dtype), tokens, about, _size(folder.rglob("*")))
+    return Loaded(_in(model, dtype), tokens, _sound(about, folder), _size(folder.rglob("*")))
 
 
 def _file(path: Path, dtype: str | None, mesh: Mesh) -> Loaded:
@@ -102,7 +106,18 @@ def _file(path: Path, dtype: str | None, mesh: Mesh) -> Loaded:
         return Loaded(model, tokens, {"dequantized": kind} if kind else {}, path.stat().st_size)
     require(path.suffix == ".safetensors", f"{path} is not a kind of file that is read: give {KINDS}")
     model, about = safetensors.load(path, mesh)
-    return Loaded(_in(model, dtype), tokenizer.load(path.parent / "tokenizer.json"), about, path.stat().st_size)
+    tokens = tokenizer.load(path.parent / "tokenizer.json")
+    return Loaded(_in(model, dtype), tokens, _sound(about, path), path.stat().st_size)
+
+
+def _sound(about: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Raise InputError for what a file says of how it was made, if that is not what efflm writes."""
+    for name, kind in {"source": str, "dequantized": str, "train.length": int, "lineage": list}.items():
+        value = about.get(name, kind())
+        good = type(value) is kind and (kind is not int or 0 <= value <= MOST)
+        good = good and (kind is not list or all(isinstance(step, dict) for step in value))
+        require(good, f"{path} cannot be read as a model ({name} is {value!r:.60}): export it again")
+    return about
 
 
 def _in(model: LanguageModel, dtype: str | None) -> LanguageModel:

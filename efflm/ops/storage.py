@@ -6,9 +6,11 @@ does not pay it is stored beside the dense values. `stored_nbytes` predicts the 
 """
 
 import math
+from collections.abc import Container
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from efflm import trees
@@ -47,10 +49,12 @@ def part_shapes(shape: tuple[int, int], format_: dict[str, Any]) -> dict[str, tu
     """
     require(format_.keys() == set(STATIC), f"a format has {', '.join(sorted(format_))}, but must have {STATIC}")
     bits, axis, group, size, activations = (format_[name] for name in STATIC)
+    for name in ("bits", "axis", "group", "size"):
+        require(type(format_[name]) is int, f"{name} is {format_[name]!r:.60}, but must be a whole number")
     require(bits in BITS and axis in (-1, -2), f"{bits} bits along axis {axis} are unknown")
-    require(activations in ("float", "int8", "int8_static"), f"unknown activations {activations}")
+    require(activations in ("float", "int8", "int8_static"), f"unknown activations {activations!s:.60}")
     require(size == shape[axis], f"size is {size}, but the contracted axis has {shape[axis]} entries")
-    require(type(group) is int and 0 <= group < size, f"group is {group}, but must be in [0, {size})")
+    require(0 <= group < size, f"group is {group}, but must be in [0, {size})")
 
     def with_length(length: int) -> tuple[int, int]:
         return (shape[0], length) if axis == -1 else (length, shape[1])
@@ -59,6 +63,22 @@ def part_shapes(shape: tuple[int, int], format_: dict[str, Any]) -> dict[str, tu
     values = with_length(size if bits == 8 else packed_size(size, bits))
     static = {"activation_scale": (1, 1)} if activations == "int8_static" else {}
     return {"values": values, "scale": scale, "zeros": scale} | static
+
+
+def array_shapes(
+    path: str, shape: tuple[int, ...], format_: dict[str, Any] | None, there: Container[str]
+) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of the arrays of one weight in the form of `to_flat`; of `zeros` only if they are `there`."""
+    if format_ is None:
+        return {path: shape}
+    shapes = {f"{path}/{part}": part_shape for part, part_shape in part_shapes(shape, format_).items()}
+    return {name: shape for name, shape in shapes.items() if name != f"{path}/zeros" or name in there}
+
+
+def is_dtype_of(dtype: Any, part: str, bits: int) -> bool:
+    """Whether this part of a weight can be of this dtype. bits: of its format, 0 for a float array."""
+    integers = {"values": np.int8 if bits == 8 else np.uint8, "zeros": np.int8}.get(part)
+    return dtype == integers if bits and integers else jnp.issubdtype(dtype, jnp.floating)
 
 
 # --- zeros -----------------------------------------------------------------------------------------------------------

@@ -25,8 +25,10 @@ from jax.sharding import Mesh
 from efflm import hosts, rundir, trees
 from efflm.config import InputError, ModelConfig, require
 from efflm.model import LanguageModel, sharding
+from efflm.model_files import read_object
 from efflm.ops.storage import from_flat, to_flat
 from efflm.train import manifest
+from efflm.train.described import arrays_of
 from efflm.train.step import TrainState
 
 FAILURES = (
@@ -63,16 +65,21 @@ def load(directory: Path, mesh: Mesh) -> tuple[LanguageModel, dict[str, Any]]:
     require(bool(_steps(directory)), f"no checkpoint in {directory}: give a directory that a training run has written")
     step = _newest_good(directory)
     require(step is not None, NONE_WHOLE.format(directory.absolute()))
-    about = _about(directory, step)
-    where = lambda path, shape: jax.NamedSharding(mesh, sharding.partition_spec(path, shape, mesh))
-    leaves = {
-        path: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"], sharding=where(path, tuple(leaf["shape"])))
-        for path, leaf in about["leaves"].items()
-    }
-    flat = _read(directory / str(step), leaves)
+    folder, about = directory / str(step), _about(directory, step)
+    try:
+        config, formats = ModelConfig.from_dict(about["config"]), about["formats"]
+        leaves = {
+            path: jax.ShapeDtypeStruct(
+                shape, dtype, sharding=jax.NamedSharding(mesh, sharding.partition_spec(path, shape, mesh))
+            )
+            for path, (shape, dtype) in arrays_of(config, formats, about["leaves"]).items()
+        }
+        how_made = dict(about["about"])
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise InputError(f"{folder} cannot be read as a model ({str(error)[:300]}): give another") from error
+    flat = _read(folder, leaves)
     masks = {path.removeprefix("masks/"): flat.pop(path) for path in leaves if path.startswith("masks/")}
-    params = from_flat(flat, about["formats"])
-    return LanguageModel(ModelConfig.from_dict(about["config"]), params, masks or None), about["about"]
+    return LanguageModel(config, from_flat(flat, formats), masks or None), how_made
 
 
 def require_same(wanted: dict[str, Any], found: dict[str, Any], directory: Path) -> None:
@@ -291,7 +298,7 @@ def _newest_good(directory: Path) -> int | None:
 
 
 def _about(directory: Path, step: int) -> dict[str, Any]:
-    return json.loads((directory / str(step) / "about.json").read_text())
+    return read_object(directory / str(step), "about.json")
 
 
 def _read(folder: Path, leaves: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

@@ -11,6 +11,8 @@ import os
 import shutil
 from pathlib import Path
 
+from efflm.model_files import read_object
+
 NAME = "manifest.json"
 
 
@@ -38,14 +40,17 @@ def problem(folder: Path) -> str:
     """Why the checkpoint in `folder` must not be used, or "" if every byte is as it was written."""
     if not exists(folder):
         return f"it is half-written: it has no {NAME}"
+    link = next((path for path in folder.rglob("*") if path.is_symlink()), None)
+    if link:
+        return f"{link.relative_to(folder)} is a link, and no checkpoint is written with any"
     try:
-        hashes = json.loads((folder / NAME).read_text())["sha256"]
+        hashes, files = read_object(folder, NAME)["sha256"], set(_files(folder))
         for name, digest in hashes.items():
             file = folder / name
-            if not file.is_file():
-                return f"{name} is missing"
+            if file not in files:
+                return f"{name:.80} is missing"
             if _digest(file) != digest:
-                return f"{name} is not what was written: its SHA-256 differs"
+                return f"{name:.80} is not what was written: its SHA-256 differs"
     except (ValueError, KeyError, TypeError, AttributeError):  # a manifest that was damaged itself
         return f"{NAME} is damaged"
     except OSError as error:

@@ -9,7 +9,7 @@ from efflm.compress import recipe
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
 from efflm.compress.prune import Prune
-from efflm.compress.quantize import Quantize
+from efflm.compress.quantize import Quantize, quantize
 from efflm.compress.shrink import Shrink, evenly_spaced, keep_layers
 from efflm.compress.step import Context, digest, record
 from efflm.config import InputError
@@ -86,3 +86,18 @@ def test_records_name_text_and_the_model_before():
     assert (pruned.corpus, trained.corpus, trained.tokenizer, trained.seed) == ("", "text", "tokens", 7)
     assert pruned.parent == digest(tiny.model()) != trained.parent != digest(after)
     assert trained.settings == {"steps": 1, "learning_rate": 2e-3}
+
+
+def test_weights_that_are_not_finite_are_not_compressed():
+    """Not as they come, and not as the scales of weights that are quantized already."""
+    model = tiny.model()
+    kernel = model.params["block_1"]["feedforward"]["up"]
+    kernel["kernel"] = kernel["kernel"].at[3, 4].set(np.nan)
+    with pytest.raises(InputError, match=r"^1 of the numbers in block_1/feedforward/up/kernel is infinite or NaN"):
+        recipe.run(model, (Quantize(),), CONTEXT)
+    model = tiny.model()
+    model = model.replace(params=quantize(model.params, "int8"))
+    kernel = model.params["block_0"]["attention"]["key"]
+    kernel["kernel"] = kernel["kernel"].replace(scale=kernel["kernel"].scale.at[0, 1:].set(np.inf))
+    with pytest.raises(InputError, match=r"^15 of the numbers in block_0/attention/key/kernel/scale are infinite"):
+        recipe.run(model, (Prune(sparsity=0.5),), CONTEXT)

@@ -41,6 +41,20 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+def test_compress_refuses_weights_that_are_not_finite(tmp_path, text, capsys):
+    weights = gguf_files.weights(np.random.default_rng(0), width=64, hidden=64)
+    weights["model.layers.1.mlp.up_proj.weight"][2] = np.nan
+    model, out = gguf_files.write(tmp_path / "tiny.gguf", weights), tmp_path / "runs" / "out"
+    with pytest.raises(SystemExit) as stopped:
+        launch(compress.main, "", ["x", f"--model={model}", f"--text={text}", f"--run_dir={out}"],
+               run=compress.Run(), score=Scoring(), **STEPS)  # fmt: skip
+    assert stopped.value.code == 2
+    warning, error = capsys.readouterr().err.splitlines()
+    for line in (warning, error):
+        assert "64 of the numbers in block_1/feedforward/up/kernel are infinite or NaN" in line
+    assert not out.exists()
+
+
 def test_compress_says_what_the_weights_were(model, text, tmp_path, capsys):
     out = tmp_path / "runs" / "out"
     launch(compress.main, "", ["x", f"--model={model}", "--recipe=w8a16 masks24", f"--text={text}", "--sample=3",

@@ -198,7 +198,7 @@ def test_damaged_files_beside_a_tokenizer(watched):
         "config": {"eos_token_id": 2},
     }
     draw, refused = random.Random(0), 0
-    for _ in range(COUNT):
+    for index in range(COUNT):
         harmed = draw.choice(list(whole))
         for stem, value in whole.items():
             text = json.dumps(value)
@@ -206,9 +206,9 @@ def test_damaged_files_beside_a_tokenizer(watched):
                 text = replaced(value, draw) if draw.random() < 0.7 else damaged(text.encode(), draw, len(text))
             (watched / f"{stem}.json").write_bytes(text if isinstance(text, bytes) else text.encode())
 
-        def read():
+        def read(render=index % 10 == 0):  # each has a process of its own
             loaded = tokenizer.load(watched)
-            if loaded.template is not None:
+            if loaded.template is not None and render:
                 loaded.chat([{"role": "user", "content": "hi"}])
 
         refused += require_refused_or_read(read, 100_000) is not None

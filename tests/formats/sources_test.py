@@ -1,5 +1,6 @@
 """One name for models from anywhere: directories, files, runs, the hub."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,13 +12,15 @@ import jax
 import numpy as np
 import pytest
 
+from efflm import trees
 from efflm.compress.quantize import quantize
 from efflm.config import InputError
 from efflm.formats import gguf_model, huggingface, load_model, safetensors, sources, wheels
 from efflm.infer.generate import forward
 from efflm.model import in_dtype, sharding
-from efflm.train import checkpoint
+from efflm.train import checkpoint, manifest
 from tests import gguf_files, tiny
+from tests.formats.fuzz_test import safetensors_header, with_header
 from tests.formats.huggingface_test import require_equal, small_tokenizer
 
 MESH = sharding.make_mesh(fsdp=2, tensor=2)
@@ -63,6 +66,140 @@ def test_files_of_our_own(tmp_path):
     require_equal(loaded.model, model)
     assert spread(loaded.model)
     assert (loaded.about, loaded.nbytes) == ({"recipe": "w8a8", "lineage": []}, size)
+
+
+def broken(model, path, value):
+    """The model with two such numbers in the leaf at that path."""
+    flat = dict(trees.flatten(model.params, inside=True))
+    damaged = np.array(flat[path])
+    damaged.reshape(-1)[[0, -1]] = value
+    leaves, tree = [damaged if name == path else leaf for name, leaf in flat.items()], jax.tree.structure(model.params)
+    return model.replace(params=jax.tree.map(jax.numpy.asarray, jax.tree.unflatten(tree, leaves)))
+
+
+@pytest.mark.parametrize(
+    ("bits", "path", "value"),
+    [
+        ("float32", "block_1/attention_norm/scale", np.nan),
+        ("bfloat16", "block_0/feedforward/down/kernel", -np.inf),
+        ("int8", "block_0/attention/query/kernel/scale", np.inf),
+    ],
+)
+def test_weights_that_are_not_finite_are_named(tmp_path, capsys, bits, path, value):
+    model = in_dtype(tiny.model(), bits) if bits != "int8" else tiny.model()
+    model = model.replace(params=quantize(model.params, "int8")) if bits == "int8" else model
+    small_tokenizer().save(tmp_path / "tokenizer.json")
+    file = tmp_path / "model.safetensors"
+    safetensors.save(file, model, {})
+    sources.load(file)
+    assert capsys.readouterr().err == ""
+    safetensors.save(file, broken(model, path, value), {})
+    sources.load(file)
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {file}: 2 of the numbers in {path} are infinite or NaN")
+
+
+def rewritten(file, name, change):
+    """Our own safetensors file with something else as one entry of its manifest."""
+    header, data = safetensors_header(file.read_bytes())
+    manifest = json.loads(header["__metadata__"]["efflm"])
+    header["__metadata__"]["efflm"] = json.dumps(manifest | {name: change(manifest[name])})
+    file.write_bytes(with_header(header, data))
+
+
+def in_block(**fields):
+    return lambda config: config | {"blocks": [block | fields for block in config["blocks"]]}
+
+
+def with_format(**fields):
+    return lambda formats: {path: each | fields for path, each in formats.items()}
+
+
+LIES = [
+    ("config", in_block(kv_heads=2.0), "kv_heads is 2.0"),
+    ("config", in_block(window=10**30), "window is 1000000000"),
+    ("config", lambda config: config | {"norm_epsilon": 2**63}, "norm_epsilon is 9223372036854775808"),
+    ("config", lambda config: config | {"rope_base": float("inf")}, "rope_base is inf"),
+    ("config", lambda config: config | {"max_length": 64.5}, "max_length is 64.5"),
+    ("config", lambda config: config | {"more": 1}, "'more'"),
+    ("config", lambda _: None, "the config is None"),
+    ("formats", with_format(bits=8.0), "bits is 8.0"),
+    ("formats", lambda formats: formats | {"other": {}}, "other is no weight of the config"),
+    ("formats", with_format(axis=-2.0), "axis is -2.0"),
+    ("formats", with_format(size=True), "size is True"),
+    ("formats", with_format(activations=["int8"]), "unknown activations"),
+    ("about", lambda about: about | {"source": 7}, "source is 7"),
+    ("about", lambda about: about | {"train.length": "x"}, "train.length is 'x'"),
+    ("about", lambda about: about | {"train.length": 2**63}, "train.length is 9223372036854775808"),
+    ("about", lambda about: about | {"lineage": 5}, "lineage is 5"),
+    ("about", lambda about: about | {"lineage": [5]}, r"lineage is \[5\]"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), LIES)
+def test_what_our_own_files_say_is_checked(tmp_path, name, change, message):
+    model = tiny.model().replace(params=quantize(tiny.model().params, "int8"))
+    file, folder = tmp_path / "w8a8.safetensors", tmp_path / "checkpoint" / "3"
+    small_tokenizer().save(tmp_path / "tokenizer.json")
+    safetensors.save(file, model, {})
+    rewritten(file, name, change)
+    with pytest.raises(InputError, match=rf"w8a8\.safetensors.*{message}") as error:
+        sources.load(file)
+    assert "\n" not in str(error.value)
+    checkpoint.save(folder.parent, 3, model, {})
+    about = json.loads((folder / "about.json").read_text())
+    (folder / "about.json").write_text(json.dumps(about | {name: change(about[name])}))
+    (folder / manifest.NAME).unlink()
+    manifest.write(folder)
+    with pytest.raises(InputError, match=rf"checkpoint.*{message}") as error:
+        sources.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda leaves: leaves | {"embedding": leaves["embedding"] | {"shape": [2**40, 32]}}, "embedding has shape"),
+        (lambda leaves: leaves | {"embedding": {}}, "embedding"),
+        (lambda leaves: {path: leaves[path] for path in leaves if path != "embedding"}, "embedding has shape None"),
+        (lambda leaves: leaves | {"other": leaves["embedding"]}, "other has shape"),
+        (lambda leaves: leaves | {"masks/embedding": leaves["embedding"] | {"shape": [1]}}, "masks/embedding"),
+        (lambda leaves: leaves | {"embedding": leaves["embedding"] | {"dtype": "complex64"}}, "complex64"),
+        (lambda leaves: leaves | {"embedding": leaves["embedding"] | {"dtype": "int8"}}, "int8"),
+        (lambda leaves: leaves | {"embedding": leaves["embedding"] | {"dtype": "x"}}, "x"),
+        (lambda _: [], "checkpoint"),
+    ],
+)
+def test_what_a_checkpoint_says_of_its_arrays_is_checked(run, change, message):
+    folder = run / "checkpoint" / "3"
+    about = json.loads((folder / "about.json").read_text())
+    (folder / "about.json").write_text(json.dumps(about | {"leaves": change(about["leaves"])}))
+    (folder / manifest.NAME).unlink()
+    manifest.write(folder)
+    with pytest.raises(InputError, match=message) as error:
+        sources.load(run)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_has_no_links(run, capsys):
+    """Neither to a file elsewhere, nor among those that its manifest lists."""
+    folder, secret = run / "checkpoint" / "3", run / "secret"
+    about = folder / "about.json"
+    secret.write_bytes(about.read_bytes())
+    about.unlink()
+    about.symlink_to(secret)
+    with pytest.raises(InputError, match=r"no checkpoint in .* is whole"):
+        sources.load(run)
+    assert "about.json is a link" in capsys.readouterr().err
+    about.unlink()
+    about.write_bytes(secret.read_bytes())
+    listed = json.loads((folder / manifest.NAME).read_text())
+    listed["sha256"]["../../secret"] = listed["sha256"]["about.json"]
+    (folder / manifest.NAME).write_text(json.dumps(listed))
+    with pytest.raises(InputError, match=r"no checkpoint in .* is whole"):
+        sources.load(run)
+    assert "../../secret is missing" in capsys.readouterr().err
 
 
 def test_gguf_files_and_models_by_name(tmp_path, monkeypatch):

@@ -1,0 +1,28 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efflm import trees
+from efflm.model import sharding
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_numbers_that_are_not_finite_are_found_in_every_dtype(dtype):
+    dtype = jnp.dtype(dtype)
+    array = np.full((3, trees.CHUNK), jnp.finfo(dtype).max, dtype)
+    array[0, :2] = 0, jnp.finfo(dtype).tiny
+    tree = {"a": np.ones(3, np.int8), "b": {"c": array}}
+    assert trees.not_finite(tree) == ""
+    array[1, 5], array[2, -2:] = np.nan, (np.inf, -np.inf)
+    assert trees.not_finite(tree) == "3 of the numbers in b/c are infinite or NaN"
+    if dtype != np.float64:
+        assert trees._count_on_devices(jnp.asarray(array)) == 3  # as on a GPU, or where other processes hold a part
+
+
+def test_numbers_of_sharded_arrays_are_counted_once():
+    mesh = sharding.make_mesh(data=2, tensor=2)
+    array = np.ones((4, 6), np.float32)
+    array[0, 0] = array[3, 5] = np.nan
+    laid = jax.device_put(array, jax.NamedSharding(mesh, jax.P(None, "tensor")))
+    assert trees.not_finite({"w": laid}) == "2 of the numbers in w are infinite or NaN"
