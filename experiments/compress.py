@@ -31,7 +31,7 @@ from efflm.flags import command_line, launch
 from efflm.formats import safetensors, sources
 from efflm.formats.sources import KINDS, Loaded
 from efflm.model import LanguageModel, sharding
-from efflm.report import analysis, compared, page, rows, samples, scoring, table
+from efflm.report import analysis, compared, numbers, page, rows, samples, scoring, table
 from efflm.train import metrics
 
 BEFORE = "before.safetensors"
@@ -107,7 +107,7 @@ def described(steps: tuple[Step, ...], after: LanguageModel) -> str:
     words = ", then ".join(map(repr, steps))
     if not any(isinstance(step, Prune) for step in steps):
         return words
-    megabytes = table.megabytes(trees.nbytes(after.params))
+    megabytes = numbers.megabytes(trees.nbytes(after.params))
     return f"{words}; no faster, since a masked dense matrix multiplies its zeros too; {megabytes} MB if dense"
 
 
@@ -162,7 +162,7 @@ def main(run: Run, score: Scoring, quantize: dict, prune: dict, finetune: dict, 
         f"Quality: {scoring.protocol(text, score, before)}. Divergence: from the first model.",
         f"Speed: {protocol}; each model in turn with the first, whose rounds beside the second are shown. In brackets "
         "the quartiles.",
-        f"Size: an uncompressed safetensors file; the source itself takes {table.megabytes(loaded.nbytes)} MB.",
+        f"Size: an uncompressed safetensors file; the source itself takes {numbers.megabytes(loaded.nbytes)} MB.",
         *rows.cautions(run.model, about, text.known),
     ]
     commands = {first: command_line("experiments.evaluate", ["", f"--model={run.model}"])}

@@ -37,16 +37,16 @@ ALLOWED = {
     "formats": BASE | {"ops", "model", "tokenizer", "train.checkpoint"},
 }
 ONE_PLACE = {
-    "absl": "flags.py",
-    "tensorflow_datasets": "data/corpora.py",
-    "orbax": "train/checkpoint.py",
-    "tokenizers": "tokenizer.py",
-    "jinja2": "render_template.py",
-    "gguf": "formats/gguf.py",
-    "huggingface_hub": "formats/hub.py",
-    "matplotlib": "report/plots.py",
-    "grain": "data/loader.py",
-    "tensorboardX": "train/metrics.py",
+    "absl": ("flags.py",),
+    "tensorflow_datasets": ("data/corpora.py",),
+    "orbax": ("train/checkpoint.py",),
+    "tokenizers": ("tokenizer.py",),
+    "jinja2": ("render_template.py", "report/page.py"),
+    "gguf": ("formats/gguf.py",),
+    "huggingface_hub": ("formats/hub.py",),
+    "matplotlib": ("report/plots.py",),
+    "grain": ("data/loader.py",),
+    "tensorboardX": ("train/metrics.py",),
 }
 
 
@@ -78,7 +78,7 @@ def test_imports_follow_the_arrows(path):
         assert top != "experiments", f"{path} imports {name}"
         assert top not in ("tensorflow", "torch"), f"{path} imports {name}"
         if top in ONE_PLACE:
-            assert path.relative_to(ROOT / "efflm").as_posix() == ONE_PLACE[top], f"{path} imports {name}"
+            assert path.relative_to(ROOT / "efflm").as_posix() in ONE_PLACE[top], f"{path} imports {name}"
         if top == "efflm" and rest and rest[0] != mine:
             allowed = ALLOWED[mine]
             assert rest[0] in allowed or ".".join(rest[:2]) in allowed, f"{mine} may not import {name}"

@@ -13,7 +13,6 @@ from efflm.report.analysis import NAMES, Phase
 from efflm.report.page import Bars, Detail, Section, Step, Table
 from efflm.report.plots import Chart
 from efflm.report.rows import Row
-from efflm.tokenizer import Tokenizer
 
 Record = Any  # compress.step.Record, which is not imported here
 
@@ -131,7 +130,7 @@ def details(
     records: dict[str, Sequence[Record]],
     written: dict[str, list[int]],
     prompt: str,
-    tokenizer: Tokenizer,
+    tokenizer: Any,
     commands: dict[str, str],
 ) -> dict[str, Detail]:
     """What each row opens to. origin, about: of the first model. records: of the steps from it to each model. written:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from efflm.report import numbers
 from efflm.report.plots import Chart
 from efflm.report.samples import Sample
@@ -179,7 +177,9 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _environment() -> jinja2.Environment:
+def _environment() -> Any:
+    import jinja2  # here, for its only use: --help must not wait for it
+
     loader = jinja2.FileSystemLoader(HERE)
     return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
 

@@ -1,10 +1,10 @@
 """What models write, greedily, side by side: where each first differs from the first model."""
 
 import dataclasses
+from typing import Any
 
 from efflm.infer.generate import generate
 from efflm.model import LanguageModel
-from efflm.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Sample:
         return self.prompt + self.common + self.differs + self.rest
 
 
-def write(model: LanguageModel, tokenizer: Tokenizer, prompt: list[int], tokens: int) -> list[int]:
+def write(model: LanguageModel, tokenizer: Any, prompt: list[int], tokens: int) -> list[int]:
     """The ids of a greedy continuation, as many as the model's length allows."""
     tokens = min(tokens, model.config.max_length - len(prompt))
     return generate(model, [prompt], tokens, stops=tokenizer.stops)[0] if tokens > 0 else []
 
 
-def compare(prompt: str, ids: list[int], first: list[int], tokenizer: Tokenizer) -> Sample:
+def compare(prompt: str, ids: list[int], first: list[int], tokenizer: Any) -> Sample:
     """The sample of `ids`, against those of the first model."""
     same, decode = _same(ids, first), tokenizer.stream()
     common, differs, rest = decode(ids[:same]), "", iter(ids[same:])

@@ -30,7 +30,9 @@ def run(folder, *flags):
 
 def test_everything_is_predicted_and_measured(tmp_path, capsys):
     found = run(tmp_path / "out", "--train.policy=bfloat16_pure")
-    assert (tmp_path / "out" / "analysis.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<svg") == 3
+    assert page.count("<table") == 3
     phases = {row["name"]: row for row in found["phases"]}
     assert list(phases) == ["training step", "prefill", "decode, short cache", "decode, full cache"]
     for row in phases.values():

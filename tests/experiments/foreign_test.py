@@ -67,7 +67,7 @@ def test_compress_says_what_the_weights_were(model, text, tmp_path, capsys):
     facts = " ".join(results(out)["protocol"])
     assert "4 of 4 documents" in facts
     assert "are dequantized Q4_1" in facts
-    assert "<td>dequantized Q4_1</td>" in (out / "report.html").read_text()
+    assert ">dequantized Q4_1</button>" in (out / "report.html").read_text()
     assert "dequantized Q4_1" in capsys.readouterr().out
     # The label outlives the file it was read from.
     again = tmp_path / "runs" / "again"

@@ -50,7 +50,7 @@ def test_rows_curves_and_plot_are_written(finished):
     results = json.loads((finished / "results.json").read_text())
     rows = {row["name"]: row for row in results["rows"]}
     assert list(rows) == ["adamw", "adamw8bit"]
-    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished / "report.html").read_text().count("<svg") == 2
     assert (rows["adamw"]["over_adamw"], rows["adamw"]["state_bytes"]) == (0.0, pytest.approx(8, rel=1e-3))
     assert rows["adamw8bit"]["state_bytes"] < 3
     assert rows["adamw"]["steps_to_adamw"] <= 12
