@@ -100,7 +100,10 @@ def test_quickstart_leaves_the_whole_evidence(trained):
         assert row["bytes"] == (trained / "models" / f"{row['name']}.safetensors").stat().st_size
         assert row["prefill_tokens_per_second"] > 0
     by = {row["name"]: row for row in rows}
-    assert by["float32"]["kl_to_dense"] == 0
+    assert by["float32"]["kl_to_dense"] is None  # the reference
+    for row in rows:
+        written = sum(row["component_bytes"].values())
+        assert row["bytes"] - 5000 - 70 * 40 < written < row["bytes"], row["name"]
     assert by["w8a16"]["bytes"] < 0.5 * by["float32"]["bytes"]
     assert by["masks50"]["nonzeros"] == by["masks24"]["nonzeros"] == by["masks50_trained"]["nonzeros"]
     assert by["student_scratch"]["parameters"] < by["float32"]["parameters"]
@@ -217,7 +220,7 @@ def test_scanned_pretraining_leaves_an_unstacked_checkpoint(corpus, tmp_path, fa
     flags = [f"--corpus={corpus}", *TINY, f"--model.family={family}", "--train.scan", "--train.policy=bfloat16"]
     run(pretrain, f"--run_dir={tmp_path / 'run'}", *flags)
     run(evaluate, f"--model={tmp_path / 'run'}", "--score.window=16", f"--run_dir={tmp_path / 'out'}")
-    assert rows_of(tmp_path / "out")[0]["top1_agreement"] == 1
+    assert rows_of(tmp_path / "out")[0]["top1_agreement"] is None  # nothing to compare with
     assert "bits per byte" in capsys.readouterr().out
 
 
@@ -233,7 +236,8 @@ def test_compress_and_evaluate_a_trained_run(trained, tmp_path, monkeypatch):
     assert before["nonzeros"] - after["nonzeros"] >= layers // 4
     run(evaluate, f"--model={out / 'masks50+w8a8.safetensors'}", f"--reference={trained}", "--score.window=16",
         f"--run_dir={tmp_path / 'seen'}")  # fmt: skip
-    seen = rows_of(tmp_path / "seen")[0]
+    reference, seen = rows_of(tmp_path / "seen")
+    assert reference["bits_per_byte"] == before["bits_per_byte"]
     for field in ("bits_per_byte", "kl_to_dense", "top1_agreement_stderr", "perplexity", "nonzeros", "bytes"):
         assert seen[field] == after[field], field
 
@@ -250,8 +254,8 @@ def test_several_recipes_in_one_report(trained, corpus, tmp_path):
     results = json.loads((out / "results.json").read_text())
     assert [row["name"] for row in results["rows"]] == ["before", "w8a16", "masks24", "student_scratch"]
     before, w8a16, masks24, student = results["rows"]
-    assert before["kl_to_dense"] == 0 < w8a16["kl_to_dense"] < masks24["kl_to_dense"] < student["kl_to_dense"]
-    assert before["top1_agreement"] == 1
+    assert 0 < w8a16["kl_to_dense"] < masks24["kl_to_dense"] < student["kl_to_dense"]
+    assert before["top1_agreement"] is None
     assert student["parameters"] < before["parameters"]
     quality = results["protocol"][0]
     assert "windows of 32 tokens, 8 apart" in quality
@@ -260,7 +264,7 @@ def test_several_recipes_in_one_report(trained, corpus, tmp_path):
     assert set(results["records"]) == {"w8a16", "masks24", "student_scratch"}
     page = (out / "report.html").read_text()
     assert "windows of 32 tokens" in page
-    assert "Not worth it here" in page
+    assert "of the dense loss" in page
     assert page.count('class="detail"') == 4
     assert "training loss" in page  # of the student
     assert "--recipe=student_scratch" in page
@@ -286,7 +290,7 @@ def test_a_model_on_a_mesh_is_measured_the_same(trained, tmp_path):
 
     one, spread = measured("one"), measured("spread", "--mesh.fsdp=2", "--mesh.tensor=2")
     assert spread["bits_per_byte"] == pytest.approx(one["bits_per_byte"], rel=1e-5)
-    assert (spread["nonzeros"], spread["top1_agreement"]) == (one["nonzeros"], 1.0)
+    assert spread["nonzeros"] == one["nonzeros"]
 
 
 @pytest.mark.parametrize(
