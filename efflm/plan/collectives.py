@@ -164,24 +164,35 @@ def _split_arguments(text: str) -> tuple[str, str]:
 
 
 def _group(rest: str, kind: str) -> tuple[int, ...]:
-    """The first group, from any form HLO writes: lists, [groups,size]<=[dims]T(order), or axes of a mesh."""
+    """The first group, from any form HLO writes: lists, [groups,size]<=[dims]T(order), or axes of a mesh.
+
+    Raises ValueError for another form: a group that is not known has no bytes that could be counted.
+    """
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{(\{[\d,]+\})", rest)
         return tuple(int(number) for number in re.findall(r"\d+", pairs[1])) if pairs else (0, 1)
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
-        return _group_of_mesh(found[1], found[2])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))? \{([^}]*)\}", rest):
+        return _group_of_mesh(found[1], found[2], found[3])
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
         groups, size = int(found[1]), int(found[2])
-        devices = np.arange(groups * size).reshape([int(side) for side in found[3].split(",")])
-        if found[4]:
-            devices = devices.transpose([int(axis) for axis in found[4].split(",")])
-        return tuple(devices.reshape(groups, size)[0].tolist())
-    found = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
-    return tuple(int(number) for number in found[1].split(",")) if found else (0,)
+        return tuple(_devices(found[3], found[4]).reshape(groups, size)[0].tolist())
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return tuple(map(int, found[1].split(",")))
+    raise ValueError(f"the devices of a collective are written in a form that is not known: {rest[:300]}")
 
 
-def _group_of_mesh(mesh: str, axes: str) -> tuple[int, ...]:
-    """From the form mesh['a'=4,'b'=16] {'a','b':(2)4}: whole axes, or the part of size 4 that follows one of 2."""
+def _devices(sides: str, order: str | None) -> np.ndarray:
+    """From the form [sides]T(order): device numbers in row-major order of the sides, whose axes are then permuted."""
+    sizes = [int(side) for side in sides.split(",")]
+    devices = np.arange(math.prod(sizes)).reshape(sizes)
+    return devices.transpose([int(axis) for axis in order.split(",")]) if order else devices
+
+
+def _group_of_mesh(mesh: str, numbers: str | None, axes: str) -> tuple[int, ...]:
+    """From the form mesh['a'=4,'b'=16] {'a','b':(2)4}: whole axes, or the part of size 4 that follows one of 2.
+
+    numbers: of the devices of the mesh, as [4,16]T(1,0) or as a list; None: in order.
+    """
     sides, talk = [], []
     parts = dict.fromkeys(re.findall(r"'(\w+)'", axes))
     parts |= {name: (int(before), int(size)) for name, before, size in re.findall(r"'(\w+)':\((\d+)\)(\d+)", axes)}
@@ -189,7 +200,12 @@ def _group_of_mesh(mesh: str, axes: str) -> tuple[int, ...]:
         before, size = parts.get(name) or (1, int(side))
         sides += [before, size, int(side) // before // size]
         talk += [False, name in parts, False]
-    devices = np.arange(math.prod(sides)).reshape(sides)
+    devices = np.arange(math.prod(sides))
+    if permuted := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", numbers or ""):
+        devices = _devices(*permuted.groups()).ravel()
+    elif numbers:
+        devices = np.array([int(number) for number in numbers.split(",")])
+    devices = devices.reshape(sides)
     return tuple(devices[tuple(slice(None) if part else 0 for part in talk)].ravel().tolist())
 
 

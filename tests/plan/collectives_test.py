@@ -91,6 +91,9 @@ def program(body):
         ("mesh['a'=4,'b'=2] {'a'}", (0, 2, 4, 6)),
         ("mesh['a'=8] {'a':(2)4}", (0, 1, 2, 3)),
         ("mesh['a'=8] {'a':(1)4}", (0, 2, 4, 6)),
+        ("mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", (0, 1, 2, 3)),
+        ("mesh['a'=4,'b'=2], device_ids=([8]) {'a'}", (0, 2, 4, 6)),
+        ("mesh['a'=4,'b'=2], device_ids=(0,4,1,5,2,6,3,7) {'a'}", (0, 1, 2, 3)),
     ],
 )
 def test_groups_are_read_in_every_form(groups, group):
@@ -98,6 +101,11 @@ def test_groups_are_read_in_every_form(groups, group):
     (operation,) = collectives(program(line))
     assert operation.group == group
     assert operation.nbytes == 3 * 2 * 8 * 4
+
+
+def test_a_form_that_is_not_known_is_no_group_of_nothing():
+    with pytest.raises(ValueError, match="in a form that is not known"):
+        collectives(program("  ROOT %g = f32[16,8]{1,0} all-gather(%x), replica_groups=new(8), dimensions={0}\n"))
 
 
 def test_zeros_with_a_slice_written_into_them_are_gathered():
