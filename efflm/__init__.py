@@ -16,6 +16,7 @@ evaluate    quality and cost
 plan        what a run would need and take on hardware that is not here
 formats     models on disk
 report      the table, the plot, the page
+progress    a bar on the terminal for what takes long
 rundir      what every run does with its directory
 
 Importing it starts nothing.
