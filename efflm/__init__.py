@@ -18,6 +18,7 @@ plan        what a run would need and take on hardware that is not here
 formats     models on disk
 report      the table, the plot, the page
 model_files what is looked at before a file of a model is read
+progress    a bar on the terminal for what takes long
 rundir      what every run does with its directory
 
 Importing it starts nothing.

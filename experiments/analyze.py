@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from efflm import rundir
+from efflm import progress, rundir
 from efflm.config import ModelConfig, ModelShape, TrainConfig, flag, require
 from efflm.evaluate import machine
 from efflm.evaluate.cost import Protocol, rates
@@ -71,7 +71,8 @@ def measure(run: Run, shape: ModelShape, train: TrainConfig) -> Measured:
     timed = timed_step(config, train, mesh)
     batch = 4 * 4 * train.batch * train.length // mesh.size  # four int32 for a token
     state, temporaries = timed.state_bytes, timed.peak_bytes - timed.state_bytes - batch
-    step = statistics.median(list(itertools.islice(timed.seconds, 1 + run.steps))[1:])
+    runs = itertools.islice(timed.seconds, 1 + run.steps)
+    step = statistics.median(list(progress.shown(runs, "timing the training step", 1 + run.steps, live=False))[1:])
     del timed
     model = in_dtype(LanguageModel(config, init_params(config, 0)), policy.param)
     near, far = protocols(run, config)
@@ -94,7 +95,8 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
     rundir.require_writable(run_dir, needs=rundir.SMALL_FILES)
     inference = POLICIES["bfloat16_pure"] if policy.param == "bfloat16" else POLICIES["float32"]
     began = time.perf_counter()
-    roofline = machine.measure(tuple(sorted({policy.compute, inference.compute})))
+    with progress.bar("measuring the machine", live=False):
+        roofline = machine.measure(tuple(sorted({policy.compute, inference.compute})))
     print(f"[{time.perf_counter() - began:4.0f} s] measured the machine", flush=True)
     measured = measure(run, model, train) if run.measure else None
     if measured:

@@ -3,11 +3,13 @@
     bash launch/run.sh experiments.bench_train --policies=float32,bfloat16 --rounds=5
     bash launch/run.sh experiments.bench_train --peer="PYTHON torch_train.py"
 
-Expect one JSON line a policy: name, tokens_per_second (median of the rounds), mfu (of the devices' own measured
-matmul peak in the policy's compute dtype), compile_seconds, peak_bytes (arguments and temporaries of the
-compiled step). With a peer, a command that prints JSON lines with `dtype` and `tokens_per_second`, the two run in
-turn, one after the other and never at once, and each line has the ratio of medians to the peer's best (float32 is
-compared with its float32, everything else against all of it) and the least and greatest ratio of a round.
+Expect after each round one JSON line a policy, of the rounds so far, so that the last lines count and an interrupt
+loses one round: name, rounds, tokens_per_second (median of the rounds), mfu (of the devices' own measured matmul peak
+in the policy's compute dtype), compile_seconds, peak_bytes (arguments and temporaries of the compiled step). A bar on
+stderr says how long it still takes. With a peer, a command that prints JSON lines with `dtype` and
+`tokens_per_second`, the two run in turn, one after the other and never at once, and each line has the ratio of medians
+to the peer's best (float32 is compared with its float32, everything else against all of it) and the least and greatest
+ratio of a round.
 """
 
 import dataclasses
@@ -21,6 +23,7 @@ from typing import Any
 
 import jax
 
+from efflm import progress
 from efflm.config import HostsConfig, InputError, MeshConfig, ModelShape, TrainConfig, flag, require
 from efflm.evaluate import machine
 from efflm.flags import launch
@@ -71,37 +74,52 @@ def main(run: Run, model: ModelShape, train: TrainConfig, mesh: MeshConfig) -> N
     config, tokens = model.config(), train.batch * train.length
     steps = {name: timed_step(config, dataclasses.replace(train, policy=name), devices) for name in names}
     dtypes = {name: POLICIES[name].compute for name in names}
+    with progress.bar("measuring the machine", live=False):
+        peaks = {dtype: machine.matmul_peak(dtype, 2048) for dtype in set(dtypes.values())}
     # Fake devices of a CPU share its cores.
     peak_devices = 1 if jax.default_backend() == "cpu" else devices.size
-    peaks = {dtype: machine.matmul_peak(dtype, 2048) for dtype in set(dtypes.values())}
     flops = cost.train_flops(config, batch=train.batch, length=train.length)
     seconds = {name: [] for name in names}  # a list a round
     theirs = []
-    for _ in range(run.rounds):
-        for name, step in steps.items():
-            seconds[name].append(list(itertools.islice(step.seconds, 1 + run.steps))[1:])
-        if run.peer:
-            theirs.append(run_peer(run.peer))
-    for name, step in steps.items():
-        rates = [tokens / statistics.median(times) for times in seconds[name]]
-        rate = statistics.median(rates)
-        line = {
-            "name": f"train_{name}",
-            "tokens_per_second": round(rate, 1),
-            "mfu": round(flops / tokens * rate / (peak_devices * peaks[dtypes[name]]), 4),
-            "compile_seconds": round(step.compile_seconds, 2),
-            "peak_bytes": step.peak_bytes,
-        }
-        if theirs:
-            peers = [peer_rate(lines, name) for lines in theirs]
-            ratios = [ours / peer for ours, peer in zip(rates, peers)]
-            line |= {
-                "ratio": round(rate / statistics.median(peers), 3),
-                "ratio_min": round(min(ratios), 3),
-                "ratio_max": round(max(ratios), 3),
-                "peer_tokens_per_second": round(statistics.median(peers), 1),
-            }
-        print(json.dumps(line), flush=True)
+    runs = 1 + run.steps
+    ticks = itertools.count(1)
+    total = run.rounds * (len(names) * runs + bool(run.peer))
+    with progress.bar("measuring", total, live=False) as update:
+        for round_ in range(run.rounds):
+            for name, step in steps.items():
+                times = []
+                for took in itertools.islice(step.seconds, runs):
+                    times.append(took)
+                    update(next(ticks))
+                seconds[name].append(times[1:])
+            if run.peer:
+                theirs.append(run_peer(run.peer))
+                update(next(ticks))
+            for name, step in steps.items():
+                rates = [tokens / statistics.median(times) for times in seconds[name]]
+                line = {
+                    "name": f"train_{name}",
+                    "rounds": round_ + 1,
+                    "tokens_per_second": round(statistics.median(rates), 1),
+                    "mfu": round(flops / tokens * statistics.median(rates) / (peak_devices * peaks[dtypes[name]]), 4),
+                    "compile_seconds": round(step.compile_seconds, 2),
+                    "peak_bytes": step.peak_bytes,
+                }
+                print(json.dumps(line | beside(theirs, name, rates)), flush=True)
+
+
+def beside(theirs: list[list[dict[str, Any]]], policy: str, rates: list[float]) -> dict[str, float]:
+    """The rates of all rounds compared with the peer's; nothing without a peer."""
+    if not theirs:
+        return {}
+    peers = [peer_rate(lines, policy) for lines in theirs]
+    ratios = [ours / peer for ours, peer in zip(rates, peers)]
+    return {
+        "ratio": round(statistics.median(rates) / statistics.median(peers), 3),
+        "ratio_min": round(min(ratios), 3),
+        "ratio_max": round(max(ratios), 3),
+        "peer_tokens_per_second": round(statistics.median(peers), 1),
+    }
 
 
 PEER_SHAPE = ModelShape(family="gpt2", layers=6, width=384, heads=6, kv_heads=6, mlp_dim=1536, max_length=256)

@@ -44,6 +44,7 @@ class Run:
     model: str = flag(str(rundir.ROOT / "quickstart"), KINDS)
     text: str = flag("", "file or folder of UTF-8 text to score; default: the test split of --corpus")
     corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib")
+    strict: bool = flag(False, corpora.STRICT)
     precision: AskedPrecision = flag("", PRECISION)
     recipe: str = flag(
         "w8a16",
@@ -92,6 +93,7 @@ def training_context(run: Run, loaded: Loaded, trains: bool) -> Context:
         length=run.length,
         batch=run.batch,
         tokenizer=loaded.tokenizer,
+        strict=run.strict,
     )
     return Context(
         batches=data.batches(run.batch, run.seed),
@@ -124,7 +126,9 @@ def main(run: Run, score: Scoring, quantize: dict, prune: dict, finetune: dict, 
     largest = max(trees.nbytes(dense.params), 2 * trees.count(dense.params))  # of int8, recipe bfloat16 makes that
     rundir.require_writable(run_dir, needs=(1 + len(plans)) * largest + rundir.SMALL_FILES)
     say(f"{run.model}: {trees.count(dense.params) / 1e6:.1f} M parameters, {rows.origin(run.model, about)}")
-    text = dataset.to_score(run.text, run.corpus, about, tokens, dataset.cache_beside(run.model))
+    text = dataset.to_score(run.text, run.corpus, about, tokens, dataset.cache_beside(run.model), run.strict)
+    if text.left_out:
+        say(text.left_out)
     score = score.within(dense.config.max_length, about.get("train.length", 0), text.unbroken)
     context = training_context(run, loaded, any(map(recipe.trains, plans.values())))
     rundir.use_compilation_cache(run_dir.parent / "compilation_cache")

@@ -36,6 +36,7 @@ class Run:
     model: str = flag(str(rundir.ROOT / "quickstart"), KINDS)
     text: str = flag("", "file or folder of UTF-8 text to score; default: the test split of --corpus")
     corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib")
+    strict: bool = flag(False, corpora.STRICT)
     reference: str = flag("", "what divergence is measured against, given like --model; default: the model itself")
     precision: AskedPrecision = flag("", PRECISION)
     run_dir: str = flag("", "where to write results.json and report.html; default: nowhere")
@@ -50,7 +51,9 @@ def main(run: Run, score: Scoring, mesh: MeshConfig) -> None:
     loaded = sources.load(run.model, precision=run.precision, mesh=devices)
     model = ops.prepare(loaded.model, jax.default_backend())
     tokens, about, name = loaded.tokenizer, loaded.about, Path(run.model).stem
-    text = dataset.to_score(run.text, run.corpus, about, tokens, dataset.cache_beside(run.model))
+    text = dataset.to_score(run.text, run.corpus, about, tokens, dataset.cache_beside(run.model), run.strict)
+    if text.left_out:
+        print(text.left_out)
     score = score.within(model.config.max_length, about.get("train.length", 0), text.unbroken)
     rundir.use_compilation_cache((Path(run.run_dir).parent if run.run_dir else rundir.ROOT) / "compilation_cache")
     models, sizes, notes = {name: model}, {name: loaded.nbytes}, {name: rows.origin(run.model, about)}

@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from efflm import rundir, trees
+from efflm import progress, rundir, trees
 from efflm.config import ModelShape, TrainConfig, flag, require, require_seed
 from efflm.flags import launch
 from efflm.model import LanguageModel, init_params, sharding
@@ -148,6 +148,15 @@ def start(run: Run, run_dir: Path, largest_file: int = 0) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
+def finish(process: subprocess.Popen, run: Run, run_dir: Path, title: str) -> int:
+    """Wait for the end of a life that nobody disturbs; its exit code."""
+    with progress.bar(title, run.train.steps) as update:
+        while process.poll() is None:
+            update(last_step(run_dir))
+            time.sleep(0.1)
+    return process.returncode
+
+
 def said(run_dir: Path) -> str:
     return (run_dir.parent / f"{run_dir.name}.log").read_text()
 
@@ -218,7 +227,10 @@ def main(run: Run) -> None:
         elif old.name != rundir.LOCK:
             old.unlink()
     calm, troubled = root / "calm", root / "troubled"
-    require(start(run, calm).wait() == 0, f"the undisturbed run failed: see {root}/calm.log")
+    require(
+        finish(start(run, calm), run, calm, "the undisturbed run") == 0,
+        f"the undisturbed run failed: see {root}/calm.log",
+    )
     truth = {line["step"]: line for line in lines(calm)}
     undisturbed = final_state(dataclasses.replace(run, run_dir=str(calm)))
 
@@ -237,7 +249,7 @@ def main(run: Run) -> None:
         if life <= run.kills:
             how = kill_at_random(process, troubled, run.every, rng)
         else:
-            how = "" if process.wait() == 0 else "failed"
+            how = "" if finish(process, run, troubled, "the last life") == 0 else "failed"
         went_on = restored(troubled)
         lost = reached - expected - run.every * len([step for step in damaged if step > expected])
         # One interval may be under way, and the checkpoint of the one before it still being written.
@@ -278,7 +290,7 @@ def full_disk(run: Run, disk: Path, calm: Path, undisturbed: str, is_true) -> tu
     run_dir = disk / "run"
     try:
         if mounted:
-            code = start(run, run_dir).wait()
+            code = finish(start(run, run_dir), run, run_dir, "on a full disk")
         else:  # a life that leaves a checkpoint, then one that may not write files as large as it needs
             process = start(run, run_dir)
             while process.poll() is None and not folders(run_dir, committed=True):
@@ -293,7 +305,7 @@ def full_disk(run: Run, disk: Path, calm: Path, undisturbed: str, is_true) -> tu
         print(f"full disk ({'tmpfs' if mounted else 'limited file size'}): exit code {code}, {' '.join(words)}")
         if mounted:
             mount("-o", f"remount,size={40 * size}")
-        finished = start(run, run_dir).wait() == 0
+        finished = finish(start(run, run_dir), run, run_dir, "with space again") == 0
         same = (
             finished and is_true(run_dir) and final_state(dataclasses.replace(run, run_dir=str(run_dir))) == undisturbed
         )

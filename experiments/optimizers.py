@@ -58,6 +58,7 @@ class Run:
 
     run_dir: str = flag(str(rundir.ROOT / "optimizers"), "where everything is written")
     corpus: str = flag(corpora.DEFAULT, corpora.KINDS)
+    strict: bool = flag(False, corpora.STRICT)
     optimizers: str = flag(",".join(get_args(config.Optimizer)), "which to compare; adamw is always among them")
     multipliers: str = flag("0.5,1,2", "grid of learning rates, as multiples of each optimizer's usual one")
     widen: int = flag(1, "further rates tried where the best of the grid is at its edge")
@@ -163,7 +164,12 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
     )
     rundir.require_writable(run_dir, needs=2 * rundir.SMALL_FILES)
     data = dataset.prepare(
-        run.corpus, run_dir.parent / "corpora", vocabulary=shape.vocabulary, length=train.length, batch=train.batch
+        run.corpus,
+        run_dir.parent / "corpora",
+        vocabulary=shape.vocabulary,
+        length=train.length,
+        batch=train.batch,
+        strict=run.strict,
     )
     (run_dir / "curves").mkdir(parents=True, exist_ok=True)
     rundir.use_compilation_cache(run_dir.parent / "compilation_cache")

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from efflm import rundir
+from efflm import progress, rundir
 from efflm.compress.quantize import quantize
 from efflm.config import MeshConfig, ModelConfig, TrainConfig, flag, require
 from efflm.flags import command_line, launch
@@ -199,9 +199,11 @@ def compiled(
         example = f"--hardware={chip.name}:{'x'.join('4' * chip.torus)}"
         how += f" ({LIBTPU if topology else f'a topology, as in {example}, asks the TPU compiler'})"
     began = time.perf_counter()
-    lowered, held, work, dtype = trained(config, train, mesh, chip) if training else served(run, config, mesh)
+    with progress.bar("tracing the step"):
+        lowered, held, work, dtype = trained(config, train, mesh, chip) if training else served(run, config, mesh)
     print(f"[{time.perf_counter() - began:4.0f} s] traced", flush=True)
-    program, refused = compile_or_why_not(lowered)
+    with progress.bar("compiling the step"):
+        program, refused = compile_or_why_not(lowered)
     print(f"[{time.perf_counter() - began:4.0f} s] compiled by {how}", flush=True)
     stats, found = program and program.memory_analysis(), []
     if program:

@@ -47,6 +47,7 @@ class Run:
 
     run_dir: str = flag(str(rundir.ROOT / "pretrain"), "where everything is written")
     corpus: str = flag(corpora.DEFAULT, corpora.KINDS)
+    strict: bool = flag(False, corpora.STRICT)
     seed: int = flag(0, "seed of the weights and of the order of sequences")
     test: bool = flag(False, "score the test text too: once, when all choices are made")
     init_from: str = flag("", "run directory of an earlier training run to start the weights from")
@@ -122,6 +123,7 @@ def prepare(run: Run, config: ModelConfig, train: TrainConfig) -> Dataset:
         length=train.length,
         batch=train.batch,
         tokenizer=tokenizer.load(Path(run.init_from) / "tokenizer.json") if run.init_from else None,
+        strict=run.strict,
     )
 
 

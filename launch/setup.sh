@@ -42,9 +42,24 @@ wanted() {
   if [ -n "${EFFLM_ACCELERATOR:-}" ]; then echo "jax[$EFFLM_ACCELERATOR]"; fi
 }
 
+# Makes efflm importable for "$venv/bin/python" from any folder. PYTHONPATH, which the scripts set, goes before it.
+leave_path() {
+  local site file
+  for site in "$venv"/lib/python3.*/site-packages; do
+    file=$site/efflm.pth
+    if [ -d "$site" ] && ! printf '%s\n' "$root" | cmp -s - "$file"; then
+      { printf '%s\n' "$root" >"$file.$$" && mv -f "$file.$$" "$file"; } 2>/dev/null || {
+        rm -f "$file.$$"
+        echo "install: cannot write $file: only the scripts in launch/ will find efflm" >&2
+      }
+    fi
+  done
+}
+
 set_up() {
   local stamp="$venv/.efflm-installed" python
   if [ -x "$venv/bin/python" ] && wanted | cmp -s - "$stamp"; then
+    leave_path
     echo "install: $venv is up to date"
     return
   fi
@@ -54,6 +69,7 @@ set_up() {
     "$python" -m venv --clear "$venv" || return
   fi
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r <(wanted) || return
+  leave_path
   wanted >"$stamp"
   echo "install: done"
 }

@@ -9,11 +9,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "efflm").rglob("*.py"))
-BASE = {"config", "trees", "precision", "rundir", "hosts", "signals", "model_files"}
+BASE = {"config", "trees", "precision", "rundir", "hosts", "signals", "model_files", "progress"}
 ALLOWED = {
     "config": set(),
     "trees": set(),
     "precision": {"config"},
+    "progress": set(),
     "rundir": {"config", "hosts"},
     "hosts": {"config"},
     "helptext": set(),

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -46,6 +47,62 @@ def test_scripts_are_clean(script):
         pytest.skip("shellcheck is not installed")
     found = subprocess.run(["shellcheck", "-x", script], capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 0, found.stdout
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """A virtual environment of this Python without packages, which the set-up takes for one that is installed."""
+    venv = tmp_path_factory.mktemp("environment") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True, timeout=120)
+    (venv / ".efflm-installed").write_text((ROOT / "requirements.txt").read_text())
+    return venv
+
+
+def set_up(venv, launch, path="/usr/bin:/bin"):
+    program = f"set -euo pipefail; source {launch}/setup.sh && set_up"
+    ended = bash("-c", program, env={"PATH": path, "EFFLM_VENV": str(venv)})
+    assert ended.returncode == 0, ended.stderr
+    assert "up to date" in ended.stdout
+    return ended
+
+
+def where_efflm_is(venv, folder):
+    program = folder / "program.py"
+    program.write_text("import efflm\nprint(efflm.__file__)")
+    ended = subprocess.run([venv / "bin" / "python", program], capture_output=True, text=True, cwd=folder, env={})
+    return ended.stdout.strip() or ended.stderr
+
+
+def test_the_installed_python_imports_efflm_from_any_folder(environment, tmp_path):
+    before = {path for path in environment.rglob("*") if "__pycache__" not in path.parts}
+    assert "No module named 'efflm'" in where_efflm_is(environment, tmp_path)
+    set_up(environment, LAUNCH)
+    assert where_efflm_is(environment, tmp_path) == str(ROOT / "efflm" / "__init__.py")
+    (made,) = {path for path in environment.rglob("*") if "__pycache__" not in path.parts} - before
+    assert made.name == "efflm.pth"
+    stamp = made.stat().st_mtime_ns
+    set_up(environment, LAUNCH)
+    assert made.stat().st_mtime_ns == stamp
+    # The clone was moved, or another one has the same environment.
+    moved = tmp_path / "a clone"
+    (moved / "efflm").mkdir(parents=True)
+    (moved / "efflm" / "__init__.py").touch()
+    shutil.copytree(LAUNCH, moved / "launch")
+    shutil.copy(ROOT / "requirements.txt", moved)
+    set_up(environment, f"'{moved}'/launch")
+    assert where_efflm_is(environment, tmp_path) == str(moved / "efflm" / "__init__.py")
+
+
+def test_a_path_that_cannot_be_left_is_told_and_stops_nothing(environment, tmp_path):
+    """A stand-in for mv fails: root may write anywhere."""
+    (tmp_path / "mv").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "mv").chmod(0o755)
+    site = next(environment.glob("lib/python3.*/site-packages"))
+    (site / "efflm.pth").unlink(missing_ok=True)
+    ended = set_up(environment, LAUNCH, f"{tmp_path}:/usr/bin:/bin")
+    assert "only the scripts in launch/ will find efflm" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+    assert not list(site.glob("efflm*"))
 
 
 @pytest.mark.parametrize(

@@ -5,109 +5,95 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from efflm import rundir
-from efflm.config import InputError, require
+from efflm import progress, rundir
+from efflm.config import require
+from efflm.data import files
+from efflm.data.files import Found, Part
 
 DEFAULT = "stdlib"
 KINDS = "'stdlib' (Python's own source files), 'enwik8' (read in bytes), or a file or folder of UTF-8 text"
+STRICT = "refuse a folder in which a file is not UTF-8 text; else such files are left out, and named"  # the flag's help
 SPLITS = {"test": 0.10, "validation": 0.05}  # of the documents; the rest trains
 LEFT_OUT = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "__pycache__"}
 FEW_FILES = 64  # a corpus of fewer files is cut into pieces, so that every split gets some of it
 PIECE_BYTES = 16 * 1024
 
-STRETCH = 1 << 18  # bytes of a document that are read and tokenized at a time
+READ_AT_A_TIME = 1024  # documents
 
 Document = tuple[str, str]  # (name, text)
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """A document that is still on disk: `nbytes` of a file from byte `start` on, which are so many characters."""
-
-    name: str
-    path: Path
-    start: int
-    nbytes: int
-    characters: int
-
-    def stretches(self) -> Iterator[str]:
-        """The text, cut at line ends into stretches of at most STRETCH bytes."""
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            left = self.nbytes
-            while left > 0 and (data := file.read(min(STRETCH, left))):
-                if len(data) < left:
-                    end = data.rfind(b"\n") + 1 or _last_character(data)
-                    file.seek(end - len(data), 1)
-                    data = data[:end]
-                left -= len(data)
-                yield data.decode()
-
-    def text(self) -> str:
-        return "".join(self.stretches())
-
-
-def _last_character(data: bytes) -> int:
-    """Where the last character of UTF-8 begins, of which not all bytes may be there."""
-    return next(i for i in range(len(data) - 1, -1, -1) if data[i] & 0xC0 != 0x80)
-
-
-@dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Documents by split. source: what `load` takes to find them again; digest: a hash of all names and bytes."""
+    """Documents by split. source: what `load` takes to find them again; digest: a hash of all names and bytes; parts:
+    the same documents as they are on disk."""
 
     name: str
     source: str
     digest: str
+    parts: dict[str, Found]
     train: list[Document]
     validation: list[Document]
     test: list[Document]
 
     def describe(self) -> str:
-        size = sum(len(text.encode()) for split in (self.train, self.validation, self.test) for _, text in split)
+        size = sum(part.nbytes for found in self.parts.values() for part in found.parts)
         counts = f"{len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test documents"
-        return f"{self.name}, {size / 1e6:.1f} MB, {counts}"
+        return "; ".join(filter(None, [f"{self.name}, {size / 1e6:.1f} MB, {counts}", str(self.parts["train"])]))
 
 
-def load(source: str, cache: Path, least_bytes: int = 0) -> Corpus:
+def load(source: str, cache: Path, least_bytes: int = 0, strict: bool = False) -> Corpus:
     """Read `source` ("stdlib", a file or a folder), prepare it once under `cache`, and return it. Raises InputError.
 
-    Splits follow a hash of each document's path. `least_bytes` is the smallest training split that will do.
+    Splits follow a hash of each document's path. `least_bytes` is the smallest training split that will do. Files of a
+    folder that are hidden, or not UTF-8 text, are left out; strict: the latter are refused.
     """
-    name = name_of(source)
-    splits = {
-        split: [(part.name, part.text()) for part in parts] for split, parts in _split(_documents(source)).items()
-    }
-    size = sum(len(text.encode()) for _, text in splits["train"])
+    name, parts = name_of(source), split(source, strict)
+    size = sum(part.nbytes for part in parts["train"].parts)
     require(
-        size >= least_bytes and all(splits.values()),
-        f"corpus {name} is too small: {size:,} bytes in {len(splits['train'])} documents to train on, but one batch "
-        f"needs about {least_bytes:,} bytes and each split a document: give more text or lower --train.batch",
+        size >= least_bytes and all(found.parts for found in parts.values()),
+        f"corpus {name} is too small: {size:,} bytes in {len(parts['train'].parts)} documents to train on, but one "
+        f"batch needs about {least_bytes:,} bytes and each split a document: give more text or lower --train.batch",
     )
+    every = [part for found in parts.values() for part in found.parts]
+    texts = iter([(part.name, part.text()) for part in progress.shown(every, f"reading {name}", len(every))])
+    splits = {part: list(itertools.islice(texts, len(found.parts))) for part, found in parts.items()}
     digest = hashlib.sha256(json.dumps(splits).encode()).hexdigest()[:16]
     source = source if source == DEFAULT else str(Path(source).expanduser().absolute())
-    return Corpus(name, source, digest, **_through_tfds(splits, cache / digest))
+    return Corpus(name, source, digest, parts, **_through_tfds(splits, cache / digest))
 
 
-def read(source: str) -> list[Part]:
+def read(source: str, strict: bool = False) -> Found:
     """All documents of `source` (as `load` takes it) in the order of a hash of their names, which makes the first of
     them a sample. Raises InputError.
 
     A file is a document; a single one is cut into pieces of PIECE_BYTES.
     """
-    root, paths = _files(source)
-    return _by_hash(_parts(root, paths, PIECE_BYTES if len(paths) == 1 else 0))
+    found = files.whole(name_of(source), *_files(source), strict)
+    single = found.files - len(found.left_out) == 1
+    parts = files.pieces(found.parts, PIECE_BYTES) if single else found.parts
+    return dataclasses.replace(found, parts=_by_hash(parts))
 
 
-def held_out(source: str, split: str = "test") -> list[Part]:
-    """The same of a split that `load` makes, without preparing the others. Raises InputError."""
-    return _split(_documents(source))[split]
+def split(source: str, strict: bool = False) -> dict[str, Found]:
+    """The documents of each split that `load` makes, in its order. Raises InputError."""
+    found = _documents(source, strict)
+    by_hash = _by_hash(found.parts)
+    splits, start = {}, 0
+    for name, fraction in SPLITS.items():
+        end = start + max(1, round(fraction * len(by_hash)))
+        splits[name], start = by_hash[start:end], end
+    return {
+        name: dataclasses.replace(found, parts=parts) for name, parts in {"train": by_hash[start:], **splits}.items()
+    }
 
 
 def name_of(source: str) -> str:
@@ -115,77 +101,28 @@ def name_of(source: str) -> str:
     return "Python's standard library" if source == DEFAULT else str(Path(source).expanduser())
 
 
-def _documents(source: str) -> list[Part]:
+def _documents(source: str, strict: bool = False) -> Found:
     """The documents to split: files, or where these are few, pieces of them."""
-    root, paths = _files(source)
-    whole = _parts(root, paths, 0)
-    if source == DEFAULT or len(whole) >= FEW_FILES:
-        return whole
-    size = max(1, min(PIECE_BYTES, sum(part.characters for part in whole) // FEW_FILES))
-    return _parts(root, paths, size)
+    found = files.whole(name_of(source), *_files(source), strict)
+    if source == DEFAULT or len(found.parts) >= FEW_FILES:
+        return found
+    size = max(1, min(PIECE_BYTES, sum(part.characters for part in found.parts) // FEW_FILES))
+    return dataclasses.replace(found, parts=files.pieces(found.parts, size))
 
 
-def _files(source: str) -> tuple[Path, list[Path]]:
-    """The folder that names count from, and the files in it."""
+def _files(source: str) -> tuple[Path, list[str]]:
+    """The folder that names count from, and the names of the files in it. Raises InputError."""
     if source == DEFAULT:
         root = Path(sysconfig.get_path("stdlib"))
-        found = root.rglob("*.py")
-        return root, sorted(path for path in found if not LEFT_OUT & set(path.relative_to(root).parts))
+        return root, sorted(name for name in files.walk(root, LEFT_OUT.__contains__) if name.endswith(".py"))
     root = Path(source).expanduser()
     require(root.exists(), f"corpus {source} does not exist: give a file or folder of UTF-8 text")
+    require(root.is_dir() or root.is_file(), f"corpus {source} is neither a file nor a folder: give one of UTF-8 text")
     if root.is_file():
-        return root.parent, [root]
-    paths = [
-        path
-        for path in root.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
-    ]
-    require(bool(paths), f"corpus {source} is empty: it holds no files")
-    return root, sorted(paths)
-
-
-def _parts(root: Path, paths: list[Path], size: int) -> list[Part]:
-    """Each file cut at line ends into parts of about `size` characters; 0: whole. Blank ones are left out."""
-    parts = [part for path in paths for part in _parts_of(path.relative_to(root).as_posix(), path, size)]
-    require(bool(parts), f"corpus {root if len(paths) != 1 else paths[0]} is empty: it holds no text")
-    return parts
-
-
-def _parts_of(name: str, path: Path, size: int) -> Iterator[Part]:
-    index = start = count = characters = 0
-    blank = True
-    for line in _lines(path, 4 * size or STRETCH):  # a file may be one endless line
-        count, characters, blank = count + len(line.encode()), characters + len(line), blank and not line.strip()
-        if size and characters >= size:
-            if not blank:
-                yield Part(f"{name}#{index}", path, start, count, characters)
-            index, start, count, characters, blank = index + 1, start + count, 0, 0, True
-    if not blank:
-        yield Part(f"{name}#{index}" if size else name, path, start, count, characters)
-
-
-def _lines(path: Path, most: int) -> Iterator[str]:
-    """The lines of a file with their ends, long ones in parts of `most` characters. Raises InputError."""
-    with path.open(encoding="utf-8", newline="\n") as file:
-        try:
-            while line := file.readline(most):
-                require("\0" not in line, f"corpus file {path} is binary: give UTF-8 text")
-                yield line
-        except UnicodeDecodeError as error:
-            offset = file.buffer.tell() - len(error.object) + error.start
-            raise InputError(
-                f"corpus file {path} is not UTF-8 (byte {error.object[error.start]:#04x} at offset {offset}): "
-                "convert it, or leave it out"
-            ) from None
-
-
-def _split(documents: list[Part]) -> dict[str, list[Part]]:
-    by_hash = _by_hash(documents)
-    splits, start = {}, 0
-    for name, fraction in SPLITS.items():
-        end = start + max(1, round(fraction * len(by_hash)))
-        splits[name], start = by_hash[start:end], end
-    return {"train": by_hash[start:], **splits}
+        return root.parent, [root.name]
+    names = sorted(files.walk(root, lambda name: name.startswith(".")))
+    require(bool(names), f"corpus {source} is empty: it holds no files")
+    return root, names
 
 
 def _by_hash(documents: list[Part]) -> list[Part]:
@@ -199,13 +136,22 @@ def _through_tfds(splits: dict[str, list[Document]], folder: Path) -> dict[str, 
     if not folder.exists():
         size = sum(len(text.encode()) for documents in splits.values() for _, text in documents)
         rundir.require_writable(folder, needs=2 * size)
+    writing = {split: progress.shown(each, f"preparing the {split} text", len(each)) for split, each in splits.items()}
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        builder = _builder_class()(splits, data_dir=folder, file_format="array_record")
+        builder = _builder_class()(writing, data_dir=folder, file_format="array_record")
         builder.download_and_prepare()
-        return {
-            split: [(row["name"].decode(), row["text"].decode()) for row in builder.as_data_source(split=split)]
-            for split in splits
-        }
+        stored = {split: builder.as_data_source(split=split) for split in splits}
+    return {split: _rows(source, f"reading the prepared {split} text") for split, source in stored.items()}
+
+
+def _rows(stored: Any, title: str) -> list[Document]:
+    """The documents of a split, many at a time, which is faster than one by one."""
+    groups = [range(start, min(start + READ_AT_A_TIME, len(stored))) for start in range(0, len(stored), READ_AT_A_TIME)]
+    return [
+        (row["name"].decode(), row["text"].decode())
+        for group in progress.shown(groups, title, len(stored), len)
+        for row in stored.__getitems__(group)
+    ]
 
 
 @functools.cache
@@ -218,7 +164,7 @@ def _builder_class():
 
         VERSION = tfds.core.Version("1.0.0")
 
-        def __init__(self, splits: dict[str, list[Document]], **settings):
+        def __init__(self, splits: dict[str, Iterable[Document]], **settings):
             self.documents = splits
             super().__init__(**settings)
 

@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from efflm import rundir
+from efflm import progress, rundir
 from efflm import tokenizer as tokenizers
 from efflm.config import require
 from efflm.data import corpora, enwik8, loader, packing
+from efflm.data.files import Found
 from efflm.tokenizer import Tokenizer
 
 # Of a text without documents: the bytes that count as one, for standard errors, and how much validation text is read.
 STRETCH, VALIDATION = 1 << 16, 1 << 20
+HELD_OUT = ("validation", "test")
+ENCODED_AT_A_TIME = 2048  # documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Text:
 
     name: what they are, in words. parts: one a document; encode: a part -> its ids, list by list. sizes: bytes of
     each. unbroken: they are stretches of one text. known: the text that models from elsewhere were in all likelihood
-    trained on, if it is that.
+    trained on, if it is that. left_out: which files were, in words.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Text:
     sizes: Sequence[int]
     unbroken: bool = False
     known: str = ""
+    left_out: str = ""
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -56,12 +60,20 @@ class Dataset:
 
 
 def prepare(
-    source: str, cache: Path, *, vocabulary: int, length: int, batch: int, tokenizer: Tokenizer | None = None
+    source: str,
+    cache: Path,
+    *,
+    vocabulary: int,
+    length: int,
+    batch: int,
+    tokenizer: Tokenizer | None = None,
+    strict: bool = False,
 ) -> Dataset:
     """Read, split, tokenize and pack `source`. A tokenizer is trained on its training split unless one is given.
 
-    enwik8 is read in bytes, whatever `vocabulary` is. Raises InputError, before anything is written, if the text
-    cannot be read or is far too small for one batch, and if the tokenizer given has more than `vocabulary` entries.
+    enwik8 is read in bytes, whatever `vocabulary` is. strict: as corpora.load says. Raises InputError, before anything
+    is written, if the text cannot be read or is far too small for one batch, and if the tokenizer given has more than
+    `vocabulary` entries.
     """
     require(
         tokenizer is None or tokenizer.vocabulary <= vocabulary,
@@ -72,30 +84,40 @@ def prepare(
         corpus, tokenizer = enwik8.load(cache), tokenizer or tokenizers.train((), tokenizers.BYTES)
         _require_bytes(tokenizer)
         train = packing.Stream(corpus.train, tokenizer.byte_ids, tokenizer.separator, length)
-    else:
-        corpus = corpora.load(source, cache, least_bytes=2 * batch * length)
-        folder = cache / corpus.digest
-        tokenizer = tokenizer or _trained(folder / f"tokenizer-{vocabulary}.json", corpus, vocabulary)
-        texts = lambda: tokenizer.encode_batch([text for _, text in corpus.train])
-        pack = lambda: packing.pack(texts(), tokenizer.separator, length)
-        train = packing.load_or_pack(folder / f"rows-{tokenizer.digest}-{length}.npz", pack)
-        loader.require_one_batch(train, batch)
-    held_out_text = lambda split: held_out(source, tokenizer, cache, split)
-    return Dataset(corpus, tokenizer, train, held_out_text("validation"), held_out_text("test"))
+        return Dataset(corpus, tokenizer, train, *(held_out(source, tokenizer, cache, part) for part in HELD_OUT))
+    corpus = corpora.load(source, cache, least_bytes=2 * batch * length, strict=strict)
+    folder = cache / corpus.digest
+    tokenizer = tokenizer or _trained(folder / f"tokenizer-{vocabulary}.json", corpus, vocabulary)
+    texts = [text for _, text in corpus.train]
+    pack = lambda: packing.pack(_encoded(texts, tokenizer), tokenizer.separator, length)
+    train = packing.load_or_pack(folder / f"rows-{tokenizer.digest}-{length}.npz", pack)
+    loader.require_one_batch(train, batch)
+    return Dataset(
+        corpus, tokenizer, train, *(_split(source, part, corpus.parts[part], tokenizer) for part in HELD_OUT)
+    )
+
+
+def _encoded(texts: list[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """The ids of each text, some texts at a time."""
+    groups = [texts[start : start + ENCODED_AT_A_TIME] for start in range(0, len(texts), ENCODED_AT_A_TIME)]
+    characters = lambda group: sum(map(len, group))
+    for group in progress.shown(groups, "tokenizing", sum(map(len, texts)), characters):
+        yield from tokenizer.encode_batch(group)
 
 
 def _trained(path: Path, corpus: corpora.Corpus, vocabulary: int) -> Tokenizer:
     if path.exists():
         return tokenizers.load(path)
-    tokenizer = tokenizers.train((text for _, text in corpus.train), vocabulary)
+    texts = progress.shown([text for _, text in corpus.train], "training the tokenizer", len(corpus.train))
+    tokenizer = tokenizers.train(texts, vocabulary)
     tokenizer.save(path)
     return tokenizer
 
 
-def held_out(source: str, tokenizer: Tokenizer, cache: Path, split: str = "test") -> Text:
+def held_out(source: str, tokenizer: Tokenizer, cache: Path, split: str = "test", strict: bool = False) -> Text:
     """What `prepare` keeps from training. Raises InputError."""
     if source != enwik8.NAME:
-        return _text(f"{split} documents of {corpora.name_of(source)}", corpora.held_out(source, split), tokenizer)
+        return _split(source, split, corpora.split(source, strict)[split], tokenizer)
     _require_bytes(tokenizer)
     content = getattr(enwik8.load(cache), split)[: VALIDATION if split == "validation" else None]
     parts = [content[start : start + STRETCH] for start in range(0, len(content), STRETCH)]
@@ -109,18 +131,24 @@ def source_of(corpus: str, about: dict[str, Any]) -> str:
     return corpus or about.get("source") or corpora.DEFAULT
 
 
-def to_score(text: str, corpus: str, about: dict[str, Any], tokenizer: Tokenizer, cache: Path) -> Text:
+def to_score(
+    text: str, corpus: str, about: dict[str, Any], tokenizer: Tokenizer, cache: Path, strict: bool = False
+) -> Text:
     """All of a file or folder if one is given as `text`, else the test split of `source_of`. Raises InputError."""
     if text:
-        return _text(f"documents of {corpora.name_of(text)}", corpora.read(text), tokenizer)
+        return _text(f"documents of {corpora.name_of(text)}", corpora.read(text, strict), tokenizer)
     source = source_of(corpus, about)
     known = corpora.name_of(source) if source == corpora.DEFAULT and not about.get("source") else ""
-    return dataclasses.replace(held_out(source, tokenizer, cache), known=known)
+    return dataclasses.replace(held_out(source, tokenizer, cache, strict=strict), known=known)
 
 
-def _text(name: str, parts: list[corpora.Part], tokenizer: Tokenizer) -> Text:
+def _split(source: str, split: str, found: Found, tokenizer: Tokenizer) -> Text:
+    return _text(f"{split} documents of {corpora.name_of(source)}", found, tokenizer)
+
+
+def _text(name: str, found: Found, tokenizer: Tokenizer) -> Text:
     encode = lambda part: map(tokenizer.encode, part.stretches())
-    return Text(name, parts, encode, [part.nbytes for part in parts])
+    return Text(name, found.parts, encode, [part.nbytes for part in found.parts], left_out=str(found))
 
 
 def cache_beside(run: str) -> Path:

@@ -6,7 +6,7 @@ not fit goes on in the next row, whose stretch begins with the last target: ever
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +66,7 @@ class Stream:
         }
 
 
-def pack(documents: list[list[int]], separator: int, length: int) -> Rows:
+def pack(documents: Iterable[list[int]], separator: int, length: int) -> Rows:
     """Pack token ids, the separator before and after each document."""
     inputs, targets, segments = [], [], []
     for index, ids in enumerate(documents):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from efflm import trees
+from efflm import progress, trees
 from efflm.infer.generate import decode, prefill, row_keys, start
 from efflm.infer.sampling import GREEDY
 from efflm.model import LanguageModel
@@ -59,11 +59,11 @@ def rates(
     """{name: (prefill, decode)}. The models take turns, so that other load on the machine affects all equally."""
     runs = {name: _round(model, protocol, clock) for name, model in models.items()}
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
-    for round_ in range(protocol.repeats + 1):
-        for name, run in runs.items():
-            for took, kept in zip(run(), seconds[name], strict=True):
-                if round_:  # round 0 compiles and warms up
-                    kept.append(took)
+    turns = [(round_, name) for round_ in range(protocol.repeats + 1) for name in models]
+    for round_, name in progress.shown(turns, "measuring speed", len(turns), live=False):
+        for took, kept in zip(runs[name](), seconds[name], strict=True):
+            if round_:  # round 0 compiles and warms up
+                kept.append(took)
     counts = (protocol.prompt, protocol.new)
     return {
         name: tuple(_rate(count, kept) for count, kept in zip(counts, pair, strict=True))

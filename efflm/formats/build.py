@@ -9,10 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from rich.console import Console
-from rich.progress import Progress
 
-from efflm import trees
+from efflm import progress, trees
 from efflm.config import InputError, ModelConfig, require
 from efflm.formats import hf_config
 from efflm.formats.families import FAMILIES, HARMLESS, Family, Place
@@ -36,19 +34,16 @@ def build(
     names = _names(family, config, wanted, source.shapes)
     mesh = mesh or sharding.make_mesh()
     flat = {}
-    terminal = Console(stderr=True)
-    with Progress(console=terminal, disable=not terminal.is_terminal, transient=True) as progress:
-        task = progress.add_task("reading weights", total=sum(map(math.prod, wanted.values())))
-        for path, shape in wanted.items():
-            tensor = source.read(names[path])
-            require(
-                tensor.dtype in NAMES,
-                f"{names[path]} is stored as {tensor.dtype}, but only floating-point weights are read",
-            )
-            array = taken(tensor, family.place(path), _head_dim(config, path))
-            where = NamedSharding(mesh, sharding.partition_spec(path, shape, mesh))
-            flat[path] = place(array, dtype, where)
-            progress.advance(task, array.size)
+    size = sum(map(math.prod, wanted.values()))
+    for path in progress.shown(wanted, "reading weights", size, lambda path: math.prod(wanted[path])):
+        tensor = source.read(names[path])
+        require(
+            tensor.dtype in NAMES,
+            f"{names[path]} is stored as {tensor.dtype}, but only floating-point weights are read",
+        )
+        array = taken(tensor, family.place(path), _head_dim(config, path))
+        where = NamedSharding(mesh, sharding.partition_spec(path, wanted[path], mesh))
+        flat[path] = place(array, dtype, where)
     named = description.get("torch_dtype") or description.get("dtype")
     stored = str(dtype or named or flat["embedding"].dtype)
     config = dataclasses.replace(config, precision="bfloat16" if stored == "bfloat16" else "float32")

@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
+from efflm import progress
 from efflm.config import ModelConfig, TrainConfig
 from efflm.model import sharding
 from efflm.plan import prediction
@@ -57,7 +58,8 @@ def search(config: ModelConfig, train: TrainConfig, hardware: Hardware, devices:
     """
     out = []
     batches = [batch for batch in (train.batch // 4, train.batch // 2, *(train.batch * n for n in (1, 2, 4))) if batch]
-    for sizes, batch, remat in itertools.product(meshes(devices), batches, REMATS):
+    ways = list(itertools.product(meshes(devices), batches, REMATS))
+    for sizes, batch, remat in progress.shown(ways, "ranking", len(ways)):
         if not possible(config, batch, train.length, sizes) or batch % train.accumulate:
             continue
         tried, mesh = dataclasses.replace(train, batch=batch, remat=remat), abstract_mesh(**sizes)

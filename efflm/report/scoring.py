@@ -4,9 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from efflm import progress
 from efflm.evaluate import quality, windows
 from efflm.evaluate.quality import Block, Quality
 from efflm.evaluate.windows import Scoring
@@ -29,7 +28,8 @@ def measure(
 
 def protocol(text: Any, scoring: Scoring, measured: Quality) -> str:
     """What was scored and how, in words."""
-    return windows.described(scoring, text.name, len(text), measured, text.unbroken)
+    words = windows.described(scoring, text.name, len(text), measured, text.unbroken)
+    return f"{words}; {text.left_out}" if text.left_out else words
 
 
 def _shown(
@@ -39,14 +39,11 @@ def _shown(
 
     It counts bytes scored, or documents where only the first tokens of each are.
     """
-    console, done, sizes = Console(stderr=True), 0, sizes[: scoring.documents or None]
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    columns = (*columns, TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(title, total=len(sizes) if scoring.tokens else sum(sizes))
+    done, sizes = 0, sizes[: scoring.documents or None]
+    with progress.bar(title, len(sizes) if scoring.tokens else sum(sizes)) as update:
         for block in blocks:
             yield block
             owners = block["documents"]
             scored = token_bytes[block["targets"][owners > 0]].sum()
             done = max(done, int(owners.max())) if scoring.tokens else done + int(scored)
-            bar.update(task, completed=done)
+            update(done)

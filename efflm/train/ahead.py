@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from efflm import trees
+from efflm import progress, trees
 from efflm.config import ModelConfig, TrainConfig
 from efflm.model import sharding
 from efflm.train import assemble
@@ -45,7 +45,8 @@ def timed_step(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> TimedStep
     """The step of a fresh model on one batch of random tokens, ready to be timed."""
     step, arguments = training_step(config, train, mesh)
     start = time.perf_counter()
-    compiled = step.lower(*arguments).compile()
+    with progress.bar(f"compiling the training step in {train.policy}"):
+        compiled = step.lower(*arguments).compile()
     compile_seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
     peak_bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     batch = place(random_rows(train.batch, train.length, config.vocabulary), mesh)

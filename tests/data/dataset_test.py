@@ -3,8 +3,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from efflm import progress
 from efflm.config import InputError
-from efflm.data import corpora, dataset
+from efflm.data import dataset, files
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_held_out_text_comes_as_tokens_again_and_again(folder):
 def test_a_long_document_is_tokenized_in_stretches(folder, monkeypatch):
     data = prepare(folder)
     whole = [list(ids) for ids in data.test]
-    monkeypatch.setattr(corpora, "STRETCH", 64)
+    monkeypatch.setattr(files, "STRETCH", 64)
     seen, encode = [], data.tokenizer.encode
     text = dataclasses.replace(data.test, encode=lambda part: (encode(seen.append(s) or s) for s in part.stretches()))
     ids = next(iter(text))
@@ -77,3 +78,15 @@ def test_a_tokenizer_that_is_too_large_is_refused(folder):
 def test_too_little_text_for_a_batch_is_refused(folder):
     with pytest.raises(InputError, match="too small"):
         prepare(folder, batch=100_000)
+
+
+def test_reading_and_tokenizing_show_how_far_they_are(folder, monkeypatch):
+    titles = []
+    shown = progress.shown
+    monkeypatch.setattr(
+        progress, "shown", lambda items, title, *rest: titles.append(title) or shown(items, title, *rest)
+    )
+    prepare(folder)
+    assert titles[0] == f"reading {folder}"
+    assert "tokenizing" in titles
+    assert "training the tokenizer" in titles

@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import get_args
@@ -274,6 +275,32 @@ def test_several_recipes_in_one_report(trained, corpus, tmp_path):
         run(compress, f"--model={trained}", "--recipe=student_scratch", f"--run_dir={tmp_path / 'not'}",
             "--shrink.layers=9", "--length=16")  # fmt: skip
     assert not (tmp_path / "not").exists()
+
+
+def test_files_that_are_not_text_are_left_out_or_with_strict_refused(trained, corpus, tmp_path, capsys):
+    text = tmp_path / "text"
+    shutil.copytree(corpus, text)
+    (text / "picture.png").write_bytes(b"\x89PNG\0")
+    (text / "latin.txt").write_bytes(b"caf\xe9")
+    flags = [f"--model={trained}", f"--text={text}", "--score.window=16", "--score.documents=2"]
+    run(evaluate, *flags, f"--run_dir={tmp_path / 'out'}")
+    words = "2 of 82 files left out, which are not UTF-8 text: latin.txt, picture.png"
+    assert capsys.readouterr().out.startswith(words)
+    assert words in json.loads((tmp_path / "out" / "results.json").read_text())["protocol"][0]
+    trains = [f"--run_dir={tmp_path / 'new'}", f"--corpus={text}", *TINY]
+    for module, given in (
+        (evaluate, flags),
+        (compress, [*flags, f"--run_dir={tmp_path / 'new'}"]),
+        (pretrain, trains),
+        (quickstart, trains),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            run(module, *given, "--strict")
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert "latin.txt is not UTF-8 (byte 0xe9 at offset 3); picture.png is binary" in error
+        assert len(error.splitlines()) == 1
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_model_on_a_mesh_is_measured_the_same(trained, tmp_path):
