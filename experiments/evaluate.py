@@ -18,13 +18,12 @@ import jax
 from efflm import ops, rundir
 from efflm.config import PRECISION, AskedPrecision, MeshConfig, flag, require
 from efflm.data import corpora, dataset
-from efflm.evaluate import cost
 from efflm.evaluate.windows import Scoring
 from efflm.flags import command_line, launch
 from efflm.formats import sources
 from efflm.formats.sources import KINDS
 from efflm.model import sharding
-from efflm.report import rows, scoring, table
+from efflm.report import measured, rows, table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,22 +60,17 @@ def main(run: Run, score: Scoring, mesh: MeshConfig) -> None:
             f"{run.model} and {run.reference} have different tokenizers: divergence compares token by token",
         )
         reference = ops.prepare(other.model, jax.default_backend())
-    measured = scoring.measure({name: model}, text, tokens, score, reference)[name]
-    protocol = cost.protocol_for(model)
-    rates = cost.rates({name: model}, protocol)[name]
-    row = rows.make(name, model, loaded.nbytes, rows.origin(run.model, about), measured, rates, None)
-    against = f" Divergence: from {run.reference}." if run.reference else ""
-    facts = [
-        f"Quality: {scoring.protocol(text, score, measured)}.{against}",
-        f"Speed: {protocol}.",
-        *rows.cautions(run.model, about, text.known),
-    ]
-    table.show([row], facts)
+    of = lambda value: {name: value}
+    found = measured.compare(
+        of(model), of(loaded.nbytes), of(rows.origin(run.model, about)), text, tokens, score, reference, run.reference
+    )
+    facts = [*found.facts, *rows.cautions(run.model, about, text.known)]
+    table.show(found.rows, facts)
     if run.run_dir:
         rundir.write_json(
             Path(run.run_dir) / "results.json",
             {
-                "rows": [dataclasses.asdict(row)],
+                "rows": [dataclasses.asdict(row) for row in found],
                 "protocol": facts,
                 "command": command_line("experiments.evaluate", sys.argv),
                 "versions": rundir.machine(),

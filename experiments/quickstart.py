@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from efflm import ops, rundir, trees
+from efflm import ops, rundir
 from efflm.compress import recipe
 from efflm.compress.step import Context
 from efflm.config import ModelShape, TrainConfig
@@ -70,9 +70,7 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     for name in list(NOTES)[1:]:
         print(f"  {name}: {NOTES[name]}", flush=True)
         models[name], records[name] = recipe.run(dense, recipe.named(name), context)
-        if name.startswith("masks"):
-            megabytes = table.megabytes(trees.nbytes(models[name].params))
-            notes[name] += f"; no faster, since a masked dense matrix multiplies its zeros too; {megabytes} MB if dense"
+        notes[name] = "; ".join(filter(None, [notes[name], rows.zeros(models[name])]))
     sizes = {}
     (run_dir / "models").mkdir(parents=True, exist_ok=True)
     data.tokenizer.save(run_dir / "models" / "tokenizer.json")

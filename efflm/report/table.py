@@ -1,6 +1,7 @@
 """The table in the terminal."""
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -51,18 +52,40 @@ COLUMNS: Columns = (
 )
 
 
-def show(rows: list[Any], facts: list[str], columns: Columns = COLUMNS) -> None:
+SPEED = ("prefill tok/s", "decode tok/s")
+
+
+def measured(rows: Sequence[Any]) -> Columns:
+    """COLUMNS, without the speed where it was not measured."""
+    timed = all(row.prefill_tokens_per_second is not None for row in rows)
+    return tuple(column for column in COLUMNS if timed or column[0] not in SPEED)
+
+
+def show(rows: Sequence[Any], facts: Sequence[str], columns: Columns = COLUMNS) -> None:
     """Print the table, then the note of each row, then `facts`. The rows of other columns need a name and a note."""
+    _print(_console(), rows, facts, columns)
+
+
+def text(rows: Sequence[Any], facts: Sequence[str], columns: Columns = COLUMNS) -> str:
+    """What `show` prints, without colors."""
+    out = io.StringIO()
+    _print(Console(file=out, width=_console().width), rows, facts, columns)
+    return out.getvalue().rstrip()
+
+
+def _console() -> Console:
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=240)
+    return console if console.is_terminal else Console(width=240)
+
+
+def _print(console: Console, rows: Sequence[Any], facts: Sequence[str], columns: Columns) -> None:
     table = Table(header_style="bold", pad_edge=False)
     for index, (heading, _) in enumerate(columns):
         table.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(entry(row) for _, entry in columns))
     console.print(table)
-    for row in rows:
+    for row in filter(lambda row: row.note, rows):
         console.print(f"  [bold]{row.name}[/bold]: {row.note}", highlight=False, soft_wrap=True)
     for fact in facts:
         console.print(f"  {fact}", highlight=False, soft_wrap=True, markup=False)
