@@ -1,5 +1,12 @@
 """efflm: train language models in JAX, make them smaller, and measure what that bought and what it cost.
 
+What it offers by itself, each explained by help(efflm.api):
+
+load, compress, measure, generate, save
+
+What it consists of:
+
+api         these five functions; arguments, what they are given
 config      frozen dataclasses: what a run is told
 flags       the one bridge from them to a command line; helptext, what --help says; streams, stdout and its limits
 hosts       several processes that run one program
@@ -21,5 +28,29 @@ model_files what is looked at before a file of a model is read
 progress    a bar on the terminal for what takes long
 rundir      what every run does with its directory
 
-Importing it starts nothing.
+Importing it starts nothing, and is quick: JAX is imported when one of the functions is first asked for.
 """
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from efflm.api import compress, generate, load, measure, save
+    from efflm.config import InputError
+
+__all__ = ["InputError", "compress", "generate", "load", "measure", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "InputError":
+        from efflm.config import InputError
+
+        return InputError
+    if name in __all__:
+        from efflm import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'efflm' has no attribute {name!r}: it offers {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

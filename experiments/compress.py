@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from efflm import ops, rundir, trees
+from efflm import api, ops, rundir, trees
 from efflm.compress import recipe
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
@@ -81,36 +81,25 @@ def chains(names: str, changes: dict[type, dict]) -> dict[str, tuple[Step, ...]]
     return plans
 
 
-def training_context(run: Run, loaded: Loaded, trains: bool) -> Context:
+def context_for(run: Run, loaded: Loaded, trains: bool) -> Context:
     """What the steps may use; text is prepared only where one of them trains."""
-    mesh = sharding.data_parallel(run.batch)
     if not trains:
-        return Context(seed=run.seed, mesh=mesh)
-    data = dataset.prepare(
+        return Context(seed=run.seed, mesh=sharding.data_parallel(run.batch))
+    return api.training_context(
         dataset.source_of(run.corpus, loaded.about),
         dataset.cache_beside(run.model),
-        vocabulary=loaded.model.config.vocabulary,
-        length=run.length,
+        loaded.model,
+        loaded.tokenizer,
         batch=run.batch,
-        tokenizer=loaded.tokenizer,
-        strict=run.strict,
-    )
-    return Context(
-        batches=data.batches(run.batch, run.seed),
+        length=run.length,
         seed=run.seed,
-        corpus=data.corpus.digest,
-        tokenizer=data.tokenizer.digest,
-        mesh=mesh,
+        strict=run.strict,
     )
 
 
 def described(steps: tuple[Step, ...], after: LanguageModel) -> str:
     """What was done; for pruned models, that zeros do not make them faster."""
-    words = ", then ".join(map(repr, steps))
-    if not any(isinstance(step, Prune) for step in steps):
-        return words
-    megabytes = numbers.megabytes(trees.nbytes(after.params))
-    return f"{words}; no faster, since a masked dense matrix multiplies its zeros too; {megabytes} MB if dense"
+    return "; ".join(filter(None, [", then ".join(map(repr, steps)), rows.zeros(after)]))
 
 
 @rundir.locked
@@ -130,7 +119,7 @@ def main(run: Run, score: Scoring, quantize: dict, prune: dict, finetune: dict, 
     if text.left_out:
         say(text.left_out)
     score = score.within(dense.config.max_length, about.get("train.length", 0), text.unbroken)
-    context = training_context(run, loaded, any(map(recipe.trains, plans.values())))
+    context = context_for(run, loaded, any(map(recipe.trains, plans.values())))
     rundir.use_compilation_cache(run_dir.parent / "compilation_cache")
     protocol, kept = cost.protocol_for(dense), {}
     platform, records, written, measured, phases = jax.default_backend(), {}, {}, [], []

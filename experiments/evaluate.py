@@ -19,13 +19,12 @@ import jax
 from efflm import ops, rundir
 from efflm.config import PRECISION, AskedPrecision, MeshConfig, flag, require
 from efflm.data import corpora, dataset
-from efflm.evaluate import cost
 from efflm.evaluate.windows import Scoring
 from efflm.flags import command_line, launch
 from efflm.formats import sources
 from efflm.formats.sources import KINDS
 from efflm.model import sharding
-from efflm.report import analysis, compared, page, rows, scoring, table
+from efflm.report import analysis, compared, measured, page, rows, table
 from efflm.report.page import Detail
 
 
@@ -67,29 +66,21 @@ def main(run: Run, score: Scoring, mesh: MeshConfig) -> None:
         models = {first: ops.prepare(other.model, jax.default_backend())} | models
         sizes[first], notes[first] = other.nbytes, rows.origin(run.reference, other.about)
     first = next(iter(models))
-    found = scoring.measure(models, text, tokens, score, models[first])
-    protocol = cost.protocol_for(model)
-    rates = cost.rates(models, protocol)
-    measured = rows.collect(models, sizes, notes, found, rates)
-    against = f" Divergence: from {first}." if run.reference else ""
-    facts = [
-        f"Quality: {scoring.protocol(text, score, found[name])}.{against}",
-        f"Speed: {protocol}.",
-        *rows.cautions(run.model, about, text.known),
-    ]
-    table.show(measured, facts)
+    found = measured.compare(models, sizes, notes, text, tokens, score)
+    facts = [*found.facts, *rows.cautions(run.model, about, text.known)]
+    table.show(found.rows, facts)
     if run.run_dir:
         machine, command = rundir.machine(), command_line("experiments.evaluate", sys.argv)
-        given = {"rows": [dataclasses.asdict(row) for row in measured], "protocol": facts}
+        given = {"rows": [dataclasses.asdict(row) for row in found], "protocol": facts}
         rundir.write_json(Path(run.run_dir) / "results.json", given | {"command": command, "versions": machine})
         abouts = {first: other.about if run.reference else about} | {name: about}
         compared.write(
             Path(run.run_dir) / "report.html",
             title=f"{run.model} measured" + (f" beside {run.reference}" if run.reference else ""),
-            rows=measured,
+            rows=found.rows,
             details={each: Detail(lineage=compared.before(notes[each], abouts[each])) for each in models},
             curves={},
-            phases=analysis.inference(models[first], protocol, rates[first]),
+            phases=analysis.inference(models[first], found.protocol, found.rates[first]),
             facts=facts,
             made=page.made(machine, total_time=page.duration(time.perf_counter() - began)),
             command=command,

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 import jax
 
-from efflm import ops, rundir, streams
+from efflm import api, ops, rundir, streams
 from efflm.config import PRECISION, AskedPrecision, InputError, flag, require, require_seed
 from efflm.flags import launch
 from efflm.formats import sources
-from efflm.formats.sources import KINDS, Loaded
+from efflm.formats.sources import KINDS
 from efflm.infer.generate import CHUNK, stream
 from efflm.infer.sampling import Sampling
 
@@ -50,17 +50,6 @@ class Run:
 
     def sampling(self) -> Sampling:
         return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
-
-
-def prompt_ids(run: Run, loaded: Loaded, text: str) -> list[int]:
-    """The token ids to go on from. Raises InputError if the model has no chat template."""
-    tokens = loaded.tokenizer
-    if run.chat:
-        told = [{"role": "system", "content": run.system}] if run.system else []
-        return tokens.encode(tokens.chat([*told, {"role": "user", "content": text}]))
-    if loaded.about.get("source"):  # trained here, where a separator stands before each text
-        return [tokens.separator, *tokens.encode(text)]
-    return tokens.prompt(text) or [tokens.separator]
 
 
 def until(texts: Iterable[str], stop: str) -> Iterator[str]:
@@ -127,7 +116,7 @@ def main(run: Run) -> None:
     loaded = dataclasses.replace(loaded, model=ops.prepare(loaded.model, jax.default_backend()))
     jax.block_until_ready(loaded.model.params)
     note(f"{run.model}: loaded in {time.perf_counter() - began:.1f} s")
-    ids = prompt_ids(run, loaded, text)
+    ids = api.prompt_ids(loaded.tokenizer, text, loaded.about, chat=run.chat, system=run.system)
     rundir.use_compilation_cache(rundir.ROOT / "compilation_cache")
     clock, tokens = compile_clock(), loaded.tokenizer
     # Bad input is refused here, before anything is on stdout.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from efflm import ops, rundir, trees
+from efflm import ops, rundir
 from efflm.compress import recipe
 from efflm.compress.step import Context
 from efflm.config import ModelShape, TrainConfig
@@ -24,7 +24,7 @@ from efflm.evaluate.windows import Scoring
 from efflm.flags import command_line, launch
 from efflm.formats import safetensors
 from efflm.model import sharding
-from efflm.report import analysis, compared, numbers, page, rows, samples, scoring, table
+from efflm.report import analysis, compared, page, rows, samples, scoring, table
 from efflm.train import metrics
 from experiments import pretrain
 
@@ -75,9 +75,7 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
         print(f"  {name}: {NOTES[name]}", flush=True)
         context = dataclasses.replace(context, metrics=run_dir / "curves" / name)
         models[name], records[name] = recipe.run(dense, recipe.named(name), context)
-        if name.startswith("masks"):
-            megabytes = numbers.megabytes(trees.nbytes(models[name].params))
-            notes[name] += f"; no faster, since a masked dense matrix multiplies its zeros too; {megabytes} MB if dense"
+        notes[name] = "; ".join(filter(None, [notes[name], rows.zeros(models[name])]))
     sizes = {}
     (run_dir / "models").mkdir(parents=True, exist_ok=True)
     data.tokenizer.save(run_dir / "models" / "tokenizer.json")

@@ -36,6 +36,9 @@ ALLOWED = {
     "compress": BASE | {"ops", "model", "infer", "train"},
     "data": BASE | {"tokenizer"},
     "formats": BASE | {"ops", "model", "tokenizer", "train.checkpoint"},
+    "arguments": {"config", "model", "tokenizer", "data", "compress"},
+    "api": BASE
+    | {"arguments", "ops", "model", "tokenizer", "data", "infer", "compress", "evaluate", "formats", "report"},
 }
 ONE_PLACE = {
     "absl": ("flags.py",),
@@ -96,6 +99,24 @@ def test_methods_of_compression_know_only_the_shared_step():
 def test_importing_the_library_starts_nothing():
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in FILES]
     program = f"import {', '.join(modules)}\nfrom jax._src import xla_bridge\nassert not xla_bridge._backends"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=120)
+
+
+def test_import_efflm_is_quick_and_lists_what_it_offers():
+    program = (
+        "import sys, efflm\n"
+        "assert {'load', 'compress', 'measure', 'generate', 'save'} <= set(dir(efflm))\n"
+        "slow = {'jax', 'numpy', 'flax', 'rich', 'tokenizers', 'efflm.api'} & set(sys.modules)\n"
+        "assert not slow, slow\n"
+        "assert issubclass(efflm.InputError, ValueError)\n"
+        "assert 'jax' not in sys.modules\n"
+        "from efflm.compress import recipe\n"  # now efflm.compress is the package
+        "from efflm import api, compress, load\n"
+        "assert load is api.load is efflm.load\n"
+        "assert callable(efflm.compress) and compress.recipe is recipe\n"
+        "try: efflm.nonsense\n"
+        "except AttributeError as error: assert 'it offers' in str(error)\n"
+    )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=120)
 
 

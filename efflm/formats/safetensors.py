@@ -27,26 +27,26 @@ from efflm.ops import storage
 from efflm.ops.packing import pack
 
 
-def save(path: Path, model: LanguageModel, about: dict[str, Any], records: Sequence[Any] = ()) -> int:
+def save(path: Path, model: LanguageModel, about: Mapping[str, Any], records: Sequence[Any] = ()) -> int:
     """Write the model, whole or not at all, and return the file's size in bytes.
 
     about: JSON, how it was made; its "lineage" is continued by `records`, those of the steps that made this model of
-    the one that `about` speaks of, and the last one gets the bytes of the tensors as they were written.
+    the one that `about` speaks of, and the last step gets the bytes of the tensors as they were first written.
     """
     masks, arrays, sparse = model.masks or {}, {}, []
     for name, weight in trees.flatten(model.params):
         parts = storage.stored_parts(weight, masks.get(name))
         sparse += [name] * ("bitmask" in parts)
         arrays |= {f"{name}/{part}".rstrip("/"): array for part, array in parts.items()}
-    lineage = [*about.get("lineage", ()), *map(dataclasses.asdict, records)]
-    if records:
-        lineage[-1]["actual_bytes"] = sum(array.nbytes for array in arrays.values())
+    lineage = [*map(dict, about.get("lineage", ())), *map(dataclasses.asdict, records)]
+    if lineage:
+        lineage[-1].setdefault("actual_bytes", sum(array.nbytes for array in arrays.values()))
     manifest = {
         "config": model.config.to_dict(),
         "formats": storage.to_flat(model.params)[1],
         "sparse": sparse,
         "masks": sorted(masks),
-        "about": about | {"lineage": lineage},
+        "about": {**about, "lineage": lineage},
     }
     partial = path.with_suffix(".partial")
     try:

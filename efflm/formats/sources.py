@@ -18,7 +18,7 @@ from efflm.train import checkpoint
 
 KINDS = (
     f"a name ({', '.join(wheels.WHEELS)}), a Hugging Face directory or hub id, a .gguf file, the directory of a "
-    "training run, or efflm's .safetensors file"
+    "training run, or efflm's .safetensors file or its folder"
 )
 
 
@@ -77,6 +77,7 @@ def _load(source: str | Path, dtype: str | None, mesh: Mesh | None) -> Loaded:
     return _directory(hub.fetch(name), dtype, mesh)
 
 
+OWN = "model.safetensors"  # efflm's own file in a folder of its own: Hugging Face's has a config.json beside it
 _SUFFIXES = (".gguf", ".safetensors", ".json", *huggingface.PICKLES)
 
 
@@ -84,6 +85,8 @@ def _directory(path: Path, dtype: str | None, mesh: Mesh) -> Loaded:
     if (path / "config.json").exists():
         model, tokens = huggingface.load(path, dtype=dtype, mesh=mesh)
         return Loaded(model, tokens, {}, _size(path.glob("*.safetensors")))
+    if not (path / "checkpoint").exists() and (path / OWN).exists():
+        return _file(path / OWN, dtype, mesh)
     run, folder = (path, path / "checkpoint") if (path / "checkpoint").is_dir() else (path.parent, path)
     require(
         folder != path or checkpoint.exists(path),

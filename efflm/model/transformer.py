@@ -2,7 +2,9 @@
 
 import dataclasses
 import operator
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import flax.struct
@@ -25,11 +27,22 @@ from efflm.precision import Policy, cast
 
 @flax.struct.dataclass
 class LanguageModel:
-    """A model is a value: what it is, its weights, and the masks of pruned weights (ops.masks)."""
+    """A model is a value: what it is, its weights, and the masks of pruned weights (ops.masks).
+
+    about: what is known of where it is from (see formats.sources.Loaded). That is no part of the value: whatever is
+    made of a model, by a transformation of JAX or by `replace`, begins without it.
+    """
 
     config: ModelConfig = flax.struct.field(pytree_node=False)
     params: Any
     masks: ops.Masks = None
+    about: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+
+    def with_about(self, about: Mapping[str, Any]) -> "LanguageModel":
+        """The same model, and what is known of it."""
+        known = self.replace()
+        object.__setattr__(known, "about", MappingProxyType(dict(about)))
+        return known
 
 
 def in_dtype(model: LanguageModel, dtype: str) -> LanguageModel:

@@ -10,6 +10,7 @@ from efflm.evaluate.cost import Rate
 from efflm.evaluate.quality import Quality
 from efflm.model import LanguageModel, params
 from efflm.model.params import Component
+from efflm.report import numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,8 @@ class Row:
 
     Spreads are the quartiles of the repeats. The difference to the dense model is paired over documents, so its
     error is far below that of either alone. Of a single document there is no error: None. Nor is there a difference,
-    divergence or agreement of the dense model itself. component_bytes: the bytes of the weights on disk by component.
+    divergence or agreement of the dense model itself. Speeds are None where they were not measured. component_bytes:
+    the bytes of the weights on disk by component.
     """
 
     name: str
@@ -27,10 +29,10 @@ class Row:
     nonzeros: int
     bytes: int
     component_bytes: dict[str, int]
-    prefill_tokens_per_second: float
-    prefill_spread: tuple[float, float]
-    decode_tokens_per_second: float
-    decode_spread: tuple[float, float]
+    prefill_tokens_per_second: float | None
+    prefill_spread: tuple[float, float] | None
+    decode_tokens_per_second: float | None
+    decode_spread: tuple[float, float] | None
     bits_per_byte: float
     bits_per_byte_stderr: float | None
     bits_per_byte_over_dense: float | None
@@ -71,19 +73,28 @@ def cautions(model: str, about: dict[str, Any], seen: str) -> list[str]:
     return out
 
 
+def zeros(model: LanguageModel) -> str:
+    """Of a pruned model, that its zeros do not make it faster; of others nothing."""
+    if not model.masks:
+        return ""
+    size = numbers.megabytes(trees.nbytes(model.params))
+    return f"no faster, since a masked dense matrix multiplies its zeros too; {size} MB if dense"
+
+
 def collect(
     models: dict[str, LanguageModel],
     sizes: dict[str, int],
     notes: dict[str, str],
     qualities: dict[str, Quality],
-    rates: dict[str, tuple[Rate, Rate]],
+    rates: dict[str, tuple[Rate, Rate]] | None,
 ) -> list[Row]:
     """A row for each model, in order. sizes: bytes on disk. notes: what was done, to which the measured speeds are
-    added in words. Speeds and bits are compared with the first model's."""
-    first, out = next(iter(models)), []
+    added in words. rates: None where speed was not measured. Speeds and bits are compared with the first model's.
+    """
+    first, out, speeds = next(iter(models)), [], rates or dict.fromkeys(models)
     for name, model in models.items():
-        base = None if name == first else (qualities[first], rates[first])
-        out.append(make(name, model, sizes[name], notes[name], qualities[name], rates[name], base))
+        base = None if name == first else (qualities[first], speeds[first])
+        out.append(make(name, model, sizes[name], notes[name], qualities[name], speeds[name], base))
     return out
 
 
@@ -93,17 +104,17 @@ def make(
     size: int,
     note: str,
     measured: Quality,
-    rates: tuple[Rate, Rate],
-    base: tuple[Quality, tuple[Rate, Rate]] | None,
+    rates: tuple[Rate, Rate] | None,
+    base: tuple[Quality, tuple[Rate, Rate] | None] | None,
 ) -> Row:
-    """One row. rates: prefill and decode. base: the first row's measurements, made in turn with these; None for that
-    row itself."""
-    prefill, decode = rates
+    """One row. rates: prefill and decode; None: not measured. base: the first row's measurements, made in turn with
+    these; None for that row itself."""
+    prefill, decode = rates or (None, None)
     bits, error = quality.bits_per_byte(measured)
     none = (None, None)
     over, over_error = quality.paired_difference(measured, base[0]) if base else none
     words = [note]
-    if base:
+    if base and rates and base[1]:
         words += [_speed(prefill, base[1][0], "prefill"), _speed(decode, base[1][1], "decode")]
     perplexity, perplexity_error = quality.perplexity(measured)
     kl, kl_error = quality.divergence(measured) if base else none
@@ -115,10 +126,10 @@ def make(
         nonzeros=ops.nonzeros(model.params),
         bytes=size,
         component_bytes=component_bytes(model),
-        prefill_tokens_per_second=round(prefill.median, 1),
-        prefill_spread=(round(prefill.low, 1), round(prefill.high, 1)),
-        decode_tokens_per_second=round(decode.median, 1),
-        decode_spread=(round(decode.low, 1), round(decode.high, 1)),
+        prefill_tokens_per_second=prefill and round(prefill.median, 1),
+        prefill_spread=prefill and (round(prefill.low, 1), round(prefill.high, 1)),
+        decode_tokens_per_second=decode and round(decode.median, 1),
+        decode_spread=decode and (round(decode.low, 1), round(decode.high, 1)),
         bits_per_byte=bits,
         bits_per_byte_stderr=error,
         bits_per_byte_over_dense=over,

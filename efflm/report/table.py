@@ -1,6 +1,7 @@
 """Tables: what their columns show, and how they look in the terminal. The page (report.page) shows the same ones."""
 
 import dataclasses
+import io
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -108,11 +109,30 @@ COLUMNS: Columns = (
 )
 
 
-def show(rows: list[Any], facts: list[str], columns: Columns = COLUMNS) -> None:
+def measured(rows: Sequence[Any]) -> Columns:
+    """COLUMNS, without the speed where it was not measured."""
+    timed = all(row.prefill_tokens_per_second is not None for row in rows)
+    return tuple(column for column in COLUMNS if timed or not column.heading.endswith("tok/s"))
+
+
+def show(rows: Sequence[Any], facts: Sequence[str], columns: Columns = COLUMNS) -> None:
     """Print the table, then the note of each row, then `facts`."""
+    _print(_console(), rows, facts, columns)
+
+
+def text(rows: Sequence[Any], facts: Sequence[str], columns: Columns = COLUMNS) -> str:
+    """What `show` prints, without colors."""
+    out = io.StringIO()
+    _print(Console(file=out, width=_console().width), rows, facts, columns)
+    return out.getvalue().rstrip()
+
+
+def _console() -> Console:
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=240)
+    return console if console.is_terminal else Console(width=240)
+
+
+def _print(console: Console, rows: Sequence[Any], facts: Sequence[str], columns: Columns) -> None:
     beside = " " if console.width >= 200 else "\n"
     table = Table(header_style="bold", pad_edge=False)
     for index, column in enumerate(columns):
@@ -120,7 +140,7 @@ def show(rows: list[Any], facts: list[str], columns: Columns = COLUMNS) -> None:
     for row in rows:
         table.add_row(*(beside.join(filter(None, column.pair(row))) for column in columns))
     console.print(table)
-    for row in rows:
+    for row in filter(lambda row: row.note, rows):
         console.print(Text.assemble("  ", (row.name, "bold"), f": {row.note}"), soft_wrap=True)
     for fact in facts:
         console.print(f"  {fact}", highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,260 @@
+"""What `import efflm` offers: load, compress, measure, generate and save, thin names over the packages below.
+
+    model, tokenizer = efflm.load("smollm2")
+    small = efflm.compress(model, "w8a8")
+    print(efflm.measure({"before": model, "w8a8": small}, tokenizer, "stdlib"))
+    print(efflm.generate(small, tokenizer, "The capital of France is"))
+    efflm.save("runs/small", small, tokenizer)
+
+A model is a LanguageModel. One that `load` or `compress` returned knows where it is from and what was done to it
+(model.about), which `save` writes down. What is given wrongly raises InputError, in one line with the remedy.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from efflm import arguments, ops, rundir
+from efflm.compress import recipe
+from efflm.compress.step import Context, Step
+from efflm.config import InputError, require
+from efflm.data import corpora, dataset, enwik8
+from efflm.evaluate.windows import Scoring
+from efflm.formats import safetensors, sources
+from efflm.infer.generate import generate as generate_ids
+from efflm.infer.sampling import Sampling
+from efflm.model import LanguageModel, sharding
+from efflm.report import measured, rows
+from efflm.report.measured import Measured
+from efflm.tokenizer import Tokenizer
+
+SOURCE = str | os.PathLike
+
+
+def load(source: SOURCE, *, dtype: str | None = None, precision: str = "") -> tuple[LanguageModel, Tokenizer]:
+    """The model at `source` and its tokenizer, on one device.
+
+    source: a name such as "smollm2", a Hugging Face directory or hub id, a .gguf file, a run of efflm's, or what `save`
+    wrote. dtype: of the weights; None: as stored. precision: of the matmuls, "float32" or "bfloat16"; "": what the
+    model was saved for.
+    """
+    require(arguments.is_path(source), f"source is {arguments.shown(source)}, but must be {sources.KINDS}")
+    require(
+        precision in ("", "float32", "bfloat16"),
+        f"precision is {precision!r}: choose float32 or bfloat16, or leave it out",
+    )
+    name = os.path.expanduser(os.fspath(source))
+    loaded = sources.load(name, dtype=dtype, precision=precision)
+    return loaded.model.with_about(loaded.about), loaded.tokenizer
+
+
+def compress(
+    model: LanguageModel,
+    steps: str | Step | Sequence[str | Step] | None = None,
+    text: SOURCE | None = None,
+    tokenizer: Tokenizer | None = None,
+    *,
+    seed: int = 0,
+    batch: int = 8,
+    length: int = 256,
+    strict: bool = False,
+) -> LanguageModel:
+    """The model after the steps, one after the other.
+
+    steps: the name of a recipe, several joined by commas, steps such as Prune(sparsity=0.3), or a list of both. Where
+    a step trains it needs the model's tokenizer and text to train on, of which the test split is kept apart (see
+    `measure`); default: what the model itself was trained on here. Steps of your own get it where it is given.
+    batch, length: sequences in a training batch and tokens in each. strict: refuse files that are not UTF-8 text.
+    """
+    arguments.require_model(model)
+    name, chain = arguments.chain(steps)
+    for setting, value in (("batch", batch), ("length", length)):
+        require(
+            type(value) is int and value > 0, f"{setting} is {arguments.shown(value)}, but must be a positive integer"
+        )
+    own = {type(step) for steps in recipe.RECIPES.values() for step in steps}
+    if recipe.trains(chain) or (text is not None and not {type(step) for step in chain} <= own):
+        require(
+            text is not None or "source" in model.about,
+            f"{name} trains, which needs text: give text=FOLDER, or any of {arguments.TEXT}",
+        )
+        source = arguments.text_of(model.about["source"] if text is None else text)
+        arguments.require_tokenizer(tokenizer, model, f"{name} trains on text, which needs")
+        context = training_context(
+            source, _cache(), model, tokenizer, batch=batch, length=length, seed=seed, strict=strict
+        )
+        model = jax.device_put(model, sharding.shardings(model, context.mesh)).with_about(model.about)
+    else:
+        context = Context(seed=seed, mesh=sharding.make_mesh())
+    after, records = recipe.run(model, chain, context)
+    lineage = [*model.about.get("lineage", ()), *map(dataclasses.asdict, records)]
+    return sharding.on_one_device(after).with_about({**model.about, "recipe": name, "lineage": lineage})
+
+
+def measure(
+    models: LanguageModel | Mapping[str, LanguageModel],
+    tokenizer: Tokenizer | None = None,
+    text: SOURCE | None = None,
+    *,
+    documents: int = 64,
+    tokens: int = 512,
+    window: int = 0,
+    stride: int = 0,
+    held_out: bool = False,
+    speed: bool = True,
+    strict: bool = False,
+) -> Measured:
+    """Quality on text, size and speed on this machine: what experiments.evaluate measures, for one model or for several
+    by name, the first of which the others are compared with. Print it for the table; result["name"] is a row.
+
+    text: a file or folder, scored as a whole; "stdlib" or "enwik8", of which the test split is. held_out: of a file or
+    folder too, since the rest is what `compress` and pretraining train on. documents, tokens: how many documents, and
+    tokens of each; 0: all. window, stride: as experiments.evaluate has them. speed: time prefill and decode too. Bytes
+    are those of the file that `save` writes, to 1%.
+    """
+    named = arguments.named(models)
+    for model in named.values():
+        arguments.require_tokenizer(tokenizer, model, "measuring needs")
+    require(text is not None, f"measuring needs text: give {arguments.TEXT}")
+    source, first = arguments.text_of(text), next(iter(named.values()))
+    as_corpus = held_out or source in (corpora.DEFAULT, enwik8.NAME)
+    where = ("", source) if as_corpus else (source, "")
+    scored = dataset.to_score(*where, first.about, tokenizer, _cache(), strict)
+    score = Scoring(documents=documents, tokens=tokens, window=window, stride=stride).within(
+        min(model.config.max_length for model in named.values()), first.about.get("train.length", 0), scored.unbroken
+    )
+    platform = jax.default_backend()
+    here = {name: ops.prepare(sharding.on_one_device(model), platform) for name, model in named.items()}
+    sizes = {name: ops.stored_nbytes(model.params, model.masks) for name, model in named.items()}
+    notes = {name: _note(model) for name, model in named.items()}
+    found = measured.compare(here, sizes, notes, scored, tokenizer, score, speed=speed)
+    cautions = rows.cautions(next(iter(named)), first.about, scored.known)
+    return dataclasses.replace(found, facts=(*found.facts, *cautions))
+
+
+def generate(
+    model: LanguageModel,
+    tokenizer: Tokenizer | None = None,
+    prompt: str | Sequence[str] | None = None,
+    *,
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    stop: str = "",
+    chat: bool = False,
+    system: str = "",
+) -> str | list[str]:
+    """What the model writes after the prompt; for several prompts, a list.
+
+    It ends before a stop token of the model's or the text `stop`, or after max_tokens. temperature: 0 takes the
+    likeliest token. chat: the prompt is a question, which the model's chat template puts.
+    """
+    arguments.require_model(model)
+    arguments.require_tokenizer(tokenizer, model, "generating needs")
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    require(
+        isinstance(prompts, list | tuple) and len(prompts) > 0 and all(isinstance(each, str) for each in prompts),
+        f"prompt is {arguments.shown(prompt)}, but must be text or a list of texts: generate(model, tokenizer, prompt)",
+    )
+    require(type(max_tokens) is int, f"max_tokens is {arguments.shown(max_tokens)}, but must be an integer")
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    ids = [prompt_ids(tokenizer, each, model.about, chat=chat, system=system) for each in prompts]
+    here = ops.prepare(model, jax.default_backend())
+    written = [
+        tokenizer.stream()(new, final=True)
+        for new in generate_ids(here, ids, max_tokens, sampling, tokenizer.stops, seed)
+    ]
+    texts = [each.partition(stop)[0] if stop else each for each in written]
+    return texts[0] if isinstance(prompt, str) else texts
+
+
+def save(path: SOURCE, model: LanguageModel | None = None, tokenizer: Tokenizer | None = None) -> Path:
+    """Write the model, with what is known of it, and its tokenizer; `load` and every --model read them back.
+
+    path: a folder, in which model.safetensors is written, or a name that ends in .safetensors, with tokenizer.json
+    beside it. An earlier save there is replaced, other things are not. Returns the path of the weights.
+    """
+    require(
+        arguments.is_path(path),
+        f"path is {arguments.shown(path)}, but must be where to write: save(path, model, tokenizer)",
+    )
+    arguments.require_model(model)
+    arguments.require_tokenizer(tokenizer, model, "saving needs")
+    file = Path(path).expanduser()
+    if file.suffix != ".safetensors":
+        taken = [name for name in ("config.json", "checkpoint") if (file / name).exists()]
+        require(not taken, f"{file} holds another model ({', '.join(taken)}): give another path")
+        file = file / sources.OWN
+    arguments.require_free(file, tokenizer)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(file.parent / "tokenizer.json")
+        safetensors.save(file, model, model.about)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {file} ({error.strerror or error}): give another path, or free some space"
+        ) from None
+    return file
+
+
+def training_context(
+    source: str,
+    cache: Path,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    *,
+    batch: int,
+    length: int,
+    seed: int,
+    strict: bool = False,
+) -> Context:
+    """What steps that train are given: batches of the training split of `source`. Raises InputError."""
+    data = dataset.prepare(
+        source,
+        cache,
+        vocabulary=model.config.vocabulary,
+        length=min(length, model.config.max_length),
+        batch=batch,
+        tokenizer=tokenizer,
+        strict=strict,
+    )
+    return Context(
+        batches=data.batches(batch, seed),
+        seed=seed,
+        corpus=data.corpus.digest,
+        tokenizer=data.tokenizer.digest,
+        mesh=sharding.data_parallel(batch),
+    )
+
+
+def prompt_ids(
+    tokenizer: Tokenizer, text: str, about: Mapping[str, Any], *, chat: bool = False, system: str = ""
+) -> list[int]:
+    """The token ids to go on from. about: of the model. Raises InputError if it is to chat and has no template."""
+    require(chat or not system, "system is for chat: put it into the prompt")
+    if chat:
+        told = [{"role": "system", "content": system}] if system else []
+        return tokenizer.encode(tokenizer.chat([*told, {"role": "user", "content": text}]))
+    if about.get("source"):  # trained here, where a separator stands before each text
+        return [tokenizer.separator, *tokenizer.encode(text)]
+    return tokenizer.prompt(text) or [tokenizer.separator]
+
+
+def _cache() -> Path:
+    return rundir.ROOT / "corpora"
+
+
+def _note(model: LanguageModel) -> str:
+    """What was done to a model, in words."""
+    done = ", then ".join(
+        f"{step['step']}({', '.join(f'{name}={value!r}' for name, value in step['settings'].items())})"
+        for step in model.about.get("lineage", ())
+    )
+    return "; ".join(filter(None, [done, rows.zeros(model)]))

@@ -1,0 +1,70 @@
+"""Models measured side by side: their rows, and how they were measured."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from efflm.evaluate import cost
+from efflm.evaluate.cost import Protocol, Rate
+from efflm.evaluate.quality import Quality
+from efflm.evaluate.windows import Scoring
+from efflm.model import LanguageModel
+from efflm.report import rows, scoring, table
+from efflm.report.rows import Row
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Measured:
+    """A row for each model, in order, by its index or name; printed, the table with the facts below it.
+
+    rates: prefill and decode by the model's name, by the protocol; None where speed was not measured.
+    """
+
+    rows: tuple[Row, ...]
+    facts: tuple[str, ...]
+    qualities: dict[str, Quality]
+    rates: dict[str, tuple[Rate, Rate]] | None
+    protocol: Protocol
+
+    def __getitem__(self, which: int | str) -> Row:
+        if isinstance(which, int):
+            return self.rows[which]
+        found = {row.name: row for row in self.rows}
+        if which not in found:
+            raise KeyError(f"there is no row {which!r}: the rows are {', '.join(found)}")
+        return found[which]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        return table.text(self.rows, self.facts, table.measured(self.rows))
+
+    __repr__ = __str__
+
+
+def compare(
+    models: dict[str, LanguageModel],
+    sizes: dict[str, int],
+    notes: dict[str, str],
+    text: Any,
+    tokenizer: Any,
+    score: Scoring,
+    speed: bool = True,
+) -> Measured:
+    """Score a text (see data.dataset.Text) and time prefill and decode, all models in turn.
+
+    sizes: bytes on disk. notes: what each model is, in words. score: as `Scoring.within` says. Differences are those to
+    the first model.
+    """
+    first = next(iter(models))
+    found = scoring.measure(models, text, tokenizer, score, models[first])
+    protocol = cost.protocol_for(models[first])
+    rates = cost.rates(models, protocol) if speed else None
+    against = f" Divergence: from {first}." if len(models) > 1 else ""
+    facts = [f"Quality: {scoring.protocol(text, score, found[first])}.{against}"]
+    facts += [f"Speed: {protocol}."] * speed
+    return Measured(tuple(rows.collect(models, sizes, notes, found, rates)), tuple(facts), found, rates, protocol)

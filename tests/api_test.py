@@ -1,0 +1,266 @@
+"""The five functions of `import efflm`, as a careful and as a careless user calls them."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import efflm
+from efflm import tokenizer as tokenizers
+from efflm.compress.finetune import Finetune
+from efflm.compress.prune import Prune
+from efflm.compress.quantize import Quantize
+from efflm.compress.step import digest
+from efflm.config import MeshConfig
+from efflm.evaluate.windows import Scoring
+from efflm.flags import launch
+from efflm.formats import sources
+from efflm.model import LanguageModel
+from efflm.report.rows import Row
+from experiments import evaluate
+from tests import gguf_files
+
+SHORT = {"documents": 3, "tokens": 24, "window": 16}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    weights = gguf_files.weights(np.random.default_rng(0), width=64, hidden=64)
+    return gguf_files.write(tmp_path_factory.mktemp("gguf") / "tiny.gguf", weights, kind="Q4_1")
+
+
+@pytest.fixture(scope="module")
+def loaded(source):
+    return efflm.load(source)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    for i in range(70):
+        (folder / f"{i}.txt").write_text(" ".join(rng.choice(["the", "thing", "in", "tin", "ünd", "\n"], 60)))
+    return folder
+
+
+def same(one, other):
+    return digest(one) == digest(other)
+
+
+def test_load_takes_names_and_paths_and_knows_where_a_model_is_from(source, loaded, monkeypatch):
+    model, _ = loaded
+    assert isinstance(model, LanguageModel)
+    assert model.about == {"dequantized": "Q4_1"}
+    monkeypatch.setenv("HOME", str(source.parent))
+    again, _ = efflm.load(f"~/{source.name}")
+    assert same(again, model)
+    half, _ = efflm.load(str(source), dtype="bfloat16")
+    assert half.params["embedding"].dtype == "bfloat16"
+
+
+def test_what_is_known_of_a_model_is_no_part_of_its_value(loaded):
+    model, _ = loaded
+    assert model.replace(masks=None).about == {}
+    assert jax.tree.map(lambda leaf: leaf, model).about == {}
+    assert jax.tree.structure(model) == jax.tree.structure(model.with_about({"other": 1}))
+
+
+@pytest.mark.parametrize(
+    ("steps", "name", "kinds"),
+    [
+        ("w8a8", "w8a8", ["Quantize"]),
+        ("masks50, w8a16", "masks50+w8a16", ["Prune", "Quantize"]),
+        (Prune(sparsity=0.25), "Prune", ["Prune"]),
+        (["masks24", Quantize()], "masks24+Quantize", ["Prune", "Quantize"]),
+    ],
+)
+def test_compress_takes_names_steps_and_both(loaded, steps, name, kinds):
+    small = efflm.compress(loaded[0], steps)
+    assert small.about["recipe"] == name
+    assert small.about["dequantized"] == "Q4_1"
+    assert [step["step"] for step in small.about["lineage"]] == kinds
+    assert loaded[0].about == {"dequantized": "Q4_1"}
+
+
+def test_compressing_further_continues_the_lineage(loaded):
+    twice = efflm.compress(efflm.compress(loaded[0], "masks50"), "w8a16")
+    assert same(twice, efflm.compress(loaded[0], "masks50,w8a16"))
+    assert [step["step"] for step in twice.about["lineage"]] == ["Prune", "Quantize"]
+    assert twice.about["lineage"][0]["parent"] == digest(loaded[0])
+
+
+def test_steps_that_train_are_given_text(loaded, folder):
+    model, tokenizer = loaded
+    step = Finetune(steps=2)
+    trained = efflm.compress(model, step, text=folder, tokenizer=tokenizer, batch=2, length=16)
+    assert trained.about["lineage"][0]["tokenizer"] == tokenizer.digest
+    assert not same(trained, model)
+    assert {device for leaf in jax.tree.leaves(trained) for device in leaf.devices()} == {jax.devices()[0]}
+    assert same(trained, efflm.compress(model, [step], str(folder), tokenizer, batch=2, length=16))
+    # What needs no text ignores it.
+    assert same(efflm.compress(model, "w8a8", text=folder), efflm.compress(model, "w8a8"))
+
+
+def test_training_keeps_the_masks_and_a_step_of_ones_own_gets_the_text(loaded, folder):
+    model, tokenizer = loaded
+    seen = []
+
+    class Own(Prune):
+        def __call__(self, model, context):
+            seen.append(context.batches)
+            return super().__call__(model, context)
+
+    steps = [Own(sparsity=0.5), Finetune(steps=1)]
+    trained = efflm.compress(model, steps, folder, tokenizer, batch=2, length=16)
+    assert trained.about["recipe"] == "Own+Finetune"
+    assert trained.masks
+    efflm.compress(model, Own(sparsity=0.5), folder, tokenizer, batch=2, length=16)
+    efflm.compress(model, Own(sparsity=0.5))
+    assert [batches is not None for batches in seen] == [True, True, False]
+
+
+def test_measure_gives_the_figures_and_the_table_of_the_command(source, loaded, folder, tmp_path, capsys):
+    model, tokenizer = loaded
+    small = efflm.compress(model, "masks50,w8a8")
+    found = efflm.measure({"dense": model, "small": small}, tokenizer, folder, **SHORT, speed=False)
+    assert [row.name for row in found] == ["dense", "small"]
+    assert isinstance(found["small"], Row)
+    assert found["small"] is found[1] is found.rows[1]
+    with pytest.raises(KeyError, match="the rows are dense, small"):
+        found["smal"]
+    efflm.save(tmp_path / "small", small, tokenizer)
+    flags = [f"--score.{name}={value}" for name, value in SHORT.items()]
+    launch(evaluate.main, "", ["x", f"--model={tmp_path / 'small'}", f"--reference={source}", f"--text={folder}",
+           f"--run_dir={tmp_path / 'out'}", *flags],
+           run=evaluate.Run(), score=Scoring(), mesh=MeshConfig(data=1))  # fmt: skip
+    shown = capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    row = next(row for row in results["rows"] if row["name"] == "small")
+    for field in ("bits_per_byte", "bits_per_byte_stderr", "perplexity", "nonzeros", "precision"):
+        assert row[field] == getattr(found["small"], field), field
+    assert row["bytes"] == pytest.approx(found["small"].bytes, rel=0.01, abs=1 << 16)
+    table = str(found)
+    assert repr(found) == table
+    assert results["protocol"][0].partition("; ")[0] in table
+    for words in ("bits/byte", "Prune(sparsity=0.5", "multiplies its zeros too", "are dequantized Q4_1"):
+        assert words in table
+    assert ("tok/s" in shown, "tok/s" in table, "Speed:" in table) == (True, False, False)
+    assert found["small"].prefill_tokens_per_second is None
+
+
+def test_measure_takes_one_model_and_the_same_one_twice(loaded, folder):
+    model, tokenizer = loaded
+    alone = efflm.measure(model, tokenizer, str(folder), **SHORT, speed=False)
+    twice = efflm.measure({"a": model, "b": model}, tokenizer, folder, **SHORT, speed=False)
+    assert len(alone) == 1
+    assert alone["model"].bits_per_byte == twice["a"].bits_per_byte == twice["b"].bits_per_byte
+    held_out = efflm.measure(model, tokenizer, folder, **SHORT, speed=False, held_out=True)
+    assert "3 of 7 test documents" in held_out.facts[0]
+    assert "3 of 70 documents" in alone.facts[0]
+
+
+def test_speed_is_measured_unless_it_is_not_asked_for(loaded, folder):
+    found = efflm.measure(loaded[0], loaded[1], folder, **SHORT)
+    assert found["model"].decode_tokens_per_second > 0
+    assert "tok/s" in str(found)
+    assert "Speed: batch 1" in found.facts[1]
+
+
+def test_generate_goes_on_from_one_prompt_or_several(loaded):
+    model, tokenizer = loaded
+    one = efflm.generate(model, tokenizer, "the thing", max_tokens=8)
+    assert isinstance(one, str)
+    assert one
+    assert efflm.generate(model, tokenizer, ["the thing", "in"], max_tokens=8)[0] == one
+    stop = one[len(one) // 2]
+    assert efflm.generate(model, tokenizer, "the thing", max_tokens=8, stop=stop) == one.partition(stop)[0]
+    drawn = [efflm.generate(model, tokenizer, "in", max_tokens=8, temperature=2.0, seed=seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_what_is_saved_is_loaded_again(loaded, tmp_path):
+    model, tokenizer = loaded
+    small = efflm.compress(model, "masks50,w8a8")
+    folder = tmp_path / "new" / "small"
+    assert efflm.save(str(folder), small, tokenizer) == folder / "model.safetensors"
+    again, its_tokenizer = efflm.load(folder)
+    assert same(again, small)
+    assert its_tokenizer.digest == tokenizer.digest
+    assert again.about["recipe"] == "masks50+w8a8"
+    steps = again.about["lineage"]
+    assert [step["step"] for step in steps] == ["Prune", "Quantize"]
+    assert steps[-1]["actual_bytes"] == pytest.approx(steps[-1]["predicted_bytes"], rel=0.01)
+    assert sources.load(tmp_path / "new" / "small").about == again.about
+    file = efflm.save(tmp_path / "file.safetensors", again, its_tokenizer)
+    assert efflm.load(file)[0].about == again.about
+    efflm.save(tmp_path / "new" / "small", model, tokenizer)  # in place of the one before
+    assert same(efflm.load(tmp_path / "new" / "small")[0], model)
+
+
+def careless(loaded, folder, tmp_path):
+    """(call, what its error says)."""
+    model, tokenizer = loaded
+    return {
+        "a number for a source": (lambda: efflm.load(5), "source is 5"),
+        "nothing for a source": (lambda: efflm.load(""), "source is ''"),
+        "no such model": (lambda: efflm.load("/nowhere"), "no model at /nowhere"),
+        "no such precision": (lambda: efflm.load(folder, precision="int8"), "precision is 'int8'"),
+        "no such dtype": (lambda: efflm.load(folder, dtype="int8"), "int8"),
+        "both of what load returns": (lambda: efflm.compress(loaded, "w8a8"), "model, tokenizer = efflm.load"),
+        "no steps": (lambda: efflm.compress(model), "steps is None: give one of bfloat16"),
+        "no step in the list": (lambda: efflm.compress(model, []), "there is no step: give one of bfloat16"),
+        "no such recipe": (lambda: efflm.compress(model, "w8a9"), "unknown recipe 'w8a9'"),
+        "a number for steps": (lambda: efflm.compress(model, 8), "steps is 8"),
+        "a class for a step": (lambda: efflm.compress(model, Quantize), "class Quantize"),
+        "tokenizer for text": (lambda: efflm.compress(model, Finetune(), tokenizer, tokenizer), "text is Tokenizer"),
+        "training without text": (lambda: efflm.compress(model, "masks50_trained"), "which needs text: give text="),
+        "training without tokenizer": (lambda: efflm.compress(model, "masks50_trained", folder), "but there is none"),
+        "no such text": (lambda: efflm.compress(model, Finetune(), "/nowhere", tokenizer), "/nowhere does not exist"),
+        "no batch": (lambda: efflm.compress(model, Finetune(), folder, tokenizer, batch=0), "batch is 0"),
+        "a list of models": (lambda: efflm.measure([model], tokenizer, folder), "several by name"),
+        "models by number": (lambda: efflm.measure({1: model}, tokenizer, folder), "several by name"),
+        "a path among models": (lambda: efflm.measure({"a": "smollm2"}, tokenizer, folder), "model is 'smollm2'"),
+        "tokenizer forgotten": (lambda: efflm.measure(model, str(folder)), "give tokenizer=tokenizer"),
+        "model for tokenizer": (lambda: efflm.measure(model, model, folder), "tokenizer is LanguageModel"),
+        "text forgotten": (lambda: efflm.measure(model, tokenizer), "measuring needs text: give a file or folder"),
+        "a number for text": (lambda: efflm.measure(model, tokenizer, 7), "text is 7, but must be a file or folder"),
+        "no such folder": (lambda: efflm.measure(model, tokenizer, "/nowhere"), "/nowhere does not exist"),
+        "too long a window": (lambda: efflm.measure(model, tokenizer, folder, window=10**6), "window is 1000000"),
+        "no tokenizer to generate": (lambda: efflm.generate(model, "the"), "tokenizer is 'the'"),
+        "no prompt": (lambda: efflm.generate(model, tokenizer), "prompt is None"),
+        "a number for a prompt": (lambda: efflm.generate(model, tokenizer, 3), "prompt is 3"),
+        "no tokens": (lambda: efflm.generate(model, tokenizer, "the", max_tokens=0), "max_tokens is 0"),
+        "half a token": (lambda: efflm.generate(model, tokenizer, "the", max_tokens=0.5), "max_tokens is 0.5"),
+        "no chat template": (lambda: efflm.generate(model, tokenizer, "the", chat=True), "no chat template"),
+        "path and model swapped": (lambda: efflm.save(model, tmp_path / "x"), "path is LanguageModel"),
+        "no model to save": (lambda: efflm.save(tmp_path / "x"), "model is None"),
+        "no tokenizer to save": (lambda: efflm.save(tmp_path / "x", model), "saving needs the tokenizer"),
+        "a file for a folder": (lambda: efflm.save(folder / "0.txt", model, tokenizer), "cannot write"),
+    }  # fmt: skip
+
+
+def test_what_is_given_wrongly_is_told_in_one_line(loaded, folder, tmp_path):
+    for name, (call, words) in careless(loaded, folder, tmp_path).items():
+        with pytest.raises(efflm.InputError) as error:
+            call()
+        assert words in str(error.value), name
+        assert "\n" not in str(error.value), name
+    assert not list(tmp_path.iterdir())
+
+
+def test_saving_replaces_no_other_model_and_no_others_tokenizer(loaded, tmp_path):
+    model, tokenizer = loaded
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text("{}")
+    with pytest.raises(efflm.InputError, match="holds another model"):
+        efflm.save(tmp_path / "theirs", model, tokenizer)
+    efflm.save(tmp_path / "a.safetensors", model, tokenizer)
+    efflm.save(tmp_path / "b.safetensors", model, tokenizer)
+    other = tokenizers.train(["some other text"], 257)
+    with pytest.raises(efflm.InputError, match="whose tokenizer is another one"):
+        efflm.save(tmp_path / "c.safetensors", model, other)
+    narrower = model.replace(config=dataclasses.replace(model.config, vocabulary=tokenizer.vocabulary - 1))
+    with pytest.raises(efflm.InputError, match="was loaded with this model"):
+        efflm.save(tmp_path / "c.safetensors", narrower, tokenizer)
