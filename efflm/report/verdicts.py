@@ -1,7 +1,8 @@
 """What the figures say, in words made from them: what is smallest, what is fastest, what is not worth it here.
 
-Speeds differ where the quartiles of both do not overlap, losses where they are two standard errors apart. The errors of
-two differences to the same first model are added as if they were independent, which overstates their error.
+Speeds differ where the quartiles of both do not overlap. A loss is said to be larger where it is two standard errors
+larger, and to be no larger only where it is not by one standard error, or by CLOSE. The errors of two differences to
+the same first model are added as if they were independent, which overstates their error.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import math
 from efflm.report import numbers
 from efflm.report.rows import Row
 
-WITHIN = 0.01  # of the first model's loss
+WITHIN, CLOSE = 0.01, 0.001  # of the first model's loss
 PHASES = ("prefill", "decode")
 
 
@@ -24,11 +25,11 @@ class Verdict:
 
 
 def positive(rows: list[Row]) -> list[Verdict]:
-    """The smallest and the fastest of those within WITHIN of the first row's loss, and the smallest whose loss shows no
-    difference. Questions with the same answer are one verdict."""
+    """The smallest and the fastest of those within WITHIN of the first row's loss, and the smallest within CLOSE of it,
+    standard error included. Questions with the same answer are one verdict."""
     first, others = rows[0], rows[1:]
     near = [row for row in others if _over(row) <= WITHIN * first.bits_per_byte]
-    same = [row for row in near if _over(row) <= 2 * _error(row)]
+    same = [row for row in near if _over(row) + _error(row) <= CLOSE * first.bits_per_byte]
     if not near:
         return [Verdict(f"Within {WITHIN:.0%} of the dense loss", "", f"No model: {_nearest(others, first)}")]
     asked = {
@@ -55,7 +56,7 @@ def positive(rows: list[Row]) -> list[Verdict]:
     unchanged = _smallest(same, first)
     if unchanged and unchanged is not asked["smallest"]:
         others = [row.name for row in same if row is not unchanged and _ties(row, unchanged, "smallest")]
-        heading = "Smallest without a loss beyond two standard errors"
+        heading = f"Smallest within {CLOSE:.1%} of the dense loss, standard error included"
         found.append(Verdict(heading, unchanged.name, _described(unchanged, first, others)))
     return found
 
@@ -86,10 +87,11 @@ def _described(row: Row, first: Row, ties: list[str]) -> str:
 
 
 def negative(rows: list[Row]) -> list[Verdict]:
-    """The rows that another one beats in something and that beat it in nothing, by as much as the errors show."""
+    """The rows that another one beats in something, by more than the errors, and that beat it in nothing."""
     found = []
     for row in rows[1:]:
-        reasons = {other.name: _beats(other, row) for other in rows if other is not row}
+        close = CLOSE * rows[0].bits_per_byte
+        reasons = {other.name: _beats(other, row, close) for other in rows if other is not row}
         reasons = {name: why for name, why in reasons.items() if why}
         if reasons:
             name = max(reasons, key=lambda each: (len(reasons[each]), each != rows[0].name))
@@ -98,13 +100,14 @@ def negative(rows: list[Row]) -> list[Verdict]:
     return found
 
 
-def _beats(other: Row, row: Row) -> list[str]:
-    """What `other` does better than `row`; empty if nothing, or if it is worse in anything."""
+def _beats(other: Row, row: Row, close: float) -> list[str]:
+    """What `other` does better than `row`; empty if nothing, or if it is worse in anything. close: losses that differ
+    by less, in bits per byte, count as the same."""
     better = []
     if other.bytes > 1.01 * row.bytes or any(_faster(row, other, phase) for phase in PHASES):
         return []
     lost, error = _over(row) - _over(other), math.hypot(_error(row), _error(other))
-    if lost < -2 * error or (lost < 0 and not error):
+    if lost < -max(error, close):
         return []
     if other.bytes < 0.99 * row.bytes:
         better.append(f"is {numbers.ratio(row.bytes / other.bytes)} smaller")
@@ -112,7 +115,7 @@ def _beats(other: Row, row: Row) -> list[str]:
         if _faster(other, row, phase):
             times = numbers.ratio(_median(other, phase) / _median(row, phase), _spread(other, row, phase))
             better.append(f"is {times} as fast in {phase}")
-    if lost > 2 * error and lost > 1e-5:
+    if lost > 2 * error and lost > close:
         value, spread = numbers.with_error(lost, error or None)
         better.append(f"loses {' '.join(filter(None, (value, spread)))} bits per byte less")
     return better
