@@ -52,14 +52,14 @@ CONFIGS = {name: shape.config() for name, shape in SHAPES.items()} | {
 }
 
 
-def slow(*values):
-    """A case of a parametrized test that adds combinations to those that run every time; .ci/run runs it."""
-    return pytest.param(*values, marks=pytest.mark.slow)
+def combination(*values):
+    """A case of a parametrized test that combines what cases that run every time have separately."""
+    return pytest.param(*values, marks=pytest.mark.combination)
 
 
-def and_slow(values, every_time) -> list:
+def and_combinations(values, every_time) -> list:
     """All values, of which only those in `every_time` run every time."""
-    return [value if value in every_time else slow(value) for value in values]
+    return [value if value in every_time else combination(value) for value in values]
 
 
 def model(shape: ModelShape | ModelConfig = LLAMA, seed: int = 0) -> LanguageModel:

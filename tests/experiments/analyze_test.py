@@ -5,7 +5,6 @@ import json
 import pytest
 
 from efflm.config import ModelShape, TrainConfig
-from efflm.evaluate import machine
 from efflm.flags import launch
 from experiments import analyze
 
@@ -13,13 +12,6 @@ TINY = [
     "--model.layers=1", "--model.width=32", "--model.heads=4", "--model.mlp_dim=48", "--model.vocabulary=300",
     "--model.max_length=64", "--train.batch=8", "--train.length=32", "--steps=2", "--prompt=48",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def known_machine(monkeypatch):
-    """A machine of 1 TFLOP/s and 1 GB/s, which takes no time to measure."""
-    known = lambda dtypes: machine.Roofline(dict.fromkeys(dtypes, 1e12), 1e9)
-    monkeypatch.setattr(machine, "measure", known)
 
 
 def run(folder, *flags):

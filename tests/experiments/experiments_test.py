@@ -216,7 +216,7 @@ def test_init_from_starts_where_another_run_ended(trained, corpus, tmp_path):
     assert first(tmp_path / "next") < first(trained)
 
 
-@pytest.mark.parametrize("family", tiny.and_slow(["llama", "gpt2"], ["gpt2"]))
+@pytest.mark.parametrize("family", tiny.and_combinations(["llama", "gpt2"], ["gpt2"]))
 def test_scanned_pretraining_leaves_an_unstacked_checkpoint(corpus, tmp_path, family, capsys):
     flags = [f"--corpus={corpus}", *TINY, f"--model.family={family}", "--train.scan", "--train.policy=bfloat16"]
     run(pretrain, f"--run_dir={tmp_path / 'run'}", *flags)

@@ -202,7 +202,7 @@ def spoiled(draw: random.Random) -> str:
     return text
 
 
-@pytest.mark.parametrize("part", tiny.and_slow(TIMES, ["quick"]))
+@pytest.mark.parametrize("part", tiny.and_combinations(TIMES, ["quick"]))
 def test_spoiled_templates(part):
     draw, refused = random.Random(part), 0
     told = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi\n there"}]
@@ -241,7 +241,7 @@ def test_manifests_that_lie(tmp_path, models, kind):
     assert 40 < refused < 80
 
 
-@pytest.mark.parametrize("part", tiny.and_slow(TIMES, ["quick"]))
+@pytest.mark.parametrize("part", tiny.and_combinations(TIMES, ["quick"]))
 def test_checkpoints_that_lie(tmp_path, models, part):
     characters().save(tmp_path / "tokenizer.json")
     folder, draw, refused = tmp_path / "checkpoint" / "3", random.Random(part), 0

@@ -29,7 +29,7 @@ def prompts(config, *lengths):
     return [tiny.tokens(config, 1, length, seed=length)[0].tolist() for length in lengths]
 
 
-@pytest.mark.parametrize("name", tiny.and_slow(tiny.CONFIGS, ["gpt2", "qwen2", "neox"]))
+@pytest.mark.parametrize("name", tiny.and_combinations(tiny.CONFIGS, ["gpt2", "qwen2", "neox"]))
 def test_greedy_equals_the_argmax_of_full_forwards(name):
     model = tiny.model(tiny.CONFIGS[name])
     tokens = np.zeros((2, 11), np.int32)  # what is not written yet is never looked at
@@ -40,7 +40,7 @@ def test_greedy_equals_the_argmax_of_full_forwards(name):
     np.testing.assert_array_equal(out, tokens[:, 5:])
 
 
-@pytest.mark.parametrize("shape", [tiny.LLAMA, tiny.slow(tiny.GPT2), tiny.slow(tiny.UNTIED), WINDOWED])
+@pytest.mark.parametrize("shape", [tiny.LLAMA, tiny.combination(tiny.GPT2), tiny.combination(tiny.UNTIED), WINDOWED])
 def test_rows_of_different_lengths_equal_each_row_alone(shape):
     model = tiny.model(shape)
     some = prompts(model.config, 3, 14, 9)

@@ -57,7 +57,7 @@ def test_packed_documents_do_not_see_each_other(name):
     np.testing.assert_allclose(packed, alone, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", tiny.and_slow(tiny.CONFIGS, ["llama", "neox"]))
+@pytest.mark.parametrize("name", tiny.and_combinations(tiny.CONFIGS, ["llama", "neox"]))
 def test_scanned_layers_equal_looped_ones_gradients_included(name):
     model = tiny.model(tiny.CONFIGS[name])
     config, tokens = model.config, tiny.tokens(model.config, 2, 8)

@@ -32,13 +32,15 @@ NEOX = {"position": "rotary", "feedforward": "gelu_exact", "parallel": True, "ro
     ("shape", "other", "settings"),
     [
         (SMALL, {}, {"batch": 1, "length": 32}),  # the update is its peak
-        tiny.slow(SMALL, {}, {"batch": 8, "length": 128}),
+        tiny.combination(SMALL, {}, {"batch": 8, "length": 128}),
         (SMALL, {}, {"batch": 8, "length": 256, "policy": "bfloat16", "remat": "full"}),
         (SMALL_GPT2, {}, {"batch": 8, "length": 128, "policy": "bfloat16", "remat": "dots", "scan": True}),
-        tiny.slow(dataclasses.replace(SMALL_GPT2, vocabulary=8192), {}, {"batch": 4, "length": 128, "accumulate": 2}),
+        tiny.combination(
+            dataclasses.replace(SMALL_GPT2, vocabulary=8192), {}, {"batch": 4, "length": 128, "accumulate": 2}
+        ),
         (SMALL, {"qk_norm": True}, {"batch": 8, "length": 512}),
-        tiny.slow(SMALL, {"qk_norm": True}, {"batch": 8, "length": 128, "scan": True}),
-        tiny.slow(SMALL_GPT2, NEOX, {"batch": 8, "length": 128}),
+        tiny.combination(SMALL, {"qk_norm": True}, {"batch": 8, "length": 128, "scan": True}),
+        tiny.combination(SMALL_GPT2, NEOX, {"batch": 8, "length": 128}),
         (SMALL_GPT2, NEOX, {"batch": 8, "length": 128, "scan": True}),
     ],
 )

@@ -205,7 +205,7 @@ def trajectory(mesh, stacked):
     return out, state
 
 
-@pytest.mark.parametrize("stacked", tiny.and_slow([False, True], [True]))
+@pytest.mark.parametrize("stacked", tiny.and_combinations([False, True], [True]))
 def test_eight_devices_keep_a_part_of_the_state_each_and_train_like_one(stacked):
     one, _ = trajectory(sharding.make_mesh(), stacked)
     eight, state = trajectory(sharding.make_mesh(data=2, fsdp=2, tensor=2), stacked)

@@ -42,7 +42,7 @@ def alone():
     return {name: trained(shape, sharding.make_mesh())[0] for name, shape in tiny.SHAPES.items() if name != "untied"}
 
 
-@pytest.mark.parametrize("name", tiny.and_slow(MESHES, ["fsdp", "data x fsdp x sequence x tensor"]))
+@pytest.mark.parametrize("name", tiny.and_combinations(MESHES, ["fsdp", "data x fsdp x sequence x tensor"]))
 def test_twenty_steps_equal_those_of_one_device(name, alone):
     mesh = sharding.mesh_for(MeshConfig(**MESHES[name]), TRAIN.batch, TRAIN.length)
     assert mesh.size == 8
@@ -58,7 +58,12 @@ def test_twenty_steps_equal_those_of_one_device(name, alone):
 
 @pytest.mark.parametrize(
     "changes",
-    [tiny.slow({"scan": True}), tiny.slow({"remat": "full"}), {"remat": "dots", "scan": True}, {"accumulate": 2}],
+    [
+        tiny.combination({"scan": True}),
+        tiny.combination({"remat": "full"}),
+        {"remat": "dots", "scan": True},
+        {"accumulate": 2},
+    ],
 )
 def test_spread_rows_train_like_whole_ones_in_every_mode(changes, alone):
     train = dataclasses.replace(TRAIN, **changes)
@@ -66,7 +71,7 @@ def test_spread_rows_train_like_whole_ones_in_every_mode(changes, alone):
     np.testing.assert_allclose(trained(tiny.SHAPES["gpt2"], mesh, train)[0], alone["gpt2"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("window", tiny.and_slow([0, 5], [5]))
+@pytest.mark.parametrize("window", tiny.and_combinations([0, 5], [5]))
 def test_spread_rows_have_the_gradients_of_whole_ones(window, monkeypatch):
     """Also where attention loops over blocks, here of 8 tokens."""
     from importlib import import_module

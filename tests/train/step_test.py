@@ -66,7 +66,7 @@ def test_padding_has_no_weight_in_the_loss():
 
 
 @pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("name", tiny.and_slow(["llama", "gpt2", "qwen3", "neox"], ["llama"]))
+@pytest.mark.parametrize("name", tiny.and_combinations(["llama", "gpt2", "qwen3", "neox"], ["llama"]))
 def test_rematerialized_gradients_are_the_same(scan, name):
     model = tiny.model(tiny.CONFIGS[name])
     params = stack_blocks(model.params, model.config) if scan else model.params
@@ -107,7 +107,7 @@ def steps_of(loss, params, batch, accumulate=1, loss_scale=None, count=3):
     return state, out
 
 
-@pytest.mark.parametrize("parts", tiny.and_slow([2, 4], [4]))
+@pytest.mark.parametrize("parts", tiny.and_combinations([2, 4], [4]))
 def test_a_batch_in_parts_trains_like_the_whole(parts):
     model = tiny.model()
     batch = tiny.batch(model.config)

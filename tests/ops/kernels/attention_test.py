@@ -59,10 +59,10 @@ def assert_close(got, want):
 @pytest.mark.parametrize(
     ("platform", "lengths", "heads", "H", "window", "segments"),
     [
-        tiny.slow("tpu", (256, 256), (4, 2), 64, 0, True),
+        tiny.combination("tpu", (256, 256), (4, 2), 64, 0, True),
         ("tpu", (256, 256), (2, 2), 80, 100, True),
         ("tpu", (128, 384), (2, 1), 64, 200, True),  # the last queries of longer keys
-        tiny.slow("tpu", (128, 128), (2, 1), 64, 0, False),
+        tiny.combination("tpu", (128, 128), (2, 1), 64, 0, False),
         ("cuda", (256, 256), (4, 2), 64, 0, True),
         ("cuda", (128, 128), (2, 1), 80, 0, False),
     ],
