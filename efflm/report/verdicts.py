@@ -51,7 +51,7 @@ def positive(rows: list[Row]) -> list[Verdict]:
             "fastest prefill": "faster in prefill",
             "fastest decode": "faster in decode",
         }
-        words = f"No model within {WITHIN:.0%} is {_listed([comparative[each] for each in missing])} {why}."
+        words = f"No model within {WITHIN:.0%} is {_listed([comparative[each] for each in missing], 'or')} {why}."
         found.append(Verdict(f"{_listed(missing).capitalize()}: the dense model", first.name, words))
     unchanged = _smallest(same, first)
     if unchanged and unchanged is not asked["smallest"]:
@@ -87,8 +87,9 @@ def _described(row: Row, first: Row, ties: list[str]) -> str:
 
 
 def negative(rows: list[Row]) -> list[Verdict]:
-    """The rows that another one beats in something, by more than the errors, and that beat it in nothing."""
-    found = []
+    """The rows that another one beats in something, by more than the errors, and that beat it in nothing; and those
+    whose loss is beyond WITHIN of the first row's by more than two standard errors."""
+    found, limit = [], WITHIN * rows[0].bits_per_byte
     for row in rows[1:]:
         close = CLOSE * rows[0].bits_per_byte
         reasons = {other.name: _beats(other, row, close) for other in rows if other is not row}
@@ -97,6 +98,8 @@ def negative(rows: list[Row]) -> list[Verdict]:
             name = max(reasons, key=lambda each: (len(reasons[each]), each != rows[0].name))
             words = f"{name} {_listed(reasons[name])}."
             found.append(Verdict("Not worth it here", row.name, words))
+        elif _over(row) - 2 * _error(row) > limit:
+            found.append(Verdict("Not worth it here", row.name, f"{_loss(row, rows[0])}, more than {WITHIN:.0%}."))
     return found
 
 
@@ -121,8 +124,8 @@ def _beats(other: Row, row: Row, close: float) -> list[str]:
     return better
 
 
-def _listed(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+def _listed(words: list[str], last: str = "and") -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
 
 
 def _over(row: Row) -> float:

@@ -33,6 +33,7 @@ def test_nothing_smaller_or_faster():
     same = row("other", 16.0, 990, 101, 0.001)
     found = said(verdicts.positive([DENSE, same]))
     assert found.keys() == {"Smallest, fastest prefill and fastest decode: the dense model"}
+    assert "smaller, faster in prefill or faster in decode than" in next(iter(found.values()))[1]
     assert verdicts.negative([DENSE, same]) == []  # no worse than the dense model, by the errors
 
 
@@ -45,6 +46,11 @@ def test_nothing_within_the_limit():
 def test_an_error_that_reaches_over_the_limit_is_said():
     close = row("close", 4.0, 1000, 100, 0.018, 0.008)
     assert "two standard errors reach beyond the limit" in verdicts.positive([DENSE, close])[0].words
+
+
+def test_a_model_that_nothing_beats_but_that_loses_too_much_is_not_worth_it():
+    (ruined,) = verdicts.negative([DENSE, row("ruined", 4.0, 1000, 100, 0.5, 0.01)])
+    assert ruined.words == "loss +25.00% ± 0.50%, more than 1%."
 
 
 def test_a_single_document_has_no_error():
