@@ -28,6 +28,7 @@ except ImportError:  # a system without it
 ROOT = Path(__file__).resolve().parent.parent / "runs"
 SMALL_FILES = 3_000_000  # bytes: logs, tables, pictures, the page and the tokenizer of a run, at most
 VECTORS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "bf16", "i8mm")
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "tokenizers", "safetensors")
 LOCK = "run.lock"
 _held: set[Path] = set()  # the directories that this process has for itself
 
@@ -167,8 +168,7 @@ def machine() -> dict[str, str]:
     """The date, the versions and the hardware that a result was measured with."""
     import jax
 
-    names = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "tokenizers", "safetensors")
-    versions = {name: importlib.metadata.version(name) for name in names}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     device = jax.devices()[0]
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     hardware = {"cpu": _processor(), "cores": str(usable), "device": f"{len(jax.devices())} x {device.device_kind}"}

@@ -130,6 +130,20 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
     table.show(held, [], analysis.MEMORY_COLUMNS)
     table.show(timed, facts, analysis.PHASE_COLUMNS)
     given, command = rundir.machine(), command_line("experiments.analyze", sys.argv)
+    rundir.write_json(
+        run_dir / "results.json",
+        {
+            "components": [dataclasses.asdict(row) for row in tokens],
+            "memory": [dataclasses.asdict(row) for row in held],
+            "phases": [dataclasses.asdict(row) for row in timed],
+            "crossover_positions": crossover if math.isfinite(crossover) else None,
+            "roofline": dataclasses.asdict(roofline),
+            "train_flops_per_token": per_token,
+            "facts": facts,
+            "command": command,
+            "versions": given,
+        },
+    )
     tables = [
         Table(caption="Compute of one token by component.", columns=analysis.token_columns(seen), rows=tokens),
         Table(caption="Memory, by the closed form and as compiled.", columns=analysis.MEMORY_COLUMNS, rows=held),
@@ -147,20 +161,6 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
         facts=facts,
         made=page.made(given, total_time=page.duration(time.perf_counter() - began)),
         command=command,
-    )
-    rundir.write_json(
-        run_dir / "results.json",
-        {
-            "components": [dataclasses.asdict(row) for row in tokens],
-            "memory": [dataclasses.asdict(row) for row in held],
-            "phases": [dataclasses.asdict(row) for row in timed],
-            "crossover_positions": crossover if math.isfinite(crossover) else None,
-            "roofline": dataclasses.asdict(roofline),
-            "train_flops_per_token": per_token,
-            "facts": facts,
-            "command": command,
-            "versions": given,
-        },
     )
     print(f"[{time.perf_counter() - began:4.0f} s] done: open {run_dir / 'report.html'}")
 

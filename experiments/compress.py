@@ -135,7 +135,7 @@ def main(run: Run, score: Scoring, quantize: dict, prune: dict, finetune: dict, 
         found = scoring.measure(models, text, tokens, score, dense_here, kept)
         for each, figures in found.items():
             say(f"{each}: {quality.words(quality.bits_per_byte(figures))} bits per byte")
-        if not measured:  # only now: if a step or the text fails, no directory is left behind
+        if not measured:  # only now: if a step or the text fails, no model is left behind
             run_dir.mkdir(parents=True, exist_ok=True)
             tokens.save(run_dir / "tokenizer.json")
             before, size = found[first], safetensors.save(run_dir / BEFORE, dense, about)
@@ -163,17 +163,6 @@ def main(run: Run, score: Scoring, quantize: dict, prune: dict, finetune: dict, 
     details = compared.details(rows.origin(run.model, about), about, records, written, run.prompt, tokens, commands)
     table.show(measured, facts)
     machine, command = rundir.machine(), command_line("experiments.compress", sys.argv)
-    compared.write(
-        run_dir / "report.html",
-        title=f"{run.model} by {run.recipe.replace(',', '+').replace(' ', ', ')}: what it saves and what it costs",
-        rows=measured,
-        details=details,
-        curves=dict(pair for name in plans for pair in metrics.curves(curves_of(run_dir, name), name)),
-        phases=phases,
-        facts=facts,
-        made=page.made(machine, seed=run.seed, total_time=page.duration(time.perf_counter() - began)),
-        command=command,
-    )
     rundir.write_json(
         run_dir / "results.json",
         {
@@ -184,6 +173,17 @@ def main(run: Run, score: Scoring, quantize: dict, prune: dict, finetune: dict, 
             "command": command,
             "versions": machine,
         },
+    )
+    compared.write(
+        run_dir / "report.html",
+        title=f"{run.model} by {run.recipe.replace(',', '+').replace(' ', ', ')}: what it saves and what it costs",
+        rows=measured,
+        details=details,
+        curves=dict(pair for name in plans for pair in metrics.curves(curves_of(run_dir, name), name)),
+        phases=phases,
+        facts=facts,
+        made=page.made(machine, seed=run.seed, total_time=page.duration(time.perf_counter() - began)),
+        command=command,
     )
     say(f"done: open {run_dir / 'report.html'}")
 

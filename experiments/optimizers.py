@@ -230,6 +230,16 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
     ]
     table.show(rows, facts, COLUMNS)
     machine, command = rundir.machine(), command_line("experiments.optimizers", sys.argv)
+    rundir.write_json(
+        run_dir / "results.json",
+        {
+            "rows": [dataclasses.asdict(row) for row in rows],
+            "test_bits_per_byte": {name: values.tolist() for name, values in test.items()},
+            "facts": facts,
+            "command": command,
+            "versions": machine,
+        },
+    )
     label, ends = (
         "training loss, nats a token",
         "; ".join(f"{name} {curve[2][-1]:.3f}" for name, curve in curves.items()),
@@ -257,16 +267,6 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
             machine, seeds=run.seeds, steps=train.steps, total_time=page.duration(time.perf_counter() - began)
         ),
         command=command,
-    )
-    rundir.write_json(
-        run_dir / "results.json",
-        {
-            "rows": [dataclasses.asdict(row) for row in rows],
-            "test_bits_per_byte": {name: values.tolist() for name, values in test.items()},
-            "facts": facts,
-            "command": command,
-            "versions": machine,
-        },
     )
     print(f"[{time.perf_counter() - began:4.0f} s] done: open {run_dir / 'report.html'}")
 

@@ -1,7 +1,6 @@
 """What this machine can do, measured on the spot: the two numbers of its roofline (Williams 2009)."""
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -55,13 +54,3 @@ def _fastest(fn: Callable[..., Any], *args: Any, repeats: int) -> float:
         jax.block_until_ready(fn(*args))
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def median_seconds(fn: Callable[[], Any], repeats: int) -> float:
-    """Median time of fn(), which must wait for its own result."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        fn()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)

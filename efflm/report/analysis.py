@@ -6,7 +6,7 @@ Pure functions of a config, a machine's roofline and what was measured, if anyth
 import dataclasses
 import math
 
-from efflm import trees
+from efflm import ops, trees
 from efflm.config import ModelConfig, TrainConfig
 from efflm.evaluate import machine
 from efflm.evaluate.cost import Protocol, Rate
@@ -206,8 +206,9 @@ def decode(
 def inference(model: LanguageModel, protocol: Protocol, rates: tuple[Rate, Rate]) -> list[Phase]:
     """Prefill and decode of a model by component, at this machine's speed, which is measured. Empty for a compressed
     model: its weights have no one dtype."""
-    dtypes = {str(leaf.dtype) for _, leaf in trees.flatten(model.params) if hasattr(leaf, "dtype")}
-    if len(dtypes) != 1 or len(dtypes) != len({type(leaf) for _, leaf in trees.flatten(model.params)}):
+    leaves = [leaf for _, leaf in trees.flatten(model.params)]
+    dtypes = {None if isinstance(leaf, ops.QArray) else str(leaf.dtype) for leaf in leaves}
+    if len(dtypes) > 1 or None in dtypes:
         return []
     policy = Policy(param=dtypes.pop(), compute=model.config.precision)
     roofline, (reading, writing) = machine.measure((policy.compute,)), rates

@@ -12,7 +12,7 @@ from efflm.report.plots import Chart
 from efflm.report.samples import Sample
 from efflm.report.table import Column, Columns
 from efflm.report.verdicts import Verdict
-from efflm.rundir import write_whole
+from efflm.rundir import PACKAGES, write_whole
 
 HERE = Path(__file__).parent
 
@@ -165,10 +165,9 @@ def write(
 
 def made(machine: dict[str, str], **more: Any) -> dict[str, str]:
     """What stands under "how it was made". machine: rundir.machine(); more: a run's seed, steps, time."""
-    software = {"jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "tokenizers", "safetensors"}
     named = {"cpu": "processor"}
-    found = {named.get(name, name): value for name, value in machine.items() if name not in software}
-    versions = ", ".join(f"{name} {machine[name]}" for name in machine if name in software)
+    found = {named.get(name, name): value for name, value in machine.items() if name not in PACKAGES}
+    versions = ", ".join(f"{name} {machine[name]}" for name in PACKAGES)
     return found | {name.replace("_", " "): str(value) for name, value in more.items()} | {"packages": versions}
 
 

@@ -17,10 +17,6 @@ class Sample:
     differs: str = ""
     rest: str = ""
 
-    @property
-    def text(self) -> str:
-        return self.prompt + self.common + self.differs + self.rest
-
 
 def write(model: LanguageModel, tokenizer: Any, prompt: list[int], tokens: int) -> list[int]:
     """The ids of a greedy continuation, as many as the model's length allows."""

@@ -179,7 +179,7 @@ def test_times_leave_compiling_out(compiled):
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Makes the clock hear that programs were compiled, from and until these times."""
+    """Tells the clock that programs were compiled, from and until these times."""
     spans = []
 
     def register(listen):
