@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from efflm.ops.kernels.cpu import dot as cpu
 from efflm.ops.qarray import QArray, codes, dequantize, grouped, operands, round_to_int8, round_with
 
 MATMUL = "matmul"
@@ -70,6 +71,8 @@ def dot(x: jax.Array, w: Any) -> jax.Array:
 
     The result is named MATMUL, for policies of rematerialization, which do not look into a custom derivative.
     """
+    if isinstance(w, cpu.Panels | cpu.Dense):
+        return _native(x, w, transpose=False)
     if isinstance(w, QArray):
         return _quantized(x, w, transpose=False)
     return checkpoint_name(_float_matmul(*operands(x, w), False), MATMUL)
@@ -77,9 +80,19 @@ def dot(x: jax.Array, w: Any) -> jax.Array:
 
 def dot_transposed(x: jax.Array, w: Any) -> jax.Array:
     """x [..., K] @ w.T for w [N, K] -> float32 [..., N]."""
+    if isinstance(w, cpu.Panels | cpu.Dense):
+        return _native(x, w, transpose=True)
     if isinstance(w, QArray):
         return _quantized(x, w, transpose=True)
     return _float_matmul(*operands(x, w), True)
+
+
+def _native(x: jax.Array, w: Any, transpose: bool) -> jax.Array:
+    """x times a weight that ops.prepare has laid out for a kernel."""
+    if isinstance(w, cpu.Panels):
+        return cpu.dot(x, w)
+    out = cpu.dense(x, w, transpose)
+    return _float_matmul(x, w.value, transpose) if out is None else out
 
 
 # --- quantized weights -----------------------------------------------------------------------------------------------

@@ -2,11 +2,30 @@
 
 from typing import Any
 
+import jax
+
+from efflm import trees
+from efflm.ops.kernels.cpu import build
+from efflm.ops.kernels.cpu import dot as cpu
+from efflm.ops.qarray import QArray
+
 
 def prepare(model: Any, platform: str) -> Any:
     """The model, or any tree of weights, as the kernels of `platform` ("cpu", "gpu", "tpu") read it fastest.
 
-    What it returns computes the same and is never saved. No kernel has a layout of its own yet: the identity.
+    What it returns computes the same and is never saved. On CPUs matrices are laid out for the native kernels, where
+    these can be built; weights spread over several devices stay as they are, and so does everything elsewhere.
     """
-    del platform
-    return model
+    form = build.form() if platform == "cpu" else ""
+    if not form:
+        return model
+
+    def one(path: str, leaf: Any) -> Any:
+        arrays = jax.tree.leaves(leaf)
+        if leaf.ndim != 2 or not all(isinstance(x, jax.Array) and len(x.sharding.device_set) == 1 for x in arrays):
+            return leaf
+        if isinstance(leaf, QArray):
+            return cpu.panels(leaf, form) if cpu.takes(leaf) else leaf
+        return cpu.Dense(leaf, form) if str(leaf.dtype) in cpu.FEW_ROWS else leaf
+
+    return trees.map_with_path(one, model)

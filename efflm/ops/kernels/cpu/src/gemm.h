@@ -1,0 +1,69 @@
+// Products of small blocks of float32 matrices: what is left when a weight has been turned into floats.
+#pragma once
+
+#include "simd.h"
+
+namespace efflm {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kTileRows = 12;
+#elif defined(__AVX2__)
+constexpr int kTileRows = 6;
+#else
+constexpr int kTileRows = 4;
+#endif
+constexpr int kTileColumns = 2 * kWidth;  // of one register tile
+
+// out [R, C vectors] (+)= x [R, depth] @ b [depth, C vectors], rows `x_stride`, `b_stride` and `out_stride` apart.
+template <int R, int C, bool Add>
+EFFLM_INLINE void tile(const float* x, int64_t x_stride, const float* b, int64_t b_stride, int64_t depth, float* out,
+                       int64_t out_stride) {
+  Floats total[R][C];
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) total[r][c] = Add ? load_floats(out + r * out_stride + c * kWidth) : Floats{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Floats column[C];
+    for (int c = 0; c < C; ++c) column[c] = load_floats(b + k * b_stride + c * kWidth);
+    for (int r = 0; r < R; ++r) {
+      const Floats each = splat(x[r * x_stride + k]);
+      for (int c = 0; c < C; ++c) total[r][c] += each * column[c];
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) store(out + r * out_stride + c * kWidth, total[r][c]);
+}
+
+template <int C, bool Add, int R = kTileRows>
+EFFLM_INLINE void tile_rows(int64_t rows, const float* x, int64_t x_stride, const float* b, int64_t b_stride,
+                            int64_t depth, float* out, int64_t out_stride) {
+  if constexpr (R > 0) {
+    if (rows == R) {
+      tile<R, C, Add>(x, x_stride, b, b_stride, depth, out, out_stride);
+    } else {
+      tile_rows<C, Add, R - 1>(rows, x, x_stride, b, b_stride, depth, out, out_stride);
+    }
+  }
+}
+
+// out [rows, columns] (+)= x [rows, depth] @ b [depth, columns]; columns: a multiple of kWidth.
+template <bool Add>
+void multiply(int64_t rows, int64_t columns, int64_t depth, const float* x, int64_t x_stride, const float* b,
+              int64_t b_stride, float* out, int64_t out_stride) {
+  for (int64_t n = 0; n < columns; n += kTileColumns) {
+    const bool whole = columns - n >= kTileColumns;
+    for (int64_t m = 0; m < rows; m += kTileRows) {
+      const int64_t some = rows - m < kTileRows ? rows - m : kTileRows;
+      const float *from = x + m * x_stride, *block = b + n;
+      float* to = out + m * out_stride + n;
+      if (whole) {
+        tile_rows<2, Add>(some, from, x_stride, block, b_stride, depth, to, out_stride);
+      } else {
+        tile_rows<1, Add>(some, from, x_stride, block, b_stride, depth, to, out_stride);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace efflm

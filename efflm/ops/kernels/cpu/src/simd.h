@@ -1,0 +1,94 @@
+// Vectors of the width of the form that is being compiled (see build.py), by the vector extension of GCC and Clang.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace efflm {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
+
+#define EFFLM_INLINE inline __attribute__((always_inline))
+
+template <typename V, typename T>
+EFFLM_INLINE V load(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <typename V, typename T>
+EFFLM_INLINE void store(T* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+EFFLM_INLINE Floats splat(float x) { return x - Floats{}; }
+EFFLM_INLINE Ints splat(int32_t x) { return x - Ints{}; }
+
+EFFLM_INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
+
+EFFLM_INLINE float sum(Floats v) {
+  float total = 0;
+  for (int i = 0; i < kWidth; ++i) total += v[i];
+  return total;
+}
+
+// bfloat16 is the upper half of a float32.
+EFFLM_INLINE float from_bfloat16(uint16_t bits) {
+  const uint32_t wide = uint32_t(bits) << 16;
+  float x;
+  std::memcpy(&x, &wide, 4);
+  return x;
+}
+
+EFFLM_INLINE uint16_t to_bfloat16(float x) {  // to the nearest, ties to even; a NaN stays one
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+EFFLM_INLINE Floats load_floats(const float* p) { return load<Floats>(p); }
+EFFLM_INLINE Floats load_floats(const uint16_t* p) {
+  const Words wide = __builtin_convertvector(load<Halves>(p), Words) << 16;
+  return (Floats)wide;
+}
+
+EFFLM_INLINE float load_float(const float* p) { return *p; }
+EFFLM_INLINE float load_float(const uint16_t* p) { return from_bfloat16(*p); }
+
+// Memory that a thread keeps from call to call, one block for each Use; what it held is lost when it grows.
+template <typename T, int Use>
+T* scratch(int64_t size) {
+  thread_local std::unique_ptr<T[]> kept;
+  thread_local int64_t capacity = 0;
+  if (capacity < size) {
+    kept.reset();
+    kept.reset(new T[size]);
+    capacity = size;
+  }
+  return kept.get();
+}
+
+EFFLM_INLINE int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
+EFFLM_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+}  // namespace
+}  // namespace efflm
