@@ -3,14 +3,12 @@
 import flax.linen as nn
 import flax.struct
 import jax
-from jax import lax
 
 from efflm import ops
 from efflm.config import BlockConfig, ModelConfig
 from efflm.model import per_device, sequence_parallel, sharding
-from efflm.model.linear import Linear
+from efflm.model.linear import Linear, linears
 from efflm.model.norms import Norm
-from efflm.model.rotary import rotate
 from efflm.precision import Policy
 
 
@@ -22,13 +20,9 @@ class LayerCache:
     values: jax.Array
 
 
-def _write(buffer_BSKH: jax.Array, new_BTKH: jax.Array, start_B: jax.Array) -> jax.Array:
-    write_row = lambda row, new, start: lax.dynamic_update_slice(row, new, (start, 0, 0))
-    return jax.vmap(write_row)(buffer_BSKH, new_BTKH.astype(buffer_BSKH.dtype), start_B)
-
-
 class Attention(nn.Module):
-    """x_BTD in the compute dtype -> (float32 [B, T, D], the cache with this call's keys and values)."""
+    """x [B, T, D], to be normalized, and the residual float32 [B, T, D] -> their sum after attention, and the cache
+    with this call's keys and values. rotary: ops.rotate's tables, or None."""
 
     config: ModelConfig
     block: BlockConfig
@@ -36,29 +30,34 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None, cache: LayerCache | None
+        self,
+        x: ops.Normed,
+        residual_BTD: jax.Array,
+        positions_BT: jax.Array,
+        rotary: tuple[jax.Array, jax.Array] | None,
+        segments_BT: jax.Array | None,
+        cache: LayerCache | None,
     ) -> tuple[jax.Array, LayerCache | None]:
         config, block, dtype = self.config, self.block, self.policy.compute
-
-        def project(name: str) -> jax.Array:
-            return Linear(config, name=name)(x_BTD).reshape(*x_BTD.shape[:2], -1, block.head_dim)
-
-        q_BTNH, k_BTKH, v_BTKH = project("query"), project("key"), project("value")
+        layers = [Linear(config, name=name) for name in ("query", "key", "value")]
+        split = lambda y_BTX: y_BTX.reshape(*x.shape[:2], -1, block.head_dim)
+        q_BTNH, k_BTKH, v_BTKH = map(split, linears(x, layers))
         if config.qk_norm:
             q_BTNH = Norm(config, name="query_norm")(q_BTNH)
             k_BTKH = Norm(config, name="key_norm")(k_BTKH)
-        if config.position == "rotary":
-            q_BTNH, k_BTKH = rotate(q_BTNH, positions_BT, config), rotate(k_BTKH, positions_BT, config)
-        place = lambda x: sharding.constrain(x.astype(dtype), "batch", "length", "heads", None)
-        q_BTNH, k_BTKH, v_BTKH = place(q_BTNH), place(k_BTKH), place(v_BTKH)
-        if cache is None and sequence_parallel.is_sharded():
-            out_BTNH = sequence_parallel.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, block.window)
-        elif cache is None:
-            out_BTNH = per_device.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=block.window)
+        if cache is None:
+            if rotary is not None:
+                q_BTNH, k_BTKH = ops.rotate(q_BTNH, *rotary), ops.rotate(k_BTKH, *rotary)
+            place = lambda x: sharding.constrain(x.astype(dtype), "batch", "length", "heads", None)
+            q_BTNH, k_BTKH, v_BTKH = place(q_BTNH), place(k_BTKH), place(v_BTKH)
+            attend = sequence_parallel.attention if sequence_parallel.is_sharded() else per_device.attention
+            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=block.window)
         else:
-            start_B = positions_BT[:, 0]
-            cache = LayerCache(_write(cache.keys, k_BTKH, start_B), _write(cache.values, v_BTKH, start_B))
-            k_BSKH, v_BSKH = cache.keys.astype(dtype), cache.values.astype(dtype)
-            out_BTNH = ops.attention(q_BTNH, k_BSKH, v_BSKH, slots_BT=positions_BT, window=block.window)
-        merged = out_BTNH.reshape(*x_BTD.shape[:2], -1).astype(dtype)
-        return Linear(config, name="output")(merged), cache
+            place = lambda x: sharding.constrain(x, "batch", "length", "heads", None)
+            out_BTNH, *buffers = ops.cached_attention(
+                place(q_BTNH), place(k_BTKH), place(v_BTKH), cache.keys, cache.values, positions_BT, rotary,
+                dtype=dtype, window=block.window, whole=sharding.is_whole(),
+            )  # fmt: skip
+            cache = LayerCache(*buffers)
+        merged = out_BTNH.reshape(*x.shape[:2], -1).astype(dtype)
+        return Linear(config, name="output")(merged, residual_BTD), cache

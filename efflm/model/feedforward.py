@@ -4,29 +4,31 @@ two matmuls, in its exact form or in the tanh approximation."""
 import flax.linen as nn
 import jax
 
+from efflm import ops
 from efflm.config import ModelConfig
-from efflm.model.linear import Linear
+from efflm.model.linear import Linear, linears
 from efflm.model.sharding import constrain
 from efflm.ops.late import recomputed
 from efflm.precision import Policy
 
 
 class FeedForward(nn.Module):
-    """x_BTD in the compute dtype -> float32 [B, T, D]."""
+    """x [B, T, D], to be normalized, and the residual float32 [B, T, D] -> the sum of the residual and this part."""
 
     config: ModelConfig
     policy: Policy
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x: ops.Normed, residual_BTD: jax.Array) -> jax.Array:
         config, dtype = self.config, self.policy.compute
-        swiglu = recomputed(lambda gate_BTF, up_BTF: (jax.nn.silu(gate_BTF) * up_BTF).astype(dtype))
+        place = lambda h_BTF: constrain(h_BTF, "batch", "length", "mlp")
+        layer = lambda name: Linear(config, name=name)
+        if config.feedforward == "swiglu":
+            gate, up, down = layer("gate"), layer("up"), layer("down")
+            biased = any(each.bias is not None for each in (gate, up, down))
+            if not biased:
+                return ops.gated_feedforward(x, gate.kernel, up.kernel, down.kernel, residual_BTD, dtype, place)
+            return down(place(ops.swiglu(*linears(x, (gate, up)), dtype)), residual_BTD)
         tanh = config.feedforward == "gelu"
         gelu = recomputed(lambda up_BTF: jax.nn.gelu(up_BTF, approximate=tanh).astype(dtype))
-        if config.feedforward == "swiglu":
-            gate_BTF = Linear(config, name="gate")(x_BTD)
-            h_BTF = swiglu(gate_BTF, Linear(config, name="up")(x_BTD))
-        else:
-            h_BTF = gelu(Linear(config, name="up")(x_BTD))
-        h_BTF = constrain(h_BTF, "batch", "length", "mlp")
-        return Linear(config, name="down")(h_BTF)
+        return layer("down")(place(gelu(layer("up")(x))), residual_BTD)

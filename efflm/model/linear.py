@@ -1,5 +1,6 @@
 """A linear layer, and the one place where modules fetch weights."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -28,12 +29,28 @@ def fetch(module: nn.Module, config: ModelConfig, name: str) -> Any:
 
 
 class Linear(nn.Module):
-    """x [..., in] -> float32 [..., out]. The dtype of x is the compute dtype."""
+    """x [..., in] -> float32 [..., out]. The dtype of x is the compute dtype. A residual [..., out] is added."""
 
     config: ModelConfig
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = ops.dot(x, fetch(self, self.config, "kernel"))
-        bias = fetch(self, self.config, "bias")
-        return y if bias is None else y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+    def setup(self):
+        self.kernel = fetch(self, self.config, "kernel")
+        self.bias = fetch(self, self.config, "bias")
+
+    def __call__(self, x: Any, residual: jax.Array | None = None) -> jax.Array:
+        if self.bias is None:
+            return ops.dot(x, self.kernel, residual)
+        y = self.shifted(ops.dot(x, self.kernel))
+        return y if residual is None else residual + y
+
+    def shifted(self, y: jax.Array) -> jax.Array:
+        """y plus the bias, if there is one."""
+        if self.bias is None:
+            return y
+        return y + self.bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def linears(x: Any, layers: Sequence[Linear]) -> list[jax.Array]:
+    """One x through several layers at once."""
+    outs = ops.dots(x, [layer.kernel for layer in layers])
+    return [layer.shifted(y) for layer, y in zip(layers, outs, strict=True)]

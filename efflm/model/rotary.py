@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su 2021, arXiv 2104.09864), in the half-split layout of Hugging Face checkpoints."""
+"""The angles of rotary position embedding (Su 2021, arXiv 2104.09864)."""
 
 import math
 
@@ -8,23 +8,17 @@ import jax.numpy as jnp
 from efflm.config import ModelConfig, RopeScaling
 
 
-def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
-    """Rotate the pairs (i, i + R/2) of every head by position * base^(-2i/R), in float32; the shape stays.
+def tables(positions_BT: jax.Array, size: int, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [B, T, R/2] of the angles position * base^(-2i/R), float32, which ops.rotate reads.
 
-    R is the config's share of H; the other dimensions of a head are not rotated.
+    R is the config's share of `size`, the dimensions of a head.
     """
-    size = x_BTNH.shape[-1]
-    rotated = int(size * config.rotary_fraction)
-    half = rotated // 2
+    half = int(size * config.rotary_fraction) // 2
     frequencies = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if config.rope_scaling:
         frequencies = scaled(frequencies, config.rope_scaling)
-    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    x_BTNH = x_BTNH.astype(jnp.float32)
-    first, second = jnp.split(x_BTNH[..., :rotated], 2, axis=-1)
-    parts = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(parts if rotated == size else [*parts, x_BTNH[..., rotated:]], axis=-1)
+    angles = positions_BT[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def scaled(frequencies: jax.Array, scaling: RopeScaling) -> jax.Array:

@@ -146,9 +146,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
     Without it the partitioner is free to follow the weights, and under fsdp splits the width in place of the sequences.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or _UNCONSTRAINED.get():
+    if is_whole() or _UNCONSTRAINED.get():
         return x
+    mesh = jax.sharding.get_abstract_mesh()
 
     def one(size: int, name: str | None):
         names = ACTIVATIONS[name]
@@ -156,6 +156,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         return names if names and size % math.prod(mesh.shape[n] for n in names) == 0 else None
 
     return lax.with_sharding_constraint(x, PartitionSpec(*map(one, x.shape, axes)))
+
+
+def is_whole() -> bool:
+    """Whether each array lies on one device, as far as what is being traced knows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
 
 
 def sequence_shards() -> int:

@@ -19,6 +19,7 @@ from efflm.model.attention import Attention, LayerCache
 from efflm.model.feedforward import FeedForward
 from efflm.model.linear import fetch
 from efflm.model.norms import Norm
+from efflm.model.rotary import tables
 from efflm.model.sharding import constrain
 from efflm.ops.dot import MATMUL
 from efflm.ops.late import late
@@ -76,15 +77,14 @@ class Block(nn.Module):
     policy: Policy
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, segments_BT, cache=None):
+    def __call__(self, x_BTD, positions_BT, rotary, segments_BT, cache=None):
         config, block, policy = self.config, self.block, self.policy
-        norm = lambda name, x: Norm(config, policy.compute, name=name)(x)
-        attended, cache = Attention(config, block, policy, name="attention")(
-            norm("attention_norm", x_BTD), positions_BT, segments_BT, cache
+        norm = lambda name, x: Norm(config, policy.compute, name=name).of(x)
+        middle_BTD, cache = Attention(config, block, policy, name="attention")(
+            norm("attention_norm", x_BTD), x_BTD, positions_BT, rotary, segments_BT, cache
         )
-        middle_BTD = x_BTD + attended
         read_BTD = x_BTD if config.parallel else middle_BTD
-        x_BTD = middle_BTD + FeedForward(config, policy, name="feedforward")(norm("feedforward_norm", read_BTD))
+        x_BTD = FeedForward(config, policy, name="feedforward")(norm("feedforward_norm", read_BTD), middle_BTD)
         return constrain(x_BTD, "batch", "length", None), cache
 
 
@@ -97,12 +97,12 @@ REMAT = {
 }
 
 
-def _recomputed_late(layer: nn.Module, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None):
+def _recomputed_late(layer: nn.Module, x_BTD: jax.Array, positions_BT: jax.Array, rotary: Any, segments_BT: Any):
     """layer(x) -> [B, T, D], whose backward pass recomputes the layer only once the gradient is there (see ops.late).
 
     jax.checkpoint alone uses optimization barriers, which XLA's CPU compiler drops: it would store everything.
     """
-    call = lambda layer, x: layer(x, positions_BT, segments_BT)[0]
+    call = lambda layer, x: layer(x, positions_BT, rotary, segments_BT)[0]
 
     def backward(pull, gradient):
         activation = lambda x: x.ndim > 2 and jnp.issubdtype(x.dtype, jnp.floating)
@@ -163,31 +163,36 @@ class Transformer(nn.Module):
         if config.position == "learned":
             x_BTD = x_BTD + ops.embed(_width_gathered(self.position_embedding, None), positions, jnp.float32)
         x_BTD = constrain(x_BTD, "batch", "length", None)
+        rotary = {
+            size: tables(positions, size, config) if config.position == "rotary" else None
+            for size in {block.head_dim for block in config.blocks}
+        }
         block_type = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat])
         if self.scanned:
-            x_BTD = self._scan(block_type, x_BTD, positions, segments)
+            x_BTD = self._scan(block_type, x_BTD, positions, rotary[config.blocks[0].head_dim], segments)
         else:
             layers = []
             for i, block in enumerate(config.blocks):
                 layer = block_type(config, block, policy, name=f"block_{i}")
+                angles = rotary[block.head_dim]
                 if self.remat == "none":
-                    x_BTD, layer_cache = layer(x_BTD, positions, segments, cache.layers[i] if cache else None)
+                    x_BTD, layer_cache = layer(x_BTD, positions, angles, segments, cache.layers[i] if cache else None)
                     layers.append(layer_cache)
                 else:
-                    x_BTD = _recomputed_late(layer, x_BTD, positions, segments)
+                    x_BTD = _recomputed_late(layer, x_BTD, positions, angles, segments)
             cache = Cache(tuple(layers), cache.length_B + T) if cache else None
         return Norm(config, policy.compute, name="final_norm")(x_BTD), cache
 
-    def _scan(self, block_type, x_BTD, positions_BT, segments_BT):
+    def _scan(self, block_type, x_BTD, positions_BT, rotary, segments_BT):
         config = self.config
         layers = nn.scan(
             block_type,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
+            in_axes=nn.broadcast,
             length=len(config.blocks),
         )(config, config.blocks[0], self.policy, name="blocks")
-        return layers(x_BTD, positions_BT, segments_BT)[0]
+        return layers(x_BTD, positions_BT, rotary, segments_BT)[0]
 
 
 def init_params(config: ModelConfig, seed: int, mesh: Mesh | None = None) -> dict[str, Any]:

@@ -1,33 +1,44 @@
 """How a weight is used. What a weight is, and which kernel runs on it, is known here and nowhere else."""
 
 from efflm.ops.attention import attention
+from efflm.ops.cached_attention import cached_attention
 from efflm.ops.cross_entropy import cross_entropy
 from efflm.ops.distillation import distillation
-from efflm.ops.dot import dot
+from efflm.ops.dot import dot, dots
 from efflm.ops.embed import embed, unembed
+from efflm.ops.feedforward import gated_feedforward, swiglu
 from efflm.ops.masks import Masks, apply_masks, mask_tree, masked
+from efflm.ops.norm import Normed, normalize
 from efflm.ops.prepare import prepare
 from efflm.ops.qarray import QArray, dequantize, quantize_array, requantize, straight_through, take
+from efflm.ops.rotary import rotate
 from efflm.ops.storage import nonzeros, stored_nbytes
 
 __all__ = [
     "Masks",
+    "Normed",
     "QArray",
     "apply_masks",
     "attention",
+    "cached_attention",
     "cross_entropy",
     "dequantize",
     "distillation",
     "dot",
+    "dots",
     "embed",
+    "gated_feedforward",
     "mask_tree",
     "masked",
     "nonzeros",
+    "normalize",
     "prepare",
     "quantize_array",
     "requantize",
+    "rotate",
     "stored_nbytes",
     "straight_through",
+    "swiglu",
     "take",
     "unembed",
 ]

@@ -1,6 +1,7 @@
 """Matmuls with a weight of any format, accumulated in float32."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from efflm.ops.kernels.cpu import dot as cpu
+from efflm.ops.norm import normalize
 from efflm.ops.qarray import QArray, codes, dequantize, grouped, operands, round_to_int8, round_with
 
 MATMUL = "matmul"
@@ -66,33 +68,38 @@ def _float_matmul_backward(transpose, residuals, g):
 _float_matmul.defvjp(_float_matmul_forward, _float_matmul_backward)
 
 
-def dot(x: jax.Array, w: Any) -> jax.Array:
-    """x [..., K] @ w [K, N] -> float32 [..., N]. The dtype of x is the compute dtype; w is brought to it.
+def dot(x: Any, w: Any, residual: jax.Array | None = None) -> jax.Array:
+    """x [..., K] @ w [K, N] -> float32 [..., N], plus a residual of that shape. x: an array or Normed.
 
-    The result is named MATMUL, for policies of rematerialization, which do not look into a custom derivative.
+    The dtype of x is the compute dtype; w is brought to it.
     """
-    if isinstance(w, cpu.Panels | cpu.Dense):
-        return _native(x, w, transpose=False)
-    if isinstance(w, QArray):
-        return _quantized(x, w, transpose=False)
-    return checkpoint_name(_float_matmul(*operands(x, w), False), MATMUL)
+    return dots(x, (w,), residual)[0]
 
 
-def dot_transposed(x: jax.Array, w: Any) -> jax.Array:
+def dots(x: Any, weights: Sequence[Any], residual: jax.Array | None = None) -> list[jax.Array]:
+    """`dot` with each of several weights, which may be one kernel."""
+    out = cpu.dots(x, weights, residual)
+    if out is None:
+        x = normalize(x)
+        out = [_product(x, w, transpose=False) for w in weights]
+        out = out if residual is None else [residual + each for each in out]
+    return out
+
+
+def dot_transposed(x: Any, w: Any) -> jax.Array:
     """x [..., K] @ w.T for w [N, K] -> float32 [..., N]."""
-    if isinstance(w, cpu.Panels | cpu.Dense):
-        return _native(x, w, transpose=True)
+    out = cpu.dots(x, (w,), transposed=True)
+    return _product(normalize(x), w, transpose=True) if out is None else out[0]
+
+
+def _product(x: jax.Array, w: Any, transpose: bool) -> jax.Array:
+    """The portable form. The result is named MATMUL, for policies of rematerialization, which do not look into a custom
+    derivative."""
+    w = w.value if isinstance(w, cpu.Dense) else w
     if isinstance(w, QArray):
-        return _quantized(x, w, transpose=True)
-    return _float_matmul(*operands(x, w), True)
-
-
-def _native(x: jax.Array, w: Any, transpose: bool) -> jax.Array:
-    """x times a weight that ops.prepare has laid out for a kernel."""
-    if isinstance(w, cpu.Panels):
-        return cpu.dot(x, w)
-    out = cpu.dense(x, w, transpose)
-    return _float_matmul(x, w.value, transpose) if out is None else out
+        return _quantized(x, w, transpose)
+    out = _float_matmul(*operands(x, w), transpose)
+    return out if transpose else checkpoint_name(out, MATMUL)
 
 
 # --- quantized weights -----------------------------------------------------------------------------------------------

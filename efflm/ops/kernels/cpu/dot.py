@@ -4,6 +4,8 @@ Dense weights are used as they are. Of quantized ones 32 outputs lie side by sid
 bits) or 8 inputs (4 bits) one word of 4 bytes for each output (see src/dot.h). Codes of 3 bits are laid out as 4.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efflm.ops.kernels.cpu import build
+from efflm.ops.norm import Normed, normalize
 from efflm.ops.qarray import QArray, codes
 
 PANEL, UNIT = 32, 8
@@ -113,41 +116,62 @@ def rows(table: Panels, indices: jax.Array) -> jax.Array:
     return (centered * spread(table.scale)).astype(table.dtype)
 
 
-def _call(form: str, x, values, scale, zeros, x_scale, outputs: int, **attributes: Any) -> jax.Array:
-    none = lambda part, dtype: jnp.zeros(0, dtype) if part is None else part
-    return jax.ffi.ffi_call(
-        build.target("efflm_dot", form),
-        jax.ShapeDtypeStruct((*x.shape[:-1], outputs), jnp.float32),
-        vmap_method="sequential",
-    )(
-        x, values, none(scale, jnp.float32), none(zeros, jnp.int8), none(x_scale, jnp.float32),
-        **attributes,
+def _fits(x: Any, w: Any, rows: int) -> bool:
+    """Whether a kernel multiplies `rows` rows with this weight. With dense ones XLA is faster where rows are many, and
+    would round bfloat16 rows and a float32 matrix differently."""
+    if isinstance(w, Panels):
+        return True
+    mixed = isinstance(w, Dense) and (str(x.dtype), str(w.value.dtype)) == ("bfloat16", "float32")
+    return isinstance(w, Dense) and rows <= FEW_ROWS[str(w.value.dtype)] and not mixed
+
+
+def _call(name: str, x: Any, weights: Sequence[Any], residual: Any, transposed: bool, outs: Any, extra=()) -> Any:
+    """One call of a kernel that reads rows and weights."""
+    if isinstance(x, Normed) and x.dtype in ("float32", "bfloat16"):
+        rows, norm, attributes = x.x, (x.scale, x.bias), {"epsilon": x.epsilon, "to_bfloat16": x.dtype == "bfloat16"}
+    else:
+        rows, norm, attributes = normalize(x), (None, None), {"epsilon": 0.0, "to_bfloat16": False}
+    if rows.dtype not in (jnp.float32, jnp.bfloat16):
+        rows = rows.astype(jnp.float32)
+    array = lambda part, dtype=jnp.float32: jnp.zeros(0, dtype) if part is None else part.astype(dtype)
+    arrays, described = [], []
+    for w in weights:
+        if isinstance(w, Panels):
+            scale = w.activation_scale if w.activations == "int8_static" else None
+            arrays += [w.values, w.scale, array(w.zeros, jnp.int8), array(scale)]
+            described += [2 if w.bits == 8 else 3, 0, int(w.activations != "float"), w.group]
+        else:
+            arrays += [w.value, array(None), array(None, jnp.int8), array(None)]
+            described += [0 if w.value.dtype == jnp.float32 else 1, int(transposed), 0, 0]
+    call = jax.ffi.ffi_call(build.target(name, weights[0].form), outs, vmap_method="sequential")
+    return call(
+        rows, array(norm[0]), array(norm[1]), array(residual), *arrays,
+        epsilon=np.float32(attributes["epsilon"]), to_bfloat16=attributes["to_bfloat16"],
+        weights=np.array([*described, *extra], np.int64),
     )  # fmt: skip
 
 
-def dot(x: jax.Array, w: Panels) -> jax.Array:
-    """x [..., K], float32 or bfloat16, times a matrix in panels -> float32 [..., N]."""
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
-        x = x.astype(jnp.float32)
-    scale = w.activation_scale if w.activations == "int8_static" else None
-    return _call(
-        w.form, x, w.values, w.scale, w.zeros, scale, w.outputs,
-        format=np.int32(2 if w.bits == 8 else 3), transposed=False,
-        round_x=w.activations != "float", group=np.int64(w.group),
-    )  # fmt: skip
+def dots(
+    x: Any, weights: Sequence[Any], residual: jax.Array | None = None, transposed: bool = False
+) -> list[jax.Array] | None:
+    """x [..., K], an array or Normed, times each weight, plus a residual -> float32 [..., N]; None: no kernel fits.
 
-
-def dense(x: jax.Array, w: Dense, transposed: bool) -> jax.Array | None:
-    """x [..., K], float32 or bfloat16, times a dense matrix -> float32 [..., N]; None where XLA's matmul is faster.
-
-    bfloat16 rows times a float32 matrix would be rounded differently from XLA's, and are left to it.
+    transposed: dense weights are [N, K].
     """
-    count = int(np.prod(x.shape[:-1]))
-    few = count <= FEW_ROWS.get(str(w.value.dtype), 0)
-    if not few or x.dtype not in (jnp.float32, jnp.bfloat16) or (x.dtype, w.value.dtype) == (jnp.bfloat16, jnp.float32):
+    lead = x.shape[:-1]
+    if not all(_fits(x, w, math.prod(lead)) for w in weights) or 0 in (*lead, len(weights)):
         return None
-    return _call(
-        w.form, x, w.value, None, None, None, w.shape[0 if transposed else 1],
-        format=np.int32(0 if w.value.dtype == jnp.float32 else 1), transposed=transposed,
-        round_x=False, group=np.int64(0),
-    )  # fmt: skip
+    outputs = [w.outputs if isinstance(w, Panels) else w.shape[0 if transposed else 1] for w in weights]
+    outs = [jax.ShapeDtypeStruct((*lead, each), jnp.float32) for each in outputs]
+    return list(_call("efflm_dots", x, weights, residual, transposed, outs))
+
+
+def feedforward(x: Any, gate: Any, up: Any, down: Any, residual: jax.Array, dtype: Any) -> jax.Array | None:
+    """See ops.gated_feedforward; None: no kernel fits."""
+    lead, weights = x.shape[:-1], (gate, up, down)
+    low = str(jnp.dtype(dtype)) == "bfloat16"
+    fits = all(_fits(x, w, math.prod(lead)) for w in weights) and jnp.dtype(dtype) in (jnp.float32, jnp.bfloat16)
+    if not fits or 0 in lead or str(x.dtype) != str(jnp.dtype(dtype)) or (low and not isinstance(x, Normed)):
+        return None
+    out = jax.ShapeDtypeStruct((*lead, down.shape[1]), jnp.float32)
+    return _call("efflm_feedforward", x, weights, residual, False, out, extra=(gate.shape[1],))

@@ -15,24 +15,49 @@ constexpr int kUnit = 8;    // the contracted axis of a quantized weight is fill
 
 enum class Format : int { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
 
-// out [rows, outputs] = x [rows, inputs] times a weight.
+// Rows [rows, inputs] that a weight is multiplied with: float32 or bfloat16, perhaps to be normalized first (RMSNorm;
+// LayerNorm with a bias) and then rounded to bfloat16.
+struct Rows {
+  const void* x;
+  int64_t rows, inputs;
+  bool is_bfloat16 = false;
+  const float* norm_scale = nullptr;
+  const float* norm_bias = nullptr;
+  float epsilon = 0;
+  bool to_bfloat16 = false;
+};
+
+// A weight of `outputs` outputs.
 //
 // Dense weights (kFloat32, kBfloat16) are [inputs, outputs], or [outputs, inputs] where `transposed`. Quantized ones are
 // panels of 32 outputs, padded with zero codes: for every 4 (8 bits) or 8 (4 bits) inputs 32 words of 4 bytes, one word
 // an output. The bytes of a word are codes + 128 of inputs 0 to 3; or code + 8 of input i in the low half of byte i, of
 // input i + 4 in the high half. scale and zeros (or null) are [groups, outputs filled up to panels].
-struct Dot {
+struct Weight {
   Format format;
   bool transposed = false;
-  bool x_is_bfloat16 = false;
-  bool round_x = false;                // to int8 with one scale a row, or with *x_scale
+  bool round_x = false;            // to int8 with one scale a row, or with *x_scale
   const float* x_scale = nullptr;
-  int64_t rows, inputs, outputs, group;  // group: inputs that share a scale; 0: all
-  const void* x;
+  int64_t inputs, outputs, group;  // group: inputs that share a scale; 0: all
   const void* values;
   const float* scale = nullptr;
   const int8_t* zeros = nullptr;
+
+  int64_t groups() const { return group ? ceiling(inputs, group) : 1; }
+  int64_t filled() const { return ceiling(inputs, kUnit) * kUnit; }
+  int64_t panels() const { return ceiling(outputs, kPanel); }
+  int bits() const { return format == Format::kInt8 ? 8 : 4; }
+  bool quantized() const { return format == Format::kInt8 || format == Format::kInt4; }
+  const uint8_t* panel(int64_t p) const {
+    return static_cast<const uint8_t*>(values) + p * filled() * kPanel * bits() / 8;
+  }
+};
+
+// out [rows, outputs] = x times a weight, plus `residual` of the same shape unless that is null.
+struct Product {
+  Weight weight;
   float* out;
+  const float* residual = nullptr;
 };
 
 constexpr int kVectors = kPanel / kWidth;  // of one panel
@@ -72,64 +97,70 @@ EFFLM_INLINE Ints multiply_bytes(Ints total, Ints bytes, const Rounded* x) {
 #endif
 }
 
-// One row to int8: see round_to_int8 in qarray.py. A row that is not finite gets the scale NaN. sums: of each group.
-void round_row(const Dot& d, int64_t row, int64_t filled, Rounded* out, float* row_scale, int32_t* sums) {
-  const int64_t K = d.inputs, group = d.group ? d.group : K;
-  float* x = scratch<float, 0>(filled);
-  Ints top = {}, finite = splat(0x7f800000), bad = {};
-  for (int64_t k = K; k < filled; ++k) x[k] = 0;
-  int64_t k = 0;
-  auto look = [&](Floats v) {
-    const Ints magnitude = (Ints)v & 0x7fffffff;  // of floats, magnitudes compare as integers do
-    top = magnitude > top ? magnitude : top;
-    bad |= (Ints)(magnitude >= finite);
+// One row of x as float32, normalized where that is asked for; entries up to `filled` are 0.
+void read_row(const Rows& x, int64_t row, int64_t filled, float* out) {
+  const int64_t K = x.inputs;
+  if (x.is_bfloat16) {
+    const uint16_t* from = static_cast<const uint16_t*>(x.x) + row * K;
+    for (int64_t k = 0; k < K; ++k) out[k] = from_bfloat16(from[k]);
+  } else {
+    std::memcpy(out, static_cast<const float*>(x.x) + row * K, 4 * K);
+  }
+  for (int64_t k = K; k < filled; ++k) out[k] = 0;
+  if (!x.norm_scale) return;
+  auto total_of = [&](auto of) {
+    Floats many = {};
+    int64_t k = 0;
+    for (; k + kWidth <= K; k += kWidth) many += of(load_floats(out + k));
+    float total = sum(many);
+    for (; k < K; ++k) total += of(splat(out[k]))[0];
+    return total;
   };
-  for (int64_t i = 0; i < K; i += kWidth) {
-    const int64_t from = K < kWidth ? 0 : least(i, K - kWidth);
-    if (K < kWidth) {
-      for (k = 0; k < K; ++k)
-        x[k] = d.x_is_bfloat16 ? from_bfloat16(static_cast<const uint16_t*>(d.x)[row * K + k])
-                               : static_cast<const float*>(d.x)[row * K + k];
-      Floats v = {};
-      std::memcpy(&v, x, 4 * K);
-      look(v);
-    } else {
-      const Floats v = d.x_is_bfloat16 ? load_floats(static_cast<const uint16_t*>(d.x) + row * K + from)
-                                       : load_floats(static_cast<const float*>(d.x) + row * K + from);
-      store(x + from, v);
-      look(v);
-    }
+  if (x.norm_bias) {
+    const float mean = total_of([](Floats v) { return v; }) / K;
+    for (int64_t k = 0; k < K; ++k) out[k] -= mean;
   }
-  int32_t most = 0, broken = 0;
-  for (int i = 0; i < kWidth; ++i) {
-    most = top[i] > most ? top[i] : most;
-    broken |= bad[i];
-  }
+  const float variance = total_of([](Floats v) { return v * v; }) / K;
+  const float factor = 1 / std::sqrt(variance + x.epsilon);
+  for (int64_t k = 0; k < K; ++k) out[k] = out[k] * factor * x.norm_scale[k] + (x.norm_bias ? x.norm_bias[k] : 0.0f);
+  if (x.to_bfloat16)
+    for (int64_t k = 0; k < K; ++k) out[k] = from_bfloat16(to_bfloat16(out[k]));
+}
+
+// One row, filled up with zeros, to int8: see round_to_int8 in qarray.py. A row that is not finite gets the scale NaN.
+// sums: of the entries of each group.
+void round_row(const Weight& w, const float* x, Rounded* out, float* row_scale, int32_t* sums) {
+  const int64_t filled = w.filled(), group = w.group ? w.group : filled;
   float absmax;
+  int32_t most = 0;
+  for (int64_t k = 0; k < filled; ++k) {
+    const int32_t magnitude = load<int32_t>(x + k) & 0x7fffffff;  // magnitudes compare as integers do; NaN is largest
+    most = magnitude > most ? magnitude : most;
+  }
   std::memcpy(&absmax, &most, 4);
-  float scale = d.x_scale ? *d.x_scale : absmax > 0 ? absmax / 127 : 1;
-  if (broken) scale = 1;
+  const bool broken = most >= 0x7f800000;
+  const float scale = w.x_scale ? *w.x_scale : absmax > 0 ? absmax / 127 : 1;
+  *row_scale = broken ? std::numeric_limits<float>::quiet_NaN() : scale;
   for (int64_t i = 0; i < filled; i += kUnit)
     for (int j = 0; j < kUnit; ++j) {
-      float value = std::nearbyint(x[i + j] / scale);
-      value = value > 127 ? 127 : value < -127 ? -127 : value;
-      out[i + position(j)] = broken ? 0 : Rounded(value);
+      const float value = broken ? 0 : std::nearbyint(x[i + j] / scale);
+      out[i + position(j)] = Rounded(value > 127 ? 127 : value < -127 ? -127 : value);
     }
-  *row_scale = broken ? std::numeric_limits<float>::quiet_NaN() : scale;
-  for (int64_t g = 0, start = 0; start < K; ++g, start += group) {
+  for (int64_t g = 0; g < w.groups(); ++g) {
+    const int64_t end = g + 1 < w.groups() ? (g + 1) * group : filled;
     int32_t total = 0;
-    const int64_t end = least(start + group, filled);  // entries beyond K are 0
-    for (int64_t i = start; i < (start + group >= K ? filled : end); ++i) total += out[i];
+    for (int64_t i = g * group; i < end; ++i) total += out[i];
     sums[g] = total;
   }
 }
 
 // out [R, a panel] of rounded rows. Rows of x are `filled` apart, sums `groups`.
 template <int Bits, int R>
-void rounded_tile(const Dot& d, const uint8_t* panel, int64_t first, const Rounded* x, int64_t filled,
-                  const float* row_scales, const int32_t* sums, int64_t groups, float* out) {
+void rounded_tile(const Weight& w, int64_t p, const Rounded* x, const float* row_scales, const int32_t* sums, float* out) {
   constexpr int kStep = Bits == 8 ? 4 : 8, kBias = Bits == 8 ? 128 : 8;
-  const int64_t padded = ceiling(d.outputs, kPanel) * kPanel, group = groups > 1 ? d.group : filled;
+  const int64_t groups = w.groups(), filled = w.filled(), padded = w.panels() * kPanel;
+  const int64_t group = groups > 1 ? w.group : filled;
+  const uint8_t* panel = w.panel(p);
   Floats total[R][kVectors] = {};
   for (int64_t g = 0; g < groups; ++g) {
     Ints part[R][kVectors];
@@ -152,11 +183,11 @@ void rounded_tile(const Dot& d, const uint8_t* panel, int64_t first, const Round
       }
     }
     for (int c = 0; c < kVectors; ++c) {
-      const int64_t at = g * padded + first + c * kWidth;
-      const Floats scale = load_floats(d.scale + at);
+      const int64_t at = g * padded + p * kPanel + c * kWidth;
+      const Floats scale = load_floats(w.scale + at);
       Ints zero = splat(kBias);
-      if (d.zeros)
-        for (int i = 0; i < kWidth; ++i) zero[i] += d.zeros[at + i];
+      if (w.zeros)
+        for (int i = 0; i < kWidth; ++i) zero[i] += w.zeros[at + i];
       for (int r = 0; r < R; ++r) {
         const Floats exact = to_floats(part[r][c] - zero * splat(sums[r * groups + g]));
         // In the order of the portable form, so that the two agree to the last bit or nearly.
@@ -196,10 +227,11 @@ EFFLM_INLINE Ints flip(Ints words) {
 
 // out [R, a panel] of rows of floats; sums [R, groups]: of the entries of x.
 template <int Bits, int R>
-void float_tile(const Dot& d, const uint8_t* panel, int64_t first, const float* x, int64_t filled, const float* sums,
-                int64_t groups, float* out) {
+void float_tile(const Weight& w, int64_t p, const float* x, const float* sums, float* out) {
   constexpr int kStep = Bits == 8 ? 4 : 8;
-  const int64_t padded = ceiling(d.outputs, kPanel) * kPanel, group = groups > 1 ? d.group : filled;
+  const int64_t groups = w.groups(), filled = w.filled(), padded = w.panels() * kPanel;
+  const int64_t group = groups > 1 ? w.group : filled;
+  const uint8_t* panel = w.panel(p);
   Floats total[R][kVectors];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < kVectors; ++c) total[r][c] = Floats{};
@@ -219,14 +251,14 @@ void float_tile(const Dot& d, const uint8_t* panel, int64_t first, const float* 
       }
     }
     for (int c = 0; c < kVectors; ++c) {
-      const int64_t at = g * padded + first + c * kWidth;
-      const Floats scale = load_floats(d.scale + at);
+      const int64_t at = g * padded + p * kPanel + c * kWidth;
+      const Floats scale = load_floats(w.scale + at);
       Ints zero = {};
-      if (d.zeros)
-        for (int i = 0; i < kWidth; ++i) zero[i] = d.zeros[at + i];
+      if (w.zeros)
+        for (int i = 0; i < kWidth; ++i) zero[i] = w.zeros[at + i];
       for (int r = 0; r < R; ++r) {
         const Floats centered =
-            d.zeros ? part[r][c] - to_floats(zero) * splat(sums[r * groups + g]) : part[r][c];
+            w.zeros ? part[r][c] - to_floats(zero) * splat(sums[r * groups + g]) : part[r][c];
         total[r][c] += centered * scale;
       }
     }
@@ -237,17 +269,19 @@ void float_tile(const Dot& d, const uint8_t* panel, int64_t first, const float* 
 
 // A panel as floats [filled, 32].
 template <int Bits>
-void unpack(const Dot& d, const uint8_t* panel, int64_t first, int64_t filled, int64_t groups, float* out) {
+void unpack(const Weight& w, int64_t p, float* out) {
   constexpr int kStep = Bits == 8 ? 4 : 8;
-  const int64_t padded = ceiling(d.outputs, kPanel) * kPanel, group = groups > 1 ? d.group : filled;
+  const int64_t groups = w.groups(), filled = w.filled(), padded = w.panels() * kPanel;
+  const int64_t group = groups > 1 ? w.group : filled;
+  const uint8_t* panel = w.panel(p);
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t end = g + 1 < groups ? (g + 1) * group : filled;
     for (int c = 0; c < kVectors; ++c) {
-      const int64_t at = g * padded + first + c * kWidth;
-      const Floats scale = load_floats(d.scale + at);
+      const int64_t at = g * padded + p * kPanel + c * kWidth;
+      const Floats scale = load_floats(w.scale + at);
       Ints zero = {};
-      if (d.zeros)
-        for (int i = 0; i < kWidth; ++i) zero[i] = d.zeros[at + i];
+      if (w.zeros)
+        for (int i = 0; i < kWidth; ++i) zero[i] = w.zeros[at + i];
       const Floats offset = to_floats(zero);
       for (int64_t k = g * group; k < end; k += kStep) {
         const Ints flipped = flip<Bits>(load<Ints>(panel + k / kStep * (4 * kPanel) + c * 4 * kWidth));
@@ -275,124 +309,144 @@ constexpr int kFloatRows = 1;
 constexpr int64_t kUnpacked = 6;    // from so many rows on, a panel is turned into floats once for all of them
 constexpr int64_t kRowBlock = 96;   // rows that read a panel while it is in the cache
 
-void copy_out(const Dot& d, int64_t row, int64_t rows, int64_t first, const float* tile) {
-  const int64_t columns = least(kPanel, d.outputs - first);
-  for (int64_t r = 0; r < rows; ++r) std::memcpy(d.out + (row + r) * d.outputs + first, tile + r * kPanel, 4 * columns);
-}
-
-template <int Bits, int R>
-void rounded_rows(int64_t rows, const Dot& d, const uint8_t* panel, int64_t first, const Rounded* x, int64_t filled,
-                  const float* row_scales, const int32_t* sums, int64_t groups, float* out) {
-  if constexpr (R > 0) {
-    if (rows == R) {
-      rounded_tile<Bits, R>(d, panel, first, x, filled, row_scales, sums, groups, out);
+void copy_out(const Product& to, int64_t row, int64_t rows, int64_t p, const float* tile) {
+  const int64_t columns = least(kPanel, to.weight.outputs - p * kPanel);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = (row + r) * to.weight.outputs + p * kPanel;
+    if (to.residual) {
+      for (int64_t n = 0; n < columns; ++n) to.out[at + n] = to.residual[at + n] + tile[r * kPanel + n];
     } else {
-      rounded_rows<Bits, R - 1>(rows, d, panel, first, x, filled, row_scales, sums, groups, out);
+      std::memcpy(to.out + at, tile + r * kPanel, 4 * columns);
     }
   }
 }
 
 template <int Bits, int R>
-void float_rows(int64_t rows, const Dot& d, const uint8_t* panel, int64_t first, const float* x, int64_t filled,
-                const float* sums, int64_t groups, float* out) {
+void rounded_rows(int64_t rows, const Weight& w, int64_t p, const Rounded* x, const float* row_scales,
+                  const int32_t* sums, float* out) {
   if constexpr (R > 0) {
     if (rows == R) {
-      float_tile<Bits, R>(d, panel, first, x, filled, sums, groups, out);
+      rounded_tile<Bits, R>(w, p, x, row_scales, sums, out);
     } else {
-      float_rows<Bits, R - 1>(rows, d, panel, first, x, filled, sums, groups, out);
+      rounded_rows<Bits, R - 1>(rows, w, p, x, row_scales, sums, out);
     }
   }
 }
 
-// Splits rows and panels into tasks: many enough to be shared evenly, large enough to be worth it.
-template <typename Task>
-void over_panels(const Dot& d, const Pool& pool, const Task& task) {
-  const int64_t panels = ceiling(d.outputs, kPanel), blocks = ceiling(d.rows, kRowBlock);
-  const int64_t wanted = ceiling(8 * pool.threads, blocks);
-  const int64_t each = ceiling(panels, wanted < panels ? wanted : panels), parts = ceiling(panels, each);
-  Team::run(pool, blocks * parts, [&](int64_t i) {
-    const int64_t row = i / parts * kRowBlock, from = i % parts * each;
-    for (int64_t p = from; p < least(from + each, panels); ++p) task(p, row, least(row + kRowBlock, d.rows));
-  });
+template <int Bits, int R>
+void float_rows(int64_t rows, const Weight& w, int64_t p, const float* x, const float* sums, float* out) {
+  if constexpr (R > 0) {
+    if (rows == R) {
+      float_tile<Bits, R>(w, p, x, sums, out);
+    } else {
+      float_rows<Bits, R - 1>(rows, w, p, x, sums, out);
+    }
+  }
 }
 
-template <int Bits>
-void dot_rounded(const Dot& d, const Pool& pool) {
-  const int64_t groups = d.group ? ceiling(d.inputs, d.group) : 1, filled = ceiling(d.inputs, kUnit) * kUnit;
-  Rounded* x = scratch<Rounded, 1>(d.rows * filled);
-  float* row_scales = scratch<float, 1>(d.rows);
-  int32_t* sums = scratch<int32_t, 1>(d.rows * groups);
-  const int64_t part = ceiling(d.rows, d.rows > 16 ? 4 * pool.threads : 1);
-  Team::run(pool, ceiling(d.rows, part), [&](int64_t i) {
-    for (int64_t m = i * part; m < least((i + 1) * part, d.rows); ++m)
-      round_row(d, m, filled, x + m * filled, row_scales + m, sums + m * groups);
+// x as the products with a weight read it.
+struct Read {
+  const float* floats = nullptr;  // [rows, filled]
+  const Rounded* rounded = nullptr;
+  const float* row_scales = nullptr;
+  const int32_t* sums = nullptr;  // [rows, groups], of rounded entries
+  const float* float_sums = nullptr;
+};
+
+// Use: of scratch memory, so that what was read for one weight outlives what is read for another.
+template <int Use>
+Read read(const Rows& x, const Weight& w, const Pool& pool) {
+  const int64_t filled = w.quantized() ? w.filled() : w.inputs, groups = w.groups(), M = x.rows;
+  const bool as_it_is = !x.is_bfloat16 && !x.norm_scale && filled == x.inputs;
+  const bool sums = !w.round_x && w.zeros;
+  Read out;
+  if (as_it_is && !w.round_x && !sums) {
+    out.floats = static_cast<const float*>(x.x);
+    return out;
+  }
+  float* floats = w.round_x ? nullptr : scratch<float, Use>(M * filled);
+  Rounded* rounded = w.round_x ? scratch<Rounded, Use>(M * filled) : nullptr;
+  float* row_scales = w.round_x ? scratch<float, Use + 1>(M) : nullptr;
+  int32_t* integer_sums = w.round_x ? scratch<int32_t, Use>(M * groups) : nullptr;
+  float* float_sums = sums ? scratch<float, Use + 2>(M * groups) : nullptr;
+  const int64_t part = ceiling(M, M > 16 ? 4 * pool.threads : 1);
+  Team::run(pool, ceiling(M, part), [&](int64_t i) {
+    for (int64_t m = i * part; m < least((i + 1) * part, M); ++m) {
+      float* row = w.round_x ? scratch<float, 0>(filled) : floats + m * filled;
+      read_row(x, m, filled, row);
+      if (w.round_x) round_row(w, row, rounded + m * filled, row_scales + m, integer_sums + m * groups);
+      for (int64_t g = 0; sums && g < groups; ++g) {
+        const int64_t end = g + 1 < groups ? (g + 1) * w.group : filled;
+        float total = 0;
+        for (int64_t k = g * w.group; k < end; ++k) total += row[k];
+        float_sums[m * groups + g] = total;
+      }
+    }
   });
-  const int64_t panel_bytes = filled * kPanel * Bits / 8, most = groups > 1 ? kGroupedRows : kRoundedRows;
-  over_panels(d, pool, [&](int64_t p, int64_t row, int64_t end) {
-    const uint8_t* panel = static_cast<const uint8_t*>(d.values) + p * panel_bytes;
-    alignas(64) float tile[kRoundedRows * kPanel];
+  return {floats, rounded, row_scales, integer_sums, float_sums};
+}
+
+constexpr int kTileMost = kRoundedRows > kTileRows ? kRoundedRows : kTileRows;  // rows of a tile, of any kind
+
+// Rows [row, end) times panel p: calls done(row, rows, tile) for each tile [rows, 32].
+template <int Bits, typename Done>
+void times_panel(const Weight& w, const Read& x, int64_t p, int64_t row, int64_t end, const Done& done) {
+  alignas(64) float tile[kTileMost * kPanel];
+  const int64_t filled = w.filled(), groups = w.groups();
+  if (w.round_x) {
+    const int64_t most = groups > 1 ? kGroupedRows : kRoundedRows;
     for (; row < end; row += most) {
       const int64_t rows = least(most, end - row);
-      rounded_rows<Bits, kRoundedRows>(rows, d, panel, p * kPanel, x + row * filled, filled, row_scales + row,
-                                       sums + row * groups, groups, tile);
-      copy_out(d, row, rows, p * kPanel, tile);
+      rounded_rows<Bits, kRoundedRows>(rows, w, p, x.rounded + row * filled, x.row_scales + row, x.sums + row * groups,
+                                       tile);
+      done(row, rows, tile);
     }
+  } else if (end - row >= kUnpacked) {
+    float* floats = scratch<float, 1>(filled * kPanel);
+    unpack<Bits>(w, p, floats);
+    for (; row < end; row += kTileRows) {
+      const int64_t rows = least(kTileRows, end - row);
+      multiply<false>(rows, kPanel, filled, x.floats + row * filled, filled, floats, kPanel, tile, kPanel);
+      done(row, rows, tile);
+    }
+  } else {
+    for (; row < end; row += kFloatRows) {
+      const int64_t rows = least(kFloatRows, end - row);
+      float_rows<Bits, kFloatRows>(rows, w, p, x.floats + row * filled, w.zeros ? x.float_sums + row * groups : nullptr,
+                                   tile);
+      done(row, rows, tile);
+    }
+  }
+}
+
+// task(panel, first row, end) for all panels and blocks of rows: parts many enough to be shared evenly.
+template <typename Task>
+void over_panels(int64_t panels, int64_t rows, const Pool& pool, const Task& task) {
+  const int64_t blocks = ceiling(rows, kRowBlock), wanted = ceiling(8 * pool.threads, blocks);
+  const int64_t each = ceiling(panels, least(wanted, panels)), parts = ceiling(panels, each);
+  Team::run(pool, blocks * parts, [&](int64_t i) {
+    const int64_t row = i / parts * kRowBlock, from = i % parts * each;
+    for (int64_t p = from; p < least(from + each, panels); ++p) task(p, row, least(row + kRowBlock, rows));
   });
 }
 
-// x as floats [rows, filled], the last entries 0.
-const float* as_floats(const Dot& d, int64_t filled, const Pool& pool) {
-  if (!d.x_is_bfloat16 && filled == d.inputs) return static_cast<const float*>(d.x);
-  float* out = scratch<float, 2>(d.rows * filled);
-  const int64_t part = ceiling(d.rows, d.rows > 16 ? 4 * pool.threads : 1);
-  Team::run(pool, ceiling(d.rows, part), [&](int64_t i) {
-    for (int64_t m = i * part; m < least((i + 1) * part, d.rows); ++m) {
-      float* to = out + m * filled;
-      if (d.x_is_bfloat16) {
-        const uint16_t* from = static_cast<const uint16_t*>(d.x) + m * d.inputs;
-        for (int64_t k = 0; k < d.inputs; ++k) to[k] = from_bfloat16(from[k]);
-      } else {
-        std::memcpy(to, static_cast<const float*>(d.x) + m * d.inputs, 4 * d.inputs);
-      }
-      for (int64_t k = d.inputs; k < filled; ++k) to[k] = 0;
-    }
-  });
-  return out;
+// Whether two weights read x alike, so that their products can be one piece of work.
+bool alike(const Weight& a, const Weight& b) {
+  return a.format == b.format && a.quantized() && a.round_x == b.round_x && !a.x_scale && !b.x_scale &&
+         a.inputs == b.inputs && a.group == b.group && !a.zeros == !b.zeros;
 }
 
 template <int Bits>
-void dot_unrounded(const Dot& d, const Pool& pool) {
-  const int64_t groups = d.group ? ceiling(d.inputs, d.group) : 1, filled = ceiling(d.inputs, kUnit) * kUnit;
-  const float* x = as_floats(d, filled, pool);
-  float* sums = scratch<float, 3>(d.rows * groups);
-  if (d.zeros)
-    for (int64_t m = 0; m < d.rows; ++m)
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t end = g + 1 < groups ? (g + 1) * d.group : filled;
-        float total = 0;
-        for (int64_t k = g * d.group; k < end; ++k) total += x[m * filled + k];
-        sums[m * groups + g] = total;
-      }
-  const int64_t panel_bytes = filled * kPanel * Bits / 8;
-  over_panels(d, pool, [&](int64_t p, int64_t row, int64_t end) {
-    const uint8_t* panel = static_cast<const uint8_t*>(d.values) + p * panel_bytes;
-    alignas(64) float tile[(kFloatRows > kTileRows ? kFloatRows : kTileRows) * kPanel];
-    if (end - row >= kUnpacked) {
-      float* floats = scratch<float, 4>(filled * kPanel);
-      unpack<Bits>(d, panel, p * kPanel, filled, groups, floats);
-      for (; row < end; row += kTileRows) {
-        const int64_t rows = least(kTileRows, end - row);
-        multiply<false>(rows, kPanel, filled, x + row * filled, filled, floats, kPanel, tile, kPanel);
-        copy_out(d, row, rows, p * kPanel, tile);
-      }
-      return;
-    }
-    for (; row < end; row += kFloatRows) {
-      const int64_t rows = least(kFloatRows, end - row);
-      float_rows<Bits, kFloatRows>(rows, d, panel, p * kPanel, x + row * filled, filled, sums + row * groups, groups,
-                                   tile);
-      copy_out(d, row, rows, p * kPanel, tile);
-    }
+void quantized_products(const Rows& x, const Product* all, int count, const Pool& pool) {
+  const Read read_x = read<2>(x, all[0].weight, pool);
+  int64_t panels = 0;
+  for (int i = 0; i < count; ++i) panels += all[i].weight.panels();
+  over_panels(panels, x.rows, pool, [&](int64_t p, int64_t row, int64_t end) {
+    int i = 0;
+    for (; p >= all[i].weight.panels(); ++i) p -= all[i].weight.panels();
+    times_panel<Bits>(all[i].weight, read_x, p, row, end, [&](int64_t m, int64_t rows, const float* tile) {
+      copy_out(all[i], m, rows, p, tile);
+    });
   });
 }
 
@@ -400,16 +454,16 @@ void dot_unrounded(const Dot& d, const Pool& pool) {
 
 // Rows of the weight are outputs: products of whole rows, four outputs at a time.
 template <typename W>
-void dot_transposed(const Dot& d, const Pool& pool) {
-  const int64_t K = d.inputs, N = d.outputs, blocks = ceiling(N, 4);
-  const float* x = as_floats(d, K, pool);
-  const W* w = static_cast<const W*>(d.values);
+void transposed_product(const Rows& rows_of_x, const Product& d, const Pool& pool) {
+  const int64_t M = rows_of_x.rows, K = d.weight.inputs, N = d.weight.outputs, blocks = ceiling(N, 4);
+  const float* x = read<2>(rows_of_x, d.weight, pool).floats;
+  const W* w = static_cast<const W*>(d.weight.values);
   const int64_t each = ceiling(blocks, 8 * pool.threads);
   Team::run(pool, ceiling(blocks, each), [&](int64_t task) {
     for (int64_t n = task * each * 4; n < least((task + 1) * each * 4, N); n += 4) {
       const W* rows[4];
       for (int i = 0; i < 4; ++i) rows[i] = w + least(n + i, N - 1) * K;
-      for (int64_t m = 0; m < d.rows; ++m) {
+      for (int64_t m = 0; m < M; ++m) {
         const float* from = x + m * K;
         Floats total[4][2] = {};
         int64_t k = 0;
@@ -421,7 +475,8 @@ void dot_transposed(const Dot& d, const Pool& pool) {
         for (int i = 0; i < 4 && n + i < N; ++i) {
           float rest = 0;
           for (int64_t j = k; j < K; ++j) rest += from[j] * load_float(rows[i] + j);
-          d.out[m * N + n + i] = sum(total[i][0] + total[i][1]) + rest;
+          const int64_t at = m * N + n + i;
+          d.out[at] = sum(total[i][0] + total[i][1]) + rest + (d.residual ? d.residual[at] : 0.0f);
         }
       }
     }
@@ -431,10 +486,10 @@ void dot_transposed(const Dot& d, const Pool& pool) {
 // Rows of the weight are inputs: each task adds up some inputs for all outputs, reading the weight from end to end; the
 // sums of the tasks are added in a fixed order, so that the result does not depend on the number of threads.
 template <typename W>
-void dot_straight(const Dot& d, const Pool& pool) {
-  const int64_t K = d.inputs, N = d.outputs, M = d.rows;
-  const float* x = as_floats(d, K, pool);
-  const W* w = static_cast<const W*>(d.values);
+void straight_product(const Rows& rows_of_x, const Product& d, const Pool& pool) {
+  const int64_t M = rows_of_x.rows, K = d.weight.inputs, N = d.weight.outputs;
+  const float* x = read<2>(rows_of_x, d.weight, pool).floats;
+  const W* w = static_cast<const W*>(d.weight.values);
   constexpr int64_t kInputs = 8;
   const int64_t wide = ceiling(N, kWidth) * kWidth;
   const int64_t tasks = least(16, ceiling(K, 2 * kInputs)), each = ceiling(ceiling(K, tasks), kInputs) * kInputs;
@@ -473,23 +528,35 @@ void dot_straight(const Dot& d, const Pool& pool) {
       for (int64_t n = i * columns; n < least((i + 1) * columns, N); ++n) {
         float total = parts[m * wide + n];
         for (int64_t task = 1; task < tasks; ++task) total += parts[(task * M + m) * wide + n];
-        d.out[m * N + n] = total;
+        d.out[m * N + n] = total + (d.residual ? d.residual[m * N + n] : 0.0f);
       }
   });
 }
 
-void dot(const Dot& d, const Pool& pool) {
-  if (d.rows == 0 || d.outputs == 0) return;
-  switch (d.format) {
+void product(const Rows& x, const Product& d, const Pool& pool) {
+  const bool across = d.weight.transposed;
+  switch (d.weight.format) {
     case Format::kFloat32:
-      return d.transposed ? dot_transposed<float>(d, pool) : dot_straight<float>(d, pool);
+      return across ? transposed_product<float>(x, d, pool) : straight_product<float>(x, d, pool);
     case Format::kBfloat16:
-      return d.transposed ? dot_transposed<uint16_t>(d, pool) : dot_straight<uint16_t>(d, pool);
+      return across ? transposed_product<uint16_t>(x, d, pool) : straight_product<uint16_t>(x, d, pool);
     case Format::kInt8:
-      return d.round_x ? dot_rounded<8>(d, pool) : dot_unrounded<8>(d, pool);
+      return quantized_products<8>(x, &d, 1, pool);
     case Format::kInt4:
-      return d.round_x ? dot_rounded<4>(d, pool) : dot_unrounded<4>(d, pool);
+      return quantized_products<4>(x, &d, 1, pool);
   }
+}
+
+// The products of one x with several weights.
+void products(const Rows& x, const Product* all, int count, const Pool& pool) {
+  if (x.rows == 0) return;
+  bool together = true;
+  for (int i = 1; i < count; ++i) together = together && alike(all[0].weight, all[i].weight);
+  if (together && all[0].weight.quantized()) {
+    if (all[0].weight.format == Format::kInt8) return quantized_products<8>(x, all, count, pool);
+    return quantized_products<4>(x, all, count, pool);
+  }
+  for (int i = 0; i < count; ++i) product(x, all[i], pool);
 }
 
 }  // namespace

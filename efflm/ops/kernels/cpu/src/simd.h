@@ -45,9 +45,33 @@ EFFLM_INLINE Ints splat(int32_t x) { return x - Ints{}; }
 EFFLM_INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 
 EFFLM_INLINE float sum(Floats v) {
-  float total = 0;
-  for (int i = 0; i < kWidth; ++i) total += v[i];
-  return total;
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX2__)
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#else
+  return (v[0] + v[1]) + (v[2] + v[3]);
+#endif
+}
+
+// e^x to 2 units in the last place, 0 below -87.3; NaN for NaN.
+EFFLM_INLINE Floats exponential(Floats x) {
+  const Floats bounded = x > 88.3762626f ? splat(88.3762626f) : x;
+  // 2^n e^r with n whole and |r| <= log(2) / 2: adding and taking away 1.5 * 2^23 rounds.
+  const Floats n = (bounded * 1.44269504f + 12582912.0f) - 12582912.0f;
+  const Floats r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const Floats e = p * r * r + r + 1.0f;
+  const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+  const Floats value = e * (Floats)power;
+  return x < -87.3365448f ? Floats{} : value;
 }
 
 // bfloat16 is the upper half of a float32.
