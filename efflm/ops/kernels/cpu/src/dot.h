@@ -127,6 +127,15 @@ void read_row(const Rows& x, int64_t row, int64_t filled, float* out) {
     for (int64_t k = 0; k < K; ++k) out[k] = from_bfloat16(to_bfloat16(out[k]));
 }
 
+// The first `count` floats, then zeros.
+EFFLM_INLINE Floats partial(const float* x, int64_t count) {
+  float some[kWidth] = {};
+  for (int64_t i = 0; i < count && i < kWidth; ++i) some[i] = x[i];
+  return load_floats(some);
+}
+
+constexpr int kAtOnce = kWidth > kUnit ? kWidth : kUnit;  // entries rounded at a time
+
 // One row, filled up with zeros, to int8: see round_to_int8 in qarray.py. A row that is not finite gets the scale NaN.
 // sums: of the entries of each group.
 void round_row(const Weight& w, const float* x, Rounded* out, float* row_scale, int32_t* sums) {
@@ -141,11 +150,21 @@ void round_row(const Weight& w, const float* x, Rounded* out, float* row_scale, 
   const bool broken = most >= 0x7f800000;
   const float scale = w.x_scale ? *w.x_scale : absmax > 0 ? absmax / 127 : 1;
   *row_scale = broken ? std::numeric_limits<float>::quiet_NaN() : scale;
-  for (int64_t i = 0; i < filled; i += kUnit)
-    for (int j = 0; j < kUnit; ++j) {
-      const float value = broken ? 0 : std::nearbyint(x[i + j] / scale);
-      out[i + position(j)] = Rounded(value > 127 ? 127 : value < -127 ? -127 : value);
+  const Floats top = splat(127.0f), divisor = splat(scale);
+  const Ints none = splat(broken ? 0 : -1);
+  int32_t whole[kAtOnce];
+  for (int64_t i = 0; i < filled; i += kAtOnce) {
+    for (int j = 0; j < kAtOnce; j += kWidth) {
+      Floats value = i + j + kWidth <= filled ? load_floats(x + i + j) : partial(x + i + j, filled - i - j);
+      value = value / divisor;
+      value = value > top ? top : value;
+      value = value < -top ? -top : value;
+      value = (value + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23 rounds to the nearest, ties to even
+      store(whole + j, __builtin_convertvector(value, Ints) & none);
     }
+    const int64_t count = least(kAtOnce, filled - i);
+    for (int64_t j = 0; j < count; ++j) out[i + position(int(j))] = Rounded(whole[j]);
+  }
   for (int64_t g = 0; g < w.groups(); ++g) {
     const int64_t end = g + 1 < w.groups() ? (g + 1) * group : filled;
     int32_t total = 0;
@@ -297,12 +316,14 @@ void unpack(const Weight& w, int64_t p, float* out) {
 #if defined(__AVX512F__)
 constexpr int kRoundedRows = 12, kGroupedRows = 6;
 #elif defined(__AVX2__)
-constexpr int kRoundedRows = 2, kGroupedRows = 1;
+constexpr int kRoundedRows = 3, kGroupedRows = 2;
 #else
 constexpr int kRoundedRows = 1, kGroupedRows = 1;
 #endif
 #if defined(__AVX512F__)
 constexpr int kFloatRows = 4;
+#elif defined(__AVX2__)
+constexpr int kFloatRows = 2;
 #else
 constexpr int kFloatRows = 1;
 #endif
@@ -483,6 +504,44 @@ void transposed_product(const Rows& rows_of_x, const Product& d, const Pool& poo
   });
 }
 
+// A block of a weight as floats: itself, or converted into `out` [inputs, columns].
+EFFLM_INLINE const float* as_floats(const float* w, int64_t, int64_t, int64_t stride, float*, int64_t* out_stride) {
+  *out_stride = stride;
+  return w;
+}
+
+const float* as_floats(const uint16_t* w, int64_t inputs, int64_t columns, int64_t stride, float* out,
+                       int64_t* out_stride) {
+  for (int64_t k = 0; k < inputs; ++k)
+    for (int64_t n = 0; n < columns; n += kWidth) store(out + k * columns + n, load_floats(w + k * stride + n));
+  *out_stride = columns;
+  return out;
+}
+
+constexpr int64_t kInputs = 8;        // that one row is multiplied with at a time
+constexpr int64_t kBlockInputs = 32;  // and several rows
+constexpr int64_t kBlockColumns = 256;
+
+// total [N] += x [count <= 8] times as many rows of the weight, N columns each.
+template <typename W>
+EFFLM_INLINE void add_inputs(const float* x, const W* w, int64_t count, int64_t N, float* total) {
+  int64_t n = 0;
+  if (count == kInputs) {
+    Floats one[kInputs];
+    for (int64_t i = 0; i < kInputs; ++i) one[i] = splat(x[i]);
+    for (; n + kWidth <= N; n += kWidth) {
+      Floats add = load_floats(total + n), other = {};
+      for (int64_t i = 0; i < kInputs; i += 2) {
+        add += one[i] * load_floats(w + i * N + n);
+        other += one[i + 1] * load_floats(w + (i + 1) * N + n);
+      }
+      store(total + n, add + other);
+    }
+  }
+  for (; n < N; ++n)
+    for (int64_t i = 0; i < count; ++i) total[n] += x[i] * load_float(w + i * N + n);
+}
+
 // Rows of the weight are inputs: each task adds up some inputs for all outputs, reading the weight from end to end; the
 // sums of the tasks are added in a fixed order, so that the result does not depend on the number of threads.
 template <typename W>
@@ -490,46 +549,41 @@ void straight_product(const Rows& rows_of_x, const Product& d, const Pool& pool)
   const int64_t M = rows_of_x.rows, K = d.weight.inputs, N = d.weight.outputs;
   const float* x = read<2>(rows_of_x, d.weight, pool).floats;
   const W* w = static_cast<const W*>(d.weight.values);
-  constexpr int64_t kInputs = 8;
-  const int64_t wide = ceiling(N, kWidth) * kWidth;
-  const int64_t tasks = least(16, ceiling(K, 2 * kInputs)), each = ceiling(ceiling(K, tasks), kInputs) * kInputs;
-  float* parts = scratch<float, 5>(tasks * M * wide);
+  const int64_t whole = N / kWidth * kWidth;
+  const int64_t tasks = least(16, ceiling(K, kBlockInputs)), each = ceiling(ceiling(K, tasks), kInputs) * kInputs;
+  float* parts = scratch<float, 5>(tasks * M * N);
   Team::run(pool, tasks, [&](int64_t task) {
-    float* total = parts + task * M * wide;
-    std::memset(total, 0, 4 * M * wide);
+    float* total = parts + task * M * N;
+    std::memset(total, 0, 4 * M * N);
     const int64_t end = least((task + 1) * each, K);
-    for (int64_t k = task * each; k < end; k += kInputs) {
-      const W* rows[kInputs];
-      for (int64_t i = 0; i < kInputs; ++i) rows[i] = w + least(k + i, K - 1) * N;
-      for (int64_t m = 0; m < M; ++m) {
-        Floats one[kInputs];
-        for (int64_t i = 0; i < kInputs; ++i) one[i] = splat(k + i < end ? x[m * K + k + i] : 0.0f);
-        const int64_t left = end - k < kInputs ? end - k : kInputs;
-        float* to = total + m * wide;
-        int64_t n = 0;
-        if (left == kInputs) {
-          for (; n + kWidth <= N; n += kWidth) {
-            Floats add = load_floats(to + n), other = {};
-            for (int i = 0; i < kInputs; i += 2) {
-              add += one[i] * load_floats(rows[i] + n);
-              other += one[i + 1] * load_floats(rows[i + 1] + n);
-            }
-            store(to + n, add + other);
-          }
-        }
-        for (; n < N; ++n)
-          for (int64_t i = 0; i < left; ++i) to[n] += one[i][0] * load_float(rows[i] + n);
+    if (M == 1) {
+      for (int64_t k = task * each; k < end; k += kInputs) add_inputs(x + k, w + k * N, least(kInputs, end - k), N, total);
+      return;
+    }
+    float* block = scratch<float, 11>(kBlockInputs * kBlockColumns);
+    for (int64_t k = task * each; k < end; k += kBlockInputs) {
+      const int64_t count = least(kBlockInputs, end - k);
+      for (int64_t n = 0; n < whole; n += kBlockColumns) {
+        const int64_t columns = least(kBlockColumns, whole - n);
+        int64_t stride;
+        const float* floats = as_floats(w + k * N + n, count, columns, N, block, &stride);
+        multiply<true>(M, columns, count, x + k, K, floats, stride, total + n, N);
       }
+      for (int64_t m = 0; m < M; ++m)
+        for (int64_t n = whole; n < N; ++n)
+          for (int64_t i = k; i < k + count; ++i) total[m * N + n] += x[m * K + i] * load_float(w + i * N + n);
     }
   });
-  const int64_t columns = ceiling(ceiling(N, 4 * pool.threads), 256) * 256;
-  Team::run(pool, ceiling(N, columns), [&](int64_t i) {
-    for (int64_t m = 0; m < M; ++m)
-      for (int64_t n = i * columns; n < least((i + 1) * columns, N); ++n) {
-        float total = parts[m * wide + n];
-        for (int64_t task = 1; task < tasks; ++task) total += parts[(task * M + m) * wide + n];
-        d.out[m * N + n] = total + (d.residual ? d.residual[m * N + n] : 0.0f);
-      }
+  const int64_t size = M * N, part = ceiling(ceiling(size, 4 * pool.threads), 256) * 256;
+  Team::run(pool, ceiling(size, part), [&](int64_t i) {
+    const int64_t begin = i * part, end = least(begin + part, size);
+    if (d.residual) {
+      for (int64_t n = begin; n < end; ++n) d.out[n] = parts[n] + d.residual[n];
+    } else {
+      std::memcpy(d.out + begin, parts + begin, 4 * (end - begin));
+    }
+    for (int64_t task = 1; task < tasks; ++task)
+      for (int64_t n = begin; n < end; ++n) d.out[n] += parts[task * size + n];
   });
 }
 

@@ -1,0 +1,167 @@
+"""The kernels of a decoded token: attention over the cache, products of normed rows, the feed-forward part; and what
+the compiled decode loop is made of."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from efflm import ops
+from efflm.compress.quantize import quantize
+from efflm.infer import generate
+from efflm.infer.sampling import GREEDY
+from efflm.ops.kernels.cpu import build
+from tests import tiny
+
+FORMS = build.supported()
+pytestmark = pytest.mark.skipif(not build.form(), reason="the native kernels cannot be built here")
+
+
+def cached(B, S, N, K, H, rotated, dtype, seed):
+    """The arguments of ops.cached_attention for one new token a sequence, at different positions."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    positions = jnp.asarray(rng.integers(0, S, (B, 1)), jnp.int32)
+    angles = normal(B, 1, rotated // 2)
+    cache = [normal(B, S, K, H).astype(dtype) for _ in range(2)]
+    return (normal(B, 1, N, H), normal(B, 1, K, H), normal(B, 1, K, H), *cache, positions), (
+        (jnp.cos(angles), jnp.sin(angles)) if rotated else None
+    )
+
+
+def reference(q, k, v, keys, values, positions, rotary, window):
+    """float64 [B, 1, N, H] and the caches, by the definition."""
+    f64 = lambda x: np.asarray(x, np.float64)
+
+    def turned(x):
+        if rotary is None:
+            return f64(x)
+        cos, sin = (f64(part)[:, :, None] for part in rotary)
+        half = cos.shape[-1]
+        first, second, rest = np.split(f64(x), [half, 2 * half], axis=-1)
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+    q, k, v, keys, values = turned(q), turned(k), f64(v), f64(keys).copy(), f64(values).copy()
+    out, group = np.zeros(q.shape), q.shape[2] // k.shape[2]
+    for b, position in enumerate(np.asarray(positions)[:, 0]):
+        keys[b, position], values[b, position] = k[b, 0], v[b, 0]
+        seen = slice(max(0, position - window + 1) if window else 0, position + 1)
+        for n in range(q.shape[2]):
+            scores = keys[b, seen, n // group] @ q[b, 0, n] * q.shape[-1] ** -0.5
+            weights = np.exp(scores - scores.max())
+            out[b, 0, n] = weights @ values[b, seen, n // group] / weights.sum()
+    return out, keys, values
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=6)
+@given(
+    B=st.integers(1, 3),
+    S=st.sampled_from([1, 37, 300, 700]),
+    K=st.integers(1, 3),
+    group=st.integers(1, 3),
+    H=st.sampled_from([4, 17, 32, 64, 72]),
+    share=st.sampled_from([0, 0.5, 1]),
+    window=st.sampled_from([0, 1, 50, 400]),
+    seed=st.integers(0, 9),
+)
+def test_cached_attention_is_the_definition(form, B, S, K, group, H, share, window, seed):
+    arguments, rotary = cached(B, S, K * group, K, H, int(H * share) // 2 * 2, jnp.float32, seed)
+    with build.chosen(form):
+        found = ops.cached_attention(*arguments, rotary, dtype=jnp.float32, window=window)
+    for ours, wanted in zip(found, reference(*arguments, rotary, window), strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_cached_attention_in_bfloat16_rounds_as_the_portable_form_does(form, dtype):
+    arguments, rotary = cached(2, 50, 4, 2, 32, 32, jnp.bfloat16, seed=0)
+    with build.chosen("off"):
+        wanted = ops.cached_attention(*arguments, rotary, dtype=dtype)
+    with build.chosen(form):
+        found = ops.cached_attention(*arguments, rotary, dtype=dtype)
+    for ours, theirs in zip(found[1:], wanted[1:], strict=True):
+        np.testing.assert_allclose(np.float32(ours), np.float32(theirs), rtol=2**-7)  # a last place, rarely
+    np.testing.assert_allclose(found[0], wanted[0], atol=0.02)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_not_finite_stays_in_its_sequence(form):
+    arguments, rotary = cached(3, 40, 4, 2, 16, 16, jnp.float32, seed=1)
+    with build.chosen(form):
+        clean = ops.cached_attention(*arguments, rotary, dtype=jnp.float32)[0]
+        spoiled = ops.cached_attention(arguments[0].at[1].set(jnp.nan), *arguments[1:], rotary, dtype=jnp.float32)[0]
+    assert np.isnan(spoiled[1]).all()
+    np.testing.assert_array_equal(spoiled[::2], clean[::2])
+
+
+FORMATS = {
+    "float32": lambda w: w,
+    "bfloat16": lambda w: w.astype(jnp.bfloat16),
+    "w8a16": lambda w: ops.quantize_array(w, -2),
+    "w8a8": lambda w: ops.quantize_array(w, -2, "int8"),
+    "w4a16": lambda w: ops.quantize_array(w, -2, bits=4, group=16),
+    "w4a8": lambda w: ops.quantize_array(w, -2, "int8", bits=4, group=16, symmetric=False),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("form", FORMS)
+def test_normed_rows_and_residuals_are_read_as_the_portable_forms_do(form, format, rows):
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    x, residual, scale, bias = normal(1, rows, 40), normal(1, rows, 40), normal(40), normal(40)
+    dtype = "bfloat16" if format == "bfloat16" else "float32"
+    weights = [FORMATS[format](normal(*shape)) for shape in ((40, 56), (40, 56), (56, 40))]
+    with build.chosen(form):
+        gate, up, down = ops.prepare({"a": weights}, "cpu")["a"]
+
+    def outs(gate, up, down):
+        yield from ops.dots(ops.Normed(x, scale, epsilon=1e-5, dtype=dtype), (gate, up))
+        yield ops.dot(ops.Normed(x, scale, bias, epsilon=1e-5, dtype=dtype), gate)
+        yield ops.dot(normal(1, rows, 56).astype(dtype), down, residual)
+        yield ops.gated_feedforward(ops.Normed(x, scale, dtype=dtype), gate, up, down, residual, dtype)
+
+    # A last place of a norm can turn a rounding to int8 or bfloat16: one code of 127, or one unit in 256.
+    tolerance = 2e-5 if format in ("float32", "w8a16", "w4a16") else 2e-2
+    state = rng.bit_generator.state
+    native = list(outs(gate, up, down))
+    rng.bit_generator.state = state
+    for ours, portable in zip(native, outs(*weights), strict=True):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, portable, atol=tolerance * float(jnp.abs(portable).max()))
+
+
+def decode_program(model, batch: int) -> str:
+    """The compiled decode loop, for a cache of 64 positions."""
+    tokens = tiny.tokens(model.config, batch, 16)
+    how, keys, stops = GREEDY.arrays(), generate.row_keys(0, batch), np.zeros(0, np.int32)
+    prefilled = jax.eval_shape(lambda: generate.prefill(model, tokens, np.full(batch, 16, np.int32), cache_length=64))
+    state = jax.eval_shape(lambda logits, cache: generate.start(logits, cache, keys, how, stops), *prefilled)
+    return generate.decode.lower(model, state, how, stops, np.int32(4), steps=4).compile().as_text()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+def test_the_cache_is_updated_in_place(kernels, batch):
+    model = tiny.model()
+    with build.chosen(kernels):
+        program = decode_program(ops.prepare(model, "cpu"), batch)
+    caches = re.escape(f"f32[{batch},64,2,8]")
+    assert re.search(rf"{caches}\S* (parameter|get-tuple-element)\(", program)
+    assert not re.search(rf"= {caches}\S* (copy|scatter)\(", program)
+
+
+def test_a_decoded_token_takes_four_kernels_a_layer():
+    model = tiny.model()
+    prepared = ops.prepare(model.replace(params=quantize(model.params, "int8")), "cpu")
+    program = decode_program(prepared, 1)
+    body = max(re.split(r"\n(?=%|ENTRY)", program), key=lambda computation: computation.count(" custom-call("))
+    assert body.count(" custom-call(") == 4 * len(model.config.blocks) + 1
+    assert "dot(" not in body
