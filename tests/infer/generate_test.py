@@ -163,7 +163,7 @@ def test_every_phase_is_traced_inside_the_mesh_of_the_weights(monkeypatch):
     mesh = sharding.make_mesh(fsdp=2, tensor=4)
     spread = model.replace(params=jax.device_put(model.params, sharding.shardings(model.params, mesh)))
     attended, constrained, here = [], [], jax.sharding.get_abstract_mesh
-    attention, constraint = ops.attention, jax.lax.with_sharding_constraint
+    attention, constraint = ops.cached_attention, jax.lax.with_sharding_constraint
 
     def seen_attention(q_BTNH, *args, **inputs):
         attended.append((q_BTNH.shape[1], here().shape))
@@ -173,7 +173,7 @@ def test_every_phase_is_traced_inside_the_mesh_of_the_weights(monkeypatch):
         constrained.append(x.shape)
         return constraint(x, spec)
 
-    monkeypatch.setattr(ops, "attention", seen_attention)
+    monkeypatch.setattr(ops, "cached_attention", seen_attention)
     monkeypatch.setattr(jax.lax, "with_sharding_constraint", seen_constraint)
     generate(spread, [[1, 2, 3]] * 4, 3)
     assert {length for length, _ in attended} == {16, 1}
