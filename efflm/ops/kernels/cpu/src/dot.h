@@ -134,11 +134,19 @@ EFFLM_INLINE Floats partial(const float* x, int64_t count) {
   return load_floats(some);
 }
 
-constexpr int kAtOnce = kWidth > kUnit ? kWidth : kUnit;  // entries rounded at a time
+// Rounded rows lie in tiles of `tile` rows, side by side: of every 4 inputs those of the first row, of the second, ...
+// so that products with a tile read its rows at fixed distances.
+struct Tiles {
+  int64_t rows, tile, filled;
 
-// One row, filled up with zeros, to int8: see round_to_int8 in qarray.py. A row that is not finite gets the scale NaN.
-// sums: of the entries of each group.
-void round_row(const Weight& w, const float* x, Rounded* out, float* row_scale, int32_t* sums) {
+  int64_t tile_of(int64_t row) const { return least(tile, rows - row / tile * tile); }
+  int64_t start(int64_t row) const { return row / tile * tile * filled + row % tile * 4; }
+};
+
+// Row `row`, filled up with zeros, to int8: see round_to_int8 in qarray.py. A row that is not finite gets the scale
+// NaN. sums: of the entries of each group.
+void round_row(const Weight& w, const float* x, const Tiles& tiles, int64_t row, Rounded* out, float* row_scale,
+               int32_t* sums) {
   const int64_t filled = w.filled(), group = w.group ? w.group : filled;
   float absmax;
   int32_t most = 0;
@@ -152,55 +160,62 @@ void round_row(const Weight& w, const float* x, Rounded* out, float* row_scale, 
   *row_scale = broken ? std::numeric_limits<float>::quiet_NaN() : scale;
   const Floats top = splat(127.0f), divisor = splat(scale);
   const Ints none = splat(broken ? 0 : -1);
-  int32_t whole[kAtOnce];
-  for (int64_t i = 0; i < filled; i += kAtOnce) {
-    for (int j = 0; j < kAtOnce; j += kWidth) {
-      Floats value = i + j + kWidth <= filled ? load_floats(x + i + j) : partial(x + i + j, filled - i - j);
-      value = value / divisor;
-      value = value > top ? top : value;
-      value = value < -top ? -top : value;
-      value = (value + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23 rounds to the nearest, ties to even
-      store(whole + j, __builtin_convertvector(value, Ints) & none);
-    }
-    const int64_t count = least(kAtOnce, filled - i);
-    for (int64_t j = 0; j < count; ++j) out[i + position(int(j))] = Rounded(whole[j]);
+  int32_t* whole = scratch<int32_t, 0>(filled + kWidth);
+  for (int64_t i = 0; i < filled; i += kWidth) {
+    Floats value = i + kWidth <= filled ? load_floats(x + i) : partial(x + i, filled - i);
+    value = value / divisor;
+    value = value > top ? top : value;
+    value = value < -top ? -top : value;
+    value = (value + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23 rounds to the nearest, ties to even
+    store(whole + i, __builtin_convertvector(value, Ints) & none);
   }
   for (int64_t g = 0; g < w.groups(); ++g) {
     const int64_t end = g + 1 < w.groups() ? (g + 1) * group : filled;
     int32_t total = 0;
-    for (int64_t i = g * group; i < end; ++i) total += out[i];
+    for (int64_t i = g * group; i < end; ++i) total += whole[i];
     sums[g] = total;
   }
+  Rounded* to = out + tiles.start(row);
+  const int64_t step = 4 * tiles.tile_of(row);
+  for (int64_t i = 0; i < filled; i += 4, to += step)
+    for (int j = 0; j < 4; ++j) to[position(j)] = Rounded(whole[i + j]);
 }
 
-// out [R, a panel] of rounded rows. Rows of x are `filled` apart, sums `groups`.
+// How many sums of its own an output gets, so that a processor need not wait for one to be added to the next.
+constexpr int chains(int tile_vectors) { return tile_vectors >= 8 ? 1 : 8 / tile_vectors; }
+
+// out [R, a panel] of a tile of R rounded rows.
 template <int Bits, int R>
 void rounded_tile(const Weight& w, int64_t p, const Rounded* x, const float* row_scales, const int32_t* sums, float* out) {
-  constexpr int kStep = Bits == 8 ? 4 : 8, kBias = Bits == 8 ? 128 : 8;
+  constexpr int kStep = Bits == 8 ? 4 : 8, kBias = Bits == 8 ? 128 : 8, kChains = chains(R * kVectors);
   const int64_t groups = w.groups(), filled = w.filled(), padded = w.panels() * kPanel;
   const int64_t group = groups > 1 ? w.group : filled;
   const uint8_t* panel = w.panel(p);
   Floats total[R][kVectors] = {};
   for (int64_t g = 0; g < groups; ++g) {
-    Ints part[R][kVectors];
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < kVectors; ++c) part[r][c] = Ints{};
+    Ints part[kChains][R][kVectors] = {};
     const int64_t end = g + 1 < groups ? (g + 1) * group : filled;
-    const uint8_t* bytes = panel + g * group / kStep * (4 * kPanel);
-    for (int64_t k = g * group; k < end; k += kStep, bytes += 4 * kPanel) {
+    int64_t k = g * group;
+    const uint8_t* bytes = panel + k / kStep * (4 * kPanel);
+    auto step = [&](int chain) {
       for (int c = 0; c < kVectors; ++c) {
         const Ints words = load<Ints>(bytes + c * 4 * kWidth);
-        if constexpr (Bits == 8) {
-          for (int r = 0; r < R; ++r) part[r][c] = multiply_bytes(part[r][c], words, x + r * filled + k);
-        } else {
-          const Ints low = words & 0x0f0f0f0f, high = words >> 4 & 0x0f0f0f0f;
-          for (int r = 0; r < R; ++r) {
-            part[r][c] = multiply_bytes(part[r][c], low, x + r * filled + k);
-            part[r][c] = multiply_bytes(part[r][c], high, x + r * filled + k + 4);
+        for (int r = 0; r < R; ++r) {
+          Ints& sum = part[chain][r][c];
+          if constexpr (Bits == 8) {
+            sum = multiply_bytes(sum, words, x + k * R + 4 * r);
+          } else {
+            sum = multiply_bytes(sum, words & 0x0f0f0f0f, x + k * R + 4 * r);
+            sum = multiply_bytes(sum, words >> 4 & 0x0f0f0f0f, x + (k + 4) * R + 4 * r);
           }
         }
       }
-    }
+      k += kStep;
+      bytes += 4 * kPanel;
+    };
+    while (k + kChains * kStep <= end)
+      for (int chain = 0; chain < kChains; ++chain) step(chain);
+    while (k < end) step(0);
     for (int c = 0; c < kVectors; ++c) {
       const int64_t at = g * padded + p * kPanel + c * kWidth;
       const Floats scale = load_floats(w.scale + at);
@@ -208,7 +223,9 @@ void rounded_tile(const Weight& w, int64_t p, const Rounded* x, const float* row
       if (w.zeros)
         for (int i = 0; i < kWidth; ++i) zero[i] += w.zeros[at + i];
       for (int r = 0; r < R; ++r) {
-        const Floats exact = to_floats(part[r][c] - zero * splat(sums[r * groups + g]));
+        Ints sum = part[0][r][c];
+        for (int chain = 1; chain < kChains; ++chain) sum += part[chain][r][c];
+        const Floats exact = to_floats(sum - zero * splat(sums[r * groups + g]));
         // In the order of the portable form, so that the two agree to the last bit or nearly.
         if (groups == 1) {
           total[r][c] = exact * splat(row_scales[r]) * scale;
@@ -247,17 +264,13 @@ EFFLM_INLINE Ints flip(Ints words) {
 // out [R, a panel] of rows of floats; sums [R, groups]: of the entries of x.
 template <int Bits, int R>
 void float_tile(const Weight& w, int64_t p, const float* x, const float* sums, float* out) {
-  constexpr int kStep = Bits == 8 ? 4 : 8;
+  constexpr int kStep = Bits == 8 ? 4 : 8, kMost = chains(R * kVectors), kChains = kMost < 4 ? kMost : 4;
   const int64_t groups = w.groups(), filled = w.filled(), padded = w.panels() * kPanel;
   const int64_t group = groups > 1 ? w.group : filled;
   const uint8_t* panel = w.panel(p);
-  Floats total[R][kVectors];
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < kVectors; ++c) total[r][c] = Floats{};
+  Floats total[R][kVectors] = {};
   for (int64_t g = 0; g < groups; ++g) {
-    Floats part[R][kVectors];
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < kVectors; ++c) part[r][c] = Floats{};
+    Floats part[kChains][R][kVectors] = {};
     const int64_t end = g + 1 < groups ? (g + 1) * group : filled;
     const uint8_t* bytes = panel + g * group / kStep * (4 * kPanel);
     for (int64_t k = g * group; k < end; k += kStep, bytes += 4 * kPanel) {
@@ -265,7 +278,7 @@ void float_tile(const Weight& w, int64_t p, const float* x, const float* sums, f
         const Ints flipped = flip<Bits>(load<Ints>(bytes + c * 4 * kWidth));
         for (int j = 0; j < kStep; ++j) {
           const Floats codes = code<Bits>(flipped, j);
-          for (int r = 0; r < R; ++r) part[r][c] += codes * splat(x[r * filled + k + j]);
+          for (int r = 0; r < R; ++r) part[j % kChains][r][c] += codes * splat(x[r * filled + k + j]);
         }
       }
     }
@@ -276,9 +289,10 @@ void float_tile(const Weight& w, int64_t p, const float* x, const float* sums, f
       if (w.zeros)
         for (int i = 0; i < kWidth; ++i) zero[i] = w.zeros[at + i];
       for (int r = 0; r < R; ++r) {
-        const Floats centered =
-            w.zeros ? part[r][c] - to_floats(zero) * splat(sums[r * groups + g]) : part[r][c];
-        total[r][c] += centered * scale;
+        Floats sum = part[0][r][c];
+        for (int chain = 1; chain < kChains; ++chain) sum += part[chain][r][c];
+        if (w.zeros) sum -= to_floats(zero) * splat(sums[r * groups + g]);
+        total[r][c] += sum * scale;
       }
     }
   }
@@ -368,7 +382,7 @@ void float_rows(int64_t rows, const Weight& w, int64_t p, const float* x, const 
 // x as the products with a weight read it.
 struct Read {
   const float* floats = nullptr;  // [rows, filled]
-  const Rounded* rounded = nullptr;
+  const Rounded* rounded = nullptr;  // in Tiles
   const float* row_scales = nullptr;
   const int32_t* sums = nullptr;  // [rows, groups], of rounded entries
   const float* float_sums = nullptr;
@@ -390,12 +404,13 @@ Read read(const Rows& x, const Weight& w, const Pool& pool) {
   float* row_scales = w.round_x ? scratch<float, Use + 1>(M) : nullptr;
   int32_t* integer_sums = w.round_x ? scratch<int32_t, Use>(M * groups) : nullptr;
   float* float_sums = sums ? scratch<float, Use + 2>(M * groups) : nullptr;
+  const Tiles tiles = {M, groups > 1 ? kGroupedRows : kRoundedRows, filled};
   const int64_t part = ceiling(M, M > 16 ? 4 * pool.threads : 1);
   Team::run(pool, ceiling(M, part), [&](int64_t i) {
     for (int64_t m = i * part; m < least((i + 1) * part, M); ++m) {
       float* row = w.round_x ? scratch<float, 0>(filled) : floats + m * filled;
       read_row(x, m, filled, row);
-      if (w.round_x) round_row(w, row, rounded + m * filled, row_scales + m, integer_sums + m * groups);
+      if (w.round_x) round_row(w, row, tiles, m, rounded, row_scales + m, integer_sums + m * groups);
       for (int64_t g = 0; sums && g < groups; ++g) {
         const int64_t end = g + 1 < groups ? (g + 1) * w.group : filled;
         float total = 0;
