@@ -48,7 +48,9 @@ def _portable(q_BTNH, k_BTKH, v_BTKH, keys_BSKH, values_BSKH, positions_BT, rota
     keys_BSKH = _write(keys_BSKH, k_BTKH.astype(dtype), start_B, whole)
     values_BSKH = _write(values_BSKH, v_BTKH.astype(dtype), start_B, whole)
     read = lambda x: x.astype(dtype)
-    out_BTNH = attention(read(q_BTNH), read(keys_BSKH), read(values_BSKH), slots_BT=positions_BT, window=window)
+    out_BTNH = attention(
+        read(q_BTNH), read(keys_BSKH), read(values_BSKH), slots_BT=positions_BT, window=window, whole=whole
+    )
     return out_BTNH, keys_BSKH, values_BSKH
 
 

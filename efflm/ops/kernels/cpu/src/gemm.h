@@ -15,8 +15,9 @@ constexpr int kTileRows = 4;
 #endif
 constexpr int kTileColumns = 2 * kWidth;  // of one register tile
 
-// out [R, C vectors] (+)= x [R, depth] @ b [depth, C vectors], rows `x_stride`, `b_stride` and `out_stride` apart.
-template <int R, int C, bool Add>
+// out [R, C vectors] (+)= x [R, depth] @ b [depth, C vectors], whose rows are x_stride, b_stride and out_stride apart.
+// Across: x is stored [depth, R].
+template <int R, int C, bool Add, bool Across>
 EFFLM_INLINE void tile(const float* x, int64_t x_stride, const float* b, int64_t b_stride, int64_t depth, float* out,
                        int64_t out_stride) {
   Floats total[R][C];
@@ -26,7 +27,7 @@ EFFLM_INLINE void tile(const float* x, int64_t x_stride, const float* b, int64_t
     Floats column[C];
     for (int c = 0; c < C; ++c) column[c] = load_floats(b + k * b_stride + c * kWidth);
     for (int r = 0; r < R; ++r) {
-      const Floats each = splat(x[r * x_stride + k]);
+      const Floats each = splat(Across ? x[k * x_stride + r] : x[r * x_stride + k]);
       for (int c = 0; c < C; ++c) total[r][c] += each * column[c];
     }
   }
@@ -34,32 +35,33 @@ EFFLM_INLINE void tile(const float* x, int64_t x_stride, const float* b, int64_t
     for (int c = 0; c < C; ++c) store(out + r * out_stride + c * kWidth, total[r][c]);
 }
 
-template <int C, bool Add, int R = kTileRows>
+template <int C, bool Add, bool Across, int R = kTileRows>
 EFFLM_INLINE void tile_rows(int64_t rows, const float* x, int64_t x_stride, const float* b, int64_t b_stride,
                             int64_t depth, float* out, int64_t out_stride) {
   if constexpr (R > 0) {
     if (rows == R) {
-      tile<R, C, Add>(x, x_stride, b, b_stride, depth, out, out_stride);
+      tile<R, C, Add, Across>(x, x_stride, b, b_stride, depth, out, out_stride);
     } else {
-      tile_rows<C, Add, R - 1>(rows, x, x_stride, b, b_stride, depth, out, out_stride);
+      tile_rows<C, Add, Across, R - 1>(rows, x, x_stride, b, b_stride, depth, out, out_stride);
     }
   }
 }
 
-// out [rows, columns] (+)= x [rows, depth] @ b [depth, columns]; columns: a multiple of kWidth.
-template <bool Add>
+// out [rows, columns] (+)= x [rows, depth] @ b [depth, columns]; columns: a multiple of kWidth. Across: x is stored
+// [depth, rows].
+template <bool Add, bool Across = false>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const float* x, int64_t x_stride, const float* b,
               int64_t b_stride, float* out, int64_t out_stride) {
   for (int64_t n = 0; n < columns; n += kTileColumns) {
     const bool whole = columns - n >= kTileColumns;
     for (int64_t m = 0; m < rows; m += kTileRows) {
       const int64_t some = rows - m < kTileRows ? rows - m : kTileRows;
-      const float *from = x + m * x_stride, *block = b + n;
+      const float *from = Across ? x + m : x + m * x_stride, *block = b + n;
       float* to = out + m * out_stride + n;
       if (whole) {
-        tile_rows<2, Add>(some, from, x_stride, block, b_stride, depth, to, out_stride);
+        tile_rows<2, Add, Across>(some, from, x_stride, block, b_stride, depth, to, out_stride);
       } else {
-        tile_rows<1, Add>(some, from, x_stride, block, b_stride, depth, to, out_stride);
+        tile_rows<1, Add, Across>(some, from, x_stride, block, b_stride, depth, to, out_stride);
       }
     }
   }
