@@ -21,8 +21,8 @@ def parse(argv: list[str], **groups: Any) -> dict[str, Any]:
     """Parse argv[1:] into copies of the given dataclass instances, whose values are the defaults.
 
     The groups named `run` and `machine` have bare flags (--seed); any other has its name before each (--train.steps).
-    A group given as a class comes back as a dict of just the fields the user set. Raises InputError for anything that does not
-    parse or validate, and HelpWanted.
+    A group given as a class comes back as a dict of just the fields the user set. Raises InputError for anything that
+    does not parse or validate, and HelpWanted.
     """
     values = flags.FlagValues()
     flags.DEFINE_boolean("help", False, "", flag_values=values, short_name="h")

@@ -79,11 +79,13 @@ def dot(x: Any, w: Any, residual: jax.Array | None = None) -> jax.Array:
 def dots(x: Any, weights: Sequence[Any], residual: jax.Array | None = None) -> list[jax.Array]:
     """`dot` with each of several weights, which may be one kernel."""
     out = cpu.dots(x, weights, residual)
-    if out is None:
-        x = normalize(x)
-        out = [_product(x, w, transpose=False) for w in weights]
-        out = out if residual is None else [residual + each for each in out]
-    return out
+    if out is not None:
+        return out
+    x = normalize(x)
+    if len(weights) > 1:  # some may still have a kernel
+        return [dot(x, w, residual) for w in weights]
+    out = [_product(x, w, transpose=False) for w in weights]
+    return out if residual is None else [residual + each for each in out]
 
 
 def dot_transposed(x: Any, w: Any) -> jax.Array:

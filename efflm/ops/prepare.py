@@ -22,7 +22,7 @@ def prepare(model: Any, platform: str) -> Any:
 
     def one(path: str, leaf: Any) -> Any:
         arrays = jax.tree.leaves(leaf)
-        if leaf.ndim != 2 or not all(isinstance(x, jax.Array) and len(x.sharding.device_set) == 1 for x in arrays):
+        if leaf.ndim != 2 or 0 in leaf.shape or not all(isinstance(x, jax.Array) and len(x.sharding.device_set) == 1 for x in arrays):
             return leaf
         if isinstance(leaf, QArray):
             return cpu.panels(leaf, form) if cpu.takes(leaf) else leaf

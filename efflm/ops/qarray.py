@@ -105,10 +105,7 @@ def rounded_rows(x: jax.Array, activation_scale: jax.Array | None) -> tuple[jax.
     """
     x = x.astype(jnp.float32)
     absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    if activation_scale is None:
-        scale = _symmetric_scale(absmax, 127)
-    else:
-        scale = activation_scale.reshape((1,) * x.ndim)
+    scale = _symmetric_scale(absmax, 127) if activation_scale is None else activation_scale.reshape((1,) * x.ndim)
     values = jnp.clip(jnp.round(x / scale), -127, 127).astype(jnp.int8)
     return values, jnp.where(jnp.isfinite(absmax), scale, jnp.nan)
 

@@ -1,4 +1,4 @@
-"""The native CPU kernels in every form that this processor runs: against float64 numpy, and against the portable form."""
+"""The native CPU kernels in every form that this processor runs, and the portable form, against float64 numpy."""
 
 import functools
 
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from efflm import ops
 from efflm.ops.kernels.cpu import build
 from efflm.ops.kernels.cpu import dot as cpu
+from efflm.ops.norm import Normed
 from efflm.ops.packing import pack
 from efflm.ops.qarray import QArray
 
@@ -134,14 +135,14 @@ def test_dense_weights_against_float64(kinds, K, N, transposed, dtypes, seed):
     prepared = ops.prepare({"w": w}, "cpu")["w"]
     matrix = np.float64(w).T if transposed else np.float64(w)
     few = len(kinds) <= cpu.FEW_ROWS[str(w.dtype)]
-    assert (cpu.dense(x, prepared, transposed) is not None) == few
+    assert (cpu.dots(x, (prepared,), transposed=transposed) is not None) == few
     require_close(product(x, prepared, transposed), x, w, matrix, np.abs(matrix))
 
 
 def test_bfloat16_rows_times_float32_weights_are_left_to_xla():
     x, w = jnp.ones((1, 8), jnp.bfloat16), jnp.full((8, 3), 1.001)
     prepared = ops.prepare({"w": w}, "cpu")["w"]
-    assert cpu.dense(x, prepared, False) is None
+    assert cpu.dots(x, (prepared,)) is None
     np.testing.assert_array_equal(ops.dot(x, prepared), ops.dot(x, w))
 
 
@@ -192,6 +193,35 @@ def test_sums_of_the_most_inputs_fit(rng):
     assert not cpu.takes(w.replace(values=np.zeros((K + 1, 1), np.int8), size=K + 1))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_norm_several_weights_and_residual_in_one_call(dtype, biased, rng):
+    K, N = 83, 45
+    weights, matrices = zip(*[drawn_weight(rng, K, n, False, bits=bits)[:2] for n, bits in ((N, 8), (N, 4), (20, 8))])
+    scale, bias = (jnp.asarray(rng.standard_normal(K), jnp.float32) for _ in range(2))
+    rows = jnp.asarray(rng.standard_normal((3, K)) + 1, jnp.float32)
+    x = Normed(rows, scale, bias if biased else None, 1e-5, dtype)
+    residual = jnp.asarray(rng.standard_normal((3, N)), jnp.float32)
+    prepared = [ops.prepare({"w": w}, "cpu")["w"] for w in weights]
+    wide = np.float64(rows) - (np.float64(rows).mean(-1, keepdims=True) if biased else 0)
+    wide = wide / np.sqrt(np.square(wide).mean(-1, keepdims=True) + 1e-5) * np.float64(scale)
+    wide += np.float64(bias) if biased else 0
+    off = 1e-5 if dtype == "float32" else 0.01
+    for out, matrix in zip(ops.dots(x, prepared), matrices):
+        np.testing.assert_allclose(out, wide @ matrix, atol=off * np.abs(wide @ matrix).max())
+    out = ops.dot(x, prepared[0], residual)
+    np.testing.assert_allclose(out, wide @ matrices[0] + residual, atol=off * np.abs(wide @ matrices[0]).max())
+
+
+def test_of_several_weights_each_takes_the_path_that_it_can(rng):
+    x = jnp.asarray(rng.standard_normal((40, 12)), jnp.float32)
+    w, matrix, _ = drawn_weight(rng, 12, 5, False)
+    dense = jnp.asarray(rng.standard_normal((12, 5)), jnp.float32)
+    prepared = ops.prepare({"a": w, "b": dense}, "cpu")
+    for out, wanted in zip(ops.dots(x, (prepared["a"], prepared["b"])), (matrix, np.float64(dense))):
+        np.testing.assert_allclose(out, np.float64(x) @ wanted, atol=1e-5 * np.abs(np.float64(x) @ wanted).max())
+
+
 def test_leading_axes_vmap_and_no_rows(form, rng):
     w, matrix, _ = drawn_weight(rng, 24, 10, False)
     prepared = ops.prepare({"w": w}, "cpu")["w"]
@@ -200,4 +230,4 @@ def test_leading_axes_vmap_and_no_rows(form, rng):
         np.testing.assert_allclose(out, np.float64(x) @ matrix, rtol=1e-4, atol=1e-3)
     assert ops.dot(x[:, :0], prepared).shape == (2, 0, 10)
     text = jax.jit(ops.dot).lower(x, prepared).as_text()
-    assert build.target("efflm_dot", form) in text
+    assert build.target("efflm_dots", form) in text

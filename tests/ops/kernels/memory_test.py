@@ -1,7 +1,6 @@
 """The native CPU kernels under the compiler's sanitizers: every program of memory/, in every form that runs here.
 
-A check of one more kernel is one more file there. Each takes some seconds to compile, so that what is not run every
-time is marked slow.
+A check of one more kernel is one more file there. Those of kernels take half a minute to compile and are slow tests.
 """
 
 import shutil
@@ -16,7 +15,6 @@ CHECKS = Path(__file__).parent / "memory"
 MEMORY = ("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize=null", "-fno-sanitize-recover=all")
 THREADS = ("-fsanitize=thread",)
 KERNELS = sorted(path.stem for path in CHECKS.glob("*.cc") if path.stem != "team")
-EVERY_TIME = build.supported()[0]
 
 
 def run_check(folder, name, form, sanitizers):
@@ -34,9 +32,8 @@ def run_check(folder, name, form, sanitizers):
     assert done.returncode == 0, (done.stdout + done.stderr)[:4000]
 
 
-@pytest.mark.parametrize(
-    "form", [form if form == EVERY_TIME else pytest.param(form, marks=pytest.mark.slow) for form in build.supported()]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("form", build.supported())
 @pytest.mark.parametrize("name", KERNELS)
 def test_no_kernel_leaves_its_memory(tmp_path, name, form):
     run_check(tmp_path, name, form, MEMORY)

@@ -159,10 +159,12 @@ def dots(
     transposed: dense weights are [N, K].
     """
     lead = x.shape[:-1]
-    if not all(_fits(x, w, math.prod(lead)) for w in weights) or 0 in (*lead, len(weights)):
+    if not weights or not all(_fits(x, w, math.prod(lead)) for w in weights):
         return None
     outputs = [w.outputs if isinstance(w, Panels) else w.shape[0 if transposed else 1] for w in weights]
     outs = [jax.ShapeDtypeStruct((*lead, each), jnp.float32) for each in outputs]
+    if 0 in lead:
+        return [jnp.zeros(out.shape, out.dtype) for out in outs]
     return list(_call("efflm_dots", x, weights, residual, transposed, outs))
 
 
