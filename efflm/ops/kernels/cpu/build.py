@@ -134,8 +134,8 @@ def _loaded(form: str) -> ctypes.CDLL:
                 partial = Path(scratch, name)
                 headers = ["-isystem", jax.ffi.include_dir()]
                 _output([compiler, *options, *headers, str(SOURCES / "kernels.cc"), "-o", str(partial)])
-                with partial.open("ab") as file:  # what follows the sections of a library is not loaded
-                    file.write(hashlib.sha256(partial.read_bytes()).digest())
+                content = partial.read_bytes()
+                partial.write_bytes(content + hashlib.sha256(content).digest())  # what follows the sections is not read
                 partial.rename(library)
         return ctypes.CDLL(str(library))
 
