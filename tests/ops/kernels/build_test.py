@@ -88,10 +88,9 @@ def test_a_compiler_that_fails_leaves_a_line_and_no_file(home, monkeypatch, tmp_
     ready = functools.cache(build.ready.__wrapped__)
     assert not ready("portable")
     assert not ready("portable")
-    first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("CPU kernels: compiling")
-    assert second.startswith(f"CPU kernels: {said}")
-    assert second.endswith("; the slower portable forms are used")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "compiling" not in line]
+    assert line.startswith(f"CPU kernels: {said}")
+    assert line.endswith("; the slower portable forms are used")
 
 
 def test_a_compiler_that_hangs_is_ended_with_what_it_started(home, monkeypatch, tmp_path):
