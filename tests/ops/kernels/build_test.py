@@ -75,6 +75,10 @@ def test_a_damaged_library_is_built_again(home, damage):
     [
         ("echo note >&2; echo 'k.cc:1: error: a' >&2; exit 1", "they could not be built (k.cc:1: error: a)"),
         ("echo 'ld: no space' >&2; exit 1", "they could not be built (ld: no space)"),
+        (
+            'test "$1" = --version || { for last; do :; done; echo half > "$last"; exit 1; }',
+            "they could not be built (the compiler failed)",
+        ),
         ("exit 3", "they could not be built (the compiler failed)"),
         ("kill -9 $$", "they could not be built (the compiler failed)"),
         ("exit 0", "they could not be built ("),  # and writes nothing

@@ -209,6 +209,8 @@ def test_norm_several_weights_and_residual_in_one_call(dtype, biased, rng):
     off = 1e-5 if dtype == "float32" else 0.01
     for out, matrix in zip(ops.dots(x, prepared), matrices):
         np.testing.assert_allclose(out, wide @ matrix, atol=off * np.abs(wide @ matrix).max())
+    text = jax.jit(ops.dots).lower(x, prepared).as_text()
+    assert (text.count("@efflm_dots"), text.count("rsqrt")) == (1, 0)
     out = ops.dot(x, prepared[0], residual)
     np.testing.assert_allclose(out, wide @ matrices[0] + residual, atol=off * np.abs(wide @ matrices[0]).max())
 

@@ -163,8 +163,6 @@ def dots(
         return None
     outputs = [w.outputs if isinstance(w, Panels) else w.shape[0 if transposed else 1] for w in weights]
     outs = [jax.ShapeDtypeStruct((*lead, each), jnp.float32) for each in outputs]
-    if 0 in lead:
-        return [jnp.zeros(out.shape, out.dtype) for out in outs]
     return list(_call("efflm_dots", x, weights, residual, transposed, outs))
 
 
