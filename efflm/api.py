@@ -127,8 +127,7 @@ def measure(
     score = Scoring(documents=documents, tokens=tokens, window=window, stride=stride).within(
         min(model.config.max_length for model in named.values()), first.about.get("train.length", 0), scored.unbroken
     )
-    platform = jax.default_backend()
-    here = {name: ops.prepare(sharding.on_one_device(model), platform) for name, model in named.items()}
+    here = {name: sharding.on_one_device(model) for name, model in named.items()}
     sizes = {name: ops.stored_nbytes(model.params, model.masks) for name, model in named.items()}
     notes = {name: _note(model) for name, model in named.items()}
     found = measured.compare(here, sizes, notes, scored, tokenizer, score, speed=speed)

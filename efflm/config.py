@@ -324,6 +324,18 @@ class MeshConfig:
         require(len(left) < 2, f"{' and '.join(left)} are -1, but only one axis can take the devices that are left")
 
 
+Kernels = Literal["auto", "avx512", "avx2", "portable", "off"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MachineConfig:
+    """This machine"""
+
+    kernels: Kernels = flag(
+        "auto", "form of the C++ kernels that CPUs run; auto: the best that the processor has; off: XLA's code alone"
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HostsConfig:
     """Several processes that run one program together; the scripts in launch/ set these"""

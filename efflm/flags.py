@@ -13,15 +13,16 @@ from typing import Any, Literal
 from absl import flags
 
 from efflm import helptext, hosts, signals, streams
-from efflm.config import HostsConfig, InputError, Stopped, require
+from efflm.config import HostsConfig, InputError, MachineConfig, Stopped, require
+from efflm.ops.kernels.cpu import build
 
 
 def parse(argv: list[str], **groups: Any) -> dict[str, Any]:
     """Parse argv[1:] into copies of the given dataclass instances, whose values are the defaults.
 
-    The group named `run` has bare flags (--seed); any other has its name before each (--train.steps). A group given
-    as a class comes back as a dict of just the fields the user set. Raises InputError for anything that does not
-    parse or validate, and HelpWanted.
+    The groups named `run` and `machine` have bare flags (--seed); any other has its name before each (--train.steps).
+    A group given as a class comes back as a dict of just the fields the user set. Raises InputError for anything that
+    does not parse or validate, and HelpWanted.
     """
     values = flags.FlagValues()
     flags.DEFINE_boolean("help", False, "", flag_values=values, short_name="h")
@@ -46,7 +47,7 @@ def parse(argv: list[str], **groups: Any) -> dict[str, Any]:
         raise InputError(" ".join(str(error).split())) from None
     require(not rest, f"unexpected argument {rest[0] if rest else ''!r}: flags are given as --name=value")
     if values.help or values.helpfull:
-        raise HelpWanted({_prefix(group): default for group, default in groups.items()}, values.helpfull)
+        raise HelpWanted([(_prefix(group), default) for group, default in groups.items()], values.helpfull)
     given = {name: _value(name, kind, values[name].value) for name, kind in kinds.items() if values[name].present}
     out = {}
     for group, default in groups.items():
@@ -66,7 +67,7 @@ class HelpWanted(Exception):
 
 
 def _prefix(group: str) -> str:
-    return "" if group == "run" else f"{group}."
+    return "" if group in ("run", "machine") else f"{group}."
 
 
 def _hint(name: str, known: list[str]) -> str:
@@ -116,7 +117,7 @@ def launch(main: Callable[..., None], doc: str, argv: list[str] | None = None, *
     permission), a stdout that takes nothing, memory that does not suffice, a machine that was lost, Ctrl-C. Anything
     else is our own bug and keeps its traceback. A run that was told to stop, and has left a checkpoint, says so and
     exits with code 0 or that of hosts.stopped. A group named `hosts` is not main's: it says which other processes this
-    one belongs to (efflm.hosts).
+    one belongs to (efflm.hosts). Nor are the flags of MachineConfig, which every program has.
     """
     argv = sys.argv if argv is None else argv
     several = any("hosts.coordinator" in arg for arg in argv[1:])  # the flags may be what is wrong: nothing is parsed
@@ -144,11 +145,12 @@ def _run(main: Callable[..., None], doc: str, argv: list[str], groups: dict[str,
     """The exit code of what ends well. Raises all else."""
     with signals.second_interrupt_ends():
         try:
-            given = parse(argv, **groups)
+            given = parse(argv, **groups, machine=MachineConfig())
         except HelpWanted as wanted:
             streams.show(helptext.text(doc, *wanted.args))
             return 0
         streams.require_signs()
+        build.choose(given.pop("machine").kernels)
         others = given.pop("hosts", HostsConfig())
         hosts.start(others)
         try:

@@ -13,21 +13,21 @@ WIDEST = 100  # a wider terminal is not filled: long lines are hard to read
 HOW = "Flags are given as --name=value; those that are true or false also as --name or --noname."
 
 
-def text(doc: str, groups: dict[str, Any], everything: bool = False) -> str:
-    """The help of a command. groups: {prefix of its flags: dataclass, or an instance that holds the defaults}.
+def text(doc: str, groups: list[tuple[str, Any]], everything: bool = False) -> str:
+    """The help of a command. groups: (prefix of the flags, dataclass or an instance that holds the defaults) of each.
 
     Flags that scripts set are left out unless `everything` is asked for.
     """
     width = min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns)
-    titles, entries, hidden = {}, {}, 0
-    for prefix, default in groups.items():
+    titles, entries, hidden = [], {}, 0
+    for prefix, default in groups:
         kind = default if isinstance(default, type) else type(default)
-        titles[prefix] = kind.__doc__.splitlines()[0].rstrip(".")
+        titles.append(kind.__doc__.splitlines()[0].rstrip("."))
         for field in dataclasses.fields(default):
             if field.metadata.get("internal") and not everything:
                 hidden += 1
                 continue
-            entries[prefix + field.name] = (prefix, _entry(prefix, field, default, kind, width))
+            entries[prefix + field.name] = (titles[-1], _entry(prefix, field, default, kind, width))
     blocks = doc.strip().split("\n\n")
     used = re.findall(r"--([\w.]+)", "\n".join(block for block in blocks if _is_code(block)))
     first = dict.fromkeys(name if name in entries else name.removeprefix("no") for name in used)
@@ -35,8 +35,8 @@ def text(doc: str, groups: dict[str, Any], everything: bool = False) -> str:
     lines = ["\n\n".join(block if _is_code(block) else _filled(block, width) for block in blocks)]
     if first:
         lines += ["\nTo know first", "", *(entries.pop(name)[1] for name in first)]
-    for prefix, title in titles.items():
-        of_group = [entry for group, entry in entries.values() if group == prefix]
+    for title in titles:
+        of_group = [entry for group, entry in entries.values() if group == title]
         if of_group:
             lines += ["", _filled(title, width), "", *of_group]
     more = f" --helpfull shows {hidden} more, which scripts set." if hidden else ""

@@ -141,15 +141,15 @@ def main(run: Run, score: Scoring, quantize: dict, prune: dict, finetune: dict, 
             before, size = found[first], safetensors.save(run_dir / BEFORE, dense, about)
         after_size = safetensors.save(run_dir / f"{name}.safetensors", after, about | {"recipe": name}, records[name])
         rates = cost.rates({first: dense_here, name: here}, protocol)
-        pairs = [(name, here, after_size, described(steps, here), found[name])]
+        pairs = [(name, after, after_size, described(steps, after), found[name])]
         if not measured:
-            pairs.insert(0, (first, dense_here, size, rows.origin(run.model, about), before))
+            pairs.insert(0, (first, dense, size, rows.origin(run.model, about), before))
         for each, model, nbytes, note, figures in pairs:
             base = None if each == first else (before, rates[first])
             measured.append(rows.make(each, model, nbytes, note, figures, rates[each], base))
             if run.prompt:
-                written[each] = samples.write(model, tokens, prompt, run.sample)
-        phases = phases or analysis.inference(dense_here, protocol, rates[first])
+                written[each] = samples.write(models[each], tokens, prompt, run.sample)
+        phases = phases or analysis.inference(dense, protocol, rates[first])
         del after, here, models, model, pairs
     facts = [
         f"Quality: {scoring.protocol(text, score, before)}. Divergence: from the first model.",

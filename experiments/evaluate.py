@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-from efflm import ops, rundir
+from efflm import rundir
 from efflm.config import PRECISION, AskedPrecision, MeshConfig, flag, require
 from efflm.data import corpora, dataset
 from efflm.evaluate.windows import Scoring
@@ -48,7 +48,7 @@ def main(run: Run, score: Scoring, mesh: MeshConfig) -> None:
     any_rows = 2 * jax.device_count() * math.prod(abs(size) for size in dataclasses.asdict(mesh).values())
     devices = sharding.mesh_for(mesh, any_rows, any_rows)
     loaded = sources.load(run.model, precision=run.precision, mesh=devices)
-    model = ops.prepare(loaded.model, jax.default_backend())
+    model = loaded.model
     tokens, about, name = loaded.tokenizer, loaded.about, Path(run.model).stem
     text = dataset.to_score(run.text, run.corpus, about, tokens, dataset.cache_beside(run.model), run.strict)
     if text.left_out:
@@ -63,7 +63,7 @@ def main(run: Run, score: Scoring, mesh: MeshConfig) -> None:
             f"{run.model} and {run.reference} have different tokenizers: divergence compares token by token",
         )
         first = Path(run.reference).stem if Path(run.reference).stem != name else "reference"
-        models = {first: ops.prepare(other.model, jax.default_backend())} | models
+        models = {first: other.model} | models
         sizes[first], notes[first] = other.nbytes, rows.origin(run.reference, other.about)
     first = next(iter(models))
     found = measured.compare(models, sizes, notes, text, tokens, score)

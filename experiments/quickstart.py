@@ -86,9 +86,9 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     step(5, "Measuring quality, then speed, all models in turn")
     protocol, platform = Protocol().within(config.max_length), jax.default_backend()
     text, score = data.test, score.within(config.max_length, train.length, data.test.unbroken)
-    models = {name: ops.prepare(sharding.on_one_device(each), platform) for name, each in models.items()}
-    qualities = scoring.measure(models, text, data.tokenizer, score, models["float32"])
-    rates = cost.rates(models, protocol)
+    here = {name: ops.prepare(sharding.on_one_device(each), platform) for name, each in models.items()}
+    qualities = scoring.measure(here, text, data.tokenizer, score, here["float32"])
+    rates = cost.rates(here, protocol)
     measured = rows.collect(models, sizes, notes, qualities, rates)
     phases = analysis.inference(models["float32"], protocol, rates["float32"])
 
@@ -104,7 +104,7 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     ]
     table.show(measured, facts)
     prompt = [data.tokenizer.separator, *data.tokenizer.encode(PROMPT)]
-    written = {name: samples.write(each, data.tokenizer, prompt, tokens=48) for name, each in models.items()}
+    written = {name: samples.write(each, data.tokenizer, prompt, tokens=48) for name, each in here.items()}
     machine, command = rundir.machine(), command_line("experiments.quickstart", sys.argv)
     about = digests | {"source": data.corpus.source, "seed": run.seed}
     about |= {f"train.{name}": value for name, value in dataclasses.asdict(train).items()}

@@ -1,13 +1,15 @@
 import dataclasses
 import json
 import re
+import typing
 
 import pytest
 
 from efflm import flags, rundir
 from efflm.compress.finetune import Finetune
 from efflm.compress.prune import Prune
-from efflm.config import HostsConfig, InputError, ModelConfig, ModelShape, RopeScaling, TrainConfig, flag
+from efflm.config import HostsConfig, InputError, Kernels, ModelConfig, ModelShape, RopeScaling, TrainConfig, flag
+from efflm.ops.kernels.cpu import build
 from experiments import compress, generate, pretrain
 from tests import tiny
 
@@ -115,6 +117,25 @@ def test_mistakes_and_the_systems_refusals_exit_with_two(capsys):
     assert lines[1] == "error: No space left on device: /full/file"
     with pytest.raises(ZeroDivisionError):  # our own bugs keep their traceback
         flags.launch(lambda run: 1 / 0, "doc", ["x"], run=Run())
+
+
+def test_every_program_has_the_flag_of_the_kernels(monkeypatch, capsys):
+    assert typing.get_args(Kernels) == ("auto", *build.FORMS, "off")
+    monkeypatch.setattr(build, "_chosen", ["auto"])
+    monkeypatch.setattr(build, "supported", lambda: ("portable",))
+    seen = []
+    flags.launch(lambda run: seen.append(build.form()), "doc", ["x", "--kernels=off"], run=Run())
+    assert seen == [""]
+    with pytest.raises(SystemExit) as stopped:
+        flags.launch(lambda run: seen.append(run), "doc", ["x", "--kernels=avx512"], run=Run())
+    assert stopped.value.code == 2
+    assert len(seen) == 1
+    assert capsys.readouterr().err == (
+        "error: kernels is 'avx512', which this processor cannot run: choose one of auto, portable, off\n"
+    )
+    flags.launch(lambda run: 1 / 0, "doc", ["x", "--help"], run=Run())
+    out = capsys.readouterr().out
+    assert out.index("--seed=0") < out.index("This machine") < out.index("--kernels=auto")
 
 
 DOC = """What it does, in a sentence that is long enough to be wrapped on a terminal that is narrow.

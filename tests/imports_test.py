@@ -20,7 +20,7 @@ ALLOWED = {
     "helptext": set(),
     "signals": {"hosts"},
     "streams": {"config"},
-    "flags": {"config", "helptext", "hosts", "signals", "streams"},
+    "flags": {"config", "helptext", "hosts", "ops", "signals", "streams"},
     "model_files": {"config"},
     "chat": {"config"},
     "render_template": set(),

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from efflm.ops.kernels.cpu import dot as cpu
 from efflm.ops.norm import normalize
-from efflm.ops.qarray import QArray, codes, dequantize, grouped, operands, round_to_int8, round_with
+from efflm.ops.qarray import QArray, codes, dequantize, grouped, operands, rounded_rows
 
 MATMUL = "matmul"
 
@@ -79,11 +79,13 @@ def dot(x: Any, w: Any, residual: jax.Array | None = None) -> jax.Array:
 def dots(x: Any, weights: Sequence[Any], residual: jax.Array | None = None) -> list[jax.Array]:
     """`dot` with each of several weights, which may be one kernel."""
     out = cpu.dots(x, weights, residual)
-    if out is None:
-        x = normalize(x)
-        out = [_product(x, w, transpose=False) for w in weights]
-        out = out if residual is None else [residual + each for each in out]
-    return out
+    if out is not None:
+        return out
+    x = normalize(x)
+    if len(weights) > 1:  # some may still have a kernel
+        return [dot(x, w, residual) for w in weights]
+    out = [_product(x, w, transpose=False) for w in weights]
+    return out if residual is None else [residual + each for each in out]
 
 
 def dot_transposed(x: Any, w: Any) -> jax.Array:
@@ -117,11 +119,7 @@ def _quantized(x: jax.Array, w: QArray, transpose: bool) -> jax.Array:
         if w.group:
             return matmul(x, dequantize(w).astype(x.dtype), transpose)
         return _scaled(matmul(x, codes(w).astype(x.dtype), transpose), x, w)
-    if w.activations == "int8":
-        rounded, row_scale = round_to_int8(x, axis=-1)
-    else:
-        row_scale = w.activation_scale.reshape((1,) * x.ndim)
-        rounded = round_with(x.astype(jnp.float32), row_scale)
+    rounded, row_scale = rounded_rows(x, w.activation_scale)
     if w.group:
         return _grouped_int8_matmul(rounded, w) * row_scale
     dimensions = (((x.ndim - 1,), (int(transpose),)), ((), ()))

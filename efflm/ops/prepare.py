@@ -21,8 +21,8 @@ def prepare(model: Any, platform: str) -> Any:
         return model
 
     def one(path: str, leaf: Any) -> Any:
-        arrays = jax.tree.leaves(leaf)
-        if leaf.ndim != 2 or not all(isinstance(x, jax.Array) and len(x.sharding.device_set) == 1 for x in arrays):
+        whole = all(isinstance(x, jax.Array) and len(x.sharding.device_set) == 1 for x in jax.tree.leaves(leaf))
+        if leaf.ndim != 2 or 0 in leaf.shape or not whole:
             return leaf
         if isinstance(leaf, QArray):
             return cpu.panels(leaf, form) if cpu.takes(leaf) else leaf

@@ -97,16 +97,17 @@ def by_entry(per_group: jax.Array, axis: int, group: int, size: int) -> jax.Arra
     return lax.slice_in_dim(jnp.repeat(per_group, group, axis=axis), 0, size, axis=axis % per_group.ndim)
 
 
-def round_to_int8(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Symmetric absmax rounding: int8 values and a float32 scale for each slice along `axis` (kept, size 1)."""
+def rounded_rows(x: jax.Array, activation_scale: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Rows of x [..., K] as integer matmuls read them: int8 in [-127, 127], and a float32 scale for each row [..., 1].
+
+    The scale is the largest magnitude / 127, or the one given for all rows (int8_static). It is NaN for a row that is
+    not finite, so that all that is computed from the row is NaN, and nothing else is.
+    """
     x = x.astype(jnp.float32)
-    scale = _symmetric_scale(jnp.max(jnp.abs(x), axis=axis, keepdims=True), 127)
-    return round_with(x, scale), scale
-
-
-def round_with(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """x / scale, float32, to the nearest int8 in [-127, 127]."""
-    return jnp.clip(jnp.round(x / scale), -127, 127).astype(jnp.int8)
+    absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    scale = _symmetric_scale(absmax, 127) if activation_scale is None else activation_scale.reshape((1,) * x.ndim)
+    values = jnp.clip(jnp.round(x / scale), -127, 127).astype(jnp.int8)
+    return values, jnp.where(jnp.isfinite(absmax), scale, jnp.nan)
 
 
 def _symmetric_scale(absmax: jax.Array, most: int) -> jax.Array:
@@ -222,11 +223,7 @@ def straight_through(master: jax.Array, like: Any) -> Any:
 
 def rounded_activations(x: jax.Array, activation_scale: jax.Array | None) -> jax.Array:
     """x [..., K] as an int8 matmul reads it, in the dtype of x, straight-through; scale: per token, or given."""
-    if activation_scale is None:
-        values, scale = round_to_int8(x, axis=-1)
-    else:
-        scale = activation_scale.reshape((1,) * x.ndim)
-        values = round_with(x.astype(jnp.float32), scale)
+    values, scale = rounded_rows(x, activation_scale)
     return x + jax.lax.stop_gradient((values.astype(jnp.float32) * scale).astype(x.dtype) - x)
 
 

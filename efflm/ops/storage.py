@@ -15,6 +15,7 @@ import numpy as np
 
 from efflm import trees
 from efflm.config import require
+from efflm.ops.kernels.cpu.dot import Dense, Panels
 from efflm.ops.masks import Masks
 from efflm.ops.packing import pack, packed_size, unpack
 from efflm.ops.qarray import BITS, QArray, dequantize
@@ -28,9 +29,18 @@ def to_flat(params: Any) -> tuple[dict[str, jax.Array], dict[str, dict[str, Any]
     formats = {
         path: {name: getattr(leaf, name) for name in STATIC}
         for path, leaf in trees.flatten(params)
-        if isinstance(leaf, QArray)
+        if isinstance(_unprepared(leaf), QArray)
     }
     return dict(trees.flatten(params, inside=True)), formats
+
+
+def _unprepared(weight: Any) -> Any:
+    """The weight. Raises InputError for one that ops.prepare made."""
+    require(
+        not isinstance(weight, Panels | Dense),
+        "the model is laid out for the kernels of this machine: give the one that ops.prepare was called with",
+    )
+    return weight
 
 
 def from_flat(flat: dict[str, Any], formats: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -86,7 +96,7 @@ def is_dtype_of(dtype: Any, part: str, bits: int) -> bool:
 
 def _numbers(weight: Any) -> tuple[np.ndarray, int]:
     """What is stored for each weight, and its bits: codes of a QArray, floats as they are."""
-    if isinstance(weight, QArray):
+    if isinstance(_unprepared(weight), QArray):
         return unpack(np.asarray(weight.values), weight.bits, weight.size, weight.axis), weight.bits
     return np.asarray(weight), 8 * weight.dtype.itemsize
 

@@ -4,6 +4,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
+from efflm import ops
 from efflm.evaluate import cost
 from efflm.evaluate.cost import Protocol, Rate
 from efflm.evaluate.quality import Quality
@@ -57,13 +60,14 @@ def compare(
 ) -> Measured:
     """Score a text (see data.dataset.Text) and time prefill and decode, all models in turn.
 
-    sizes: bytes on disk. notes: what each model is, in words. score: as `Scoring.within` says. Differences are those to
-    the first model.
+    models: not prepared for kernels yet. sizes: bytes on disk. notes: what each model is, in words. score: as
+    `Scoring.within` says. Differences are those to the first model.
     """
     first = next(iter(models))
-    found = scoring.measure(models, text, tokenizer, score, models[first])
+    here = {name: ops.prepare(model, jax.default_backend()) for name, model in models.items()}
+    found = scoring.measure(here, text, tokenizer, score, here[first])
     protocol = cost.protocol_for(models[first])
-    rates = cost.rates(models, protocol) if speed else None
+    rates = cost.rates(here, protocol) if speed else None
     against = f" Divergence: from {first}." if len(models) > 1 else ""
     facts = [f"Quality: {scoring.protocol(text, score, found[first])}.{against}"]
     facts += [f"Speed: {protocol}."] * speed

@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,8 @@ from pathlib import Path
 
 import jax
 import jaxlib
+
+from efflm.config import Kernels, require
 
 SOURCES = Path(__file__).parent / "src"
 HANDLERS = ("efflm_dots", "efflm_feedforward", "efflm_decode", "efflm_attention", "efflm_attention_backward")
@@ -32,7 +35,6 @@ FORMS = {
     "avx2": (("-mavx2", "-mfma"), {"avx2", "fma"}),
     "portable": ((), set()),
 }
-CHOICES = ("auto", *FORMS, "off")
 COMPILERS = ("c++", "g++", "clang++")
 OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-w")
 SECONDS = 120  # after which a build counts as failed
@@ -40,16 +42,19 @@ SECONDS = 120  # after which a build counts as failed
 _chosen = ["auto"]
 
 
-def choose(form: str) -> None:
-    """Which form this process uses from now on: one of CHOICES; "off" is the portable XLA forms alone."""
+def choose(form: Kernels) -> None:
+    """Which form this process uses from now on; "off": the portable XLA forms alone. Raises InputError."""
+    can = ("auto", *supported(), "off")
+    require(form in can, f"kernels is {form!r}, which this processor cannot run: choose one of {', '.join(can)}")
     _chosen[-1] = form
 
 
 @contextlib.contextmanager
-def chosen(form: str) -> Iterator[None]:
+def chosen(form: Kernels) -> Iterator[None]:
     """`choose` for a `with`. What was compiled by jax.jit before keeps its form."""
-    _chosen.append(form)
+    _chosen.append(_chosen[-1])
     try:
+        choose(form)
         yield
     finally:
         _chosen.pop()
@@ -92,17 +97,18 @@ def _problem(form: str) -> str:
     if form not in supported():
         return f"this processor cannot run the form {form}"
     try:
-        library = ctypes.CDLL(str(_built(form)))
+        library = _loaded(form)
+        handlers = {name: jax.ffi.pycapsule(getattr(library, name)) for name in HANDLERS}
     except subprocess.CalledProcessError as error:
-        said = [line for line in error.stderr.splitlines() if "error" in line] or ["the compiler failed"]
-        return f"they could not be built ({said[0].strip():.200})"
+        lines = error.stderr.splitlines()
+        said = next((line for line in lines if "error" in line), (lines or ["the compiler failed"])[0])
+        return f"they could not be built ({said.strip():.200})"
     except subprocess.TimeoutExpired:
         return f"building them took more than {SECONDS} s"
-    except OSError as error:
+    except (OSError, AttributeError) as error:  # the latter: a symbol is missing
         return f"they could not be built ({error})"
-    for name in HANDLERS:
-        capsule = jax.ffi.pycapsule(getattr(library, name))
-        jax.ffi.register_ffi_target(target(name, form), capsule, platform="cpu")
+    for name, handler in handlers.items():
+        jax.ffi.register_ffi_target(target(name, form), handler, platform="cpu")
     return ""
 
 
@@ -111,37 +117,63 @@ def target(name: str, form: str) -> str:
     return f"{name}_{form}"
 
 
-def _built(form: str) -> Path:
+def _loaded(form: str) -> ctypes.CDLL:
     """The shared library of a form, compiled if it is not there. Raises OSError, subprocess.SubprocessError."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise OSError("no C++ compiler was found: install g++")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=SECONDS).stdout
     options = (*OPTIONS, *FORMS[form][0])
-    said = [jaxlib.__version__, version, *options] + [path.read_text() for path in sorted(SOURCES.iterdir())]
-    digest = hashlib.sha256("\0".join(said).encode()).hexdigest()[:16]
-    folder = _folder()
-    library = folder / f"{form}-{digest}.so"
-    if library.exists():
-        return library
-    print("CPU kernels: compiling (once, some seconds)", file=sys.stderr, flush=True)
-    partial = folder / f"{form}-{digest}.{os.getpid()}.tmp"
-    command = [compiler, *options, "-isystem", jax.ffi.include_dir(), str(SOURCES / "kernels.cc"), "-o", str(partial)]
+    said = [jaxlib.__version__, _output([compiler, "--version"]), *options]
+    said += [path.read_text() for path in sorted(SOURCES.iterdir())]
+    name = f"{form}-{hashlib.sha256(chr(0).join(said).encode()).hexdigest()[:16]}.so"
+    with _folder(name) as folder:
+        library = folder / name
+        if not _is_whole(library):
+            print("CPU kernels: compiling (once, some seconds)", file=sys.stderr, flush=True)
+            with tempfile.TemporaryDirectory(prefix="building-", dir=folder) as scratch:
+                partial = Path(scratch, name)
+                headers = ["-isystem", jax.ffi.include_dir()]
+                _output([compiler, *options, *headers, str(SOURCES / "kernels.cc"), "-o", str(partial)])
+                content = partial.read_bytes()
+                partial.write_bytes(content + hashlib.sha256(content).digest())  # what follows the sections is not read
+                partial.rename(library)
+        return ctypes.CDLL(str(library))
+
+
+def _output(command: list[str]) -> str:
+    """What a command prints. One that fails, or takes too long, raises; nothing that it started goes on."""
+    piped = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **piped, text=True, errors="replace", process_group=0) as process:
+        try:
+            out, err = process.communicate(timeout=SECONDS)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, out, err)
+    return out
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library is there and ends in its own digest: loading a damaged one may end the process."""
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
-        partial.rename(library)
-    finally:
-        partial.unlink(missing_ok=True)
-    return library
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
-def _folder() -> Path:
-    """Where libraries are kept: the user's cache, or a fresh private folder where that cannot be written."""
+@contextlib.contextmanager
+def _folder(name: str) -> Iterator[Path]:
+    """Where the library `name` is or can be kept: the user's cache, or a private folder that is removed at the end."""
     try:
         folder = Path.home() / ".cache" / "efflm" / "kernels"
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
+        kept = os.access(folder, os.W_OK) or _is_whole(folder / name)
     except (OSError, RuntimeError):  # no home, or a read-only one
-        pass
-    return Path(tempfile.mkdtemp(prefix="efflm-kernels-"))
+        kept = False
+    if kept:
+        yield folder
+    else:
+        with tempfile.TemporaryDirectory(prefix="efflm-kernels-") as private:
+            yield Path(private)

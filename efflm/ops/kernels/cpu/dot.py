@@ -78,7 +78,7 @@ def panels(w: QArray, form: str) -> Panels:
     """A quantized matrix laid out in panels, by numpy on the host."""
     by_output = (lambda x: np.asarray(x)) if w.axis == -1 else (lambda x: np.asarray(x).T)
     held = 8 if w.bits == 8 else 4
-    numbers = by_output(codes(w))
+    numbers = by_output(codes(w.replace(values=np.asarray(w.values))))
     outputs, size = numbers.shape
     fill = lambda x, inputs: np.pad(x, ((0, -outputs % PANEL), (0, inputs)))
     biased = (fill(numbers, -size % UNIT).astype(np.int16) + 2 ** (held - 1)).astype(np.uint8)
@@ -159,7 +159,7 @@ def dots(
     transposed: dense weights are [N, K].
     """
     lead = x.shape[:-1]
-    if not all(_fits(x, w, math.prod(lead)) for w in weights) or 0 in (*lead, len(weights)):
+    if not weights or not all(_fits(x, w, math.prod(lead)) for w in weights):
         return None
     outputs = [w.outputs if isinstance(w, Panels) else w.shape[0 if transposed else 1] for w in weights]
     outs = [jax.ShapeDtypeStruct((*lead, each), jnp.float32) for each in outputs]

@@ -143,7 +143,7 @@ struct Tiles {
   int64_t start(int64_t row) const { return row / tile * tile * filled + row % tile * 4; }
 };
 
-// Row `row`, filled up with zeros, to int8: see round_to_int8 in qarray.py. A row that is not finite gets the scale
+// Row `row`, filled up with zeros, to int8: see rounded_rows in qarray.py. A row that is not finite gets the scale
 // NaN. sums: of the entries of each group.
 void round_row(const Weight& w, const float* x, const Tiles& tiles, int64_t row, Rounded* out, float* row_scale,
                int32_t* sums) {
@@ -164,8 +164,8 @@ void round_row(const Weight& w, const float* x, const Tiles& tiles, int64_t row,
   for (int64_t i = 0; i < filled; i += kWidth) {
     Floats value = i + kWidth <= filled ? load_floats(x + i) : partial(x + i, filled - i);
     value = value / divisor;
-    value = value > top ? top : value;
-    value = value < -top ? -top : value;
+    value = value < top ? value : top;  // of 0 / 0 too: a scale so small that it is 0
+    value = value > -top ? value : -top;
     value = (value + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23 rounds to the nearest, ties to even
     store(whole + i, __builtin_convertvector(value, Ints) & none);
   }
