@@ -34,12 +34,12 @@ from efflm.ops.kernels.cpu import build
 AUTO, CANDIDATES = "auto", ("float32", "bfloat16")
 MARGIN = 1.05
 PROMPT, NEW = 512, 64  # tokens that are read at once, and that are decoded one by one: how the two are weighed
-CHUNK = 8  # tokens decoded in one program, as where text is shown while it is generated
+CHUNK = 4  # tokens decoded in one program: a loop, as in infer.generate
 FLOPS = {"cpu": 2e9}  # of one run of a part, by platform: a twentieth of a second on a slow processor
 MORE_FLOPS = 2e12  # elsewhere: some milliseconds of an accelerator
 LEAST_ROWS = 64
 MOST_COLUMNS = 1 << 13  # of the output layer in training; a larger vocabulary takes proportionally longer
-DECODED_BYTES, DECODED_LAYERS = 1 << 26, 8  # weights that a decoded token is measured with: more than caches hold
+DECODED_BYTES, DECODED_LAYERS = 1 << 26, 4  # of weights that a decoded token is measured with, to exceed caches
 SECONDS, LEAST_TURNS, MOST_TURNS = 0.5, 3, 15
 
 
@@ -108,8 +108,9 @@ def training(
 def inference(model: LanguageModel, say: Callable[[str], Any] = print, measure: Measure | None = None) -> LanguageModel:
     """The model with the precision of its matmuls chosen: the faster one for a prompt of PROMPT tokens and NEW more.
 
-    Measured are matmuls with its own weights, laid out by ops.prepare: those of a layer with the rows of a prompt, and
-    those of some layers and the output layer with one row. Raises InputError if its weights are spread over processes.
+    Measured are matmuls with its own weights, laid out by ops.prepare: those of a feed-forward part, which stand for
+    all in the layers, with the rows of a prompt; those of several, and the output layer, with one row. Raises
+    InputError if its weights are spread over processes.
     """
     config, flat = model.config, dict(trees.flatten(model.params))
     require(
@@ -118,22 +119,22 @@ def inference(model: LanguageModel, say: Callable[[str], Any] = print, measure: 
         "bfloat16",
     )
     usual, output = _usual(config), flat["embedding" if config.tied else "unembedding"]
-    layer = lambda i: [flat[path] for path in params.table(config) if _in_layer(path, i)]
+    table = {path: param for path, param in params.table(config).items() if param.in_layer}
+    layer = lambda i: [flat[path] for path in table if path.startswith(f"block_{i}/feedforward/")]
     same = [i for i, block in enumerate(config.blocks) if block == config.blocks[usual]]
-    few = max(1, min(DECODED_LAYERS, len(same), DECODED_BYTES // max(1, trees.nbytes(layer(usual)))))
+    few = max(1, min(DECODED_LAYERS, len(same), DECODED_BYTES // trees.nbytes(layer(usual))))
+    layers = sum(math.prod(param.shape) for param in table.values()) / sum(math.prod(w.shape) for w in layer(usual))
 
     def parts() -> list[Part]:
         place = lambda weights: ops.prepare(sharding.on_one_device(weights), jax.default_backend())
         decoded, last = place([weight for i in same[:few] for weight in layer(i)]), place([output])
-        first = decoded[: len(decoded) // few]
-        each = NEW / CHUNK
         return [
-            _part("prompt", len(config.blocks), _products, first, PROMPT, flops=2),
-            _part("new tokens", each * len(config.blocks) / few, _tokens, decoded, 1),
-            _part("new tokens", each, _tokens, last, 1, transposed=config.tied),
+            _part("prompt", layers, _products, decoded[: len(decoded) // few], PROMPT, flops=2),
+            _part("new tokens", layers / few * NEW / CHUNK, _tokens, decoded, 1),
+            _part("new tokens", NEW / CHUNK, _tokens, last, 1, transposed=config.tied),
         ]
 
-    about = {"layers": len(config.blocks), "matrices": [*map(_format, layer(usual))], "output": _format(output)}
+    about = {"layers": layers, "same": few, "matrices": [*map(_format, layer(usual))], "output": _format(output)}
     what = f"a prompt of {PROMPT} tokens and {NEW} new ones"
     name = _choice("precision", what, about, parts, say, measure or measured)
     return model.replace(config=dataclasses.replace(config, precision=name)).with_about(model.about)
@@ -178,10 +179,6 @@ def _usual(config: ModelConfig) -> int:
     return config.blocks.index(statistics.mode(config.blocks))
 
 
-def _in_layer(path: str, i: int) -> bool:
-    return path.startswith(f"block_{i}/") and params.in_layer(path)
-
-
 def _format(weight: Any) -> str:
     """Shapes, dtypes and all else that decides which kernel runs."""
     return f"{jax.tree.structure(weight)} {[f'{x.dtype}{x.shape}' for x in jax.tree.leaves(weight)]}"
@@ -224,9 +221,10 @@ def _tokens(inputs, weights, transposed):
     """A loop, as in decoding: what does not change in it, such as a weight in another dtype, may be made once."""
 
     def one(i, _):
-        return _multiplied(jax.tree.map(lambda x: x * i.astype(x.dtype), inputs), weights, transposed)
+        return _multiplied(jax.tree.map(lambda x: x + i.astype(x.dtype), inputs), weights, transposed)
 
-    return lax.fori_loop(1, CHUNK, one, _multiplied(inputs, weights, transposed))
+    shapes = jax.eval_shape(lambda: one(jnp.int32(0), None))
+    return lax.fori_loop(0, CHUNK, one, [jnp.zeros(x.shape, x.dtype) for x in shapes])
 
 
 # --- what is kept ----------------------------------------------------------------------------------------------------
