@@ -38,7 +38,7 @@ CHUNK = 4  # tokens decoded in one program: a loop, as in infer.generate
 FLOPS = {"cpu": 2e9}  # of one run of a part, by platform: a twentieth of a second on a slow processor
 MORE_FLOPS = 2e12  # elsewhere: some milliseconds of an accelerator
 LEAST_ROWS = 64
-MOST_COLUMNS = 1 << 13  # of the output layer in training; a larger vocabulary takes proportionally longer
+MOST_COLUMNS = 1 << 12  # of a matrix in training; a larger one takes proportionally longer
 DECODED_BYTES, DECODED_LAYERS = 1 << 26, 4  # of weights that a decoded token is measured with, to exceed caches
 SECONDS, LEAST_TURNS, MOST_TURNS = 0.5, 3, 15
 
@@ -89,9 +89,9 @@ def training(
     """
     if train.policy != AUTO:
         return train
-    width, rows, inner = config.width, train.batch * train.length, config.blocks[_usual(config)].mlp_dim
+    width, rows = config.width, train.batch * train.length
+    inner, columns = (min(size, MOST_COLUMNS) for size in (config.blocks[_usual(config)].mlp_dim, config.vocabulary))
     in_layers = sum(math.prod(param.shape) for param in params.table(config).values() if param.in_layer)
-    columns = min(config.vocabulary, MOST_COLUMNS)
 
     def parts() -> list[Part]:
         layer, output = [_random((width, inner)), _random((inner, width))], [_random((width, columns))]
