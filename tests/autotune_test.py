@@ -236,6 +236,7 @@ def test_inference_multiplies_with_the_models_own_weights(format, monkeypatch):
     wanted = (row + autotune.CHUNK - 1) @ np.asarray(before.params["embedding"], np.float64).T
     np.testing.assert_allclose(output[0], wanted, rtol=1e-4 if format != "int8" else 0.1, atol=0.1)
     assert all(math.isfinite(np.sum(np.asarray(x))) for x in jax.tree.leaves(run.results))
+    assert all(len(x.sharding.device_set) == 1 for x in jax.tree.leaves(run.results))
 
 
 # --- where it is asked for -------------------------------------------------------------------------------------------
