@@ -14,6 +14,7 @@ signals     Ctrl-C and SIGTERM
 trees       paths, selection, counting and bytes of trees of weights
 precision   which dtype weights, matmuls and results have
 ops         how a weight is used, whatever its format
+autotune    which precision is the fastest on this machine, measured
 model       the Transformer, and how its weights are sharded over a mesh
 tokenizer   text to token ids and back; chat, the templates of conversations
 data        corpora, packing, the order of sequences

@@ -14,14 +14,14 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 
 from efflm import arguments, ops, rundir
 from efflm.compress import recipe
 from efflm.compress.step import Context, Step
-from efflm.config import InputError, require
+from efflm.config import AskedPrecision, InputError, require
 from efflm.data import corpora, dataset, enwik8
 from efflm.evaluate.windows import Scoring
 from efflm.formats import safetensors, sources
@@ -39,13 +39,13 @@ def load(source: SOURCE, *, dtype: str | None = None, precision: str = "") -> tu
     """The model at `source` and its tokenizer, on one device.
 
     source: a name such as "smollm2", a Hugging Face directory or hub id, a .gguf file, a run of efflm's, or what `save`
-    wrote. dtype: of the weights; None: as stored. precision: of the matmuls, "float32" or "bfloat16"; "": what the
-    model was saved for.
+    wrote. dtype: of the weights; None: as stored. precision: of the matmuls, "float32" or "bfloat16"; "auto": the
+    faster one here, which is measured for a second and told on stderr; "": what the model was saved for.
     """
     require(arguments.is_path(source), f"source is {arguments.shown(source)}, but must be {sources.KINDS}")
     require(
-        precision in ("", "float32", "bfloat16"),
-        f"precision is {precision!r}: choose float32 or bfloat16, or leave it out",
+        precision in get_args(AskedPrecision),
+        f"precision is {precision!r}: choose float32, bfloat16 or auto, or leave it out",
     )
     name = os.path.expanduser(os.fspath(source))
     loaded = sources.load(name, dtype=dtype, precision=precision)

@@ -81,8 +81,11 @@ def _made(kind: type, values: Any, what: str) -> Any:
 
 
 Precision = Literal["float32", "bfloat16"]
-AskedPrecision = Literal["", "float32", "bfloat16"]
-PRECISION = "dtype of the operands of matmuls; default: what the model was saved for"  # the flag's help
+AskedPrecision = Literal["", "float32", "bfloat16", "auto"]
+PRECISION = (  # the flag's help
+    "dtype of the operands of matmuls; auto measures for a second which one is faster here; default: what the model "
+    "was saved for"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,7 +244,7 @@ class ModelShape:
 
 Optimizer = Literal["adamw", "adamw8bit", "adam", "sgd", "lion", "adafactor", "muon", "schedule_free"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
-PolicyName = Literal["float32", "bfloat16", "bfloat16_pure", "float16"]
+PolicyName = Literal["float32", "bfloat16", "bfloat16_pure", "float16", "auto"]
 Remat = Literal["none", "dots", "full"]
 OnNan = Literal["stop", "skip"]
 
@@ -269,7 +272,8 @@ class TrainConfig:
     policy: PolicyName = flag(
         "float32",
         "dtype of the matmuls, over float32 weights and moments; bfloat16_pure keeps the weights in bfloat16 too, "
-        "rounded stochastically; float16 scales the loss dynamically",
+        "rounded stochastically; float16 scales the loss dynamically; auto measures for a second whether float32 or "
+        "bfloat16 is faster here",
     )
     accumulate: int = flag(1, "parts a batch is read in, one after another, for less memory; must divide the batch")
     remat: Remat = flag("none", "what the backward pass computes again: nothing, all but the matmuls, or whole layers")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from efflm.config import ModelConfig
+from efflm.config import InputError, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +23,21 @@ class Policy:
     output: str = "float32"
 
 
+class _Policies(dict[str, Policy]):
+    def __missing__(self, name: str) -> Policy:
+        raise InputError(
+            f"train.policy is {name!r}, but what is computed here needs one of {', '.join(self)}"
+            + (": autotune.training chooses one, on the machine that trains" if name == "auto" else "")
+        )
+
+
 FLOAT32 = Policy()
-POLICIES = {
-    "float32": FLOAT32,
-    "bfloat16": Policy(compute="bfloat16"),
-    "bfloat16_pure": Policy(param="bfloat16", compute="bfloat16"),
-    "float16": Policy(compute="float16"),
-}
+POLICIES = _Policies(
+    float32=FLOAT32,
+    bfloat16=Policy(compute="bfloat16"),
+    bfloat16_pure=Policy(param="bfloat16", compute="bfloat16"),
+    float16=Policy(compute="float16"),
+)
 
 
 def policy_for(config: ModelConfig) -> Policy:

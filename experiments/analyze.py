@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from efflm import progress, rundir
+from efflm import autotune, progress, rundir
 from efflm.config import ModelConfig, ModelShape, TrainConfig, flag, require
 from efflm.evaluate import machine
 from efflm.evaluate.cost import Protocol, rates
@@ -87,12 +87,14 @@ def measure(run: Run, shape: ModelShape, train: TrainConfig) -> Measured:
 
 @rundir.locked
 def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
-    config, run_dir, policy = model.config(), Path(run.run_dir), POLICIES[train.policy]
+    config, run_dir = model.config(), Path(run.run_dir)
     require(
         train.length <= config.max_length or not run.measure,
         f"train.length {train.length} is longer than model.max_length {config.max_length}: raise model.max_length",
     )
     rundir.require_writable(run_dir, needs=rundir.SMALL_FILES)
+    train = autotune.training(config, train)
+    policy = POLICIES[train.policy]
     inference = POLICIES["bfloat16_pure"] if policy.param == "bfloat16" else POLICIES["float32"]
     began = time.perf_counter()
     with progress.bar("measuring the machine", live=False):

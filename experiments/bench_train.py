@@ -4,12 +4,12 @@
     bash launch/run.sh experiments.bench_train --peer="PYTHON torch_train.py"
 
 Expect after each round one JSON line a policy, of the rounds so far, so that the last lines count and an interrupt
-loses one round: name, rounds, tokens_per_second (median of the rounds), mfu (of the devices' own measured matmul peak
-in the policy's compute dtype), compile_seconds, peak_bytes (arguments and temporaries of the compiled step). A bar on
-stderr says how long it still takes. With a peer, a command that prints JSON lines with `dtype` and
-`tokens_per_second`, the two run in turn, one after the other and never at once, and each line has the ratio of medians
-to the peer's best (float32 is compared with its float32, everything else against all of it) and the least and greatest
-ratio of a round.
+loses one round: name, policy (the one that auto stands for), rounds, tokens_per_second (median of the rounds), mfu (of
+the devices' own measured matmul peak in the policy's compute dtype), compile_seconds, peak_bytes (arguments and
+temporaries of the compiled step). On stderr are what auto picked and why, and a bar that says how long it still takes.
+With a peer, a command that prints JSON lines with `dtype` and `tokens_per_second`, the two run in turn, one after the
+other and never at once, and each line has the ratio of medians to the peer's best (float32 is compared with its
+float32, everything else, auto too, against all of it) and the least and greatest ratio of a round.
 """
 
 import dataclasses
@@ -19,11 +19,12 @@ import os
 import shlex
 import statistics
 import subprocess
+import sys
 from typing import Any
 
 import jax
 
-from efflm import progress
+from efflm import autotune, progress
 from efflm.config import HostsConfig, InputError, MeshConfig, ModelShape, TrainConfig, flag, require
 from efflm.evaluate import machine
 from efflm.flags import launch
@@ -36,14 +37,17 @@ from efflm.train.ahead import timed_step
 class Run:
     """The run"""
 
-    policies: str = flag(",".join(POLICIES), "policies to measure, joined by commas")
+    policies: str = flag(
+        ",".join(POLICIES), "policies to measure, joined by commas; auto: also as --train.policy=auto chooses it"
+    )
     rounds: int = flag(3, "times everything is measured, in turn")
     steps: int = flag(7, "timed steps of a policy in a round, after one to warm up")
     peer: str = flag("", "command of a peer to run in turn; it prints JSON lines")
 
     def __post_init__(self):
         for name in self.policies.split(","):
-            require(name in POLICIES, f"policies holds {name!r}: choose among {', '.join(POLICIES)}")
+            known = (*POLICIES, autotune.AUTO)
+            require(name in known, f"policies holds {name!r}: choose among {', '.join(known)}")
         for name in ("rounds", "steps"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
 
@@ -72,8 +76,10 @@ def main(run: Run, model: ModelShape, train: TrainConfig, mesh: MeshConfig) -> N
     require(not run.peer or jax.process_count() == 1, "a peer is measured on one host only: leave --peer out")
     names, devices = run.policies.split(","), sharding.mesh_for(mesh, train.batch, train.length)
     config, tokens = model.config(), train.batch * train.length
-    steps = {name: timed_step(config, dataclasses.replace(train, policy=name), devices) for name in names}
-    dtypes = {name: POLICIES[name].compute for name in names}
+    say = lambda line: print(line, file=sys.stderr)
+    chosen = {name: autotune.training(config, dataclasses.replace(train, policy=name), say) for name in names}
+    steps = {name: timed_step(config, each, devices) for name, each in chosen.items()}
+    dtypes = {name: POLICIES[each.policy].compute for name, each in chosen.items()}
     with progress.bar("measuring the machine", live=False):
         peaks = {dtype: machine.matmul_peak(dtype, 2048) for dtype in set(dtypes.values())}
     # Fake devices of a CPU share its cores.
@@ -99,6 +105,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig, mesh: MeshConfig) -> N
                 rates = [tokens / statistics.median(times) for times in seconds[name]]
                 line = {
                     "name": f"train_{name}",
+                    "policy": chosen[name].policy,
                     "rounds": round_ + 1,
                     "tokens_per_second": round(statistics.median(rates), 1),
                     "mfu": round(flops / tokens * statistics.median(rates) / (peak_devices * peaks[dtypes[name]]), 4),

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from efflm import config, rundir
+from efflm import autotune, config, rundir
 from efflm.config import InputError, ModelConfig, ModelShape, TrainConfig, flag, require
 from efflm.data import corpora, dataset
 from efflm.data.dataset import Dataset, Text
@@ -163,6 +163,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
         f"train.length {train.length} is longer than model.max_length {shape.max_length}: raise model.max_length",
     )
     rundir.require_writable(run_dir, needs=2 * rundir.SMALL_FILES)
+    train = autotune.training(shape, train)
     data = dataset.prepare(
         run.corpus,
         run_dir.parent / "corpora",
@@ -220,8 +221,9 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
         )
     facts = [
         *verdicts({row.name: row for row in rows}),
-        f"Trained for {train.steps} steps of {train.batch} x {train.length} tokens, {train.warmup} of them warm-up; "
-        f"seeds: {run.seeds}; {train.schedule} schedule (schedule_free: constant, and evaluated at its average).",
+        f"Trained for {train.steps} steps of {train.batch} x {train.length} tokens, {train.warmup} of them warm-up, "
+        f"policy {train.policy}; seeds: {run.seeds}; {train.schedule} schedule (schedule_free: constant, and evaluated "
+        "at its average).",
         f"Quality: {scoring.protocol(data.test, score, found['adamw'][0])}. Smaller is better; learning "
         "rates were selected on validation text.",
         "Steps to AdamW's loss: when the training loss, averaged over seeds and the tenth of the steps before, first "

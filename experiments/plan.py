@@ -86,6 +86,11 @@ MESH = MeshConfig(data=1, fsdp=-1)
 def main(run: Run, mesh: MeshConfig, train: TrainConfig) -> None:
     began = time.perf_counter()
     config, run_dir = preset(run.model), Path(run.run_dir)
+    require(
+        train.policy != "auto",
+        "train.policy is auto, which is measured on the machine that trains: to plan for another give float32 or "
+        "bfloat16",
+    )
     chip, topology = hardware.parse(run.hardware)
     length = train.length if run.phase == "train" else run.cache_length
     name = "train.length" if run.phase == "train" else "cache_length"

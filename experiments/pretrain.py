@@ -15,7 +15,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from efflm import hosts, rundir, tokenizer
+from efflm import autotune, hosts, rundir, tokenizer
 from efflm.config import (
     HostsConfig,
     InputError,
@@ -79,6 +79,20 @@ class Run:
             raise InputError(f"profile_steps is {self.profile_steps!r}: give two step numbers, as in 10,12") from None
         require(0 <= first <= last, f"profile_steps is {self.profile_steps!r}: the first must not be after the last")
         return first, last, Path(self.run_dir) / "profile"
+
+
+def settled(run: Run, config: ModelConfig, train: TrainConfig) -> TrainConfig:
+    """`train` with the policy that "auto" stands for: the one that this run began with, else the faster one here."""
+    if train.policy != autotune.AUTO:
+        return train
+    names = list(POLICIES)
+    folders = [Path(run.run_dir) / name for name in ("checkpoint", "state")]
+    begun = next(filter(None, (checkpoint.recorded(folder).get("train.policy") for folder in folders)), "")
+    told = hosts.agree(names.index(begun) if begun in names else -1)
+    if told < 0:
+        return autotune.training(config, train)
+    print(f"train.policy auto: {names[told]}, which this run began with")
+    return dataclasses.replace(train, policy=names[told])
 
 
 def check(run: Run, config: ModelConfig, train: TrainConfig, models: int = 1) -> None:
@@ -179,6 +193,7 @@ def show_curve(run_dir: Path) -> None:
 
 @rundir.locked
 def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring, mesh: MeshConfig) -> None:
+    train = settled(run, model.config(), train)
     config = saved_config(model, train)
     check(run, config, train)
     score.within(config.max_length)

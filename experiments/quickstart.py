@@ -52,6 +52,7 @@ RUN = pretrain.Run(run_dir=str(rundir.ROOT / "quickstart"))
 @rundir.locked
 def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scoring) -> None:
     began = time.perf_counter()
+    train = pretrain.settled(run, model.config(), train)
     run_dir, config = Path(run.run_dir), pretrain.saved_config(model, train)
     pretrain.check(run, config, train, MODELS)
     score.within(config.max_length)

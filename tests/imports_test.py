@@ -28,6 +28,7 @@ ALLOWED = {
     "tokenizer": BASE | {"chat", "tokenizer_json"},
     "ops": BASE,
     "model": BASE | {"ops"},
+    "autotune": BASE | {"ops", "model"},
     "train": BASE | {"ops", "model"},
     "infer": BASE | {"ops", "model"},
     "evaluate": BASE | {"ops", "model", "infer", "train.losses"},
@@ -35,7 +36,7 @@ ALLOWED = {
     "report": BASE | {"ops", "model", "infer", "evaluate", "plan"},
     "compress": BASE | {"ops", "model", "infer", "train"},
     "data": BASE | {"tokenizer"},
-    "formats": BASE | {"ops", "model", "tokenizer", "train.checkpoint"},
+    "formats": BASE | {"autotune", "ops", "model", "tokenizer", "train.checkpoint"},
     "arguments": {"config", "model", "tokenizer", "data", "compress"},
     "api": BASE
     | {"arguments", "ops", "model", "tokenizer", "data", "infer", "compress", "evaluate", "formats", "report"},

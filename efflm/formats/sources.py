@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from efflm import hosts, tokenizer, trees
+from efflm import autotune, hosts, tokenizer, trees
 from efflm.config import MOST, require
 from efflm.formats import gguf_model, hub, huggingface, safetensors, wheels
 from efflm.formats.tensors import require_dtype
@@ -44,8 +44,9 @@ def load_model(
 def load(source: str | Path, *, dtype: str | None = None, precision: str = "", mesh: Mesh | None = None) -> Loaded:
     """What is at `source`: one of KINDS. A path that exists goes before a hub id. Raises InputError.
 
-    dtype: of the weights; None: as they are stored. precision: of the matmuls, float32 or bfloat16; "": what the model
-    was saved for. Weights that are not finite are warned of, on stderr.
+    dtype: of the weights; None: as they are stored. precision: of the matmuls, float32 or bfloat16; "auto": the faster
+    one here, which is measured (see autotune); "": what the model was saved for. Weights that are not finite are
+    warned of, and what "auto" picked is told, on stderr.
     """
     loaded = _load(source, dtype, mesh)
     problem = trees.not_finite(loaded.model.params)
@@ -53,6 +54,9 @@ def load(source: str | Path, *, dtype: str | None = None, precision: str = "", m
         print(f"warning: {source}: {problem}, so what it writes is of no use: fetch or train it again", file=sys.stderr)
     if not precision:
         return loaded
+    if precision == autotune.AUTO:
+        say = lambda line: print(line, file=sys.stderr)
+        return dataclasses.replace(loaded, model=autotune.inference(loaded.model, say))
     config = dataclasses.replace(loaded.model.config, precision=precision)
     return dataclasses.replace(loaded, model=loaded.model.replace(config=config))
 

@@ -60,6 +60,17 @@ def exists(directory: Path) -> bool:
     return any(manifest.exists(directory / str(step)) for step in _steps(directory))
 
 
+def recorded(directory: Path) -> dict[str, Any]:
+    """What the newest committed checkpoint there, of a model or of a training run, says of how it was made; {} where
+    there is none. Nothing is verified: who reads the arrays does that."""
+    for step in reversed(_steps(directory)):
+        if manifest.exists(directory / str(step)):
+            with contextlib.suppress(InputError):
+                found = _about(directory, step)
+                return found.get("about", found)
+    return {}
+
+
 def load(directory: Path, mesh: Mesh) -> tuple[LanguageModel, dict[str, Any]]:
     """The newest model under `directory`, laid on the mesh, and its `about`. Raises InputError."""
     require(bool(_steps(directory)), f"no checkpoint in {directory}: give a directory that a training run has written")

@@ -57,6 +57,13 @@ def test_a_model_too_large_to_run_is_analyzed_without_running(tmp_path, capsys):
     assert "1000000" in found["components"][0]["flops"]
 
 
+def test_auto_is_settled_before_anything_is_computed(tmp_path, auto_picks, capsys):
+    auto_picks("bfloat16")
+    found = run(tmp_path / "out", "--nomeasure", "--train.policy=auto")
+    assert "train.policy auto: bfloat16; " in capsys.readouterr().out
+    assert "bfloat16" in found["roofline"]["matmul"]
+
+
 def test_windows_too_short_are_never_overtaken(tmp_path, capsys):
     found = run(tmp_path / "out", "--nomeasure", "--model.window=4")
     assert found["crossover_positions"] is None

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from efflm.config import MeshConfig, ModelShape, TrainConfig
+from efflm.config import InputError, MeshConfig, ModelShape, TrainConfig
 from efflm.evaluate import machine
 from efflm.train.ahead import TimedStep
 from experiments import bench_train
@@ -44,6 +44,25 @@ def test_each_round_is_written_when_it_is_done(stand_ins, capsys, monkeypatch):
     assert first[0]["tokens_per_second"] == pytest.approx(16 / 2.5, abs=0.05)
     assert second[0]["tokens_per_second"] == pytest.approx((16 / 2.5 + 16 / 5.5) / 2, abs=0.05)
     assert (second[0]["ratio_min"], second[0]["ratio_max"]) == (pytest.approx(16 / 5.5 / 40, abs=1e-3), 0.08)
+
+
+def test_auto_is_measured_as_what_it_picked_and_compared_with_the_peers_best(
+    stand_ins, auto_picks, capsys, monkeypatch
+):
+    auto_picks("float32")
+    peer = [{"dtype": dtype, "tokens_per_second": rate} for dtype, rate in (("float32", 4.0), ("bfloat16", 8.0))]
+    monkeypatch.setattr(bench_train, "run_peer", lambda command: peer)
+    main(bench_train.Run(policies="float32,auto", rounds=1, steps=1, peer="stand-in"))
+    out, err = capsys.readouterr()
+    float32, auto = map(json.loads, out.splitlines())
+    assert (auto["name"], auto["policy"]) == ("train_auto", "float32")
+    assert (float32["peer_tokens_per_second"], auto["peer_tokens_per_second"]) == (4.0, 8.0)
+    assert "train.policy auto: float32; " in err
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(InputError, match=r"policies holds 'best': choose among float32, .*, auto"):
+        bench_train.Run(policies="float32,best")
 
 
 def test_an_interrupt_leaves_the_rounds_that_are_done(stand_ins, capsys, monkeypatch):

@@ -24,7 +24,7 @@ from efflm.config import MeshConfig, ModelShape, Optimizer, TrainConfig
 from efflm.evaluate.windows import Scoring
 from efflm.flags import launch
 from efflm.model import sharding
-from efflm.train import assemble, loop
+from efflm.train import assemble, checkpoint, loop
 from efflm.train.checkpoint import Checkpointing, TrainingRun
 from experiments import compress, evaluate, pretrain, quickstart
 from tests import tiny
@@ -208,6 +208,28 @@ def test_a_stopped_run_goes_on_by_the_same_command(corpus, tmp_path, monkeypatch
     without_skipped = lambda lines: [{key: line[key] for key in line if key != "skipped"} for line in lines]
     assert without_skipped(metrics("stopped")) == metrics("calm")
     assert list((tmp_path / "stopped" / "tensorboard").glob("events*"))
+
+
+def test_auto_is_settled_once_and_what_it_picked_is_recorded(corpus, tmp_path, auto_picks, capsys):
+    flags = [f"--run_dir={tmp_path / 'run'}", f"--corpus={corpus}", *TINY, "--train.policy=auto"]
+    auto_picks("bfloat16")
+    run(pretrain, *flags)
+    assert "train.policy auto: bfloat16; the matmuls of a training step are 2.00x" in capsys.readouterr().out
+    for kept in ("checkpoint", "state"):
+        assert checkpoint.recorded(tmp_path / "run" / kept)["train.policy"] == "bfloat16"
+    auto_picks("float32")
+    run(pretrain, *flags)
+    out = capsys.readouterr().out
+    assert "train.policy auto: bfloat16, which this run began with" in out
+    assert "not training again" in out
+    settled = lambda: pretrain.settled(
+        pretrain.Run(run_dir=str(tmp_path / "run")), tiny.LLAMA.config(), TrainConfig(policy="auto")
+    )
+    shutil.rmtree(tmp_path / "run" / "checkpoint")  # a run that was stopped
+    assert settled().policy == "bfloat16"
+    for about in (tmp_path / "run" / "state").glob("*/about.json"):
+        about.write_text("{")
+    assert settled().policy == "float32"
 
 
 def test_init_from_starts_where_another_run_ended(trained, corpus, tmp_path):

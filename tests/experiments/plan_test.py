@@ -79,6 +79,7 @@ def test_the_search_needs_no_compiler(tmp_path, capsys, monkeypatch):
         (["--activations=int8", "--phase=decode"], "need weights in int8"),
         (["--phase=decode", "--search"], "search knows training only"),
         (["--shown=0"], "shown is 0"),
+        (["--train.policy=auto"], "train.policy is auto, which is measured on the machine that trains"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, flags, message):
