@@ -145,10 +145,10 @@ def peak_bytes(run: Callable[[], Any]) -> int | None:
 class Subject:
     """What the process holds: the model as each kind of kernels reads it, and the runs that are compiled."""
 
-    def __init__(self, load: Callable[[], LanguageModel], portable: Portable):
+    def __init__(self, load: Callable[[], LanguageModel], portable: Portable, least: float = LEAST):
         jax.block_until_ready(jax.jit(lambda x: jnp.sort(x @ x))(jnp.ones((64, 64))))  # the compiler is in memory
         before = peak_bytes(lambda: None)
-        self.load, self.turns = load, TURNS[portable]
+        self.load, self.turns, self.least = load, TURNS[portable], least
         self.models: dict[str, LanguageModel] = {}
         self.runs: dict[tuple[str, Shape], Callable[[], float]] = {}
         self.before, self.resident = before, None
@@ -176,7 +176,7 @@ class Subject:
     def measure(self, shape: Shape) -> Answer:
         self.warm(shape)
         seconds: list[list[float]] = [[] for _ in self.turns]
-        while sum(map(sum, seconds)) < LEAST * len(self.turns):
+        while not seconds[0] or sum(map(sum, seconds)) < self.least * len(self.turns):
             for form, kept in zip(self.turns, seconds, strict=True):
                 kept.append(self.runs[form, shape]())
         with build.chosen(self.turns[0]):
@@ -185,11 +185,11 @@ class Subject:
         return Answer(seconds, moved, self.resident, kernels or "none")
 
 
-def serve(link: Connection, load: Callable[[], LanguageModel], portable: Portable) -> None:
+def serve(link: Connection, load: Callable[[], LanguageModel], portable: Portable, least: float) -> None:
     """The process's side of `worker`: what `link` brings is done until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     try:
-        subject = Subject(load, portable)
+        subject = Subject(load, portable, least)
         link.send(subject.model(subject.turns[0]).config.max_length)
         while True:
             shape, wanted = link.recv()
@@ -200,19 +200,31 @@ def serve(link: Connection, load: Callable[[], LanguageModel], portable: Portabl
         link.send(error if isinstance(error, InputError) else RuntimeError(str(error)))
 
 
+def require_within(shapes: list[Shape], longest: int) -> None:
+    """Raise InputError for a shape that is longer than a model reads."""
+    for shape in shapes:
+        require(
+            shape.context + shape.new <= longest,
+            f"{shape.phase} of {shape.context + shape.new} tokens is longer than the model's max_length of {longest}: "
+            "lower prompts, contexts or new",
+        )
+
+
 Ask = Callable[[Shape, Literal["warm", "measure"]], Answer | None]
 
 
 @contextlib.contextmanager
-def worker(load: Callable[[], LanguageModel], shapes: list[Shape], portable: Portable = "off") -> Iterator[Ask]:
+def worker(
+    load: Callable[[], LanguageModel], shapes: list[Shape], portable: Portable = "off", least: float = LEAST
+) -> Iterator[Ask]:
     """A process with the model that `load` gives, while the context lasts: it is asked to warm up or measure a shape.
 
-    Both `load` and what it gives must survive in a fresh process. Raises InputError, also where a shape is longer than
-    the model reads.
+    load: must be importable in a fresh process. least: seconds for which a turn goes on. Raises InputError, also where
+    a shape is longer than the model reads.
     """
     spawned = multiprocessing.get_context("spawn")  # a fork would inherit JAX's threads in an unknown state
     here, there = spawned.Pipe()
-    process = spawned.Process(target=serve, args=(there, load, portable), daemon=True)
+    process = spawned.Process(target=serve, args=(there, load, portable, least), daemon=True)
     process.start()
     there.close()
 
@@ -231,13 +243,7 @@ def worker(load: Callable[[], LanguageModel], shapes: list[Shape], portable: Por
         return received()
 
     try:
-        longest = received()
-        for shape in shapes:
-            require(
-                shape.context + shape.new <= longest,
-                f"{shape.phase} of {shape.context} + {shape.new} tokens is longer than the model's max_length of "
-                f"{longest}: lower prompts, contexts or new",
-            )
+        require_within(shapes, received())
         yield ask
     finally:
         process.kill()
