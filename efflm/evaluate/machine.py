@@ -1,8 +1,10 @@
 """What this machine can do, measured on the spot: the two numbers of its roofline (Williams 2009)."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -44,6 +46,20 @@ def bandwidth(repeats: int = 7, nbytes: int = 1 << 29) -> float:
         x = jax.block_until_ready(add_one(x))
         times.append(time.perf_counter() - start)
     return 2 * nbytes / min(times)
+
+
+def read_bandwidth(repeats: int = 7, nbytes: int = 1 << 29) -> float:
+    """Bytes a second read of arrays far larger than the caches, by all cores: what decoding is limited by.
+
+    XLA's CPU compiler multiplies a matrix by a vector in one thread, and reads faster so than in any sum: every core
+    has a thread and a matrix of its own, and a second of each lets a free core go on.
+    """
+    parts, width = 2 * (os.cpu_count() or 1), 8192
+    product, x = jax.jit(jnp.matmul), jnp.ones(width, jnp.float32)
+    matrices = [jnp.ones((nbytes // 4 // parts // width, width), jnp.float32) for _ in range(parts)]
+    with ThreadPoolExecutor(parts) as pool:
+        read = lambda: list(pool.map(lambda matrix: jax.block_until_ready(product(matrix, x)), matrices))
+        return sum(matrix.nbytes for matrix in matrices) / _fastest(read, repeats=repeats)
 
 
 def _fastest(fn: Callable[..., Any], *args: Any, repeats: int) -> float:

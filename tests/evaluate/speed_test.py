@@ -1,0 +1,74 @@
+"""What speed is measured of: models in every precision, the bytes that a token moves, memory."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from efflm import trees
+from efflm.config import InputError
+from efflm.evaluate import machine, speed
+from efflm.evaluate.speed import PRECISIONS, Shape
+from efflm.model.params import is_matrix
+from efflm.ops.qarray import QArray, dequantize
+from tests import tiny
+
+# One layer, so that the bytes can be written down: width 32, 4 heads and 2 key-value heads of 8, MLP 48.
+ONE = dataclasses.replace(tiny.LLAMA, layers=1)
+ENTRIES = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48  # of the matrices of the layer
+COLUMNS = 32 + 32 + 2 * 16 + 2 * 48 + 32  # of these matrices
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_bytes_that_a_decoded_token_moves(precision):
+    model = speed.in_precision(tiny.model(ONE), precision)
+    batch, slots = 2, 12
+    itemsize = 2 if precision == "bfloat16" else 4
+    # The operands and float32 results of the seven matmuls and the logits, of each sequence.
+    inputs, outputs = 32 * 3 + 32 + 2 * 32 + 48 + 32, COLUMNS + 300
+    cache = 2 * slots * 16 * itemsize + 32 * itemsize + 32 * 4  # keys, values; query; result
+    weights = {
+        "float32": 4 * (ENTRIES + 300 * 32),
+        "bfloat16": 2 * (ENTRIES + 300 * 32),
+        "w8": ENTRIES + 4 * COLUMNS + 300 * (32 + 4),
+        # 4 bits, and a scale for each 32 along the contracted axis, of which 48 has two
+        "w4": ENTRIES // 2 + 4 * (COLUMNS + 32) + 300 * (16 + 4),
+    }
+    held = weights.get(precision) or weights[precision[:2]]
+    expected = held / batch + inputs * itemsize + outputs * 4 + cache
+    assert speed.bytes_per_token(model, Shape("decode", batch, 8, 4)) == pytest.approx(expected)
+
+
+def test_every_matrix_is_in_the_bits_of_the_precision():
+    dense = tiny.model()
+    for precision, (bits, group, activations) in speed.QUANTIZED.items():
+        model = speed.in_precision(dense, precision)
+        for (path, leaf), (_, was) in zip(trees.flatten(model.params), trees.flatten(dense.params)):
+            assert isinstance(leaf, QArray) == is_matrix(path)
+            if is_matrix(path):
+                assert (leaf.bits, leaf.activations) == (bits, activations)
+                assert leaf.group in (0, group)
+                largest = np.abs(was).max() / (2 ** (bits - 1) - 1)
+                assert np.abs(np.asarray(dequantize(leaf)) - was).max() <= largest / 2 * 1.001
+        with pytest.raises(InputError, match="quantized already"):
+            speed.in_precision(model, "float32")
+
+
+def test_memory_is_the_peak_of_what_runs():
+    before = speed.peak_bytes(lambda: None)
+    if before is None:
+        pytest.skip("the system does not tell")
+    grown = speed.peak_bytes(lambda: np.ones(1 << 25, np.uint8).sum()) - before
+    assert 0.9 * (1 << 25) <= grown < 1 << 27  # the kernel counts in batches of pages
+    assert speed.peak_bytes(lambda: None) < before + (1 << 25)
+
+
+def test_the_bandwidth_counts_what_is_read(monkeypatch):
+    monkeypatch.setattr(machine, "_fastest", lambda read, repeats: read() and 2.0)
+    assert machine.read_bandwidth(nbytes=1 << 24) == pytest.approx((1 << 24) / 2, rel=0.2)
+
+
+def test_a_shape_must_fit_the_model():
+    speed.require_within([Shape("decode", 1, 60, 4), Shape("prefill", 1, 64)], 64)
+    with pytest.raises(InputError, match="decode of 65 tokens is longer than the model's max_length of 64"):
+        speed.require_within([Shape("decode", 1, 61, 4)], 64)
