@@ -1,0 +1,99 @@
+// What is multiplied: rows of x, and weights of any format.
+#pragma once
+
+#include <cmath>
+
+#include "gemm.h"
+#include "team.h"
+
+namespace efflm {
+namespace {
+
+
+constexpr int kPanel = 32;  // outputs that lie side by side in a quantized weight
+constexpr int kUnit = 8;    // the contracted axis of a quantized weight is filled up to a multiple of this
+
+enum class Format : int { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
+
+// Rows [rows, inputs] that a weight is multiplied with: float32 or bfloat16, perhaps to be normalized first (RMSNorm;
+// LayerNorm with a bias) and then rounded to bfloat16.
+struct Rows {
+  const void* x;
+  int64_t rows, inputs;
+  bool is_bfloat16 = false;
+  const float* norm_scale = nullptr;
+  const float* norm_bias = nullptr;
+  float epsilon = 0;
+  bool to_bfloat16 = false;
+};
+
+// A weight of `outputs` outputs.
+//
+// Dense weights (kFloat32, kBfloat16) are [inputs, outputs], or [outputs, inputs] where `transposed`. Quantized ones are
+// panels of 32 outputs, padded with zero codes: for every 4 (8 bits) or 8 (4 bits) inputs 32 words of 4 bytes, one word
+// an output. The bytes of a word are codes + 128 of inputs 0 to 3; or code + 8 of input i in the low half of byte i, of
+// input i + 4 in the high half. scale and zeros (or null) are [groups, outputs filled up to panels].
+struct Weight {
+  Format format;
+  bool transposed = false;
+  bool round_x = false;            // to int8 with one scale a row, or with *x_scale
+  const float* x_scale = nullptr;
+  int64_t inputs, outputs, group;  // group: inputs that share a scale; 0: all
+  const void* values;
+  const float* scale = nullptr;
+  const int8_t* zeros = nullptr;
+
+  int64_t groups() const { return group ? ceiling(inputs, group) : 1; }
+  int64_t filled() const { return ceiling(inputs, kUnit) * kUnit; }
+  int64_t panels() const { return ceiling(outputs, kPanel); }
+  int bits() const { return format == Format::kInt8 ? 8 : 4; }
+  bool quantized() const { return format == Format::kInt8 || format == Format::kInt4; }
+  const uint8_t* panel(int64_t p) const {
+    return static_cast<const uint8_t*>(values) + p * filled() * kPanel * bits() / 8;
+  }
+};
+
+// out [rows, outputs] = x times a weight, plus `residual` of the same shape unless that is null.
+struct Product {
+  Weight weight;
+  float* out;
+  const float* residual = nullptr;
+};
+
+constexpr int kVectors = kPanel / kWidth;  // of one panel
+
+// How many sums of its own an output gets, so that a processor need not wait for one to be added to the next.
+constexpr int chains(int tile_vectors) { return tile_vectors >= 8 ? 1 : 8 / tile_vectors; }
+
+// One row of x as float32, normalized where that is asked for; entries up to `filled` are 0.
+void read_row(const Rows& x, int64_t row, int64_t filled, float* out) {
+  const int64_t K = x.inputs;
+  if (x.is_bfloat16) {
+    const uint16_t* from = static_cast<const uint16_t*>(x.x) + row * K;
+    for (int64_t k = 0; k < K; ++k) out[k] = from_bfloat16(from[k]);
+  } else {
+    std::memcpy(out, static_cast<const float*>(x.x) + row * K, 4 * K);
+  }
+  for (int64_t k = K; k < filled; ++k) out[k] = 0;
+  if (!x.norm_scale) return;
+  auto total_of = [&](auto of) {
+    Floats many = {};
+    int64_t k = 0;
+    for (; k + kWidth <= K; k += kWidth) many += of(load_floats(out + k));
+    float total = sum(many);
+    for (; k < K; ++k) total += of(splat(out[k]))[0];
+    return total;
+  };
+  if (x.norm_bias) {
+    const float mean = total_of([](Floats v) { return v; }) / K;
+    for (int64_t k = 0; k < K; ++k) out[k] -= mean;
+  }
+  const float variance = total_of([](Floats v) { return v * v; }) / K;
+  const float factor = 1 / std::sqrt(variance + x.epsilon);
+  for (int64_t k = 0; k < K; ++k) out[k] = out[k] * factor * x.norm_scale[k] + (x.norm_bias ? x.norm_bias[k] : 0.0f);
+  if (x.to_bfloat16)
+    for (int64_t k = 0; k < K; ++k) out[k] = from_bfloat16(to_bfloat16(out[k]));
+}
+
+}  // namespace
+}  // namespace efflm
