@@ -157,8 +157,11 @@ class Subject:
     def model(self, form: str) -> LanguageModel:
         """Loaded anew for each kind of kernels, so that nothing but what they read is held."""
         if form not in self.models:
+            model = sharding.on_one_device(self.load())
+            if not self.runs:
+                jax.clear_caches()  # the programs that rounded the weights: no part of running a model that is stored
             with build.chosen(form):
-                self.models[form] = ops.prepare(sharding.on_one_device(self.load()), jax.default_backend())
+                self.models[form] = ops.prepare(model, jax.default_backend())
         return self.models[form]
 
     def warm(self, shape: Shape) -> None:

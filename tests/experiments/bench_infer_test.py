@@ -128,6 +128,23 @@ def test_what_a_peer_is_compared_with():
     assert best("w8a8", "prefill", 1, 128) is None
 
 
+def test_shapes():
+    found = bench_infer.shapes(bench_infer.Run(peer="some"))
+    decode = [(shape.batch, shape.context, shape.new) for shape in found if shape.phase == "decode"]
+    assert decode == [
+        (1, 16, 64),
+        (1, 128, 64),
+        (1, 1024, 64),
+        (4, 128, 16),
+        (4, 1024, 16),
+        (16, 128, 4),
+        (16, 1024, 4),
+    ]
+    assert [shape.context for shape in found[len(decode) :]] == [128, 512, 2048]
+    assert Shape("decode", 1, 16, 64) not in bench_infer.shapes(bench_infer.Run())
+    assert {shape.phase for shape in bench_infer.shapes(bench_infer.Run(phases="prefill"))} == {"prefill"}
+
+
 def test_what_is_refused():
     for changes, words in [
         ({"precisions": "int8"}, "precisions holds 'int8': choose among float32"),
