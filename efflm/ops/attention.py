@@ -22,12 +22,13 @@ from jax.typing import DTypeLike
 
 from efflm.ops.dot import transposed
 from efflm.ops.kernels import gpu, tpu
+from efflm.ops.kernels.cpu import attention as cpu
 from efflm.ops.late import late
 
 MASKED = -1e30  # the score of a key that a query may not see: finite, so that a wholly masked block stays finite too
 UNROLLED = 1024  # sequences up to this long are cut into a few blocks written out one by one, each with its own keys
 BLOCK = 512  # queries and keys in a block of the loops beyond that
-KERNELS = {"tpu": tpu, "cuda": gpu}  # by JAX's name of the platform that is compiled for
+KERNELS = {"tpu": tpu, "cuda": gpu, "cpu": cpu}  # by JAX's name of the platform that is compiled for
 
 
 @flax.struct.dataclass
@@ -61,7 +62,8 @@ def attention(
     T, S, H, dtype = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[3], q_BTNH.dtype
     in_order, own_segments = slots_BT is None, key_segments_BS is None
     found = {name: kernel_for(name, T, S, H, dtype, window, in_order, own_segments) for name in KERNELS}
-    kernels = {name: functools.partial(kernel, window=window) for name, kernel in found.items() if kernel}
+    where = {"window": window} if in_order else {"window": window, "slots_BT": slots_BT}
+    kernels = {name: functools.partial(kernel, **where) for name, kernel in found.items() if kernel}
     if own_segments:
         key_segments_BS = segments_BT
     portable = functools.partial(_portable, slots_BT=slots_BT, window=window)
@@ -86,7 +88,7 @@ def kernel_for(
     are the queries'.
     """
     kernels = KERNELS.get(platform)
-    fits = kernels and in_order and kernels.takes(queries, keys, head_dim, dtype, window, own_segments)
+    fits = kernels and kernels.takes(queries, keys, head_dim, dtype, window, in_order, own_segments)
     return kernels.attention if fits else None
 
 

@@ -22,7 +22,7 @@ import jax
 import jaxlib
 
 SOURCES = Path(__file__).parent / "src"
-HANDLERS = ("efflm_dot",)
+HANDLERS = ("efflm_dot", "efflm_attention", "efflm_attention_backward")
 # form -> (options of the compiler, what the processor must have, as Linux names it)
 FORMS = {
     "avx512": (
