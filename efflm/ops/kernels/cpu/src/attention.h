@@ -97,6 +97,13 @@ EFFLM_INLINE void read_row(const Array& array, int64_t at, int64_t count, float*
   }
 }
 
+// Asks for a row that is read soon: rows lie apart, where the processor does not foresee them.
+EFFLM_INLINE void prefetch(const Array& array, int64_t at, int64_t count) {
+  const int64_t size = array.is_bfloat16 ? 2 : 4;
+  const char* from = static_cast<const char*>(array.data) + at * size;
+  for (int64_t i = 0; i < count * size; i += 64) __builtin_prefetch(from + i);
+}
+
 // scale * row, in the array's dtype.
 EFFLM_INLINE void write_row(const Array& array, int64_t at, int64_t count, const float* row, float scale) {
   if (array.is_bfloat16) {
@@ -151,10 +158,15 @@ void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t col
     }
 }
 
+constexpr int64_t kAhead = 8;  // rows
+
 // Keys (or values) [s, s + count) of a head, filled with zero rows up to a multiple of kWidth.
 void read_keys(const Attention& a, const Array& array, int64_t b, int64_t kv, int64_t s, int64_t count, float* to,
                int64_t stride) {
-  for (int64_t i = 0; i < count; ++i) read_row(array, a.key_at(b, kv, s + i), a.H, to + i * stride);
+  for (int64_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) prefetch(array, a.key_at(b, kv, s + i + kAhead), a.H);
+    read_row(array, a.key_at(b, kv, s + i), a.H, to + i * stride);
+  }
   for (int64_t i = count; i < ceiling(count, kWidth) * kWidth; ++i) std::memset(to + i * stride, 0, 4 * a.filled());
 }
 
@@ -234,7 +246,8 @@ struct Hidden {
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kForwardRows = 240, kForwardKeys = 192;  // of a work item; of a block
+constexpr int64_t kForwardRows = 264, kForwardKeys = 192;  // of a work item; of a block
+constexpr int64_t kTasks = 16;  // among which the cores share the work
 constexpr int64_t kStrip = 24;  // rows whose scores with a block of keys are held: multiple of kTileRows
 
 struct ForwardArrays {
@@ -292,10 +305,12 @@ EFFLM_INLINE void soften(float* scores, const Columns& columns, float scale, con
 // Rows [row, row + count) of a key-value head.
 void attend_rows(const Attention& a, int64_t b, int64_t kv, int64_t row, int64_t count) {
   const int64_t filled = a.filled();
+  const float scale = a.scale2();
   auto m = arrays<10, ForwardArrays>(count, filled);
   m.places.fill(a, b, row, count);
   int64_t start = a.S, end = 0;
   for (int64_t r = 0; r < count; ++r) {
+    if (r + kAhead < count) prefetch(a.q, a.at(b, kv, row + r + kAhead), a.H);
     read_row(a.q, a.at(b, kv, row + r), a.H, m.q + r * m.stride);
     std::memset(m.out + r * m.stride, 0, 4 * filled);
     m.top[r] = kLowest;
@@ -340,7 +355,7 @@ void attend_rows(const Attention& a, int64_t b, int64_t kv, int64_t row, int64_t
         const Columns& of_row = columns[r / kTileRows];
         if (of_row.from == of_row.to) continue;
         const int64_t i = strip + r;
-        (of_row.masked ? soften<true> : soften<false>)(m.scores + r * m.key_stride, of_row, a.scale2(),
+        (of_row.masked ? soften<true> : soften<false>)(m.scores + r * m.key_stride, of_row, scale,
                                                        Hidden(m.places, i), s, m.segments, m.top + i, m.total + i,
                                                        m.out + i * m.stride, filled);
       }
@@ -364,8 +379,10 @@ void attend_rows(const Attention& a, int64_t b, int64_t kv, int64_t row, int64_t
 void attend(const Attention& a, const Pool& pool) {
   if (a.B * a.T * a.N * a.H == 0) return;
   // Tasks are the same for any number of threads, and so are the results.
-  int64_t each = kForwardRows;
-  while (each > 2 * kStrip && a.B * a.K * ceiling(a.rows(), each) < 16) each /= 2;
+  const int64_t heads = a.B * a.K, most = ceiling(a.rows(), 2 * kStrip);
+  const int64_t wanted = ceiling(kTasks, heads) > ceiling(a.rows(), kForwardRows) ? ceiling(kTasks, heads)
+                                                                                  : ceiling(a.rows(), kForwardRows);
+  const int64_t each = ceiling(ceiling(a.rows(), least(wanted, most)), kStrip) * kStrip;
   const int64_t parts = ceiling(a.rows(), each);
   Team::run(pool, a.B * a.K * parts, [&](int64_t i) {
     const int64_t head = i / parts, row = (parts - 1 - i % parts) * each;  // the last rows see the most keys

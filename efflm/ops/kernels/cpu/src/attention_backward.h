@@ -65,6 +65,7 @@ EFFLM_INLINE void weigh(float* weights, float* ds, const Columns& columns, float
 void attend_back_block(const Gradients& d, const BackwardArrays& m, int64_t b, int64_t kv, int64_t s, int64_t keys,
                        const Range& segments, int64_t row, int64_t rows) {
   const Attention& a = d.attention;
+  const float scale = a.scale2();
   const int64_t filled = a.filled(), tiles = ceiling(rows, kTileRows), wide = ceiling(keys, kWidth) * kWidth;
   Columns columns[kBackwardRows / kTileRows];
   int64_t from = wide, to = 0;
@@ -78,6 +79,10 @@ void attend_back_block(const Gradients& d, const BackwardArrays& m, int64_t b, i
   if (from >= to) return;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t at = a.at(b, kv, row + r);
+    if (r + kAhead < rows) {
+      prefetch(a.q, a.at(b, kv, row + r + kAhead), a.H);
+      prefetch({d.g, false}, a.at(b, kv, row + r + kAhead), a.H);
+    }
     read_row(a.q, at, a.H, m.q + r * m.stride);
     read_row(d.g + at, a.H, m.g + r * m.stride);
   }
@@ -99,7 +104,7 @@ void attend_back_block(const Gradients& d, const BackwardArrays& m, int64_t b, i
     std::memset(weights + of_row.to, 0, 4 * (wide - of_row.to));
     std::memset(ds, 0, 4 * of_row.from);
     std::memset(ds + of_row.to, 0, 4 * (wide - of_row.to));
-    (of_row.masked ? weigh<true> : weigh<false>)(weights, ds, of_row, a.scale2(), Hidden(m.places, row + r), s,
+    (of_row.masked ? weigh<true> : weigh<false>)(weights, ds, of_row, scale, Hidden(m.places, row + r), s,
                                                  m.segments, m.normalizers[row + r], m.inner[row + r]);
   }
   for (int64_t h = 0; h < filled; h += kTileColumns) {
@@ -137,6 +142,10 @@ void attend_back_keys(const Gradients& d, int64_t b, int64_t kv, int64_t chunk, 
   m.places.fill(a, b, 0, all);
   for (int64_t r = 0; r < all; ++r) {
     const int64_t at = a.at(b, kv, r);
+    if (r + kAhead < all) {
+      prefetch({d.g, false}, a.at(b, kv, r + kAhead), a.H);
+      prefetch({a.out, false}, a.at(b, kv, r + kAhead), a.H);
+    }
     float total = 0;
     int64_t h = 0;
     Floats part = {};
