@@ -5,7 +5,6 @@ import flax.struct
 import jax
 from jax import lax
 
-from efflm import ops
 from efflm.config import BlockConfig, ModelConfig
 from efflm.model import per_device, sequence_parallel, sharding
 from efflm.model.linear import Linear
@@ -59,6 +58,6 @@ class Attention(nn.Module):
             start_B = positions_BT[:, 0]
             cache = LayerCache(_write(cache.keys, k_BTKH, start_B), _write(cache.values, v_BTKH, start_B))
             k_BSKH, v_BSKH = cache.keys.astype(dtype), cache.values.astype(dtype)
-            out_BTNH = ops.attention(q_BTNH, k_BSKH, v_BSKH, slots_BT=positions_BT, window=block.window)
+            out_BTNH = per_device.attention(q_BTNH, k_BSKH, v_BSKH, None, slots_BT=positions_BT, window=block.window)
         merged = out_BTNH.reshape(*x_BTD.shape[:2], -1).astype(dtype)
         return Linear(config, name="output")(merged), cache
