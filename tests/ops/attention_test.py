@@ -1,4 +1,4 @@
-"""The portable form against float64 loops over every query; gradients against the derivative of a plain float64 softmax."""
+"""The portable form against float64 loops over every query; gradients against those of a plain float64 softmax."""
 
 import importlib
 

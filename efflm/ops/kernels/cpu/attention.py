@@ -13,9 +13,7 @@ from jax.typing import DTypeLike
 
 from efflm.ops.kernels.cpu import build
 
-# Keys of a sequence are cut into chunks until there are so many tasks for the cores; each chunk has its own part of the
-# queries' gradient, as large as the queries.
-TASKS, CHUNK = 16, 96
+TASKS, CHUNK = 16, 96  # the backward pass cuts keys into chunks, at least so long, until there are so many tasks
 
 
 def takes(
@@ -51,26 +49,26 @@ def _attend(q, k, v, places, window: int, form: str) -> jax.Array:
 
 
 def _attend_forward(q, k, v, places, window: int, form: str):
-    B, T, N, H = q.shape
+    B, T, N, _ = q.shape
     results = (jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct((B, N, T), jnp.float32))
-    out, normalizers = _call("efflm_attention", form, results, window, q, k, v, *places)
+    out, normalizers = _call("efflm_attention", form, results, (q, k, v, *places), window=np.int64(window))
     return out, (q, k, v, places, out, normalizers)
 
 
 def _attend_backward(window: int, form: str, residuals, g):
     q, k, v, places, out, normalizers = residuals
-    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    B, S, K, _ = k.shape
     chunks = max(1, min(-(-TASKS // (B * K)), S // CHUNK))
-    parts = jax.ShapeDtypeStruct((B, chunks, T, N, H), q.dtype if chunks == 1 else jnp.float32)
-    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    results = (parts, like(k), like(v))
-    dq, dk, dv = _call("efflm_attention_backward", form, results, window, q, k, v, *places, out, normalizers, g)
-    return jnp.sum(dq, axis=1).astype(q.dtype) if chunks > 1 else dq[:, 0], dk, dv, None
+    dtypes = (q.dtype if chunks == 1 else jnp.float32, k.dtype, v.dtype)  # chunks add to the gradient of the queries
+    results = tuple(jax.ShapeDtypeStruct(x.shape, dtype) for x, dtype in zip((q, k, v), dtypes, strict=True))
+    inputs = (q, k, v, *places, out, normalizers, g)
+    options = {"window": np.int64(window), "chunks": np.int64(chunks)}
+    dq, dk, dv = _call("efflm_attention_backward", form, results, inputs, **options)
+    return dq.astype(q.dtype), dk, dv, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _call(name: str, form: str, results, window: int, *arrays: jax.Array):
-    call = jax.ffi.ffi_call(build.target(name, form), results, vmap_method="broadcast_all")
-    return call(*arrays, window=np.int64(window))
+def _call(name: str, form: str, results: tuple, inputs: tuple, **options: np.int64) -> tuple:
+    return jax.ffi.ffi_call(build.target(name, form), results, vmap_method="broadcast_all")(*inputs, **options)

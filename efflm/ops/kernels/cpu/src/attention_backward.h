@@ -1,13 +1,17 @@
 // The gradients of attention.h's attention: the weights are computed again from the normalizers.
 #pragma once
 
+#include <thread>
+
 #include "attention.h"
+#include "team.h"
 
 namespace efflm {
 namespace {
 
-// From g [B, T, N, H], the gradient of `out`, both read here, and the normalizers: dk, dv like k, v; and dq
-// [B, chunks, T, N, H], of which each chunk of the keys writes its own part: their sum is the gradient.
+// From g [B, T, N, H], the gradient of `out`, both read here, and the normalizers: dq, dk, dv like q, k, v. The keys are
+// cut into chunks, so that there are tasks for all cores; dq is float32 where there is more than one, since they add to
+// it, one after another.
 struct Gradients {
   Attention attention;
   const float* g;
@@ -134,8 +138,9 @@ void attend_back_block(const Gradients& d, const BackwardArrays& m, int64_t b, i
   }
 }
 
-// The blocks of keys [first, last) of a key-value head.
-void attend_back_keys(const Gradients& d, int64_t b, int64_t kv, int64_t chunk, int64_t first, int64_t last) {
+// The blocks of keys [first, last) of a key-value head. dq is written when it is this one's turn, of `done` chunks.
+void attend_back_keys(const Gradients& d, int64_t b, int64_t kv, int64_t first, int64_t last, int turn,
+                      std::atomic<int>& done) {
   const Attention& a = d.attention;
   const int64_t filled = a.filled(), all = a.rows();
   auto m = arrays<11, BackwardArrays>(all, filled);
@@ -173,17 +178,30 @@ void attend_back_keys(const Gradients& d, int64_t b, int64_t kv, int64_t chunk, 
       write_row(d.dv, a.key_at(b, kv, s + i), a.H, m.dv + i * m.stride, 1);
     }
   }
-  const int64_t start = (b * (d.chunks - 1) + chunk) * a.T * a.N * a.H;  // `at` counts one chunk a sequence
-  for (int64_t r = 0; r < all; ++r) write_row(d.dq, start + a.at(b, kv, r), a.H, m.dq + r * m.stride, a.scale());
+  while (done.load(std::memory_order_acquire) != turn) std::this_thread::yield();
+  float* sums = static_cast<float*>(const_cast<void*>(d.dq.data));
+  for (int64_t r = 0; r < all; ++r) {
+    const int64_t at = a.at(b, kv, r);
+    if (turn == 0) {
+      write_row(d.dq, at, a.H, m.dq + r * m.stride, a.scale());
+    } else if (m.places.last[r] >= first * kBackwardKeys) {
+      for (int64_t h = 0; h < a.H; ++h) sums[at + h] += a.scale() * m.dq[r * m.stride + h];
+    }
+  }
+  done.store(turn + 1, std::memory_order_release);
 }
 
 void attend_back(const Gradients& d, const Pool& pool) {
   const Attention& a = d.attention;
   if (a.B * a.T * a.N * a.H == 0) return;
-  const int64_t blocks = ceiling(a.S, kBackwardKeys);
-  Team::run(pool, a.B * a.K * d.chunks, [&](int64_t i) {
-    const int64_t head = i / d.chunks, chunk = i % d.chunks;  // the first keys are seen by the most rows
-    attend_back_keys(d, head / a.K, head % a.K, chunk, chunk * blocks / d.chunks, (chunk + 1) * blocks / d.chunks);
+  const int64_t blocks = ceiling(a.S, kBackwardKeys), heads = a.B * a.K, chunks = d.chunks;
+  const std::unique_ptr<std::atomic<int>[]> done(new std::atomic<int>[heads]());
+  // The last keys, which the fewest rows see, come first, so that no chunk waits long for its turn. It is never for a
+  // chunk that has not begun: tasks are begun in order.
+  Team::run(pool, heads * chunks, [&](int64_t i) {
+    const int64_t head = i % heads, turn = i / heads, chunk = chunks - 1 - turn;
+    attend_back_keys(d, head / a.K, head % a.K, chunk * blocks / chunks, (chunk + 1) * blocks / chunks, int(turn),
+                     done[head]);
   });
 }
 

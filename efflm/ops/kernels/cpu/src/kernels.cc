@@ -2,6 +2,7 @@
 #include <sched.h>
 
 #include "attention_backward.h"
+#include "attention_forward.h"
 #include "dot.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -105,8 +106,8 @@ ffi::Error attention_handler(ffi::ThreadPool threads, int64_t window, ffi::AnyBu
   return ffi::Error::Success();
 }
 
-ffi::Error attention_backward_handler(ffi::ThreadPool threads, int64_t window, ffi::AnyBuffer q, ffi::AnyBuffer k,
-                                      ffi::AnyBuffer v, ffi::AnyBuffer slots, ffi::AnyBuffer segments,
+ffi::Error attention_backward_handler(ffi::ThreadPool threads, int64_t window, int64_t chunks, ffi::AnyBuffer q,
+                                      ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer slots, ffi::AnyBuffer segments,
                                       ffi::AnyBuffer key_segments, ffi::AnyBuffer out, ffi::AnyBuffer normalizers,
                                       ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> dq, ffi::Result<ffi::AnyBuffer> dk,
                                       ffi::Result<ffi::AnyBuffer> dv) {
@@ -115,7 +116,7 @@ ffi::Error attention_backward_handler(ffi::ThreadPool threads, int64_t window, f
   d.attention.out = static_cast<float*>(out.untyped_data());
   d.attention.normalizers = static_cast<float*>(normalizers.untyped_data());
   d.g = static_cast<const float*>(g.untyped_data());
-  d.chunks = dq->dimensions()[dq->dimensions().size() - 4];
+  d.chunks = chunks;
   d.dq = array_of(*dq), d.dk = array_of(*dk), d.dv = array_of(*dv);
   attend_back(d, pool_of(threads));
   return ffi::Error::Success();
@@ -141,6 +142,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(efflm_attention_backward, efflm::attention_backwar
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<int64_t>("window")
+                                  .Attr<int64_t>("chunks")
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
