@@ -14,6 +14,8 @@ from jax import lax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
+from efflm.ops.kernels.cpu import build
+
 
 def matrix_flops(fn: Callable[..., Any], *args: Any) -> float:
     """FLOPs of all dot_generals that the results of fn(*args) depend on: 2 x rows x columns x contracted x batch.
@@ -21,7 +23,8 @@ def matrix_flops(fn: Callable[..., Any], *args: Any) -> float:
     The body of a scan counts as often as it runs, that of a loop as often as its condition holds, and of the branches
     of a cond the dearest one. args may be abstract; where a loop's condition depends on them, they are zeros.
     """
-    closed = jax.make_jaxpr(fn)(*args)
+    with build.chosen("off"):  # a native kernel's matmuls are not in the jaxpr
+        closed = jax.make_jaxpr(fn)(*args)
     alive, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     if not math.isnan(flops := _static(alive)):
         return flops

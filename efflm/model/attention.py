@@ -56,7 +56,7 @@ class Attention(nn.Module):
             place = lambda x: sharding.constrain(x, "batch", "length", "heads", None)
             out_BTNH, *buffers = ops.cached_attention(
                 place(q_BTNH), place(k_BTKH), place(v_BTKH), cache.keys, cache.values, positions_BT, rotary,
-                dtype=dtype, window=block.window, whole=sharding.is_whole(),
+                dtype=dtype, window=block.window, attend=per_device.attention, whole=sharding.is_whole(),
             )  # fmt: skip
             cache = LayerCache(*buffers)
         merged = out_BTNH.reshape(*x.shape[:2], -1).astype(dtype)

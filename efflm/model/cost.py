@@ -12,7 +12,7 @@ two. There are two kinds of them:
 Bytes are the least that can move between memory and processor: each operand of a matmul is read once and each result
 written once, attention's scores stay inside; what elementwise operations move besides is not counted. Everything is
 a function of configs and lengths; nothing is traced or allocated. Each document is taken to fill its sequence, and
-weights to be plain arrays. The attention kernels of TPUs and GPUs skip masked blocks: there attention executes less.
+weights to be plain arrays. Kernels of attention skip masked blocks, and execute less.
 """
 
 import dataclasses

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from efflm import ops
 from efflm.model import per_device, sharding
 from efflm.ops.attention import KERNELS, kernel_for
 
@@ -76,28 +75,24 @@ def attention(
     by_stretches = functools.partial(_by_stretches, shards=shards, window=window)
     # The stretch in front sees half of the keys at most.
     lengths = [(T // 2, shards * T // 2), (T // 2, shards * T)]
-    taken = lambda name: all(kernel_for(name, *each, H, dtype, window, own_segments=False) for each in lengths)
-    kernels = {name: by_stretches for name in KERNELS if taken(name)}
+    takes = lambda name, *call: kernel_for(name, *call, own_segments=False) is not None
+    in_order = lambda name: all(takes(name, *each, H, dtype, window) for each in lengths)
+    slots = lambda name: takes(name, T, shards * T, H, dtype, window, False)
+    kernels = {name: by_stretches for name in KERNELS if in_order(name) and not slots(name)}
     return lax.platform_dependent(*arguments, default=by_slots, **kernels) if kernels else by_slots(*arguments)
 
 
 def _by_slots(q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, device, *, shards: int, window: int) -> jax.Array:
-    """The portable form: it computes just the blocks of keys that the slots of its queries reach."""
+    """The portable form, and kernels that take slots: they compute just the keys that the slots of queries reach."""
     half_T = jnp.arange(q_BTNH.shape[1] // 2, dtype=jnp.int32)
     slots_T = jnp.concatenate([stretch * len(half_T) + half_T for stretch in (device, 2 * shards - 1 - device)])
-    return ops.attention(
-        q_BTNH,
-        k_BSKH,
-        v_BSKH,
-        slots_BT=slots_T[None],
-        segments_BT=segments_BT,
-        key_segments_BS=key_segments_BS,
-        window=window,
+    return per_device.attention(
+        q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, slots_BT=slots_T[None], window=window
     )
 
 
 def _by_stretches(q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, device, *, shards: int, window: int):
-    """For kernels, whose masks are the same on every device: keys are rotated until a stretch's own are the last.
+    """For other kernels, whose masks are the same on every device: keys are rotated until a stretch's own are the last.
 
     The keys that come after it then stand first: they are hidden by a segment that no query is in.
     """

@@ -51,20 +51,19 @@ def attention(
     segments_BT: jax.Array | None = None,
     key_segments_BS: jax.Array | None = None,
     window: int = 0,
-    whole: bool = True,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v over the keys that each query may see -> float32 [B, T, N, H].
 
     A query sees the keys up to its own slot, slots_BT[b, t] of the S (default: the queries are the last T of the S, in
     order), of these the last `window` (0: all), and of these the ones in its own segment, where segments are given
     (key_segments_BS: the keys', where keys are not the queries' own).
-    Query head n reads key-value head n // (N / K). whole: whether each array lies on one device, as kernels want it.
+    Query head n reads key-value head n // (N / K).
     """
     T, S, H, dtype = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[3], q_BTNH.dtype
     in_order, own_segments = slots_BT is None, key_segments_BS is None
-    found = {name: kernel_for(name, T, S, H, dtype, window, in_order, own_segments) for name in KERNELS if whole}
-    slots = {} if in_order else {"slots_BT": slots_BT}
-    kernels = {name: functools.partial(kernel, window=window, **slots) for name, kernel in found.items() if kernel}
+    found = {name: kernel_for(name, T, S, H, dtype, window, in_order, own_segments) for name in KERNELS}
+    where = {"window": window} if in_order else {"window": window, "slots_BT": slots_BT}
+    kernels = {name: functools.partial(kernel, **where) for name, kernel in found.items() if kernel}
     if own_segments:
         key_segments_BS = segments_BT
     portable = functools.partial(_portable, slots_BT=slots_BT, window=window)
@@ -89,11 +88,7 @@ def kernel_for(
     are the queries'.
     """
     kernels = KERNELS.get(platform)
-    fits = (
-        kernels
-        and (in_order or platform == "cpu")
-        and kernels.takes(queries, keys, head_dim, dtype, window, own_segments)
-    )
+    fits = kernels and kernels.takes(queries, keys, head_dim, dtype, window, in_order, own_segments)
     return kernels.attention if fits else None
 
 

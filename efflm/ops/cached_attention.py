@@ -1,6 +1,7 @@
 """Attention with a KV cache: new keys and values are written into it, and the queries read it."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,14 +26,16 @@ def cached_attention(
     *,
     dtype: Any,
     window: int = 0,
+    attend: Callable[..., jax.Array] = attention,
     whole: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(float32 [B, T, N, H], keys, values): attention in `dtype` after T new positions went into the cache.
 
     positions_BT: consecutive; slot s of the cache [B, S, K, H] holds position s. rotary: cosines and sines [B, T, R],
-    by which queries and new keys are rotated. whole: whether each array lies on one device.
+    by which queries and new keys are rotated. whole: whether each array lies on one device; if not, `attend` is
+    attention on a mesh.
     """
-    portable = functools.partial(_portable, dtype=dtype, window=window, whole=whole)
+    portable = functools.partial(_portable, dtype=dtype, window=window, attend=attend, whole=whole)
     arguments = (q_BTNH, k_BTKH, v_BTKH, keys_BSKH, values_BSKH, positions_BT, rotary)
     form = build.form() if whole and cpu.takes(q_BTNH.shape[1], dtype, keys_BSKH.dtype) else ""
     if not form:
@@ -41,16 +44,15 @@ def cached_attention(
     return lax.platform_dependent(*arguments, cpu=native, default=portable)
 
 
-def _portable(q_BTNH, k_BTKH, v_BTKH, keys_BSKH, values_BSKH, positions_BT, rotary, *, dtype, window, whole):
+def _portable(q_BTNH, k_BTKH, v_BTKH, keys_BSKH, values_BSKH, positions_BT, rotary, *, dtype, window, attend, whole):
     if rotary is not None:
         q_BTNH, k_BTKH = rotate(q_BTNH, *rotary), rotate(k_BTKH, *rotary)
     start_B = positions_BT[:, 0]
     keys_BSKH = _write(keys_BSKH, k_BTKH.astype(dtype), start_B, whole)
     values_BSKH = _write(values_BSKH, v_BTKH.astype(dtype), start_B, whole)
     read = lambda x: x.astype(dtype)
-    out_BTNH = attention(
-        read(q_BTNH), read(keys_BSKH), read(values_BSKH), slots_BT=positions_BT, window=window, whole=whole
-    )
+    arrays = (read(q_BTNH), read(keys_BSKH), read(values_BSKH))
+    out_BTNH = attend(*arrays, segments_BT=None, slots_BT=positions_BT, window=window)
     return out_BTNH, keys_BSKH, values_BSKH
 
 

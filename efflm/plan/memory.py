@@ -127,7 +127,7 @@ def moments(config: ModelConfig, train: TrainConfig, batch: int, length: int, pl
     rows, policy = batch // train.accumulate, POLICIES[train.policy]
     scanned = train.scan and len(config.blocks) > 1  # a loop of one step is no loop
     # The order of layers does not matter here, and what one layer needs besides is that of the largest.
-    *rest, block = sorted(config.blocks, key=lambda block: kept(config, block, rows, length, policy).total)
+    *rest, block = sorted(config.blocks, key=lambda block: kept(config, block, rows, length, policy, platform).total)
     size, counts = _sizes(config, block, rows, length, policy), cost.parameters(config)
     of_layers = FLOAT * (counts["projections"] + counts["feedforward"])
     of_output = FLOAT * config.vocabulary * config.width
@@ -141,7 +141,8 @@ def moments(config: ModelConfig, train: TrainConfig, batch: int, length: int, pl
         weights["gradients of all layers, stacked"] = of_layers
     elif size.low < 1 and policy.param != policy.compute:
         weights["layers' weights in the compute dtype"] = of_layers * size.low
-    if train.remat != "none" and not scanned and not unrolled(length, length):
+    loops = not unrolled(length, length) and not has_kernel(block, length, policy, platform)
+    if train.remat != "none" and not scanned and loops:
         tokens["zeros that loops of attention start from"] = len(config.blocks) * (2 * size.a + 2 * size.k)
 
     if scanned or train.remat != "none":
@@ -150,8 +151,8 @@ def moments(config: ModelConfig, train: TrainConfig, batch: int, length: int, pl
         if train.remat == "dots" and not scanned:
             stored.pop()  # the last layer's matmul results are read, and freed, where its backward pass begins
     else:
-        stored = [kept(config, each, rows, length, policy).total for each in rest]
-        layer = ended = kept(config, block, rows, length, policy)
+        stored = [kept(config, each, rows, length, policy, platform).total for each in rest]
+        layer = ended = kept(config, block, rows, length, policy, platform)
     tokens["stored for the backward pass"] = sum(stored)
     backward_weights = weights | {
         "gradient of the output layer": of_output,
@@ -178,7 +179,7 @@ def moments(config: ModelConfig, train: TrainConfig, batch: int, length: int, pl
     )
 
 
-def kept(config: ModelConfig, block: BlockConfig, rows: int, length: int, policy: Policy) -> Layer:
+def kept(config: ModelConfig, block: BlockConfig, rows: int, length: int, policy: Policy, platform: str) -> Layer:
     """What an unrolled layer stores for its backward pass."""
     size = _sizes(config, block, rows, length, policy)
     layer = Layer(
@@ -194,6 +195,8 @@ def kept(config: ModelConfig, block: BlockConfig, rows: int, length: int, policy
         hidden_as_operand=size.f * size.low,
     )
     kv = 2 * size.k
+    if has_kernel(block, length, policy, platform):
+        return dataclasses.replace(layer, keys_and_values=kv * size.low)
     if not unrolled(length, length):  # loops hold float32, and start from zeros, which are made early
         zeros = size.a + kv
         return dataclasses.replace(layer, queries=size.a, keys_and_values=kv, zeros_of_attention_loops=zeros)
@@ -226,7 +229,7 @@ def working(
     platform: str,
 ) -> Layer:
     """What one scanned or rematerialized layer holds besides while its backward pass runs."""
-    layer, size = kept(config, block, rows, length, policy), _sizes(config, block, rows, length, policy)
+    layer, size = kept(config, block, rows, length, policy, platform), _sizes(config, block, rows, length, policy)
     if remat == "none":  # the rest is read where it is stored
         return Layer(
             outputs_of_norms=layer.outputs_of_norms,
@@ -239,9 +242,14 @@ def working(
     return layer if scanned else dataclasses.replace(layer, input_tied_to_gradient=2 * size.x)
 
 
+def has_kernel(block: BlockConfig, length: int, policy: Policy, platform: str) -> bool:
+    """Whether attention is a kernel, which stores its arguments and results."""
+    return kernel_for(platform, length, length, block.head_dim, policy.compute, block.window) is not None
+
+
 def scores(block: BlockConfig, rows: int, length: int, policy: Policy, platform: str) -> float:
     """Of all blocks at once, where they are unrolled; in loops those of a block, which are not counted."""
-    if kernel_for(platform, length, length, block.head_dim, policy.compute, block.window):
+    if has_kernel(block, length, policy, platform):
         return 0.0
     pairs = cost.computed_pairs(length, length, block.window)
     return FLOAT * rows * block.heads * pairs * unrolled(length, length)

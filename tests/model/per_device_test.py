@@ -5,11 +5,13 @@ import functools
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efflm.model import init_params, sharding
+from efflm.model import init_params, per_device, sharding
 from efflm.ops.attention import KERNELS
+from efflm.ops.kernels.cpu import build
 from efflm.train import losses
 from efflm.train.step import place
 from tests import tiny
@@ -38,7 +40,8 @@ def test_kernels_on_a_mesh_give_the_gradients_of_the_portable_form(monkeypatch, 
         with sharding.on_mesh(mesh):
             return gradient(params, batch)
 
-    want = jax.jit(gradient)(params, batch)
+    with build.chosen("off"):
+        want = jax.jit(gradient)(params, batch)
     seen, kernel = set(), KERNELS["tpu"]
 
     def interpreted(q_BTNH, k_BSKH, *arrays, **options):
@@ -50,3 +53,28 @@ def test_kernels_on_a_mesh_give_the_gradients_of_the_portable_form(monkeypatch, 
     got = jax.jit(on_mesh)(params, place(batch, mesh))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), got, want)
     assert seen == shapes
+
+
+@pytest.mark.skipif(not build.form(), reason="the native kernels cannot be built here")
+def test_queries_with_slots_stay_on_their_devices(rng):
+    """A prompt's queries in a KV cache: the native kernel, which XLA's partitioner would give all of the cache."""
+    shapes = ((4, 6, 4, 8), (4, 32, 2, 8), (4, 32, 2, 8))
+    arrays = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+    slots = jnp.asarray(rng.integers(0, 32, (4, 6)), jnp.int32)
+    mesh = sharding.make_mesh(data=2, tensor=2)
+
+    def attend(q, k, v, slots):
+        return per_device.attention(q, k, v, None, slots_BT=slots, window=0)
+
+    def on_mesh(*arguments):
+        with sharding.on_mesh(mesh):
+            return attend(*arguments)
+
+    spread = lambda x, *axes: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*axes)))
+    arguments = [*(spread(x, ("data",), None, "tensor") for x in arrays), spread(slots, ("data",))]
+    program = jax.jit(on_mesh).lower(*arguments).compile()
+    assert "efflm_attention" in program.as_text()
+    assert "all-gather" not in program.as_text()
+    with build.chosen("off"):
+        want = jax.jit(attend)(*arrays, slots)
+    np.testing.assert_allclose(program(*arguments), want, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Against float64 loops over every query; gradients against the derivative of a plain float64 softmax."""
+"""The portable form against float64 loops over every query; gradients against those of a plain float64 softmax."""
 
 import importlib
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from efflm import ops
+from efflm.ops.kernels.cpu import build
 
 module = importlib.import_module("efflm.ops.attention")  # the package has a function of that name
 
@@ -41,6 +42,13 @@ def reference(q, k, v, seen, g):
         dk[b, :, n // group] += np.outer(ds, q[b, t, n])
         dv[b, :, n // group] += np.outer(p, g[b, t, n])
     return out, dq, dk, dv
+
+
+@pytest.fixture(autouse=True)
+def portable():
+    with build.chosen("off"):
+        jax.clear_caches()
+        yield
 
 
 @pytest.fixture(params=["unrolled", "loops"])

@@ -10,6 +10,7 @@ import pytest
 from efflm import trees
 from efflm.config import MeshConfig, TrainConfig
 from efflm.model import init_params, sharding
+from efflm.ops.kernels.cpu import build
 from efflm.train import ahead, assemble, losses
 from efflm.train.step import place
 from tests import tiny
@@ -73,24 +74,26 @@ def test_spread_rows_train_like_whole_ones_in_every_mode(changes, alone):
 
 @pytest.mark.parametrize("window", tiny.and_combinations([0, 5], [5]))
 def test_spread_rows_have_the_gradients_of_whole_ones(window, monkeypatch):
-    """Also where attention loops over blocks, here of 8 tokens."""
+    """By the native kernel, and by the portable form, also where that loops over blocks, here of 8 tokens."""
     from importlib import import_module
 
     config = dataclasses.replace(tiny.LLAMA, window=window, max_length=128).config()
     params, batch = init_params(config, 0), tiny.batch(config, rows=2, length=96)
     loss = losses.language_model_loss(config)
     gradient = lambda params, batch: jax.grad(lambda p: loss(p, {}, batch, None)[0])(params)
-    whole = jax.jit(gradient)(params, batch)
+    with build.chosen("off"):
+        whole = jax.jit(gradient)(params, batch)
     mesh = sharding.make_mesh(sequence=4)
 
     def on_mesh(params, batch):
         with sharding.on_mesh(mesh):
             return gradient(params, batch)
 
-    for unrolled in (1024, 1):
+    for form, unrolled in (("auto", 1024), ("off", 1024), ("off", 1)):
         monkeypatch.setattr(import_module("efflm.ops.attention"), "UNROLLED", unrolled)
         monkeypatch.setattr(import_module("efflm.ops.attention"), "BLOCK", 8)
-        ours = jax.jit(lambda params, batch: on_mesh(params, batch))(params, place(batch, mesh))
+        with build.chosen(form):
+            ours = jax.jit(lambda params, batch: on_mesh(params, batch))(params, place(batch, mesh))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), ours, whole)
 
 

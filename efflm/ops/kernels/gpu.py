@@ -20,14 +20,16 @@ def block(length: int) -> int:
     return BLOCK if length % BLOCK == 0 else 0
 
 
-def takes(queries: int, keys: int, head_dim: int, dtype: DTypeLike, window: int, own_segments: bool) -> bool:
-    """Whether the kernel can compute this attention, in which the queries are the last of the keys, in order.
+def takes(
+    queries: int, keys: int, head_dim: int, dtype: DTypeLike, window: int, in_order: bool, own_segments: bool
+) -> bool:
+    """Whether the kernel can compute this attention: see ops.attention.kernel_for. It knows no slots and no window.
 
-    own_segments: whether the segments of the keys are those of the queries. The kernel knows no window. float16 is
-    for GPUs older than Ampere, for which Triton does not compile; float32 would be rounded to TensorFloat-32.
+    float16 is for GPUs older than Ampere, for which Triton does not compile; float32 would be rounded to
+    TensorFloat-32.
     """
     shapes = queries == keys and block(queries) > 0 and head_dim % 8 == 0 and 32 <= head_dim <= 128
-    return shapes and not window and own_segments and jnp.dtype(dtype) == jnp.bfloat16
+    return shapes and in_order and own_segments and not window and jnp.dtype(dtype) == jnp.bfloat16
 
 
 def attention(

@@ -17,13 +17,12 @@ def block(length: int) -> int:
     return next((size for size in BLOCKS if length % size == 0), 0)
 
 
-def takes(queries: int, keys: int, head_dim: int, dtype: DTypeLike, window: int, own_segments: bool) -> bool:
-    """Whether the kernel can compute this attention, in which the queries are the last of the keys, in order.
-
-    own_segments: whether the segments of the keys are those of the queries.
-    """
+def takes(
+    queries: int, keys: int, head_dim: int, dtype: DTypeLike, window: int, in_order: bool, own_segments: bool
+) -> bool:
+    """Whether the kernel can compute this attention: see ops.attention.kernel_for. It knows no slots."""
     dtypes = (jnp.bfloat16, jnp.float32)  # Mosaic has no float16
-    return block(queries) > 0 and block(keys) > 0 and head_dim % 8 == 0 and jnp.dtype(dtype) in dtypes
+    return in_order and block(queries) > 0 and block(keys) > 0 and head_dim % 8 == 0 and jnp.dtype(dtype) in dtypes
 
 
 def attention(

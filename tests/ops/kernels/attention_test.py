@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, SingleDeviceSharding
 
 from efflm import ops
 from efflm.ops.attention import KERNELS, kernel_for
+from efflm.ops.kernels.cpu import build
 from tests import tiny
 
 CALLS = {"tpu": ("tpu_custom_call", "splash"), "cuda": ("triton", "mha")}  # what their programs hold
@@ -74,7 +75,8 @@ def test_a_kernel_equals_the_portable_form(rng, interpreted, platform, lengths, 
     segments_BT = keys if keys is None else keys[:, S - T :]
     where = {"segments_BT": segments_BT, "window": window} | ({"key_segments_BS": keys} if S != T else {})
     run = jax.jit(lambda *arrays: with_gradients(functools.partial(ops.attention, **where), *arrays))
-    want = run(*arrays, g)
+    with build.chosen("off"):
+        want = run(*arrays, g)
     interpreted(platform)
     jax.clear_caches()
     assert "pallas_call" in str(jax.make_jaxpr(run)(*arrays, g))
@@ -86,7 +88,8 @@ def test_a_kernel_equals_the_portable_form(rng, interpreted, platform, lengths, 
 def test_a_float32_kernel_is_as_exact_as_the_portable_form(rng, interpreted):
     *arrays, g = draw(rng, 1, 256, 256, 2, 1, 16, jnp.float32)
     attend = functools.partial(ops.attention, segments_BT=packed(rng, 1, 256), window=70)
-    want = jax.jit(functools.partial(with_gradients, attend))(*arrays, g)
+    with build.chosen("off"):
+        want = jax.jit(functools.partial(with_gradients, attend))(*arrays, g)
     interpreted("tpu")
     jax.clear_caches()
     got = jax.jit(functools.partial(with_gradients, attend))(*arrays, g)
@@ -114,7 +117,6 @@ def test_a_float32_kernel_is_as_exact_as_the_portable_form(rng, interpreted):
         ("cuda", {"queries": 100, "keys": 100}, False),
         ("cuda", {"head_dim": 256}, False),
         ("cuda", {"in_order": False}, False),
-        ("cpu", {}, False),
         ("rocm", {}, False),
     ],
 )
@@ -133,8 +135,14 @@ def lowered(platform, f, *arguments):
         return jax.jit(f).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda", "cpu"])
+@pytest.mark.parametrize("platform", ["tpu", "cuda", "cpu", "cpu without native kernels"])
 def test_the_program_of_a_platform_holds_its_kernel(platform):
+    platform, _, without = platform.partition(" ")
+    with build.chosen("off" if without else "auto"):
+        check_program(platform, platform == "cpu" and build.form() != "")
+
+
+def check_program(platform, native):
     q, k = (jax.ShapeDtypeStruct((2, 256, heads, 64), jnp.bfloat16) for heads in (4, 2))
     segments = jax.ShapeDtypeStruct((2, 256), jnp.int32)
     loss = lambda q, k, v, segments: jnp.sum(ops.attention(q, k, v, segments_BT=segments))
@@ -142,9 +150,11 @@ def test_the_program_of_a_platform_holds_its_kernel(platform):
     for name, (call, kernel) in CALLS.items():
         assert (call in text and kernel in text) == (name == platform)
     # The portable form is left out where the kernel is in: there is no softmax outside of it.
-    assert ("stablehlo.exponential" in text) == (platform == "cpu")
-    cached = lambda q, k, slots: ops.attention(q, k, k, slots_BT=slots)
-    assert not any(call in lowered(platform, cached, q, k, segments) for call, _ in CALLS.values())
+    assert ("stablehlo.exponential" in text) == (platform == "cpu" and not native)
+    assert ("efflm_attention" in text) == native
+    cached = lowered(platform, lambda q, k, slots: ops.attention(q, k, k, slots_BT=slots), q, k, segments)
+    assert not any(call in cached for call, _ in CALLS.values())
+    assert ("efflm_attention" in cached) == native
 
 
 @pytest.mark.parametrize(("window", "H"), [(0, 64), (100, 80)])

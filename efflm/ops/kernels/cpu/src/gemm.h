@@ -15,9 +15,9 @@ constexpr int kTileRows = 4;
 #endif
 constexpr int kTileColumns = 2 * kWidth;  // of one register tile
 
-// out [R, C vectors] (+)= x [R, depth] @ b [depth, C vectors], whose rows are x_stride, b_stride and out_stride apart.
-// Across: x is stored [depth, R].
-template <int R, int C, bool Add, bool Across>
+// out [R, C vectors] (+)= x [R, depth] @ b [depth, C vectors], rows `x_stride`, `b_stride` and `out_stride` apart.
+// Turned: x lies as [depth, R].
+template <int R, int C, bool Add, bool Turned>
 EFFLM_INLINE void tile(const float* x, int64_t x_stride, const float* b, int64_t b_stride, int64_t depth, float* out,
                        int64_t out_stride) {
   Floats total[R][C];
@@ -27,7 +27,7 @@ EFFLM_INLINE void tile(const float* x, int64_t x_stride, const float* b, int64_t
     Floats column[C];
     for (int c = 0; c < C; ++c) column[c] = load_floats(b + k * b_stride + c * kWidth);
     for (int r = 0; r < R; ++r) {
-      const Floats each = splat(Across ? x[k * x_stride + r] : x[r * x_stride + k]);
+      const Floats each = splat(Turned ? x[k * x_stride + r] : x[r * x_stride + k]);
       for (int c = 0; c < C; ++c) total[r][c] += each * column[c];
     }
   }
@@ -35,36 +35,38 @@ EFFLM_INLINE void tile(const float* x, int64_t x_stride, const float* b, int64_t
     for (int c = 0; c < C; ++c) store(out + r * out_stride + c * kWidth, total[r][c]);
 }
 
-template <int C, bool Add, bool Across, int R = kTileRows>
+template <int C, bool Add, bool Turned, int R = kTileRows>
 EFFLM_INLINE void tile_rows(int64_t rows, const float* x, int64_t x_stride, const float* b, int64_t b_stride,
                             int64_t depth, float* out, int64_t out_stride) {
   if constexpr (R > 0) {
     if (rows == R) {
-      tile<R, C, Add, Across>(x, x_stride, b, b_stride, depth, out, out_stride);
+      tile<R, C, Add, Turned>(x, x_stride, b, b_stride, depth, out, out_stride);
     } else {
-      tile_rows<C, Add, Across, R - 1>(rows, x, x_stride, b, b_stride, depth, out, out_stride);
+      tile_rows<C, Add, Turned, R - 1>(rows, x, x_stride, b, b_stride, depth, out, out_stride);
     }
   }
 }
 
-// out [rows, columns] (+)= x [rows, depth] @ b [depth, columns]; columns: a multiple of kWidth. Across: x is stored
-// [depth, rows].
-template <bool Add, bool Across = false>
+// `multiply` of at most kTileRows rows and kTileColumns columns.
+template <bool Add, bool Turned = false>
+__attribute__((noinline)) void multiply_tile(int64_t rows, int64_t columns, int64_t depth, const float* x,
+                                             int64_t x_stride, const float* b, int64_t b_stride, float* out,
+                                             int64_t out_stride) {
+  if (columns > kWidth) {
+    tile_rows<2, Add, Turned>(rows, x, x_stride, b, b_stride, depth, out, out_stride);
+  } else {
+    tile_rows<1, Add, Turned>(rows, x, x_stride, b, b_stride, depth, out, out_stride);
+  }
+}
+
+// out [rows, columns] (+)= x [rows, depth] @ b [depth, columns]; columns: a multiple of kWidth.
+template <bool Add>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const float* x, int64_t x_stride, const float* b,
               int64_t b_stride, float* out, int64_t out_stride) {
-  for (int64_t n = 0; n < columns; n += kTileColumns) {
-    const bool whole = columns - n >= kTileColumns;
-    for (int64_t m = 0; m < rows; m += kTileRows) {
-      const int64_t some = rows - m < kTileRows ? rows - m : kTileRows;
-      const float *from = Across ? x + m : x + m * x_stride, *block = b + n;
-      float* to = out + m * out_stride + n;
-      if (whole) {
-        tile_rows<2, Add, Across>(some, from, x_stride, block, b_stride, depth, to, out_stride);
-      } else {
-        tile_rows<1, Add, Across>(some, from, x_stride, block, b_stride, depth, to, out_stride);
-      }
-    }
-  }
+  for (int64_t n = 0; n < columns; n += kTileColumns)
+    for (int64_t m = 0; m < rows; m += kTileRows)
+      multiply_tile<Add>(least(rows - m, kTileRows), least(columns - n, kTileColumns), depth, x + m * x_stride,
+                         x_stride, b + n, b_stride, out + m * out_stride + n, out_stride);
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
 // The native kernels as XLA calls them (jax.ffi). Compiled once for each form that a machine runs: see build.py.
 #include <sched.h>
 
-#include "attention.h"
+#include "attention_backward.h"
+#include "attention_forward.h"
 #include "decode.h"
 #include "dot.h"
 #include "feedforward.h"
@@ -140,61 +141,6 @@ ffi::Error decode_handler(ffi::ThreadPool threads, int64_t window, bool to_bfloa
   return old_keys.element_type() == ffi::DataType::BF16 ? fill(uint16_t{}) : fill(float{});
 }
 
-template <typename Cell>
-Attention<Cell> attention_of(int64_t window, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer slots,
-                             ffi::AnyBuffer segments, ffi::AnyBuffer key_segments) {
-  Attention<Cell> a;
-  a.batch = q.dimensions()[0];
-  a.queries = q.dimensions()[1];
-  a.heads = q.dimensions()[2];
-  a.size = q.dimensions()[3];
-  a.keys = k.dimensions()[1];
-  a.kv_heads = k.dimensions()[2];
-  a.window = window;
-  a.q = static_cast<const Cell*>(q.untyped_data());
-  a.k = static_cast<const Cell*>(k.untyped_data());
-  a.v = static_cast<const Cell*>(v.untyped_data());
-  a.slots = some<int32_t>(slots);
-  a.segments = some<int32_t>(segments);
-  a.key_segments = some<int32_t>(key_segments);
-  return a;
-}
-
-ffi::Error attention_handler(ffi::ThreadPool threads, int64_t window, ffi::AnyBuffer q, ffi::AnyBuffer k,
-                             ffi::AnyBuffer v, ffi::AnyBuffer slots, ffi::AnyBuffer segments,
-                             ffi::AnyBuffer key_segments, ffi::Result<ffi::Buffer<ffi::F32>> out,
-                             ffi::Result<ffi::Buffer<ffi::F32>> normalizer) {
-  auto run = [&](auto cell) {
-    auto a = attention_of<decltype(cell)>(window, q, k, v, slots, segments, key_segments);
-    a.out = out->typed_data();
-    a.normalizer = normalizer->typed_data();
-    attend(a, pool_of(threads));
-    return ffi::Error::Success();
-  };
-  return q.element_type() == ffi::DataType::BF16 ? run(uint16_t{}) : run(float{});
-}
-
-ffi::Error attention_backward_handler(ffi::ThreadPool threads, int64_t window, ffi::AnyBuffer q, ffi::AnyBuffer k,
-                                      ffi::AnyBuffer v, ffi::AnyBuffer slots, ffi::AnyBuffer segments,
-                                      ffi::AnyBuffer key_segments, ffi::Buffer<ffi::F32> out,
-                                      ffi::Buffer<ffi::F32> normalizer, ffi::Buffer<ffi::F32> gradient,
-                                      ffi::Result<ffi::AnyBuffer> dq, ffi::Result<ffi::AnyBuffer> dk,
-                                      ffi::Result<ffi::AnyBuffer> dv) {
-  auto run = [&](auto cell) {
-    using Cell = decltype(cell);
-    auto a = attention_of<Cell>(window, q, k, v, slots, segments, key_segments);
-    a.out = out.typed_data();
-    a.normalizer = normalizer.typed_data();
-    a.gradient = gradient.typed_data();
-    a.dq = static_cast<Cell*>(dq->untyped_data());
-    a.dk = static_cast<Cell*>(dk->untyped_data());
-    a.dv = static_cast<Cell*>(dv->untyped_data());
-    attend_backward(a, pool_of(threads));
-    return ffi::Error::Success();
-  };
-  return q.element_type() == ffi::DataType::BF16 ? run(uint16_t{}) : run(float{});
-}
-
 }  // namespace
 }  // namespace efflm
 
@@ -241,6 +187,63 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(efflm_decode, efflm::decode_handler,
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());
 
+// --- attention -------------------------------------------------------------------------------------------------------
+
+namespace efflm {
+namespace {
+
+Array array_of(const ffi::AnyBuffer& buffer) {
+  return {buffer.untyped_data(), buffer.element_type() == ffi::DataType::BF16};
+}
+
+// Axes in front of the named ones are a part of the batch.
+Attention attention_of(int64_t window, ffi::AnyBuffer& q, ffi::AnyBuffer& k, ffi::AnyBuffer& v, ffi::AnyBuffer& slots,
+                       ffi::AnyBuffer& segments, ffi::AnyBuffer& key_segments) {
+  const auto of_q = q.dimensions(), of_k = k.dimensions();
+  const size_t last = of_q.size();
+  Attention a;
+  a.B = 1;
+  for (size_t i = 0; i + 3 < last; ++i) a.B *= of_q[i];
+  a.T = of_q[last - 3], a.N = of_q[last - 2], a.H = of_q[last - 1];
+  a.S = of_k[last - 3], a.K = of_k[last - 2];
+  a.window = window;
+  a.q = array_of(q), a.k = array_of(k), a.v = array_of(v);
+  a.slots = some<int32_t>(slots);
+  a.segments = some<int32_t>(segments);
+  a.key_segments = some<int32_t>(key_segments);
+  return a;
+}
+
+ffi::Error attention_handler(ffi::ThreadPool threads, int64_t window, ffi::AnyBuffer q, ffi::AnyBuffer k,
+                             ffi::AnyBuffer v, ffi::AnyBuffer slots, ffi::AnyBuffer segments,
+                             ffi::AnyBuffer key_segments, ffi::Result<ffi::AnyBuffer> out,
+                             ffi::Result<ffi::AnyBuffer> normalizers) {
+  Attention a = attention_of(window, q, k, v, slots, segments, key_segments);
+  a.out = static_cast<float*>(out->untyped_data());
+  a.normalizers = static_cast<float*>(normalizers->untyped_data());
+  attend(a, pool_of(threads));
+  return ffi::Error::Success();
+}
+
+ffi::Error attention_backward_handler(ffi::ThreadPool threads, int64_t window, int64_t chunks, ffi::AnyBuffer q,
+                                      ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer slots, ffi::AnyBuffer segments,
+                                      ffi::AnyBuffer key_segments, ffi::AnyBuffer out, ffi::AnyBuffer normalizers,
+                                      ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> dq, ffi::Result<ffi::AnyBuffer> dk,
+                                      ffi::Result<ffi::AnyBuffer> dv) {
+  Gradients d;
+  d.attention = attention_of(window, q, k, v, slots, segments, key_segments);
+  d.attention.out = static_cast<float*>(out.untyped_data());
+  d.attention.normalizers = static_cast<float*>(normalizers.untyped_data());
+  d.g = static_cast<const float*>(g.untyped_data());
+  d.chunks = chunks;
+  d.dq = array_of(*dq), d.dk = array_of(*dk), d.dv = array_of(*dv);
+  attend_back(d, pool_of(threads));
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace efflm
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(efflm_attention, efflm::attention_handler,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
@@ -251,22 +254,23 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(efflm_attention, efflm::attention_handler,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(efflm_attention_backward, efflm::attention_backward_handler,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<int64_t>("window")
+                                  .Attr<int64_t>("chunks")
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());
