@@ -23,6 +23,7 @@ void transposed_product(const Rows& rows_of_x, const Product& d, const Pool& poo
         int64_t k = 0;
         for (; k + 2 * kWidth <= K; k += 2 * kWidth)
           for (int h = 0; h < 2; ++h) {
+            for (int i = 0; m == 0 && i < 4; ++i) ask_for(rows[i] + 4 * K + k + h * kWidth);
             const Floats part = load_floats(from + k + h * kWidth);
             for (int i = 0; i < 4; ++i) total[i][h] += part * load_floats(rows[i] + k + h * kWidth);
           }
@@ -64,6 +65,7 @@ EFFLM_INLINE void add_inputs(const float* x, const W* w, int64_t count, int64_t 
     for (int64_t i = 0; i < kInputs; ++i) one[i] = splat(x[i]);
     for (; n + kWidth <= N; n += kWidth) {
       Floats add = load_floats(total + n), other = {};
+      for (int64_t i = 0; i < kInputs; ++i) ask_for(w + (kInputs + i) * N + n);
       for (int64_t i = 0; i < kInputs; i += 2) {
         add += one[i] * load_floats(w + i * N + n);
         other += one[i + 1] * load_floats(w + (i + 1) * N + n);

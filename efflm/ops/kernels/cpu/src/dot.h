@@ -80,7 +80,7 @@ void times_panel(const Weight& w, const Read& x, int64_t p, int64_t row, int64_t
 // task(panel, first row, end) for all panels and blocks of rows: parts many enough to be shared evenly.
 template <typename Task>
 void over_panels(int64_t panels, int64_t rows, const Pool& pool, const Task& task) {
-  const int64_t blocks = ceiling(rows, kRowBlock), wanted = ceiling(8 * pool.threads, blocks);
+  const int64_t blocks = ceiling(rows, kRowBlock), wanted = ceiling(16 * pool.threads, blocks);
   const int64_t each = ceiling(panels, least(wanted, panels)), parts = ceiling(panels, each);
   Team::run(pool, blocks * parts, [&](int64_t i) {
     const int64_t row = i / parts * kRowBlock, from = i % parts * each;

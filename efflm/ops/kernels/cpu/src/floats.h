@@ -38,6 +38,7 @@ void float_tile(const Weight& w, int64_t p, const float* x, const float* sums, f
     const int64_t end = g + 1 < groups ? (g + 1) * group : filled;
     const uint8_t* bytes = panel + g * group / kStep * (4 * kPanel);
     for (int64_t k = g * group; k < end; k += kStep, bytes += 4 * kPanel) {
+      for (int line = 0; line < 4 * kPanel; line += 64) ask_for(bytes + kReadAhead + line);
       for (int c = 0; c < kVectors; ++c) {
         const Ints flipped = flip<Bits>(load<Ints>(bytes + c * 4 * kWidth));
         for (int j = 0; j < kStep; ++j) {

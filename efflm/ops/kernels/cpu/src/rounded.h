@@ -109,6 +109,7 @@ void rounded_tile(const Weight& w, int64_t p, const Rounded* x, const float* row
     int64_t k = g * group;
     const uint8_t* bytes = panel + k / kStep * (4 * kPanel);
     auto step = [&](int chain) {
+      for (int line = 0; line < 4 * kPanel; line += 64) ask_for(bytes + kReadAhead + line);
       for (int c = 0; c < kVectors; ++c) {
         const Ints words = load<Ints>(bytes + c * 4 * kWidth);
         for (int r = 0; r < R; ++r) {
