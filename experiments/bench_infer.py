@@ -65,7 +65,7 @@ class Run:
     batches: str = flag("1,4,16", "sequences decoded at once, joined by commas")
     contexts: str = flag("128,1024", "tokens before those that are decoded; a peer adds 16 for one sequence")
     new: int = flag(64, "tokens decoded in a run, over all sequences of the batch")
-    rounds: int = flag(3, "times everything is measured, in turn")
+    rounds: int = flag(2, "times everything is measured, in turn")
     portable: Portable = flag("off", "on: with the portable kernels; both: with native and portable ones in turn")
     peer: str = flag("", "command of a peer to run in turn, or several with ; between them; it prints JSON lines")
 
