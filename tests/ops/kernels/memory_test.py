@@ -1,6 +1,7 @@
 """The native CPU kernels under the compiler's sanitizers: every program of memory/, in every form that runs here.
 
-A check of one more kernel is one more file there. Those of kernels take half a minute to compile and are slow tests.
+A check of one more kernel is one more file there. Those of kernels take half a minute to compile and are slow tests;
+the best form runs every time, the others with `-m combination`.
 """
 
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from efflm.ops.kernels.cpu import build
+from tests import tiny
 
 CHECKS = Path(__file__).parent / "memory"
 MEMORY = ("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize=null", "-fno-sanitize-recover=all")
@@ -33,7 +35,7 @@ def run_check(folder, name, form, sanitizers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", build.supported())
+@pytest.mark.parametrize("form", tiny.and_combinations(build.supported(), build.supported()[:1]))
 @pytest.mark.parametrize("name", KERNELS)
 def test_no_kernel_leaves_its_memory(tmp_path, name, form):
     run_check(tmp_path, name, form, MEMORY)
@@ -44,6 +46,6 @@ def test_threads_of_a_team_do_not_race(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", tiny.and_combinations(KERNELS, ["dot"]))
 def test_threads_of_a_kernel_do_not_race(tmp_path, name):
     run_check(tmp_path, name, "portable", THREADS)

@@ -1,0 +1,148 @@
+// Attention, forward, backward and over a cache, against plain loops in double.
+#include "attention_backward.h"
+#include "attention_forward.h"
+#include "decode.h"
+
+#include "checks.h"
+
+namespace {
+
+Block<float> draw(Random& random, int64_t size) {
+  Block<float> out(size);
+  for (int64_t i = 0; i < size; ++i) out[i] = random.normal();
+  return out;
+}
+
+void near(double found, double wanted, const char* what) {
+  require(std::fabs(found - wanted) <= 1e-4 * (1 + std::fabs(wanted)),
+          std::string(what) + " is " + std::to_string(found) + ", not " + std::to_string(wanted));
+}
+
+struct Drawn {
+  int64_t B, T, S, N, K, H, window;
+  Block<float> q, k, v;
+  Block<int32_t> slots, segments, key_segments;
+
+  bool sees(int64_t b, int64_t t, int64_t s) const {
+    const int64_t slot = slots.size ? slots.data[b * T + t] : S - T + t;
+    return s <= slot && (!window || s > slot - window) &&
+           (!segments.size || segments.data[b * T + t] == key_segments.data[b * S + s]);
+  }
+
+  // The share of each key [S] in the output of one query head.
+  std::vector<double> shares(int64_t b, int64_t t, int64_t n) const {
+    std::vector<double> out(S);
+    double top = -1e300, total = 0;
+    for (int64_t s = 0; s < S; ++s) {
+      if (!sees(b, t, s)) continue;
+      double score = 0;
+      for (int64_t h = 0; h < H; ++h) score += double(q.data[q_at(b, t, n) + h]) * k.data[k_at(b, s, n) + h];
+      out[s] = score / std::sqrt(double(H));
+      top = std::max(top, out[s]);
+    }
+    for (int64_t s = 0; s < S; ++s) total += out[s] = sees(b, t, s) ? std::exp(out[s] - top) : 0;
+    for (double& share : out) share /= total;
+    return out;
+  }
+  int64_t q_at(int64_t b, int64_t t, int64_t n) const { return ((b * T + t) * N + n) * H; }
+  int64_t k_at(int64_t b, int64_t s, int64_t n) const { return ((b * S + s) * K + n / (N / K)) * H; }
+};
+
+Drawn draw_attention(Random& random) {
+  const int64_t B = random.from(1, 2), T = random.of<int64_t>({1, 2, 7, 65, 130}), K = random.from(1, 2);
+  const int64_t S = T + random.of<int64_t>({0, 0, 3, 100}), N = K * random.from(1, 3);
+  const int64_t H = random.of<int64_t>({1, 4, 16, 24, 33}), window = random.of<int64_t>({0, 0, 1, 40});
+  Drawn d{B, T, S, N, K, H, window, draw(random, B * T * N * H), draw(random, B * S * K * H),
+          draw(random, B * S * K * H), Block<int32_t>(random.coin() ? B * T : 0), Block<int32_t>(0), Block<int32_t>(0)};
+  for (int64_t i = 0; i < d.slots.size; ++i) d.slots[i] = int32_t(random.from(i % T, S - 1));
+  if (!d.slots.size && random.coin()) {  // each query sees its own key at least
+    d.segments = Block<int32_t>(B * T);
+    d.key_segments = Block<int32_t>(B * S);
+    for (int64_t i = 0; i < B * S; ++i) d.key_segments[i] = int32_t(i % S / 9);
+    for (int64_t i = 0; i < B * T; ++i) d.segments[i] = d.key_segments[i / T * S + S - T + i % T];
+  }
+  return d;
+}
+
+void check_attention(Random& random, const Pool& pool) {
+  Drawn d = draw_attention(random);
+  const int64_t queries = d.B * d.T * d.N * d.H, keys = d.B * d.S * d.K * d.H;
+  Block<float> out(queries), normalizers(d.B * d.N * d.T), g = draw(random, queries);
+  Block<float> dq(queries), dk(keys), dv(keys);
+  const auto some = [](Block<int32_t>& block) { return block.size ? block.get() : nullptr; };
+  Attention a{d.B, d.T, d.S, d.N, d.K, d.H, d.window, {d.q.get(), false}, {d.k.get(), false}, {d.v.get(), false},
+              some(d.slots), some(d.segments), some(d.key_segments), out.get(), normalizers.get()};
+  attend(a, pool);
+  attend_back({a, g.get(), random.from(1, 2), {dq.get(), false}, {dk.get(), false}, {dv.get(), false}}, pool);
+  std::vector<double> wanted_q(queries), wanted_k(keys), wanted_v(keys);
+  for (int64_t b = 0; b < d.B; ++b)
+    for (int64_t t = 0; t < d.T; ++t)
+      for (int64_t n = 0; n < d.N; ++n) {
+        const std::vector<double> shares = d.shares(b, t, n);
+        const int64_t at = d.q_at(b, t, n);
+        double inner = 0;
+        for (int64_t h = 0; h < d.H; ++h) {
+          double mixed = 0;
+          for (int64_t s = 0; s < d.S; ++s) mixed += shares[s] * d.v[d.k_at(b, s, n) + h];
+          near(out[at + h], mixed, "attention");
+          inner += mixed * g[at + h];
+        }
+        for (int64_t s = 0; s < d.S; ++s) {
+          const int64_t key = d.k_at(b, s, n);
+          double slope = 0;
+          for (int64_t h = 0; h < d.H; ++h) slope += double(g[at + h]) * d.v[key + h];
+          slope = shares[s] * (slope - inner) / std::sqrt(double(d.H));
+          for (int64_t h = 0; h < d.H; ++h) {
+            wanted_v[key + h] += shares[s] * g[at + h];
+            wanted_k[key + h] += slope * d.q[at + h];
+            wanted_q[at + h] += slope * d.k[key + h];
+          }
+        }
+      }
+  for (int64_t i = 0; i < queries; ++i) near(dq[i], wanted_q[i], "dq");
+  for (int64_t i = 0; i < keys; ++i) near(dk[i], wanted_k[i], "dk"), near(dv[i], wanted_v[i], "dv");
+}
+
+// One new token a sequence, at its slot of a cache, without rotation.
+void check_decode(Random& random, const Pool& pool) {
+  Drawn d = draw_attention(random);
+  const int64_t S = d.S * random.of<int64_t>({1, 3});
+  Block<float> keys = draw(random, d.B * S * d.K * d.H), values = draw(random, d.B * S * d.K * d.H);
+  Drawn one{d.B, 1, S, d.N, d.K, d.H, d.window, draw(random, d.B * d.N * d.H), draw(random, d.B * S * d.K * d.H),
+            draw(random, d.B * S * d.K * d.H), Block<int32_t>(d.B), Block<int32_t>(0), Block<int32_t>(0)};
+  Block<float> new_keys = draw(random, d.B * d.K * d.H), new_values = draw(random, d.B * d.K * d.H);
+  Block<float> none(0), out(d.B * d.N * d.H);
+  for (int64_t b = 0; b < d.B; ++b) one.slots[b] = int32_t(random.from(0, S - 1));
+  std::copy(one.k.get(), one.k.get() + keys.size, keys.get());
+  std::copy(one.v.get(), one.v.get() + keys.size, values.get());
+  decode(Decode<float>{d.B, S, d.N, d.K, d.H, 0, d.window, one.q.get(), new_keys.get(), new_values.get(), none.get(),
+                       none.get(), one.slots.get(), keys.get(), values.get(), out.get()},
+         pool);
+  for (int64_t b = 0; b < d.B; ++b)
+    for (int64_t i = 0; i < d.K * d.H; ++i) {
+      one.k[(b * S + one.slots[b]) * d.K * d.H + i] = new_keys[b * d.K * d.H + i];
+      one.v[(b * S + one.slots[b]) * d.K * d.H + i] = new_values[b * d.K * d.H + i];
+    }
+  for (int64_t i = 0; i < keys.size; ++i) require(keys[i] == one.k[i] && values[i] == one.v[i], "the cache differs");
+  for (int64_t b = 0; b < d.B; ++b)
+    for (int64_t n = 0; n < d.N; ++n) {
+      const std::vector<double> shares = one.shares(b, 0, n);
+      for (int64_t h = 0; h < d.H; ++h) {
+        double mixed = 0;
+        for (int64_t s = 0; s < S; ++s) mixed += shares[s] * one.v[one.k_at(b, s, n) + h];
+        near(out[one.q_at(b, 0, n) + h], mixed, "decode");
+      }
+    }
+}
+
+}  // namespace
+
+int main() {
+  Random random;
+  Threads threads(2);
+  for (int64_t i = 0; i < 120; ++i)
+    std::thread([&] {
+      const Pool pool = i % 4 ? Pool{} : threads.pool(3);
+      i % 2 ? check_attention(random, pool) : check_decode(random, pool);
+    }).join();
+}
