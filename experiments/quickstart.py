@@ -32,8 +32,7 @@ NOTES = {
     "float32": "the dense model that all others are compared with",
     "bfloat16": "every weight cast to bfloat16, matmuls in bfloat16, sums in float32",
     "w8a16": "int8 matrices, one scale for each output channel; activations in floating point",
-    "w8a8": "the same int8 matrices, activations in int8, one scale per token; batch-1 decode on a CPU falls back in "
-    "XLA, which has no int8 matrix-vector kernel there",
+    "w8a8": "the same int8 matrices, activations in int8, one scale per token",
     "masks50": "the smaller half of every matrix in the layers set to zero",
     "masks24": "two of every four inputs set to zero",
     "masks50_trained": "masks50, then trained briefly with the zeros kept, on more text than the dense model saw",
