@@ -60,7 +60,6 @@ def test_memory_is_the_peak_of_what_runs():
         pytest.skip("the system does not tell")
     grown = speed.peak_bytes(lambda: np.ones(1 << 25, np.uint8).sum()) - before
     assert 0.7 * (1 << 25) <= grown < 1 << 27  # the kernel counts in batches of pages
-    assert speed.peak_bytes(lambda: None) < before + (1 << 25)
 
 
 def test_the_bandwidth_counts_what_is_read(monkeypatch):

@@ -206,7 +206,9 @@ def test_a_stopped_run_goes_on_by_the_same_command(corpus, tmp_path, monkeypatch
     assert "going on from step 3 of 6" in out
     assert out.splitlines()[-2] == calm
     without_skipped = lambda lines: [{key: line[key] for key in line if key != "skipped"} for line in lines]
-    assert without_skipped(metrics("stopped")) == metrics("calm")
+    for stopped, undisturbed in zip(without_skipped(metrics("stopped")), metrics("calm"), strict=True):
+        # train.on_nan=skip is another program, which may round differently.
+        assert stopped == pytest.approx(undisturbed, rel=1e-6)
     assert list((tmp_path / "stopped" / "tensorboard").glob("events*"))
 
 
