@@ -11,6 +11,7 @@ A model is a LanguageModel. One that `load` or `compress` returned knows where i
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,9 +21,9 @@ import jax
 
 from efflm import arguments, ops, rundir
 from efflm.compress import recipe
-from efflm.compress.step import Context, Step
+from efflm.compress.step import Calibration, Context, Step
 from efflm.config import AskedPrecision, InputError, require
-from efflm.data import corpora, dataset, enwik8
+from efflm.data import corpora, dataset, enwik8, loader
 from efflm.evaluate.windows import Scoring
 from efflm.formats import safetensors, sources
 from efflm.infer.generate import generate as generate_ids
@@ -61,14 +62,17 @@ def compress(
     seed: int = 0,
     batch: int = 8,
     length: int = 256,
+    calibration_rows: int = 128,
+    calibration_length: int = 512,
     strict: bool = False,
 ) -> LanguageModel:
     """The model after the steps, one after the other.
 
     steps: the name of a recipe, several joined by commas, steps such as Prune(sparsity=0.3), or a list of both. Where
-    a step trains it needs the model's tokenizer and text to train on, of which the test split is kept apart (see
+    a step trains or is calibrated it needs the model's tokenizer and text, of which the test split is kept apart (see
     `measure`); default: what the model itself was trained on here. Steps of your own get it where it is given.
-    batch, length: sequences in a training batch and tokens in each. strict: refuse files that are not UTF-8 text.
+    batch, length: sequences in a training batch and tokens in each; calibration_rows, calibration_length: of the
+    calibration text. strict: refuse files that are not UTF-8 text.
     """
     arguments.require_model(model)
     name, chain = arguments.chain(steps)
@@ -77,16 +81,18 @@ def compress(
             type(value) is int and value > 0, f"{setting} is {arguments.shown(value)}, but must be a positive integer"
         )
     own = {type(step) for steps in recipe.RECIPES.values() for step in steps}
-    if recipe.trains(chain) or (text is not None and not {type(step) for step in chain} <= own):
+    reads = recipe.trains(chain) or recipe.calibrates(chain)
+    if reads or (text is not None and not {type(step) for step in chain} <= own):
+        does = "trains" if recipe.trains(chain) else "is calibrated"
         require(
             text is not None or "source" in model.about,
-            f"{name} trains, which needs text: give text=FOLDER, or any of {arguments.TEXT}",
+            f"{name} {does}, which needs text: give text=FOLDER, or any of {arguments.TEXT}",
         )
         source = arguments.text_of(model.about["source"] if text is None else text)
-        arguments.require_tokenizer(tokenizer, model, f"{name} trains on text, which needs")
-        context = training_context(
-            source, _cache(), model, tokenizer, batch=batch, length=length, seed=seed, strict=strict
-        )
+        arguments.require_tokenizer(tokenizer, model, f"{name} {does} on text, which needs")
+        settings = {"batch": batch, "length": length, "seed": seed, "strict": strict}
+        calibration = Calibration(rows=calibration_rows, length=calibration_length)
+        context = context_for(chain, source, _cache(), model, tokenizer, calibration=calibration, **settings)
         model = jax.device_put(model, sharding.shardings(model, context.mesh)).with_about(model.about)
     else:
         context = Context(seed=seed, mesh=sharding.make_mesh())
@@ -203,7 +209,8 @@ def save(path: SOURCE, model: LanguageModel | None = None, tokenizer: Tokenizer 
     return file
 
 
-def training_context(
+def context_for(
+    steps: Sequence[Step],
     source: str,
     cache: Path,
     model: LanguageModel,
@@ -211,24 +218,28 @@ def training_context(
     *,
     batch: int,
     length: int,
+    calibration: Calibration,
     seed: int,
     strict: bool = False,
 ) -> Context:
-    """What steps that train are given: batches of the training split of `source`. Raises InputError."""
-    data = dataset.prepare(
-        source,
-        cache,
-        vocabulary=model.config.vocabulary,
-        length=min(length, model.config.max_length),
-        batch=batch,
-        tokenizer=tokenizer,
-        strict=strict,
+    """What steps that read text are given, of the training split of `source`: batches of `length` tokens where one of
+    them trains or is not known, and calibration text where one needs it. Raises InputError."""
+    prepare = functools.partial(
+        dataset.prepare, source, cache, vocabulary=model.config.vocabulary, tokenizer=tokenizer, strict=strict
     )
+    made, batches, rows, longest = None, None, None, model.config.max_length
+    if recipe.calibrates(steps):
+        made = prepare(length=min(calibration.length, longest), batch=1)
+        rows = loader.sample(made.train, calibration.rows, seed)
+    if recipe.trains(steps) or made is None:
+        made = prepare(length=min(length, longest), batch=batch)
+        batches = made.batches(batch, seed)
     return Context(
-        batches=data.batches(batch, seed),
+        batches=batches,
+        calibration=rows,
         seed=seed,
-        corpus=data.corpus.digest,
-        tokenizer=data.tokenizer.digest,
+        corpus=made.corpus.digest,
+        tokenizer=made.tokenizer.digest,
         mesh=sharding.data_parallel(batch),
     )
 

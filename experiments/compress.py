@@ -1,8 +1,8 @@
 """Compress a model by one recipe or several, and show before and after side by side.
 
     python -m experiments.compress --model=runs/quickstart --recipe=w8a8
-    python -m experiments.compress --model=runs/quickstart --recipe=masks50,w8a16 --prune.sparsity=0.3
-    python -m experiments.compress --model=smollm2 --recipe="w8a16 w8a8 masks50" --text=notes.txt --run_dir=runs/mine
+    python -m experiments.compress --model=runs/quickstart --recipe=magnitude50,w8a16 --prune.sparsity=0.3
+    python -m experiments.compress --model=smollm2 --recipe="w8a16 w8a8 magnitude50" --text=notes.txt
 
 Expect a table of all models, and in the run directory each compressed one as `<recipe>.safetensors`, its tokenizer,
 `results.json` and `report.html`. Beside the first model one compressed model is held at a time.
@@ -11,18 +11,24 @@ Expect a table of all models, and in the run directory each compressed one as `<
 import dataclasses
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
 from efflm import api, ops, rundir, trees
 from efflm.compress import recipe
+from efflm.compress.awq import AWQ
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
+from efflm.compress.gptq import GPTQ
 from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink
-from efflm.compress.step import Context, Step
+from efflm.compress.smoothquant import SmoothQuant
+from efflm.compress.sparsegpt import SparseGPT
+from efflm.compress.step import Calibration, Context, Step
+from efflm.compress.wanda import Wanda
 from efflm.config import PRECISION, AskedPrecision, InputError, flag, require, require_seed
 from efflm.data import corpora, dataset
 from efflm.evaluate import cost, quality
@@ -35,6 +41,7 @@ from efflm.report import analysis, compared, numbers, page, rows, samples, scori
 from efflm.train import metrics
 
 BEFORE = "before.safetensors"
+STEPS = (Quantize, GPTQ, AWQ, SmoothQuant, Prune, Wanda, SparseGPT, Finetune, Distill, Shrink)  # that flags change
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,17 +88,19 @@ def chains(names: str, changes: dict[type, dict]) -> dict[str, tuple[Step, ...]]
     return plans
 
 
-def context_for(run: Run, loaded: Loaded, trains: bool) -> Context:
-    """What the steps may use; text is prepared only where one of them trains."""
-    if not trains:
+def context_for(run: Run, calibration: Calibration, loaded: Loaded, steps: Sequence[Step]) -> Context:
+    """What the steps may use; text is prepared only where one of them reads it."""
+    if not (recipe.trains(steps) or recipe.calibrates(steps)):
         return Context(seed=run.seed, mesh=sharding.data_parallel(run.batch))
-    return api.training_context(
+    return api.context_for(
+        steps,
         dataset.source_of(run.corpus, loaded.about),
         dataset.cache_beside(run.model),
         loaded.model,
         loaded.tokenizer,
         batch=run.batch,
         length=run.length,
+        calibration=calibration,
         seed=run.seed,
         strict=run.strict,
     )
@@ -103,10 +112,10 @@ def described(steps: tuple[Step, ...], after: LanguageModel) -> str:
 
 
 @rundir.locked
-def main(run: Run, score: Scoring, quantize: dict, prune: dict, finetune: dict, distill: dict, shrink: dict) -> None:
+def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict) -> None:
     began = time.perf_counter()
     say = lambda words: print(f"[{time.perf_counter() - began:4.0f} s] {words}", flush=True)
-    changes = {Quantize: quantize, Prune: prune, Finetune: finetune, Distill: distill, Shrink: shrink}
+    changes = {kind: steps[kind.__name__.lower()] for kind in STEPS}
     plans, run_dir = chains(run.recipe, changes), Path(run.run_dir)
     rundir.require_writable(run_dir, needs=rundir.SMALL_FILES)
     loaded = sources.load(run.model, precision=run.precision, mesh=sharding.data_parallel(run.batch))
@@ -119,7 +128,7 @@ def main(run: Run, score: Scoring, quantize: dict, prune: dict, finetune: dict, 
     if text.left_out:
         say(text.left_out)
     score = score.within(dense.config.max_length, about.get("train.length", 0), text.unbroken)
-    context = context_for(run, loaded, any(map(recipe.trains, plans.values())))
+    context = context_for(run, calibration, loaded, [step for steps in plans.values() for step in steps])
     rundir.use_compilation_cache(run_dir.parent / "compilation_cache")
     protocol, kept = cost.protocol_for(dense), {}
     platform, records, written, measured, phases = jax.default_backend(), {}, {}, [], []
@@ -205,6 +214,6 @@ def command_for(name: str, argv: list[str]) -> str:
 
 if __name__ == "__main__":
     launch(
-        main, __doc__, run=Run(), score=Scoring(), quantize=Quantize, prune=Prune, finetune=Finetune, distill=Distill,
-        shrink=Shrink,
+        main, __doc__, run=Run(), calibration=Calibration(), score=Scoring(),
+        **{kind.__name__.lower(): kind for kind in STEPS},
     )  # fmt: skip

@@ -33,9 +33,9 @@ NOTES = {
     "bfloat16": "every weight cast to bfloat16, matmuls in bfloat16, sums in float32",
     "w8a16": "int8 matrices, one scale for each output channel; activations in floating point",
     "w8a8": "the same int8 matrices, activations in int8, one scale per token",
-    "masks50": "the smaller half of every matrix in the layers set to zero",
-    "masks24": "two of every four inputs set to zero",
-    "masks50_trained": "masks50, then trained briefly with the zeros kept, on more text than the dense model saw",
+    "magnitude50": "the smaller half of every matrix in the layers set to zero",
+    "magnitude24": "two of every four inputs set to zero",
+    "magnitude50_trained": "magnitude50, then trained briefly with the zeros kept: more text than the dense model saw",
     "student_scratch": "half the layers, fresh weights, trained on text alone",
     "student_distilled": "the same fresh student on the same batches, taught by the dense model",
     "shrink_distill_int8": "half the layers, begun with the dense model's own, distilled, then int8 matrices; in all "

@@ -71,9 +71,9 @@ def test_what_is_known_of_a_model_is_no_part_of_its_value(loaded):
     ("steps", "name", "kinds"),
     [
         ("w8a8", "w8a8", ["Quantize"]),
-        ("masks50, w8a16", "masks50+w8a16", ["Prune", "Quantize"]),
+        ("magnitude50, w8a16", "magnitude50+w8a16", ["Prune", "Quantize"]),
         (Prune(sparsity=0.25), "Prune", ["Prune"]),
-        (["masks24", Quantize()], "masks24+Quantize", ["Prune", "Quantize"]),
+        (["magnitude24", Quantize()], "magnitude24+Quantize", ["Prune", "Quantize"]),
     ],
 )
 def test_compress_takes_names_steps_and_both(loaded, steps, name, kinds):
@@ -85,8 +85,8 @@ def test_compress_takes_names_steps_and_both(loaded, steps, name, kinds):
 
 
 def test_compressing_further_continues_the_lineage(loaded):
-    twice = efflm.compress(efflm.compress(loaded[0], "masks50"), "w8a16")
-    assert same(twice, efflm.compress(loaded[0], "masks50,w8a16"))
+    twice = efflm.compress(efflm.compress(loaded[0], "magnitude50"), "w8a16")
+    assert same(twice, efflm.compress(loaded[0], "magnitude50,w8a16"))
     assert [step["step"] for step in twice.about["lineage"]] == ["Prune", "Quantize"]
     assert twice.about["lineage"][0]["parent"] == digest(loaded[0])
 
@@ -123,7 +123,7 @@ def test_training_keeps_the_masks_and_a_step_of_ones_own_gets_the_text(loaded, f
 
 def test_measure_gives_the_figures_and_the_table_of_the_command(source, loaded, folder, tmp_path, capsys):
     model, tokenizer = loaded
-    small = efflm.compress(model, "masks50,w8a8")
+    small = efflm.compress(model, "magnitude50,w8a8")
     found = efflm.measure({"dense": model, "small": small}, tokenizer, folder, **SHORT, speed=False)
     assert [row.name for row in found] == ["dense", "small"]
     assert isinstance(found["small"], Row)
@@ -182,13 +182,13 @@ def test_generate_goes_on_from_one_prompt_or_several(loaded):
 
 def test_what_is_saved_is_loaded_again(loaded, tmp_path):
     model, tokenizer = loaded
-    small = efflm.compress(model, "masks50,w8a8")
+    small = efflm.compress(model, "magnitude50,w8a8")
     folder = tmp_path / "new" / "small"
     assert efflm.save(str(folder), small, tokenizer) == folder / "model.safetensors"
     again, its_tokenizer = efflm.load(folder)
     assert same(again, small)
     assert its_tokenizer.digest == tokenizer.digest
-    assert again.about["recipe"] == "masks50+w8a8"
+    assert again.about["recipe"] == "magnitude50+w8a8"
     steps = again.about["lineage"]
     assert [step["step"] for step in steps] == ["Prune", "Quantize"]
     assert steps[-1]["actual_bytes"] == pytest.approx(steps[-1]["predicted_bytes"], rel=0.01)
@@ -215,8 +215,8 @@ def careless(loaded, folder, tmp_path):
         "a number for steps": (lambda: efflm.compress(model, 8), "steps is 8"),
         "a class for a step": (lambda: efflm.compress(model, Quantize), "class Quantize"),
         "tokenizer for text": (lambda: efflm.compress(model, Finetune(), tokenizer, tokenizer), "text is Tokenizer"),
-        "training without text": (lambda: efflm.compress(model, "masks50_trained"), "which needs text: give text="),
-        "training without tokenizer": (lambda: efflm.compress(model, "masks50_trained", folder), "but there is none"),
+        "training without text": (lambda: efflm.compress(model, "magnitude50_trained"), "which needs text: give text="),
+        "training without tokenizer": (lambda: efflm.compress(model, Finetune(), folder), "but there is none"),
         "no such text": (lambda: efflm.compress(model, Finetune(), "/nowhere", tokenizer), "/nowhere does not exist"),
         "no batch": (lambda: efflm.compress(model, Finetune(), folder, tokenizer, batch=0), "batch is 0"),
         "a list of models": (lambda: efflm.measure([model], tokenizer, folder), "several by name"),

@@ -90,7 +90,8 @@ def test_the_step_of_ones_own_works():
 
 def test_the_front_page_lists_every_recipe_and_experiment():
     methods = FRONT.partition("## Methods")[2].partition("\n## ")[0]
-    assert re.findall(r"^\| `(\w+)` \|", methods, re.M) == list(recipe.RECIPES)
+    cells = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", methods, re.M)
+    assert sorted(name for cell in cells for name in re.findall(r"\w+", cell)) == sorted(recipe.RECIPES)
     there = {file.stem for file in (ROOT / "experiments").glob("*.py")} - {"__init__"}
     assert set(re.findall(r"^\| `experiments\.(\w+)` \|", FRONT, re.M)) == there
     listed = re.findall(r"^\| `(\w+)` \| [A-Z].*\?", (ROOT / "experiments" / "README.md").read_text(), re.M)

@@ -1,81 +1,87 @@
 """Magnitude pruning (Han 2015, arXiv 1506.02626): masks over the matrices inside the layers, and zeros where they drop.
 
-Per layer: every matrix loses the same fraction. Global: one threshold over all of them. 2:4: in every four
-consecutive inputs of an output the two smaller ones go (Mishra 2021, arXiv 2104.08378). Counts are exact under ties:
-of equal magnitudes the earlier ones go first.
+Per layer: every matrix loses the same fraction. Global: one threshold over all of them. N:M: of every M consecutive
+inputs of an output the N largest stay (Mishra 2021, arXiv 2104.08378). Tiles: whole squares go, those with the least
+sum of squares (Gray 2017). Counts are exact under ties: of equal magnitudes the earlier ones go first.
 """
 
 import dataclasses
 import functools
-from typing import Any, Literal
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from efflm import trees
+from efflm.compress import select
 from efflm.compress.step import Context, record
 from efflm.config import flag, require, require_sparsity
 from efflm.model import LanguageModel
 from efflm.model.params import in_layer
 from efflm.ops import Masks, apply_masks, dequantize
 
-Scope = Literal["layer", "global", "2:4"]
 
-
-@functools.partial(jax.jit, static_argnames="count")
-def _smallest(magnitudes: jax.Array, count: int) -> jax.Array:
-    """True for exactly `count` elements of a flat float32 array: the smallest, the earlier ones first among equals.
-
-    The bits of a float that is not negative, read as an integer, are in the order of the floats: so 31 counts find
-    the count-th smallest, which a sort of a large matrix takes far longer for.
-    """
-    if count == 0:
-        return jnp.zeros(magnitudes.shape, bool)
-    bits = lax.bitcast_convert_type(magnitudes, jnp.int32)
-
-    def halve(_, bounds):
-        low, high = bounds  # the count-th smallest is in (low, high]
-        middle = low + (high - low) // 2
-        enough = jnp.sum(bits <= middle) >= count
-        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
-
-    _, threshold = lax.fori_loop(0, 32, halve, (jnp.int32(-1), jnp.int32(0x7F800000)))  # up to infinity
-    below, equal = bits < threshold, bits == threshold
-    return below | (equal & (jnp.cumsum(equal) <= count - jnp.sum(below)))
-
-
-@jax.jit
-def _two_of_four(w: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="size")
+def _tiles(w: jax.Array, size: int) -> jax.Array:
+    """Sums of squares of the tiles of size x size weights."""
     inputs, outputs = w.shape
-    four = jnp.abs(w).reshape(inputs // 4, 4, outputs)
-    one, other = four[:, :, None], four[:, None]  # every input of a group beside every other
-    earlier = (jnp.arange(4)[:, None] > jnp.arange(4)[None])[None, :, :, None]
-    rank = jnp.sum((other < one) | ((other == one) & earlier), axis=2)
-    return (rank >= 2).reshape(inputs, outputs)
+    return jnp.sum(jnp.square(w.reshape(inputs // size, size, outputs // size, size)), axis=(1, 3))
 
 
-def magnitude_masks(params: Any, sparsity: float, scope: Scope = "layer") -> dict[str, jax.Array]:
+def tile_size(scope: str) -> int | None:
+    """16 of "16x16"; None for what is no such scope. Raises InputError."""
+    found = re.fullmatch(r"(\d{1,4})x(\d{1,4})", scope)
+    if found is None:
+        return None
+    require(found[1] == found[2] and int(found[1]) > 1, f"scope is {scope}, but tiles are square: say 16x16")
+    return int(found[1])
+
+
+def magnitude_masks(params: Any, sparsity: float, scope: str = "layer") -> dict[str, jax.Array]:
     """{path: bool mask, True to keep} for the matrices [in, out] of the linear layers.
 
-    Of n weights round(sparsity * n) are dropped, in each matrix ("layer") or in all together ("global"); for "2:4"
-    sparsity must be 0.5. Raises InputError.
+    Of n weights round(sparsity * n) are dropped, in each matrix ("layer") or in all together ("global"); "N:M" keeps N
+    of every M inputs of an output; "BxB" drops round(sparsity * tiles) tiles of B x B weights. Raises InputError.
     """
-    require_sparsity(sparsity)
+    require_scope(sparsity, scope)
     weights = {path: dequantize(leaf).astype(jnp.float32) for path, leaf in trees.flatten(params) if in_layer(path)}
-    if scope == "2:4":
-        require(sparsity == 0.5, f"sparsity is {sparsity}, but 2:4 always removes half: leave it at 0.5")
+    pattern, size = select.n_of_m(scope), tile_size(scope)
+    if pattern:
+        select.require_groups(params, pattern)
+        return {path: ~select.all_but_n_of_m(jnp.abs(w), *pattern) for path, w in weights.items()}
+    if size:
         for path, w in weights.items():
-            require(w.shape[0] % 4 == 0, f"{path} has {w.shape[0]} inputs, which 2:4 cannot group by four")
-        return {path: _two_of_four(w) for path, w in weights.items()}
+            fits = w.shape[0] % size == 0 and w.shape[1] % size == 0
+            require(
+                fits, f"{path} is {w.shape[0]} x {w.shape[1]}, which tiles of {scope} do not divide: say a smaller one"
+            )
+        return {
+            path: jnp.repeat(jnp.repeat(_kept(_tiles(w, size), sparsity), size, 0), size, 1)
+            for path, w in weights.items()
+        }
     if scope == "layer":
-        drop = lambda w: _smallest(jnp.abs(w).ravel(), round(sparsity * w.size)).reshape(w.shape)
-        return {path: ~drop(w) for path, w in weights.items()}
-    everything = jnp.concatenate([jnp.abs(w).ravel() for w in weights.values()])
-    dropped, start, masks = _smallest(everything, round(sparsity * everything.size)), 0, {}
+        return {path: _kept(jnp.abs(w), sparsity) for path, w in weights.items()}
+    everything = _kept(jnp.concatenate([jnp.abs(w).ravel() for w in weights.values()]), sparsity)
+    start, masks = 0, {}
     for path, w in weights.items():
-        masks[path], start = ~dropped[start : start + w.size].reshape(w.shape), start + w.size
+        masks[path], start = everything[start : start + w.size].reshape(w.shape), start + w.size
     return masks
+
+
+def _kept(scores: jax.Array, sparsity: float) -> jax.Array:
+    return ~select.smallest(scores.ravel(), round(sparsity * scores.size)).reshape(scores.shape)
+
+
+def require_scope(sparsity: float, scope: str) -> None:
+    """Raise InputError for a scope that is none, or another sparsity than its pattern's."""
+    require_sparsity(sparsity)
+    pattern, size = select.n_of_m(scope), tile_size(scope)
+    require(
+        scope in ("layer", "global") or bool(pattern) or bool(size),
+        f"scope is {scope!r}, but must be layer, global, a pattern such as 2:4, or tiles such as 16x16",
+    )
+    select.require_share(sparsity, pattern)
 
 
 def joint(before: Masks, masks: Masks) -> dict[str, jax.Array]:
@@ -89,10 +95,12 @@ class Prune:
     """Set the smallest weights of the matrices inside the layers to zero."""
 
     sparsity: float = flag(0.5, "fraction of weights to remove, in [0, 1)")
-    scope: Literal["layer", "global", "2:4"] = flag("layer", "per matrix, over all matrices, or 2 of every 4 inputs")
+    scope: str = flag(
+        "layer", "layer: of each matrix; global: of all together; 2:4: 2 of every 4 inputs; 16x16: whole tiles"
+    )
 
     def __post_init__(self):
-        require_sparsity(self.sparsity)
+        require_scope(self.sparsity, self.scope)
 
     def __call__(self, model: LanguageModel, context: Context):
         masks = joint(model.masks, magnitude_masks(model.params, self.sparsity, self.scope))

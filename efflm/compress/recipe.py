@@ -5,26 +5,49 @@ from collections.abc import Sequence
 from typing import Any
 
 from efflm import trees
+from efflm.compress.awq import AWQ
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
+from efflm.compress.gptq import GPTQ
 from efflm.compress.prune import Prune
 from efflm.compress.quantize import Cast, Quantize
 from efflm.compress.shrink import Shrink
+from efflm.compress.smoothquant import SmoothQuant
+from efflm.compress.sparsegpt import SparseGPT
 from efflm.compress.step import Context, Record, Step
+from efflm.compress.wanda import Wanda
 from efflm.config import InputError, require
 from efflm.model import LanguageModel
 
 W8A16 = Quantize(activations="float")
 W8A8 = Quantize(activations="int8")
+W8A8_STATIC = Quantize(activations="int8_static")
+
+# In 4 and 3 bits the layers are; embeddings, which a low precision hurts most, are in 8.
+EMBEDDINGS = Quantize(where="embeddings")
+W4A16 = Quantize(bits=4, group=32, where="layers")
+W3A16 = dataclasses.replace(W4A16, bits=3)
 
 RECIPES: dict[str, tuple[Step, ...]] = {
     "bfloat16": (Cast(dtype="bfloat16"),),
     "w8a16": (W8A16,),
     "w8a8": (W8A8,),
-    "masks50": (Prune(sparsity=0.5),),
-    "masks50_global": (Prune(sparsity=0.5, scope="global"),),
-    "masks24": (Prune(sparsity=0.5, scope="2:4"),),
-    "masks50_trained": (Prune(sparsity=0.5), Finetune(steps=60, learning_rate=2e-4)),
+    "w8a8_static": (W8A8_STATIC,),
+    "smoothquant": (SmoothQuant(), W8A8_STATIC),
+    "w4a16": (W4A16, EMBEDDINGS),
+    "w3a16": (W3A16, EMBEDDINGS),
+    "gptq4": (GPTQ(bits=4), EMBEDDINGS),
+    "gptq3": (GPTQ(bits=3), EMBEDDINGS),
+    "awq4": (AWQ(bits=4), dataclasses.replace(W4A16, clip=True), EMBEDDINGS),
+    "magnitude50": (Prune(sparsity=0.5),),
+    "magnitude50_global": (Prune(sparsity=0.5, scope="global"),),
+    "magnitude24": (Prune(sparsity=0.5, scope="2:4"),),
+    "magnitude50_trained": (Prune(sparsity=0.5), Finetune(steps=60, learning_rate=2e-4)),
+    "wanda50": (Wanda(sparsity=0.5),),
+    "wanda24": (Wanda(sparsity=0.5, pattern="2:4"),),
+    "wanda50_w8a8": (Wanda(sparsity=0.5), W8A8),
+    "sparsegpt50": (SparseGPT(sparsity=0.5),),
+    "sparsegpt24": (SparseGPT(sparsity=0.5, pattern="2:4"),),
     "student_scratch": (Shrink(init="random"), Finetune()),
     "student_distilled": (Shrink(init="random"), Distill()),
     "shrink_distill_int8": (Shrink(), Distill(), W8A16),
@@ -44,6 +67,11 @@ def named(names: str) -> tuple[Step, ...]:
 def trains(steps: Sequence[Step]) -> bool:
     """Whether a step of the chain needs text to train on."""
     return any(isinstance(step, Distill | Finetune) for step in steps)
+
+
+def calibrates(steps: Sequence[Step]) -> bool:
+    """Whether a step of the chain looks at what the model computes of calibration text."""
+    return any(getattr(step, "calibrates", False) for step in steps)
 
 
 def override(steps: Sequence[Step], changes: dict[type, dict[str, Any]]) -> tuple[Step, ...]:

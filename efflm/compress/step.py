@@ -12,10 +12,22 @@ import numpy as np
 from jax.sharding import Mesh
 
 from efflm import ops, trees
-from efflm.config import TrainConfig, require
+from efflm.config import TrainConfig, flag, require
 from efflm.model import LanguageModel
 from efflm.train import assemble, loop
 from efflm.train.losses import LossFn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """The calibration text: what steps that need it see the model read"""
+
+    rows: int = flag(128, "sequences of the training split")
+    length: int = flag(512, "tokens in each; no more than the model reads")
+
+    def __post_init__(self):
+        for name in ("rows", "length"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

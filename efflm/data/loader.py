@@ -53,3 +53,13 @@ def batches(rows: Rows | Stream, batch: int, seed: int) -> Callable[[int], dict[
         return {field: Column(rows, which, field) for field in FIELDS}
 
     return read
+
+
+def sample(rows: Rows | Stream, count: int, seed: int) -> dict[str, np.ndarray]:
+    """`count` different rows, drawn by the seed. Raises InputError if there are not as many."""
+    require(
+        len(rows) >= count,
+        f"the calibration text is too short: {len(rows)} rows of {rows.length} tokens where {count} are asked for: "
+        "give more text, or lower --calibration.rows or --calibration.length",
+    )
+    return {field: np.asarray(column) for field, column in batches(rows, count, seed)(0).items()}

@@ -6,7 +6,7 @@ import jax
 
 from efflm import ops
 from efflm.config import ModelConfig
-from efflm.model.linear import Linear, linears
+from efflm.model.linear import Linear, gathers, linears
 from efflm.model.sharding import constrain
 from efflm.ops.late import recomputed
 from efflm.precision import Policy
@@ -26,7 +26,7 @@ class FeedForward(nn.Module):
         if config.feedforward == "swiglu":
             gate, up, down = layer("gate"), layer("up"), layer("down")
             biased = any(each.bias is not None for each in (gate, up, down))
-            if not biased:
+            if not biased and not gathers(self):
                 return ops.gated_feedforward(x, gate.kernel, up.kernel, down.kernel, residual_BTD, dtype, place)
             return down(place(ops.swiglu(*linears(x, (gate, up)), dtype)), residual_BTD)
         tanh = config.feedforward == "gelu"

@@ -1,4 +1,8 @@
-"""A linear layer, and the one place where modules fetch weights."""
+"""A linear layer, and the one place where modules fetch weights.
+
+Where the collection READ is mutable, linear layers sow what they read into it (see model.by_block); elsewhere nothing
+is gathered.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +13,13 @@ import jax
 from efflm import ops
 from efflm.config import ModelConfig
 from efflm.model import params
+
+READ = "read"  # the collection of what linear layers read; their weights have the same names in `params`
+
+
+def gathers(module: nn.Module) -> bool:
+    """Whether what linear layers read is to be gathered."""
+    return module.is_mutable_collection(READ) and not module.is_initializing()
 
 
 def fetch(module: nn.Module, config: ModelConfig, name: str) -> Any:
@@ -38,6 +49,7 @@ class Linear(nn.Module):
         self.bias = fetch(self, self.config, "bias")
 
     def __call__(self, x: Any, residual: jax.Array | None = None) -> jax.Array:
+        x = read(x, [self])
         if self.bias is None:
             return ops.dot(x, self.kernel, residual)
         y = self.shifted(ops.dot(x, self.kernel))
@@ -52,5 +64,15 @@ class Linear(nn.Module):
 
 def linears(x: Any, layers: Sequence[Linear]) -> list[jax.Array]:
     """One x through several layers at once."""
-    outs = ops.dots(x, [layer.kernel for layer in layers])
+    outs = ops.dots(read(x, layers), [layer.kernel for layer in layers])
     return [layer.shifted(y) for layer, y in zip(layers, outs, strict=True)]
+
+
+def read(x: Any, layers: Sequence[Linear]) -> Any:
+    """x, sown as what each of the layers reads, if that is gathered."""
+    if not gathers(layers[0]):
+        return x
+    x = ops.normalize(x)
+    for layer in layers:
+        layer.sow(READ, "kernel", x)
+    return x

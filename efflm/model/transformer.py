@@ -144,6 +144,13 @@ class Transformer(nn.Module):
         logits = ops.unembed(x_BTD, self.embedding) if self.config.tied else ops.dot(x_BTD, self.unembedding)
         return logits.astype(self.policy.output)
 
+    def embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """The input of the first layer, float32 [B, T, D], for tokens and positions [B, T]."""
+        x_BTD = ops.embed(_width_gathered(self.embedding, "vocabulary"), tokens, jnp.float32)
+        if self.config.position == "learned":
+            x_BTD = x_BTD + ops.embed(_width_gathered(self.position_embedding, None), positions, jnp.float32)
+        return constrain(x_BTD, "batch", "length", None)
+
     @nn.compact
     def final_states(
         self,
@@ -159,10 +166,7 @@ class Transformer(nn.Module):
         if positions is None:
             start_B = jnp.zeros(B, jnp.int32) if cache is None else cache.length_B
             positions = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
-        x_BTD = ops.embed(_width_gathered(self.embedding, "vocabulary"), tokens, jnp.float32)
-        if config.position == "learned":
-            x_BTD = x_BTD + ops.embed(_width_gathered(self.position_embedding, None), positions, jnp.float32)
-        x_BTD = constrain(x_BTD, "batch", "length", None)
+        x_BTD = self.embedded(tokens, positions)
         rotary = {
             size: tables(positions, size, config) if config.position == "rotary" else None
             for size in {block.head_dim for block in config.blocks}

@@ -20,6 +20,8 @@ from efflm.ops.packing import pack, unpack
 
 Activations = Literal["float", "int8", "int8_static"]
 BITS = (8, 4, 3)
+RATIOS, LEAST_RATIO = 33, 0.36  # how many parts of a group's range are tried as its clipped range, and the least
+Grid = tuple[jax.Array, jax.Array | None]  # scales, zeros
 
 
 @flax.struct.dataclass
@@ -105,13 +107,19 @@ def rounded_rows(x: jax.Array, activation_scale: jax.Array | None) -> tuple[jax.
     """
     x = x.astype(jnp.float32)
     absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    scale = _symmetric_scale(absmax, 127) if activation_scale is None else activation_scale.reshape((1,) * x.ndim)
+    scale = symmetric_scale(absmax, 127) if activation_scale is None else activation_scale.reshape((1,) * x.ndim)
     values = jnp.clip(jnp.round(x / scale), -127, 127).astype(jnp.int8)
     return values, jnp.where(jnp.isfinite(absmax), scale, jnp.nan)
 
 
-def _symmetric_scale(absmax: jax.Array, most: int) -> jax.Array:
+def symmetric_scale(absmax: jax.Array, most: int) -> jax.Array:
+    """The scale with which the largest magnitude is the code `most`; 1 where all is zero."""
     return jnp.where(absmax > 0, absmax / most, 1.0)
+
+
+def require_format(bits: int, group: int) -> None:
+    require(bits in BITS, f"bits is {bits}, but must be one of {', '.join(map(str, BITS))}")
+    require(group >= 0, f"group is {group}, but must be positive, or 0 for one scale for each output channel")
 
 
 def quantize_array(
@@ -122,15 +130,17 @@ def quantize_array(
     bits: int = 8,
     group: int = 0,
     symmetric: bool = True,
+    clip: bool = False,
+    scales: Literal["output", "matrix"] = "output",
+    grid: Grid | None = None,
     activation_scale: jax.Array | None = None,
 ) -> QArray:
     """A float matrix rounded to the nearest codes; scales have the dtype of w. Raises InputError.
 
     axis: the contracted one. symmetric: the largest magnitude of a group is the largest code. Otherwise the range of a
-    group, widened to include 0, fills all 2^bits codes.
+    group, widened to include 0, fills all 2^bits codes. clip, scales: see `grid_of`. grid: its result, if it is known.
     """
-    require(bits in BITS, f"bits is {bits}, but must be one of {', '.join(map(str, BITS))}")
-    require(group >= 0, f"group is {group}, but must be positive, or 0 for one scale for each output channel")
+    require_format(bits, group)
     require(
         (activation_scale is not None) == (activations == "int8_static"),
         f"activations is {activations!r}: a static scale goes with int8_static, and with that alone",
@@ -138,9 +148,11 @@ def quantize_array(
     axis = axis % w.ndim - w.ndim
     size = w.shape[axis]
     group = 0 if group >= size else group
-    values, scale, zeros = _rounded(w, axis, bits, group, symmetric)
+    if grid is None:
+        grid = grid_of(w, axis, bits=bits, group=group, symmetric=symmetric, clip=clip, scales=scales)
+    scale, zeros = grid
     return QArray(
-        values,
+        _packed(w, scale, zeros, axis, bits, group),
         scale,
         zeros,
         activation_scale,
@@ -152,26 +164,76 @@ def quantize_array(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _rounded(
-    w: jax.Array, axis: int, bits: int, group: int, symmetric: bool
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Packed codes, scales and zeros of a float matrix."""
+@functools.partial(jax.jit, static_argnums=1, static_argnames=("bits", "group", "symmetric", "clip", "scales"))
+def grid_of(
+    w: jax.Array,
+    axis: int,
+    *,
+    bits: int,
+    group: int = 0,
+    symmetric: bool = True,
+    clip: bool = False,
+    scales: Literal["output", "matrix"] = "output",
+) -> Grid:
+    """The scales and zeros of the groups of a float matrix (see `quantize_array`), each with `axis` reduced to groups.
+
+    scales: "matrix" gives all groups the same, that of the widest range.
+    clip: of RATIOS of each group's range, the one whose rounding errors have the least sum of squares: what is beyond
+    is rounded to the end of the range, and the rest is rounded more finely.
+    """
+    group = 0 if group >= w.shape[axis] else group
     split, most = grouped(w.astype(jnp.float32), axis, group), 2 ** (bits - 1) - 1
     if symmetric:  # the entries of a group now lie along `axis`
-        scale = _symmetric_scale(jnp.max(jnp.abs(split), axis=axis), most).astype(w.dtype)
-        zeros, low = None, -most
+        top = jnp.max(jnp.abs(split), axis=axis)
+        bottom = -top
     else:
         bottom, top = jnp.minimum(jnp.min(split, axis), 0.0), jnp.maximum(jnp.max(split, axis), 0.0)
-        scale = jnp.where(top > bottom, (top - bottom) / (2**bits - 1), 1.0).astype(w.dtype)
-        low = -most - 1
-        zeros = jnp.clip(jnp.round(-bottom / scale.astype(jnp.float32)) + low, low, most).astype(jnp.int8)
+    if scales == "matrix":
+        bottom, top = jnp.full_like(bottom, jnp.min(bottom)), jnp.full_like(top, jnp.max(top))
+
+    def within(ratio: jax.Array | float) -> Grid:
+        if symmetric:
+            return symmetric_scale(ratio * top, most).astype(w.dtype), None
+        span = ratio * (top - bottom)
+        scale = jnp.where(span > 0, span / (2**bits - 1), 1.0).astype(w.dtype)
+        zero = jnp.round(-ratio * bottom / scale.astype(jnp.float32)) - most - 1
+        return scale, jnp.clip(zero, -most - 1, most).astype(jnp.int8)
+
+    if not clip:
+        return within(1.0)
+
+    def error(ratio: jax.Array) -> jax.Array:
+        scale, zeros = within(ratio)
+        found = _round(w, scale, zeros, axis, bits, group).astype(jnp.float32)
+        each = functools.partial(by_entry, axis=axis, group=group, size=w.shape[axis])
+        found = (found - (0.0 if zeros is None else each(zeros.astype(jnp.float32)))) * each(scale.astype(jnp.float32))
+        squares = jnp.sum(jnp.square(grouped(w.astype(jnp.float32) - found, axis, group)), axis=axis)
+        return squares if scales == "output" else jnp.full_like(squares, jnp.sum(squares))
+
+    def keep_better(best: tuple[jax.Array, jax.Array], ratio: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        least, ratios = best
+        now = error(ratio)
+        return (jnp.minimum(now, least), jnp.where(now < least, ratio, ratios)), None
+
+    start = (jnp.full(top.shape, jnp.inf), jnp.ones(top.shape))
+    (_, ratios), _ = lax.scan(keep_better, start, jnp.linspace(1.0, LEAST_RATIO, RATIOS))
+    return within(ratios)
+
+
+def _round(w: jax.Array, scale: jax.Array, zeros: jax.Array | None, axis: int, bits: int, group: int) -> jax.Array:
+    """int8 codes, not packed."""
+    most = 2 ** (bits - 1) - 1
 
     def each(per_group: jax.Array) -> jax.Array:
         return by_entry(per_group.astype(jnp.float32), axis, group, w.shape[axis])
 
     rounded = jnp.round(w.astype(jnp.float32) / each(scale)) + (0.0 if zeros is None else each(zeros))
-    return pack(jnp.clip(rounded, low, most).astype(jnp.int8), bits, axis), scale, zeros
+    return jnp.clip(rounded, -most if zeros is None else -most - 1, most).astype(jnp.int8)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _packed(w: jax.Array, scale: jax.Array, zeros: jax.Array | None, axis: int, bits: int, group: int) -> jax.Array:
+    return pack(_round(w, scale, zeros, axis, bits, group), bits, axis)
 
 
 def dequantize(w: Any) -> jax.Array:

@@ -16,7 +16,10 @@ from efflm.config import InputError
 from efflm.model import sharding
 from tests import tiny
 
-CONTEXT = Context(mesh=sharding.make_mesh(), batches=lambda step: tiny.batch(tiny.LLAMA.config(), seed=step))
+CONFIG = tiny.LLAMA.config()
+CONTEXT = Context(
+    mesh=sharding.make_mesh(), batches=lambda step: tiny.batch(CONFIG, seed=step), calibration=tiny.batch(CONFIG)
+)
 THREE = dataclasses.replace(tiny.LLAMA, layers=3)
 STEPS = (Shrink(layers=1), Prune(sparsity=0.5), Distill(steps=1), Quantize())
 
@@ -32,13 +35,13 @@ def test_steps_chain_in_any_order(order):
 
 
 def test_named_recipes_join_and_unknown_ones_are_refused():
-    assert recipe.named("masks50,w8a8") == (*recipe.RECIPES["masks50"], *recipe.RECIPES["w8a8"])
+    assert recipe.named("magnitude50,w8a8") == (*recipe.RECIPES["magnitude50"], *recipe.RECIPES["w8a8"])
     with pytest.raises(InputError, match=r"unknown recipe 'w4a4': choose from .*w8a8"):
         recipe.named("w8a8,w4a4")
 
 
 def test_fields_are_overridden_only_where_the_step_is_in_the_chain():
-    steps = recipe.override(recipe.named("masks50_trained"), {Prune: {"sparsity": 0.25}, Finetune: {"steps": 3}})
+    steps = recipe.override(recipe.named("magnitude50_trained"), {Prune: {"sparsity": 0.25}, Finetune: {"steps": 3}})
     assert (steps[0].sparsity, steps[1].steps) == (0.25, 3)
     with pytest.raises(InputError, match="sparsity set for Prune, which is not in this recipe"):
         recipe.override(recipe.named("w8a8"), {Prune: {"sparsity": 0.25}})

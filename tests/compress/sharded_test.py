@@ -20,7 +20,7 @@ def context(mesh):
     return Context(mesh=mesh, batches=lambda step: tiny.batch(tiny.LLAMA.config(), seed=step))
 
 
-@pytest.mark.parametrize("name", ["w8a8", "masks50_global", "masks24", "shrink_distill_int8"])
+@pytest.mark.parametrize("name", ["w8a8", "magnitude50_global", "magnitude24", "shrink_distill_int8"])
 def test_sharded_equals_unsharded(name):
     steps = recipe.RECIPES[name]
     mine = {kind: fields for kind, fields in SHORT.items() if any(type(step) is kind for step in steps)}

@@ -34,7 +34,7 @@ TINY = [
     "--train.steps=6", "--train.warmup=2", "--train.length=16", "--train.batch=8", "--train.log_every=2",
 ]  # fmt: skip
 NAMES = [
-    "float32", "bfloat16", "w8a16", "w8a8", "masks50", "masks24", "masks50_trained", "student_scratch",
+    "float32", "bfloat16", "w8a16", "w8a8", "magnitude50", "magnitude24", "magnitude50_trained", "student_scratch",
     "student_distilled", "shrink_distill_int8",
 ]  # fmt: skip
 FIELDS = {
@@ -106,9 +106,9 @@ def test_quickstart_leaves_the_whole_evidence(trained):
         written = sum(row["component_bytes"].values())
         assert row["bytes"] - 5000 - 70 * 40 < written < row["bytes"], row["name"]
     assert by["w8a16"]["bytes"] < 0.5 * by["float32"]["bytes"]
-    assert by["masks50"]["nonzeros"] == by["masks24"]["nonzeros"] == by["masks50_trained"]["nonzeros"]
+    assert by["magnitude50"]["nonzeros"] == by["magnitude24"]["nonzeros"] == by["magnitude50_trained"]["nonzeros"]
     assert by["student_scratch"]["parameters"] < by["float32"]["parameters"]
-    for name in ("masks50", "masks24"):
+    for name in ("magnitude50", "magnitude24"):
         assert "no faster" in by[name]["note"]
     for name in ("report.html", "metrics.jsonl", "tokenizer.json", "checkpoint/6"):
         assert (trained / name).exists(), name
@@ -252,14 +252,14 @@ def test_scanned_pretraining_leaves_an_unstacked_checkpoint(corpus, tmp_path, fa
 def test_compress_and_evaluate_a_trained_run(trained, tmp_path, monkeypatch):
     out, asked, require = tmp_path / "out", [], rundir.require_writable
     monkeypatch.setattr(rundir, "require_writable", lambda path, needs: asked.append(needs) or require(path, needs))
-    run(compress, f"--model={trained}", "--recipe=masks50,w8a8", "--prune.sparsity=0.25", "--score.window=16",
+    run(compress, f"--model={trained}", "--recipe=magnitude50,w8a8", "--prune.sparsity=0.25", "--score.window=16",
         "--sample=4", f"--run_dir={out}")  # fmt: skip
     before, after = rows_of(out)
     assert written_in(out) < asked[-1] < 2.5 * written_in(out) + 4e6
-    assert after["name"] == "masks50+w8a8"
+    assert after["name"] == "magnitude50+w8a8"
     layers = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48)
     assert before["nonzeros"] - after["nonzeros"] >= layers // 4
-    run(evaluate, f"--model={out / 'masks50+w8a8.safetensors'}", f"--reference={trained}", "--score.window=16",
+    run(evaluate, f"--model={out / 'magnitude50+w8a8.safetensors'}", f"--reference={trained}", "--score.window=16",
         f"--run_dir={tmp_path / 'seen'}")  # fmt: skip
     reference, seen = rows_of(tmp_path / "seen")
     assert reference["bits_per_byte"] == before["bits_per_byte"]
@@ -273,20 +273,20 @@ def test_several_recipes_in_one_report(trained, corpus, tmp_path):
     text.mkdir()
     for i in range(3):
         (text / f"{i}.txt").write_text((corpus / f"{i}.txt").read_text())
-    run(compress, f"--model={trained}", "--recipe=w8a16 masks24 student_scratch", "--shrink.layers=1",
+    run(compress, f"--model={trained}", "--recipe=w8a16 magnitude24 student_scratch", "--shrink.layers=1",
         f"--text={text}", "--score.window=32", "--score.stride=8", "--length=16", "--sample=4",
         f"--run_dir={out}")  # fmt: skip
     results = json.loads((out / "results.json").read_text())
-    assert [row["name"] for row in results["rows"]] == ["before", "w8a16", "masks24", "student_scratch"]
-    before, w8a16, masks24, student = results["rows"]
-    assert 0 < w8a16["kl_to_dense"] < masks24["kl_to_dense"] < student["kl_to_dense"]
+    assert [row["name"] for row in results["rows"]] == ["before", "w8a16", "magnitude24", "student_scratch"]
+    before, w8a16, magnitude24, student = results["rows"]
+    assert 0 < w8a16["kl_to_dense"] < magnitude24["kl_to_dense"] < student["kl_to_dense"]
     assert before["top1_agreement"] is None
     assert student["parameters"] < before["parameters"]
     quality = results["protocol"][0]
     assert "windows of 32 tokens, 8 apart" in quality
     assert str(text) in quality
     assert set(results["samples"]) == {row["name"] for row in results["rows"]}
-    assert set(results["records"]) == {"w8a16", "masks24", "student_scratch"}
+    assert set(results["records"]) == {"w8a16", "magnitude24", "student_scratch"}
     page = (out / "report.html").read_text()
     assert "windows of 32 tokens" in page
     assert "of the dense loss" in page
@@ -388,9 +388,9 @@ def test_a_checkpoint_of_another_config_is_refused(trained, corpus, capsys, flag
     ("flags", "message"),
     [
         (["--recipe=w3a3"], "unknown recipe 'w3a3'"),
-        (["--recipe=masks50", "--prune.sparsity=1.0"], "sparsity is 1.0"),
+        (["--recipe=magnitude50", "--prune.sparsity=1.0"], "sparsity is 1.0"),
         (["--recipe=w8a8", "--prune.sparsity=0.3"], "not in this recipe"),
-        (["--recipe=w8a8 masks50", "--distill.steps=3"], "steps set for Distill, which is not in this recipe"),
+        (["--recipe=w8a8 magnitude50", "--distill.steps=3"], "steps set for Distill, which is not in this recipe"),
         (["--recipe= "], "recipe is ' '"),
         (["--model=/nowhere"], "no model at /nowhere"),
         (["--text=/nowhere"], "/nowhere does not exist"),

@@ -57,12 +57,12 @@ def test_compress_refuses_weights_that_are_not_finite(tmp_path, text, capsys):
 
 def test_compress_says_what_the_weights_were(model, text, tmp_path, capsys):
     out = tmp_path / "runs" / "out"
-    launch(compress.main, "", ["x", f"--model={model}", "--recipe=w8a16 masks24", f"--text={text}", "--sample=3",
+    launch(compress.main, "", ["x", f"--model={model}", "--recipe=w8a16 magnitude24", f"--text={text}", "--sample=3",
            f"--run_dir={out}"], run=compress.Run(), score=Scoring(), **STEPS)  # fmt: skip
-    before, w8a16, masks24 = results(out)["rows"]
+    before, w8a16, magnitude24 = results(out)["rows"]
     assert before["name"] == "dequantized Q4_1"
     assert before["note"] == f"from {model}, dequantized Q4_1"
-    assert "multiplies its zeros too" in masks24["note"]
+    assert "multiplies its zeros too" in magnitude24["note"]
     assert "zeros" not in w8a16["note"]
     facts = " ".join(results(out)["protocol"])
     assert "4 of 4 documents" in facts

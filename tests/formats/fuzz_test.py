@@ -285,7 +285,7 @@ def test_missing_and_damaged_shards_are_named(shards):
         huggingface.load_weights(shards)
 
 
-@pytest.mark.parametrize("chain", ["w8a16", "masks50"])
+@pytest.mark.parametrize("chain", ["w8a16", "magnitude50"])
 def test_damaged_files_of_our_own(chain, tmp_path):
     compressed, _ = recipe.run(model(), recipe.named(chain), Context(mesh=sharding.make_mesh()))
     file, rng = tmp_path / "model.safetensors", np.random.default_rng(3)
@@ -319,7 +319,7 @@ def test_damaged_files_of_our_own(chain, tmp_path):
 
 def test_a_shape_beyond_the_file_allocates_nothing(tmp_path):
     """The shape of a sparse weight follows from the config in the metadata, which safetensors does not check."""
-    compressed, _ = recipe.run(tiny.model(), recipe.named("masks50"), Context(mesh=sharding.make_mesh()))
+    compressed, _ = recipe.run(tiny.model(), recipe.named("magnitude50"), Context(mesh=sharding.make_mesh()))
     file = tmp_path / "model.safetensors"
     safetensors.save(file, compressed, {})
     header, data = safetensors_header(file.read_bytes())

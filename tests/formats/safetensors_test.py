@@ -21,7 +21,17 @@ from efflm.ops import quantize_array
 from efflm.train import checkpoint
 from tests import tiny
 
-CHAINS = ["", "bfloat16", "w8a16", "w8a8", "masks50", "masks24", "masks50,w8a8", "w8a16,masks50", "bfloat16,masks50"]
+CHAINS = [
+    "",
+    "bfloat16",
+    "w8a16",
+    "w8a8",
+    "magnitude50",
+    "magnitude24",
+    "magnitude50,w8a8",
+    "w8a16,magnitude50",
+    "bfloat16,magnitude50",
+]
 
 
 def compressed(model, chain):
@@ -64,7 +74,7 @@ def test_a_quantized_file_holds_no_float_matrix(tmp_path):
 
 
 def test_sparse_matrices_are_a_bitmask_and_their_values(tmp_path):
-    model, _ = compressed(tiny.model(), "masks50")
+    model, _ = compressed(tiny.model(), "magnitude50")
     safetensors.save(tmp_path / "m.safetensors", model, {})
     path, w = trees.select(model.params, "block_0/feedforward/up/kernel")[0]
     w = np.asarray(w)
@@ -96,7 +106,7 @@ def test_files_that_contradict_themselves_are_refused(tmp_path):
     from safetensors.numpy import load_file, save_file
 
     path = tmp_path / "m.safetensors"
-    made = {chain: compressed(tiny.model(), chain)[0] for chain in ("", "masks50", "w8a16")}
+    made = {chain: compressed(tiny.model(), chain)[0] for chain in ("", "magnitude50", "w8a16")}
 
     def refused(chain, change, message):
         safetensors.save(path, made[chain], {})
@@ -115,8 +125,8 @@ def test_files_that_contradict_themselves_are_refused(tmp_path):
     unknown = lambda tensors, manifest: tensors.update(extra=np.zeros(3))
     refused("", unknown, r"extra has shape \(3,\), but the config says None")
     half = lambda name: lambda tensors, manifest: tensors.update({name: tensors[name][: len(tensors[name]) // 2]})
-    refused("masks50", half(f"{up}/bitmask"), r"up/kernel/bitmask has shape \(96,\), but the config says \(192,\)")
-    refused("masks50", half(f"{up}/nonzeros"), "384 values stand for 768 set bits")
+    refused("magnitude50", half(f"{up}/bitmask"), r"up/kernel/bitmask has shape \(96,\), but the config says \(192,\)")
+    refused("magnitude50", half(f"{up}/nonzeros"), "384 values stand for 768 set bits")
     as_float = lambda tensors, manifest: tensors.update({f"{up}/values": tensors[f"{up}/values"].astype(np.float32)})
     refused("w8a16", as_float, "up/kernel/values is stored as float32, which is not what such a weight is made of")
     short = lambda tensors, manifest: tensors.update({f"{up}/scale": tensors[f"{up}/scale"][:, :1]})
@@ -124,7 +134,7 @@ def test_files_that_contradict_themselves_are_refused(tmp_path):
     other = lambda tensors, manifest: manifest["formats"][up].update(activations="int3")
     refused("w8a16", other, "unknown activations int3")
     foreign = lambda tensors, manifest: manifest["masks"].append("block_0/mystery")
-    refused("masks50", foreign, "block_0/mystery is no weight of the config")
+    refused("magnitude50", foreign, "block_0/mystery is no weight of the config")
 
 
 @settings(max_examples=6)
@@ -170,7 +180,7 @@ def test_a_zero_without_a_mask_comes_back_without_one(tmp_path):
 
 def test_lineage_is_kept_and_continued(tmp_path):
     """Each record names the model it was applied to; compressing a compressed model keeps its history."""
-    first, records = compressed(tiny.model(), "masks50")
+    first, records = compressed(tiny.model(), "magnitude50")
     file = tmp_path / "m.safetensors"
     safetensors.save(file, first, {"source": "text"}, records)
     model, about = safetensors.load(file)

@@ -119,7 +119,7 @@ def test_in_a_browser_it_sorts_opens_and_tells(report, tmp_path):
     assert found["opened"] == [True, "true"]
     assert found["hovered"] == [False, "w8a8: 4.1 MB, +0.00010 ± 0.00005 bits/byte", "w8a8"]
     assert found["left"]
-    assert found["tapped"].startswith("masks50: 10.5 MB")
+    assert found["tapped"].startswith("magnitude50: 10.5 MB")
     assert found["marked"] == len(names)
 
 

@@ -23,9 +23,11 @@ def test_of_ten_models():
     assert "prefill as fast, within the spread" in words
     against = {verdict.name: verdict.words for verdict in verdicts.negative(TEN)}
     assert against.keys() == {
-        "w8a8", "masks50", "masks24", "masks50_trained", "student_scratch", "student_distilled"
+        "w8a8", "magnitude50", "magnitude24", "magnitude50_trained", "student_scratch", "student_distilled"
     }  # fmt: skip
-    assert against["masks50_trained"].startswith("w8a16 is 2.56× smaller")  # the student loses more than one error more
+    assert against["magnitude50_trained"].startswith(
+        "w8a16 is 2.56× smaller"
+    )  # the student loses more than one error more
     assert against["w8a8"].startswith("w8a16 is 1.16× as fast in prefill and is 2.6× as fast in decode")
 
 

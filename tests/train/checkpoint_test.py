@@ -10,7 +10,7 @@ from efflm.train import checkpoint
 from tests import tiny
 
 
-@pytest.mark.parametrize("name", ["", "bfloat16", "w8a16", "w8a8", "masks50,w8a8"])
+@pytest.mark.parametrize("name", ["", "bfloat16", "w8a16", "w8a8", "magnitude50,w8a8"])
 def test_models_come_back_bit_for_bit(tmp_path, name):
     model, mesh = tiny.model(), sharding.make_mesh()
     if name:

@@ -1,0 +1,155 @@
+"""A model run over calibration text one layer at a time, with statistics of what its linear layers read.
+
+Frantar 2022 (arXiv 2210.17323) and Sun 2023 (arXiv 2306.11695) compress a layer from its inputs, and run the compressed
+layer to make the inputs of the next one. One layer's inputs are held at a time.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from efflm import progress
+from efflm.config import ModelConfig, require
+from efflm.model import LanguageModel, by_block, sharding
+
+CHUNK = 8  # rows that are read at a time
+
+
+class Statistic(NamedTuple):
+    """init: number of inputs K -> state. update: state, x float32 [n, K], counted bool [n, 1] -> state.
+
+    x is zero in the rows that are not counted: padding.
+    """
+
+    init: Callable[[int], Any]
+    update: Callable[[Any, jax.Array, jax.Array], Any]
+
+
+# Of each input over all tokens, float32 [K]: the largest magnitude, the sum of magnitudes, the sum of squares.
+LARGEST = Statistic(lambda K: jnp.zeros(K), lambda most, x, _: jnp.maximum(most, jnp.max(jnp.abs(x), axis=0)))
+MAGNITUDES = Statistic(lambda K: jnp.zeros(K), lambda total, x, _: total + jnp.sum(jnp.abs(x), axis=0))
+SQUARES = Statistic(lambda K: jnp.zeros(K), lambda total, x, _: total + jnp.sum(jnp.square(x), axis=0))
+# X^T X, float32 [K, K], and how many tokens there were.
+GRAM = Statistic(lambda K: jnp.zeros((K, K)), lambda gram, x, _: gram + jnp.matmul(x.T, x, precision="highest"))
+TOKENS = Statistic(lambda K: jnp.float32(0), lambda count, x, counted: count + jnp.sum(counted))
+
+
+States = dict[str, dict[str, Any]]  # {path in the layer of a weight: {name of a statistic: its state}}
+
+
+@flax.struct.dataclass
+class Layer:
+    """A layer and what it reads. params: without `block_i`; masks: of them, {path: bool array}, where there are any.
+
+    rows: its inputs, chunk by chunk: x float32 [n, T, D], positions and segments int32 [n, T].
+    """
+
+    params: Any
+    masks: Mapping[str, jax.Array]
+    rows: list[tuple[jax.Array, jax.Array, jax.Array]]
+    config: ModelConfig = flax.struct.field(pytree_node=False)
+    index: int = flax.struct.field(pytree_node=False)
+
+    def __call__(self, params: Any, *row: jax.Array) -> jax.Array:
+        """The output [n, T, D] with these weights."""
+        return _run(self.config, params, *row)
+
+
+def map_blocks(
+    model: LanguageModel,
+    rows: Mapping[str, Any] | None,
+    statistics: Mapping[str, Statistic],
+    fn: Callable[[Layer, States], Layer],
+    *,
+    mesh: Mesh,
+    title: str = "calibrating",
+) -> LanguageModel:
+    """The model whose layers `fn` made of its layers, each fed by those already made.
+
+    rows: a batch (data.packing): inputs, positions and segments int32 [N, T]; segment 0 is padding. fn is given a layer
+    and the statistics of what each of its linear layers reads; those that read the same share a state. Of the layer it
+    changes params and masks. Raises InputError.
+    """
+    require(rows is not None, f"{title} needs calibration text: give a corpus")
+    chunks = _chunks(model, rows, mesh)
+    params, masks = dict(model.params), dict(model.masks or {})
+    count = len(model.config.blocks)
+    for index in progress.shown(range(count), f"{title}: layers", count):
+        name, single = f"block_{index}", by_block.block_config(model.config, index)
+        own = {path.removeprefix(f"{name}/"): mask for path, mask in masks.items() if path.startswith(f"{name}/")}
+        layer = Layer(params[name], own, chunks, single, index)
+        after = fn(layer, gathered(layer, statistics))
+        params[name] = after.params
+        masks |= {f"{name}/{path}": mask for path, mask in after.masks.items()}
+        if index + 1 < count:
+            chunks = [(layer(after.params, *row), *row[1:]) for row in chunks]
+    return model.replace(params=params, masks=masks or None)
+
+
+def gathered(layer: Layer, statistics: Mapping[str, Statistic]) -> States:
+    """{path: {name: state}} over all rows of a layer."""
+    if not statistics:
+        return {}
+    names, made = tuple(statistics), tuple(statistics.values())
+    states = None
+    for row in layer.rows:
+        states = _update(layer.config, names, made, layer.params, states, *row)
+    return {path: dict(zip(names, states[group])) for group in states for path in group.split(" ")}
+
+
+def _chunks(model: LanguageModel, rows: Mapping[str, Any], mesh: Mesh) -> list[tuple[jax.Array, ...]]:
+    spread = NamedSharding(mesh, sharding.BATCH)
+    size = max(CHUNK // mesh.devices.size, 1) * mesh.devices.size
+    total = len(np.asarray(rows["inputs"]))
+    chunks = []
+    for start in range(0, total, size):
+        part = [np.asarray(rows[name])[start : start + size] for name in ("inputs", "positions", "segments")]
+        short = size - len(part[0])  # filled up with padding, so that one program reads every chunk
+        filled = (np.pad(each, ((0, short), (0, 0))).astype(np.int32) for each in part)
+        tokens, positions, segments = (jax.device_put(each, spread) for each in filled)
+        chunks.append((_embed(model.config, model.params, tokens, positions), positions, segments))
+    return chunks
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(config: ModelConfig, params: Any, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    with sharding.mesh_of(tokens):
+        return by_block.embed(LanguageModel(config, params), tokens, positions)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(config: ModelConfig, params: Any, *row: jax.Array) -> jax.Array:
+    with sharding.mesh_of(row):
+        return by_block.apply_block(config, params, *row)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _update(
+    config: ModelConfig,
+    names: tuple[str, ...],
+    statistics: tuple[Statistic, ...],
+    params: Any,
+    states: Any,
+    x: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+) -> dict[str, tuple[Any, ...]]:
+    """{paths that read the same, joined by spaces: a state of each statistic}, after one more chunk."""
+    with sharding.mesh_of(x):
+        read = by_block.reads(config, params, x, positions, segments)
+    same: dict[int, list[str]] = {}
+    for path, array in read.items():
+        same.setdefault(id(array), []).append(path)
+    counted, after = (segments > 0).reshape(-1, 1), {}
+    for paths in same.values():
+        group, each = " ".join(paths), read[paths[0]]
+        each = jnp.where(counted, each.reshape(counted.size, -1).astype(jnp.float32), 0.0)
+        before = states[group] if states else tuple(one.init(each.shape[1]) for one in statistics)
+        after[group] = tuple(one.update(state, each, counted) for one, state in zip(statistics, before, strict=True))
+    return after

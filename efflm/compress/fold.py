@@ -1,0 +1,72 @@
+"""Scaling what a linear layer reads, input by input, without changing what the model computes.
+
+x W = (x / s) (s W): W takes s, and what makes x takes 1 / s. That is the norm before the query, key and value and
+before the gate and up matrices; the value matrix before the output matrix, whose heads share a key-value head's
+scales; and the up matrix before the down matrix, in a gated layer, where the product with the gate is linear in it.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from efflm import ops, trees
+from efflm.config import ModelConfig, require
+from efflm.ops.qarray import QArray
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where inputs can be scaled. readers: paths in the layer of the matrices that read them; maker: path of what makes
+    them, a norm or a matrix, and the name of its kind of weights."""
+
+    readers: tuple[str, ...]
+    maker: str
+    is_norm: bool
+
+
+def places(config: ModelConfig) -> tuple[Place, ...]:
+    """Of a layer. A parallel layer has them too: each of its norms is read by one part."""
+    attention = tuple(f"attention/{name}/kernel" for name in ("query", "key", "value"))
+    output = ("attention/output/kernel",)
+    found = [Place(attention, "attention_norm", True), Place(output, "attention/value", False)]
+    if config.feedforward == "swiglu":
+        found.append(Place(("feedforward/gate/kernel", "feedforward/up/kernel"), "feedforward_norm", True))
+        found.append(Place(("feedforward/down/kernel",), "feedforward/up", False))
+    else:
+        found.append(Place(("feedforward/up/kernel",), "feedforward_norm", True))
+    return tuple(found)
+
+
+def shared(config: ModelConfig, place: Place, s: jax.Array, take: Any = jnp.max) -> jax.Array:
+    """s [K] made so that the maker can take it: what heads that share a key-value head have, one for all of them."""
+    if place.maker != "attention/value":
+        return s
+    (block,) = config.blocks
+    by_head = s.reshape(block.kv_heads, block.heads // block.kv_heads, block.head_dim)
+    return jnp.broadcast_to(take(by_head, axis=1, keepdims=True), by_head.shape).reshape(-1)
+
+
+def scale_inputs(config: ModelConfig, params: Any, place: Place, s: jax.Array) -> Any:
+    """The weights of a layer with the inputs of a place divided by s [K], as `shared` made it, and the rest made good.
+
+    config: of a model with this layer alone. Raises InputError for quantized matrices, which would be rounded anew.
+    """
+    flat = dict(trees.flatten(params))
+    for path in place.readers:
+        require(
+            not isinstance(flat[path], QArray), f"{path} is quantized already: scale its inputs before it is rounded"
+        )
+        flat[path] = (flat[path].astype(jnp.float32) * s[:, None]).astype(flat[path].dtype)
+    inverse = 1.0 / s
+    if place.maker == "attention/value":
+        (block,) = config.blocks
+        inverse = inverse.reshape(block.kv_heads, -1, block.head_dim)[:, 0].reshape(-1)
+    for name in ("scale", "bias") if place.is_norm else ("kernel", "bias"):
+        path = f"{place.maker}/{name}"
+        if path in flat:
+            w = ops.dequantize(flat[path])
+            row = inverse if w.ndim == 1 else inverse[None]
+            flat[path] = (w.astype(jnp.float32) * row).astype(w.dtype)
+    return trees.unflatten(flat)

@@ -1,0 +1,142 @@
+"""Changing a matrix one input after another, the later inputs made to compensate for what was lost.
+
+This is the optimal brain surgeon (Hassibi 1993) for a linear layer, in the form of Frantar 2022 (arXiv 2210.17323):
+with H = X^T X of the layer's inputs and U the upper Cholesky factor of the inverse of H, an error e in input k of an
+output is divided by U[k, k] and times U[k, j] taken off every later input j.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from efflm.compress.calibrate import Layer, States
+from efflm.config import require
+
+BLOCK = 128  # inputs whose errors reach the later ones together
+MOST_DAMPING = 1.0
+
+
+class Inverse(NamedTuple):
+    """The inverse of X^T X as `compensated` reads it.
+
+    order: int [K], the inputs as they are visited. upper: float32 [K, K] in that order, U with U^T U the inverse. dead:
+    bool [K] in that order, inputs that are always zero.
+    """
+
+    order: jax.Array
+    upper: jax.Array
+    dead: jax.Array
+
+
+def inverse(gram: jax.Array, damping: float, what: str, sort: bool = False) -> Inverse:
+    """Of gram + damping * (mean of its diagonal), float32 [K, K]. sort: visit the inputs with the most X^T X first.
+
+    Inputs that are always zero are dead: they get a diagonal of 1 and compensate for nothing. Where the sum is
+    singular in float32, the damping is made ten times as large until it is not. Raises InputError beyond 1.
+    """
+    order = jnp.argsort(-jnp.diag(gram)) if sort else jnp.arange(len(gram))
+    gram = gram[order][:, order]
+    dead = jnp.diag(gram) == 0
+    while True:
+        upper = _factor(gram, dead, damping)
+        if bool(jnp.all(jnp.isfinite(upper))):
+            return Inverse(order, upper, dead)
+        damping *= 10
+        require(
+            damping <= MOST_DAMPING,
+            f"what {what} reads gives a matrix that cannot be inverted: use more calibration text, or more damping",
+        )
+
+
+@jax.jit
+def _factor(gram: jax.Array, dead: jax.Array, damping: jax.Array) -> jax.Array:
+    K = gram.shape[0]
+    mean = jnp.sum(jnp.diag(gram)) / jnp.maximum(jnp.sum(~dead), 1)
+    hessian = gram + jnp.diag(jnp.where(dead, 1.0, damping * mean))
+    # The lower factor of the matrix read backwards, read backwards, is upper: H = R R^T, and U is the inverse of R.
+    backwards = jnp.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
+    return lax.linalg.triangular_solve(backwards, jnp.eye(K), left_side=True, lower=False)
+
+
+def inverses(layer: Layer, read: States, damping: float, sort: bool = False) -> Callable[[str], Inverse]:
+    """path in the layer -> `inverse` of what that matrix reads, made once for matrices that read the same.
+
+    read: has a "gram" for each.
+    """
+    made: dict[int, Inverse] = {}
+
+    def of(path: str) -> Inverse:
+        gram = read[path]["gram"]
+        if id(gram) not in made:
+            made[id(gram)] = inverse(gram, damping, f"block_{layer.index}/{path}", sort)
+        return made[id(gram)]
+
+    return of
+
+
+# parts of m inputs, their weights [m, N], the diagonal of U [m] -> which are kept, bool [m, N].
+Choose = Callable[[Any, jax.Array, jax.Array], jax.Array]
+# parts of an input, its weights [N], which are kept [N] -> the weights that it gets, [N].
+After = Callable[[Any, jax.Array, jax.Array], jax.Array]
+
+
+def compensated(
+    w: jax.Array, inverse: Inverse, parts: Any, choose: Choose, after: After, together: int = BLOCK
+) -> tuple[jax.Array, jax.Array]:
+    """w float32 [K, N] with one input after another replaced by `after`, each error compensated by the later inputs;
+    and which weights were kept, bool [K, N].
+
+    parts: arrays that lead with an axis of K. choose is called for each `together` inputs when all before them are
+    done; inputs that are missing for the last time are zeros. choose and after are compiled: equal ones once.
+    """
+    ordered = jax.tree.map(lambda array: array[inverse.order], (w, parts))
+    made = _compensated(ordered[0], inverse.upper, ordered[1], choose, after, together)
+    return tuple(jnp.zeros_like(array).at[inverse.order].set(array) for array in made)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _compensated(
+    w: jax.Array, factor: jax.Array, parts: Any, choose: Choose, after: After, together: int
+) -> tuple[jax.Array, jax.Array]:
+    K, N = w.shape
+    block = max(BLOCK // together, 1) * together
+    padded = -(-K // block) * block
+    fill = lambda array: jnp.pad(array, ((0, padded - K), *((0, 0),) * (array.ndim - 1)))
+    w, parts = fill(w), jax.tree.map(fill, parts)
+    factor = jnp.pad(factor, ((0, padded - K),) * 2) + jnp.diag(jnp.where(jnp.arange(padded) < K, 0.0, 1.0))
+    take = lambda array, start, size=together: lax.dynamic_slice_in_dim(array, start, size)
+    at_once = lambda tree, start: jax.tree.map(lambda array: take(array, start), tree)
+
+    def one_block(b: jax.Array, held: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        (w, kept), start = held, b * block
+        reach = take(factor, start, block)  # [block, padded]: how much each later input compensates
+        own = lax.dynamic_slice_in_dim(reach, start, block, axis=1)
+        diagonal = jnp.diag(own)
+
+        def one_group(g: jax.Array, held: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            (rows, errors, kept), at = held, g * together
+            here = at_once(parts, start + at)
+            chosen = choose(here, take(rows, at), take(diagonal, at))
+
+            def one_input(i: jax.Array, held: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                (rows, errors), k = held, at + i
+                new = after(jax.tree.map(lambda part: part[i], here), rows[k], chosen[i])
+                error = (rows[k] - new) / diagonal[k]
+                rows = rows - own[k][:, None] * error[None]
+                return rows.at[k].set(new), errors.at[k].set(error)
+
+            rows, errors = lax.fori_loop(0, together, one_input, (rows, errors))
+            return rows, errors, lax.dynamic_update_slice_in_dim(kept, chosen, start + at, axis=0)
+
+        done = (take(w, start, block), jnp.zeros((block, N)), kept)
+        rows, errors, kept = lax.fori_loop(0, block // together, one_group, done)
+        later = jnp.where(jnp.arange(padded)[None] >= start + block, reach, 0.0)
+        w = w - jnp.matmul(later.T, errors, precision="highest")
+        return lax.dynamic_update_slice_in_dim(w, rows, start, axis=0), kept
+
+    w, kept = lax.fori_loop(0, padded // block, one_block, (w, jnp.ones((padded, N), bool)))
+    return w[:K], kept[:K]

@@ -1,0 +1,82 @@
+"""Which weights go: exact counts, also under ties; of equal scores the earlier ones go first."""
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from efflm import trees
+from efflm.config import require
+from efflm.model.params import in_layer
+
+
+@jax.jit
+def smallest(scores: jax.Array, count: jax.Array | int) -> jax.Array:
+    """True for exactly `count` elements of a flat float32 array that is not negative: the smallest.
+
+    The bits of a float that is not negative, read as an integer, are in the order of the floats: so 31 counts find
+    the count-th smallest, which a sort of a large matrix takes far longer for.
+    """
+    bits = lax.bitcast_convert_type(scores, jnp.int32)
+
+    def halve(_, bounds):
+        low, high = bounds  # the count-th smallest is in (low, high]
+        middle = low + (high - low) // 2
+        enough = jnp.sum(bits <= middle) >= count
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    _, threshold = lax.fori_loop(0, 32, halve, (jnp.int32(-1), jnp.int32(0x7F800000)))  # up to infinity
+    below, equal = bits < threshold, bits == threshold
+    return below | (equal & (jnp.cumsum(equal) <= count - jnp.sum(below)))
+
+
+@jax.jit
+def smallest_of_outputs(scores: jax.Array, count: jax.Array | int) -> jax.Array:
+    """True for exactly `count` inputs of each output of scores [in, out]: the smallest."""
+    return jax.vmap(functools.partial(smallest, count=count), in_axes=1, out_axes=1)(scores)
+
+
+@functools.partial(jax.jit, static_argnames=("n", "m"))
+def all_but_n_of_m(scores: jax.Array, n: int, m: int) -> jax.Array:
+    """True for the m - n smallest of every m consecutive inputs of each output of scores [in, out]."""
+    inputs, outputs = scores.shape
+    groups = scores.reshape(inputs // m, m, outputs)
+    one, other = groups[:, :, None], groups[:, None]  # every input of a group beside every other
+    earlier = (jnp.arange(m)[:, None] > jnp.arange(m)[None])[None, :, :, None]
+    rank = jnp.sum((other < one) | ((other == one) & earlier), axis=2)
+    return (rank < m - n).reshape(inputs, outputs)
+
+
+def n_of_m(pattern: str) -> tuple[int, int] | None:
+    """(2, 4) of "2:4": two of every four inputs are kept; None for what is no such pattern. Raises InputError."""
+    found = re.fullmatch(r"(\d{1,3}):(\d{1,3})", pattern)
+    if found is None:
+        return None
+    n, m = map(int, found.groups())
+    require(0 < n < m, f"{pattern} keeps {n} of every {m} inputs, but must keep at least one and not all: as in 2:4")
+    return n, m
+
+
+def require_share(sparsity: float, pattern: tuple[int, int] | None) -> None:
+    """Raise InputError where a pattern (n, m) removes another share than `sparsity`."""
+    if pattern:
+        n, m = pattern
+        share = 1 - n / m
+        require(
+            abs(sparsity - share) < 1e-6,
+            f"sparsity is {sparsity}, but {n}:{m} removes {share:g} of the weights: say that",
+        )
+
+
+def require_groups(params: Any, pattern: tuple[int, int] | None) -> None:
+    """Raise InputError for a matrix inside the layers that a pattern (n, m) does not divide."""
+    for path, w in trees.flatten(params):
+        if pattern and in_layer(path):
+            n, m = pattern
+            require(
+                w.shape[0] % m == 0,
+                f"{path} has {w.shape[0]} inputs, which {n}:{m} cannot group by {m}: choose another pattern",
+            )

@@ -1,0 +1,95 @@
+"""SparseGPT (Frantar 2023, arXiv 2301.00774): pruning whose errors the remaining weights compensate for."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from efflm import ops, trees
+from efflm.compress import calibrate, obs, select
+from efflm.compress.calibrate import Layer
+from efflm.compress.step import Context, record
+from efflm.config import flag, require, require_sparsity
+from efflm.model import LanguageModel
+
+
+def prune(
+    w: jax.Array,
+    inverse: obs.Inverse,
+    kept: jax.Array,
+    sparsity: float,
+    pattern: tuple[int, int] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """w float32 [K, N] after SparseGPT, and its mask, True for what is kept.
+
+    inverse: of what it reads (obs.inverse); weights of dead inputs go first. kept: False for what is pruned already.
+    Of every obs.BLOCK inputs round(sparsity * weights) go, those with the least w^2 / U[k, k]^2; with a pattern (n, m),
+    all but n of every m inputs of an output.
+    """
+    there = jnp.ones(w.shape[0], bool)
+    together = pattern[1] if pattern else obs.BLOCK
+    choose = _Choose(sparsity, pattern)
+    parts = (there, inverse.dead, kept)  # inverse.order is that of the inputs
+    return obs.compensated(jnp.where(kept, w, 0.0), inverse, parts, choose, _zeroed, together)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choose:
+    """Which weights of some inputs are kept. Inputs that are not there are not counted."""
+
+    sparsity: float
+    pattern: tuple[int, int] | None
+
+    def __call__(self, parts: Any, w: jax.Array, diagonal: jax.Array) -> jax.Array:
+        there, dead, kept = parts
+        score = jnp.where((there & ~dead)[:, None] & kept, jnp.square(w / diagonal[:, None]), 0.0)
+        if self.pattern:
+            return kept & ~select.all_but_n_of_m(score, *self.pattern)
+        score = jnp.where(there[:, None], score, jnp.inf)
+        count = jnp.round(self.sparsity * jnp.sum(there) * w.shape[1]).astype(jnp.int32)
+        return kept & ~select.smallest(score.reshape(-1), count).reshape(w.shape)
+
+
+def _zeroed(parts: Any, w: jax.Array, kept: jax.Array) -> jax.Array:
+    return jnp.where(kept, w, 0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparseGPT:
+    """Prune the matrices inside the layers by what they do to calibration text, the remaining weights adjusted."""
+
+    sparsity: float = flag(0.5, "fraction of weights to remove, in [0, 1)")
+    pattern: str = flag("", "N:M keeps N of every M inputs of an output, as in 2:4; empty: any weights")
+    damping: float = flag(0.01, "added to the diagonal of X^T X, as a share of its mean")
+
+    calibrates = True
+
+    def __post_init__(self):
+        require_sparsity(self.sparsity)
+        select.require_share(self.sparsity, select.n_of_m(self.pattern))
+        require(self.damping > 0, f"damping is {self.damping}, but must be positive: 0.01")
+
+    def __call__(self, model: LanguageModel, context: Context):
+        pattern = select.n_of_m(self.pattern)
+        select.require_groups(model.params, pattern)
+
+        def one(layer: Layer, read: calibrate.States) -> Layer:
+            inverse = obs.inverses(layer, read, self.damping)
+            masks = dict(layer.masks)
+
+            def matrix(path: str, leaf: Any) -> Any:
+                if path not in read:
+                    return leaf
+                w = ops.dequantize(leaf).astype(jnp.float32)
+                kept = masks.get(path, jnp.ones(w.shape, bool))
+                w, masks[path] = prune(w, inverse(path), kept, self.sparsity, pattern)
+                return ops.requantize(w, leaf)
+
+            params = trees.map_with_path(matrix, layer.params)
+            return layer.replace(params=params, masks=masks)
+
+        after = calibrate.map_blocks(
+            model, context.calibration, {"gram": calibrate.GRAM}, one, mesh=context.mesh, title="SparseGPT"
+        )
+        return after, record(self, model, after, context, uses_text=True)
