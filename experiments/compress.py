@@ -41,7 +41,11 @@ from efflm.report import analysis, compared, numbers, page, rows, samples, scori
 from efflm.train import metrics
 
 BEFORE = "before.safetensors"
-STEPS = (Quantize, GPTQ, AWQ, SmoothQuant, Prune, Wanda, SparseGPT, Finetune, Distill, Shrink)  # that flags change
+# The steps that flags change, by the name of their flags.
+STEPS = {
+    kind.__name__.lower(): kind
+    for kind in (Quantize, GPTQ, AWQ, SmoothQuant, Prune, Wanda, SparseGPT, Finetune, Distill, Shrink)
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +119,7 @@ def described(steps: tuple[Step, ...], after: LanguageModel) -> str:
 def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict) -> None:
     began = time.perf_counter()
     say = lambda words: print(f"[{time.perf_counter() - began:4.0f} s] {words}", flush=True)
-    changes = {kind: steps[kind.__name__.lower()] for kind in STEPS}
+    changes = {kind: steps[name] for name, kind in STEPS.items()}
     plans, run_dir = chains(run.recipe, changes), Path(run.run_dir)
     rundir.require_writable(run_dir, needs=rundir.SMALL_FILES)
     loaded = sources.load(run.model, precision=run.precision, mesh=sharding.data_parallel(run.batch))
@@ -213,7 +217,4 @@ def command_for(name: str, argv: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    launch(
-        main, __doc__, run=Run(), calibration=Calibration(), score=Scoring(),
-        **{kind.__name__.lower(): kind for kind in STEPS},
-    )  # fmt: skip
+    launch(main, __doc__, run=Run(), calibration=Calibration(), score=Scoring(), **STEPS)

@@ -1,4 +1,4 @@
-"""Train a small language model on real text, compress it in nine ways, and show what each gains and costs.
+"""Train a small language model on real text, compress it in thirteen ways, and show what each gains and costs.
 
     bash launch/quickstart.sh
     bash launch/quickstart.sh --corpus=FOLDER --run_dir=runs/mine --train.steps=300 --seed=1
@@ -18,6 +18,7 @@ from efflm import ops, rundir
 from efflm.compress import recipe
 from efflm.compress.step import Context
 from efflm.config import ModelShape, TrainConfig
+from efflm.data import loader
 from efflm.evaluate import cost, quality
 from efflm.evaluate.cost import Protocol
 from efflm.evaluate.windows import Scoring
@@ -33,9 +34,13 @@ NOTES = {
     "bfloat16": "every weight cast to bfloat16, matmuls in bfloat16, sums in float32",
     "w8a16": "int8 matrices, one scale for each output channel; activations in floating point",
     "w8a8": "the same int8 matrices, activations in int8, one scale per token",
+    "w4a16": "4-bit matrices in the layers, one scale for 32 weights, rounded to the nearest; embeddings in 8 bits",
+    "gptq4": "the same bits, each rounding compensated by the weights that are not yet rounded, on calibration text",
     "magnitude50": "the smaller half of every matrix in the layers set to zero",
     "magnitude24": "two of every four inputs set to zero",
     "magnitude50_trained": "magnitude50, then trained briefly with the zeros kept: more text than the dense model saw",
+    "magnitude70": "the smaller 70% of every matrix in the layers set to zero",
+    "sparsegpt70": "as many, chosen by calibration text, the remaining weights compensating",
     "student_scratch": "half the layers, fresh weights, trained on text alone",
     "student_distilled": "the same fresh student on the same batches, taught by the dense model",
     "shrink_distill_int8": "half the layers, begun with the dense model's own, distilled, then int8 matrices; in all "
@@ -44,7 +49,8 @@ NOTES = {
 
 
 PROMPT = "def main("  # what each model continues, to look at
-MODELS = 8  # of the size of the dense one: the ten that are written, most of them smaller, and the checkpoint
+MODELS = 10  # of the size of the dense one: the fourteen that are written, most of them smaller, and the checkpoint
+CALIBRATION = 128  # rows of the training text
 RUN = pretrain.Run(run_dir=str(rundir.ROOT / "quickstart"))
 
 
@@ -70,7 +76,14 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     step(4, "Compression")
     models, records, notes = {"float32": dense}, {"float32": ()}, dict(NOTES)
     digests = {"corpus": data.corpus.digest, "tokenizer": data.tokenizer.digest}
-    context = Context(batches=data.batches(train.batch, run.seed + 1), seed=run.seed + 1, mesh=mesh, **digests)
+    rows_read = loader.sample(data.train, min(CALIBRATION, len(data.train)), run.seed + 1)
+    context = Context(
+        batches=data.batches(train.batch, run.seed + 1),
+        calibration=rows_read,
+        seed=run.seed + 1,
+        mesh=mesh,
+        **digests,
+    )
     for name in list(NOTES)[1:]:
         print(f"  {name}: {NOTES[name]}", flush=True)
         context = dataclasses.replace(context, metrics=run_dir / "curves" / name)
@@ -147,6 +160,7 @@ def verdict(difference: float, error: float | None) -> str:
 def commands(run: pretrain.Run, train: TrainConfig, names: list[str], whole: str) -> dict[str, str]:
     """The command that makes each model again, from the trained one of this run."""
     flags = [f"--model={run.run_dir}", f"--seed={run.seed + 1}", f"--batch={train.batch}", f"--length={train.length}"]
+    flags += [f"--calibration.rows={CALIBRATION}", f"--calibration.length={train.length}"]
     of = lambda name: ["", *flags, f"--recipe={name}", f"--run_dir={run.run_dir}_{name}"]
     return {name: command_line("experiments.compress", of(name)) if name in recipe.RECIPES else whole for name in names}
 

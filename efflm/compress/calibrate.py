@@ -77,6 +77,8 @@ def map_blocks(
     changes params and masks. Raises InputError.
     """
     require(rows is not None, f"{title} needs calibration text: give a corpus")
+    if mesh.size > 1:
+        model = jax.device_put(model, sharding.shardings(model, mesh))
     chunks = _chunks(model, rows, mesh)
     params, masks = dict(model.params), dict(model.masks or {})
     count = len(model.config.blocks)
@@ -88,7 +90,7 @@ def map_blocks(
         params[name] = after.params
         masks |= {f"{name}/{path}": mask for path, mask in after.masks.items()}
         if index + 1 < count:
-            chunks = [(layer(after.params, *row), *row[1:]) for row in chunks]
+            chunks = [(jax.block_until_ready(layer(after.params, *row)), *row[1:]) for row in chunks]
     return model.replace(params=params, masks=masks or None)
 
 
@@ -99,7 +101,8 @@ def gathered(layer: Layer, statistics: Mapping[str, Statistic]) -> States:
     names, made = tuple(statistics), tuple(statistics.values())
     states = None
     for row in layer.rows:
-        states = _update(layer.config, names, made, layer.params, states, *row)
+        # One program at a time: several at once, each of which waits for all devices, can wait for each other.
+        states = jax.block_until_ready(_update(layer.config, names, made, layer.params, states, *row))
     return {path: dict(zip(names, states[group])) for group in states for path in group.split(" ")}
 
 
@@ -113,7 +116,8 @@ def _chunks(model: LanguageModel, rows: Mapping[str, Any], mesh: Mesh) -> list[t
         short = size - len(part[0])  # filled up with padding, so that one program reads every chunk
         filled = (np.pad(each, ((0, short), (0, 0))).astype(np.int32) for each in part)
         tokens, positions, segments = (jax.device_put(each, spread) for each in filled)
-        chunks.append((_embed(model.config, model.params, tokens, positions), positions, segments))
+        x = jax.block_until_ready(_embed(model.config, model.params, tokens, positions))
+        chunks.append((x, positions, segments))
     return chunks
 
 

@@ -11,16 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from efflm.report import labels
+from efflm.report.colors import ACCENT, INK, LINE, MUTED, SERIES, VARIABLES
 from efflm.rundir import write_whole
 
 LINEAR = 1e-3  # bits per byte; smaller differences are drawn to a linear scale
-
-# Colors by what they mean: the SVG has the page's variables in their place, with values for light and dark.
-INK, MUTED, LINE, PAPER, ACCENT = "#1b1f24", "#57606b", "#d0d7df", "#fffffe", "#0a5cc4"
-SERIES = ("#0a5cc5", "#b3480a", "#1a7440", "#8a3ab0", "#a31d4d", "#0b6b74", "#6a5a00", "#5a5f68")
-_VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", PAPER: "paper", ACCENT: "accent"} | {
-    color: f"s{index}" for index, color in enumerate(SERIES)
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +62,7 @@ def tradeoff(
             axis.plot(x, y, "o", markersize=17, color=ACCENT, alpha=0, zorder=5, gid=_gid(tips[index], names[index]))
         figure.canvas.draw()
         figure.set_layout_engine("none")  # as it was laid out without the labels, which are placed in its pixels
-        return figure, _label(axis, xs, ys, names), front
+        return figure, labels.beside(axis, xs, ys, names), front
 
 
 def _front(xs: np.ndarray, ys: np.ndarray) -> list[int]:
@@ -75,65 +70,6 @@ def _front(xs: np.ndarray, ys: np.ndarray) -> list[int]:
     order = np.lexsort((ys, xs))
     best = np.minimum.accumulate(np.concatenate([[np.inf], ys[order][:-1]]))
     return [int(i) for i, least in zip(order, best, strict=True) if ys[i] < least]
-
-
-def _label(axis: Any, xs: np.ndarray, ys: np.ndarray, names: Sequence[str]) -> list[Any]:
-    """A name beside each point, where it covers no point and no other name; a thin line leads to it from afar."""
-    renderer = axis.figure.canvas.get_renderer()
-    points = axis.transData.transform(np.stack([xs, ys], axis=1))
-    inside, taken, labels = axis.get_window_extent(renderer), [], []
-    scale = axis.figure.dpi / 72
-    for name, (px, py) in _grouped(names, points, near=3 * scale):
-        text = axis.annotate(
-            name, axis.transData.inverted().transform((px, py)), xytext=(0, 0), textcoords="offset points", va="center",
-            parse_math=False, fontsize=8, zorder=4,
-            bbox={"facecolor": PAPER, "alpha": 0.8, "edgecolor": "none", "pad": 0.5},
-            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
-        )  # fmt: skip
-        box = text.get_window_extent(renderer)
-        width, height = box.width + 4, box.height + 2
-        for dx, dy in _offsets(width, height):
-            left, bottom = px + dx, py + dy - height / 2
-            edges = (left, bottom, left + width, bottom + height)
-            free = not any(_overlap(edges, other) for other in taken)
-            clear = not np.any(
-                (points[:, 0] > edges[0] - 5) & (points[:, 0] < edges[2] + 5)
-                & (points[:, 1] > edges[1] - 4) & (points[:, 1] < edges[3] + 4)
-            )  # fmt: skip
-            within = edges[0] > inside.x0 and edges[2] < inside.x1 and edges[1] > inside.y0 and edges[3] < inside.y1
-            if free and clear and within:
-                break
-        taken.append(edges)
-        text.set_position(((dx + 2) / scale, dy / scale))
-        labels.append(text)
-    return labels
-
-
-def _grouped(names: Sequence[str], points: np.ndarray, near: float) -> list[tuple[str, np.ndarray]]:
-    """The points with their names, on a line each where several lie within `near` pixels of each other."""
-    groups: list[tuple[list[str], np.ndarray]] = []
-    for name, point in zip(names, points):
-        found = next((group for group, at in groups if np.abs(at - point).max() < near), None)
-        if found is None:
-            groups.append(([name], point))
-        else:
-            found.append(name)
-    return [("\n".join(group), at) for group, at in groups]
-
-
-def _offsets(width: float, height: float) -> list[tuple[float, float]]:
-    """Where a name may begin, in pixels from its point: right, left, above and below, then ever further away."""
-    found = []
-    for ring in range(48):
-        rise = ring * 7.0
-        aside = 9 + 4 * ring
-        for dy in dict.fromkeys((rise, -rise)):
-            found += [(aside, dy), (-width - aside, dy), (-width / 2, dy + np.sign(dy) * (height / 2 + 3))]
-    return found
-
-
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def curves(
@@ -155,6 +91,29 @@ def curves(
         if high > low:
             axis.set_ylim(low - 0.05 * (high - low), high)
         _name_ends(axis, found)
+        return figure
+
+
+def sweeps(found: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], across: str, label: str, least: float) -> Any:
+    """A figure of what each method reaches at each setting. found: name -> (settings, values, errors).
+
+    least: the value of the model before, drawn as a line. The vertical axis is logarithmic.
+    """
+    with _style() as pyplot:
+        figure, axis = pyplot.subplots(figsize=(4.7, 3.7))
+        axis.set_yscale("log")
+        axis.axhline(least, color=MUTED, linewidth=1, linestyle=":")
+        for index, (name, (xs, values, errors)) in enumerate(found.items()):
+            color = SERIES[index % len(SERIES)]
+            axis.errorbar(xs, values, yerr=errors, color=color, linewidth=1.3, marker="o", markersize=4)
+            for x, value in zip(xs, values):
+                tip = _gid(f"{name} at {x:g}: {value:.4g}", f"{name} {x:g}")
+                axis.plot(x, value, "o", color=ACCENT, alpha=0, markersize=15, gid=tip, zorder=5)
+        axis.set(xlabel=across, ylabel=label)
+        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            which(lambda value, _: f"{value:g}")
+        axis.set_xticks(sorted({float(x) for xs, _, _ in found.values() for x in xs}))
+        _name_ends(axis, {name: (xs, values) for name, (xs, values, _) in found.items()})
         return figure
 
 
@@ -266,7 +225,7 @@ def svg(figure: Any) -> str:
     text = re.sub(r"<g id=(['\"])tip:(.*?)\t(.*?)\1>", _mark, text)
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)  # the page's own
     text = re.sub(r'(<(?:g|path)) id="(?!m[0-9a-f]{10})[^"]*"', r"\1", text)  # of no use, and not unique on a page
-    for color, name in _VARIABLES.items():
+    for color, name in VARIABLES.items():
         text = text.replace(color, f"var(--{name})")
     return re.sub(r"\n\s*", "\n", text).strip()
 

@@ -17,9 +17,7 @@ from efflm import rundir
 from efflm.compress import recipe
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
-from efflm.compress.prune import Prune
-from efflm.compress.quantize import Quantize
-from efflm.compress.shrink import Shrink
+from efflm.compress.step import Calibration
 from efflm.config import MeshConfig, ModelShape, Optimizer, TrainConfig
 from efflm.evaluate.windows import Scoring
 from efflm.flags import launch
@@ -34,8 +32,8 @@ TINY = [
     "--train.steps=6", "--train.warmup=2", "--train.length=16", "--train.batch=8", "--train.log_every=2",
 ]  # fmt: skip
 NAMES = [
-    "float32", "bfloat16", "w8a16", "w8a8", "magnitude50", "magnitude24", "magnitude50_trained", "student_scratch",
-    "student_distilled", "shrink_distill_int8",
+    "float32", "bfloat16", "w8a16", "w8a8", "w4a16", "gptq4", "magnitude50", "magnitude24", "magnitude50_trained",
+    "magnitude70", "sparsegpt70", "student_scratch", "student_distilled", "shrink_distill_int8",
 ]  # fmt: skip
 FIELDS = {
     "name", "parameters", "nonzeros", "bytes", "prefill_tokens_per_second", "decode_tokens_per_second",
@@ -51,8 +49,7 @@ def run(module, *argv):
             "mesh": MeshConfig(),
         },
         compress: {
-            "run": compress.Run(), "score": Scoring(), "quantize": Quantize, "prune": Prune, "finetune": Finetune,
-            "distill": Distill, "shrink": Shrink,
+            "run": compress.Run(), "calibration": Calibration(), "score": Scoring(), **compress.STEPS,
         },
         evaluate: {"run": evaluate.Run(), "score": Scoring(), "mesh": MeshConfig(data=1)},
     }[module]  # fmt: skip

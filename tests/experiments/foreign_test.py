@@ -7,19 +7,13 @@ import numpy as np
 import pytest
 
 from efflm import rundir
-from efflm.compress.distill import Distill
-from efflm.compress.finetune import Finetune
-from efflm.compress.prune import Prune
-from efflm.compress.quantize import Quantize
-from efflm.compress.shrink import Shrink
+from efflm.compress.step import Calibration
 from efflm.config import MeshConfig
 from efflm.evaluate.windows import Scoring
 from efflm.flags import launch
 from efflm.formats import sources
 from experiments import compress, evaluate, export, generate
 from tests import gguf_files
-
-STEPS = {"quantize": Quantize, "prune": Prune, "finetune": Finetune, "distill": Distill, "shrink": Shrink}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +41,7 @@ def test_compress_refuses_weights_that_are_not_finite(tmp_path, text, capsys):
     model, out = gguf_files.write(tmp_path / "tiny.gguf", weights), tmp_path / "runs" / "out"
     with pytest.raises(SystemExit) as stopped:
         launch(compress.main, "", ["x", f"--model={model}", f"--text={text}", f"--run_dir={out}"],
-               run=compress.Run(), score=Scoring(), **STEPS)  # fmt: skip
+               run=compress.Run(), calibration=Calibration(), score=Scoring(), **compress.STEPS)  # fmt: skip
     assert stopped.value.code == 2
     warning, error = capsys.readouterr().err.splitlines()
     for line in (warning, error):
@@ -58,7 +52,8 @@ def test_compress_refuses_weights_that_are_not_finite(tmp_path, text, capsys):
 def test_compress_says_what_the_weights_were(model, text, tmp_path, capsys):
     out = tmp_path / "runs" / "out"
     launch(compress.main, "", ["x", f"--model={model}", "--recipe=w8a16 magnitude24", f"--text={text}", "--sample=3",
-           f"--run_dir={out}"], run=compress.Run(), score=Scoring(), **STEPS)  # fmt: skip
+           f"--run_dir={out}"],
+           run=compress.Run(), calibration=Calibration(), score=Scoring(), **compress.STEPS)  # fmt: skip
     before, w8a16, magnitude24 = results(out)["rows"]
     assert before["name"] == "dequantized Q4_1"
     assert before["note"] == f"from {model}, dequantized Q4_1"

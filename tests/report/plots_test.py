@@ -5,7 +5,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
-from efflm.report import plots
+from efflm.report import colors, plots
 
 
 def drawn(count, seed, names=None):
@@ -66,7 +66,7 @@ def test_the_svg_takes_the_page_s_colors_and_escapes_names():
     assert "<script" not in text
     assert "$x^2$" in text  # not set as mathematics
     assert "var(--ink)" in text
-    assert not [color for color in plots._VARIABLES if color in text]
+    assert not [color for color in colors.VARIABLES if color in text]
     assert "http" not in text
     assert text.count('class="mark"') == 2
     assert 'data-row="&lt;script&gt;alert(&quot;1&quot;)' in text

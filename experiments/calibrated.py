@@ -1,0 +1,274 @@
+"""What calibration buys: every method at several bits and sparsities, over calibration seeds and domains of text.
+
+    python -m experiments.calibrated --model=runs/pretrain
+    python -m experiments.calibrated --model=smollm2 --corpus=notes/ --recipes="gptq3 wanda50" --seeds=1
+    python -m experiments.calibrated --model=smollm2 --domains="wiki=a/ books=b/ code=stdlib" --domain_recipes="gptq3"
+
+Expect a table in the terminal, sorted as the recipes are given, and in the run directory results.json, which is written
+anew after each recipe, and report.html with perplexity against bits and against sparsity, loss against bytes with its
+Pareto front, and for domains a table of calibration text against test text.
+
+Protocol: recipes are those of experiments.compress, and FAMILY@SETTING names one of a sweep: nearest@3 (bits),
+wanda@0.7 (sparsity). Those that are calibrated run once for each seed, which draws the rows of calibration text from
+the training split; test text is of the test split. Reported is the mean over seeds and the standard deviation, which
+is beside the standard error over test documents. Time is a multiple of one plain forward pass over the calibration
+text. Memory is the model's and what the process held beyond that while it was compressed, over the model's bytes.
+"""
+
+import dataclasses
+import functools
+import itertools
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from efflm import api, ops, rundir, trees
+from efflm.compress import recipe
+from efflm.compress.gptq import GPTQ
+from efflm.compress.prune import Prune
+from efflm.compress.quantize import Quantize
+from efflm.compress.sparsegpt import SparseGPT
+from efflm.compress.step import Calibration, Context, Step
+from efflm.compress.wanda import Wanda
+from efflm.config import InputError, flag, require
+from efflm.data import corpora, dataset, overlap
+from efflm.evaluate import quality, speed
+from efflm.evaluate.quality import Quality
+from efflm.evaluate.windows import Scoring
+from efflm.flags import command_line, launch
+from efflm.formats import sources
+from efflm.formats.sources import KINDS, Loaded
+from efflm.infer.generate import forward
+from efflm.model import LanguageModel, sharding
+from efflm.report import page, rows, scoring, swept, table
+from efflm.report.page import Section, Table
+from efflm.report.swept import Row
+
+# One step at each setting of a sweep: bits of the matrices in the layers, or the share of their weights that goes.
+FAMILIES = {
+    "nearest": lambda bits: (Quantize(bits=int(bits), group=32, where="layers"), recipe.EMBEDDINGS),
+    "gptq": lambda bits: (GPTQ(bits=int(bits), group=32), recipe.EMBEDDINGS),
+    "magnitude": lambda share: (Prune(sparsity=share),),
+    "wanda": lambda share: (Wanda(sparsity=share),),
+    "sparsegpt": lambda share: (SparseGPT(sparsity=share),),
+}
+SWEPT = [f"{name}@{bits}" for name in ("nearest", "gptq") for bits in (8, 4, 3)]
+SWEPT += [f"{name}@{share}" for name in ("magnitude", "wanda", "sparsegpt") for share in (0.3, 0.5, 0.6, 0.7, 0.8)]
+NAMED = ("w8a16", "w8a8", "w8a8_static", "smoothquant", "awq4", "magnitude24", "wanda24", "sparsegpt24", "wanda50_w8a8")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """The run"""
+
+    model: str = flag(str(rundir.ROOT / "quickstart"), KINDS)
+    corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib")
+    strict: bool = flag(False, corpora.STRICT)
+    recipes: str = flag(" ".join((*SWEPT, *NAMED)), "with spaces between them; NAME@SETTING is one of a sweep")
+    seeds: int = flag(3, "draws of calibration text")
+    domains: str = flag("", 'corpora to calibrate on and to test, as in "wiki=a/ code=stdlib"; empty: none')
+    domain_recipes: str = flag("gptq3 wanda50", "recipes of the table of domains")
+    run_dir: str = flag(str(rundir.ROOT / "calibrated"), "where everything is written")
+
+    def __post_init__(self):
+        require(self.seeds > 0, f"seeds is {self.seeds}, but must be positive")
+        for name in (*self.recipes.split(), *self.domain_recipes.split()):
+            steps_of(name)
+        for pair in self.domains.split():
+            require("=" in pair, f"domains holds {pair!r}, but must be NAME=CORPUS, as in code=stdlib")
+
+
+def steps_of(name: str) -> tuple[Step, ...]:
+    """The steps of a recipe, or of one setting of a family. Raises InputError."""
+    family, at, setting = name.partition("@")
+    if not at:
+        return recipe.named(name)
+    require(family in FAMILIES, f"unknown family {family!r} in {name}: choose from {', '.join(FAMILIES)}")
+    try:
+        return FAMILIES[family](float(setting))
+    except ValueError as error:
+        told = str(error) if isinstance(error, InputError) else "give a number after @"
+        raise InputError(f"{name}: {told}") from None
+
+
+@rundir.locked
+def main(run: Run, calibration: Calibration, score: Scoring) -> None:
+    began = time.perf_counter()
+    say = lambda words: print(f"[{time.perf_counter() - began:4.0f} s] {words}", flush=True)
+    run_dir = Path(run.run_dir)
+    rundir.require_writable(run_dir, needs=rundir.SMALL_FILES)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    rundir.use_compilation_cache(run_dir.parent / "compilation_cache")
+    loaded = sources.load(run.model)
+    dense = loaded.model
+    recipe.require_finite(dense)
+    source = dataset.source_of(run.corpus, loaded.about)
+    text = held_out(run, loaded, source)
+    score = score.within(dense.config.max_length, loaded.about.get("train.length", 0), text.unbroken)
+    context = functools.partial(context_for, run, calibration, loaded, names=run.recipes.split())
+    contexts = [context(source, seed) for seed in range(run.seeds)]
+    measure = functools.partial(measured, text, loaded, score, {})
+    before, found = measure(dense), {}
+    say(f"{rows.label(loaded.about)}: {quality.words(quality.bits_per_byte(before))} bits per byte")
+    forward_seconds = plain_pass(dense, contexts[0].calibration)
+    facts = protocol(run, calibration, loaded, text, score, before, contexts, forward_seconds)
+    results = {
+        "protocol": facts,
+        "command": command_line("experiments.calibrated", sys.argv),
+        "versions": rundir.machine(),
+        "forward_seconds": forward_seconds,
+    }
+    for name in run.recipes.split():
+        steps, made = steps_of(name), []
+        for seed in range(run.seeds if recipe.calibrates(steps) or recipe.trains(steps) else 1):
+            after, seconds, more = compressed(dense, steps, contexts[seed])
+            made.append(measure(after))
+            size = ops.stored_nbytes(after.params, after.masks)
+            memory = None if more is None else 1 + more / trees.nbytes(dense.params)
+            del after
+        found[name] = swept.row(
+            name, before, made, size, ops.stored_nbytes(dense.params), seconds / forward_seconds, memory
+        )
+        say(f"{name}: {found[name].words()}")
+        rundir.write_json(
+            run_dir / "results.json", results | {"rows": [dataclasses.asdict(row) for row in found.values()]}
+        )
+    first = swept.first(rows.label(loaded.about), before, ops.stored_nbytes(dense.params))
+    listed = [first, *found.values()]
+    domains = domain_table(run, calibration, loaded, score, say)
+    results |= {"rows": [dataclasses.asdict(row) for row in listed], "domains": domains}
+    rundir.write_json(run_dir / "results.json", results)
+    table.show(listed, facts, swept.COLUMNS)
+    for name, grid in domains.items():
+        table.show(
+            swept.domain_rows(grid), [f"{name}: bits per byte over the model before."], swept.domain_columns(grid)
+        )
+    write_report(run, run_dir, listed, domains, facts, began)
+    say(f"done: open {run_dir / 'report.html'}")
+
+
+def held_out(run: Run, loaded: Loaded, source: str) -> Any:
+    return dataset.held_out(source, loaded.tokenizer, dataset.cache_beside(run.model), strict=run.strict)
+
+
+def context_for(
+    run: Run, calibration: Calibration, loaded: Loaded, source: str, seed: int, names: Sequence[str]
+) -> Context:
+    """What the steps of all these recipes read."""
+    steps = [step for name in names for step in steps_of(name)]
+    return api.context_for(
+        [*steps, GPTQ()],  # the text is always drawn: one pass over it is the unit of time
+        source, dataset.cache_beside(run.model), loaded.model, loaded.tokenizer,
+        batch=8, length=calibration.length, calibration=calibration, seed=seed, strict=run.strict,
+    )  # fmt: skip
+
+
+def measured(text: Any, loaded: Loaded, score: Scoring, kept: dict[int, np.ndarray], model: LanguageModel) -> Quality:
+    models = {"": sharding.on_one_device(model)}
+    return scoring.measure(models, text, loaded.tokenizer, score, loaded.model, kept)[""]
+
+
+def compressed(
+    dense: LanguageModel, steps: Sequence[Step], context: Context
+) -> tuple[LanguageModel, float, int | None]:
+    """The model after the steps, the seconds that took, and the most memory meanwhile above what was held before."""
+    made: list[LanguageModel] = []
+
+    def work() -> None:
+        after, _ = recipe.run(dense, steps, context)
+        made.append(jax.block_until_ready(after))
+
+    held = speed.peak_bytes(lambda: None)
+    start = time.perf_counter()
+    peak = speed.peak_bytes(work)
+    return made[0], time.perf_counter() - start, None if peak is None or held is None else peak - held
+
+
+def plain_pass(model: LanguageModel, batch: dict[str, np.ndarray], chunk: int = 8) -> float:
+    """Seconds of one forward pass over all rows, with the logits, after warm-up."""
+    run = jax.jit(lambda model, tokens, positions, segments: forward(
+        model, tokens, positions=positions, segments=segments)[0].max())  # fmt: skip
+    names = ("inputs", "positions", "segments")
+    parts = [[batch[name][start : start + chunk] for name in names] for start in range(0, len(batch["inputs"]), chunk)]
+    whole = [part for part in parts if len(part[0]) == len(parts[0][0])]
+    jax.block_until_ready(run(model, *whole[0]))
+    start = time.perf_counter()
+    for part in whole:
+        jax.block_until_ready(run(model, *part))
+    return (time.perf_counter() - start) * len(batch["inputs"]) / sum(len(part[0]) for part in whole)
+
+
+def protocol(
+    run: Run, calibration: Calibration, loaded: Loaded, text: Any, score: Scoring, before: Quality,
+    contexts: Sequence[Context], forward_seconds: float,
+) -> list[str]:  # fmt: skip
+    """What was done, in words."""
+    rows_, length = contexts[0].calibration["inputs"].shape
+    shared = overlap.share(contexts[0].calibration, itertools.islice(text, score.documents or None))
+    return [
+        f"Quality: {scoring.protocol(text, score, before)}.",
+        f"Calibration: {rows_} rows of {length} tokens of the training split, {run.seeds} draws. {shared:.2%} of the "
+        f"{overlap.LENGTH}-token sequences of the test text are in the first draw too.",
+        f"Time: a plain forward pass over these rows took {forward_seconds:.1f} s. Memory: the model and what was held "
+        "beyond it meanwhile, over the bytes of the model.",
+        *rows.cautions(run.model, loaded.about, text.known),
+    ]
+
+
+def domain_table(
+    run: Run, calibration: Calibration, loaded: Loaded, score: Scoring, say: Any
+) -> dict[str, dict[str, dict[str, float]]]:
+    """{recipe: {calibration domain: {test domain: bits per byte over the model before}}}."""
+    pairs = dict(pair.split("=", 1) for pair in run.domains.split())
+    texts = {name: held_out(run, loaded, source) for name, source in pairs.items()}
+    scores = {name: score.within(loaded.model.config.max_length, 0, text.unbroken) for name, text in texts.items()}
+    kept: dict[str, dict] = {name: {} for name in texts}
+    before = {name: measured(texts[name], loaded, scores[name], kept[name], loaded.model) for name in texts}
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name in run.domain_recipes.split() if pairs else ():
+        found[name] = {}
+        for domain, source in pairs.items():
+            context = context_for(run, calibration, loaded, source, 0, [name])
+            after, _ = recipe.run(loaded.model, steps_of(name), context)
+            found[name][domain] = {
+                other: quality.paired_difference(
+                    measured(texts[other], loaded, scores[other], kept[other], after), before[other]
+                )[0]
+                for other in texts
+            }
+            say(f"{name} calibrated on {domain}: " + ", ".join(f"{k} {v:+.4f}" for k, v in found[name][domain].items()))
+    return found
+
+
+def write_report(
+    run: Run, run_dir: Path, listed: Sequence[Row], domains: dict[str, Any], facts: list[str], began: float
+) -> None:
+    charts = [*swept.charts(listed), swept.front(listed)]
+    tables = [Table(caption="Each beside the model before.", columns=swept.COLUMNS, rows=listed)]
+    sections = [Section("What each recipe costs and saves", [*tables, *charts])]
+    if domains:
+        grids = [
+            Table(
+                caption=f"{name}: bits per byte over the model before. Rows: calibration text; columns: test text.",
+                columns=swept.domain_columns(grid), rows=swept.domain_rows(grid),
+            )
+            for name, grid in domains.items()
+        ]  # fmt: skip
+        sections.append(Section("Calibration text and test text", grids))
+    page.write(
+        run_dir / "report.html",
+        title=f"What calibration buys: {run.model}",
+        sections=sections,
+        facts=facts,
+        made=page.made(rundir.machine(), seeds=run.seeds, total_time=page.duration(time.perf_counter() - began)),
+        command=command_line("experiments.calibrated", sys.argv),
+    )
+
+
+if __name__ == "__main__":
+    launch(main, __doc__, run=Run(), calibration=Calibration(), score=Scoring())
