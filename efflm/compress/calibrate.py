@@ -90,7 +90,8 @@ def map_blocks(
         params[name] = after.params
         masks |= {f"{name}/{path}": mask for path, mask in after.masks.items()}
         if index + 1 < count:
-            chunks = [(jax.block_until_ready(layer(after.params, *row)), *row[1:]) for row in chunks]
+            for i, row in enumerate(chunks):  # in place: of two lists only one fits beside a large model
+                chunks[i] = (jax.block_until_ready(layer(after.params, *row)), *row[1:])
     return model.replace(params=params, masks=masks or None)
 
 

@@ -92,9 +92,22 @@ def require_finite(model: LanguageModel) -> None:
     require(not problem, f"{problem}: such a model cannot be compressed, so fetch or train it again")
 
 
+def require_masks(model: LanguageModel) -> None:
+    """Raise InputError for a mask of a weight that the model does not have, or of another shape."""
+    weights = dict(trees.flatten(model.params))
+    for path, mask in (model.masks or {}).items():
+        require(path in weights, f"masks names {path}, which the model does not have: leave it out")
+        shapes = tuple(mask.shape), tuple(weights[path].shape)
+        require(
+            shapes[0] == shapes[1],
+            f"the mask of {path} has shape {shapes[0]}, the weight {shapes[1]}: make it anew for this model",
+        )
+
+
 def run(model: LanguageModel, steps: Sequence[Step], context: Context) -> tuple[LanguageModel, tuple[Record, ...]]:
     """Apply the steps in order; the teacher is the first model unless the context names one. Raises InputError."""
     require_finite(model)
+    require_masks(model)
     if context.teacher is None:
         context = dataclasses.replace(context, teacher=model)
     records = []

@@ -3,6 +3,7 @@ import itertools
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from efflm import ops, trees
 from efflm.compress import recipe
@@ -13,6 +14,7 @@ from efflm.compress.quantize import Quantize, quantize
 from efflm.compress.shrink import Shrink, evenly_spaced, keep_layers
 from efflm.compress.step import Context, digest, record
 from efflm.config import InputError
+from efflm.formats import safetensors
 from efflm.model import sharding
 from tests import tiny
 
@@ -65,13 +67,35 @@ def test_too_many_layers_are_refused():
         Shrink(layers=3)(tiny.model(), CONTEXT)
 
 
-def test_every_named_recipe_runs():
+def test_every_named_recipe_is_stored_as_predicted_and_read_back_as_it_was(tmp_path):
     short = {Finetune: {"steps": 1}, Distill: {"steps": 1}}
+    tokens = tiny.tokens(CONFIG, 2, 8)
     for name, steps in recipe.RECIPES.items():
         mine = {kind: fields for kind, fields in short.items() if any(type(step) is kind for step in steps)}
         after, records = recipe.run(tiny.model(), recipe.override(steps, mine), CONTEXT)
         assert records[-1].predicted_bytes == ops.stored_nbytes(after.params, after.masks), name
         assert records[-1].leaves, name
+        file = tmp_path / f"{name}.safetensors"
+        size = safetensors.save(file, after, {}, records)
+        assert size == file.stat().st_size, name
+        assert abs(size - records[-1].predicted_bytes) <= 0.01 * size + 65536, name
+        with safe_open(file, "numpy") as stored:
+            floats = [key for key in sorted(stored.keys()) if stored.get_slice(key).get_dtype() in ("F32", "BF16")]
+        if any(isinstance(leaf, ops.QArray) for _, leaf in trees.flatten(after.params)):
+            # Of a quantized matrix no float original is in the file, only its scales.
+            matrices = {path for path, leaf in trees.flatten(after.params) if isinstance(leaf, ops.QArray)}
+            assert {key for key in floats if key in matrices} == set(), name
+        again = safetensors.load(file)[0]
+        np.testing.assert_array_equal(tiny.logits(again, tokens), tiny.logits(after, tokens), err_msg=name)
+
+
+def test_masks_of_weights_that_are_not_there_are_refused():
+    model = tiny.model()
+    kept = np.ones((32, 32), bool)
+    with pytest.raises(InputError, match="masks names block_7/attention/query/kernel, which the model does not have"):
+        recipe.run(model.replace(masks={"block_7/attention/query/kernel": kept}), (Quantize(),), CONTEXT)
+    with pytest.raises(InputError, match=r"the mask of block_0/feedforward/up/kernel has shape \(32, 32\), the weight"):
+        recipe.run(model.replace(masks={"block_0/feedforward/up/kernel": kept}), (Quantize(),), CONTEXT)
 
 
 def test_a_step_that_changes_only_the_config_is_a_change():
