@@ -11,6 +11,7 @@ from efflm.compress.finetune import Finetune
 from efflm.compress.gptq import GPTQ
 from efflm.compress.prune import Prune
 from efflm.compress.quantize import Cast, Quantize
+from efflm.compress.rotate import Rotate
 from efflm.compress.shrink import Shrink
 from efflm.compress.smoothquant import SmoothQuant
 from efflm.compress.sparsegpt import SparseGPT
@@ -38,6 +39,7 @@ RECIPES: dict[str, tuple[Step, ...]] = {
     "w3a16": (W3A16, EMBEDDINGS),
     "gptq4": (GPTQ(bits=4), EMBEDDINGS),
     "gptq3": (GPTQ(bits=3), EMBEDDINGS),
+    "rotate_gptq4": (Rotate(), GPTQ(bits=4), EMBEDDINGS),
     "awq4": (AWQ(bits=4), dataclasses.replace(W4A16, clip=True), EMBEDDINGS),
     "magnitude50": (Prune(sparsity=0.5),),
     "magnitude50_global": (Prune(sparsity=0.5, scope="global"),),
