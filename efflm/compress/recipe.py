@@ -39,6 +39,7 @@ RECIPES: dict[str, tuple[Step, ...]] = {
     "w3a16": (W3A16, EMBEDDINGS),
     "gptq4": (GPTQ(bits=4), EMBEDDINGS),
     "gptq3": (GPTQ(bits=3), EMBEDDINGS),
+    "rotate_smoothquant": (Rotate(), SmoothQuant(), W8A8_STATIC),
     "rotate_gptq4": (Rotate(), GPTQ(bits=4), EMBEDDINGS),
     "awq4": (AWQ(bits=4), dataclasses.replace(W4A16, clip=True), EMBEDDINGS),
     "magnitude50": (Prune(sparsity=0.5),),
