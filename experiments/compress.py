@@ -22,6 +22,8 @@ from efflm.compress.awq import AWQ
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
 from efflm.compress.gptq import GPTQ
+from efflm.compress.gradual import PruneGradually
+from efflm.compress.mixed import MixedPrecision
 from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink
@@ -41,7 +43,10 @@ from efflm.report import analysis, compared, numbers, page, rows, samples, scori
 from efflm.train import metrics
 
 BEFORE = "before.safetensors"
-STEPS = (Quantize, GPTQ, AWQ, SmoothQuant, Prune, Wanda, SparseGPT, Finetune, Distill, Shrink)  # that flags change
+STEPS = (  # that flags change
+    Quantize, GPTQ, AWQ, SmoothQuant, MixedPrecision, Prune, Wanda, SparseGPT, PruneGradually, Finetune,
+    Distill, Shrink,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
