@@ -66,7 +66,7 @@ class MixedPrecision:
     """Matrices inside the layers, each rounded to the nearest in the format that a budget of bytes gives it."""
 
     bits: str = flag("8,4,3", "bits of a weight to choose from")
-    groups: str = flag("32,16,64,128", "inputs that share a scale, to choose from; 0: all of an output")
+    groups: str = flag("32,64,128", "inputs that share a scale, to choose from; 0: all of an output")
     average_bits: float = flag(4.0, "the budget: as if all weights had so many bits, in the first of the groups")
     budget: float = flag(0.0, "bytes of the layers' matrices as a share of what they take now; 0: by average_bits")
     unit: Unit = flag("matrix", "what has one format: a matrix, those that read the same input, or a layer")

@@ -58,6 +58,12 @@ def test_it_trains_a_quantized_model_and_what_was_pruned_stays_so():
     assert {w.bits for path, w in trees.flatten(after.params) if in_layer(path)} == {4}
 
 
+def test_a_sparser_model_stays_as_sparse():
+    model, _ = Prune(sparsity=0.8)(tiny.model(), context())
+    after, _ = STEP(model, context())
+    require_pruned(after, 0.8)
+
+
 def test_sharded_equals_unsharded():
     mesh = sharding.make_mesh(data=2)
     model = tiny.model()
