@@ -22,7 +22,7 @@ class PruneGradually:
     steps: int = flag(150, "optimizer steps")
     learning_rate: float = flag(2e-3, "peak learning rate, reached after a tenth of the steps or 40")
     every: int = flag(10, "steps from one rise of the sparsity to the next")
-    ramp: float = flag(0.7, "share of the steps over which the sparsity rises; the rest only trains")
+    ramp: float = flag(0.5, "share of the steps over which the sparsity rises; the rest only trains")
 
     def __post_init__(self):
         require_schedule(self)
