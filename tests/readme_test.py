@@ -25,7 +25,8 @@ READMES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("[a-z]*/**/README.md"))
 FRONT = (ROOT / "README.md").read_text()
 GROUPS = {
     "model": config.ModelShape, "train": config.TrainConfig, "mesh": config.MeshConfig, "hosts": config.HostsConfig,
-    "score": Scoring, "calibration": Calibration, "quantize": Quantize, "prune": Prune, "finetune": Finetune, "distill": Distill, "shrink": Shrink,
+    "score": Scoring, "calibration": Calibration,
+    "quantize": Quantize, "prune": Prune, "finetune": Finetune, "distill": Distill, "shrink": Shrink,
 }  # fmt: skip
 
 
