@@ -22,6 +22,8 @@ from efflm.compress.awq import AWQ
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
 from efflm.compress.gptq import GPTQ
+from efflm.compress.gradual import PruneGradually
+from efflm.compress.mixed import MixedPrecision
 from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink
@@ -44,8 +46,11 @@ BEFORE = "before.safetensors"
 # The steps that flags change, by the name of their flags.
 STEPS = {
     kind.__name__.lower(): kind
-    for kind in (Quantize, GPTQ, AWQ, SmoothQuant, Prune, Wanda, SparseGPT, Finetune, Distill, Shrink)
-}
+    for kind in (
+        Quantize, GPTQ, AWQ, SmoothQuant, MixedPrecision, Prune, Wanda, SparseGPT, PruneGradually, Finetune, Distill,
+        Shrink,
+    )
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from efflm.compress.finetune import Finetune
 from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink
+from efflm.compress.step import Calibration
 from efflm.evaluate.windows import Scoring
 from efflm.formats import load_model
 from tests import gguf_files, tiny
@@ -24,7 +25,8 @@ READMES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("[a-z]*/**/README.md"))
 FRONT = (ROOT / "README.md").read_text()
 GROUPS = {
     "model": config.ModelShape, "train": config.TrainConfig, "mesh": config.MeshConfig, "hosts": config.HostsConfig,
-    "score": Scoring, "quantize": Quantize, "prune": Prune, "finetune": Finetune, "distill": Distill, "shrink": Shrink,
+    "score": Scoring, "calibration": Calibration,
+    "quantize": Quantize, "prune": Prune, "finetune": Finetune, "distill": Distill, "shrink": Shrink,
 }  # fmt: skip
 
 

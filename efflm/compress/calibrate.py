@@ -5,7 +5,7 @@ layer to make the inputs of the next one. One layer's inputs are held at a time.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -58,7 +58,7 @@ class Layer:
 
     def __call__(self, params: Any, *row: jax.Array) -> jax.Array:
         """The output [n, T, D] with these weights."""
-        return _run(self.config, params, *row)
+        return run(self.config, params, *row)
 
 
 def map_blocks(
@@ -79,7 +79,7 @@ def map_blocks(
     require(rows is not None, f"{title} needs calibration text: give a corpus")
     if mesh.size > 1:
         model = jax.device_put(model, sharding.shardings(model, mesh))
-    chunks = _chunks(model, rows, mesh)
+    chunks = inputs(model, rows, mesh)
     params, masks = dict(model.params), dict(model.masks or {})
     count = len(model.config.blocks)
     for index in progress.shown(range(count), f"{title}: layers", count):
@@ -107,19 +107,26 @@ def gathered(layer: Layer, statistics: Mapping[str, Statistic]) -> States:
     return {path: dict(zip(names, states[group])) for group in states for path in group.split(" ")}
 
 
-def _chunks(model: LanguageModel, rows: Mapping[str, Any], mesh: Mesh) -> list[tuple[jax.Array, ...]]:
-    spread = NamedSharding(mesh, sharding.BATCH)
-    size = max(CHUNK // mesh.devices.size, 1) * mesh.devices.size
-    total = len(np.asarray(rows["inputs"]))
-    chunks = []
-    for start in range(0, total, size):
-        part = [np.asarray(rows[name])[start : start + size] for name in ("inputs", "positions", "segments")]
-        short = size - len(part[0])  # filled up with padding, so that one program reads every chunk
-        filled = (np.pad(each, ((0, short), (0, 0))).astype(np.int32) for each in part)
-        tokens, positions, segments = (jax.device_put(each, spread) for each in filled)
-        x = jax.block_until_ready(_embed(model.config, model.params, tokens, positions))
-        chunks.append((x, positions, segments))
-    return chunks
+def inputs(model: LanguageModel, rows: Mapping[str, Any], mesh: Mesh) -> list[tuple[jax.Array, ...]]:
+    """The `rows` of the first layer, chunk by chunk."""
+    split = chunks(rows, ("inputs", "positions", "segments"), mesh)
+    embed = lambda *read: jax.block_until_ready(_embed(model.config, model.params, *read))
+    return [(embed(tokens, positions), positions, own) for tokens, positions, own in split]
+
+
+def chunks(rows: Mapping[str, Any], names: Sequence[str], mesh: Mesh) -> list[tuple[jax.Array, ...]]:
+    """These fields of a batch, int32 [n, T] on the mesh, CHUNK rows or a row for each device at a time.
+
+    The last chunk is filled up with padding, so that one program reads every chunk.
+    """
+    spread, devices = NamedSharding(mesh, sharding.BATCH), mesh.devices.size
+    fields, out = [np.asarray(rows[name]) for name in names], []
+    size = max(min(CHUNK, len(fields[0])) // devices, 1) * devices
+    for start in range(0, len(fields[0]), size):
+        parts = (field[start : start + size] for field in fields)
+        filled = (np.pad(part, ((0, size - len(part)), (0, 0))).astype(np.int32) for part in parts)
+        out.append(tuple(jax.device_put(part, spread) for part in filled))
+    return out
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -129,7 +136,8 @@ def _embed(config: ModelConfig, params: Any, tokens: jax.Array, positions: jax.A
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(config: ModelConfig, params: Any, *row: jax.Array) -> jax.Array:
+def run(config: ModelConfig, params: Any, *row: jax.Array) -> jax.Array:
+    """The output [n, T, D] of the layer of a `by_block.block_config`, for one chunk of rows."""
     with sharding.mesh_of(row):
         return by_block.apply_block(config, params, *row)
 

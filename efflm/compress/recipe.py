@@ -9,6 +9,8 @@ from efflm.compress.awq import AWQ
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
 from efflm.compress.gptq import GPTQ
+from efflm.compress.gradual import PruneGradually
+from efflm.compress.mixed import MixedPrecision
 from efflm.compress.prune import Prune
 from efflm.compress.quantize import Cast, Quantize
 from efflm.compress.rotate import Rotate
@@ -42,11 +44,13 @@ RECIPES: dict[str, tuple[Step, ...]] = {
     "rotate_smoothquant": (Rotate(), SmoothQuant(), W8A8_STATIC),
     "rotate_gptq4": (Rotate(), GPTQ(bits=4), EMBEDDINGS),
     "awq4": (AWQ(bits=4), dataclasses.replace(W4A16, clip=True), EMBEDDINGS),
+    "mixed4": (MixedPrecision(average_bits=4.0), EMBEDDINGS),
     "magnitude50": (Prune(sparsity=0.5),),
     "magnitude50_global": (Prune(sparsity=0.5, scope="global"),),
     "magnitude70": (Prune(sparsity=0.7),),
     "magnitude24": (Prune(sparsity=0.5, scope="2:4"),),
     "magnitude50_trained": (Prune(sparsity=0.5), Finetune(steps=60, learning_rate=2e-4)),
+    "gradual50": (PruneGradually(sparsity=0.5, learning_rate=2e-4),),
     "wanda50": (Wanda(sparsity=0.5),),
     "wanda24": (Wanda(sparsity=0.5, pattern="2:4"),),
     "wanda50_w8a8": (Wanda(sparsity=0.5), W8A8),
@@ -71,7 +75,7 @@ def named(names: str) -> tuple[Step, ...]:
 
 def trains(steps: Sequence[Step]) -> bool:
     """Whether a step of the chain needs text to train on."""
-    return any(isinstance(step, Distill | Finetune) for step in steps)
+    return any(isinstance(step, Distill | Finetune | PruneGradually) for step in steps)
 
 
 def calibrates(steps: Sequence[Step]) -> bool:

@@ -3,18 +3,20 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from efflm import ops, trees
 from efflm.config import TrainConfig, flag, require
 from efflm.model import LanguageModel
-from efflm.train import assemble, loop
+from efflm.train import assemble, loop, optimizer
 from efflm.train.losses import LossFn
 
 
@@ -116,39 +118,55 @@ def digest(model: LanguageModel) -> str:
     return out.hexdigest()[:16]
 
 
+Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
+
+
 def require_schedule(step: Any) -> None:
     """Check the settings that every training step has."""
     require(step.steps > 0, f"steps is {step.steps}, but must be positive")
     require(step.learning_rate > 0, f"learning_rate is {step.learning_rate}, but must be positive")
 
 
-def train_step(
-    step: Any, model: LanguageModel, context: Context, loss_fn: LossFn, frozen: Any
-) -> tuple[LanguageModel, Record]:
-    """Train `model` with `step`'s steps and learning_rate, in the format it is in.
+def train_masters(
+    step: Any, model: LanguageModel, context: Context, loss_fn: LossFn, frozen: Any, wrap: Wrap | None = None
+) -> Any:
+    """The float32 weights of `model` trained with `step`'s steps and learning_rate, as its format will round them.
 
-    Pruned weights stay zero. The masters are float32; quantized weights are rounded straight-through in every forward
-    pass, and for good at the end. The loss sees the parameters as `ops.straight_through` makes them.
+    Pruned weights stay zero. Quantized weights are rounded straight-through in every forward pass: the loss sees the
+    parameters as `ops.straight_through` makes them. wrap: of the update rule.
     """
     require(context.batches is not None, f"{step} needs text to train on: give a corpus")
     like = model.params
-
-    def on_weights(fn, tree):
-        return jax.tree.map(lambda weight, w: fn(w, weight), like, tree, is_leaf=trees.is_leaf)
-
     masters = jax.tree.map(lambda weight: ops.dequantize(weight).astype(jnp.float32), like, is_leaf=trees.is_leaf)
     settings = TrainConfig(steps=step.steps, learning_rate=step.learning_rate, weight_decay=0.0)
-    trained = assemble.fit(
+    return assemble.fit(
         settings,
-        lambda trainable, *rest: loss_fn(on_weights(ops.straight_through, trainable), *rest),
+        lambda trainable, *rest: loss_fn(_on_weights(ops.straight_through, trainable, like), *rest),
         masters,
         frozen,
         context.batches,
+        wrap and wrap(optimizer.make(settings)),
         masks=ops.mask_tree(masters, model.masks),
         mesh=context.mesh,
         seed=context.seed,
         title=type(step).__name__.lower(),
         metrics_file=context.metrics,
     )
-    after = model.replace(params=on_weights(ops.requantize, trained))
+
+
+def in_format(masters: Any, like: Any) -> Any:
+    """Float masters, each in the format of its weight in `like`."""
+    return _on_weights(ops.requantize, masters, like)
+
+
+def _on_weights(fn: Callable[[Any, Any], Any], tree: Any, like: Any) -> Any:
+    return jax.tree.map(lambda weight, w: fn(w, weight), like, tree, is_leaf=trees.is_leaf)
+
+
+def train_step(
+    step: Any, model: LanguageModel, context: Context, loss_fn: LossFn, frozen: Any
+) -> tuple[LanguageModel, Record]:
+    """`model` after `train_masters`, in the format it is in."""
+    masters = train_masters(step, model, context, loss_fn, frozen)
+    after = model.replace(params=in_format(masters, model.params))
     return after, record(step, model, after, context, uses_text=True)

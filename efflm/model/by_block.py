@@ -8,6 +8,7 @@ import jax
 
 from efflm.config import ModelConfig
 from efflm.model.linear import READ
+from efflm.model.norms import Norm
 from efflm.model.rotary import tables
 from efflm.model.transformer import Block, LanguageModel, Transformer
 from efflm.precision import policy_for
@@ -27,6 +28,16 @@ class _Single(nn.Module):
         )[0]
 
 
+class _Last(nn.Module):
+    """What comes after the layers, up to the output layer."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        return Norm(self.config, policy_for(self.config).compute, name="final_norm")(x_BTD)
+
+
 def block_config(config: ModelConfig, index: int) -> ModelConfig:
     """The config of a model whose only layer is this one; equal for equal layers."""
     return dataclasses.replace(config, blocks=(config.blocks[index],))
@@ -43,6 +54,11 @@ def apply_block(
 ) -> jax.Array:
     """The output [B, T, D] of a layer. single: its `block_config`; params: its weights, without `block_i`."""
     return _Single(single).apply({"params": {"block_0": params}}, x_BTD, positions_BT, segments_BT)
+
+
+def final_states(config: ModelConfig, params: Any, x_BTD: jax.Array) -> jax.Array:
+    """The input of the output layer, [B, T, D], for the output of the last layer. params: of the model."""
+    return _Last(config).apply({"params": {"final_norm": params["final_norm"]}}, x_BTD)
 
 
 def reads(

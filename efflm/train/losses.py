@@ -50,6 +50,21 @@ def distillation_loss(student: Transformer, teacher: Transformer, *, temperature
     return _mean_over_tokens(sums)
 
 
+def sums_against(
+    config: ModelConfig, params: Any, x_BTD: jax.Array, reference_BTD: jax.Array, batch: dict[str, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sums over the weighted targets, in nats: of the cross-entropy and of KL(reference || model); and of the weights.
+
+    x_BTD, reference_BTD: final states for a batch that has targets and segments. params: hold the output layer, which
+    reads both.
+    """
+    weights_BT, tied = target_weights(batch), config.tied
+    w = params["embedding" if tied else "unembedding"]
+    outputs = (x_BTD, w, tied), (reference_BTD, w, tied)
+    _, kl, nll = ops.distillation(*outputs, batch["targets"], weights_BT, temperature=1.0, share=1.0)
+    return nll, kl, jnp.sum(weights_BT)
+
+
 def target_weights(batch: dict[str, jax.Array]) -> jax.Array:
     """The weight of every target, float32 [B, T]: the batch's own "weights" if it has any, and 0.0 on padding."""
     real_BT = (batch["segments"] > 0).astype(jnp.float32)

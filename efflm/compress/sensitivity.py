@@ -1,0 +1,258 @@
+"""How much worse a model becomes when one matrix alone is rounded, at each format: which matrices need their bits.
+
+Measured, all other matrices as they are: the increase of the mean next-token loss, and the divergence of the outputs
+from those of the whole model (Cai 2020, arXiv 2001.00281, section 3.2). The divergence is the increase that is expected
+if the text is what the model expects; it is never negative and varies far less from text to text. Estimated, without
+running the rest of the model: the mean squared error of what the matrix gives, tr(E^T G E) / tokens, for its error E
+and G = X^T X of what it reads.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from efflm import ops, progress, trees
+from efflm.compress import calibrate
+from efflm.compress.calibrate import Layer, States
+from efflm.config import ModelConfig, require
+from efflm.model import LanguageModel, by_block, sharding
+from efflm.ops import QArray, qarray
+from efflm.train import losses
+
+Unit = Literal["matrix", "input", "layer"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Format:
+    """How a matrix is rounded: see ops.qarray.quantize_array."""
+
+    bits: int = 4
+    group: int = 32
+    symmetric: bool = True
+    clip: bool = True
+
+    def __post_init__(self):
+        qarray.require_format(self.bits, self.group)
+
+    def __call__(self, w: jax.Array) -> QArray:
+        """A float matrix [in, out] in this format."""
+        return ops.quantize_array(w, -2, **dataclasses.asdict(self))
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits" + (f", groups of {self.group}" if self.group else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One unit in one format. paths: its matrices. loss: the increase of the mean loss, and divergence: the mean KL
+    divergence of the outputs from the model's, in nats a token; None where they were not measured. estimate: the mean
+    squared error of what its matrices give, summed over outputs. bytes: what they take in the format, as a file holds
+    them; saved: how many fewer that is than they take as they are."""
+
+    name: str
+    paths: tuple[str, ...]
+    format: Format
+    loss: float | None
+    divergence: float | None
+    estimate: float
+    bytes: int
+    saved: int
+
+    @property
+    def bits(self) -> float | None:
+        """The increase of the loss in bits a token."""
+        return None if self.loss is None else self.loss / math.log(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows, unit by unit and format by format. loss: of the model as it is, in nats a token, over so many tokens."""
+
+    loss: float
+    tokens: int
+    rows: tuple[Row, ...]
+
+    @property
+    def units(self) -> dict[str, tuple[Row, ...]]:
+        """The rows of each unit."""
+        names = dict.fromkeys(row.name for row in self.rows)
+        return {name: tuple(row for row in self.rows if row.name == name) for name in names}
+
+
+def sensitivity(
+    model: LanguageModel,
+    batch: Mapping[str, Any] | None,
+    formats: Sequence[Format],
+    mesh: Mesh,
+    *,
+    rows: int = 16,
+    unit: Unit = "matrix",
+) -> Table:
+    """What it costs to round one unit alone, over the first `rows` rows of a batch (data.packing).
+
+    unit: each matrix of the layers, those that read the same, or each layer. A layer's inputs are computed once, and
+    only what comes after them is run again. Weights that are quantized already stay as they are, but their activations
+    are not rounded. Raises InputError.
+    """
+    model, batch = _floats(model), _first(batch, rows)
+    fields = calibrate.chunks(batch, ("targets", "segments"), mesh)
+    count, outer = _tokens(batch), _outer(model.params)
+
+    def states(index: int, params: Any, x: jax.Array, *row: jax.Array) -> jax.Array:
+        """The final states for what layer `index` reads, its weights being `params`."""
+        for later in range(index, len(model.config.blocks)):
+            own = params if later == index else model.params[f"block_{later}"]
+            x = calibrate.run(by_block.block_config(model.config, later), own, x, *row)
+        return _final_states(model.config, outer, x)
+
+    whole = [states(0, model.params["block_0"], *row) for row in calibrate.inputs(model, batch, mesh)]
+
+    def measure(layer: Layer, params: Any) -> tuple[float, float]:
+        """The mean loss, and the mean divergence."""
+        chunks = zip(layer.rows, whole, fields, strict=True)
+        sums = [
+            _sums(model.config, outer, states(layer.index, params, *row), reference, *own)
+            for row, reference, own in chunks
+        ]
+        return tuple(sum(float(each[i]) for each in sums) / count for i in range(2))
+
+    return _table(model, batch, formats, mesh, unit, count, measure)
+
+
+def estimated(
+    model: LanguageModel,
+    batch: Mapping[str, Any] | None,
+    formats: Sequence[Format],
+    mesh: Mesh,
+    *,
+    rows: int = 16,
+    unit: Unit = "matrix",
+) -> Table:
+    """The same with the estimates alone: one pass over the rows, nothing is run again, and the loss is NaN."""
+    model, batch = _floats(model), _first(batch, rows)
+    return _table(model, batch, formats, mesh, unit, _tokens(batch), None)
+
+
+def _table(
+    model: LanguageModel,
+    batch: Mapping[str, Any],
+    formats: Sequence[Format],
+    mesh: Mesh,
+    unit: Unit,
+    tokens: int,
+    measure: Callable[[Layer, Any], tuple[float, float]] | None,
+) -> Table:
+    require(len(formats) > 0, "there is no format to try: give one at least")
+    sizes = _work(model)
+    base, found, done = math.nan, [], 0.0
+    with progress.bar("sensitivity: matrices", sum(sizes)) as update:
+        for layer, read in _layers(model, batch, mesh):
+            if measure and layer.index == 0:
+                base, _ = measure(layer, layer.params)
+            units = _units(layer, read, unit)
+            for name, paths in units.items():
+                for format in formats:
+                    made = {path: format(w) for path, w in trees.flatten(layer.params) if path in paths}
+                    loss, divergence = measure(layer, _with(layer.params, made)) if measure else (None, None)
+                    increase = None if loss is None else loss - base
+                    found.append(_row(layer, read, name, format, made, (increase, divergence), tokens))
+                    done += sizes[layer.index] / (len(units) * len(formats))
+                    update(done)
+    return Table(base, tokens, tuple(found))
+
+
+def _layers(model: LanguageModel, batch: Mapping[str, Any], mesh: Mesh) -> Iterator[tuple[Layer, States]]:
+    """Each layer with its inputs, and X^T X of what its matrices read."""
+    rows = calibrate.inputs(model, batch, mesh)
+    for index in range(len(model.config.blocks)):
+        name, masks = f"block_{index}", model.masks or {}
+        own = {path.removeprefix(f"{name}/"): mask for path, mask in masks.items() if path.startswith(f"{name}/")}
+        layer = Layer(model.params[name], own, rows, by_block.block_config(model.config, index), index)
+        yield layer, calibrate.gathered(layer, {"gram": calibrate.GRAM})
+        rows = [(layer(layer.params, *row), *row[1:]) for row in rows]
+
+
+def _units(layer: Layer, read: States, unit: Unit) -> dict[str, tuple[str, ...]]:
+    """{name: paths in the layer} of what is rounded together."""
+    together: dict[Any, list[str]] = {}
+    for path, states in read.items():
+        together.setdefault({"matrix": path, "input": id(states["gram"]), "layer": 0}[unit], []).append(path)
+    block, short = f"block_{layer.index}", lambda path: path.removesuffix("/kernel")
+    names = [block if unit == "layer" else f"{block}/{'+'.join(map(short, paths))}" for paths in together.values()]
+    return dict(zip(names, map(tuple, together.values()), strict=True))
+
+
+def _row(
+    layer: Layer,
+    read: States,
+    name: str,
+    format: Format,
+    made: Mapping[str, QArray],
+    measured: tuple[float | None, float | None],
+    tokens: int,
+) -> Row:
+    before = dict(trees.flatten(layer.params))
+    estimate = sum(float(_squared(before[path], w, read[path]["gram"])) for path, w in made.items()) / tokens
+    nbytes = ops.stored_nbytes(dict(made), layer.masks)
+    saved = ops.stored_nbytes({path: before[path] for path in made}, layer.masks) - nbytes
+    paths = tuple(f"block_{layer.index}/{path}" for path in made)
+    return Row(name, paths, format, *measured, estimate, nbytes, saved)
+
+
+@jax.jit
+def _squared(w: jax.Array, rounded: QArray, gram: jax.Array) -> jax.Array:
+    """tr(E^T G E), E the error of the rounded matrix."""
+    error = (ops.dequantize(rounded) - w).astype(jnp.float32)
+    return jnp.sum(error * jnp.matmul(gram, error, precision="highest"))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _final_states(config: ModelConfig, params: Any, x: jax.Array) -> jax.Array:
+    with sharding.mesh_of(x):
+        return by_block.final_states(config, params, x)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(config: ModelConfig, params: Any, x: jax.Array, whole: jax.Array, targets: jax.Array, segments: jax.Array):
+    """The loss and the divergence, summed over the targets."""
+    with sharding.mesh_of(x):
+        return losses.sums_against(config, params, x, whole, {"targets": targets, "segments": segments})[:2]
+
+
+def _outer(params: Any) -> dict[str, Any]:
+    """The weights outside the layers."""
+    return {name: leaf for name, leaf in params.items() if not name.startswith("block_")}
+
+
+def _with(params: Any, made: Mapping[str, QArray]) -> Any:
+    """The weights of a layer with these in place of their own, as floats: so every format runs the same program."""
+    return trees.map_with_path(lambda path, w: ops.dequantize(made[path]) if path in made else w, params)
+
+
+def _floats(model: LanguageModel) -> LanguageModel:
+    return model.replace(params=jax.tree.map(ops.dequantize, model.params, is_leaf=trees.is_leaf))
+
+
+def _first(batch: Mapping[str, Any] | None, rows: int) -> dict[str, Any]:
+    require(batch is not None, "sensitivity needs calibration text: give a corpus")
+    require(rows > 0, f"rows is {rows}, but must be positive")
+    return {name: field[:rows] for name, field in batch.items()}
+
+
+def _tokens(batch: Mapping[str, Any]) -> int:
+    count = int(np.sum(np.asarray(batch["segments"]) > 0))
+    require(count > 0, "the calibration text holds no tokens, only padding: give another corpus")
+    return count
+
+
+def _work(model: LanguageModel) -> list[float]:
+    """For each layer, the weights that run again when it changes: its own, those after it and the output layer's."""
+    counts = [trees.count(model.params[f"block_{index}"]) for index in range(len(model.config.blocks))]
+    return [float(sum(counts[index:]) + model.config.vocabulary * model.config.width) for index in range(len(counts))]

@@ -1,0 +1,164 @@
+"""Which matrices of a model need their bits: what it costs to round each one alone, in each format.
+
+    python -m experiments.sensitivity --model=runs/quickstart
+    python -m experiments.sensitivity --model=smollm2 --bits=4,3 --unit=layer --rows=4 --run_dir=runs/sensitivity
+
+Expect, after a bar with the time left, a table whose first rows cost most loss for each byte that they save: the
+increase of the mean next-token loss over calibration text when that matrix alone is rounded, the divergence of the
+outputs from the model's, and the squared error of what the matrix gives. The increase has the noise of the text; the
+divergence has far less of it. In the run directory: results.json and report.html, with the divergence layer by layer.
+The recipe mixed4 gives each matrix its bits by the same measurement.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from efflm import api, rundir
+from efflm.compress import recipe, sensitivity
+from efflm.compress.mixed import MixedPrecision
+from efflm.compress.sensitivity import Format, Row, Unit
+from efflm.compress.step import Calibration
+from efflm.config import PRECISION, AskedPrecision, flag, require, require_seed
+from efflm.data import corpora, dataset
+from efflm.flags import command_line, launch
+from efflm.formats import sources
+from efflm.formats.sources import KINDS
+from efflm.model import sharding
+from efflm.report import numbers, page, rows, table
+from efflm.report.page import Section
+from efflm.report.table import Column
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """The run"""
+
+    model: str = flag(str(rundir.ROOT / "quickstart"), KINDS)
+    corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib")
+    strict: bool = flag(False, corpora.STRICT)
+    precision: AskedPrecision = flag("", PRECISION)
+    bits: str = flag("8,4,3", "bits of a weight to try")
+    groups: str = flag("32", "inputs that share a scale, to try; 0: all of an output")
+    symmetric: bool = flag(True, "codes around zero; false: a zero point for each scale")
+    clip: bool = flag(True, "choose the range of each scale by the least squared error")
+    unit: Unit = flag("matrix", "what is rounded together: a matrix, those that read the same input, or a layer")
+    rows: int = flag(16, "sequences of the training split that the model reads")
+    length: int = flag(512, "tokens in each; no more than the model reads")
+    show: int = flag(40, "rows of the table that are printed; 0: all. The report has them all")
+    seed: int = flag(0, "seed of which sequences these are")
+    run_dir: str = flag(str(rundir.ROOT / "sensitivity"), "where results.json and report.html are written")
+
+    def __post_init__(self):
+        require_seed(self.seed)
+        require(self.show >= 0, f"show is {self.show}, but must be positive, or 0 for all rows")
+        self.step  # noqa: B018  (which checks the format)
+
+    @property
+    def step(self) -> MixedPrecision:
+        """The step that would choose among these formats."""
+        names = ("bits", "groups", "symmetric", "clip", "unit", "rows")
+        return MixedPrecision(**{name: getattr(self, name) for name in names})
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """A row as tables show it."""
+
+    name: str
+    row: Row
+    note: str = ""
+
+    @property
+    def per_megabyte(self) -> float:
+        """Nats a token for each MB saved."""
+        return self.row.loss / self.row.saved * 1e6
+
+
+def six(value: float, sign: bool = False) -> str:
+    return numbers.fixed(value, 6, sign)
+
+
+COLUMNS = (
+    Column("rounded alone", lambda shown: shown.name),
+    Column("format", lambda shown: str(shown.row.format)),
+    Column("loss, nats/token", lambda shown: six(shown.row.loss, sign=True), lambda shown: shown.row.loss),
+    Column("bits/token", lambda shown: six(shown.row.bits, sign=True), lambda shown: shown.row.bits),
+    Column("divergence", lambda shown: six(shown.row.divergence), lambda shown: shown.row.divergence),
+    Column("squared error", lambda shown: f"{shown.row.estimate:.3g}", lambda shown: shown.row.estimate),
+    Column("MB saved", lambda shown: numbers.fixed(shown.row.saved / 1e6, 3), lambda shown: shown.row.saved),
+    Column("nats for a MB", lambda shown: six(shown.per_megabyte, sign=True), lambda shown: shown.per_megabyte),
+)
+
+
+def by_layer(found: Sequence[Row], format: Format) -> page.Bars:
+    """The divergence of each layer's matrices in one format, a bar a layer."""
+    values: dict[str, dict[str, float]] = {}
+    for row in found:
+        if row.format == format:
+            block, _, name = row.name.partition("/")
+            values.setdefault(block.replace("_", " "), {})[name or "the layer"] = max(row.divergence, 0.0)
+    caption = (
+        f"Divergence from the model, each rounded alone to {format}: a bar a layer, stacked though they do not add"
+    )
+    return page.bars(f"{caption} up exactly.", values, "millinats a token", 1e-3)
+
+
+@rundir.locked
+def main(run: Run) -> None:
+    began, run_dir = time.perf_counter(), Path(run.run_dir)
+    rundir.require_writable(run_dir, needs=rundir.SMALL_FILES)
+    mesh = sharding.data_parallel(run.rows)
+    loaded = sources.load(run.model, precision=run.precision, mesh=mesh)
+    recipe.require_finite(loaded.model)
+    context = api.context_for(
+        [run.step],
+        dataset.source_of(run.corpus, loaded.about),
+        dataset.cache_beside(run.model),
+        loaded.model,
+        loaded.tokenizer,
+        batch=run.rows,
+        length=run.length,
+        calibration=Calibration(rows=run.rows, length=run.length),
+        seed=run.seed,
+        strict=run.strict,
+    )
+    rundir.use_compilation_cache(run_dir.parent / "compilation_cache")
+    formats = run.step.formats
+    found = sensitivity.sensitivity(
+        loaded.model, context.calibration, formats, context.mesh, rows=run.rows, unit=run.unit
+    )
+    shown = sorted((Shown(row.name, row) for row in found.rows), key=lambda each: each.per_megabyte, reverse=True)
+    facts = [
+        f"Loss of the model as it is: {found.loss:.4f} nats a token, over {found.tokens:,} tokens of the training "
+        f"split ({run.rows} sequences, seed {run.seed}). Each row: one {run.unit} alone is rounded.",
+        "The increase of the loss has the noise of this text; the divergence, KL(model || rounded) in nats a token, is "
+        "what it would be on text as the model expects it. Squared error: of what the matrix gives, for each token.",
+        *rows.cautions(run.model, loaded.about, seen=""),
+    ]
+    table.show(shown[: run.show or None], facts, COLUMNS)
+    if 0 < run.show < len(shown):
+        print(f"  {len(shown) - run.show} more rows are in the report.")
+    machine, command = rundir.machine(), command_line("experiments.sensitivity", sys.argv)
+    kept = [dataclasses.asdict(each.row) | {"bits_per_token": each.row.bits} for each in shown]
+    given = {"loss": found.loss, "tokens": found.tokens, "rows": kept, "protocol": facts}
+    rundir.write_json(run_dir / "results.json", given | {"command": command, "versions": machine})
+    coarsest = run.step.coarsest
+    page.write(
+        run_dir / "report.html",
+        title=f"{run.model}: which matrices need their bits",
+        sections=[
+            Section("Where it hurts", [by_layer(found.rows, coarsest)]),
+            Section("Each alone", [page.Table(caption="Most loss for a byte first.", columns=COLUMNS, rows=shown)]),
+        ],
+        facts=facts,
+        made=page.made(machine, seed=run.seed, total_time=page.duration(time.perf_counter() - began)),
+        command=command,
+    )
+    print(f"[{time.perf_counter() - began:4.0f} s] done: open {run_dir / 'report.html'}")
+
+
+if __name__ == "__main__":
+    launch(main, __doc__, run=Run())

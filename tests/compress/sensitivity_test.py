@@ -1,0 +1,138 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efflm import ops, trees
+from efflm.compress import sensitivity
+from efflm.compress.sensitivity import Format, estimated
+from efflm.config import InputError
+from efflm.model import sharding
+from tests import tiny
+
+FORMATS = (Format(bits=8, group=16), Format(bits=3, group=0, clip=False))
+MODELS = tiny.and_combinations(list(tiny.CONFIGS), ["llama", "untied", "neox"])
+
+
+def batch_of(model):
+    return tiny.batch(model.config, rows=11)  # a chunk that is not full, too
+
+
+def log_probabilities(model, batch):
+    """Of the tokens that count, float64 [n, V]."""
+    inputs = {"segments": batch["segments"], "positions": batch["positions"]}
+    logits = np.asarray(tiny.logits(model, batch["inputs"], **inputs), np.float64)[batch["segments"] > 0]
+    logits -= logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def loss_and_divergence(model, whole, batch):
+    ours, theirs = log_probabilities(model, batch), log_probabilities(whole, batch)
+    nll = -np.take_along_axis(ours, batch["targets"][batch["segments"] > 0][:, None], -1).mean()
+    return nll, (np.exp(theirs) * (theirs - ours)).sum(-1).mean()
+
+
+def with_rounded(model, paths, format):
+    rounded = lambda path, w: ops.dequantize(format(w)) if path in paths else w
+    return model.replace(params=trees.map_with_path(rounded, model.params))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_is_what_the_whole_model_loses_with_one_matrix_rounded(name):
+    model = tiny.model(tiny.CONFIGS[name])
+    batch = batch_of(model)
+    table = sensitivity.sensitivity(model, batch, FORMATS, sharding.make_mesh(), rows=11)
+    base, _ = loss_and_divergence(model, model, batch)
+    assert table.tokens == (batch["segments"] > 0).sum()
+    np.testing.assert_allclose(table.loss, base, rtol=1e-5)
+    matrices = [path for path, _ in trees.flatten(model.params) if path.endswith("kernel")]
+    assert sorted(path for row in table.rows for path in row.paths) == sorted(2 * matrices)
+    for row in table.rows:
+        if row.format.bits == 3:
+            loss, divergence = loss_and_divergence(with_rounded(model, row.paths, row.format), model, batch)
+            np.testing.assert_allclose(row.loss, loss - base, rtol=1e-2, atol=5e-6, err_msg=row.name)
+            np.testing.assert_allclose(row.divergence, divergence, rtol=1e-2, atol=5e-6, err_msg=row.name)
+    for eight, three in table.units.values():
+        assert 0 < eight.divergence < three.divergence
+        assert 0 < eight.estimate < three.estimate
+
+
+def test_the_rows_are_limited_and_the_mesh_changes_nothing():
+    model = tiny.model()
+    batch = batch_of(model)
+    few = {name: field[:4] for name, field in batch.items()}
+    one = sensitivity.sensitivity(model, batch, FORMATS[1:], sharding.make_mesh(), rows=4)
+    assert one.tokens == (few["segments"] > 0).sum()
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    spread = model.replace(params=jax.device_put(model.params, sharding.shardings(model.params, mesh)))
+    other = sensitivity.sensitivity(spread, few, FORMATS[1:], mesh)
+    for ours, theirs in zip(one.rows, other.rows, strict=True):
+        assert (ours.name, ours.paths, ours.bytes) == (theirs.name, theirs.paths, theirs.bytes)
+        np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-2, atol=1e-5)
+        np.testing.assert_allclose(ours.divergence, theirs.divergence, rtol=1e-2, atol=1e-6)
+        np.testing.assert_allclose(ours.estimate, theirs.estimate, rtol=1e-3)
+
+
+def test_the_estimate_is_the_squared_error_of_what_a_matrix_gives(monkeypatch):
+    model = tiny.model()
+    batch = batch_of(model)
+    table = estimated(model, batch, FORMATS, sharding.make_mesh(), rows=11)
+    x = np.asarray(model.params["embedding"], np.float64)[batch["inputs"]][batch["segments"] > 0]
+    x = (
+        x
+        / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+        * np.asarray(model.params["block_0"]["attention_norm"]["scale"])
+    )
+    w = model.params["block_0"]["attention"]["query"]["kernel"]
+    (row,) = (row for row in table.rows if row.name == "block_0/attention/query" and row.format.bits == 3)
+    error = x @ np.asarray(ops.dequantize(row.format(w)) - w, np.float64)
+    np.testing.assert_allclose(row.estimate, (error**2).sum(-1).mean(), rtol=1e-3)
+    assert row.loss is row.divergence is row.bits is None
+    measured = sensitivity.sensitivity(model, batch, FORMATS, sharding.make_mesh(), rows=11)
+    assert [row.estimate for row in measured.rows] == [row.estimate for row in table.rows]
+
+
+def test_bytes_are_those_of_a_file():
+    model = tiny.model()
+    mask = np.random.default_rng(0).random((48, 32)) < 0.3
+    path = "block_1/feedforward/down/kernel"
+    pruned = model.replace(masks={path: jnp.asarray(mask)}, params=ops.apply_masks(model.params, {path: mask}))
+    table = estimated(pruned, batch_of(model), FORMATS, sharding.make_mesh())
+    for row in table.rows:
+        (path,) = row.paths
+        w = dict(trees.flatten(pruned.params))[path]
+        assert row.bytes == ops.stored_nbytes({path: row.format(w)}, pruned.masks)
+        assert row.saved == ops.stored_nbytes({path: w}, pruned.masks) - row.bytes
+    (small,) = (row for row in table.rows if row.name == "block_1/feedforward/down" and row.format.bits == 8)
+    assert small.bytes < 48 * 32
+
+
+def test_units():
+    model = tiny.model()
+    names = {}
+    for unit in ("input", "layer"):
+        table = sensitivity.sensitivity(model, batch_of(model), FORMATS[1:], sharding.make_mesh(), rows=4, unit=unit)
+        names[unit] = {row.name for row in table.rows}
+        for row in table.rows:
+            low = with_rounded(model, row.paths, row.format)
+            few = {name: field[:4] for name, field in batch_of(model).items()}
+            _, divergence = loss_and_divergence(low, model, few)
+            np.testing.assert_allclose(row.divergence, divergence, rtol=1e-2, atol=1e-6)
+    inputs = ("attention/key+attention/query+attention/value", "attention/output", "feedforward/down")
+    assert names["input"] == {
+        f"block_{i}/{name}" for i in range(2) for name in (*inputs, "feedforward/gate+feedforward/up")
+    }
+    assert names["layer"] == {"block_0", "block_1"}
+
+
+def test_what_cannot_be_measured():
+    model, mesh = tiny.model(), sharding.make_mesh()
+    with pytest.raises(InputError, match="needs calibration text"):
+        sensitivity.sensitivity(model, None, FORMATS, mesh)
+    with pytest.raises(InputError, match="no format"):
+        sensitivity.sensitivity(model, batch_of(model), (), mesh)
+    with pytest.raises(InputError, match="rows is 0"):
+        sensitivity.sensitivity(model, batch_of(model), FORMATS, mesh, rows=0)
+    padding = batch_of(model) | {"segments": np.zeros((11, 16), np.int32)}
+    with pytest.raises(InputError, match="only padding"):
+        sensitivity.sensitivity(model, padding, FORMATS, mesh)
