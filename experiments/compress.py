@@ -28,6 +28,7 @@ from efflm.compress.shrink import Shrink
 from efflm.compress.smoothquant import SmoothQuant
 from efflm.compress.sparsegpt import SparseGPT
 from efflm.compress.step import Calibration, Context, Step
+from efflm.compress.tuned import TunedRounding
 from efflm.compress.wanda import Wanda
 from efflm.config import PRECISION, AskedPrecision, InputError, flag, require, require_seed
 from efflm.data import corpora, dataset
@@ -41,7 +42,7 @@ from efflm.report import analysis, compared, numbers, page, rows, samples, scori
 from efflm.train import metrics
 
 BEFORE = "before.safetensors"
-STEPS = (Quantize, GPTQ, AWQ, SmoothQuant, Prune, Wanda, SparseGPT, Finetune, Distill, Shrink)  # that flags change
+STEPS = (Quantize, GPTQ, TunedRounding, AWQ, SmoothQuant, Prune, Wanda, SparseGPT, Finetune, Distill, Shrink)  # that flags change
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

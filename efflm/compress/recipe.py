@@ -15,6 +15,7 @@ from efflm.compress.shrink import Shrink
 from efflm.compress.smoothquant import SmoothQuant
 from efflm.compress.sparsegpt import SparseGPT
 from efflm.compress.step import Context, Record, Step
+from efflm.compress.tuned import TunedRounding
 from efflm.compress.wanda import Wanda
 from efflm.config import InputError, require
 from efflm.model import LanguageModel
@@ -39,6 +40,8 @@ RECIPES: dict[str, tuple[Step, ...]] = {
     "gptq4": (GPTQ(bits=4), EMBEDDINGS),
     "gptq3": (GPTQ(bits=3), EMBEDDINGS),
     "awq4": (AWQ(bits=4), dataclasses.replace(W4A16, clip=True), EMBEDDINGS),
+    "tuned4": (TunedRounding(bits=4), EMBEDDINGS),
+    "tuned3": (TunedRounding(bits=3), EMBEDDINGS),
     "magnitude50": (Prune(sparsity=0.5),),
     "magnitude50_global": (Prune(sparsity=0.5, scope="global"),),
     "magnitude24": (Prune(sparsity=0.5, scope="2:4"),),
