@@ -42,7 +42,19 @@ from efflm.report import analysis, compared, numbers, page, rows, samples, scori
 from efflm.train import metrics
 
 BEFORE = "before.safetensors"
-STEPS = (Quantize, GPTQ, TunedRounding, AWQ, SmoothQuant, Prune, Wanda, SparseGPT, Finetune, Distill, Shrink)  # that flags change
+STEPS = (
+    Quantize,
+    GPTQ,
+    TunedRounding,
+    AWQ,
+    SmoothQuant,
+    Prune,
+    Wanda,
+    SparseGPT,
+    Finetune,
+    Distill,
+    Shrink,
+)  # that flags change
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -70,9 +70,7 @@ class Rounding:
         scale, zeros = self.grid(w, learned)
         grid = scale, None if zeros is None else zeros.astype(jnp.int8)
         found = masked(self(w, learned), kept)
-        return ops.quantize_array(
-            found, -2, bits=self.bits, group=self.group, symmetric=self.symmetric, grid=grid
-        )
+        return ops.quantize_array(found, -2, bits=self.bits, group=self.group, symmetric=self.symmetric, grid=grid)
 
     def _group(self, w: jax.Array) -> int:
         return 0 if self.group >= w.shape[-2] else self.group
@@ -90,9 +88,9 @@ def masked(w: jax.Array, kept: jax.Array | None) -> jax.Array:
 class BlockError:
     """A loss: the mean squared error of a layer's outputs, over its elements at the positions that hold text.
 
-    trainable: {"block_0": what is learned for each matrix, under its path}. frozen: weights, under "weights", and masks,
-    under "kept", of the same paths. batch: x and wanted [B, T, D], positions and segments [B, T]. Equal layers have
-    equal losses, which share a compiled step.
+    trainable: {"block_0": what is learned for each matrix, under its path}. frozen: weights, under "weights", and
+    masks, under "kept", of the same paths. batch: x and wanted [B, T, D], positions and segments [B, T]. Equal layers
+    have equal losses, which share a compiled step.
     """
 
     config: ModelConfig
@@ -151,7 +149,9 @@ class TunedRounding:
         qarray.require_format(self.bits, self.group)
         require(self.steps > 0, f"steps is {self.steps}, but must be positive")
         require(self.batch > 0, f"batch is {self.batch}, but must be positive")
-        require(self.learning_rate >= 0, f"learning_rate is {self.learning_rate}, but must be positive, or 0: 1 / steps")
+        require(
+            self.learning_rate >= 0, f"learning_rate is {self.learning_rate}, but must be positive, or 0: 1 / steps"
+        )
 
     def __call__(self, model: LanguageModel, context: Context):
         rounding = Rounding(bits=self.bits, group=self.group, symmetric=self.symmetric)
@@ -172,6 +172,8 @@ class TunedRounding:
             start = _under_block(
                 {f"{path}/{name}": part for path in matrices for name, part in rounding.start(flat[path]).items()}
             )
+            # Where the trainer puts them: so the errors before and after come from one compiled program.
+            start, frozen = (jax.device_put(tree, sharding.shardings(tree, context.mesh)) for tree in (start, frozen))
             rows = [
                 {"x": x, "positions": positions, "segments": segments, "wanted": wanted}
                 for (x, positions, segments), wanted in zip(layer.rows, floats, strict=True)
@@ -188,10 +190,12 @@ class TunedRounding:
                 programs=programs,
             )
             errors = [_error(loss, learned, frozen, rows) for learned in (start, found)]
-            print("DEBUG", layer.index, errors[1]/errors[0], errors)
+
             best = dict(trees.flatten((found if errors[1] < errors[0] else start)["block_0"]))
             for path in matrices:
-                learned = {name: best[f"{path}/{name}"] for name in ("offset", "top", "bottom") if f"{path}/{name}" in best}
+                learned = {
+                    name: best[f"{path}/{name}"] for name in ("offset", "top", "bottom") if f"{path}/{name}" in best
+                }
                 flat[path] = rounding.stored(flat[path], kept.get(path), learned)
             return layer.replace(params=trees.unflatten(flat))
 
