@@ -23,6 +23,7 @@ from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
 from efflm.compress.gptq import GPTQ
 from efflm.compress.prune import Prune
+from efflm.compress.qat import QAT
 from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink
 from efflm.compress.smoothquant import SmoothQuant
@@ -42,19 +43,9 @@ from efflm.report import analysis, compared, numbers, page, rows, samples, scori
 from efflm.train import metrics
 
 BEFORE = "before.safetensors"
-STEPS = (
-    Quantize,
-    GPTQ,
-    TunedRounding,
-    AWQ,
-    SmoothQuant,
-    Prune,
-    Wanda,
-    SparseGPT,
-    Finetune,
-    Distill,
-    Shrink,
-)  # that flags change
+STEPS = (  # that flags change
+    Quantize, GPTQ, TunedRounding, QAT, AWQ, SmoothQuant, Prune, Wanda, SparseGPT, Finetune, Distill, Shrink,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

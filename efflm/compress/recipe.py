@@ -10,6 +10,7 @@ from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
 from efflm.compress.gptq import GPTQ
 from efflm.compress.prune import Prune
+from efflm.compress.qat import QAT
 from efflm.compress.quantize import Cast, Quantize
 from efflm.compress.shrink import Shrink
 from efflm.compress.smoothquant import SmoothQuant
@@ -42,6 +43,7 @@ RECIPES: dict[str, tuple[Step, ...]] = {
     "awq4": (AWQ(bits=4), dataclasses.replace(W4A16, clip=True), EMBEDDINGS),
     "tuned4": (TunedRounding(bits=4), EMBEDDINGS),
     "tuned3": (TunedRounding(bits=3), EMBEDDINGS),
+    "qat4": (QAT(bits=4), EMBEDDINGS),
     "magnitude50": (Prune(sparsity=0.5),),
     "magnitude50_global": (Prune(sparsity=0.5, scope="global"),),
     "magnitude24": (Prune(sparsity=0.5, scope="2:4"),),
@@ -69,7 +71,7 @@ def named(names: str) -> tuple[Step, ...]:
 
 def trains(steps: Sequence[Step]) -> bool:
     """Whether a step of the chain needs text to train on."""
-    return any(isinstance(step, Distill | Finetune) for step in steps)
+    return any(isinstance(step, Distill | Finetune | QAT) for step in steps)
 
 
 def calibrates(steps: Sequence[Step]) -> bool:

@@ -130,25 +130,36 @@ def train_step(
     Pruned weights stay zero. The masters are float32; quantized weights are rounded straight-through in every forward
     pass, and for good at the end. The loss sees the parameters as `ops.straight_through` makes them.
     """
-    require(context.batches is not None, f"{step} needs text to train on: give a corpus")
     like = model.params
 
     def on_weights(fn, tree):
         return jax.tree.map(lambda weight, w: fn(w, weight), like, tree, is_leaf=trees.is_leaf)
 
-    masters = jax.tree.map(lambda weight: ops.dequantize(weight).astype(jnp.float32), like, is_leaf=trees.is_leaf)
-    settings = TrainConfig(steps=step.steps, learning_rate=step.learning_rate, weight_decay=0.0)
-    trained = assemble.fit(
-        settings,
-        lambda trainable, *rest: loss_fn(on_weights(ops.straight_through, trainable), *rest),
-        masters,
+    def loss(trainable, *rest):
+        return loss_fn(on_weights(ops.straight_through, trainable), *rest)
+
+    trained = fit(step, context, loss, masters(model), frozen, model.masks)
+    after = model.replace(params=on_weights(ops.requantize, trained))
+    return after, record(step, model, after, context, uses_text=True)
+
+
+def masters(model: LanguageModel) -> Any:
+    """The weights as float32."""
+    return jax.tree.map(lambda w: ops.dequantize(w).astype(jnp.float32), model.params, is_leaf=trees.is_leaf)
+
+
+def fit(step: Any, context: Context, loss_fn: LossFn, trainable: Any, frozen: Any, masks: ops.Masks) -> Any:
+    """`trainable`, trained on the text of the context with `step`'s steps and learning_rate. masks: of its paths."""
+    require(context.batches is not None, f"{step} needs text to train on: give a corpus")
+    return assemble.fit(
+        TrainConfig(steps=step.steps, learning_rate=step.learning_rate, weight_decay=0.0),
+        loss_fn,
+        trainable,
         frozen,
         context.batches,
-        masks=ops.mask_tree(masters, model.masks),
+        masks=ops.mask_tree(trainable, masks),
         mesh=context.mesh,
         seed=context.seed,
         title=type(step).__name__.lower(),
         metrics_file=context.metrics,
     )
-    after = model.replace(params=on_weights(ops.requantize, trained))
-    return after, record(step, model, after, context, uses_text=True)

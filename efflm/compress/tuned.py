@@ -139,9 +139,9 @@ class TunedRounding:
     bits: Literal[8, 4, 3] = flag(4, "bits of a weight")
     group: int = flag(32, "inputs that share a scale; 0: all of an output")
     symmetric: bool = flag(True, "codes around zero; false: a zero point for each scale")
-    steps: int = flag(64, "optimizer steps for each layer")
+    steps: int = flag(128, "optimizer steps for each layer")
     learning_rate: float = flag(0.0, "of the offsets at the start, in codes; 0: 1 / steps")
-    batch: int = flag(8, "sequences in a step")
+    batch: int = flag(4, "sequences in a step")
 
     calibrates = True
 
