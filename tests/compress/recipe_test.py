@@ -9,9 +9,11 @@ from efflm.compress import recipe
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
 from efflm.compress.prune import Prune
+from efflm.compress.qat import QAT
 from efflm.compress.quantize import Quantize, quantize
 from efflm.compress.shrink import Shrink, evenly_spaced, keep_layers
 from efflm.compress.step import Context, digest, record
+from efflm.compress.tuned import TunedRounding
 from efflm.config import InputError
 from efflm.model import sharding
 from tests import tiny
@@ -66,7 +68,7 @@ def test_too_many_layers_are_refused():
 
 
 def test_every_named_recipe_runs():
-    short = {Finetune: {"steps": 1}, Distill: {"steps": 1}}
+    short = {kind: {"steps": 1} for kind in (Finetune, Distill, QAT, TunedRounding)}
     for name, steps in recipe.RECIPES.items():
         mine = {kind: fields for kind, fields in short.items() if any(type(step) is kind for step in steps)}
         after, records = recipe.run(tiny.model(), recipe.override(steps, mine), CONTEXT)
