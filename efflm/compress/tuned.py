@@ -88,9 +88,9 @@ def masked(w: jax.Array, kept: jax.Array | None) -> jax.Array:
 class BlockError:
     """A loss: the mean squared error of a layer's outputs, over its elements at the positions that hold text.
 
-    trainable: {"block_0": what is learned for each matrix, under its path}. frozen: weights, under "weights", and
-    masks, under "kept", of the same paths. batch: x and wanted [B, T, D], positions and segments [B, T]. Equal layers
-    have equal losses, which share a compiled step.
+    trainable: {"block_0": what is learned for each matrix, under its path}. frozen: {"block_0": the weights}; zero ones
+    stay zero, as |V| <= 1/2. batch: x and wanted [B, T, D], positions and segments [B, T]. Equal layers have equal
+    losses, which share a compiled step.
     """
 
     config: ModelConfig
@@ -98,13 +98,13 @@ class BlockError:
 
     def __call__(self, trainable: Any, frozen: Any, batch: dict[str, jax.Array], rng: jax.Array | None = None):
         del rng
-        weights, kept = dict(trees.flatten(frozen["weights"]["block_0"])), dict(trees.flatten(frozen["kept"]))
+        weights = dict(trees.flatten(frozen["block_0"]))
         for path, w in weights.items():
             if in_layer(f"block_0/{path}"):
                 learned = trainable["block_0"]
                 for name in path.split("/"):
                     learned = learned[name]
-                weights[path] = masked(self.rounding(w, learned), kept.get(f"block_0/{path}"))
+                weights[path] = self.rounding(w, learned)
         params, rows = trees.unflatten(weights), (batch[name] for name in ("x", "positions", "segments"))
         lost = by_block.apply_block(self.config, params, *rows).astype(jnp.float32) - batch["wanted"]
         counted = (batch["segments"] > 0).astype(jnp.float32)
@@ -173,7 +173,7 @@ class TunedRounding:
             kept = {path: layer.masks[path] for path in matrices if path in layer.masks}
             for path in matrices:
                 flat[path] = masked(ops.dequantize(flat[path]).astype(jnp.float32), kept.get(path))
-            frozen = {"weights": _under_block(flat), "kept": _under_block(kept)}
+            frozen = _under_block(flat)
             start = _under_block(
                 {f"{path}/{name}": part for path in matrices for name, part in rounding.start(flat[path]).items()}
             )
