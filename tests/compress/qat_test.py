@@ -108,7 +108,11 @@ def test_what_is_stored_is_what_was_trained():
 
 @pytest.mark.parametrize("scales", ["learned", "running"])
 def test_dropped_weights_stay_zero_and_other_formats_stay(scales):
-    steps = (*recipe.named("magnitude50"), Quantize(where="embeddings"), QAT(group=16, scales=scales, steps=3))
+    steps = (
+        *recipe.named("magnitude50"),
+        Quantize(where="embeddings"),
+        QAT(group=16, scales=scales, steps=3, learning_rate=0.1),
+    )
     after, _ = recipe.run(tiny.model(), steps, CONTEXT)
     weights = dict(trees.flatten(after.params))
     assert weights["embedding"].bits == 8
