@@ -25,11 +25,13 @@ from efflm.compress.gptq import GPTQ
 from efflm.compress.gradual import PruneGradually
 from efflm.compress.mixed import MixedPrecision
 from efflm.compress.prune import Prune
+from efflm.compress.qat import QAT
 from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink
 from efflm.compress.smoothquant import SmoothQuant
 from efflm.compress.sparsegpt import SparseGPT
 from efflm.compress.step import Calibration, Context, Step
+from efflm.compress.tuned import TunedRounding
 from efflm.compress.wanda import Wanda
 from efflm.config import PRECISION, AskedPrecision, InputError, flag, require, require_seed
 from efflm.data import corpora, dataset
@@ -47,8 +49,8 @@ BEFORE = "before.safetensors"
 STEPS = {
     kind.__name__.lower(): kind
     for kind in (
-        Quantize, GPTQ, AWQ, SmoothQuant, MixedPrecision, Prune, Wanda, SparseGPT, PruneGradually, Finetune, Distill,
-        Shrink,
+        Quantize, GPTQ, TunedRounding, QAT, AWQ, SmoothQuant, MixedPrecision, Prune, Wanda, SparseGPT, PruneGradually,
+        Finetune, Distill, Shrink,
     )
 }  # fmt: skip
 

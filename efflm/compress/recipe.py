@@ -12,12 +12,14 @@ from efflm.compress.gptq import GPTQ
 from efflm.compress.gradual import PruneGradually
 from efflm.compress.mixed import MixedPrecision
 from efflm.compress.prune import Prune
+from efflm.compress.qat import QAT
 from efflm.compress.quantize import Cast, Quantize
 from efflm.compress.rotate import Rotate
 from efflm.compress.shrink import Shrink
 from efflm.compress.smoothquant import SmoothQuant
 from efflm.compress.sparsegpt import SparseGPT
 from efflm.compress.step import Context, Record, Step
+from efflm.compress.tuned import TunedRounding
 from efflm.compress.wanda import Wanda
 from efflm.config import InputError, require
 from efflm.model import LanguageModel
@@ -45,6 +47,9 @@ RECIPES: dict[str, tuple[Step, ...]] = {
     "rotate_gptq4": (Rotate(), GPTQ(bits=4), EMBEDDINGS),
     "awq4": (AWQ(bits=4), dataclasses.replace(W4A16, clip=True), EMBEDDINGS),
     "mixed4": (MixedPrecision(average_bits=4.0), EMBEDDINGS),
+    "tuned4": (TunedRounding(bits=4), EMBEDDINGS),
+    "tuned3": (TunedRounding(bits=3), EMBEDDINGS),
+    "qat4": (QAT(bits=4), EMBEDDINGS),
     "magnitude50": (Prune(sparsity=0.5),),
     "magnitude50_global": (Prune(sparsity=0.5, scope="global"),),
     "magnitude70": (Prune(sparsity=0.7),),
@@ -75,7 +80,7 @@ def named(names: str) -> tuple[Step, ...]:
 
 def trains(steps: Sequence[Step]) -> bool:
     """Whether a step of the chain needs text to train on."""
-    return any(isinstance(step, Distill | Finetune | PruneGradually) for step in steps)
+    return any(isinstance(step, Distill | Finetune | QAT | PruneGradually) for step in steps)
 
 
 def calibrates(steps: Sequence[Step]) -> bool:

@@ -127,6 +127,15 @@ def require_schedule(step: Any) -> None:
     require(step.learning_rate > 0, f"learning_rate is {step.learning_rate}, but must be positive")
 
 
+def train_step(
+    step: Any, model: LanguageModel, context: Context, loss_fn: LossFn, frozen: Any
+) -> tuple[LanguageModel, Record]:
+    """`model` after `train_masters`, in the format it is in."""
+    trained = train_masters(step, model, context, loss_fn, frozen)
+    after = model.replace(params=in_format(trained, model.params))
+    return after, record(step, model, after, context, uses_text=True)
+
+
 def train_masters(
     step: Any, model: LanguageModel, context: Context, loss_fn: LossFn, frozen: Any, wrap: Wrap | None = None
 ) -> Any:
@@ -135,38 +144,49 @@ def train_masters(
     Pruned weights stay zero. Quantized weights are rounded straight-through in every forward pass: the loss sees the
     parameters as `ops.straight_through` makes them. wrap: of the update rule.
     """
-    require(context.batches is not None, f"{step} needs text to train on: give a corpus")
-    like = model.params
-    masters = jax.tree.map(lambda weight: ops.dequantize(weight).astype(jnp.float32), like, is_leaf=trees.is_leaf)
-    settings = TrainConfig(steps=step.steps, learning_rate=step.learning_rate, weight_decay=0.0)
-    return assemble.fit(
-        settings,
-        lambda trainable, *rest: loss_fn(_on_weights(ops.straight_through, trainable, like), *rest),
-        masters,
-        frozen,
-        context.batches,
-        wrap and wrap(optimizer.make(settings)),
-        masks=ops.mask_tree(masters, model.masks),
-        mesh=context.mesh,
-        seed=context.seed,
-        title=type(step).__name__.lower(),
-        metrics_file=context.metrics,
-    )
+
+    def loss(trainable: Any, *rest: Any):
+        return loss_fn(_on_weights(ops.straight_through, trainable, model.params), *rest)
+
+    return fit(step, context, loss, masters(model), frozen, model.masks, wrap)
 
 
-def in_format(masters: Any, like: Any) -> Any:
+def masters(model: LanguageModel) -> Any:
+    """The weights as float32."""
+    return jax.tree.map(lambda w: ops.dequantize(w).astype(jnp.float32), model.params, is_leaf=trees.is_leaf)
+
+
+def in_format(trained: Any, like: Any) -> Any:
     """Float masters, each in the format of its weight in `like`."""
-    return _on_weights(ops.requantize, masters, like)
+    return _on_weights(ops.requantize, trained, like)
 
 
 def _on_weights(fn: Callable[[Any, Any], Any], tree: Any, like: Any) -> Any:
     return jax.tree.map(lambda weight, w: fn(w, weight), like, tree, is_leaf=trees.is_leaf)
 
 
-def train_step(
-    step: Any, model: LanguageModel, context: Context, loss_fn: LossFn, frozen: Any
-) -> tuple[LanguageModel, Record]:
-    """`model` after `train_masters`, in the format it is in."""
-    masters = train_masters(step, model, context, loss_fn, frozen)
-    after = model.replace(params=in_format(masters, model.params))
-    return after, record(step, model, after, context, uses_text=True)
+def fit(
+    step: Any,
+    context: Context,
+    loss_fn: LossFn,
+    trainable: Any,
+    frozen: Any,
+    masks: ops.Masks,
+    wrap: Wrap | None = None,
+) -> Any:
+    """`trainable`, trained on the text of the context with `step`'s steps and learning_rate. masks: of its paths."""
+    require(context.batches is not None, f"{step} needs text to train on: give a corpus")
+    settings = TrainConfig(steps=step.steps, learning_rate=step.learning_rate, weight_decay=0.0)
+    return assemble.fit(
+        settings,
+        loss_fn,
+        trainable,
+        frozen,
+        context.batches,
+        wrap and wrap(optimizer.make(settings)),
+        masks=ops.mask_tree(trainable, masks),
+        mesh=context.mesh,
+        seed=context.seed,
+        title=type(step).__name__.lower(),
+        metrics_file=context.metrics,
+    )

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from efflm.precision import LossScale
 from efflm.train.checkpoint import Checkpointing, TrainingRun
 from efflm.train.metrics import Metrics
 from efflm.train.optimizer import evaluation_params
-from efflm.train.step import LossFn, abstract_state, init_state, make_step, place
+from efflm.train.step import LossFn, abstract_state, make_init, make_step, place
 
 Batches = Callable[[int], dict[str, Any]]  # step -> the rows of that step (see `place`), whoever asks and whenever
+Programs = dict[Hashable, tuple[Callable, Callable]]  # by all that they depend on: the jitted init and step
 
 
 def fit(
@@ -45,6 +46,7 @@ def fit(
     tensorboard: Path | None = None,
     checkpointing: Checkpointing | None = None,
     profile: tuple[int, int, Path] | None = None,
+    programs: Programs | None = None,
 ) -> Any:
     """Train for `steps` steps and return the trained tree: Schedule-Free's averaged one where that is the optimizer.
 
@@ -53,7 +55,8 @@ def fit(
     (first step, last step, folder): a trace for TensorBoard and Perfetto. A step is dispatched before the metrics of
     the one before it are fetched, so the device never waits for the host. `accumulate` and `loss_scale` as in
     train.step. masks: a tree like trainable (ops.mask_tree); what
-    they drop stays as it is.
+    they drop stays as it is. title: of the progress bar; "": none. programs: what earlier runs with the same loss and
+    optimizer have compiled, by their shapes; a run adds to it. For many short runs: without it each one compiles.
 
     With `checkpointing`, the run goes on from its newest good checkpoint, to the same metrics and weights as if it had
     never stopped, bit for bit on one device. Every step up to a checkpoint is known to have been finite before that is
@@ -64,6 +67,7 @@ def fit(
     left as it is. Raises hosts.Interrupted for what the last checkpoint survives: lost machines, storage that fails.
     """
     like = abstract_state(trainable, optimizer, mesh, loss_scale, masks)
+    init_fn, step_fn = _programs_for(like, loss_fn, optimizer, seed, accumulate, on_nan, programs)
 
     def excused(values: dict[str, float]) -> bool:
         overflowed = loss_scale is not None and not math.isfinite(values["gradient_norm"])
@@ -76,12 +80,11 @@ def fit(
         saved = stack.enter_context(TrainingRun(checkpointing)) if checkpointing else None
         state = saved.resume(like) if saved else None
         if state is None:
-            state = init_state(trainable, optimizer, mesh, loss_scale, masks)
+            state = init_fn(trainable, loss_scale, masks)
         first = int(state.step)
         if first:
             print(f"  {title}: going on from step {first} of {steps}", flush=True)
         frozen = jax.device_put(frozen, shardings(frozen, mesh))
-        step_fn = make_step(loss_fn, optimizer, seed, like, accumulate, on_nan)
         report = stack.enter_context(
             _Report(
                 metrics=Metrics(metrics_file if hosts.is_first() else None, tensorboard, first),
@@ -130,6 +133,15 @@ def fit(
                         f"checkpoint in {checkpointing.directory}"
                     )
         return evaluation_params(state.optimizer, state.trainable)
+
+
+def _programs_for(like, loss_fn, optimizer, seed, accumulate, on_nan, programs: Programs | None):
+    """The jitted init and step of a run, from `programs` where these hold them."""
+    programs = {} if programs is None else programs
+    key = (loss_fn, optimizer, seed, accumulate, on_nan, jax.tree.structure(like), *jax.tree.leaves(like))
+    if key not in programs:
+        programs[key] = make_init(optimizer, like), make_step(loss_fn, optimizer, seed, like, accumulate, on_nan)
+    return programs[key]
 
 
 class _Report:
@@ -185,7 +197,7 @@ class _Report:
 
 
 class _Bar:
-    """A progress bar on a terminal; a line now and then elsewhere."""
+    """A progress bar on a terminal; a line now and then elsewhere. Without a title neither."""
 
     def __init__(self, title: str, first: int, steps: int):
         self.console, self.title, self.words = Console(), title, ""
@@ -200,7 +212,7 @@ class _Bar:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=not (self.console.is_terminal and title),
         )
         self.task = self.progress.add_task(title, total=steps, completed=first, words="")
         self.progress.start()
@@ -211,7 +223,7 @@ class _Bar:
 
     def advance(self, step: int) -> None:
         self.progress.update(self.task, completed=step)
-        if not self.console.is_terminal and (step == self.steps or step * 5 // self.steps > self.shown):
+        if self.title and not self.console.is_terminal and (step == self.steps or step * 5 // self.steps > self.shown):
             self.shown = step * 5 // self.steps
             left = (time.perf_counter() - self.started) / (step - self.first) * (self.steps - step)
             print(f"  {self.title}: step {step}/{self.steps}  {self.words}  {left:.0f} s left", flush=True)

@@ -42,8 +42,14 @@ def init_state(
     masks: Any = None,
 ) -> TrainState:
     """A state on the mesh, its optimizer moments sharded like the weights. The given arrays are copied, not donated."""
-    specs = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(trainable, optimizer, mesh, loss_scale, masks))
-    return jax.jit(functools.partial(_fresh, optimizer), out_shardings=specs)(trainable, loss_scale, masks)
+    like = abstract_state(trainable, optimizer, mesh, loss_scale, masks)
+    return make_init(optimizer, like)(trainable, loss_scale, masks)
+
+
+def make_init(optimizer: optax.GradientTransformation, like: TrainState):
+    """A jitted init(trainable, loss_scale, masks) -> the first state, with the shardings of `like`."""
+    where = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return jax.jit(functools.partial(_fresh, optimizer), out_shardings=where)
 
 
 def abstract_state(

@@ -11,9 +11,11 @@ from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
 from efflm.compress.gradual import PruneGradually
 from efflm.compress.prune import Prune
+from efflm.compress.qat import QAT
 from efflm.compress.quantize import Quantize, quantize
 from efflm.compress.shrink import Shrink, evenly_spaced, keep_layers
 from efflm.compress.step import Context, digest, record
+from efflm.compress.tuned import TunedRounding
 from efflm.config import InputError
 from efflm.formats import safetensors
 from efflm.model import sharding
@@ -69,7 +71,8 @@ def test_too_many_layers_are_refused():
 
 
 def test_every_named_recipe_is_stored_as_predicted_and_read_back_as_it_was(tmp_path):
-    short = {Finetune: {"steps": 1}, Distill: {"steps": 1}, PruneGradually: {"steps": 3, "every": 1}}
+    short = {kind: {"steps": 1} for kind in (Finetune, Distill, QAT, TunedRounding)}
+    short |= {PruneGradually: {"steps": 3, "every": 1}}
     tokens = tiny.tokens(CONFIG, 2, 8)
     for name, steps in recipe.RECIPES.items():
         mine = {kind: fields for kind, fields in short.items() if any(type(step) is kind for step in steps)}

@@ -306,3 +306,22 @@ def test_profile_leaves_a_trace_for_tensorboard_and_perfetto(tmp_path):
     )
     assert list(tmp_path.rglob("*.xplane.pb"))
     assert list(tmp_path.rglob("perfetto_trace.json.gz"))
+
+
+def test_runs_that_share_programs_compile_once_and_train_the_same():
+    traces = []
+
+    def loss(w, frozen, batch, rng):
+        traces.append(0)
+        return jnp.sum(jnp.square(w["bias"] - frozen["bias"])), {}
+
+    programs, rule, mesh = {}, optax.sgd(0.1), sharding.make_mesh()
+    for shared in (programs, programs, None):
+        for target in (1.0, 2.0):
+            vectors = ({"bias": jnp.full(3, value, jnp.float32)} for value in (0.0, target))
+            out = loop.fit(loss, *vectors, lambda step: {}, rule, steps=2, mesh=mesh, title="", programs=shared)
+            np.testing.assert_allclose(out["bias"], 0.36 * target, rtol=1e-6)
+    assert len(traces) == 1 + 2  # the runs without `programs` compile each
+    wider = ({"bias": jnp.full(4, value, jnp.float32)} for value in (0.0, 1.0))
+    loop.fit(loss, *wider, lambda step: {}, rule, steps=1, mesh=mesh, title="", programs=programs)
+    assert len(programs) == 2
