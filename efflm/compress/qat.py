@@ -48,7 +48,7 @@ class QAT:
         "learned", "trained like weights (LSQ); running: always that of the largest weight of the group"
     )
     steps: int = flag(150, "optimizer steps")
-    learning_rate: float = flag(5e-4, "peak learning rate, reached after a tenth of the steps or 40")
+    learning_rate: float = flag(1e-4, "peak learning rate, reached after a tenth of the steps or 40")
     distill: bool = flag(True, "imitate the teacher; false: learn from the text alone")
 
     def __post_init__(self):

@@ -137,8 +137,7 @@ class TunedRounding:
 
     All steps read steps * batch / rows times the calibration text: 3 times with the defaults and 128 rows. A step is a
     forward and a backward pass of a layer, the work of 3 forward passes or more: 9 in all. Four more make the outputs
-    that are wanted, the errors before and after, and the inputs of the next layer. For SmolLM2-135M and rows of 512
-    tokens all this takes 11 to 13 times as long as one forward pass of the model over the text.
+    that are wanted, the errors before and after, and the inputs of the next layer.
     """
 
     bits: Literal[8, 4, 3] = flag(4, "bits of a weight")
