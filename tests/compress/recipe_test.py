@@ -70,11 +70,21 @@ def test_too_many_layers_are_refused():
         Shrink(layers=3)(tiny.model(), CONTEXT)
 
 
-def test_every_named_recipe_is_stored_as_predicted_and_read_back_as_it_was(tmp_path):
+def of_other_steps() -> list[str]:
+    """Recipes of which no earlier one has steps of the same kinds."""
+    found: dict[tuple[type, ...], str] = {}
+    for name, steps in recipe.RECIPES.items():
+        found.setdefault(tuple(map(type, steps)), name)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("names", [of_other_steps(), tiny.combination(sorted({*recipe.RECIPES} - {*of_other_steps()}))])
+def test_every_named_recipe_is_stored_as_predicted_and_read_back_as_it_was(tmp_path, names):
     short = {kind: {"steps": 1} for kind in (Finetune, Distill, QAT, TunedRounding)}
     short |= {PruneGradually: {"steps": 3, "every": 1}}
     tokens = tiny.tokens(CONFIG, 2, 8)
-    for name, steps in recipe.RECIPES.items():
+    for name in names:
+        steps = recipe.named(name)
         mine = {kind: fields for kind, fields in short.items() if any(type(step) is kind for step in steps)}
         after, records = recipe.run(tiny.model(), recipe.override(steps, mine), CONTEXT)
         assert records[-1].predicted_bytes == ops.stored_nbytes(after.params, after.masks), name

@@ -69,8 +69,9 @@ def short_recipes():
     """Every named recipe with few training steps."""
     kept = dict(recipe.RECIPES)
     for name, steps in kept.items():
+        few = {"steps": 3, "every": 1}
         recipe.RECIPES[name] = tuple(
-            dataclasses.replace(step, steps=3) if hasattr(step, "steps") else step for step in steps
+            dataclasses.replace(step, **{field: few[field] for field in few if hasattr(step, field)}) for step in steps
         )
     yield
     recipe.RECIPES.update(kept)
