@@ -135,7 +135,7 @@ def estimated(
     rows: int = 16,
     unit: Unit = "matrix",
 ) -> Table:
-    """The same with the estimates alone: one pass over the rows, nothing is run again, and the loss is NaN."""
+    """The same with the estimates alone: one pass over the rows. The loss and the divergence are None."""
     model, batch = _floats(model), _first(batch, rows)
     return _table(model, batch, formats, mesh, unit, _tokens(batch), None)
 
