@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from efflm.compress.step import Context, require_schedule, train_step
+from efflm.compress.step import Context, require_schedule, teacher_of, train_step
 from efflm.config import flag, require
 from efflm.model import LanguageModel, Transformer
 from efflm.precision import policy_for
@@ -24,13 +24,7 @@ class Distill:
         require(0 < self.weight <= 1, f"weight is {self.weight}, but must be in (0, 1]")
 
     def __call__(self, model: LanguageModel, context: Context):
-        teacher = context.teacher
-        require(teacher is not None, "distillation needs a teacher: set context.teacher")
-        require(
-            teacher.config.vocabulary == model.config.vocabulary,
-            f"the teacher's vocabulary is {teacher.config.vocabulary}, the student's {model.config.vocabulary}: "
-            "distillation compares them entry by entry",
-        )
+        teacher = teacher_of(context, model)
         models = (Transformer(each.config, policy_for(each.config)) for each in (model, teacher))
         loss = losses.distillation_loss(*models, temperature=self.temperature, weight=self.weight)
         return train_step(self, model, context, loss, frozen=teacher.params)

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from efflm import ops, trees
-from efflm.compress.step import Context, fit, masters, record, require_schedule, train_step
-from efflm.config import flag, require
+from efflm.compress.step import Context, fit, masters, record, require_schedule, teacher_of, train_step
+from efflm.config import flag
 from efflm.model import LanguageModel, Transformer
 from efflm.model.params import in_layer
 from efflm.ops import qarray
@@ -72,13 +72,7 @@ class QAT:
         """The loss of params, and the teacher's params if there is one."""
         if not self.distill:
             return losses.language_model_loss(model.config, policy_for(model.config)), {}
-        teacher = context.teacher
-        require(teacher is not None, "distillation needs a teacher: set context.teacher, or qat.distill to false")
-        require(
-            teacher.config.vocabulary == model.config.vocabulary,
-            f"the teacher's vocabulary is {teacher.config.vocabulary}, the model's {model.config.vocabulary}: set "
-            "qat.distill to false",
-        )
+        teacher = teacher_of(context, model)
         models = (Transformer(each.config, policy_for(each.config)) for each in (model, teacher))
         return losses.distillation_loss(*models, temperature=1.0, weight=1.0), teacher.params
 

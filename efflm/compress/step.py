@@ -127,6 +127,18 @@ def require_schedule(step: Any) -> None:
     require(step.learning_rate > 0, f"learning_rate is {step.learning_rate}, but must be positive")
 
 
+def teacher_of(context: Context, model: LanguageModel) -> LanguageModel:
+    """The teacher. Raises InputError if there is none, or one with another vocabulary."""
+    teacher = context.teacher
+    require(teacher is not None, "distillation needs a teacher: set context.teacher")
+    require(
+        teacher.config.vocabulary == model.config.vocabulary,
+        f"the teacher's vocabulary is {teacher.config.vocabulary}, the student's {model.config.vocabulary}: "
+        "distillation compares them entry by entry",
+    )
+    return teacher
+
+
 def train_step(
     step: Any, model: LanguageModel, context: Context, loss_fn: LossFn, frozen: Any
 ) -> tuple[LanguageModel, Record]:
