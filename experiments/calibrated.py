@@ -59,7 +59,8 @@ FAMILIES = {
 }
 SWEPT = [f"{name}@{bits}" for name in ("nearest", "gptq") for bits in (8, 4, 3)]
 SWEPT += [f"{name}@{share}" for name in ("magnitude", "wanda", "sparsegpt") for share in (0.3, 0.5, 0.6, 0.7, 0.8)]
-NAMED = ("w8a16", "w8a8", "w8a8_static", "smoothquant", "awq4", "magnitude24", "wanda24", "sparsegpt24", "wanda50_w8a8")
+NAMED = ("w8a16", "w8a8", "w8a8_static", "smoothquant", "smoothquant_w8a8", "awq4")
+NAMED += ("magnitude24", "wanda24", "sparsegpt24", "wanda50_w8a8")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

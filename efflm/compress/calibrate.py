@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from efflm import progress
+from efflm import memory, progress
 from efflm.config import ModelConfig, require
 from efflm.model import LanguageModel, by_block, sharding
 
-CHUNK = 8  # rows that are read at a time
+CHUNK = 4  # rows that are read at a time
 
 
 class Statistic(NamedTuple):
@@ -61,6 +61,7 @@ class Layer:
         return run(self.config, params, *row)
 
 
+@memory.least()
 def map_blocks(
     model: LanguageModel,
     rows: Mapping[str, Any] | None,
@@ -81,6 +82,7 @@ def map_blocks(
         model = jax.device_put(model, sharding.shardings(model, mesh))
     chunks = inputs(model, rows, mesh)
     params, masks = dict(model.params), dict(model.masks or {})
+    packed: dict[str, tuple[int, jax.Array]] = {}  # masks of the layers that are made, eight entries in a byte
     count = len(model.config.blocks)
     for index in progress.shown(range(count), f"{title}: layers", count):
         name, single = f"block_{index}", by_block.block_config(model.config, index)
@@ -88,11 +90,24 @@ def map_blocks(
         layer = Layer(params[name], own, chunks, single, index)
         after = fn(layer, gathered(layer, statistics))
         params[name] = after.params
-        masks |= {f"{name}/{path}": mask for path, mask in after.masks.items()}
+        packed |= {f"{name}/{path}": (mask.shape[-1], _packed(mask)) for path, mask in after.masks.items()}
         if index + 1 < count:
             for i, row in enumerate(chunks):  # in place: of two lists only one fits beside a large model
                 chunks[i] = (jax.block_until_ready(layer(after.params, *row)), *row[1:])
+        memory.trim()
+    del chunks, layer, after
+    masks |= {path: _unpacked(mask, size) for path, (size, mask) in packed.items()}
     return model.replace(params=params, masks=masks or None)
+
+
+@jax.jit
+def _packed(mask: jax.Array) -> jax.Array:
+    return jnp.packbits(mask, axis=-1)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _unpacked(packed: jax.Array, size: int) -> jax.Array:
+    return jnp.unpackbits(packed, axis=-1, count=size).astype(bool)
 
 
 def gathered(layer: Layer, statistics: Mapping[str, Statistic]) -> States:

@@ -1,10 +1,12 @@
 """GPTQ (Frantar 2022, arXiv 2210.17323): rounding whose errors the inputs that are not yet rounded compensate for."""
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from efflm import ops, trees
 from efflm.compress import calibrate, obs
@@ -15,6 +17,7 @@ from efflm.model import LanguageModel
 from efflm.ops import qarray
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "group"))
 def round_matrix(
     w: jax.Array, inverse: obs.Inverse, kept: jax.Array, grid: qarray.Grid, *, bits: int, group: int = 0
 ) -> jax.Array:
@@ -76,7 +79,7 @@ class GPTQ:
                 if path not in read:
                     return leaf
                 w = ops.dequantize(leaf).astype(jnp.float32)
-                kept = layer.masks.get(path, jnp.ones(w.shape, bool))
+                kept = layer.masks.get(path, np.ones(w.shape, bool))
                 grid = qarray.grid_of(w, -2, **format, clip=self.clip)
                 rounded = round_matrix(w, inverse(path), kept, grid, bits=self.bits, group=self.group)
                 return ops.quantize_array(rounded, -2, **format, grid=grid)

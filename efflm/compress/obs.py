@@ -38,13 +38,10 @@ def inverse(gram: jax.Array, damping: float, what: str, sort: bool = False) -> I
     Inputs that are always zero are dead: they get a diagonal of 1 and compensate for nothing. Where the sum is
     singular in float32, the damping is made ten times as large until it is not. Raises InputError beyond 1.
     """
-    order = jnp.argsort(-jnp.diag(gram)) if sort else jnp.arange(len(gram))
-    gram = gram[order][:, order]
-    dead = jnp.diag(gram) == 0
     while True:
-        upper = _factor(gram, dead, damping)
-        if bool(jnp.all(jnp.isfinite(upper))):
-            return Inverse(order, upper, dead)
+        made, finite = _inverse(gram, damping, sort)
+        if finite:
+            return made
         damping *= 10
         require(
             damping <= MOST_DAMPING,
@@ -52,14 +49,19 @@ def inverse(gram: jax.Array, damping: float, what: str, sort: bool = False) -> I
         )
 
 
-@jax.jit
-def _factor(gram: jax.Array, dead: jax.Array, damping: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=2)
+def _inverse(gram: jax.Array, damping: jax.Array, sort: bool) -> tuple[Inverse, jax.Array]:
+    """And whether it is finite."""
     K = gram.shape[0]
+    order = jnp.argsort(-jnp.diag(gram)) if sort else jnp.arange(K)
+    gram = gram[order][:, order]
+    dead = jnp.diag(gram) == 0
     mean = jnp.sum(jnp.diag(gram)) / jnp.maximum(jnp.sum(~dead), 1)
     hessian = gram + jnp.diag(jnp.where(dead, 1.0, damping * mean))
     # The lower factor of the matrix read backwards, read backwards, is upper: H = R R^T, and U is the inverse of R.
     backwards = jnp.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
-    return lax.linalg.triangular_solve(backwards, jnp.eye(K), left_side=True, lower=False)
+    upper = lax.linalg.triangular_solve(backwards, jnp.eye(K), left_side=True, lower=False)
+    return Inverse(order, upper, dead), jnp.all(jnp.isfinite(upper))
 
 
 def inverses(layer: Layer, read: States, damping: float, sort: bool = False) -> Callable[[str], Inverse]:
@@ -84,6 +86,7 @@ Choose = Callable[[Any, jax.Array, jax.Array], jax.Array]
 After = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def compensated(
     w: jax.Array, inverse: Inverse, parts: Any, choose: Choose, after: After, together: int = BLOCK
 ) -> tuple[jax.Array, jax.Array]:
@@ -93,13 +96,12 @@ def compensated(
     parts: arrays that lead with an axis of K. choose is called for each `together` inputs when all before them are
     done; inputs that are missing for the last time are zeros. choose and after are compiled: equal ones once.
     """
-    ordered = jax.tree.map(lambda array: array[inverse.order], (w, parts))
-    made = _compensated(ordered[0], inverse.upper, ordered[1], choose, after, together)
+    w, parts = jax.tree.map(lambda array: array[inverse.order], (w, parts))
+    made = _in_order(w, inverse.upper, parts, choose, after, together)
     return tuple(jnp.zeros_like(array).at[inverse.order].set(array) for array in made)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _compensated(
+def _in_order(
     w: jax.Array, factor: jax.Array, parts: Any, choose: Choose, after: After, together: int
 ) -> tuple[jax.Array, jax.Array]:
     K, N = w.shape

@@ -39,6 +39,7 @@ RECIPES: dict[str, tuple[Step, ...]] = {
     "w8a8": (W8A8,),
     "w8a8_static": (W8A8_STATIC,),
     "smoothquant": (SmoothQuant(), W8A8_STATIC),
+    "smoothquant_w8a8": (SmoothQuant(), W8A8),
     "w4a16": (W4A16, EMBEDDINGS),
     "w3a16": (W3A16, EMBEDDINGS),
     "gptq4": (GPTQ(bits=4), EMBEDDINGS),

@@ -1,10 +1,12 @@
 """SparseGPT (Frantar 2023, arXiv 2301.00774): pruning whose errors the remaining weights compensate for."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from efflm import ops, trees
 from efflm.compress import calibrate, obs, select
@@ -14,6 +16,7 @@ from efflm.config import flag, require, require_sparsity
 from efflm.model import LanguageModel
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def prune(
     w: jax.Array,
     inverse: obs.Inverse,
@@ -82,7 +85,7 @@ class SparseGPT:
                 if path not in read:
                     return leaf
                 w = ops.dequantize(leaf).astype(jnp.float32)
-                kept = masks.get(path, jnp.ones(w.shape, bool))
+                kept = masks.get(path, np.ones(w.shape, bool))
                 w, masks[path] = prune(w, inverse(path), kept, self.sparsity, pattern)
                 return ops.requantize(w, leaf)
 

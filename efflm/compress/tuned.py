@@ -214,15 +214,15 @@ def _under_block(flat: dict[str, Any]) -> Any:
 
 def _batches(rows: list[dict[str, jax.Array]], batch: int, devices: int, seed: int) -> loop.Batches:
     """step -> `batch` rows, rounded up to a number that the devices share; each row once in turn, in random orders."""
-    pool = {name: np.concatenate([np.asarray(part[name]) for part in rows]) for name in rows[0]}
-    with_text = np.flatnonzero((pool["segments"] > 0).any(axis=1))
+    pool = {name: [row for part in rows for row in np.asarray(part[name])] for name in rows[0]}  # on a CPU no copies
+    with_text = np.flatnonzero([np.any(segments > 0) for segments in pool["segments"]])
     size = -(-batch // devices) * devices
 
     def at(step: int) -> dict[str, np.ndarray]:
         turns, places = np.divmod(np.arange(step * size, (step + 1) * size), len(with_text))
         orders = {turn: np.random.default_rng((seed, turn)).permutation(with_text) for turn in set(turns.tolist())}
         chosen = np.array([orders[turn][place] for turn, place in zip(turns.tolist(), places.tolist())])
-        return {name: part[chosen] for name, part in pool.items()}
+        return {name: np.stack([part[row] for row in chosen]) for name, part in pool.items()}
 
     return at
 

@@ -2,6 +2,7 @@
 input over the calibration text. No weight is changed otherwise."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from efflm.config import flag, require_sparsity
 from efflm.model import LanguageModel
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def mask(w: jax.Array, squares: jax.Array, sparsity: float, pattern: tuple[int, int] | None = None) -> jax.Array:
     """The mask, True to keep, of w float32 [K, N], whose inputs have the sums of squares [K].
 

@@ -141,6 +141,7 @@ def _through_tfds(splits: dict[str, list[Document]], folder: Path) -> dict[str, 
         builder = _builder_class()(writing, data_dir=folder, file_format="array_record")
         builder.download_and_prepare()
         stored = {split: builder.as_data_source(split=split) for split in splits}
+    writing.clear()  # TFDS keeps the builder, and with it the texts
     return {split: _rows(source, f"reading the prepared {split} text") for split, source in stored.items()}
 
 

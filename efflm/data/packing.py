@@ -85,13 +85,14 @@ def pack(documents: Iterable[list[int]], separator: int, length: int) -> Rows:
 
 
 def load_or_pack(path: Path, make: Callable[[], Rows]) -> Rows:
-    """The rows stored at `path`, made and stored there first if there are none."""
-    if path.exists():
-        with np.load(path) as stored:
-            return Rows(**{name: stored[name] for name in FIELDS})
-    rows = make()
-    rundir.require_writable(path.parent, needs=sum(array.nbytes for array in rows[:].values()))
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, **rows[:])
-    partial.replace(path)
-    return rows
+    """The rows stored at `path`, made and stored there first if there are none; read from the file as they are used."""
+    if not path.exists():
+        rows = make()
+        rundir.require_writable(path.parent, needs=sum(array.nbytes for array in rows[:].values()))
+        partial = path.with_suffix(".partial.npy")
+        stored = np.lib.format.open_memmap(partial, "w+", np.int32, (len(FIELDS), *rows.inputs.shape))
+        for part, name in zip(stored, FIELDS, strict=True):
+            part[:] = getattr(rows, name)
+        stored.flush()
+        partial.replace(path)
+    return Rows(*np.load(path, mmap_mode="r"))

@@ -1,9 +1,7 @@
 """The speed and memory of one model at chosen shapes, measured in a process that holds nothing else."""
 
 import contextlib
-import ctypes
 import dataclasses
-import gc
 import multiprocessing
 import re
 import signal
@@ -17,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efflm import ops, trees
+from efflm import memory, ops, trees
 from efflm.config import InputError, require
 from efflm.infer.generate import State, decode, prefill, row_keys
 from efflm.infer.sampling import GREEDY
@@ -128,9 +126,7 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 def peak_bytes(run: Callable[[], Any]) -> int | None:
     """The most memory of this process while run() goes on; None where the system is not Linux or does not say."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # gives back what was freed before
+    memory.trim()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at what is held now
         run()

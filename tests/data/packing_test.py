@@ -35,16 +35,16 @@ def test_positions_count_from_the_start_of_each_stretch(documents, length):
 
 def test_stored_rows_are_read_and_not_made_again(tmp_path):
     rows = pack([[1, 2, 3]], separator=0, length=4)
-    load_or_pack(tmp_path / "r.npz", lambda: rows)
-    again = load_or_pack(tmp_path / "r.npz", lambda: 1 / 0)
+    load_or_pack(tmp_path / "r.npy", lambda: rows)
+    again = load_or_pack(tmp_path / "r.npy", lambda: 1 / 0)
     for name, array in rows[:].items():
         np.testing.assert_array_equal(again[:][name], array)
-    assert [path.name for path in tmp_path.iterdir()] == ["r.npz"]
+    assert [path.name for path in tmp_path.iterdir()] == ["r.npy"]
 
 
 def test_rows_that_the_disk_has_no_room_for_are_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
     rows = pack([[1] * 500], 0, 10)
     with pytest.raises(InputError, match=r"0\.001 MB free, but this run needs about 0\.00\d+ MB"):
-        load_or_pack(tmp_path / "rows.npz", lambda: rows)
+        load_or_pack(tmp_path / "rows.npy", lambda: rows)
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,42 @@
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from efflm import memory
+
+STATUS = Path("/proc/self/status")
+BLOCK = 2 << 20
+pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="the system does not tell what a process holds")
+
+
+def held() -> int:
+    return 1024 * int(re.search(r"VmRSS:\s+(\d+)", STATUS.read_text())[1])
+
+
+def blocks() -> list[np.ndarray]:
+    return [np.ones(BLOCK, np.uint8) for _ in range(32)]
+
+
+def test_what_is_freed_is_given_back_at_once_while_it_lasts():
+    with memory.least():
+        pass  # the threshold is then high, as that of a long-running program
+    with memory.least():
+        before, made = held(), blocks()
+        last = made[-1]  # above all others in a heap, which would keep them
+        assert held() - before > 30 * BLOCK
+        del made
+        assert held() - before < 3 * BLOCK
+    del last
+
+
+def test_trimming_gives_back_what_was_kept():
+    with memory.least():
+        pass
+    before, made = held(), blocks()
+    last = made[-1]
+    del made
+    memory.trim()
+    assert held() - before < 3 * BLOCK
+    del last
