@@ -9,7 +9,10 @@ from efflm.report.colors import MUTED, PAPER
 
 
 def beside(axis: Any, xs: np.ndarray, ys: np.ndarray, names: Sequence[str]) -> list[Any]:
-    """A name beside each point, where it covers no point and no other name; a thin line leads to it from afar."""
+    """A name beside each point, where it covers no point and no other name; a thin line leads to it from afar.
+
+    Points whose name is empty have none.
+    """
     renderer = axis.figure.canvas.get_renderer()
     points = axis.transData.transform(np.stack([xs, ys], axis=1))
     inside, taken, labels = axis.get_window_extent(renderer), [], []
@@ -44,6 +47,8 @@ def _grouped(names: Sequence[str], points: np.ndarray, near: float) -> list[tupl
     """The points with their names, on a line each where several lie within `near` pixels of each other."""
     groups: list[tuple[list[str], np.ndarray]] = []
     for name, point in zip(names, points):
+        if not name:
+            continue
         found = next((group for group, at in groups if np.abs(at - point).max() < near), None)
         if found is None:
             groups.append(([name], point))

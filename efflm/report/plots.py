@@ -16,6 +16,7 @@ from efflm.report.colors import ACCENT, INK, LINE, MUTED, SERIES, VARIABLES
 from efflm.rundir import write_whole
 
 LINEAR = 1e-3  # bits per byte; smaller differences are drawn to a linear scale
+MOST_NAMES = 16  # beside points: more would cover the plot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,8 @@ def tradeoff(
 
     Lower left is better; the line joins the models that no other one beats in both. Vertical bars are standard errors,
     horizontal ones the `ranges` of the cost. The vertical axis is linear up to LINEAR and logarithmic beyond. Models
-    whose points coincide share a label. tips: what pointing at each shows.
+    whose points coincide share a label. Of more than MOST_NAMES models only the first and the front are named. tips:
+    what pointing at each shows.
     """
     with _style() as pyplot:
         figure, axis = pyplot.subplots(figsize=(4.7, 3.9), layout="constrained")
@@ -52,7 +54,9 @@ def tradeoff(
         axis.plot(xs[front], ys[front], color=ACCENT, linewidth=1.4, alpha=0.6, zorder=1)
         axis.errorbar(xs, ys, yerr=error, xerr=ends, fmt="none", ecolor=MUTED, elinewidth=0.8, zorder=2)
         for index, (x, y) in enumerate(zip(xs, ys)):
-            axis.plot(x, y, "o", color=ACCENT if index in front else MUTED, markersize=5.5, zorder=3)
+            axis.plot(
+                x, y, "o", color=ACCENT if index in front else MUTED, markersize=5.5, zorder=3 + (index in front) / 2
+            )
         axis.set_xlim(0, 1.12 * (xs if ends is None else xs + ends[1]).max())
         low, high = (ys - error).min(), (ys + error).max()
         axis.set_ylim(min(-2 * LINEAR, 1.6 * low), max(2 * LINEAR, 2.2 * high))
@@ -62,7 +66,9 @@ def tradeoff(
             axis.plot(x, y, "o", markersize=17, color=ACCENT, alpha=0, zorder=5, gid=_gid(tips[index], names[index]))
         figure.canvas.draw()
         figure.set_layout_engine("none")  # as it was laid out without the labels, which are placed in its pixels
-        return figure, labels.beside(axis, xs, ys, names), front
+        named = {0, *front} if len(names) > MOST_NAMES else range(len(names))
+        shown = [name if index in named else "" for index, name in enumerate(names)]
+        return figure, labels.beside(axis, xs, ys, shown), front
 
 
 def _front(xs: np.ndarray, ys: np.ndarray) -> list[int]:
@@ -110,8 +116,9 @@ def sweeps(found: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], across: 
                 tip = _gid(f"{name} at {x:g}: {value:.4g}", f"{name} {x:g}")
                 axis.plot(x, value, "o", color=ACCENT, alpha=0, markersize=15, gid=tip, zorder=5)
         axis.set(xlabel=across, ylabel=label)
-        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            which(lambda value, _: f"{value:g}")
+        bottom, top = axis.get_ylim()
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if top < 10 * bottom else "")
         axis.set_xticks(sorted({float(x) for xs, _, _ in found.values() for x in xs}))
         _name_ends(axis, {name: (xs, values) for name, (xs, values, _) in found.items()})
         return figure

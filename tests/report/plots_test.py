@@ -36,6 +36,19 @@ def test_no_label_covers_another_or_leaves_its_panel(count, seed):
         assert box.y1 <= panel.y1
 
 
+def test_of_many_models_the_first_and_the_front_are_named():
+    _, labels, front = drawn(plots.MOST_NAMES + 4, 1)
+    shown = {name for label in labels for name in label.get_text().split("\n")}
+    assert shown == {f"model_number_{index}" for index in {0, *front}}
+
+
+@pytest.mark.parametrize(("values", "named"), [([3.0, 9.0], True), ([3.0, 3000.0], False)])
+def test_ticks_between_powers_of_ten_are_named_where_there_is_room(values, named):
+    figure = plots.sweeps({"a": (np.array([0.3, 0.5]), np.array(values), np.zeros(2))}, "share", "perplexity", 3.0)
+    figure.canvas.draw()
+    assert any(tick.get_text() for tick in figure.axes[0].get_yticklabels(minor=True)) == named
+
+
 def test_the_front_is_what_nothing_beats_in_both(rng):
     for _ in range(50):
         xs, ys = rng.integers(0, 5, 8), rng.integers(0, 5, 8)
