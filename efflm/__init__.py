@@ -12,6 +12,7 @@ flags       the one bridge from them to a command line; helptext, what --help sa
 hosts       several processes that run one program
 signals     Ctrl-C and SIGTERM
 trees       paths, selection, counting and bytes of trees of weights
+memory      of this process: what is freed given back to the system
 precision   which dtype weights, matmuls and results have
 ops         how a weight is used, whatever its format
 autotune    which precision is the fastest on this machine, measured

@@ -46,7 +46,7 @@ RECIPES: dict[str, tuple[Step, ...]] = {
     "gptq3": (GPTQ(bits=3), EMBEDDINGS),
     "rotate_smoothquant": (Rotate(), SmoothQuant(), W8A8_STATIC),
     "rotate_gptq4": (Rotate(), GPTQ(bits=4), EMBEDDINGS),
-    "awq4": (AWQ(bits=4), dataclasses.replace(W4A16, clip=True), EMBEDDINGS),
+    "awq4": (AWQ(bits=4), W4A16, EMBEDDINGS),
     "mixed4": (MixedPrecision(average_bits=4.0), EMBEDDINGS),
     "tuned4": (TunedRounding(bits=4), EMBEDDINGS),
     "tuned3": (TunedRounding(bits=3), EMBEDDINGS),
