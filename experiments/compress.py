@@ -33,6 +33,7 @@ from efflm.compress.sparsegpt import SparseGPT
 from efflm.compress.step import Calibration, Context, Step
 from efflm.compress.tuned import TunedRounding
 from efflm.compress.wanda import Wanda
+from efflm.compress.width import PruneWidth
 from efflm.config import PRECISION, AskedPrecision, InputError, flag, require, require_seed
 from efflm.data import corpora, dataset
 from efflm.evaluate import cost, quality
@@ -50,7 +51,7 @@ STEPS = {
     kind.__name__.lower(): kind
     for kind in (
         Quantize, GPTQ, TunedRounding, QAT, AWQ, SmoothQuant, MixedPrecision, Prune, Wanda, SparseGPT, PruneGradually,
-        Finetune, Distill, Shrink,
+        Finetune, Distill, Shrink, PruneWidth,
     )
 }  # fmt: skip
 

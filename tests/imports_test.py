@@ -9,12 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "efflm").rglob("*.py"))
-BASE = {"config", "trees", "precision", "rundir", "hosts", "signals", "model_files", "progress"}
+BASE = {"config", "trees", "precision", "memory", "rundir", "hosts", "signals", "model_files", "progress"}
 ALLOWED = {
     "config": set(),
     "trees": set(),
     "precision": {"config"},
     "progress": set(),
+    "memory": set(),
     "rundir": {"config", "hosts"},
     "hosts": {"config"},
     "helptext": set(),
@@ -90,7 +91,7 @@ def test_imports_follow_the_arrows(path):
 
 
 def test_methods_of_compression_know_only_what_they_share():
-    shared = {"step", "calibrate", "fold", "obs", "select", "sensitivity"}
+    shared = {"step", "calibrate", "fold", "obs", "select", "sensitivity", "slicing"}
     for path in (ROOT / "efflm" / "compress").glob("*.py"):
         if path.stem in ("recipe", "__init__"):
             continue

@@ -4,6 +4,7 @@ Frantar 2022 (arXiv 2210.17323) and Sun 2023 (arXiv 2306.11695) compress a layer
 layer to make the inputs of the next one. One layer's inputs are held at a time.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -75,13 +76,14 @@ def map_blocks(
 
     rows: a batch (data.packing): inputs, positions and segments int32 [N, T]; segment 0 is padding. fn is given a layer
     and the statistics of what each of its linear layers reads; those that read the same share a state. Of the layer it
-    changes params and masks. Raises InputError.
+    changes params and masks, and config where they have other shapes. Raises InputError.
     """
     require(rows is not None, f"{title} needs calibration text: give a corpus")
     if mesh.size > 1:
         model = jax.device_put(model, sharding.shardings(model, mesh))
     chunks = inputs(model, rows, mesh)
     params, masks = dict(model.params), dict(model.masks or {})
+    blocks = list(model.config.blocks)
     packed: dict[str, tuple[int, jax.Array]] = {}  # masks of the layers that are made, eight entries in a byte
     count = len(model.config.blocks)
     for index in progress.shown(range(count), f"{title}: layers", count):
@@ -89,15 +91,16 @@ def map_blocks(
         own = {path.removeprefix(f"{name}/"): mask for path, mask in masks.items() if path.startswith(f"{name}/")}
         layer = Layer(params[name], own, chunks, single, index)
         after = fn(layer, gathered(layer, statistics))
-        params[name] = after.params
+        params[name], (blocks[index],) = after.params, after.config.blocks
         packed |= {f"{name}/{path}": (mask.shape[-1], _packed(mask)) for path, mask in after.masks.items()}
         if index + 1 < count:
             for i, row in enumerate(chunks):  # in place: of two lists only one fits beside a large model
-                chunks[i] = (jax.block_until_ready(layer(after.params, *row)), *row[1:])
+                chunks[i] = (jax.block_until_ready(after(after.params, *row)), *row[1:])
         memory.trim()
     del chunks, layer, after
     masks |= {path: _unpacked(mask, size) for path, (size, mask) in packed.items()}
-    return model.replace(params=params, masks=masks or None)
+    config = dataclasses.replace(model.config, blocks=tuple(blocks))
+    return model.replace(config=config, params=params, masks=masks or None)
 
 
 @jax.jit

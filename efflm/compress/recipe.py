@@ -21,6 +21,7 @@ from efflm.compress.sparsegpt import SparseGPT
 from efflm.compress.step import Context, Record, Step
 from efflm.compress.tuned import TunedRounding
 from efflm.compress.wanda import Wanda
+from efflm.compress.width import PruneWidth
 from efflm.config import InputError, require
 from efflm.model import LanguageModel
 
@@ -63,6 +64,10 @@ RECIPES: dict[str, tuple[Step, ...]] = {
     "sparsegpt50": (SparseGPT(sparsity=0.5),),
     "sparsegpt70": (SparseGPT(sparsity=0.7),),
     "sparsegpt24": (SparseGPT(sparsity=0.5, pattern="2:4"),),
+    "shrink30": (PruneWidth(parameters=0.3),),
+    "shrink30_distill": (PruneWidth(parameters=0.3), Distill(learning_rate=5e-4)),
+    "shrink30_distill_int8": (PruneWidth(parameters=0.3), Distill(learning_rate=5e-4), W8A16),
+    "depth50_distill": (Shrink(), Distill(learning_rate=5e-4)),
     "student_scratch": (Shrink(init="random"), Finetune()),
     "student_distilled": (Shrink(init="random"), Distill()),
     "shrink_distill_int8": (Shrink(), Distill(), W8A16),
