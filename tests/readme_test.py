@@ -15,6 +15,7 @@ from efflm.compress.finetune import Finetune
 from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink
+from efflm.compress.smoothquant import SmoothQuant
 from efflm.compress.step import Calibration
 from efflm.evaluate.windows import Scoring
 from efflm.formats import load_model
@@ -27,6 +28,7 @@ GROUPS = {
     "model": config.ModelShape, "train": config.TrainConfig, "mesh": config.MeshConfig, "hosts": config.HostsConfig,
     "score": Scoring, "calibration": Calibration,
     "quantize": Quantize, "prune": Prune, "finetune": Finetune, "distill": Distill, "shrink": Shrink,
+    "smoothquant": SmoothQuant,
 }  # fmt: skip
 
 
