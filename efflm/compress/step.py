@@ -128,13 +128,19 @@ def require_schedule(step: Any) -> None:
 
 
 def teacher_of(context: Context, model: LanguageModel) -> LanguageModel:
-    """The teacher. Raises InputError if there is none, or one with another vocabulary."""
+    """The teacher. Raises InputError if there is none, or one with another vocabulary, or with another tokenizer where
+    it is known of both models what they were trained with."""
     teacher = context.teacher
     require(teacher is not None, "distillation needs a teacher: set context.teacher")
     require(
         teacher.config.vocabulary == model.config.vocabulary,
         f"the teacher's vocabulary is {teacher.config.vocabulary}, the student's {model.config.vocabulary}: "
         "distillation compares them entry by entry",
+    )
+    theirs, ours = (each.about.get("tokenizer") for each in (teacher, model))
+    require(
+        theirs == ours or not theirs or not ours,
+        f"the teacher's tokenizer is {theirs!r:.20}, the student's {ours!r:.20}: give a teacher that has the student's",
     )
     return teacher
 

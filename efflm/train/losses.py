@@ -36,16 +36,26 @@ def language_model_loss(
     return _mean_over_tokens(sums)
 
 
-def distillation_loss(student: Transformer, teacher: Transformer, *, temperature: float, weight: float) -> LossFn:
-    """The mean over targets of weight * T^2 * KL(teacher || student) + (1 - weight) * cross-entropy, in nats.
+def distillation_loss(
+    student: Transformer,
+    teacher: Transformer,
+    *,
+    temperature: float,
+    weight: float,
+    divergence: ops.Divergence = "forward",
+    mix: float = 0.5,
+) -> LossFn:
+    """The mean over targets of weight * T^2 * divergence + (1 - weight) * cross-entropy, in nats.
 
-    T is the temperature. The teacher's params are `frozen`; no gradient flows to them. See ops.distillation.
+    T is the temperature; divergence: of teacher and student, `mix` the teacher's share in the mixture that some of them
+    have (see ops.divergences). The teacher's params are `frozen`; no gradient flows to them. See ops.distillation.
     """
+    how = {"temperature": temperature, "share": weight, "divergence": divergence, "mix": mix}
 
     def sums(params, frozen, batch, weights_BT):
         outputs = _final_states(student, params, batch), _final_states(teacher, frozen, batch)
-        total, kl, nll = ops.distillation(*outputs, batch["targets"], weights_BT, temperature=temperature, share=weight)
-        return {"loss": total, "kl": kl, "cross_entropy": nll}
+        total, apart, nll = ops.distillation(*outputs, batch["targets"], weights_BT, **how)
+        return {"loss": total, "divergence": apart, "cross_entropy": nll}
 
     return _mean_over_tokens(sums)
 

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from efflm.model import LanguageModel, Transformer, init_params, sharding
 from efflm.train.losses import distillation_loss, target_weights
 from efflm.train.step import init_state, make_step, place
 from tests import tiny
+from tests.ops import divergences_test
 from tests.ops.distillation_test import from_logits
 from tests.programs import largest_array
 
@@ -30,7 +32,7 @@ def expected(params, teacher_params, batch):
     weights_BT = target_weights(batch)
     parts = from_logits(student_BTV, teacher_BTV, batch["targets"], temperature=2.0)
     kl, nll = (jnp.sum(values_BT * weights_BT) / jnp.sum(weights_BT) for values_BT in parts)
-    return 0.7 * kl + 0.3 * nll, {"kl": kl, "cross_entropy": nll, "weight": jnp.sum(weights_BT)}
+    return 0.7 * kl + 0.3 * nll, {"divergence": kl, "cross_entropy": nll, "weight": jnp.sum(weights_BT)}
 
 
 def chunked():
@@ -98,6 +100,37 @@ def test_a_student_moves_towards_its_teacher_and_the_teacher_stays():
     assert (record.seed, record.corpus) == (0, "the text")
 
 
+@pytest.mark.parametrize("name", ["reverse", "jensen_shannon", "skew"])
+def test_the_divergence_that_the_step_names_is_minimized(name, tmp_path):
+    shape = dataclasses.replace(tiny.LLAMA, layers=1)
+    student, teacher = tiny.model(shape, seed=1), tiny.model(shape, seed=2)
+    batch, file = tiny.batch(student.config), tmp_path / "metrics.jsonl"
+    context = Context(mesh=sharding.make_mesh(), teacher=teacher, batches=lambda step: batch, metrics=file)
+    step = Distill(steps=1, learning_rate=1e-2, weight=1.0, temperature=2.0, divergence=name, mix=0.2)
+    _, record = step(student, context)
+    reported = json.loads(file.read_text().splitlines()[0])["divergence"]
+    after, _ = dataclasses.replace(step, steps=20)(student, dataclasses.replace(context, metrics=None))
+
+    def value(model):
+        inputs = {name: batch[name] for name in ("segments", "positions")}
+        logits = (tiny.logits(each, batch["inputs"], **inputs)[batch["segments"] > 0] for each in (teacher, model))
+        return 4 * divergences_test.reference(name, *(np.float64(each) / 2 for each in logits), 0.2).mean()
+
+    assert reported == pytest.approx(value(student), rel=1e-4)
+    assert value(after) < 0.8 * value(student)
+    assert (record.settings["divergence"], record.settings["mix"]) == (name, 0.2)
+
+
+def test_bad_settings_are_refused():
+    for field, value, message in (
+        ("divergence", "alpha", "divergence is 'alpha': choose from forward, reverse, jensen_shannon, skew"),
+        ("mix", 0.0, r"mix is 0\.0, but must be in \(0, 1\)"),
+        ("mix", 1.0, r"mix is 1\.0, but must be in \(0, 1\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Distill(**{field: value})
+
+
 def test_a_missing_or_foreign_teacher_is_refused():
     model = tiny.model()
     context = Context(mesh=sharding.make_mesh(), batches=lambda step: tiny.batch(model.config))
@@ -106,5 +139,8 @@ def test_a_missing_or_foreign_teacher_is_refused():
     other = tiny.model(dataclasses.replace(tiny.LLAMA, vocabulary=301))
     with pytest.raises(InputError, match="vocabulary is 301, the student's 300"):
         Distill(steps=1)(model, dataclasses.replace(context, teacher=other))
+    known, foreign = (model.with_about({"tokenizer": name}) for name in ("ours", "theirs"))
+    with pytest.raises(InputError, match="teacher's tokenizer is 'theirs', the student's 'ours'"):
+        Distill(steps=1)(known, dataclasses.replace(context, teacher=foreign))
     with pytest.raises(InputError, match="needs text"):
         Distill(steps=1)(model, Context(mesh=sharding.make_mesh(), teacher=model))
