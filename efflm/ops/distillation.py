@@ -40,13 +40,17 @@ def distillation(
     def chunk_loss(logits_MV, tokens, teacher_w):
         targets_M, weights_M, teacher_x_ME = tokens
         log_p_MV = jax.nn.log_softmax(matmul(teacher_x_ME, teacher_w, teacher_tied) / temperature, axis=-1)
-        log_q_MV = jax.nn.log_softmax(logits_MV / temperature, axis=-1)
-        values_M, slope_MV = DIVERGENCES[divergence](log_p_MV, log_q_MV, mix)
-        d_M = temperature**2 * values_M
+
+        def apart(logits_MV):
+            log_q_MV = jax.nn.log_softmax(logits_MV / temperature, axis=-1)
+            return temperature**2 * DIVERGENCES[divergence](log_p_MV, log_q_MV, mix)
+
+        d_M, pull = jax.vjp(apart, logits_MV)
         nll_M, normalizer_M, hit_MV = target_nll(logits_MV, targets_M)
         sums = [jnp.sum(weights_M * values) for values in (share * d_M + (1 - share) * nll_M, d_M, nll_M)]
         of_nll_MV = jnp.exp(logits_MV - normalizer_M[:, None]) - hit_MV
-        return tuple(sums), weights_M[:, None] * (share * temperature * slope_MV + (1 - share) * of_nll_MV)
+        # The cross-entropy's by hand: the derivative of its lookup would scatter into an array [M, V].
+        return tuple(sums), pull(share * weights_M)[0] + ((1 - share) * weights_M)[:, None] * of_nll_MV
 
     tokens = targets_BT, weights_BT.astype(jnp.float32), teacher_x_BTE
     return output_loss(chunk_loss, tied, x_BTD, w, tokens, teacher_w)

@@ -54,8 +54,11 @@ def draw(rng, extreme, rows=6, V=11):
 
 
 def computed(name, teacher, student, mix):
-    log_p, log_q = (jax.nn.log_softmax(jnp.asarray(logits, jnp.float32)) for logits in (teacher, student))
-    return DIVERGENCES[name](log_p, log_q, mix)
+    """The values, float32 [M], and their gradients to the student's logits, [M, V]."""
+    teacher, student = (jnp.asarray(logits, jnp.float32) for logits in (teacher, student))
+    of = lambda logits: DIVERGENCES[name](jax.nn.log_softmax(teacher), jax.nn.log_softmax(logits), mix)
+    values, pull = jax.vjp(of, student)
+    return values, pull(jnp.ones_like(values))[0]
 
 
 @pytest.mark.parametrize("extreme", [False, True])
@@ -130,3 +133,13 @@ def test_each_is_what_it_should_be_beside_the_others(teacher, student, mix):
     assert mixture == pytest.approx(value("jensen_shannon", student, teacher, 1 - mix), rel=1e-4, abs=1e-5)
     assert mixture <= min(mix * forward, (1 - mix) * reverse, -mix * np.log(mix) - (1 - mix) * np.log1p(-mix)) + 1e-5
     assert value("skew", teacher, student, mix) <= min(forward, -np.log(mix)) + 1e-5
+
+
+@pytest.mark.parametrize("mix", [0.1, 0.5, 0.9])
+def test_between_nearly_equal_models_all_are_a_multiple_of_kl(rng, mix):
+    teacher, _ = draw(rng, extreme=False)
+    student = teacher + 0.03 * rng.standard_normal(teacher.shape)
+    forward, reverse, mixture, skewed = (computed(name, teacher, student, mix)[0].sum() for name in DIVERGENCES)
+    assert reverse == pytest.approx(forward, rel=0.1)
+    assert mixture == pytest.approx(mix * (1 - mix) * forward, rel=0.1)
+    assert skewed == pytest.approx((1 - mix) ** 2 * forward, rel=0.1)
