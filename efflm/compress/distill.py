@@ -1,12 +1,55 @@
-"""Teacher-student distillation (Hinton 2015, arXiv 1503.02531)."""
+"""Teacher-student distillation (Hinton 2015, arXiv 1503.02531), of the outputs and optionally of hidden states."""
 
 import dataclasses
+import math
+import re
+import typing
 
+import jax
+
+from efflm import ops
 from efflm.compress.step import Context, require_schedule, teacher_of, train_step
-from efflm.config import flag, require
+from efflm.config import ModelConfig, flag, require
 from efflm.model import LanguageModel, Transformer
+from efflm.model.params import HIDDEN_PROJECTION
 from efflm.precision import policy_for
 from efflm.train import losses
+
+
+def layer_map(given: str, student: ModelConfig, teacher: ModelConfig) -> losses.Layers:
+    """The pairs of layers that "0:1 1:3" names, or every layer of the student with evenly spaced ones of the teacher.
+
+    The last layers are then a pair, as in TinyBERT's uniform map (Jiao 2019, arXiv 1909.10351). Raises InputError for
+    a layer that a model does not have.
+    """
+    layers = {"student": len(student.blocks), "teacher": len(teacher.blocks)}
+    if not given.split():
+        count = layers["student"]
+        return tuple((i, math.ceil((i + 1) * layers["teacher"] / count) - 1) for i in range(count))
+    pairs = _pairs(given)
+    for pair in pairs:
+        for (who, count), layer in zip(layers.items(), pair, strict=True):
+            require(
+                layer < count,
+                f"layers is {given!r}, but the {who} has no layer {layer}: its {count} layers are counted from 0",
+            )
+    return pairs
+
+
+def _pairs(given: str) -> losses.Layers:
+    return tuple((int(ours), int(theirs)) for ours, theirs in (pair.split(":") for pair in given.split()))
+
+
+def projections(layers: losses.Layers, student: int, teacher: int, seed: int) -> dict[str, jax.Array]:
+    """A random float32 matrix [student, teacher] for each of the student's layers, which keeps the mean square of what
+    it projects; none where the widths are equal."""
+    if student == teacher:
+        return {}
+    keys = jax.random.split(jax.random.key(seed), len(layers))
+    return {
+        losses.projection_name(layer): jax.random.normal(key, (student, teacher)) / math.sqrt(student)
+        for key, (layer, _) in zip(keys, layers, strict=True)
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,14 +60,43 @@ class Distill:
     learning_rate: float = flag(2e-3, "peak learning rate, reached after a tenth of the steps or 40")
     temperature: float = flag(1.0, "softens both distributions")
     weight: float = flag(0.7, "share of the teacher's part in the loss, in (0, 1]")
+    divergence: ops.Divergence = flag(
+        "forward",
+        "of teacher and student: forward: KL(teacher || student); reverse: KL(student || teacher); jensen_shannon: of "
+        "both from their mixture; skew: KL(teacher || mixture)",
+    )
+    mix: float = flag(0.5, "share of the teacher in the mixture of jensen_shannon and skew, in (0, 1)")
+    hidden: float = flag(0.0, "weight of the squared error between the outputs of layers, which is added to the loss")
+    layers: str = flag(
+        "",
+        "which layers these are: pairs student:teacher, counted from 0, as in '0:1 1:3'; empty: all of the student's "
+        "and evenly spaced ones of the teacher",
+    )
 
     def __post_init__(self):
         require_schedule(self)
         require(self.temperature > 0, f"temperature is {self.temperature}, but must be positive")
         require(0 < self.weight <= 1, f"weight is {self.weight}, but must be in (0, 1]")
+        known = typing.get_args(ops.Divergence)
+        require(self.divergence in known, f"divergence is {self.divergence!r}: choose from {', '.join(known)}")
+        require(0 < self.mix < 1, f"mix is {self.mix}, but must be in (0, 1)")
+        require(0 <= self.hidden < math.inf, f"hidden is {self.hidden}, but must be finite and not negative")
+        require(
+            bool(re.fullmatch(r"\s*(\d+:\d+(\s+|$))*", self.layers, re.ASCII)),
+            f"layers is {self.layers!r}, but must be pairs student:teacher with spaces between them, as in '0:1 1:3'",
+        )
+        ours = [layer for layer, _ in _pairs(self.layers)]
+        require(len(ours) == len(set(ours)), f"layers is {self.layers!r}: give each of the student's layers once")
+        require(self.hidden > 0 or not ours, f"layers is {self.layers!r}, but hidden is 0: give hidden too")
 
     def __call__(self, model: LanguageModel, context: Context):
         teacher = teacher_of(context, model)
-        models = (Transformer(each.config, policy_for(each.config)) for each in (model, teacher))
-        loss = losses.distillation_loss(*models, temperature=self.temperature, weight=self.weight)
-        return train_step(self, model, context, loss, frozen=teacher.params)
+        configs = model.config, teacher.config
+        layers = layer_map(self.layers, *configs) if self.hidden else ()
+        beside = {}
+        if layers:
+            beside[HIDDEN_PROJECTION] = projections(layers, *(config.width for config in configs), context.seed)
+        models = (Transformer(config, policy_for(config)) for config in configs)
+        same = {name: getattr(self, name) for name in ("temperature", "weight", "divergence", "mix", "hidden")}
+        loss = losses.distillation_loss(*models, **same, layers=layers)
+        return train_step(self, model, context, loss, teacher.params, beside)

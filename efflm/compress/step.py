@@ -3,8 +3,9 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
@@ -119,6 +120,8 @@ def digest(model: LanguageModel) -> str:
 
 
 Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
+Beside = Mapping[str, Any]
+NOTHING: Beside = MappingProxyType({})
 
 
 def require_schedule(step: Any) -> None:
@@ -128,7 +131,8 @@ def require_schedule(step: Any) -> None:
 
 
 def teacher_of(context: Context, model: LanguageModel) -> LanguageModel:
-    """The teacher. Raises InputError if there is none, or one with another vocabulary."""
+    """The teacher. Raises InputError if there is none, or one with another vocabulary, or with another tokenizer where
+    it is known of both models what they were trained with."""
     teacher = context.teacher
     require(teacher is not None, "distillation needs a teacher: set context.teacher")
     require(
@@ -136,31 +140,43 @@ def teacher_of(context: Context, model: LanguageModel) -> LanguageModel:
         f"the teacher's vocabulary is {teacher.config.vocabulary}, the student's {model.config.vocabulary}: "
         "distillation compares them entry by entry",
     )
+    theirs, ours = (each.about.get("tokenizer") for each in (teacher, model))
+    require(
+        theirs == ours or not theirs or not ours,
+        f"the teacher's tokenizer is {theirs!r:.20}, the student's {ours!r:.20}: give a teacher that has the student's",
+    )
     return teacher
 
 
 def train_step(
-    step: Any, model: LanguageModel, context: Context, loss_fn: LossFn, frozen: Any
+    step: Any, model: LanguageModel, context: Context, loss_fn: LossFn, frozen: Any, beside: Beside = NOTHING
 ) -> tuple[LanguageModel, Record]:
-    """`model` after `train_masters`, in the format it is in."""
-    trained = train_masters(step, model, context, loss_fn, frozen)
+    """`model` after `train_masters`, in the format it is in; what was trained beside it is dropped."""
+    trained = train_masters(step, model, context, loss_fn, frozen, beside=beside)
     after = model.replace(params=in_format(trained, model.params))
     return after, record(step, model, after, context, uses_text=True)
 
 
 def train_masters(
-    step: Any, model: LanguageModel, context: Context, loss_fn: LossFn, frozen: Any, wrap: Wrap | None = None
+    step: Any,
+    model: LanguageModel,
+    context: Context,
+    loss_fn: LossFn,
+    frozen: Any,
+    wrap: Wrap | None = None,
+    beside: Beside = NOTHING,
 ) -> Any:
     """The float32 weights of `model` trained with `step`'s steps and learning_rate, as its format will round them.
 
     Pruned weights stay zero. Quantized weights are rounded straight-through in every forward pass: the loss sees the
-    parameters as `ops.straight_through` makes them. wrap: of the update rule.
+    parameters as `ops.straight_through` makes them. wrap: of the update rule. beside: trees that are trained with the
+    weights, by their names (see params.BESIDE): in what the loss sees and in the result, they are beside the weights.
     """
 
     def loss(trainable: Any, *rest: Any):
-        return loss_fn(_on_weights(ops.straight_through, trainable, model.params), *rest)
+        return loss_fn(trainable | _on_weights(ops.straight_through, trainable, model.params), *rest)
 
-    return fit(step, context, loss, masters(model), frozen, model.masks, wrap)
+    return fit(step, context, loss, masters(model) | dict(beside), frozen, model.masks, wrap)
 
 
 def masters(model: LanguageModel) -> Any:
@@ -169,12 +185,13 @@ def masters(model: LanguageModel) -> Any:
 
 
 def in_format(trained: Any, like: Any) -> Any:
-    """Float masters, each in the format of its weight in `like`."""
+    """Float masters, each in the format of its weight in `like`, and nothing that is no weight in it."""
     return _on_weights(ops.requantize, trained, like)
 
 
 def _on_weights(fn: Callable[[Any, Any], Any], tree: Any, like: Any) -> Any:
-    return jax.tree.map(lambda weight, w: fn(w, weight), like, tree, is_leaf=trees.is_leaf)
+    weights = {name: tree[name] for name in like}
+    return jax.tree.map(lambda weight, w: fn(w, weight), like, weights, is_leaf=trees.is_leaf)
 
 
 def fit(

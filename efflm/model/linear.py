@@ -1,7 +1,7 @@
 """A linear layer, and the one place where modules fetch weights.
 
-Where the collection READ is mutable, linear layers sow what they read into it (see model.by_block); elsewhere nothing
-is gathered.
+Where the collection READ is mutable, linear layers sow what they read into it (see model.by_block), and where OUTPUTS
+is, a Transformer the outputs of its layers (see transformer.final_states_and_outputs); elsewhere nothing is gathered.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,12 @@ from efflm.config import ModelConfig
 from efflm.model import params
 
 READ = "read"  # the collection of what linear layers read; their weights have the same names in `params`
+OUTPUTS = "outputs"  # the collection of what the layers give, in their order
 
 
-def gathers(module: nn.Module) -> bool:
-    """Whether what linear layers read is to be gathered."""
-    return module.is_mutable_collection(READ) and not module.is_initializing()
+def gathers(module: nn.Module, collection: str = READ) -> bool:
+    """Whether what belongs in the collection is to be gathered."""
+    return module.is_mutable_collection(collection) and not module.is_initializing()
 
 
 def fetch(module: nn.Module, config: ModelConfig, name: str) -> Any:

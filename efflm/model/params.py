@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from efflm.config import BlockConfig, ModelConfig
 
-Role = Literal["embedding", "positions", "linear", "unembedding", "norm", "bias"]
+Role = Literal["embedding", "positions", "linear", "unembedding", "norm", "bias", "trained_beside"]
 Component = Literal["embedding", "projections", "feedforward", "norms", "output"]
 STDDEV = 0.02  # of fresh matrices and embeddings, as in GPT-2: what a layer adds stays small beside its input
 
@@ -90,6 +90,13 @@ WEIGHTS: dict[str, Param] = {
     **_norm("final_norm"),
 }
 
+# What is trained beside the weights and is in no model: matrices from a student's hidden states to its teacher's.
+HIDDEN_PROJECTION = "hidden_projection"
+BESIDE: dict[str, Param] = {
+    HIDDEN_PROJECTION: Param(axes=("width", "teacher_width"), role="trained_beside", component="projections")
+}
+_RECORDS = WEIGHTS | BESIDE
+
 
 def _exists(name: str, config: ModelConfig) -> bool:
     """Whether models of this config have the weight."""
@@ -139,7 +146,8 @@ def table(config: ModelConfig) -> Mapping[str, Param]:
 
 @functools.cache
 def find(path: str) -> tuple[Param | None, str]:
-    """The record of the weight that a path names or contains, without sizes, and what follows the weight in the path.
+    """The record, without sizes, of the weight or of what is trained beside it that a path names or contains, and what
+    follows that in the path.
 
     Paths of optimizer states and of the parts of a compressed weight contain that of the weight; layers may be stacked
     under `blocks`. (None, "") where the path contains no weight.
@@ -147,7 +155,7 @@ def find(path: str) -> tuple[Param | None, str]:
     names = ["block" if _is_block(name) else name for name in path.split("/")]
     for start in range(len(names)):
         for end in range(len(names), start, -1):
-            param = WEIGHTS.get("/".join(names[start:end]))
+            param = _RECORDS.get("/".join(names[start:end]))
             if param is not None:
                 return param, "/".join(names[end:])
     return None, ""

@@ -17,7 +17,7 @@ from efflm.config import BlockConfig, ModelConfig, Remat, require
 from efflm.model import sharding
 from efflm.model.attention import Attention, LayerCache
 from efflm.model.feedforward import FeedForward
-from efflm.model.linear import fetch
+from efflm.model.linear import OUTPUTS, fetch, gathers
 from efflm.model.norms import Norm
 from efflm.model.rotary import tables
 from efflm.model.sharding import constrain
@@ -184,6 +184,8 @@ class Transformer(nn.Module):
                     layers.append(layer_cache)
                 else:
                     x_BTD = _recomputed_late(layer, x_BTD, positions, angles, segments)
+                if gathers(self, OUTPUTS):
+                    self.sow(OUTPUTS, "blocks", x_BTD)
             cache = Cache(tuple(layers), cache.length_B + T) if cache else None
         return Norm(config, policy.compute, name="final_norm")(x_BTD), cache
 
@@ -197,6 +199,19 @@ class Transformer(nn.Module):
             length=len(config.blocks),
         )(config, config.blocks[0], self.policy, name="blocks")
         return layers(x_BTD, positions_BT, rotary, segments_BT)[0]
+
+
+def final_states_and_outputs(
+    model: Transformer, params: Any, tokens: jax.Array, **inputs: Any
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """`final_states` without a cache, and the output of every layer before the final norm, float32 [B, T, D].
+
+    The layers must not be scanned.
+    """
+    (x_BTD, _), gathered = model.apply(
+        {"params": params}, tokens, **inputs, method=Transformer.final_states, mutable=[OUTPUTS]
+    )
+    return x_BTD, gathered[OUTPUTS]["blocks"]
 
 
 def init_params(config: ModelConfig, seed: int, mesh: Mesh | None = None) -> dict[str, Any]:

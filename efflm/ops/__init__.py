@@ -4,6 +4,7 @@ from efflm.ops.attention import attention
 from efflm.ops.cached_attention import cached_attention
 from efflm.ops.cross_entropy import cross_entropy
 from efflm.ops.distillation import distillation
+from efflm.ops.divergences import Divergence
 from efflm.ops.dot import dot, dots
 from efflm.ops.embed import embed, unembed
 from efflm.ops.feedforward import gated_feedforward, swiglu
@@ -15,6 +16,7 @@ from efflm.ops.rotary import rotate
 from efflm.ops.storage import nonzeros, stored_nbytes
 
 __all__ = [
+    "Divergence",
     "Masks",
     "Normed",
     "QArray",

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from efflm.ops.cross_entropy import target_nll
+from efflm.ops.divergences import DIVERGENCES, Divergence
 from efflm.ops.dot import matmul
 from efflm.ops.output_loss import output_loss
 from efflm.ops.qarray import operands
@@ -20,13 +21,15 @@ def distillation(
     *,
     temperature: float,
     share: float,
+    divergence: Divergence = "forward",
+    mix: float = 0.5,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sums over all tokens, in nats: of weight * (share * kl + (1 - share) * nll), of weight * kl, of weight * nll.
+    """Sums over all tokens, in nats: of weight * (share * d + (1 - share) * nll), of weight * d, of weight * nll.
 
-    kl = temperature^2 * KL(teacher || student), both softened by the temperature (Hinton 2015, arXiv 1503.02531,
-    section 2). student and teacher: (final states [B, T, width], output layer, whether it is tied), as x, w and tied
-    of `cross_entropy`; they share the vocabulary and nothing else. Gradients flow from the first sum only, to the
-    student only.
+    d = temperature^2 * divergence of teacher and student, both softened by the temperature (Hinton 2015, arXiv
+    1503.02531, section 2). divergence, mix: see `divergences`; only those of a mixture read mix. student and teacher:
+    (final states [B, T, width], output layer, whether it is tied), as x, w and tied of `cross_entropy`; they share the
+    vocabulary and nothing else. Gradients flow from the first sum only, to the student only.
     """
     x_BTD, w, tied = student
     teacher_x_BTE, teacher_w, teacher_tied = teacher
@@ -37,13 +40,17 @@ def distillation(
     def chunk_loss(logits_MV, tokens, teacher_w):
         targets_M, weights_M, teacher_x_ME = tokens
         log_p_MV = jax.nn.log_softmax(matmul(teacher_x_ME, teacher_w, teacher_tied) / temperature, axis=-1)
-        log_q_MV = jax.nn.log_softmax(logits_MV / temperature, axis=-1)
-        kl_M = temperature**2 * jnp.sum(jnp.exp(log_p_MV) * (log_p_MV - log_q_MV), axis=-1)
+
+        def apart(logits_MV):
+            log_q_MV = jax.nn.log_softmax(logits_MV / temperature, axis=-1)
+            return temperature**2 * DIVERGENCES[divergence](log_p_MV, log_q_MV, mix)
+
+        d_M, pull = jax.vjp(apart, logits_MV)
         nll_M, normalizer_M, hit_MV = target_nll(logits_MV, targets_M)
-        sums = [jnp.sum(weights_M * values_M) for values_M in (share * kl_M + (1 - share) * nll_M, kl_M, nll_M)]
-        of_kl_MV = temperature * (jnp.exp(log_q_MV) - jnp.exp(log_p_MV))
+        sums = [jnp.sum(weights_M * values) for values in (share * d_M + (1 - share) * nll_M, d_M, nll_M)]
         of_nll_MV = jnp.exp(logits_MV - normalizer_M[:, None]) - hit_MV
-        return tuple(sums), weights_M[:, None] * (share * of_kl_MV + (1 - share) * of_nll_MV)
+        # The cross-entropy's by hand: the derivative of its lookup would scatter into an array [M, V].
+        return tuple(sums), pull(share * weights_M)[0] + ((1 - share) * weights_M)[:, None] * of_nll_MV
 
     tokens = targets_BT, weights_BT.astype(jnp.float32), teacher_x_BTE
     return output_loss(chunk_loss, tied, x_BTD, w, tokens, teacher_w)

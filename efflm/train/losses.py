@@ -1,19 +1,22 @@
 """Losses over the targets of a batch, in nats and float32."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from efflm import ops
 from efflm.config import ModelConfig, Remat
-from efflm.model import Transformer, sequence_parallel
+from efflm.model import Transformer, final_states_and_outputs, sequence_parallel
+from efflm.model.params import HIDDEN_PROJECTION
 from efflm.precision import FLOAT32, Policy
 
 # loss_fn(trainable, frozen, batch, rng) -> (scalar loss, dict of scalars). A loss that is a mean over weighted targets
 # gives the sum of their weights as "weight": so the parts of an accumulated batch add up to exactly the whole.
 LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+Layers = Sequence[tuple[int, int]]  # a student's layer and the teacher's that it is compared with, counted from 0
 
 
 def weighted_mean(sums: Any, weight: jax.Array) -> Any:
@@ -36,18 +39,70 @@ def language_model_loss(
     return _mean_over_tokens(sums)
 
 
-def distillation_loss(student: Transformer, teacher: Transformer, *, temperature: float, weight: float) -> LossFn:
-    """The mean over targets of weight * T^2 * KL(teacher || student) + (1 - weight) * cross-entropy, in nats.
+def distillation_loss(
+    student: Transformer,
+    teacher: Transformer,
+    *,
+    temperature: float,
+    weight: float,
+    divergence: ops.Divergence = "forward",
+    mix: float = 0.5,
+    hidden: float = 0.0,
+    layers: Layers = (),
+) -> LossFn:
+    """The mean over targets of weight * T^2 * divergence + (1 - weight) * cross-entropy, in nats; plus hidden *
+    `hidden_state_error` of the layers, if there are any.
 
-    T is the temperature. The teacher's params are `frozen`; no gradient flows to them. See ops.distillation.
+    T is the temperature; divergence: of teacher and student, `mix` the teacher's share in the mixture that some of them
+    have (see ops.divergences). The teacher's params are `frozen`; no gradient flows to them. See ops.distillation.
     """
+    how = {"temperature": temperature, "share": weight, "divergence": divergence, "mix": mix}
+
+    def of_outputs(outputs, batch, weights_BT):
+        total, apart, nll = ops.distillation(*outputs, batch["targets"], weights_BT, **how)
+        return {"loss": total, "divergence": apart, "cross_entropy": nll}
 
     def sums(params, frozen, batch, weights_BT):
-        outputs = _final_states(student, params, batch), _final_states(teacher, frozen, batch)
-        total, kl, nll = ops.distillation(*outputs, batch["targets"], weights_BT, temperature=temperature, share=weight)
-        return {"loss": total, "kl": kl, "cross_entropy": nll}
+        models = (student, params), (teacher, frozen)
+        if not layers:
+            return of_outputs([_final_states(*each, batch) for each in models], batch, weights_BT)
+        outputs, states = zip(*(_with_hidden_states(*each, batch) for each in models), strict=True)
+        parts = of_outputs(outputs, batch, weights_BT)
+        projections = params.get(HIDDEN_PROJECTION, {})
+        error = hidden_state_error(*states, projections, layers, weights_BT, student.policy.compute)
+        return parts | {"loss": parts["loss"] + hidden * error, "hidden": error}
 
     return _mean_over_tokens(sums)
+
+
+def hidden_state_error(
+    states: Sequence[jax.Array],
+    teacher_states: Sequence[jax.Array],
+    projections: Any,
+    layers: Layers,
+    weights_BT: jax.Array,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """The weighted sum over tokens of mean squared errors between hidden states, added up over the layers.
+
+    TinyBERT (Jiao 2019, arXiv 1909.10351), equation 8: the output [B, T, D] of each of the student's layers, times its
+    projection [D, E], against the output [B, T, E] of the teacher's layer beside it. states: the outputs of all layers.
+    projections: {projection_name(layer): matrix}; a layer without one is compared as it is. dtype: of these matmuls'
+    operands. No gradient flows to the teacher's states.
+    """
+    total = jnp.float32(0)
+    for layer, teacher_layer in layers:
+        x_BTE, name = states[layer], projection_name(layer)
+        if name in projections:
+            x_BTE = ops.dot(x_BTE.astype(dtype), projections[name])
+        error_BTE = x_BTE - lax.stop_gradient(teacher_states[teacher_layer])
+        total = total + jnp.sum(weights_BT * jnp.mean(jnp.square(error_BTE), axis=-1))
+    return total
+
+
+def projection_name(layer: int) -> str:
+    """The name of the matrix that the student's layer has among those of params.HIDDEN_PROJECTION."""
+    return f"block_{layer}"
 
 
 def sums_against(
@@ -73,8 +128,21 @@ def target_weights(batch: dict[str, jax.Array]) -> jax.Array:
 
 def _final_states(model: Transformer, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, Any, bool]:
     """Final states [B, T, D] of a batch of `data.packing`, the output layer that reads them, and whether it is tied."""
-    inputs = {name: batch[name] for name in ("segments", "positions")}
-    x_BTD, _ = model.apply({"params": params}, batch["inputs"], **inputs, method=Transformer.final_states)
+    x_BTD, _ = model.apply({"params": params}, **_inputs(batch), method=Transformer.final_states)
+    return _read_by(model, params, x_BTD)
+
+
+def _with_hidden_states(model: Transformer, params: Any, batch: dict[str, jax.Array]) -> tuple[Any, Any]:
+    """What `_final_states` gives, and the outputs of all layers."""
+    x_BTD, states = final_states_and_outputs(model, params, **_inputs(batch))
+    return _read_by(model, params, x_BTD), states
+
+
+def _inputs(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {"tokens": batch["inputs"], "segments": batch["segments"], "positions": batch["positions"]}
+
+
+def _read_by(model: Transformer, params: Any, x_BTD: jax.Array) -> tuple[jax.Array, Any, bool]:
     tied = model.config.tied
     return x_BTD, params["embedding" if tied else "unembedding"], tied
 

@@ -66,6 +66,15 @@ def test_only_whole_paths_of_matrices_in_layers_are_pruned_and_decayed():
     assert not params.is_matrix("block_0/attention_norm/scale")
 
 
+def test_what_is_trained_beside_the_weights_is_no_weight():
+    param, _ = params.find("optimizer/mu/hidden_projection/block_3")
+    assert param == params.BESIDE["hidden_projection"]
+    path = "hidden_projection/block_3"
+    assert not params.in_layer(path)
+    assert not params.is_matrix(path)
+    assert not any("hidden_projection" in path for path in params.table(tiny.CONFIGS["llama"]))
+
+
 def test_abstract_and_real_weights_have_the_same_paths():
     config = tiny.CONFIGS["llama"]
     abstract = jax.eval_shape(lambda: init_params(config, 0))

@@ -5,7 +5,16 @@ import pytest
 
 from efflm import trees
 from efflm.config import BlockConfig, InputError, ModelConfig
-from efflm.model import LanguageModel, Transformer, empty_cache, init_params, stack_blocks, unstack_blocks
+from efflm.model import (
+    LanguageModel,
+    Transformer,
+    by_block,
+    empty_cache,
+    final_states_and_outputs,
+    init_params,
+    stack_blocks,
+    unstack_blocks,
+)
 from efflm.precision import Policy
 from tests import reference, tiny
 
@@ -99,6 +108,25 @@ def test_a_weight_of_the_wrong_shape_is_named():
     model.params["block_1"]["feedforward"]["up"]["kernel"] = jnp.zeros((32, 47))
     with pytest.raises(Exception, match=r"(?s)up.*47"):
         tiny.logits(model, tiny.tokens(model.config, 1, 4))
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("name", ["llama", "neox"])
+def test_the_outputs_of_layers_are_those_of_the_layers_one_at_a_time(name, remat):
+    model = tiny.model(tiny.CONFIGS[name])
+    batch = tiny.batch(model.config, rows=2)
+    inputs = [batch[part] for part in ("positions", "segments")]
+    transformer = Transformer(model.config, remat=remat)
+    named = dict(zip(("positions", "segments"), inputs, strict=True))
+    final_BTD, outputs = final_states_and_outputs(transformer, model.params, batch["inputs"], **named)
+    x_BTD, want = by_block.embed(model, batch["inputs"], inputs[0]), []
+    for i in range(len(model.config.blocks)):
+        single = by_block.block_config(model.config, i)
+        x_BTD = by_block.apply_block(single, model.params[f"block_{i}"], x_BTD, *inputs)
+        want.append(x_BTD)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), outputs, tuple(want))
+    alone, _ = transformer.apply({"params": model.params}, batch["inputs"], **named, method="final_states")
+    np.testing.assert_array_equal(final_BTD, alone)
 
 
 def test_bfloat16_policy_computes_in_bfloat16_and_returns_float32():

@@ -39,3 +39,33 @@ def test_only_the_ratios_of_weights_matter(name):
 
 def test_the_mean_over_no_targets_is_zero():
     assert losses.weighted_mean({"loss": jnp.float32(0)}, jnp.float32(0)) == {"loss": 0}
+
+
+def test_the_error_of_hidden_states_and_its_gradients_equal_float64(rng):
+    B, T, D, E, layers = 2, 5, 6, 4, ((0, 2), (2, 1))
+    states, teacher = rng.standard_normal((3, B, T, D)), rng.standard_normal((3, B, T, E))
+    matrices, weights = rng.standard_normal((3, D, E)), rng.random((B, T))
+    total, of_states, of_matrices = 0.0, np.zeros_like(states), np.zeros_like(matrices)
+    for ours, theirs in layers:
+        error = states[ours] @ matrices[ours] - teacher[theirs]
+        slope = 2 / E * weights[..., None] * error
+        total += (weights * (error**2).mean(-1)).sum()
+        of_states[ours] = slope @ matrices[ours].T
+        of_matrices[ours] = np.einsum("btd,bte->de", states[ours], slope)
+
+    def loss(states, teacher, matrices):
+        named = {losses.projection_name(i): matrix for i, matrix in enumerate(matrices)}
+        return losses.hidden_state_error(states, teacher, named, layers, jnp.float32(weights))
+
+    low = [list(jnp.float32(each)) for each in (states, teacher, matrices)]
+    got, (got_states, got_teacher, got_matrices) = jax.value_and_grad(loss, argnums=(0, 1, 2))(*low)
+    np.testing.assert_allclose(got, total, rtol=1e-5)
+    np.testing.assert_allclose(got_states, of_states, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(got_matrices, of_matrices, rtol=1e-4, atol=1e-6)
+    assert not np.any(got_teacher)
+
+
+def test_hidden_states_of_equal_width_are_compared_as_they_are(rng):
+    states, teacher = rng.standard_normal((2, 2, 1, 3, 4)).astype(np.float32)
+    got = losses.hidden_state_error(list(states), list(teacher), {}, ((1, 0),), jnp.ones((1, 3)))
+    np.testing.assert_allclose(got, ((states[1] - teacher[0]) ** 2).mean(-1).sum(), rtol=1e-5)
