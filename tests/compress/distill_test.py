@@ -165,9 +165,11 @@ WITH_HIDDEN = Distill(steps=1, learning_rate=1e-2, hidden=3.0, layers="0:1 1:0")
 
 
 def compressed(shape, seed):
-    """A model of which one matrix is pruned and all are in int8."""
+    """A model whose layers are pruned by half and whose matrices are in int8, as are the other operands of matmuls."""
     model = tiny.model(shape, seed=seed)
-    return Quantize()(Prune(sparsity=0.5)(model, Context(mesh=sharding.make_mesh()))[0], context_of(model))[0]
+    return Quantize(activations="int8")(
+        Prune(sparsity=0.5)(model, Context(mesh=sharding.make_mesh()))[0], context_of(model)
+    )[0]
 
 
 def context_of(teacher, mesh=None, **rest):
