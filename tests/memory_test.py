@@ -1,4 +1,6 @@
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,12 @@ BLOCK = 2 << 20
 pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="the system does not tell what a process holds")
 
 
+def in_a_fresh_process(name: str) -> None:
+    """Where nothing else takes and frees memory."""
+    program = f"from tests import memory_test; memory_test.{name}()"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parent.parent, timeout=120)
+
+
 def held() -> int:
     return 1024 * int(re.search(r"VmRSS:\s+(\d+)", STATUS.read_text())[1])
 
@@ -20,6 +28,10 @@ def blocks() -> list[np.ndarray]:
 
 
 def test_what_is_freed_is_given_back_at_once_while_it_lasts():
+    in_a_fresh_process("given_back_at_once")
+
+
+def given_back_at_once():
     with memory.least():
         pass  # the threshold is then high, as that of a long-running program
     with memory.least():
@@ -32,6 +44,10 @@ def test_what_is_freed_is_given_back_at_once_while_it_lasts():
 
 
 def test_trimming_gives_back_what_was_kept():
+    in_a_fresh_process("trimmed")
+
+
+def trimmed():
     with memory.least():
         pass
     before, made = held(), blocks()
