@@ -4,7 +4,7 @@
     python -m experiments.calibrated --model=smollm2 --corpus=notes/ --recipes="gptq3 wanda50" --seeds=1
     python -m experiments.calibrated --model=smollm2 --domains="wiki=a/ books=b/ code=stdlib" --domain_recipes="gptq3"
 
-A model to compress that no one has rounded before, of 14 million parameters, trained in 40 minutes on 2 cores:
+A model to compress that no one has rounded before, of 14 million parameters, trained in about an hour on 2 cores:
 
     python -m experiments.pretrain --corpus=FOLDER --run_dir=runs/14M --model.width=384 --model.heads=6 \\
       --model.kv_heads=6 --model.mlp_dim=1024 --model.vocabulary=8192 --train.batch=16 --train.steps=1500 \\

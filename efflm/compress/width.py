@@ -39,28 +39,32 @@ def counts(config: ModelConfig, parameters: float, axes: tuple[str, ...]) -> lis
     per_slice = [
         {axis: _parameters(config, index, axis) // size[axis] for axis in axes} for index, size in enumerate(have)
     ]
-    removable = lambda axis: sum(each[axis] * (size[axis] - 1) for each, size in zip(per_slice, have))
-    target, most = parameters * total, sum(map(removable, axes))
+    every = list(zip(have, per_slice))
+    whole = lambda axis: sum(each[axis] * size[axis] for size, each in every)
+    most = sum(each[axis] * (size[axis] - _step(axis, size)) for size, each in every for axis in axes)
+    target, names = parameters * total, " and ".join(axes)
     require(
         target <= most,
-        f"parameters is {parameters}, but without all but one of the {' and '.join(axes)} of each layer the model has "
+        f"parameters is {parameters}, but with the fewest {names} in each layer the model has "
         f"{most / total:.1%} fewer: ask for less",
     )
-    share = target / sum(each[axis] * size[axis] for each, size in zip(per_slice, have) for axis in axes)
-    kept = [dict(size) for size in have]
-    for axis in axes:  # groups first
-        last = axis == axes[-1]
-        if last and len(axes) > 1:
-            gone = sum(p[a] * (h[a] - k[a]) for p, h, k in zip(per_slice, have, kept) for a in axes[:-1])
-            share = max(target - gone, 0.0) / sum(p[axis] * h[axis] for p, h in zip(per_slice, have))
-        for own, size in zip(kept, have):
-            step = MULTIPLE if axis == "mlp" and size[axis] >= MULTIPLE**2 else 1
+    kept, removed = [dict(size) for size in have], 0
+    for index, axis in enumerate(axes):  # groups first
+        share = (target - removed) / sum(map(whole, axes[index:]))
+        for own, (size, each) in zip(kept, every):
+            step = _step(axis, size)
             own[axis] = min(max(round(size[axis] * (1 - share) / step) * step, step), size[axis])
+            removed += each[axis] * (size[axis] - own[axis])
+    rounding = sum(each[axes[-1]] * _step(axes[-1], size) for size, each in every) / 2
     require(
-        kept != have,
-        f"parameters is {parameters}, less than half of the least that can go of {' and '.join(axes)}: ask for more",
+        removed > 0 and removed >= target - rounding,
+        f"parameters is {parameters}, but whole {names} make it {removed / total:.1%}: ask for another share",
     )
     return kept
+
+
+def _step(axis: str, size: dict[str, int]) -> int:
+    return MULTIPLE if axis == "mlp" and size[axis] >= MULTIPLE**2 else 1
 
 
 def _parameters(config: ModelConfig, layer: int, axis: str) -> int:

@@ -42,7 +42,9 @@ def skew(log_p_MV: jax.Array, log_q_MV: jax.Array, mix: float) -> jax.Array:
 
 
 def _kl(log_a_MV: jax.Array, log_b_MV: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.exp(log_a_MV) * (log_a_MV - log_b_MV), axis=-1)
+    # b - a adds up to zero, but for rounding errors of the logarithms, which it takes away: no term is negative.
+    a_MV, b_MV = jnp.exp(log_a_MV), jnp.exp(log_b_MV)
+    return jnp.sum(a_MV * (log_a_MV - log_b_MV) + (b_MV - a_MV), axis=-1)
 
 
 def _log_mixture(log_p_MV: jax.Array, log_q_MV: jax.Array, mix: float) -> jax.Array:

@@ -88,10 +88,16 @@ def test_many_channels_are_kept_in_multiples_that_kernels_are_fast_at():
 
 
 def test_a_share_that_cannot_be_reached_is_refused():
-    with pytest.raises(InputError, match=r"parameters is 0\.7, but without all but one of the mlp .* 35\.9% fewer"):
+    with pytest.raises(
+        InputError, match=r"parameters is 0\.7, but with the fewest mlp in each layer the model has 35\.9% fewer"
+    ):
         PruneWidth(parameters=0.7, axes="mlp")(tiny.model(), CONTEXT)
-    with pytest.raises(InputError, match=r"parameters is 0\.01, less than half of the least that can go"):
+    with pytest.raises(InputError, match=r"parameters is 0\.01, but whole groups make it 0\.0%"):
         PruneWidth(parameters=0.01, axes="groups")(tiny.model(), CONTEXT)
+    few_channels = dataclasses.replace(tiny.LLAMA, kv_heads=4, mlp_dim=4, vocabulary=257).config()
+    share = 0.35 * 2 * (4 * 32 * 32 + 3 * 4 * 32) / trees.count(tiny.model(few_channels).params)
+    with pytest.raises(InputError, match="but whole groups and mlp make it"):  # three of four heads, and no channel
+        counts(few_channels, share, ("groups", "mlp"))
     with pytest.raises(InputError, match="must be between 0 and 1"):
         PruneWidth(parameters=1.0)
 
