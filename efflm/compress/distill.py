@@ -1,4 +1,5 @@
-"""Teacher-student distillation (Hinton 2015, arXiv 1503.02531), of the outputs and optionally of hidden states."""
+"""Teacher-student distillation (Hinton 2015, arXiv 1503.02531), of outputs and optionally of hidden states and of
+attention."""
 
 import dataclasses
 import math
@@ -11,7 +12,7 @@ from efflm import ops
 from efflm.compress.step import Context, require_schedule, teacher_of, train_step
 from efflm.config import ModelConfig, flag, require
 from efflm.model import LanguageModel, Transformer
-from efflm.model.params import HIDDEN_PROJECTION
+from efflm.model.params import HEAD_MIXTURE, HIDDEN_PROJECTION
 from efflm.precision import policy_for
 from efflm.train import losses
 
@@ -52,6 +53,18 @@ def projections(layers: losses.Layers, student: int, teacher: int, seed: int) ->
     }
 
 
+def mixtures(layers: losses.Layers, student: ModelConfig, teacher: ModelConfig, seed: int) -> dict[str, jax.Array]:
+    """A float32 matrix [heads, teacher's heads] for each of the student's layers that has another number of heads than
+    the teacher's: nearly equal shares (see losses.attention_divergence), random so that heads learn to differ."""
+    keys = jax.random.split(jax.random.key(seed), len(layers))
+    shapes = [(student.blocks[ours].heads, teacher.blocks[theirs].heads) for ours, theirs in layers]
+    return {
+        losses.projection_name(layer): 0.1 * jax.random.normal(key, shape)
+        for key, (layer, _), shape in zip(keys, layers, shapes, strict=True)
+        if shape[0] != shape[1]
+    }
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distill:
     """Train the model to imitate the teacher; pruned weights stay zero."""
@@ -67,6 +80,7 @@ class Distill:
     )
     mix: float = flag(0.5, "share of the teacher in the mixture of jensen_shannon and skew, in (0, 1)")
     hidden: float = flag(0.0, "weight of the squared error between the outputs of layers, which is added to the loss")
+    attention: float = flag(0.0, "weight of KL(teacher's attention || student's) of layers, which is added too")
     layers: str = flag(
         "",
         "which layers these are: pairs student:teacher, counted from 0, as in '0:1 1:3'; empty: all of the student's "
@@ -80,23 +94,32 @@ class Distill:
         known = typing.get_args(ops.Divergence)
         require(self.divergence in known, f"divergence is {self.divergence!r}: choose from {', '.join(known)}")
         require(0 < self.mix < 1, f"mix is {self.mix}, but must be in (0, 1)")
-        require(0 <= self.hidden < math.inf, f"hidden is {self.hidden}, but must be finite and not negative")
+        for name in ("hidden", "attention"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"{name} is {value}, but must be finite and not negative")
         require(
             bool(re.fullmatch(r"\s*(\d+:\d+(\s+|$))*", self.layers, re.ASCII)),
             f"layers is {self.layers!r}, but must be pairs student:teacher with spaces between them, as in '0:1 1:3'",
         )
         ours = [layer for layer, _ in _pairs(self.layers)]
         require(len(ours) == len(set(ours)), f"layers is {self.layers!r}: give each of the student's layers once")
-        require(self.hidden > 0 or not ours, f"layers is {self.layers!r}, but hidden is 0: give hidden too")
+        require(
+            self.hidden > 0 or self.attention > 0 or not ours,
+            f"layers is {self.layers!r}, but hidden and attention are 0: give one of them too",
+        )
 
     def __call__(self, model: LanguageModel, context: Context):
         teacher = teacher_of(context, model)
         configs = model.config, teacher.config
-        layers = layer_map(self.layers, *configs) if self.hidden else ()
+        layers = layer_map(self.layers, *configs) if self.hidden or self.attention else ()
         beside = {}
-        if layers:
+        if self.attention:
+            beside[HEAD_MIXTURE] = mixtures(layers, *configs, context.seed)
+        if self.hidden:
             beside[HIDDEN_PROJECTION] = projections(layers, *(config.width for config in configs), context.seed)
         models = (Transformer(config, policy_for(config)) for config in configs)
-        same = {name: getattr(self, name) for name in ("temperature", "weight", "divergence", "mix", "hidden")}
+        same = {
+            name: getattr(self, name) for name in ("temperature", "weight", "divergence", "mix", "hidden", "attention")
+        }
         loss = losses.distillation_loss(*models, **same, layers=layers)
         return train_step(self, model, context, loss, teacher.params, beside)

@@ -6,10 +6,11 @@ H size of a head, F feed-forward width, V vocabulary, L layers. `x_BTD` is an ar
 
 from efflm.model.transformer import (
     Cache,
+    Gathered,
     LanguageModel,
     Transformer,
     empty_cache,
-    final_states_and_outputs,
+    final_states_and_gathered,
     in_dtype,
     init_params,
     stack_blocks,
@@ -18,10 +19,11 @@ from efflm.model.transformer import (
 
 __all__ = [
     "Cache",
+    "Gathered",
     "LanguageModel",
     "Transformer",
     "empty_cache",
-    "final_states_and_outputs",
+    "final_states_and_gathered",
     "in_dtype",
     "init_params",
     "stack_blocks",

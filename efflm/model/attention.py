@@ -7,7 +7,7 @@ import jax
 from efflm import ops
 from efflm.config import BlockConfig, ModelConfig
 from efflm.model import per_device, sequence_parallel, sharding
-from efflm.model.linear import Linear, linears
+from efflm.model.linear import PROBABILITIES, Linear, gathers, linears
 from efflm.model.norms import Norm
 from efflm.precision import Policy
 
@@ -50,6 +50,10 @@ class Attention(nn.Module):
                 q_BTNH, k_BTKH = ops.rotate(q_BTNH, *rotary), ops.rotate(k_BTKH, *rotary)
             place = lambda x: sharding.constrain(x.astype(dtype), "batch", "length", "heads", None)
             q_BTNH, k_BTKH, v_BTKH = place(q_BTNH), place(k_BTKH), place(v_BTKH)
+            if gathers(self, PROBABILITIES):
+                self.sow(
+                    PROBABILITIES, "all", sequence_parallel.probabilities(q_BTNH, k_BTKH, segments_BT, block.window)
+                )
             attend = sequence_parallel.attention if sequence_parallel.is_sharded() else per_device.attention
             out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=block.window)
         else:

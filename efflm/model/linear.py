@@ -1,7 +1,8 @@
 """A linear layer, and the one place where modules fetch weights.
 
 Where the collection READ is mutable, linear layers sow what they read into it (see model.by_block), and where OUTPUTS
-is, a Transformer the outputs of its layers (see transformer.final_states_and_outputs); elsewhere nothing is gathered.
+is, a Transformer the outputs of its layers, and where PROBABILITIES is, the weights of attention (see
+transformer.final_states_and_gathered); elsewhere nothing is gathered.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from efflm.model import params
 
 READ = "read"  # the collection of what linear layers read; their weights have the same names in `params`
 OUTPUTS = "outputs"  # the collection of what the layers give, in their order
+PROBABILITIES = "probabilities"  # the collection of the weights of attention, by layer
 
 
 def gathers(module: nn.Module, collection: str = READ) -> bool:

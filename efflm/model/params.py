@@ -90,10 +90,13 @@ WEIGHTS: dict[str, Param] = {
     **_norm("final_norm"),
 }
 
-# What is trained beside the weights and is in no model: matrices from a student's hidden states to its teacher's.
+# What is trained beside the weights and is in no model: matrices from a student's hidden states, and from its heads, to
+# its teacher's.
 HIDDEN_PROJECTION = "hidden_projection"
+HEAD_MIXTURE = "head_mixture"
 BESIDE: dict[str, Param] = {
-    HIDDEN_PROJECTION: Param(axes=("width", "teacher_width"), role="trained_beside", component="projections")
+    HIDDEN_PROJECTION: Param(axes=("width", "teacher_width"), role="trained_beside", component="projections"),
+    HEAD_MIXTURE: Param(axes=("student_heads", "teacher_heads"), role="trained_beside", component="projections"),
 }
 _RECORDS = WEIGHTS | BESIDE
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from efflm import ops
 from efflm.model import per_device, sharding
 from efflm.ops.attention import KERNELS, kernel_for
 
@@ -80,6 +81,29 @@ def attention(
     slots = lambda name: takes(name, T, shards * T, H, dtype, window, False)
     kernels = {name: by_stretches for name in KERNELS if in_order(name) and not slots(name)}
     return lax.platform_dependent(*arguments, default=by_slots, **kernels) if kernels else by_slots(*arguments)
+
+
+def probabilities(q_BTNH: jax.Array, k_BTKH: jax.Array, segments_BT: jax.Array | None, window: int) -> jax.Array:
+    """ops.attention_probabilities of a device's own queries: float32 [B, N, T, S]. Where a sequence is split over
+    devices, its keys are in the order of the devices that have them."""
+    T = q_BTNH.shape[1]
+    if not is_sharded():
+        slots_T, whole = jnp.arange(T), lambda x: x
+        key_slots_S = slots_T
+    else:
+        shards = sharding.sequence_shards()
+        slots = jnp.split(_reordered(jnp.arange(shards * T)[None], _chunk_order(shards))[0], shards)
+        whole = lambda x: None if x is None else lax.all_gather(x, AXIS, axis=1, tiled=True)
+        slots_T, key_slots_S = jnp.stack(slots)[lax.axis_index(AXIS)], jnp.concatenate(slots)
+    return ops.attention_probabilities(
+        q_BTNH,
+        whole(k_BTKH),
+        slots_T=slots_T,
+        key_slots_S=key_slots_S,
+        segments_BT=segments_BT,
+        key_segments_BS=whole(segments_BT),
+        window=window,
+    )
 
 
 def _by_slots(q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, device, *, shards: int, window: int) -> jax.Array:

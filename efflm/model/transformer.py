@@ -17,7 +17,7 @@ from efflm.config import BlockConfig, ModelConfig, Remat, require
 from efflm.model import sharding
 from efflm.model.attention import Attention, LayerCache
 from efflm.model.feedforward import FeedForward
-from efflm.model.linear import OUTPUTS, fetch, gathers
+from efflm.model.linear import OUTPUTS, PROBABILITIES, fetch, gathers
 from efflm.model.norms import Norm
 from efflm.model.rotary import tables
 from efflm.model.sharding import constrain
@@ -201,17 +201,28 @@ class Transformer(nn.Module):
         return layers(x_BTD, positions_BT, rotary, segments_BT)[0]
 
 
-def final_states_and_outputs(
-    model: Transformer, params: Any, tokens: jax.Array, **inputs: Any
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """`final_states` without a cache, and the output of every layer before the final norm, float32 [B, T, D].
+@flax.struct.dataclass
+class Gathered:
+    """What the layers gave, in their order: outputs before the final norm, float32 [B, T, D], and the weights of
+    attention, float32 [B, N, T, S]. Empty where it was not asked for."""
 
-    The layers must not be scanned.
-    """
-    (x_BTD, _), gathered = model.apply(
-        {"params": params}, tokens, **inputs, method=Transformer.final_states, mutable=[OUTPUTS]
+    outputs: tuple[jax.Array, ...] = ()
+    probabilities: tuple[jax.Array, ...] = ()
+
+
+def final_states_and_gathered(
+    model: Transformer, params: Any, tokens: jax.Array, *, outputs: bool = True, probabilities: bool = False, **inputs
+) -> tuple[jax.Array, Gathered]:
+    """`final_states` without a cache, and what is asked for of every layer. The layers must not be scanned."""
+    wanted = [name for name, asked in ((OUTPUTS, outputs), (PROBABILITIES, probabilities)) if asked]
+    (x_BTD, _), found = model.apply(
+        {"params": params}, tokens, **inputs, method=Transformer.final_states, mutable=wanted
     )
-    return x_BTD, gathered[OUTPUTS]["blocks"]
+    layers = range(len(model.config.blocks))
+    return x_BTD, Gathered(
+        found[OUTPUTS]["blocks"] if outputs else (),
+        tuple(found[PROBABILITIES][f"block_{i}"]["attention"]["all"][0] for i in layers) if probabilities else (),
+    )
 
 
 def init_params(config: ModelConfig, seed: int, mesh: Mesh | None = None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from efflm.ops.feedforward import gated_feedforward, swiglu
 from efflm.ops.masks import Masks, apply_masks, mask_tree, masked
 from efflm.ops.norm import Normed, normalize
 from efflm.ops.prepare import prepare
+from efflm.ops.probabilities import attention_probabilities
 from efflm.ops.qarray import QArray, dequantize, quantize_array, requantize, straight_through, take
 from efflm.ops.rotary import rotate
 from efflm.ops.storage import nonzeros, stored_nbytes
@@ -22,6 +23,7 @@ __all__ = [
     "QArray",
     "apply_masks",
     "attention",
+    "attention_probabilities",
     "cached_attention",
     "cross_entropy",
     "dequantize",

@@ -9,8 +9,8 @@ from jax import lax
 
 from efflm import ops
 from efflm.config import ModelConfig, Remat
-from efflm.model import Transformer, final_states_and_outputs, sequence_parallel
-from efflm.model.params import HIDDEN_PROJECTION
+from efflm.model import Gathered, Transformer, final_states_and_gathered, sequence_parallel
+from efflm.model.params import HEAD_MIXTURE, HIDDEN_PROJECTION
 from efflm.precision import FLOAT32, Policy
 
 # loss_fn(trainable, frozen, batch, rng) -> (scalar loss, dict of scalars). A loss that is a mean over weighted targets
@@ -48,10 +48,11 @@ def distillation_loss(
     divergence: ops.Divergence = "forward",
     mix: float = 0.5,
     hidden: float = 0.0,
+    attention: float = 0.0,
     layers: Layers = (),
 ) -> LossFn:
     """The mean over targets of weight * T^2 * divergence + (1 - weight) * cross-entropy, in nats; plus hidden *
-    `hidden_state_error` of the layers, if there are any.
+    `hidden_state_error` and attention * `attention_divergence` of the layers, where these weights are not 0.
 
     T is the temperature; divergence: of teacher and student, `mix` the teacher's share in the mixture that some of them
     have (see ops.divergences). The teacher's params are `frozen`; no gradient flows to them. See ops.distillation.
@@ -66,11 +67,18 @@ def distillation_loss(
         models = (student, params), (teacher, frozen)
         if not layers:
             return of_outputs([_final_states(*each, batch) for each in models], batch, weights_BT)
-        outputs, states = zip(*(_with_hidden_states(*each, batch) for each in models), strict=True)
+        wanted = {"outputs": hidden > 0, "probabilities": attention > 0}
+        outputs, found = zip(*(_with_gathered(*each, batch, wanted) for each in models), strict=True)
         parts = of_outputs(outputs, batch, weights_BT)
-        projections = params.get(HIDDEN_PROJECTION, {})
-        error = hidden_state_error(*states, projections, layers, weights_BT, student.policy.compute)
-        return parts | {"loss": parts["loss"] + hidden * error, "hidden": error}
+        if hidden:
+            projections, states = params.get(HIDDEN_PROJECTION, {}), [each.outputs for each in found]
+            error = hidden_state_error(*states, projections, layers, weights_BT, student.policy.compute)
+            parts |= {"loss": parts["loss"] + hidden * error, "hidden": error}
+        if attention:
+            mixtures, probabilities = params.get(HEAD_MIXTURE, {}), [each.probabilities for each in found]
+            apart = attention_divergence(*probabilities, mixtures, layers, weights_BT)
+            parts |= {"loss": parts["loss"] + attention * apart, "attention": apart}
+        return parts
 
     return _mean_over_tokens(sums)
 
@@ -100,8 +108,34 @@ def hidden_state_error(
     return total
 
 
+def attention_divergence(
+    probabilities: Sequence[jax.Array],
+    teacher_probabilities: Sequence[jax.Array],
+    mixtures: Any,
+    layers: Layers,
+    weights_BT: jax.Array,
+) -> jax.Array:
+    """The weighted sum over queries of KL(teacher's attention || student's), the mean over the teacher's heads, in
+    nats, added up over the layers.
+
+    MiniLM (Wang 2020, arXiv 2002.10957, section 3.1). mixtures: {projection_name(layer): [heads, teacher's heads]};
+    where a layer has one, each of the teacher's heads is compared with a mixture of the student's, whose shares are the
+    softmax over the student's heads. probabilities: of all layers, [B, N, T, S]. No gradient flows to the teacher's.
+    """
+    total, least = jnp.float32(0), jnp.finfo(jnp.float32).tiny
+    for layer, teacher_layer in layers:
+        q_BNTS, name = probabilities[layer], projection_name(layer)
+        p_BNTS = lax.stop_gradient(teacher_probabilities[teacher_layer])
+        if name in mixtures:
+            shares = jax.nn.softmax(mixtures[name], axis=0)
+            q_BNTS = jnp.einsum("BMTS,MN->BNTS", q_BNTS, shares)
+        log_ratio = jnp.log(jnp.maximum(p_BNTS, least)) - jnp.log(jnp.maximum(q_BNTS, least))
+        total = total + jnp.sum(weights_BT * jnp.mean(jnp.sum(p_BNTS * log_ratio, axis=-1), axis=1))
+    return total
+
+
 def projection_name(layer: int) -> str:
-    """The name of the matrix that the student's layer has among those of params.HIDDEN_PROJECTION."""
+    """The name of the matrix that the student's layer has among those of HIDDEN_PROJECTION or of HEAD_MIXTURE."""
     return f"block_{layer}"
 
 
@@ -132,10 +166,12 @@ def _final_states(model: Transformer, params: Any, batch: dict[str, jax.Array]) 
     return _read_by(model, params, x_BTD)
 
 
-def _with_hidden_states(model: Transformer, params: Any, batch: dict[str, jax.Array]) -> tuple[Any, Any]:
-    """What `_final_states` gives, and the outputs of all layers."""
-    x_BTD, states = final_states_and_outputs(model, params, **_inputs(batch))
-    return _read_by(model, params, x_BTD), states
+def _with_gathered(
+    model: Transformer, params: Any, batch: dict[str, jax.Array], wanted: dict[str, bool]
+) -> tuple[Any, Gathered]:
+    """What `_final_states` gives, and what is wanted of all layers."""
+    x_BTD, found = final_states_and_gathered(model, params, **_inputs(batch), **wanted)
+    return _read_by(model, params, x_BTD), found
 
 
 def _inputs(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -9,12 +9,12 @@ import optax
 import pytest
 
 from efflm import ops, trees
-from efflm.compress.distill import Distill, layer_map, projections
+from efflm.compress.distill import Distill, layer_map, mixtures, projections
 from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context, train_masters
 from efflm.config import InputError
-from efflm.model import LanguageModel, Transformer, final_states_and_outputs, init_params, sharding
+from efflm.model import LanguageModel, Transformer, final_states_and_gathered, init_params, sharding
 from efflm.model.params import HIDDEN_PROJECTION
 from efflm.train import losses
 from efflm.train.losses import distillation_loss, target_weights
@@ -133,7 +133,8 @@ def test_bad_settings_are_refused():
         ("mix", 1.0, r"mix is 1\.0, but must be in \(0, 1\)"),
         ("hidden", -1.0, r"hidden is -1\.0, but must be finite and not negative"),
         ("hidden", float("nan"), r"hidden is nan, but must be finite"),
-        ("layers", "0:1", "layers is '0:1', but hidden is 0"),
+        ("layers", "0:1", "layers is '0:1', but hidden and attention are 0"),
+        ("attention", -1.0, r"attention is -1\.0, but must be finite and not negative"),
     ):
         with pytest.raises(InputError, match=message):
             Distill(**{field: value})
@@ -185,7 +186,9 @@ def test_hidden_states_of_a_pruned_and_rounded_student_are_compared_and_nothing_
 
     inputs = {name: batch[name] for name in ("segments", "positions")}
     states, teacher_states = (
-        np.float64(final_states_and_outputs(Transformer(each.config), each.params, batch["inputs"], **inputs)[1])
+        np.float64(
+            final_states_and_gathered(Transformer(each.config), each.params, batch["inputs"], **inputs)[1].outputs
+        )
         for each in (student, teacher)
     )
     made = projections(((0, 1), (1, 0)), shape.width, 32, seed=5)
@@ -231,8 +234,57 @@ def test_hidden_states_on_two_devices_teach_like_on_one(axes):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), one, two)
 
 
+FEWER_HEADS = dataclasses.replace(tiny.LLAMA, layers=1, heads=2, kv_heads=1)
+WITH_ATTENTION = Distill(steps=1, learning_rate=1e-2, weight=0.7, attention=3.0, layers="0:1")
+
+
+def attention_apart(student, teacher, mixture, batch):
+    """The mean over tokens of KL(teacher's attention of layer 1 || student's of layer 0), in float64."""
+    read = {name: batch[name] for name in ("segments", "positions")}
+    named = {"outputs": False, "probabilities": True}
+    q, p = (
+        np.float64(
+            final_states_and_gathered(Transformer(each.config), each.params, batch["inputs"], **read, **named)[
+                1
+            ].probabilities[layer]
+        )
+        for each, layer in ((student, 0), (teacher, 1))
+    )
+    if mixture is not None:
+        shares = np.exp(np.float64(mixture))
+        q = np.einsum("bmts,mn->bnts", q, shares / shares.sum(axis=0))
+    kl = np.where(p > 0, p * (np.log(np.maximum(p, 1e-300)) - np.log(np.maximum(q, 1e-300))), 0).sum(-1).mean(1)
+    return kl[batch["segments"] > 0].mean()
+
+
+@pytest.mark.parametrize("shape", [FEWER_HEADS, STUDENT])
+def test_attention_of_a_student_is_compared_and_learned(shape, tmp_path):
+    student, teacher, file = tiny.model(shape, seed=1), tiny.model(seed=2), tmp_path / "metrics.jsonl"
+    made = mixtures(((0, 1),), student.config, teacher.config, 5)
+    assert {name: m.shape for name, m in made.items()} == ({"block_0": (2, 4)} if shape is FEWER_HEADS else {})
+    context = context_of(teacher, seed=5, metrics=file)
+    _, record = WITH_ATTENTION(student, context)
+    got = json.loads(file.read_text().splitlines()[0])
+    batch = context.batches(0)
+    assert got["attention"] == pytest.approx(attention_apart(student, teacher, made.get("block_0"), batch), rel=1e-3)
+    parts = 0.7 * got["divergence"] + 0.3 * got["cross_entropy"] + 3 * got["attention"]
+    assert got["loss"] == pytest.approx(parts, rel=1e-4)
+    assert not any("mixture" in path for path in record.leaves)
+    dataclasses.replace(WITH_ATTENTION, steps=30)(student, dataclasses.replace(context, metrics=tmp_path / "more"))
+    learned = [json.loads(line)["attention"] for line in (tmp_path / "more").read_text().splitlines()]
+    assert learned[-1] < 0.7 * got["attention"]
+
+
+@pytest.mark.parametrize("axes", [{"data": 2}, {"tensor": 2}, {"sequence": 2}])
+def test_attention_on_two_devices_teaches_like_on_one(axes):
+    student, teacher, mesh = tiny.model(FEWER_HEADS, seed=1), tiny.model(seed=2), sharding.make_mesh(**axes)
+    step = dataclasses.replace(WITH_ATTENTION, steps=2, weight=0.01)
+    one, two = (step(student, context_of(teacher, each))[0].params for each in (sharding.make_mesh(), mesh))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), one, two)
+
+
 def test_without_their_loss_no_hidden_states_are_gathered(monkeypatch, tmp_path):
-    monkeypatch.setattr(losses, "final_states_and_outputs", None)
+    monkeypatch.setattr(losses, "final_states_and_gathered", None)
     monkeypatch.setattr("efflm.compress.distill.projections", None)
     file = tmp_path / "metrics.jsonl"
     Distill(steps=1)(tiny.model(NARROW, seed=1), context_of(tiny.model(seed=2), metrics=file))

@@ -10,7 +10,7 @@ from efflm.model import (
     Transformer,
     by_block,
     empty_cache,
-    final_states_and_outputs,
+    final_states_and_gathered,
     init_params,
     stack_blocks,
     unstack_blocks,
@@ -118,13 +118,14 @@ def test_the_outputs_of_layers_are_those_of_the_layers_one_at_a_time(name, remat
     inputs = [batch[part] for part in ("positions", "segments")]
     transformer = Transformer(model.config, remat=remat)
     named = dict(zip(("positions", "segments"), inputs, strict=True))
-    final_BTD, outputs = final_states_and_outputs(transformer, model.params, batch["inputs"], **named)
+    final_BTD, found = final_states_and_gathered(transformer, model.params, batch["inputs"], **named)
+    assert found.probabilities == ()
     x_BTD, want = by_block.embed(model, batch["inputs"], inputs[0]), []
     for i in range(len(model.config.blocks)):
         single = by_block.block_config(model.config, i)
         x_BTD = by_block.apply_block(single, model.params[f"block_{i}"], x_BTD, *inputs)
         want.append(x_BTD)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), outputs, tuple(want))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found.outputs, tuple(want))
     alone, _ = transformer.apply({"params": model.params}, batch["inputs"], **named, method="final_states")
     np.testing.assert_array_equal(final_BTD, alone)
 
