@@ -5,16 +5,19 @@
     python -m experiments.compress --model=smollm2 --recipe="w8a16 w8a8 magnitude50" --text=notes.txt
 
 Expect a table of all models, and in the run directory each compressed one as `<recipe>.safetensors`, its tokenizer,
-`results.json` and `report.html`. Beside the first model one compressed model is held at a time.
+`results.json` and `report.html`. Beside the first model one compressed model is held at a time. A chain that trains or
+is calibrated keeps the model after each step: the same command goes on with the step that was interrupted.
 """
 
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from efflm import api, ops, rundir, trees
 from efflm.compress import recipe
@@ -30,7 +33,7 @@ from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink
 from efflm.compress.smoothquant import SmoothQuant
 from efflm.compress.sparsegpt import SparseGPT
-from efflm.compress.step import Calibration, Context, Step
+from efflm.compress.step import Calibration, Context, Record, Step
 from efflm.compress.tuned import TunedRounding
 from efflm.compress.wanda import Wanda
 from efflm.compress.width import PruneWidth
@@ -134,7 +137,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict) -> N
     dense, tokens, about = loaded.model, loaded.tokenizer, loaded.about
     recipe.require_finite(dense)
     largest = max(trees.nbytes(dense.params), 2 * trees.count(dense.params))  # of int8, recipe bfloat16 makes that
-    rundir.require_writable(run_dir, needs=(1 + len(plans)) * largest + rundir.SMALL_FILES)
+    rundir.require_writable(run_dir, needs=(2 + len(plans)) * largest + rundir.SMALL_FILES)
     say(f"{run.model}: {trees.count(dense.params) / 1e6:.1f} M parameters, {rows.origin(run.model, about)}")
     text = dataset.to_score(run.text, run.corpus, about, tokens, dataset.cache_beside(run.model), run.strict)
     if text.left_out:
@@ -149,7 +152,12 @@ def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict) -> N
     dense_here = ops.prepare(sharding.on_one_device(dense), platform)
     for name, steps in plans.items():
         say(f"{name}: {', then '.join(map(repr, steps))}")
-        after, records[name] = recipe.run(dense, steps, dataclasses.replace(context, metrics=curves_of(run_dir, name)))
+        own = dataclasses.replace(context, metrics=curves_of(run_dir, name))
+        unfinished = run_dir / f"{name}.unfinished.safetensors"
+        slow = recipe.trains(steps) or recipe.calibrates(steps)
+        after, records[name] = recipe.run(
+            dense, steps, own, kept_in(unfinished, about, own.mesh, say) if slow else None
+        )
         here = ops.prepare(sharding.on_one_device(after), platform)
         models = {name: here} if measured else {first: dense_here, name: here}
         say(f"{name}: reading the text")
@@ -161,6 +169,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict) -> N
             tokens.save(run_dir / "tokenizer.json")
             before, size = found[first], safetensors.save(run_dir / BEFORE, dense, about)
         after_size = safetensors.save(run_dir / f"{name}.safetensors", after, about | {"recipe": name}, records[name])
+        unfinished.unlink(missing_ok=True)
         rates = cost.rates({first: dense_here, name: here}, protocol)
         pairs = [(name, after, after_size, described(steps, after), found[name])]
         if not measured:
@@ -207,6 +216,31 @@ def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict) -> N
         command=command,
     )
     say(f"done: open {run_dir / 'report.html'}")
+
+
+def kept_in(file: Path, about: dict[str, Any], mesh: Mesh, say: Callable[[str], None]) -> recipe.Kept:
+    """Keeps the model after each step of a chain in the file."""
+
+    def save(model: LanguageModel, records: tuple[Record, ...], key: str) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.save(file, model, about | {"lineage": [], "chain": key}, records)
+
+    def load() -> tuple[LanguageModel, tuple[Record, ...], str] | None:
+        if not file.exists():
+            return None
+        try:
+            model, made = safetensors.load(file, mesh)
+        except InputError as error:
+            say(f"{error}: beginning anew")
+            return None
+        fields = {field.name for field in dataclasses.fields(Record)}
+        records = tuple(Record(**{name: each[name] for name in fields}) for each in made["lineage"])
+        say(
+            f"found {file}, the model after {', then '.join(record.step for record in records)}: kept by an earlier run"
+        )
+        return model, records, made["chain"]
+
+    return recipe.Kept(save, load)
 
 
 def curves_of(run_dir: Path, name: str) -> Path:

@@ -1,8 +1,11 @@
 """Chains of compression steps, and the named ones."""
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from efflm import trees
 from efflm.compress.awq import AWQ
@@ -18,7 +21,7 @@ from efflm.compress.rotate import Rotate
 from efflm.compress.shrink import Shrink
 from efflm.compress.smoothquant import SmoothQuant
 from efflm.compress.sparsegpt import SparseGPT
-from efflm.compress.step import Context, Record, Step
+from efflm.compress.step import Context, Record, Step, digest
 from efflm.compress.tuned import TunedRounding
 from efflm.compress.wanda import Wanda
 from efflm.compress.width import PruneWidth
@@ -122,16 +125,51 @@ def require_masks(model: LanguageModel) -> None:
         )
 
 
-def run(model: LanguageModel, steps: Sequence[Step], context: Context) -> tuple[LanguageModel, tuple[Record, ...]]:
-    """Apply the steps in order; the teacher is the first model unless the context names one. Raises InputError."""
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Where a chain keeps the model after each step but the last.
+
+    save(model, records, key) keeps it in place of the one before; load() returns what was kept last, or None. The key
+    is that of the steps so far, of all that they read and of the model that the chain began with.
+    """
+
+    save: Callable[[LanguageModel, tuple[Record, ...], str], None]
+    load: Callable[[], tuple[LanguageModel, tuple[Record, ...], str] | None]
+
+
+def run(
+    model: LanguageModel, steps: Sequence[Step], context: Context, kept: Kept | None = None
+) -> tuple[LanguageModel, tuple[Record, ...]]:
+    """Apply the steps in order; the teacher is the first model unless the context names one. Raises InputError.
+
+    kept: a chain that was interrupted goes on with the step it was in, if model, steps and context are as they were.
+    """
     require_finite(model)
     require_masks(model)
     if context.teacher is None:
         context = dataclasses.replace(context, teacher=model)
-    records = []
+    records: tuple[Record, ...] = ()
+    begin = _begin(model, steps, context) if kept else ""
+    key = lambda count: hashlib.sha256(f"{begin} {steps[:count]!r}".encode()).hexdigest()
+    found = kept.load() if kept else None
+    if found and len(found[1]) < len(steps) and found[2] == key(len(found[1])):
+        model, records, _ = found
     folder = context.metrics
-    for index, step in enumerate(steps, 1):
+    for index, step in enumerate(steps[len(records) :], len(records) + 1):
         file = folder and folder / f"{index}_{type(step).__name__.lower()}.jsonl"
         model, done = step(model, dataclasses.replace(context, metrics=file))
-        records.append(done)
-    return model, tuple(records)
+        records = (*records, done)
+        if kept and index < len(steps):
+            kept.save(model, records, key(index))
+    return model, records
+
+
+def _begin(model: LanguageModel, steps: Sequence[Step], context: Context) -> str:
+    """A digest of all that a chain of these steps begins with: the models, the seed and the text."""
+    out = hashlib.sha256(f"{digest(model)} {context.seed} {context.corpus} {context.tokenizer}".encode())
+    if context.teacher is not model:
+        out.update(digest(context.teacher).encode())
+    for batch in (context.calibration, context.batches(0) if context.batches and trains(steps) else None):
+        for name, array in sorted((batch or {}).items()):
+            out.update(f"{name} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return out.hexdigest()

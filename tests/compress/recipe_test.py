@@ -142,3 +142,41 @@ def test_weights_that_are_not_finite_are_not_compressed():
     kernel["kernel"] = kernel["kernel"].replace(scale=kernel["kernel"].scale.at[0, 1:].set(np.inf))
     with pytest.raises(InputError, match=r"^15 of the numbers in block_0/attention/key/kernel/scale are infinite"):
         recipe.run(model, (Prune(sparsity=0.5),), CONTEXT)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Interrupted:
+    """A step that the user stops."""
+
+    number: int = 0
+
+    def __call__(self, model, context):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_chain_goes_on_with_the_step_it_was_in(monkeypatch):
+    model, first, files = tiny.model(), (Prune(sparsity=0.5), Distill(steps=1)), []
+    kept = recipe.Kept(lambda *made: files.append(made), lambda: files[-1] if files else None)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.run(model, (*first, Interrupted()), CONTEXT, kept)
+    assert [len(records) for _, records, _ in files] == [1, 2]
+
+    whole, records = recipe.run(model, (*first, Quantize()), CONTEXT)
+    monkeypatch.setattr(Prune, "__call__", None)
+    monkeypatch.setattr(Distill, "__call__", None)
+    resumed, same = recipe.run(model, (*first, Quantize()), CONTEXT, kept)
+    assert digest(resumed) == digest(whole)
+    assert same == records
+    assert len(files) == 2  # what the last step makes is for the caller to keep
+
+    other_text = dataclasses.replace(CONTEXT, batches=lambda step: tiny.batch(CONFIG, seed=step + 9))
+    for change in (
+        (tiny.model(seed=5), first, CONTEXT),
+        (model, (Prune(sparsity=0.25), first[1]), CONTEXT),
+        (model, first, dataclasses.replace(CONTEXT, seed=1)),
+        (model, first, dataclasses.replace(CONTEXT, teacher=tiny.model(seed=5))),
+        (model, first, dataclasses.replace(CONTEXT, calibration=tiny.batch(CONFIG, seed=3))),
+        (model, first, other_text),
+    ):
+        with pytest.raises(TypeError, match="not callable"):  # it begins anew
+            recipe.run(change[0], (*change[1], Quantize()), change[2], kept)

@@ -15,6 +15,8 @@ import pytest
 
 from efflm import rundir
 from efflm.compress import recipe
+from efflm.compress.distill import Distill
+from efflm.compress.quantize import Quantize
 from efflm.compress.step import Calibration
 from efflm.config import MeshConfig, ModelShape, Optimizer, TrainConfig
 from efflm.evaluate.windows import Scoring
@@ -295,6 +297,29 @@ def test_several_recipes_in_one_report(trained, corpus, tmp_path):
         run(compress, f"--model={trained}", "--recipe=student_scratch", f"--run_dir={tmp_path / 'not'}",
             "--shrink.layers=9", "--length=16")  # fmt: skip
     assert not (tmp_path / "not").exists()
+
+
+def test_a_stopped_compression_goes_on_by_the_same_command(trained, tmp_path, monkeypatch, capsys):
+    flags = [f"--model={trained}", "--recipe=shrink_distill_int8", "--length=16", "--score.window=32", "--prompt="]
+    run(compress, *flags, f"--run_dir={tmp_path / 'whole'}")
+    whole = rows_of(tmp_path / "whole")[1]
+    quantize, out = Quantize.__call__, tmp_path / "out"
+
+    def stopped(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Quantize, "__call__", stopped)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(compress, *flags, f"--run_dir={out}")
+    monkeypatch.setattr(Quantize, "__call__", quantize)
+    monkeypatch.setattr(Distill, "__call__", stopped)
+    capsys.readouterr()
+    run(compress, *flags, f"--run_dir={out}")
+    assert "the model after Shrink, then Distill: kept by an earlier run" in capsys.readouterr().out
+    assert rows_of(out)[1]["bits_per_byte"] == whole["bits_per_byte"]
+    records = json.loads((out / "results.json").read_text())["records"]["shrink_distill_int8"]
+    assert [each["step"] for each in records] == ["Shrink", "Distill", "Quantize"]
+    assert not list(out.glob("*.unfinished*"))
 
 
 def test_files_that_are_not_text_are_left_out_or_with_strict_refused(trained, corpus, tmp_path, capsys):
