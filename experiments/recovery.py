@@ -1,0 +1,282 @@
+"""What recovers a model that was made smaller, and in which order its steps are best.
+
+    python -m experiments.recovery --model=runs/pretrain
+    python -m experiments.recovery --model=smollm2 --corpus=notes/ --precision=auto --seeds=3 --chains="width@0.3
+      width@0.3,text width@0.3,distill"
+    python -m experiments.recovery --model=runs/pretrain --chains= --orders="width@0.3 distill w8a16"
+
+A chain is parts joined by commas: width@SHARE and depth@SHARE remove that share of the parameters or of the layers;
+fresh gives all weights new random values; distill and text train with the first model as teacher, or on the text
+alone, for --steps steps, distill@SHARE and text@SHARE for that share of them, and text@seconds for as many seconds as
+distill took after the same parts; any recipe of experiments.compress is a part too. So
+"width@0.2,distill@0.5,width@0.2,distill@0.5" prunes and distills in turn.
+
+Expect a table in the terminal, and in the run directory results.json, which is written anew after each model, and
+report.html with loss against bytes.
+
+Protocol: everything is of the training split but the text that is scored, which is of the test split. A seed draws the
+batches, the calibration text and fresh weights; shown are the mean over seeds and their standard deviation. Recovered:
+the share that training took away of the loss that the parts before it had brought. Speed is measured for the first
+model of each shape, in turn with the first model.
+"""
+
+import dataclasses
+import functools
+import itertools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from efflm import api, ops, rundir, trees
+from efflm.compress import recipe
+from efflm.compress.distill import Distill
+from efflm.compress.finetune import Finetune
+from efflm.compress.shrink import Shrink
+from efflm.compress.step import Calibration, Context, Step
+from efflm.compress.width import PruneWidth
+from efflm.config import PRECISION, AskedPrecision, flag, require
+from efflm.data import corpora, dataset
+from efflm.evaluate import cost, quality
+from efflm.evaluate.quality import Quality
+from efflm.evaluate.windows import Scoring
+from efflm.flags import command_line, launch
+from efflm.formats import sources
+from efflm.formats.sources import KINDS, Loaded
+from efflm.model import LanguageModel, sharding
+from efflm.report import page, rows, scoring, swept, table
+from efflm.report.page import Section, Table
+from efflm.report.recovered import COLUMNS, Row
+
+TRAINED = ("text", "distill")
+SECONDS = "text@seconds"
+CHAINS = ("width@0.3", "width@0.3,text", "width@0.3,distill", f"width@0.3,{SECONDS}", "width@0.3,fresh,text")
+CHAINS += ("depth@0.5", "depth@0.5,text", "depth@0.5,distill")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """The run"""
+
+    model: str = flag(str(rundir.ROOT / "quickstart"), KINDS)
+    corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib")
+    strict: bool = flag(False, corpora.STRICT)
+    precision: AskedPrecision = flag("", PRECISION)
+    chains: str = flag(" ".join(CHAINS), "chains of parts, with spaces between them; see above")
+    orders: str = flag("", "parts of which every order is a chain, as in 'width@0.3 distill w8a16'; empty: none")
+    steps: int = flag(150, "optimizer steps of distill and text")
+    learning_rate: float = flag(5e-4, "their peak learning rate")
+    batch: int = flag(8, "sequences in a training batch")
+    length: int = flag(256, "tokens in each")
+    seeds: int = flag(1, "seeds of each chain")
+    speed: bool = flag(True, "measure prefill and decode of each shape")
+    run_dir: str = flag(str(rundir.ROOT / "recovery"), "where everything is written")
+
+    def __post_init__(self):
+        for name in ("steps", "learning_rate", "batch", "length", "seeds"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
+        listed = self.names
+        require(bool(listed), "chains and orders are empty: give one of them")
+        for chain in listed:
+            require_known(chain, listed)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all chains."""
+        orders = itertools.permutations(self.orders.split()) if self.orders.split() else ()
+        return list(dict.fromkeys([*self.chains.split(), *map(",".join, orders)]))
+
+
+def require_known(chain: str, listed: list[str]) -> None:
+    """Raise InputError for a part that does not exist."""
+    parts = chain.split(",")
+    for index, part in enumerate(parts):
+        name, at, setting = part.partition("@")
+        if part == SECONDS:
+            needed = [",".join([*parts[:index], kind]) for kind in TRAINED]
+            missing = [each for each in needed if each not in listed]
+            require(not missing, f"{chain}: {SECONDS} takes its time from {' and '.join(needed)}: list them too")
+        elif name in ("width", "depth", *TRAINED) and (at or name in TRAINED):
+            try:
+                share = float(setting or 1)
+            except ValueError:
+                share = 0.0
+            require(0 < share <= 1, f"{chain}: {part} must end in a share in (0, 1], as in {name}@0.5")
+        elif part != "fresh":
+            recipe.named(part)
+
+
+def steps_of(part: str, run: Run, distill: dict[str, Any], model: LanguageModel, longer: float) -> tuple[Step, ...]:
+    """The steps of a part for the model as it is. longer: of text@seconds, how many times the steps."""
+    (name, _, setting), layers = part.partition("@"), len(model.config.blocks)
+    if name in TRAINED:
+        share = longer if part == SECONDS else float(setting or 1)
+        schedule = {"steps": max(1, round(share * run.steps)), "learning_rate": run.learning_rate}
+        return (Finetune(**schedule),) if name == "text" else (Distill(**(schedule | distill)),)
+    if name == "width" and setting:
+        return (PruneWidth(parameters=float(setting)),)
+    if name == "depth" and setting:
+        return (Shrink(layers=max(1, round(layers * (1 - float(setting))))),)
+    return (Shrink(layers=layers, init="random"),) if part == "fresh" else recipe.named(part)
+
+
+@dataclasses.dataclass
+class Maker:
+    """Makes the models of chains. Those that no part has trained yet are kept, as later chains begin with them."""
+
+    run: Run
+    dense: LanguageModel
+    distill: dict[str, Any]
+    context: Callable[[int], Context]
+    kept: dict[tuple[str, int], LanguageModel] = dataclasses.field(default_factory=dict)
+    seconds: dict[tuple[str, int], float] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, chain: str, seed: int) -> tuple[LanguageModel, float, int]:
+        """The model, and the seconds and the tokens it was trained for."""
+        model, parts, seconds, tokens = self.dense, chain.split(","), 0.0, 0
+        for index, part in enumerate(parts):
+            so_far = ",".join(parts[: index + 1])
+            if (so_far, seed) in self.kept:
+                model = self.kept[so_far, seed]
+                continue
+            before = ",".join(parts[:index])
+            took = [self.seconds.get((f"{before},{kind}".lstrip(","), seed), 1.0) for kind in TRAINED]
+            steps = steps_of(part, self.run, self.distill, model, took[1] / took[0])
+            began = time.perf_counter()
+            model, _ = recipe.run(model, steps, self.context(seed))
+            jax.block_until_ready(model)
+            if recipe.trains(steps):
+                self.seconds[so_far, seed] = time.perf_counter() - began
+                seconds += self.seconds[so_far, seed]
+                tokens += sum(getattr(step, "steps", 0) for step in steps) * self.run.batch * self.run.length
+            elif not tokens:
+                self.kept[so_far, seed] = model
+        return model, seconds, tokens
+
+
+@rundir.locked
+def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, Any]) -> None:
+    began = time.perf_counter()
+    say = lambda words: print(f"[{time.perf_counter() - began:4.0f} s] {words}", flush=True)
+    run_dir = Path(run.run_dir)
+    rundir.require_writable(run_dir, needs=rundir.SMALL_FILES)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    rundir.use_compilation_cache(run_dir.parent / "compilation_cache")
+    loaded = sources.load(run.model, precision=run.precision, mesh=sharding.data_parallel(run.batch))
+    dense = loaded.model
+    recipe.require_finite(dense)
+    source = dataset.source_of(run.corpus, loaded.about)
+    text = dataset.held_out(source, loaded.tokenizer, dataset.cache_beside(run.model), strict=run.strict)
+    score = score.within(dense.config.max_length, loaded.about.get("train.length", 0), text.unbroken)
+    context = functools.cache(functools.partial(context_for, run, calibration, loaded, source))
+    make, kept = Maker(run, dense, distill, context), {}
+    measure = lambda model: scoring.measure(
+        {"": sharding.on_one_device(model)}, text, loaded.tokenizer, score, sharding.on_one_device(dense), kept
+    )[""]
+    before = measure(dense)
+    first = rows.label(loaded.about)
+    say(f"{first}: {quality.words(quality.bits_per_byte(before))} bits per byte")
+    found = {first: Row(
+        name=first, parameters=trees.count(dense.params), bytes=ops.stored_nbytes(dense.params, dense.masks),
+        bits_per_byte=quality.bits_per_byte(before)[0],
+    )}  # fmt: skip
+    protocol, speeds = cost.protocol_for(dense), {}
+    facts = [
+        f"Quality: {scoring.protocol(text, score, before)}. Teacher: the first model.",
+        f"Training: batches of {run.batch} x {run.length} tokens, {run.steps} steps, learning rate "
+        f"{run.learning_rate:g}, matmuls in {dense.config.precision}.",
+        *([f"Speed: {protocol}; the median over the first model's in the same rounds."] if run.speed else []),
+        *rows.cautions(run.model, loaded.about, text.known),
+    ]
+    shared = {
+        "protocol": facts,
+        "command": command_line("experiments.recovery", sys.argv),
+        "versions": rundir.machine(),
+    }
+    for chain in run.names:
+        made: list[tuple[Quality, float, int]] = []
+        for seed in range(run.seeds):
+            model, seconds, tokens = make(chain, seed)
+            made.append((measure(model), seconds, tokens))
+            shape = (model.config, ops.stored_nbytes(model.params, model.masks))
+            if run.speed and shape not in speeds:
+                speeds[shape] = speed_of(dense, model, protocol)
+            row = row_of(chain, model, before, made, speeds.get(shape, (None, None)), found)
+            found[chain] = row
+            say(f"{chain}, seed {seed}: {row.over_dense:+.4f} bits per byte over the first model, {seconds:.0f} s")
+            rundir.write_json(
+                run_dir / "results.json", shared | {"rows": [dataclasses.asdict(each) for each in found.values()]}
+            )
+    listed = list(found.values())
+    table.show(listed, facts, COLUMNS)
+    page.write(
+        run_dir / "report.html",
+        title=f"What recovers a smaller model: {run.model}",
+        sections=[
+            Section(
+                "Chains of steps",
+                [Table(caption="Each beside the first model.", columns=COLUMNS, rows=listed), swept.front(listed)],
+            )
+        ],
+        facts=facts,
+        made=page.made(rundir.machine(), seeds=run.seeds, total_time=page.duration(time.perf_counter() - began)),
+        command=shared["command"],
+    )
+    say(f"done: open {run_dir / 'report.html'}")
+
+
+def context_for(run: Run, calibration: Calibration, loaded: Loaded, source: str, seed: int) -> Context:
+    """What the parts of all chains read."""
+    made = api.context_for(
+        [PruneWidth(), Distill(), *(step for chain in run.names for part in chain.split(",")
+                                    if part in recipe.RECIPES for step in recipe.RECIPES[part])],
+        source, dataset.cache_beside(run.model), loaded.model, loaded.tokenizer,
+        batch=run.batch, length=run.length, calibration=calibration, seed=seed, strict=run.strict,
+    )  # fmt: skip
+    return dataclasses.replace(made, teacher=loaded.model)
+
+
+def speed_of(dense: LanguageModel, model: LanguageModel, protocol: cost.Protocol) -> tuple[float, float]:
+    """Prefill and decode of a model over those of the first."""
+    here = {
+        name: ops.prepare(sharding.on_one_device(each), jax.default_backend())
+        for name, each in (("first", dense), ("this", model))
+    }
+    rates = cost.rates(here, protocol)
+    return tuple(this.median / base.median for base, this in zip(rates["first"], rates["this"], strict=True))
+
+
+def row_of(
+    chain: str, model: LanguageModel, before: Quality, made: list[tuple[Quality, float, int]],
+    speed: tuple[float | None, float | None], found: dict[str, Row],
+) -> Row:  # fmt: skip
+    """made: of each seed."""
+    over = [quality.paired_difference(each, before) for each, _, _ in made]
+    mean = float(np.mean([value for value, _ in over]))
+    parts = chain.split(",")
+    trained = [part.partition("@")[0] in TRAINED for part in parts]
+    cut = trained.index(True) if any(trained) else len(parts)
+    base = found.get(",".join(parts[:cut])) if 0 < cut < len(parts) and all(trained[cut:]) else None
+    return Row(
+        name=chain,
+        parameters=trees.count(model.params),
+        bytes=ops.stored_nbytes(model.params, model.masks),
+        bits_per_byte=float(np.mean([quality.bits_per_byte(each)[0] for each, _, _ in made])),
+        over_dense=mean,
+        error=float(np.mean([error or 0.0 for _, error in over])),
+        deviation=float(np.std([value for value, _ in over], ddof=1)) if len(over) > 1 else None,
+        recovered=1 - mean / base.over_dense if base and base.over_dense > 0 else None,
+        tokens=made[-1][2],
+        seconds=float(np.mean([seconds for _, seconds, _ in made])),
+        prefill=speed[0],
+        decode=speed[1],
+        seeds=len(made),
+    )
+
+
+if __name__ == "__main__":
+    launch(main, __doc__, run=Run(), calibration=Calibration(), score=Scoring(), distill=Distill)

@@ -1,0 +1,70 @@
+"""The experiment on recovery, on a tiny model: its chains, their order, and what it writes as it goes."""
+
+import json
+
+import pytest
+
+from efflm.compress.distill import Distill
+from efflm.compress.step import Calibration
+from efflm.config import InputError
+from efflm.evaluate.windows import Scoring
+from efflm.flags import launch
+from experiments import recovery
+from tests.experiments.calibrated_test import folder  # noqa: F401  (a fixture)
+
+GROUPS = {
+    "run": recovery.Run(), "calibration": Calibration(rows=6, length=32), "score": Scoring(tokens=32),
+    "distill": Distill,
+}  # fmt: skip
+
+
+def test_every_chain_has_a_row_and_shares_what_came_before(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    out, ran = tmp_path / "runs" / "out", []
+    run = recovery.recipe.run
+    monkeypatch.setattr(
+        recovery.recipe, "run", lambda model, steps, context: ran.append(steps) or run(model, steps, context)
+    )
+    flags = [
+        f"--model={folder / 'model'}", f"--corpus={folder / 'numbers'}", f"--run_dir={out}", "--seeds=2", "--steps=4",
+        "--length=32", "--learning_rate=3e-3", "--distill.weight=1.0", "--speed=false",
+        "--chains=width@0.2 width@0.2,text width@0.2,distill width@0.2,text@seconds depth@0.5,fresh,text@0.5",
+        "--orders=w8a16 distill",
+    ]  # fmt: skip
+    launch(recovery.main, "", ["x", *flags], **GROUPS)
+    first, *rows = json.loads((out / "results.json").read_text())["rows"]
+    found = {row["name"]: row for row in rows}
+    assert list(found)[-2:] == ["w8a16,distill", "distill,w8a16"]
+    pruned, text, distilled, longer = (found[f"width@0.2{rest}"] for rest in ("", ",text", ",distill", ",text@seconds"))
+    for row in (text, distilled, longer):
+        assert (row["parameters"], row["seeds"]) == (pruned["parameters"], 2)
+        lost = pruned["over_dense"]
+        assert row["recovered"] == (pytest.approx(1 - row["over_dense"] / lost) if lost > 0 else None)
+        assert row["deviation"] > 0
+    assert text["tokens"] == distilled["tokens"] == 4 * 8 * 32
+    assert pruned["parameters"] < 0.85 * first["parameters"]
+    assert pruned["seconds"] == 0
+    assert found["depth@0.5,fresh,text@0.5"]["tokens"] == 2 * 8 * 32
+    assert found["depth@0.5,fresh,text@0.5"]["recovered"] is None
+    assert found["w8a16,distill"]["bytes"] == found["distill,w8a16"]["bytes"] < first["bytes"] / 2
+    of_width = [steps for steps in ran if type(steps[0]).__name__ == "PruneWidth"]
+    assert len(of_width) == 2  # one a seed
+    assert {steps[0].weight for steps in ran if type(steps[0]) is Distill} == {1.0}
+    scaled = [steps[0].steps for steps in ran if type(steps[0]).__name__ == "Finetune"]
+    assert scaled.count(4) == 2
+    assert scaled.count(2) >= 2
+    assert "recovered" in capsys.readouterr().out
+    assert "Loss against bytes" in (out / "report.html").read_text()
+
+
+def test_a_part_that_does_not_exist_is_refused():
+    for chains, words in (
+        ("width@0.3,best", "unknown recipe 'best'"),
+        ("width", "unknown recipe 'width'"),
+        ("width@2", r"width@2: width@2 must end in a share in \(0, 1\], as in width@0.5"),
+        ("width@half", "width@half must end in a share"),
+        ("width@0.3,text@seconds width@0.3,text", "takes its time from width@0.3,text and width@0.3,distill: list"),
+        ("", "chains and orders are empty"),
+    ):
+        with pytest.raises(InputError, match=words):
+            recovery.Run(chains=chains)
+    assert len(recovery.Run(chains="", orders="width@0.3 distill w8a16").names) == 6
