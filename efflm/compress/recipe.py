@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from efflm.compress.wanda import Wanda
 from efflm.compress.width import PruneWidth
 from efflm.config import InputError, require
 from efflm.model import LanguageModel
+from efflm.ops import QArray
 
 W8A16 = Quantize(activations="float")
 W8A8 = Quantize(activations="int8")
@@ -157,11 +159,25 @@ def run(
     folder = context.metrics
     for index, step in enumerate(steps[len(records) :], len(records) + 1):
         file = folder and folder / f"{index}_{type(step).__name__.lower()}.jsonl"
-        model, done = step(model, dataclasses.replace(context, metrics=file))
-        records = (*records, done)
+        after, done = step(model, dataclasses.replace(context, metrics=file))
+        _warn_of_rounding_again(model, after, done)
+        model, records = after, (*records, done)
         if kept and index < len(steps):
             kept.save(model, records, key(index))
     return model, records
+
+
+def _warn_of_rounding_again(before: LanguageModel, after: LanguageModel, done: Record) -> None:
+    """On stderr, where a step changed matrices that were quantized before it."""
+    old, new = dict(trees.flatten(before.params)), dict(trees.flatten(after.params))
+    pairs = [(old[path], new[path]) for path in done.leaves if path in old]
+    again = [all(isinstance(leaf, QArray) for leaf in pair) and pair[0].shape == pair[1].shape for pair in pairs]
+    if any(again) and len(before.config.blocks) == len(after.config.blocks):  # else other layers have these paths
+        print(
+            f"warning: {done.step} changed {sum(again)} matrices that were quantized already: it worked on their "
+            "dequantized values, and the result was rounded again",
+            file=sys.stderr,
+        )
 
 
 def _begin(model: LanguageModel, steps: Sequence[Step], context: Context) -> str:

@@ -144,6 +144,16 @@ def test_weights_that_are_not_finite_are_not_compressed():
         recipe.run(model, (Prune(sparsity=0.5),), CONTEXT)
 
 
+def test_a_step_that_rounds_again_says_so(capsys):
+    quantized, _ = recipe.run(tiny.model(), (Quantize(),), CONTEXT)
+    three, _ = recipe.run(tiny.model(THREE), (Quantize(),), CONTEXT)
+    recipe.run(three, (Shrink(layers=2),), CONTEXT)
+    assert capsys.readouterr().err == ""
+    recipe.run(quantized, (Distill(steps=1),), dataclasses.replace(CONTEXT, teacher=tiny.model(seed=1)))
+    told = capsys.readouterr().err
+    assert "warning: Distill changed 15 matrices that were quantized already: it worked on their dequantized" in told
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Interrupted:
     """A step that the user stops."""
