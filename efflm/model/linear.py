@@ -30,7 +30,7 @@ def fetch(module: nn.Module, config: ModelConfig, name: str) -> Any:
 
     Its logical shape must be the one in `params.table(config)`, which fresh weights are made from. Raises ValueError.
     """
-    path = "/".join("block_0" if part == "blocks" else part for part in (*module.path, name))
+    path = "/".join(params.unstacked(part) for part in (*module.path, name))
     wanted = params.table(config).get(path)
     if wanted is None:
         return None

@@ -90,6 +90,8 @@ WEIGHTS: dict[str, Param] = {
     **_norm("final_norm"),
 }
 
+STACK = "blocks_"  # before the number of the first layer: the name of a stack of equal layers, one after the other
+
 # What is trained beside the weights and is in no model: matrices from a student's hidden states, and from its heads, to
 # its teacher's.
 HIDDEN_PROJECTION = "hidden_projection"
@@ -153,9 +155,9 @@ def find(path: str) -> tuple[Param | None, str]:
     follows that in the path.
 
     Paths of optimizer states and of the parts of a compressed weight contain that of the weight; layers may be stacked
-    under `blocks`. (None, "") where the path contains no weight.
+    under `blocks_0`. (None, "") where the path contains no weight.
     """
-    names = ["block" if _is_block(name) else name for name in path.split("/")]
+    names = ["block" if _number(unstacked(name), "block_") is not None else name for name in path.split("/")]
     for start in range(len(names)):
         for end in range(len(names), start, -1):
             param = _RECORDS.get("/".join(names[start:end]))
@@ -166,11 +168,19 @@ def find(path: str) -> tuple[Param | None, str]:
 
 def is_stacked(path: str) -> bool:
     """Whether the array of this path leads with an axis of stacked layers."""
-    return "blocks" in path.split("/")
+    return any(_number(name, STACK) is not None for name in path.split("/"))
 
 
-def _is_block(name: str) -> bool:
-    return name == "blocks" or (name.startswith("block_") and name[6:].isdigit())
+def unstacked(name: str) -> str:
+    """The name of the first layer of a stack (transformer.runs); any other name as it is."""
+    first = _number(name, STACK)
+    return name if first is None else f"block_{first}"
+
+
+def _number(name: str, prefix: str) -> int | None:
+    """What follows the prefix, where that is a number."""
+    rest = name.removeprefix(prefix)
+    return int(rest) if rest != name and rest.isdigit() else None
 
 
 def in_layer(path: str) -> bool:

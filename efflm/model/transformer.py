@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from efflm import ops
-from efflm.config import BlockConfig, ModelConfig, Remat, require
+from efflm.config import BlockConfig, ModelConfig, Remat
 from efflm.model import sharding
 from efflm.model.attention import Attention, LayerCache
 from efflm.model.feedforward import FeedForward
 from efflm.model.linear import OUTPUTS, PROBABILITIES, fetch, gathers
 from efflm.model.norms import Norm
+from efflm.model.params import STACK
 from efflm.model.rotary import tables
 from efflm.model.sharding import constrain
 from efflm.ops.dot import MATMUL
@@ -121,7 +122,7 @@ class Transformer(nn.Module):
 
     segments: integers that tell apart the documents packed into a sequence; a token attends within its own document.
     positions: default 0, 1, 2, ... or, with a cache, onwards from each sequence's length. With a cache, which must have
-    T more free positions, segments are not supported. `scanned` reads the layers stacked in one leading axis (see
+    T more free positions, segments are not supported. `scanned` reads equal layers stacked in one leading axis (see
     stack_blocks) and supports no cache. `remat` is a name in REMAT.
     """
 
@@ -173,7 +174,9 @@ class Transformer(nn.Module):
         }
         block_type = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat])
         if self.scanned:
-            x_BTD = self._scan(block_type, x_BTD, positions, rotary[config.blocks[0].head_dim], segments)
+            for first, count in runs(config):
+                angles = rotary[config.blocks[first].head_dim]
+                x_BTD = self._scan(block_type, first, count, x_BTD, positions, angles, segments)
         else:
             layers = []
             for i, block in enumerate(config.blocks):
@@ -189,15 +192,15 @@ class Transformer(nn.Module):
             cache = Cache(tuple(layers), cache.length_B + T) if cache else None
         return Norm(config, policy.compute, name="final_norm")(x_BTD), cache
 
-    def _scan(self, block_type, x_BTD, positions_BT, rotary, segments_BT):
+    def _scan(self, block_type, first, count, x_BTD, positions_BT, rotary, segments_BT):
         config = self.config
         layers = nn.scan(
             block_type,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
-            length=len(config.blocks),
-        )(config, config.blocks[0], self.policy, name="blocks")
+            length=count,
+        )(config, config.blocks[first], self.policy, name=f"{STACK}{first}")
         return layers(x_BTD, positions_BT, rotary, segments_BT)[0]
 
 
@@ -233,19 +236,26 @@ def init_params(config: ModelConfig, seed: int, mesh: Mesh | None = None) -> dic
     return jax.jit(make, out_shardings=where)(key)
 
 
+def runs(config: ModelConfig) -> list[tuple[int, int]]:
+    """(first layer, how many) of each run of layers of the same shape."""
+    starts = [i for i, block in enumerate(config.blocks) if i == 0 or block != config.blocks[i - 1]]
+    return [(start, end - start) for start, end in zip(starts, [*starts[1:], len(config.blocks)], strict=True)]
+
+
 def stack_blocks(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """block_0, block_1, ... as one subtree `blocks` with a leading layer axis. Raises InputError if layers differ."""
-    require(
-        len(set(config.blocks)) == 1,
-        "layers of different shapes cannot be scanned: train this model without scan",
-    )
-    rest = {name: leaf for name, leaf in params.items() if not name.startswith("block_")}
-    blocks = [params[f"block_{i}"] for i in range(len(config.blocks))]
-    return rest | {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
+    """block_0, block_1, ... as a subtree with a leading layer axis for each run of equal layers: blocks_0, and where
+    layers differ others, named after the first layer of the run."""
+    out = {name: leaf for name, leaf in params.items() if not name.startswith("block_")}
+    for first, count in runs(config):
+        blocks = [params[f"block_{i}"] for i in range(first, first + count)]
+        out[f"{STACK}{first}"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+    return out
 
 
 def unstack_blocks(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     """The inverse of `stack_blocks`."""
-    rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
-    layers = len(config.blocks)
-    return rest | {f"block_{i}": jax.tree.map(operator.itemgetter(i), params["blocks"]) for i in range(layers)}
+    out = {name: leaf for name, leaf in params.items() if not name.startswith(STACK)}
+    for first, count in runs(config):
+        stack = params[f"{STACK}{first}"]
+        out |= {f"block_{first + i}": jax.tree.map(operator.itemgetter(i), stack) for i in range(count)}
+    return out

@@ -39,7 +39,7 @@ def test_axes_say_what_is_summed_over():
     [
         ("embedding", "embedding", ""),
         ("block_12/attention/query/kernel", "block/attention/query/kernel", ""),
-        ("blocks/feedforward/down/kernel", "block/feedforward/down/kernel", ""),
+        ("blocks_0/feedforward/down/kernel", "block/feedforward/down/kernel", ""),
         ("optimizer/1/0/mu/block_0/attention/key/kernel/scale", "block/attention/key/kernel", "scale"),
         ("masks/block_3/attention/output/kernel", "block/attention/output/kernel", ""),
         ("trainable/position_embedding/values", "position_embedding", "values"),

@@ -32,7 +32,7 @@ def test_specs_follow_the_table():
     assert spec("block_0/attention/output/kernel", 32, 32) == PartitionSpec("tensor", "fsdp")
     assert spec("embedding", 300, 32) == PartitionSpec("tensor", "fsdp")
     assert spec("embedding", 301, 32) == PartitionSpec(None, "fsdp")  # 301 does not divide: replicated
-    assert spec("blocks/feedforward/down/kernel", 3, 48, 32) == PartitionSpec(None, "tensor", "fsdp")
+    assert spec("blocks_12/feedforward/down/kernel", 3, 48, 32) == PartitionSpec(None, "tensor", "fsdp")
     assert spec("block_0/feedforward/up/kernel/scale", 1, 48) == PartitionSpec(None, "tensor")
     assert spec("optimizer/mu/hidden_projection/block_0", 32, 24) == PartitionSpec("fsdp", None)
 

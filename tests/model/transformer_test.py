@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from efflm import trees
-from efflm.config import BlockConfig, InputError, ModelConfig
+from efflm.config import BlockConfig, ModelConfig
 from efflm.model import (
     LanguageModel,
     Transformer,
@@ -91,16 +91,21 @@ def test_stacking_and_unstacking_is_the_identity():
     jax.tree.map(np.testing.assert_array_equal, back, model.params)
 
 
-def test_layers_of_different_shapes_run_but_do_not_scan():
+def test_layers_of_different_shapes_run_and_are_scanned_by_runs_of_equal_ones():
     small = BlockConfig(heads=2, kv_heads=1, head_dim=8, mlp_dim=20)
     large = BlockConfig(heads=4, kv_heads=4, head_dim=4, mlp_dim=36)
-    config = ModelConfig(vocabulary=50, width=16, max_length=32, blocks=(small, large))
+    config = ModelConfig(vocabulary=50, width=16, max_length=32, blocks=(small, large, large, small))
     model = LanguageModel(config, init_params(config, 0))
     tokens = tiny.tokens(config, 1, 6)
     expected = reference.forward(config, model.params, tokens[0])
     np.testing.assert_allclose(tiny.logits(model, tokens)[0], expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(InputError, match="different shapes"):
-        stack_blocks(model.params, config)
+    stacked = stack_blocks(model.params, config)
+    assert {name: len(stacked[name]["attention_norm"]["scale"]) for name in stacked if name.startswith("blocks")} == {
+        "blocks_0": 1, "blocks_1": 2, "blocks_3": 1
+    }  # fmt: skip
+    scanned, _ = Transformer(config, scanned=True).apply({"params": stacked}, tokens)
+    np.testing.assert_allclose(scanned[0], expected, rtol=1e-4, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, unstack_blocks(stacked, config), model.params)
 
 
 def test_a_weight_of_the_wrong_shape_is_named():

@@ -226,7 +226,7 @@ def test_eight_devices_keep_a_part_of_the_state_each_and_train_like_one(stacked)
 
 def test_whole_blocks_on_every_device_need_no_communication():
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    params = {"blocks": {"feedforward": {"up": {"kernel": jnp.zeros((3, 64, 512))}}}}
+    params = {"blocks_0": {"feedforward": {"up": {"kernel": jnp.zeros((3, 64, 512))}}}}
     tx = adamw8bit.scale_by_adam8bit()
     state = jax.eval_shape(tx.init, params)
     where = sharding.shardings(params, mesh), sharding.shardings(state, mesh)

@@ -193,7 +193,7 @@ def test_the_state_lies_on_the_mesh_like_the_weights(name):
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     params = stack_blocks(model.params, model.config)
     state = init_state(params, optimizer.make(dataclasses.replace(PLAIN, optimizer=name)), mesh)
-    kernel = state.trainable["blocks"]["attention"]["query"]["kernel"]
+    kernel = state.trainable["blocks_0"]["attention"]["query"]["kernel"]
     assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
     moments = [leaf for path, leaf in trees.flatten(state.optimizer, inside=True) if "query/kernel" in path]
     alike = [leaf.sharding.spec for leaf in moments if leaf.shape == kernel.shape]
