@@ -26,6 +26,7 @@ from efflm.config import AskedPrecision, InputError, require
 from efflm.data import corpora, dataset, enwik8, loader
 from efflm.evaluate.windows import Scoring
 from efflm.formats import safetensors, sources
+from efflm.infer import speculative
 from efflm.infer.generate import generate as generate_ids
 from efflm.infer.sampling import Sampling
 from efflm.model import LanguageModel, sharding
@@ -155,11 +156,15 @@ def generate(
     stop: str = "",
     chat: bool = False,
     system: str = "",
+    draft: LanguageModel | None = None,
+    ahead: int = 4,
 ) -> str | list[str]:
     """What the model writes after the prompt; for several prompts, a list.
 
     It ends before a stop token of the model's or the text `stop`, or after max_tokens. temperature: 0 takes the
-    likeliest token. chat: the prompt is a question, which the model's chat template puts.
+    likeliest token. chat: the prompt is a question, which the model's chat template puts. draft: a smaller model
+    with the same tokenizer, which proposes `ahead` tokens at a time; what is written is as likely as without it (see
+    infer.speculative).
     """
     arguments.require_model(model)
     arguments.require_tokenizer(tokenizer, model, "generating needs")
@@ -172,10 +177,14 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     ids = [prompt_ids(tokenizer, each, model.about, chat=chat, system=system) for each in prompts]
     here = ops.prepare(model, jax.default_backend())
-    written = [
-        tokenizer.stream()(new, final=True)
-        for new in generate_ids(here, ids, max_tokens, sampling, tokenizer.stops, seed)
-    ]
+    if draft is None:
+        new_ids = generate_ids(here, ids, max_tokens, sampling, tokenizer.stops, seed)
+    else:
+        arguments.require_model(draft)
+        arguments.require_tokenizer(tokenizer, draft, "drafting needs")
+        small = ops.prepare(draft, jax.default_backend())
+        new_ids, _ = speculative.generate(here, small, ids, max_tokens, sampling, tokenizer.stops, seed, ahead)
+    written = [tokenizer.stream()(new, final=True) for new in new_ids]
     texts = [each.partition(stop)[0] if stop else each for each in written]
     return texts[0] if isinstance(prompt, str) else texts
 

@@ -20,7 +20,8 @@ from efflm import api, ops, rundir, streams
 from efflm.config import PRECISION, AskedPrecision, InputError, flag, require, require_seed
 from efflm.flags import launch
 from efflm.formats import sources
-from efflm.formats.sources import KINDS
+from efflm.formats.sources import KINDS, Loaded
+from efflm.infer import speculative
 from efflm.infer.generate import CHUNK, stream
 from efflm.infer.sampling import Sampling
 
@@ -40,12 +41,15 @@ class Run:
     min_p: float = flag(0.0, "draw from tokens at least this fraction as likely as the likeliest; 0: all")
     seed: int = flag(0, "seed of what is drawn")
     stop: str = flag("", "text to end before, beside the model's own stop tokens")
+    draft: str = flag("", "a smaller model with the same tokenizer, which proposes tokens; the text comes at the end")
+    ahead: int = flag(4, "with --draft: tokens that it proposes at a time")
     precision: AskedPrecision = flag("", PRECISION)
 
     def __post_init__(self):
         require(self.max_tokens > 0, f"max_tokens is {self.max_tokens}, but must be positive")
         require_seed(self.seed)
         require(self.chat or not self.system, "system is for --chat: put it into the prompt")
+        require(self.ahead > 0, f"ahead is {self.ahead}, but must be positive")
         self.sampling()
 
     def sampling(self) -> Sampling:
@@ -120,7 +124,8 @@ def main(run: Run) -> None:
     rundir.use_compilation_cache(rundir.ROOT / "compilation_cache")
     clock, tokens = compile_clock(), loaded.tokenizer
     # Bad input is refused here, before anything is on stdout.
-    chunks = stream(loaded.model, [ids], run.max_tokens, run.sampling(), tokens.stops, run.seed, CHUNK)
+    how = (run.max_tokens, run.sampling(), tokens.stops, run.seed)
+    chunks = drafted(run, loaded, ids, how, note) if run.draft else stream(loaded.model, [ids], *how, CHUNK)
     times, counts = [time.perf_counter()], [0]  # after each chunk: the time, and how many tokens there are
 
     def texts() -> Iterator[str]:
@@ -142,6 +147,22 @@ def main(run: Run) -> None:
     except BrokenPipeError:  # the reader of stdout has closed it
         streams.drop(sys.stdout)
     note(timing(times, counts, len(ids), clock))
+
+
+def drafted(run: Run, loaded: Loaded, ids: list[int], how: tuple, note: Callable[[str], None]) -> list[list[list[int]]]:
+    """All new ids, as one chunk. Raises InputError for a draft with another tokenizer."""
+    draft = sources.load(run.draft, precision=run.precision)
+    ours, theirs = loaded.tokenizer.digest, draft.tokenizer.digest
+    require(
+        ours == theirs, f"the tokenizer of --draft={run.draft} is not that of {run.model}: give a draft that has it"
+    )
+    small = ops.prepare(draft.model, jax.default_backend())
+    new, told = speculative.generate(loaded.model, small, [ids], *how, run.ahead)
+    note(
+        f"{run.draft}: proposed {told.drafted} tokens, of which {told.accepted} stayed ({told.acceptance:.0%}); "
+        f"{told.passes} passes of {run.model}"
+    )
+    return [new]
 
 
 def timing(times: list[float], counts: list[int], prompt: int, clock: Clock) -> str:

@@ -176,6 +176,7 @@ def test_generate_goes_on_from_one_prompt_or_several(loaded):
     assert efflm.generate(model, tokenizer, ["the thing", "in"], max_tokens=8)[0] == one
     stop = one[len(one) // 2]
     assert efflm.generate(model, tokenizer, "the thing", max_tokens=8, stop=stop) == one.partition(stop)[0]
+    assert efflm.generate(model, tokenizer, "the thing", max_tokens=8, draft=model, ahead=2) == one
     drawn = [efflm.generate(model, tokenizer, "in", max_tokens=8, temperature=2.0, seed=seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
 

@@ -71,6 +71,27 @@ def ranked(logits_BV: jax.Array, how: dict[str, Any]) -> tuple[jax.Array, jax.Ar
     return order_BV, jnp.where(kept_BV | (rank_1V == 0), sorted_BV, -jnp.inf)
 
 
+def probabilities(logits_BV: jax.Array, how: dict[str, Any]) -> jax.Array:
+    """The distribution that `sample` draws from, float32 [B, V]; with temperature 0 all of it on the likeliest."""
+
+    def filtered() -> jax.Array:
+        order_BV, scores_BV = ranked(logits_BV, how)
+        place_BV = jnp.argsort(order_BV, axis=-1)
+        return jnp.take_along_axis(jax.nn.softmax(scores_BV, axis=-1), place_BV, axis=-1)
+
+    def drawn() -> jax.Array:
+        plain = lambda: jax.nn.softmax(logits_BV.astype(jnp.float32) / how["temperature"], axis=-1)
+        return lax.cond(_filters(how), filtered, plain)
+
+    greedy = lambda: jax.nn.one_hot(jnp.argmax(logits_BV, axis=-1), logits_BV.shape[-1], dtype=jnp.float32)
+    return lax.cond(how["temperature"] > 0, drawn, greedy)
+
+
+def _filters(how: dict[str, Any]) -> jax.Array:
+    """Whether a filter is on. Sorting a vocabulary takes milliseconds: only where one asks for it."""
+    return (how["top_k"] > 0) | (how["top_p"] < 1) | (how["min_p"] > 0)
+
+
 def sample(logits_BV: jax.Array, how: dict[str, Any], keys_B: jax.Array) -> jax.Array:
     """Token ids int32 [B], each sequence with its own key. how: Sampling.arrays()."""
     draw = jax.vmap(jax.random.categorical)
@@ -81,10 +102,8 @@ def sample(logits_BV: jax.Array, how: dict[str, Any], keys_B: jax.Array) -> jax.
         return jnp.take_along_axis(order_BV, chosen_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
     def drawn() -> jax.Array:
-        # Sorting a vocabulary takes milliseconds: only where a filter asks for it.
-        filtered = (how["top_k"] > 0) | (how["top_p"] < 1) | (how["min_p"] > 0)
         plain = lambda: draw(keys_B, logits_BV.astype(jnp.float32) / how["temperature"]).astype(jnp.int32)
-        return lax.cond(filtered, by_rank, plain)
+        return lax.cond(_filters(how), by_rank, plain)
 
     greedy = lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     return lax.cond(how["temperature"] > 0, drawn, greedy)

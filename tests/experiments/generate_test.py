@@ -67,6 +67,23 @@ def test_the_text_is_on_stdout_and_the_times_on_stderr(folder, loaded, monkeypat
     assert capsys.readouterr().out == "the cat" + out[7 : out.index(part, 7)] + "\n"
 
 
+def test_a_draft_changes_no_text_and_its_share_is_told(folder, monkeypatch, tmp_path, capsys):
+    flags = ["--prompt=the cat", "--max_tokens=20"]
+    run(folder, monkeypatch, tmp_path, *flags)
+    alone = capsys.readouterr().out
+    run(folder, monkeypatch, tmp_path, *flags, f"--draft={folder / 'model.safetensors'}", "--ahead=3")
+    out, err = capsys.readouterr()
+    assert out == alone
+    assert "proposed 15 tokens, of which 15 stayed (100%); 5 passes of" in err
+    other = tmp_path / "other"
+    other.mkdir()
+    tokenizer.train(["quite other words, of another text "] * 20, 300).save(other / "tokenizer.json")
+    safetensors.save(other / "model.safetensors", tiny.model(), {})
+    with pytest.raises(SystemExit):
+        run(folder, monkeypatch, tmp_path, *flags, f"--draft={other / 'model.safetensors'}")
+    assert "is not that of" in capsys.readouterr().err
+
+
 def test_a_seed_draws_the_same_again(folder, monkeypatch, tmp_path, capsys):
     def drawn(seed):
         run(folder, monkeypatch, tmp_path, "--prompt=the", "--max_tokens=12", "--temperature=1.2", "--top_k=50",
@@ -114,6 +131,7 @@ def test_chat_goes_through_the_template(folder, loaded, monkeypatch, tmp_path, c
         (["--prompt=a\udcff"], "--prompt is not UTF-8 (byte 0xff at character 1)"),
         (["--prompt=hi", "--top_k=2147483648"], "--top_k is 2147483648, but must be from 1 to 2147483647"),
         (["--prompt=hi", "--seed=18446744073709551616"], "--seed is 18446744073709551616, but must lie within 64 bits"),
+        (["--prompt=hi", "--ahead=0"], "--ahead is 0, but must be positive"),
         (["--prompt=hi", "--seed=-1"], "--seed is -1, but must be from 0 to 4294967295"),
     ],
 )

@@ -1,0 +1,228 @@
+"""Speculative decoding (Leviathan 2022, arXiv 2211.17192, algorithm 1; Chen 2023, arXiv 2302.01318).
+
+A small draft model proposes some tokens, and the target model reads them in one forward pass. Of p, the target's
+distribution, and q, the draft's, a proposal x stays with probability min(1, p(x) / q(x)); in place of the first that
+does not, a token is drawn from max(p - q, 0), normalized; after proposals that all stay, one more is drawn from p. So
+what is written is distributed as the target alone would write it; with temperature 0 it is the same text, but for
+logits that are equal up to rounding. What it costs less is time, where reading several tokens takes the target little
+longer than reading one.
+
+As in infer.generate, the loop stays on the device, sequences of different lengths do not change each other, and one
+compiled program serves all lengths up to a power of two.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from efflm.config import ModelConfig, require
+from efflm.infer.generate import PAD_ID, bucket, forward, padded, prefill, row_keys, start
+from efflm.infer.sampling import GREEDY, Sampling, probabilities
+from efflm.model import Cache, LanguageModel, sharding
+
+DRAW, ACCEPT, REPLACE = range(3)  # what a random key of a position is for
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Over all sequences: tokens that the draft proposed, those that stayed, and forward passes of the target."""
+
+    drafted: int
+    accepted: int
+    passes: int
+
+    @property
+    def acceptance(self) -> float:
+        return self.accepted / max(self.drafted, 1)
+
+
+@flax.struct.dataclass
+class State:
+    """Sequences being generated. token_B: the newest token of each, which neither cache holds yet; ids_BS: those
+    written so far, count_B of each; done_B: whether a stop token or the limit has ended it; accepted, drafted, passes:
+    see Statistics."""
+
+    target: Cache
+    draft: Cache
+    token_B: jax.Array
+    ids_BS: jax.Array
+    count_B: jax.Array
+    done_B: jax.Array
+    accepted: jax.Array
+    drafted: jax.Array
+    passes: jax.Array
+
+
+def keys_at(keys_B: jax.Array, positions_B: jax.Array, use: int) -> jax.Array:
+    """A key for each sequence's position and for what it is used."""
+    return jax.vmap(lambda key, position: jax.random.fold_in(jax.random.fold_in(key, position), use))(
+        keys_B, positions_B
+    )
+
+
+def _drawn(p_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
+    return jax.vmap(jax.random.categorical)(keys_B, jnp.log(p_BV)).astype(jnp.int32)
+
+
+def propose(
+    draft: LanguageModel, cache: Cache, token_B: jax.Array, keys_B: jax.Array, how: dict[str, Any], ahead: int
+) -> tuple[jax.Array, jax.Array, Cache]:
+    """`ahead` tokens after token_B by the draft: ids [B, ahead], their distributions [B, ahead, V], and the cache with
+    token_B and all of them."""
+
+    def one(carry, _):
+        cache, token_B = carry
+        logits_B1V, cache = forward(draft, token_B[:, None], cache=cache)
+        q_BV = probabilities(logits_B1V[:, 0], how)
+        return (cache, _drawn(q_BV, keys_at(keys_B, cache.length_B, DRAW))), q_BV
+
+    def with_token(carry, _):
+        carry, q_BV = one(carry, _)
+        return carry, (carry[1], q_BV)
+
+    # One step more than there are proposals: the cache is to hold the last of them too.
+    (cache, _), (ids_AB, q_ABV) = lax.scan(with_token, (cache, token_B), length=ahead + 1)
+    return ids_AB[:ahead].T, q_ABV[:ahead].swapaxes(0, 1), cache
+
+
+def verify(
+    p_BTV: jax.Array, q_BAV: jax.Array, ids_BA: jax.Array, keys_B: jax.Array, positions_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """How many of the proposals [B, A] stay, int32 [B], and the token that follows those, int32 [B].
+
+    p_BTV: the target's distributions, T = A + 1: of each proposal and of what follows them all. positions_B: of the
+    first proposal.
+    """
+    A = ids_BA.shape[1]
+    chosen = lambda p_BAV: jnp.take_along_axis(p_BAV, ids_BA[..., None], axis=-1)[..., 0]
+    draws = [jax.vmap(jax.random.uniform)(keys_at(keys_B, positions_B + i, ACCEPT)) for i in range(A)]
+    stays_BA = jnp.stack(draws, axis=1) * chosen(q_BAV) < chosen(p_BTV[:, :A])
+    count_B = jnp.sum(jnp.cumprod(stays_BA.astype(jnp.int32), axis=1), axis=1)
+    # Behind the last proposal there is no q: all of p is left.
+    q_BTV = jnp.pad(q_BAV, ((0, 0), (0, 1), (0, 0)))
+    at = lambda p_BTV: jnp.take_along_axis(p_BTV, count_B[:, None, None], axis=1)[:, 0]
+    p_BV = at(p_BTV)
+    left_BV = jnp.maximum(p_BV - at(q_BTV), 0.0)
+    # Where p = q up to rounding nothing is left, and rejecting has no probability but for that rounding.
+    left_BV = jnp.where(jnp.sum(left_BV, axis=-1, keepdims=True) > 0, left_BV, p_BV)
+    return count_B, _drawn(left_BV, keys_at(keys_B, positions_B + count_B, REPLACE))
+
+
+def step(
+    target: LanguageModel,
+    draft: LanguageModel,
+    state: State,
+    keys_B: jax.Array,
+    how: dict[str, Any],
+    stops_K: jax.Array,
+    limit: jax.Array,
+    ahead: int,
+) -> State:
+    """One pass of the target: 1 to `ahead` + 1 more tokens for each sequence that has not ended."""
+    before_B = state.target.length_B
+    with sharding.unconstrained():
+        ids_BA, q_BAV, drafted = propose(draft, state.draft, state.token_B, keys_B, how, ahead)
+        read_BT = jnp.concatenate([state.token_B[:, None], ids_BA], axis=1)
+        logits_BTV, read = forward(target, read_BT, cache=state.target)
+    B, T, V = logits_BTV.shape
+    p_BTV = probabilities(logits_BTV.reshape(B * T, V), how).reshape(B, T, V)
+    count_B, token_B = verify(p_BTV, q_BAV, ids_BA, keys_B, before_B + 1)
+
+    goes_B = ~state.done_B
+    keep = lambda old, new: jnp.where(goes_B, new, old)
+    new_BT = jnp.where(jnp.arange(T)[None] == count_B[:, None], token_B[:, None], jnp.pad(ids_BA, ((0, 0), (0, 1))))
+    written_BT = jnp.arange(T)[None] <= count_B[:, None]
+    row = lambda ids_S, new_T, at: lax.dynamic_update_slice(ids_S, new_T, (at,))
+    ids_BS = jnp.where(goes_B[:, None], jax.vmap(row)(state.ids_BS, new_BT, state.count_B), state.ids_BS)
+    stopped_B = jnp.any(written_BT & jnp.isin(new_BT, stops_K), axis=1)
+    total_B = state.count_B + count_B + 1
+    length_B = keep(before_B, before_B + 1 + count_B)
+    sum_of = lambda values_B: jnp.sum(jnp.where(goes_B, values_B, 0))
+    return State(
+        target=read.replace(length_B=length_B),
+        draft=drafted.replace(length_B=length_B),
+        token_B=keep(state.token_B, token_B),
+        ids_BS=ids_BS,
+        count_B=keep(state.count_B, total_B),
+        done_B=state.done_B | stopped_B | (total_B >= limit),
+        accepted=state.accepted + sum_of(count_B),
+        drafted=state.drafted + sum_of(jnp.full_like(count_B, ahead)),
+        passes=state.passes + sum_of(jnp.ones_like(count_B)),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="ahead", donate_argnames="state")
+def decode(
+    target: LanguageModel,
+    draft: LanguageModel,
+    state: State,
+    keys_B: jax.Array,
+    how: dict[str, Any],
+    stops_K: jax.Array,
+    limit: jax.Array,
+    ahead: int,
+) -> State:
+    """The state when all sequences have ended or have `limit` tokens."""
+    one = lambda state: step(target, draft, state, keys_B, how, stops_K, limit, ahead)
+    return lax.while_loop(lambda state: ~jnp.all(state.done_B), one, state)
+
+
+def require_pair(target: ModelConfig, draft: ModelConfig) -> None:
+    """Raise InputError for a draft whose tokens are not the target's."""
+    require(
+        target.vocabulary == draft.vocabulary,
+        f"the draft's vocabulary is {draft.vocabulary}, the model's {target.vocabulary}: give a draft that has the "
+        "model's tokenizer",
+    )
+
+
+def generate(
+    target: LanguageModel,
+    draft: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: Sampling = GREEDY,
+    stops: Sequence[int] = (),
+    seed: int = 0,
+    ahead: int = 4,
+) -> tuple[list[list[int]], Statistics]:
+    """Continue every prompt by up to max_tokens tokens, before the first of the `stops`: the new ids of each sequence.
+
+    ahead: tokens that the draft proposes for each pass of the target. Raises InputError.
+    """
+    require(ahead > 0, f"ahead is {ahead}, but must be positive")
+    require_pair(target.config, draft.config)
+    padded(prompts, draft.config, max_tokens)
+    tokens_BT, lengths_B = padded(prompts, target.config, max_tokens)
+    tokens_BT = tokens_BT[:, : min(tokens_BT.shape[1], draft.config.max_length)]
+    how, keys_B = sampling.arrays(), row_keys(seed, len(prompts))
+    stops_K = np.pad(np.asarray(stops, np.int32), (0, bucket(len(stops) + 1) - len(stops)), constant_values=PAD_ID)
+    room = bucket(int(lengths_B.max()) + max_tokens + ahead + 1)  # what is proposed may go beyond the limit
+    logits_BV, cache = prefill(target, tokens_BT, lengths_B, cache_length=room)
+    _, draft_cache = prefill(draft, tokens_BT, lengths_B, cache_length=room)
+    first = start(logits_BV, cache, keys_B, how, stops_K)
+    zero, B = lambda: jnp.int32(0), len(prompts)
+    ids_BS = jnp.full((B, bucket(max_tokens + ahead + 1)), PAD_ID, jnp.int32).at[:, 0].set(first.token_B)
+    state = State(
+        target=first.cache,
+        draft=draft_cache,
+        token_B=first.token_B,
+        ids_BS=ids_BS,
+        count_B=jnp.ones(B, jnp.int32),
+        done_B=first.done_B | (max_tokens <= 1),
+        accepted=zero(),
+        drafted=zero(),
+        passes=zero(),
+    )
+    state = decode(target, draft, state, keys_B, how, stops_K, np.int32(max_tokens), ahead=ahead)
+    counts_B = np.minimum(np.asarray(state.count_B), max_tokens)
+    rows = [row[:count].tolist() for row, count in zip(np.asarray(state.ids_BS), counts_B, strict=True)]
+    cut = lambda ids: ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]
+    return [cut(ids) for ids in rows], Statistics(int(state.drafted), int(state.accepted), int(state.passes))
