@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from efflm import api, ops, rundir, trees
 from efflm.compress import recipe
+from efflm.compress.adapt import Adapt
 from efflm.compress.awq import AWQ
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
@@ -54,7 +55,7 @@ STEPS = {
     kind.__name__.lower(): kind
     for kind in (
         Quantize, GPTQ, TunedRounding, QAT, AWQ, SmoothQuant, MixedPrecision, Prune, Wanda, SparseGPT, PruneGradually,
-        Finetune, Distill, Shrink, PruneWidth,
+        Finetune, Distill, Adapt, Shrink, PruneWidth,
     )
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from efflm import trees
+from efflm.compress.adapt import Adapt, Merge
 from efflm.compress.awq import AWQ
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
@@ -28,7 +29,7 @@ from efflm.compress.wanda import Wanda
 from efflm.compress.width import PruneWidth
 from efflm.config import InputError, require
 from efflm.model import LanguageModel
-from efflm.ops import QArray
+from efflm.ops import LowRank, QArray
 
 W8A16 = Quantize(activations="float")
 W8A8 = Quantize(activations="int8")
@@ -50,6 +51,7 @@ RECIPES: dict[str, tuple[Step, ...]] = {
     "w3a16": (W3A16, EMBEDDINGS),
     "gptq4": (GPTQ(bits=4), EMBEDDINGS),
     "gptq3": (GPTQ(bits=3), EMBEDDINGS),
+    "gptq3_adapted": (GPTQ(bits=3), EMBEDDINGS, Adapt()),
     "rotate_smoothquant": (Rotate(), SmoothQuant(), W8A8_STATIC),
     "rotate_gptq4": (Rotate(), GPTQ(bits=4), EMBEDDINGS),
     "awq4": (AWQ(bits=4), W4A16, EMBEDDINGS),
@@ -91,7 +93,7 @@ def named(names: str) -> tuple[Step, ...]:
 
 def trains(steps: Sequence[Step]) -> bool:
     """Whether a step of the chain needs text to train on."""
-    return any(isinstance(step, Distill | Finetune | QAT | PruneGradually) for step in steps)
+    return any(isinstance(step, Distill | Finetune | QAT | PruneGradually | Adapt) for step in steps)
 
 
 def calibrates(steps: Sequence[Step]) -> bool:
@@ -127,6 +129,16 @@ def require_masks(model: LanguageModel) -> None:
         )
 
 
+def require_no_adapters(model: LanguageModel, step: Step) -> None:
+    """Raise InputError where a step is to change weights that have adapters beside them."""
+    has = [path for path, leaf in trees.flatten(model.params) if isinstance(leaf, LowRank)]
+    require(
+        not has or isinstance(step, Merge),
+        f"{', '.join(has[:1])} has an adapter beside it, which {type(step).__name__} cannot change: merge it first "
+        "(compress.adapt.Merge), or train it with --adapt.merge",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Kept:
     """Where a chain keeps the model after each step but the last.
@@ -159,6 +171,7 @@ def run(
     folder = context.metrics
     for index, step in enumerate(steps[len(records) :], len(records) + 1):
         file = folder and folder / f"{index}_{type(step).__name__.lower()}.jsonl"
+        require_no_adapters(model, step)
         after, done = step(model, dataclasses.replace(context, metrics=file))
         _warn_of_rounding_again(model, after, done)
         model, records = after, (*records, done)

@@ -23,8 +23,10 @@ from efflm.config import InputError, ModelConfig, require
 from efflm.formats import tensors
 from efflm.formats.tensors import Tensors
 from efflm.model import LanguageModel, params, sharding
-from efflm.ops import storage
+from efflm.ops import lowrank, storage
 from efflm.ops.packing import pack
+
+PAIR = ("lowrank_a", "lowrank_b")  # of a LowRank weight, beside its base
 
 
 def save(path: Path, model: LanguageModel, about: Mapping[str, Any], records: Sequence[Any] = ()) -> int:
@@ -34,16 +36,20 @@ def save(path: Path, model: LanguageModel, about: Mapping[str, Any], records: Se
     the one that `about` speaks of, and the last step gets the bytes of the tensors as they were first written.
     """
     masks, arrays, sparse = model.masks or {}, {}, []
-    for name, weight in trees.flatten(model.params):
+    bases, pairs = lowrank.split(model.params)
+    for name, weight in trees.flatten(bases):
         parts = storage.stored_parts(weight, masks.get(name))
         sparse += [name] * ("bitmask" in parts)
         arrays |= {f"{name}/{part}".rstrip("/"): array for part, array in parts.items()}
+    for name, pair in pairs.items():
+        arrays |= {f"{name}/{part}": np.asarray(array) for part, array in zip(PAIR, pair, strict=True)}
     lineage = [*map(dict, about.get("lineage", ())), *map(dataclasses.asdict, records)]
     if lineage:
         lineage[-1].setdefault("actual_bytes", sum(array.nbytes for array in arrays.values()))
     manifest = {
         "config": model.config.to_dict(),
-        "formats": storage.to_flat(model.params)[1],
+        "formats": storage.to_flat(bases)[1],
+        "ranks": {name: a.shape[1] for name, (a, _) in pairs.items()},
         "sparse": sparse,
         "masks": sorted(masks),
         "about": {**about, "lineage": lineage},
@@ -74,7 +80,8 @@ def load(file: Path, mesh: Mesh | None = None) -> tuple[LanguageModel, dict[str,
         manifest = json.loads(written)
         config, formats, about = ModelConfig.from_dict(manifest["config"]), manifest["formats"], dict(manifest["about"])
         table, sparse = params.table(config), set(manifest["sparse"])
-        _require_whole(source.shapes, table, formats, sparse, manifest["masks"])
+        ranks = dict(manifest.get("ranks", {}))
+        _require_whole(source.shapes, table, formats, sparse, manifest["masks"], ranks)
 
         def laid(name: str, array: np.ndarray) -> jax.Array:
             where = NamedSharding(mesh, sharding.partition_spec(name, array.shape, mesh))
@@ -89,7 +96,9 @@ def load(file: Path, mesh: Mesh | None = None) -> tuple[LanguageModel, dict[str,
             shape = table[path].shape
             masks[path] = laid(path, np.unpackbits(bits, count=math.prod(shape)).astype(bool).reshape(shape))
         weights = ops.apply_masks(storage.from_flat(flat, formats), masks)
-        return LanguageModel(config, weights, masks or None), about
+        names = {path: [f"{path}/{part}" for part in PAIR] for path in ranks}
+        pairs = {path: tuple(laid(name, source.read(name)) for name in pair) for path, pair in names.items()}
+        return LanguageModel(config, lowrank.join(weights, pairs), masks or None), about
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"{file} cannot be read as a model ({str(error)[:300]}): export it again") from error
 
@@ -100,9 +109,10 @@ def _require_whole(
     formats: dict[str, dict[str, Any]],
     sparse: set[str],
     masks: list[str],
+    ranks: dict[str, int],
 ) -> None:
     """Raise InputError unless the file has just the tensors, of the right shapes, that it says it has."""
-    unknown = sorted((formats.keys() | sparse | set(masks)) - table.keys())
+    unknown = sorted((formats.keys() | sparse | set(masks) | ranks.keys()) - table.keys())
     require(not unknown, f"{(unknown or [''])[0]:.80} is no weight of the config")
     wanted: dict[str, tuple[int, ...] | None] = {}
     for path, param in table.items():
@@ -113,6 +123,9 @@ def _require_whole(
             parts |= {f"{path}/bitmask": bitmask, f"{path}/nonzeros": None}
         elif path in masks:
             parts[f"{path}/mask"] = bitmask
+        if path in ranks:
+            K, N = param.shape
+            parts |= dict(zip((f"{path}/{part}" for part in PAIR), ((K, ranks[path]), (ranks[path], N)), strict=True))
         wanted |= parts
     free = {path for path, shape in wanted.items() if shape is None and len(there.get(path, ())) == 1}
     differ = sorted(path for path in (wanted.keys() | there.keys()) - free if wanted.get(path) != there.get(path))

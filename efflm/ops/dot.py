@@ -10,6 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from efflm.ops.kernels.cpu import dot as cpu
+from efflm.ops.lowrank import LowRank
 from efflm.ops.norm import normalize
 from efflm.ops.qarray import QArray, codes, dequantize, grouped, operands, rounded_rows
 
@@ -78,6 +79,8 @@ def dot(x: Any, w: Any, residual: jax.Array | None = None) -> jax.Array:
 
 def dots(x: Any, weights: Sequence[Any], residual: jax.Array | None = None) -> list[jax.Array]:
     """`dot` with each of several weights, which may be one kernel."""
+    if any(isinstance(w, LowRank) for w in weights):
+        return _low_rank(normalize(x), weights, residual)
     out = cpu.dots(x, weights, residual)
     if out is not None:
         return out
@@ -86,6 +89,35 @@ def dots(x: Any, weights: Sequence[Any], residual: jax.Array | None = None) -> l
         return [dot(x, w, residual) for w in weights]
     out = [_product(x, w, transpose=False) for w in weights]
     return out if residual is None else [residual + each for each in out]
+
+
+def _low_rank(x: jax.Array, weights: Sequence[Any], residual: jax.Array | None) -> list[jax.Array]:
+    """(x @ a) @ b beside what the bases give, to which no gradient flows."""
+    outs = list(_frozen_dots(x, tuple(w.base if isinstance(w, LowRank) else w for w in weights)))
+    for i, w in enumerate(weights):
+        if isinstance(w, LowRank):
+            outs[i] = outs[i] + dot(dot(x, w.a).astype(x.dtype), w.b)
+    return outs if residual is None else [residual + each for each in outs]
+
+
+@jax.custom_vjp
+def _frozen_dots(x: jax.Array, weights: tuple[Any, ...]) -> tuple[jax.Array, ...]:
+    return tuple(dots(x, weights))
+
+
+def _frozen_forward(x, weights):
+    # Of x only the dtype is kept, and of a compressed weight no floats.
+    return _frozen_dots(x, weights), (jnp.zeros((), x.dtype), weights)
+
+
+def _frozen_backward(residuals, gradients):
+    # Rounding of activations is passed over, as in ops.straight_through.
+    like, weights = residuals
+    parts = (matmul(g.astype(like.dtype), dequantize(w).astype(like.dtype), True) for g, w in zip(gradients, weights))
+    return functools.reduce(jnp.add, parts).astype(like.dtype), None
+
+
+_frozen_dots.defvjp(_frozen_forward, _frozen_backward)
 
 
 def dot_transposed(x: Any, w: Any) -> jax.Array:

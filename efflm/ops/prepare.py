@@ -7,6 +7,7 @@ import jax
 from efflm import trees
 from efflm.ops.kernels.cpu import build
 from efflm.ops.kernels.cpu import dot as cpu
+from efflm.ops.lowrank import LowRank
 from efflm.ops.qarray import QArray
 
 
@@ -21,6 +22,8 @@ def prepare(model: Any, platform: str) -> Any:
         return model
 
     def one(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, LowRank):
+            return leaf.replace(base=one(path, leaf.base))
         whole = all(isinstance(x, jax.Array) and len(x.sharding.device_set) == 1 for x in jax.tree.leaves(leaf))
         if leaf.ndim != 2 or 0 in leaf.shape or not whole:
             return leaf

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from efflm.config import require
+from efflm.ops.lowrank import LowRank
 from efflm.ops.packing import pack, unpack
 
 Activations = Literal["float", "int8", "int8_static"]
@@ -240,6 +241,9 @@ def dequantize(w: Any) -> jax.Array:
     """The float matrix a weight stands for."""
     if isinstance(w, FakeQuantized):
         return w.value
+    if isinstance(w, LowRank):
+        base = dequantize(w.base)
+        return (base.astype(jnp.float32) + jnp.matmul(w.a, w.b, precision="highest")).astype(base.dtype)
     if not isinstance(w, QArray):
         return w
     return _dequantize(w)
@@ -255,7 +259,8 @@ def _dequantize(w: QArray) -> jax.Array:
 
 
 def requantize(master: jax.Array, like: Any) -> Any:
-    """A float master in the format of the weight `like`."""
+    """A float master in the format of the weight `like`; of a LowRank weight in that of its base, so that it is one."""
+    like = like.base if isinstance(like, LowRank) else like
     if not isinstance(like, QArray):
         return master.astype(like.dtype)
     return quantize_array(
@@ -274,6 +279,7 @@ def straight_through(master: jax.Array, like: Any) -> Any:
 
     `master` rounded to the format of `like`; where that rounds activations too, marked so that `dot` does.
     """
+    like = like.base if isinstance(like, LowRank) else like
     if not isinstance(like, QArray) and like.dtype == master.dtype:
         return master
     rounded = dequantize(requantize(master, like)).astype(master.dtype)
@@ -310,6 +316,10 @@ def rows(table: Any, indices: jax.Array) -> jax.Array:
 def take(w: Any, axis: int, indices: jax.Array) -> Any:
     """The slices `indices` of a matrix along an axis, in its format. Along the contracted axis of a matrix with groups
     these are formed anew, so values are rounded again."""
+    if isinstance(w, LowRank):
+        inputs = axis % w.ndim == 0
+        part = {"a": jnp.take(w.a, indices, axis=0)} if inputs else {"b": jnp.take(w.b, indices, axis=1)}
+        return w.replace(base=take(w.base, axis, indices), **part)
     if not isinstance(w, QArray):
         return jnp.take(w, indices, axis=axis)
     axis = axis % w.ndim - w.ndim
@@ -327,6 +337,8 @@ def take(w: Any, axis: int, indices: jax.Array) -> Any:
 
 def apply_mask(w: Any, mask: jax.Array) -> Any:
     """The weight with exact zeros where the mask is False, in its format."""
+    if isinstance(w, LowRank):
+        return w.replace(base=apply_mask(w.base, mask))
     if not isinstance(w, QArray):
         return jnp.where(mask, w, jnp.zeros((), w.dtype))
     zero = jnp.int8(0) if w.zeros is None else by_entry(w.zeros, w.axis, w.group, w.size)

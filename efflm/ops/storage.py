@@ -16,6 +16,7 @@ import numpy as np
 from efflm import trees
 from efflm.config import require
 from efflm.ops.kernels.cpu.dot import Dense, Panels
+from efflm.ops.lowrank import LowRank
 from efflm.ops.masks import Masks
 from efflm.ops.packing import pack, packed_size, unpack
 from efflm.ops.qarray import BITS, QArray, dequantize
@@ -103,7 +104,7 @@ def _numbers(weight: Any) -> tuple[np.ndarray, int]:
 
 def nonzeros(params: Any) -> int:
     """Number of weights that are not exactly zero."""
-    uneven = lambda leaf: isinstance(leaf, QArray) and leaf.zeros is not None
+    uneven = lambda leaf: isinstance(leaf, LowRank) or (isinstance(leaf, QArray) and leaf.zeros is not None)
     numbers = (np.asarray(dequantize(leaf)) if uneven(leaf) else _numbers(leaf)[0] for _, leaf in trees.flatten(params))
     return sum(int(np.count_nonzero(each)) for each in numbers)
 
@@ -148,6 +149,9 @@ def stored_nbytes(params: Any, masks: Masks = None) -> int:
     total = 0
     for path, weight in trees.flatten(params):
         mask = (masks or {}).get(path)
+        if isinstance(weight, LowRank):
+            total += trees.nbytes((weight.a, weight.b))
+            weight = weight.base
         numbers, bits = _numbers(weight)
         bitmask = -(-numbers.size // 8)
         total += trees.nbytes(weight)

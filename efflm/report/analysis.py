@@ -207,7 +207,7 @@ def inference(model: LanguageModel, protocol: Protocol, rates: tuple[Rate, Rate]
     """Prefill and decode of a model by component, at this machine's speed, which is measured. Empty for a compressed
     model: its weights have no one dtype."""
     leaves = [leaf for _, leaf in trees.flatten(model.params)]
-    dtypes = {None if isinstance(leaf, ops.QArray) else str(leaf.dtype) for leaf in leaves}
+    dtypes = {None if isinstance(leaf, ops.QArray | ops.LowRank) else str(leaf.dtype) for leaf in leaves}
     if len(dtypes) > 1 or None in dtypes:
         return []
     policy = Policy(param=dtypes.pop(), compute=model.config.precision)
