@@ -153,7 +153,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict) -> N
     dense_here = ops.prepare(sharding.on_one_device(dense), platform)
     for name, steps in plans.items():
         say(f"{name}: {', then '.join(map(repr, steps))}")
-        own = dataclasses.replace(context, metrics=curves_of(run_dir, name))
+        own = dataclasses.replace(context, metrics=curves_of(run_dir, name), cache=run_dir / "teacher" / name)
         unfinished = run_dir / f"{name}.unfinished.safetensors"
         slow = recipe.trains(steps) or recipe.calibrates(steps)
         after, records[name] = recipe.run(

@@ -8,7 +8,8 @@
 A chain is parts joined by commas: width@SHARE and depth@SHARE remove that share of the parameters or of the layers;
 fresh gives all weights new random values; distill and text train with the first model as teacher, or on the text
 alone, for --steps steps, distill@SHARE and text@SHARE for that share of them, and text@seconds for as many seconds as
-distill took after the same parts; any recipe of experiments.compress is a part too. So
+distill took after the same parts; distill_full, distill_top_k and distill_sampled keep the teacher's distributions on
+disk first (efflm.compress.teacher_cache); any recipe of experiments.compress is a part too. So
 "width@0.2,distill@0.5,width@0.2,distill@0.5" prunes and distills in turn.
 
 Expect a table in the terminal, and in the run directory results.json, which is written anew after each model, and
@@ -41,7 +42,7 @@ from efflm.compress.step import Calibration, Context, Step
 from efflm.compress.width import PruneWidth
 from efflm.config import PRECISION, AskedPrecision, flag, require
 from efflm.data import corpora, dataset
-from efflm.evaluate import cost, quality
+from efflm.evaluate import confidence, cost, quality
 from efflm.evaluate.quality import Quality
 from efflm.evaluate.windows import Scoring
 from efflm.flags import command_line, launch
@@ -52,7 +53,8 @@ from efflm.report import page, rows, scoring, swept, table
 from efflm.report.page import Section, Table
 from efflm.report.recovered import COLUMNS, Row
 
-TRAINED = ("text", "distill")
+CACHED = {f"distill_{kind}": kind for kind in ("full", "top_k", "sampled")}
+TRAINED = ("text", "distill", *CACHED)
 SECONDS = "text@seconds"
 CHAINS = ("width@0.3", "width@0.3,text", "width@0.3,distill", f"width@0.3,{SECONDS}", "width@0.3,fresh,text")
 CHAINS += ("depth@0.5", "depth@0.5,text", "depth@0.5,distill")
@@ -74,6 +76,7 @@ class Run:
     length: int = flag(256, "tokens in each")
     seeds: int = flag(1, "seeds of each chain")
     speed: bool = flag(True, "measure prefill and decode of each shape")
+    calibration_error: bool = flag(False, "measure how far the confidence of each model is from its accuracy")
     run_dir: str = flag(str(rundir.ROOT / "recovery"), "where everything is written")
 
     def __post_init__(self):
@@ -97,7 +100,7 @@ def require_known(chain: str, listed: list[str]) -> None:
     for index, part in enumerate(parts):
         name, at, setting = part.partition("@")
         if part == SECONDS:
-            needed = [",".join([*parts[:index], kind]) for kind in TRAINED]
+            needed = [",".join([*parts[:index], kind]) for kind in TRAINED[:2]]
             missing = [each for each in needed if each not in listed]
             require(not missing, f"{chain}: {SECONDS} takes its time from {' and '.join(needed)}: list them too")
         elif name in ("width", "depth", *TRAINED) and (at or name in TRAINED):
@@ -116,7 +119,8 @@ def steps_of(part: str, run: Run, distill: dict[str, Any], model: LanguageModel,
     if name in TRAINED:
         share = longer if part == SECONDS else float(setting or 1)
         schedule = {"steps": max(1, round(share * run.steps)), "learning_rate": run.learning_rate}
-        return (Finetune(**schedule),) if name == "text" else (Distill(**(schedule | distill)),)
+        kept = {"cache": CACHED[name]} if name in CACHED else {}
+        return (Finetune(**schedule),) if name == "text" else (Distill(**(schedule | distill | kept)),)
     if name == "width" and setting:
         return (PruneWidth(parameters=float(setting)),)
     if name == "depth" and setting:
@@ -144,7 +148,7 @@ class Maker:
                 model = self.kept[so_far, seed]
                 continue
             before = ",".join(parts[:index])
-            took = [self.seconds.get((f"{before},{kind}".lstrip(","), seed), 1.0) for kind in TRAINED]
+            took = [self.seconds.get((f"{before},{kind}".lstrip(","), seed), 1.0) for kind in TRAINED[:2]]
             steps = steps_of(part, self.run, self.distill, model, took[1] / took[0])
             began = time.perf_counter()
             model, _ = recipe.run(model, steps, self.context(seed))
@@ -178,11 +182,13 @@ def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, 
         {"": sharding.on_one_device(model)}, text, loaded.tokenizer, score, sharding.on_one_device(dense), kept
     )[""]
     before = measure(dense)
+    error_of = lambda model: confidence.of_text(sharding.on_one_device(model), text, loaded.tokenizer, score)
     first = rows.label(loaded.about)
     say(f"{first}: {quality.words(quality.bits_per_byte(before))} bits per byte")
     found = {first: Row(
         name=first, parameters=trees.count(dense.params), bytes=ops.stored_nbytes(dense.params, dense.masks),
         bits_per_byte=quality.bits_per_byte(before)[0],
+        calibration=error_of(dense) if run.calibration_error else None,
     )}  # fmt: skip
     protocol, speeds = cost.protocol_for(dense), {}
     facts = [
@@ -206,6 +212,8 @@ def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, 
             if run.speed and shape not in speeds:
                 speeds[shape] = speed_of(dense, model, protocol)
             row = row_of(chain, model, before, made, speeds.get(shape, (None, None)), found)
+            if run.calibration_error:
+                row = dataclasses.replace(row, calibration=error_of(model))
             found[chain] = row
             say(f"{chain}, seed {seed}: {row.over_dense:+.4f} bits per byte over the first model, {seconds:.0f} s")
             rundir.write_json(

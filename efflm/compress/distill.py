@@ -5,10 +5,14 @@ import dataclasses
 import math
 import re
 import typing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
 
 import jax
 
 from efflm import ops
+from efflm.compress import teacher_cache
 from efflm.compress.step import Context, require_schedule, teacher_of, train_step
 from efflm.config import ModelConfig, flag, require
 from efflm.model import LanguageModel, Transformer
@@ -86,6 +90,12 @@ class Distill:
         "which layers these are: pairs student:teacher, counted from 0, as in '0:1 1:3'; empty: all of the student's "
         "and evenly spaced ones of the teacher",
     )
+    cache: Literal["", "full", "top_k", "sampled"] = flag(
+        "",
+        "run the teacher first and keep of every token all probabilities, the largest, or tokens drawn from them; "
+        "empty: it runs beside the student",
+    )
+    entries: int = flag(50, "with cache top_k or sampled: how many of a token")
 
     def __post_init__(self):
         require_schedule(self)
@@ -93,6 +103,16 @@ class Distill:
         require(0 < self.weight <= 1, f"weight is {self.weight}, but must be in (0, 1]")
         known = typing.get_args(ops.Divergence)
         require(self.divergence in known, f"divergence is {self.divergence!r}: choose from {', '.join(known)}")
+        require(
+            self.cache in ("", "full", "top_k", "sampled"), f"unknown cache {self.cache!r}: choose full, top_k, sampled"
+        )
+        plain = self.temperature == 1 and self.divergence == "forward" and not self.hidden and not self.attention
+        require(
+            plain or not self.cache,
+            f"cache is {self.cache!r}, which holds what forward KL at temperature 1 needs: leave out divergence, "
+            "temperature, hidden and attention, or the cache",
+        )
+        require(self.entries > 0, f"entries is {self.entries}, but must be positive")
         require(0 < self.mix < 1, f"mix is {self.mix}, but must be in (0, 1)")
         for name in ("hidden", "attention"):
             value = getattr(self, name)
@@ -110,6 +130,8 @@ class Distill:
 
     def __call__(self, model: LanguageModel, context: Context):
         teacher = teacher_of(context, model)
+        if self.cache:
+            return self._from_cache(model, teacher, context)
         configs = model.config, teacher.config
         layers = layer_map(self.layers, *configs) if self.hidden or self.attention else ()
         beside = {}
@@ -123,3 +145,14 @@ class Distill:
         }
         loss = losses.distillation_loss(*models, **same, layers=layers)
         return train_step(self, model, context, loss, teacher.params, beside)
+
+    def _from_cache(self, model: LanguageModel, teacher: LanguageModel, context: Context):
+        require(context.batches is not None, f"{self} needs text to train on: give a corpus")
+        with TemporaryDirectory() as folder:
+            where = context.cache or Path(folder) / "teacher"
+            batches, size = teacher_cache.batches_with(where, teacher, context, self.steps, self.cache, self.entries)
+            print(f"  the teacher's cache: {size:,} bytes a token", flush=True)
+            loss = losses.cached_distillation_loss(
+                Transformer(model.config, policy_for(model.config)), weight=self.weight
+            )
+            return train_step(self, model, dataclasses.replace(context, batches=batches), loss, {})

@@ -41,6 +41,7 @@ class Context:
     teacher: what to imitate; a recipe fills in the model it started from. corpus, tokenizer: digests of the text that
     batches and calibration are from and of what made tokens of it, for the records. metrics: the file that a step which
     trains writes its metrics to; of a recipe the folder, in which each step has a file.
+    cache: the folder that a teacher's cache is kept in; None: one that is removed after use.
     """
 
     batches: loop.Batches | None = None
@@ -50,6 +51,7 @@ class Context:
     corpus: str = ""
     tokenizer: str = ""
     metrics: Path | None = None
+    cache: Path | None = None
     mesh: Mesh
 
 

@@ -3,7 +3,7 @@
 from efflm.ops.attention import attention
 from efflm.ops.cached_attention import cached_attention
 from efflm.ops.cross_entropy import cross_entropy
-from efflm.ops.distillation import distillation
+from efflm.ops.distillation import cached_distillation, distillation
 from efflm.ops.divergences import Divergence
 from efflm.ops.dot import dot, dots
 from efflm.ops.embed import embed, unembed
@@ -27,6 +27,7 @@ __all__ = [
     "attention",
     "attention_probabilities",
     "cached_attention",
+    "cached_distillation",
     "cross_entropy",
     "dequantize",
     "distillation",

@@ -1,4 +1,5 @@
-"""Distillation's loss from the final states of student and teacher, without the [B, T, V] logits of either."""
+"""Distillation's loss from the final states of the student, and from those of the teacher or from what was kept of its
+distributions, without the [B, T, V] logits of either."""
 
 from typing import Any
 
@@ -54,3 +55,38 @@ def distillation(
 
     tokens = targets_BT, weights_BT.astype(jnp.float32), teacher_x_BTE
     return output_loss(chunk_loss, tied, x_BTD, w, tokens, teacher_w)
+
+
+def cached_distillation(
+    student: tuple[jax.Array, Any, bool],
+    p_BTK: jax.Array,
+    ids_BTK: jax.Array | None,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    share: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `distillation`, with d = KL(teacher || student) where of the teacher p_BTK is known: the probabilities of the
+    tokens ids_BTK, which may be repeated, or of all (None; K = V). Of others it is taken to be 0."""
+    x_BTD, w, tied = student
+    x_BTD, w = operands(x_BTD, w)
+
+    def chunk_loss(logits_MV, tokens, shared):
+        del shared
+        targets_M, weights_M, p_MK, *ids = tokens
+        p_MK = p_MK.astype(jnp.float32)
+        nll_M, normalizer_M, hit_MV = target_nll(logits_MV, targets_M)
+        chosen_MK = jnp.take_along_axis(logits_MV, ids[0], axis=-1) if ids else logits_MV
+        log_q_MK = chosen_MK - normalizer_M[:, None]
+        d_M = jnp.sum(p_MK * (jnp.log(jnp.maximum(p_MK, jnp.finfo(jnp.float32).tiny)) - log_q_MK), axis=-1)
+        sums = [jnp.sum(weights_M * values) for values in (share * d_M + (1 - share) * nll_M, d_M, nll_M)]
+        q_MV = jnp.exp(logits_MV - normalizer_M[:, None])
+        rows_M1 = jnp.arange(len(p_MK))[:, None]
+        p_MV = jnp.zeros_like(q_MV).at[rows_M1, ids[0]].add(p_MK) if ids else p_MK
+        of_d_MV = jnp.sum(p_MK, axis=-1, keepdims=True) * q_MV - p_MV
+        return tuple(sums), (share * weights_M)[:, None] * of_d_MV + ((1 - share) * weights_M)[:, None] * (
+            q_MV - hit_MV
+        )
+
+    tokens = (targets_BT, weights_BT.astype(jnp.float32), p_BTK, *(() if ids_BTK is None else (ids_BTK,)))
+    return output_loss(chunk_loss, tied, x_BTD, w, tokens, None)

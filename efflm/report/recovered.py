@@ -8,10 +8,13 @@ from efflm.report.table import Column
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """What became of a chain: means over seeds. over_dense: bits per byte over the first model; deviation: its
-    standard deviation over seeds; error: over documents; recovered: the share that training took away of the loss
-    that what came before it had brought; tokens, seconds: of training; prefill, decode: speed over the
-    first model's."""
+    """What became of a chain: means over seeds.
+
+    over_dense: bits per byte over the first model; deviation: its standard deviation over seeds; error: over documents.
+    recovered: the share that training took away of the loss that what came before it had brought. tokens, seconds: of
+    training. calibration: the expected calibration error (evaluate.confidence). prefill, decode: speed over the first
+    model's.
+    """
 
     name: str
     parameters: int
@@ -25,6 +28,7 @@ class Row:
     seconds: float = 0.0
     prefill: float | None = None
     decode: float | None = None
+    calibration: float | None = None
     seeds: int = 1
     note: str = ""
 
@@ -51,6 +55,11 @@ COLUMNS = (
     ),
     Column("tokens trained on", lambda row: f"{row.tokens:,}" if row.tokens else "—", lambda row: row.tokens),
     Column("seconds", lambda row: f"{row.seconds:.0f}" if row.seconds else "—", lambda row: row.seconds),
+    Column(
+        "calibration error",
+        lambda row: "—" if row.calibration is None else f"{row.calibration:.4f}",
+        lambda row: row.calibration,
+    ),
     Column("prefill", lambda row: times(row.prefill), lambda row: row.prefill),
     Column("decode", lambda row: times(row.decode), lambda row: row.decode),
 )

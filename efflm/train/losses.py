@@ -83,6 +83,21 @@ def distillation_loss(
     return _mean_over_tokens(sums)
 
 
+def cached_distillation_loss(student: Transformer, *, weight: float) -> LossFn:
+    """The mean over targets of weight * KL(teacher || student) + (1 - weight) * cross-entropy, in nats, for batches
+    that hold what was kept of the teacher: "teacher_p" and, where that is not all, "teacher_ids" (see
+    ops.cached_distillation)."""
+
+    def sums(params, frozen, batch, weights_BT):
+        del frozen
+        kept = batch["teacher_p"], batch.get("teacher_ids")
+        outputs = _final_states(student, params, batch)
+        total, apart, nll = ops.cached_distillation(outputs, *kept, batch["targets"], weights_BT, share=weight)
+        return {"loss": total, "divergence": apart, "cross_entropy": nll}
+
+    return _mean_over_tokens(sums)
+
+
 def hidden_state_error(
     states: Sequence[jax.Array],
     teacher_states: Sequence[jax.Array],

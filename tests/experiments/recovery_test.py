@@ -26,8 +26,10 @@ def test_every_chain_has_a_row_and_shares_what_came_before(folder, tmp_path, mon
     )
     flags = [
         f"--model={folder / 'model'}", f"--corpus={folder / 'numbers'}", f"--run_dir={out}", "--seeds=2", "--steps=4",
-        "--length=32", "--learning_rate=3e-3", "--distill.weight=1.0", "--speed=false",
-        "--chains=width@0.2 width@0.2,text width@0.2,distill width@0.2,text@seconds depth@0.5,fresh,text@0.5",
+        "--length=32", "--learning_rate=3e-3", "--distill.weight=1.0", "--speed=false", "--calibration_error",
+        "--distill.entries=9",
+        "--chains=width@0.2 width@0.2,text width@0.2,distill width@0.2,text@seconds width@0.2,distill_top_k "
+        "depth@0.5,fresh,text@0.5",
         "--orders=w8a16 distill",
     ]  # fmt: skip
     launch(recovery.main, "", ["x", *flags], **GROUPS)
@@ -43,6 +45,8 @@ def test_every_chain_has_a_row_and_shares_what_came_before(folder, tmp_path, mon
     assert text["tokens"] == distilled["tokens"] == 4 * 8 * 32
     assert pruned["parameters"] < 0.85 * first["parameters"]
     assert pruned["seconds"] == 0
+    assert all(0 < row["calibration"] < 1 for row in (first, *rows))
+    assert found["width@0.2,distill_top_k"]["tokens"] == text["tokens"]
     assert found["depth@0.5,fresh,text@0.5"]["tokens"] == 2 * 8 * 32
     assert found["depth@0.5,fresh,text@0.5"]["recovered"] is None
     assert found["w8a16,distill"]["bytes"] == found["distill,w8a16"]["bytes"] < first["bytes"] / 2
