@@ -121,8 +121,9 @@ def _ranked(config: ModelConfig, target: float, axes: Sequence[str], scores: Sco
                 units.append((score / (one * slices), one * slices, layer, axis, slices))
                 start = size - stay
     removed = 0
+    finest = min(per_slice(config, i, axis) * step(axis, n) for i, own in enumerate(kept) for axis, n in own.items())
     for _, count, layer, axis, slices in sorted(units):
-        if removed + count / 2 <= target:
+        if removed + count - min(finest, count) / 2 <= target:  # what is larger must not go beyond what channels refine
             removed += count
             kept[layer][axis] -= slices
     return kept
