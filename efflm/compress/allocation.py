@@ -53,14 +53,20 @@ def most(config: ModelConfig, axes: Sequence[str]) -> float:
     return gone(config, step(slicing.WIDTH, config.width) if slicing.WIDTH in axes else config.width, keep)
 
 
-def counts(config: ModelConfig, share: float, axes: Sequence[str], scores: Scores | None = None) -> tuple[int, Counts]:
-    """`allocate`. Raises InputError for a share that cannot be reached, but for half a step in all layers."""
-    names, largest = " and ".join(axes), most(config, axes)
+def require_possible(config: ModelConfig, share: float, axes: Sequence[str]) -> None:
+    """Raise InputError for a share of the parameters that is more than `most`."""
+    largest = most(config, axes)
     require(
         share <= largest,
-        f"parameters is {share}, but with the fewest {names} in each layer the model has {largest:.1%} fewer: ask for "
-        "less",
+        f"parameters is {share}, but with the fewest {' and '.join(axes)} in each layer the model has {largest:.1%} "
+        "fewer: ask for less",
     )
+
+
+def counts(config: ModelConfig, share: float, axes: Sequence[str], scores: Scores | None = None) -> tuple[int, Counts]:
+    """`allocate`. Raises InputError for a share that cannot be reached, but for half a step in all layers."""
+    require_possible(config, share, axes)
+    names = " and ".join(axes)
     width, keep = allocate(config, share, axes, scores)
     found, last = gone(config, width, keep), axes[-1]
     one_less = [{last: n - step(last, n)} for n in (own.get(last, 0) for own in sizes(config, axes))]

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from efflm import ops
+from efflm.config import require
 from efflm.infer.generate import decode, prefill, row_keys, start
 from efflm.infer.sampling import GREEDY
 from efflm.model import LanguageModel, sharding
@@ -23,6 +24,7 @@ def runner(model: LanguageModel, phase: Phase) -> Callable[[], float]:
 
     The weights are laid out for the kernels of this machine: a second copy of them, held as long as what is returned.
     """
+    require(jax.process_count() == 1, "latency is measured in one process, but there are several: set another target")
     model = ops.prepare(sharding.on_one_device(model), jax.default_backend())
     new = min(NEW, model.config.max_length // 2)
     length = min(CONTEXT, model.config.max_length - new)

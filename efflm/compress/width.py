@@ -7,6 +7,7 @@ them is fitted again to give what it gave, by least squares over the calibration
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -90,66 +91,70 @@ class PruneWidth:
     def __call__(self, model: LanguageModel, context: Context) -> tuple[LanguageModel, Record]:
         rows, mesh, axes = context.calibration, context.mesh, tuple(self.axes.split())
         inside = tuple(axis for axis in axes if axis != WIDTH)
-        channels = residual.channels(model, rows, mesh) if WIDTH in axes else np.zeros(0)
+        if self.parameters:
+            allocation.require_possible(model.config, self.parameters, axes)
+        channels = residual.channels(model, rows, mesh) if WIDTH in axes else np.zeros(model.config.width)
         scores = self.scores(model, context, inside)
         ranks = scores if self.layers == "ranked" else None
 
-        def candidate(share: float) -> LanguageModel:
-            width, keep = allocation.allocate(model.config, share, axes, ranks)
-            kept = {
-                (i, axis): importance.largest(scores[i, axis], n)
-                for i, own in enumerate(keep)
-                for axis, n in own.items()
-            }
-            return slicing.slice_params(
-                model, kept | ({(None, WIDTH): importance.largest(channels, width)} if WIDTH in axes else {})
-            )
+        def candidate(width: int, keep: Counts) -> LanguageModel:
+            each = {(i, axis): (scores[i, axis], n) for i, own in enumerate(keep) for axis, n in own.items()}
+            each |= {(None, WIDTH): (channels, width)} if WIDTH in axes else {}
+            return slicing.slice_params(model, {key: importance.largest(*one) for key, one in each.items()})
 
+        removed: dict[str, float] = {}
         if self.parameters:
             width, keep = allocation.counts(model.config, self.parameters, axes, ranks)
         else:
-            share, found = self.searched(model, candidate, allocation.most(model.config, axes))
+            share, removed = self.searched(model, axes, ranks, candidate)
             width, keep = allocation.allocate(model.config, share, axes, ranks)
         after = model
         if WIDTH in axes:
-            after = residual.narrowed(model, importance.largest(channels, width), rows, mesh)
+            after = residual.narrowed(after, importance.largest(channels, width), rows, mesh)
         if inside:
             after = self.pruned(after, context, keep, scores)
         done = record(self, model, after, context, uses_text=True)
-        if not self.parameters:
-            removed = {
-                "parameters": allocation.gone(model.config, width, keep),
-                "latency" if self.latency else "bytes": found,
-            }
-            done = dataclasses.replace(done, settings=done.settings | {"removed": removed})
-        return after, done
+        return after, dataclasses.replace(done, settings=done.settings | ({"removed": removed} if removed else {}))
 
     def scores(self, model: LanguageModel, context: Context, inside: tuple[str, ...]) -> Scores | None:
         """Of the slices of the whole model; None where those of each layer are enough, fed by what is made of the ones
         before it."""
-        if self.importance == "taylor" and inside:
-            return importance.taylor(model, context.calibration, context.mesh, inside)
-        if self.layers == "uniform" and self.parameters:
+        if not inside or (self.layers == "uniform" and self.parameters and self.importance != "taylor"):
             return None
+        if self.importance == "taylor":
+            return importance.taylor(model, context.calibration, context.mesh, inside)
         return importance.measured(model, context.calibration, context.mesh, inside, self.importance)
 
-    def searched(self, model: LanguageModel, candidate: Any, largest: float) -> tuple[float, float]:
-        """The share of the parameters with which a target by bytes or latency is met, and what it was found to save."""
+    def searched(
+        self,
+        model: LanguageModel,
+        axes: tuple[str, ...],
+        ranks: Scores | None,
+        candidate: Callable[[int, Counts], LanguageModel],
+    ) -> tuple[float, dict[str, float]]:
+        """The share of the parameters that meets a target by bytes or latency, and what is then found to go of each."""
         if self.bytes:
-            whole = ops.stored_nbytes(model.params, model.masks)
-            removed = lambda small: 1 - ops.stored_nbytes(small.params, small.masks) / whole
+            name, how, whole = "bytes", BYTES, ops.stored_nbytes(model.params, model.masks)
+            measure = lambda small: 1 - ops.stored_nbytes(small.params, small.masks) / whole
         else:
-            before = latency.runner(model, self.phase)
-            removed = lambda small: latency.saved(before, latency.runner(small, self.phase))
-        name = "bytes" if self.bytes else "latency"
+            name, how, before = "latency", LATENCY, latency.runner(model, self.phase)
+            measure = lambda small: latency.saved(before, latency.runner(small, self.phase))
+        known: dict[str, float] = {}  # several shares can be the same widths
 
-        def tried(share: float) -> float:
-            found = removed(candidate(share))
-            print(f"width pruning: {share:.1%} fewer parameters save {found:.1%} of the {name}", flush=True)
-            return found
+        def removed(share: float) -> float:
+            width, keep = allocation.allocate(model.config, share, axes, ranks)
+            widths = f"{width} {keep}"
+            if widths not in known:
+                known[widths] = measure(candidate(width, keep))
+                fewer = allocation.gone(model.config, width, keep)
+                print(f"width pruning: {fewer:.1%} fewer parameters save {known[widths]:.1%} of {name}", flush=True)
+            return known[widths]
 
-        how = BYTES if self.bytes else LATENCY
-        return allocation.search(tried, getattr(self, name), largest, name, **how)
+        largest = allocation.most(model.config, axes)
+        share, found = allocation.search(removed, getattr(self, name), largest, name, **how)
+        fewer = allocation.gone(model.config, *allocation.allocate(model.config, share, axes, ranks))
+        require(fewer > 0, f"{name} is {getattr(self, name)}, but whole {' and '.join(axes)} make it 0: ask for more")
+        return share, {"parameters": fewer, name: found}
 
     def pruned(self, model: LanguageModel, context: Context, keep: Counts, scores: Scores | None) -> LanguageModel:
         """The model with so many slices in each layer."""
