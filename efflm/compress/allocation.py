@@ -115,23 +115,27 @@ def _uniform(config: ModelConfig, target: float, axes: Sequence[str]) -> Counts:
 
 
 def _ranked(config: ModelConfig, target: float, axes: Sequence[str], scores: Scores) -> Counts:
-    """Of all layers, the slices of the least score for each parameter go, channels a step at a time. Each layer keeps a
-    group and a step of channels. target: parameters."""
-    kept, units = sizes(config, axes), []
-    for layer, own in enumerate(kept):
-        for axis, size in own.items():
-            each, one = step(axis, size), per_slice(config, layer, axis)
-            rising, start = np.sort(scores[layer, axis]), 0
-            for stay in range((size - 1) // each * each, 0, -each):  # of a size that is no multiple, fewer go at first
-                score, slices = rising[start : size - stay].sum(), size - stay - start
-                units.append((score / (one * slices), one * slices, layer, axis, slices))
-                start = size - stay
-    removed = 0
-    finest = min(per_slice(config, i, axis) * step(axis, n) for i, own in enumerate(kept) for axis, n in own.items())
-    for _, count, layer, axis, slices in sorted(units):
-        if removed + count - min(finest, count) / 2 <= target:  # what is larger must not go beyond what channels refine
-            removed += count
-            kept[layer][axis] -= slices
+    """All axes give the same share, groups first; of an axis the slices go that have the least score for each parameter
+    in all layers, channels a step at a time. Each layer keeps a group and a step of channels. target: parameters."""
+    kept, removed = sizes(config, axes), 0
+    inside = tuple(kept[0])
+    each = {(i, axis): per_slice(config, i, axis) for i, own in enumerate(kept) for axis in own}
+    whole = {axis: sum(each[i, axis] * own[axis] for i, own in enumerate(kept)) for axis in inside}
+    for index, axis in enumerate(inside):
+        goal = removed + (target - removed) * whole[axis] / sum(whole[a] for a in inside[index:])
+        units = []
+        for layer, own in enumerate(kept):
+            size, unit, start = own[axis], step(axis, own[axis]), 0
+            rising = np.sort(scores[layer, axis])
+            for stay in range((size - 1) // unit * unit, 0, -unit):  # where the size is no multiple, fewer go at first
+                slices = size - stay - start
+                count = each[layer, axis] * slices
+                units.append((rising[start : start + slices].sum() / count, count, layer, slices))
+                start += slices
+        for _, count, layer, slices in sorted(units):
+            if removed + count / 2 <= goal:
+                removed += count
+                kept[layer][axis] -= slices
     return kept
 
 

@@ -61,7 +61,7 @@ class PruneWidth:
     )
     importance: Importance = flag("output", "by what the groups and feed-forward channels that stay are chosen")
     layers: Literal["uniform", "ranked"] = flag(
-        "uniform", "every layer gives the same share, or the least important slices of all layers go"
+        "uniform", "every layer gives the same share, or of each axis the least important slices of all layers go"
     )
     refit: bool = flag(True, "fit the matrices that read groups and feed-forward channels again")
     damping: float = flag(0.01, "added to the diagonal of X^T X, as a share of its mean, for that")

@@ -1,14 +1,12 @@
 """Layers of different widths, and targets by bytes and by time."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
 
 from efflm import api as efflm
 from efflm import ops, tokenizer, trees
-from efflm.compress import importance, latency, recipe
+from efflm.compress import importance, latency, recipe, width
 from efflm.compress.finetune import Finetune
 from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
@@ -17,6 +15,7 @@ from efflm.compress.width import PruneWidth
 from efflm.config import InputError, TrainConfig
 from efflm.infer.generate import generate
 from efflm.model import sharding
+from efflm.model.params import table
 from efflm.train import assemble
 from tests import tiny
 
@@ -64,7 +63,6 @@ def test_layers_that_differ_train_and_quantize_and_prune(ranked):
     after, records = recipe.run(ranked, steps, CONTEXT)
     assert after.config == ranked.config
     assert records[-1].predicted_bytes == ops.stored_nbytes(after.params, after.masks)
-    assert np.all(np.isfinite(tiny.logits(after, TOKENS)))
     with pytest.raises(InputError, match="layers of different shapes cannot be scanned: train this model without scan"):
         assemble.fit_model(ranked, TrainConfig(steps=1, scan=True), CONTEXT.batches, mesh=CONTEXT.mesh, seed=0)
 
@@ -83,7 +81,8 @@ def test_layers_that_differ_are_stored_and_sharded_as_any(ranked, tmp_path):
 @pytest.mark.parametrize(
     "formats", [(Quantize(bits=4, group=16),), tiny.combination((Prune(sparsity=0.5), Quantize()))]
 )
-def test_a_share_of_the_bytes_goes(formats, capsys):
+def test_a_share_of_the_bytes_goes(formats, capsys, monkeypatch):
+    monkeypatch.setitem(width.BYTES, "candidates", 6)  # each compiles for its shapes
     model, _ = recipe.run(MODEL, formats, CONTEXT)
     after, record = PruneWidth(bytes=0.2, axes="mlp", refit=False)(model, CONTEXT)
     stored = [ops.stored_nbytes(each.params, each.masks) for each in (model, after)]
@@ -117,7 +116,7 @@ def test_the_clock_runs_and_medians_are_compared(monkeypatch):
         assert run() > 0
     monkeypatch.setattr(latency, "LEAST", 0.0)
     turns = []
-    times = {"A": iter([99.0, 4.0, 4.0, 4.0, 400.0, 4.0]), "B": iter([99.0, 3.0, 3.0, 3.0, 3.0, 300.0])}
+    times = {"A": iter([99.0, 4.0, 4.0, 4.0, 400.0, 4.0]), "B": iter([99.0, 3.0, 3.0, 3.0, 3.0, 900.0])}
     run = lambda name: lambda: turns.append(name) or next(times[name])
     assert latency.saved(run("A"), run("B")) == pytest.approx(0.25)
     assert "".join(turns) == "AB" * 6
@@ -125,11 +124,14 @@ def test_the_clock_runs_and_medians_are_compared(monkeypatch):
 
 @pytest.mark.parametrize("axes", [tiny.combination("width"), "groups mlp width"])
 def test_the_model_gets_narrower(axes):
-    after, record = PruneWidth(parameters=0.2, axes=axes)(MODEL, CONTEXT)
+    after, record = PruneWidth(parameters=0.2, axes=axes, importance="taylor", refit=False)(MODEL, CONTEXT)
     assert after.config.width < 32
     assert abs(trees.count(after.params) / trees.count(MODEL.params) - 0.8) < 0.02
     assert (after.config.blocks != CONFIG.blocks) == (axes != "width")
-    assert np.all(np.isfinite(tiny.logits(after, TOKENS)))
+    assert after.config.blocks[0] == after.config.blocks[1]
+    assert {path: w.shape for path, w in trees.flatten(after.params)} == {
+        path: param.shape for path, param in table(after.config).items()
+    }
     assert "final_norm/scale" in record.leaves
 
 
@@ -149,8 +151,3 @@ def test_the_model_gets_narrower(axes):
 def test_settings_that_mean_nothing_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         PruneWidth(**settings)
-
-
-def test_uniform_layers_by_taylor_have_the_same_widths():
-    after, _ = dataclasses.replace(PruneWidth(parameters=0.2), importance="taylor")(MODEL, CONTEXT)
-    assert after.config.blocks[0] == after.config.blocks[1]
