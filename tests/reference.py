@@ -80,18 +80,26 @@ def _feedforward(config, params, x):
     return _linear(params["down"], 0.5 * up * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3))))
 
 
-def forward(config, params, tokens):
-    """Logits [T, V] in float64 of one row of tokens."""
+def streams(config, params, tokens):
+    """The residual stream [T, D] in float64 of one row of tokens: before the first layer, and after each."""
     widen = lambda node: {k: widen(v) for k, v in node.items()} if isinstance(node, dict) else np.float64(node)
     params = widen(params)
     xs = [params["embedding"][token] for token in tokens]
     if config.position == "learned":
         xs = [x + params["position_embedding"][t] for t, x in enumerate(xs)]
+    found = [np.stack(xs)]
     for i, block in enumerate(config.blocks):
         layer = params[f"block_{i}"]
         attended = _attend(config, block, layer["attention"], [_norm(config, layer["attention_norm"], x) for x in xs])
         middle = [x + a for x, a in zip(xs, attended)]
         read = [_norm(config, layer["feedforward_norm"], x) for x in (xs if config.parallel else middle)]
         xs = [x + _feedforward(config, layer["feedforward"], r) for x, r in zip(middle, read)]
-    head = params["embedding"].T if config.tied else params["unembedding"]
-    return np.stack([_norm(config, params["final_norm"], x) @ head for x in xs])
+        found.append(np.stack(xs))
+    return found
+
+
+def forward(config, params, tokens):
+    """Logits [T, V] in float64 of one row of tokens."""
+    norm = {name: np.float64(leaf) for name, leaf in params["final_norm"].items()}
+    head = np.float64(params["embedding"]).T if config.tied else np.float64(params["unembedding"])
+    return np.stack([_norm(config, norm, x) @ head for x in streams(config, params, tokens)[-1]])

@@ -29,6 +29,11 @@ def slice_params(model: LanguageModel, kept: Kept) -> LanguageModel:
     for (layer, axis), indices in kept.items():
         known = (WIDTH,) if layer is None else IN_LAYER
         owner = "the model" if layer is None else f"layer {layer}"
+        require(
+            layer is None or axis not in ("heads", "kv_heads"),
+            f"{axis} of {owner} do not go alone, since each key-value head must keep as many query heads as the "
+            "others: give groups",
+        )
         require(axis in known, f"{owner} has no axis {axis!r}: choose from {', '.join(known)}")
         require(
             layer is None or 0 <= layer < len(config.blocks),

@@ -1,14 +1,13 @@
-"""Structured pruning of layers: whole groups of heads and feed-forward channels go, so that matrices are smaller.
+"""Structured pruning of widths: groups of heads, feed-forward channels and channels of the residual stream go whole.
 
-What a slice adds to the residual stream passes through the matrix that reads it. Slices that add least go (with
-importance "activation" those with the smallest activations: Minitron, Muralidharan 2024, arXiv 2407.14679, section
-2.2), and that matrix is fitted again to give what it gave, by least squares over the calibration text (as Frantar 2022,
-arXiv 2208.11580, does for single weights).
+Slices inside the layers go by what they add to the residual stream, by their activations (Minitron, Muralidharan 2024,
+arXiv 2407.14679, section 2.2), their weights, or a Taylor expansion of the loss (see importance). The matrix that reads
+them is fitted again to give what it gave, by least squares over the calibration text (as Frantar 2022, arXiv
+2208.11580, does for single weights). Channels of the residual stream go by Minitron's importance (see residual).
 """
 
 import dataclasses
-import functools
-import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -16,70 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from efflm import ops, trees
-from efflm.compress import calibrate, slicing
+from efflm.compress import allocation, calibrate, importance, latency, residual, slicing
+from efflm.compress.allocation import Counts, Scores
 from efflm.compress.calibrate import Layer
-from efflm.compress.step import Context, record
-from efflm.config import ModelConfig, flag, require
+from efflm.compress.importance import Importance
+from efflm.compress.latency import Phase
+from efflm.compress.step import Context, Record, record
+from efflm.config import flag, require
 from efflm.model import LanguageModel
-from efflm.model.params import table
 
-# The matrix that reads the slices of an axis: its rows are theirs. The axis of weights (model.params) it contracts.
-READERS = {"groups": ("attention/output/kernel", "heads"), "mlp": ("feedforward/down/kernel", "mlp")}
-MULTIPLE = 16  # feed-forward channels are kept in multiples of it, which kernels are fast at, where there are many
-
-
-def counts(config: ModelConfig, parameters: float, axes: tuple[str, ...]) -> list[dict[str, int]]:
-    """How many slices each layer keeps along each axis, for a model without that share of its parameters.
-
-    All layers and axes give the same share, as near as whole groups allow; the channels make up for the rest. Raises
-    InputError for a share that cannot be reached.
-    """
-    total = sum(math.prod(param.shape) for param in table(config).values())
-    have = [{axis: slicing.sizes(block)[axis] for axis in axes} for block in config.blocks]
-    per_slice = [
-        {axis: _parameters(config, index, axis) // size[axis] for axis in axes} for index, size in enumerate(have)
-    ]
-    every = list(zip(have, per_slice))
-    whole = lambda axis: sum(each[axis] * size[axis] for size, each in every)
-    most = sum(each[axis] * (size[axis] - _step(axis, size)) for size, each in every for axis in axes)
-    target, names = parameters * total, " and ".join(axes)
-    require(
-        target <= most,
-        f"parameters is {parameters}, but with the fewest {names} in each layer the model has "
-        f"{most / total:.1%} fewer: ask for less",
-    )
-    kept, removed = [dict(size) for size in have], 0
-    for index, axis in enumerate(axes):  # groups first
-        share = (target - removed) / sum(map(whole, axes[index:]))
-        for own, (size, each) in zip(kept, every):
-            step = _step(axis, size)
-            own[axis] = min(max(round(size[axis] * (1 - share) / step) * step, step), size[axis])
-            removed += each[axis] * (size[axis] - own[axis])
-    rounding = sum(each[axes[-1]] * _step(axes[-1], size) for size, each in every) / 2
-    require(
-        removed > 0 and removed >= target - rounding,
-        f"parameters is {parameters}, but whole {names} make it {removed / total:.1%}: ask for another share",
-    )
-    return kept
-
-
-def _step(axis: str, size: dict[str, int]) -> int:
-    return MULTIPLE if axis == "mlp" and size[axis] >= MULTIPLE**2 else 1
-
-
-def _parameters(config: ModelConfig, layer: int, axis: str) -> int:
-    """Of the weights of a layer that have the axis."""
-    names = {"groups": {"heads", "kv_heads"}, "mlp": {"mlp"}}[axis]
-    weights = table(config).items()
-    return sum(math.prod(p.shape) for path, p in weights if path.startswith(f"block_{layer}/") and names & set(p.axes))
-
-
-@functools.partial(jax.jit, static_argnames="importance")
-def scores(w: jax.Array, gram: jax.Array, importance: str) -> jax.Array:
-    """Of each input of w float32 [K, N], [K]: the sum over tokens of the squared length of what it adds to the output,
-    or of its square ("activation"), or the squared length of its weights ("magnitude"). gram: X^T X [K, K]."""
-    squares, lengths = jnp.diag(gram), jnp.sum(jnp.square(w), axis=1)
-    return {"output": squares * lengths, "activation": squares, "magnitude": lengths}[importance]
+WIDTH = slicing.WIDTH
+# How near a target by bytes or by time is to be met, and by how many candidates at most.
+BYTES = {"tolerance": 0.001, "candidates": 16}
+LATENCY = {"tolerance": 0.02, "candidates": 8}
 
 
 @jax.jit
@@ -96,35 +44,132 @@ def refit(w: jax.Array, gram: jax.Array, kept: jax.Array, gone: jax.Array, dampi
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PruneWidth:
-    """Remove groups of heads and feed-forward channels of every layer, the rest compensating."""
+    """Remove groups of heads, feed-forward channels, channels of the residual stream; the rest of a layer compensates.
 
-    parameters: float = flag(0.3, "share of all parameters to remove, embeddings counted")
-    axes: Literal["groups mlp", "groups", "mlp"] = flag(
-        "groups mlp", "what may go: key-value heads with the query heads that read them, feed-forward channels"
+    One target is set. By bytes and by latency, models with different shares of the parameters are tried, and the one
+    nearest to the target is made: within 0.1% of the bytes of at most 16, within 2% of the time of at most 8.
+    """
+
+    parameters: float = flag(0.0, "share of all parameters to remove, embeddings counted")
+    bytes: float = flag(0.0, "in place of it, share of the bytes to remove, as a file holds the model")
+    latency: float = flag(0.0, "in place of it, share of the time to remove, measured on this machine")
+    phase: Phase = flag("both", "of latency: reading a prompt, writing after it, or both")
+    axes: Literal["groups mlp", "groups", "mlp", "width", "groups mlp width"] = flag(
+        "groups mlp",
+        "what may go: key-value heads with the query heads that read them, feed-forward channels, channels of the "
+        "residual stream",
     )
-    importance: Literal["output", "activation", "magnitude"] = flag("output", "by what those that stay are chosen")
-    refit: bool = flag(True, "fit the matrices that read them again")
+    importance: Importance = flag("output", "by what the groups and feed-forward channels that stay are chosen")
+    layers: Literal["uniform", "ranked"] = flag(
+        "uniform", "every layer gives the same share, or of each axis the least important slices of all layers go"
+    )
+    refit: bool = flag(True, "fit the matrices that read groups and feed-forward channels again")
     damping: float = flag(0.01, "added to the diagonal of X^T X, as a share of its mean, for that")
 
     calibrates = True
 
     def __post_init__(self):
-        require(0 < self.parameters < 1, f"parameters is {self.parameters}, but must be between 0 and 1")
+        targets = {name: getattr(self, name) for name in ("parameters", "bytes", "latency")}
+        given = {name: value for name, value in targets.items() if value}
+        require(
+            len(given) == 1,
+            f"{', '.join(f'{name} is {value}' for name, value in targets.items())}: set one of them, the others to 0",
+        )
+        for name, value in given.items():
+            require(0 < value < 1, f"{name} is {value}, but must be between 0 and 1")
         require(self.damping > 0, f"damping is {self.damping}, but must be positive: 0.01")
+        require(
+            self.layers == "uniform" or self.importance in ("output", "taylor"),
+            f"layers is ranked, but importance by {self.importance} does not compare between layers: choose output or "
+            "taylor",
+        )
+        require(
+            self.layers == "uniform" or self.axes != WIDTH,
+            "layers is ranked, but axes is width, which all layers share: choose uniform",
+        )
 
-    def __call__(self, model: LanguageModel, context: Context):
-        axes = tuple(self.axes.split())
-        keep = counts(model.config, self.parameters, axes)
+    def __call__(self, model: LanguageModel, context: Context) -> tuple[LanguageModel, Record]:
+        rows, mesh, axes = context.calibration, context.mesh, tuple(self.axes.split())
+        inside = tuple(axis for axis in axes if axis != WIDTH)
+        if self.parameters:
+            allocation.require_possible(model.config, self.parameters, axes)
+        channels = residual.channels(model, rows, mesh) if WIDTH in axes else np.zeros(model.config.width)
+        scores = self.scores(model, context, inside)
+        ranks = scores if self.layers == "ranked" else None
+
+        def candidate(width: int, keep: Counts) -> LanguageModel:
+            each = {(i, axis): (scores[i, axis], n) for i, own in enumerate(keep) for axis, n in own.items()}
+            each |= {(None, WIDTH): (channels, width)} if WIDTH in axes else {}
+            return slicing.slice_params(model, {key: importance.largest(*one) for key, one in each.items()})
+
+        removed: dict[str, float] = {}
+        if self.parameters:
+            width, keep = allocation.counts(model.config, self.parameters, axes, ranks)
+        else:
+            share, removed = self.searched(model, axes, ranks, candidate)
+            width, keep = allocation.allocate(model.config, share, axes, ranks)
+        after = model
+        if WIDTH in axes:
+            after = residual.narrowed(after, importance.largest(channels, width), rows, mesh)
+        if inside:
+            after = self.pruned(after, context, keep, scores)
+        done = record(self, model, after, context, uses_text=True)
+        return after, dataclasses.replace(done, settings=done.settings | ({"removed": removed} if removed else {}))
+
+    def scores(self, model: LanguageModel, context: Context, inside: tuple[str, ...]) -> Scores | None:
+        """Of the slices of the whole model; None where those of each layer are enough, fed by what is made of the ones
+        before it."""
+        if not inside or (self.layers == "uniform" and self.parameters and self.importance != "taylor"):
+            return None
+        if self.importance == "taylor":
+            return importance.taylor(model, context.calibration, context.mesh, inside)
+        return importance.measured(model, context.calibration, context.mesh, inside, self.importance)
+
+    def searched(
+        self,
+        model: LanguageModel,
+        axes: tuple[str, ...],
+        ranks: Scores | None,
+        candidate: Callable[[int, Counts], LanguageModel],
+    ) -> tuple[float, dict[str, float]]:
+        """The share of the parameters that meets a target by bytes or latency, and what is then found to go of each."""
+        if self.bytes:
+            name, how, whole = "bytes", BYTES, ops.stored_nbytes(model.params, model.masks)
+            measure = lambda small: 1 - ops.stored_nbytes(small.params, small.masks) / whole
+        else:
+            name, how, before = "latency", LATENCY, latency.runner(model, self.phase)
+            measure = lambda small: latency.saved(before, latency.runner(small, self.phase))
+        known: dict[str, float] = {}  # several shares can be the same widths
+
+        def removed(share: float) -> float:
+            width, keep = allocation.allocate(model.config, share, axes, ranks)
+            widths = f"{width} {keep}"
+            if widths not in known:
+                known[widths] = measure(candidate(width, keep))
+                fewer = allocation.gone(model.config, width, keep)
+                print(f"width pruning: {fewer:.1%} fewer parameters save {known[widths]:.1%} of {name}", flush=True)
+            return known[widths]
+
+        largest = allocation.most(model.config, axes)
+        share, found = allocation.search(removed, getattr(self, name), largest, name, **how)
+        fewer = allocation.gone(model.config, *allocation.allocate(model.config, share, axes, ranks))
+        require(fewer > 0, f"{name} is {getattr(self, name)}, but whole {' and '.join(axes)} make it 0: ask for more")
+        return share, {"parameters": fewer, name: found}
+
+    def pruned(self, model: LanguageModel, context: Context, keep: Counts, scores: Scores | None) -> LanguageModel:
+        """The model with so many slices in each layer."""
 
         def one(layer: Layer, read: calibrate.States) -> Layer:
             (block,), flat, chosen = layer.config.blocks, dict(trees.flatten(layer.params)), {}
             fitted: dict[str, Any] = {}
-            for axis in axes:
-                path, name = READERS[axis]
+            for axis, count in keep[layer.index].items():
+                path, name = importance.READERS[axis]
                 w, gram = ops.dequantize(flat[path]).astype(jnp.float32), read[path]["gram"]
-                size, count = slicing.sizes(block)[axis], keep[layer.index][axis]
-                each = np.asarray(scores(w, gram, self.importance)).reshape(size, -1).sum(axis=1)
-                chosen[axis] = np.sort(np.argsort(-each, kind="stable")[:count])
+                if scores is None:
+                    each = importance.of_layer(layer, {path: jnp.diag(gram)}, axis, self.importance)
+                else:
+                    each = scores[layer.index, axis]
+                chosen[axis] = importance.largest(each, count)
                 inputs = slicing.features(block, chosen)[name]
                 gone = np.setdiff1d(np.arange(len(w)), inputs)
                 if self.refit and gone.size:
@@ -137,7 +182,6 @@ class PruneWidth:
             config = dataclasses.replace(layer.config, blocks=(slicing.sliced_block(block, chosen),))
             return layer.replace(params=params, masks=masks, config=config)
 
-        after = calibrate.map_blocks(
+        return calibrate.map_blocks(
             model, context.calibration, {"gram": calibrate.GRAM}, one, mesh=context.mesh, title="width pruning"
         )
-        return after, record(self, model, after, context, uses_text=True)

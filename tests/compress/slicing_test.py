@@ -94,6 +94,7 @@ def test_it_is_stored_as_any_model(tmp_path):
         ({(0, "groups"): [1, 1]}, "groups of layer 0: an index is repeated"),
         ({(2, "mlp"): [0]}, "layer 2 is not there: the layers are 0 to 1"),
         ({(0, "width"): [0]}, "layer 0 has no axis 'width': choose from groups, mlp"),
+        ({(0, "heads"): [0, 1, 2]}, "heads of layer 0 do not go alone, since each key-value head must keep as many"),
         ({(None, "heads"): [0]}, "the model has no axis 'heads': choose from width"),
     ],
 )
