@@ -25,6 +25,7 @@ from efflm.compress.adapt import Adapt
 from efflm.compress.awq import AWQ
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
+from efflm.compress.generated import DistillGenerated
 from efflm.compress.gptq import GPTQ
 from efflm.compress.gradual import PruneGradually
 from efflm.compress.mixed import MixedPrecision
@@ -55,7 +56,7 @@ STEPS = {
     kind.__name__.lower(): kind
     for kind in (
         Quantize, GPTQ, TunedRounding, QAT, AWQ, SmoothQuant, MixedPrecision, Prune, Wanda, SparseGPT, PruneGradually,
-        Finetune, Distill, Adapt, Shrink, PruneWidth,
+        Finetune, Distill, DistillGenerated, Adapt, Shrink, PruneWidth,
     )
 }  # fmt: skip
 

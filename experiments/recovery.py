@@ -240,7 +240,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, 
 def context_for(run: Run, calibration: Calibration, loaded: Loaded, source: str, seed: int) -> Context:
     """What the parts of all chains read."""
     made = api.context_for(
-        [PruneWidth(), Distill(), *(step for chain in run.names for part in chain.split(",")
+        [PruneWidth(parameters=0.5), Distill(), *(step for chain in run.names for part in chain.split(",")
                                     if part in recipe.RECIPES for step in recipe.RECIPES[part])],
         source, dataset.cache_beside(run.model), loaded.model, loaded.tokenizer,
         batch=run.batch, length=run.length, calibration=calibration, seed=seed, strict=run.strict,

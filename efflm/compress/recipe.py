@@ -13,6 +13,7 @@ from efflm.compress.adapt import Adapt, Merge
 from efflm.compress.awq import AWQ
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
+from efflm.compress.generated import DistillGenerated
 from efflm.compress.gptq import GPTQ
 from efflm.compress.gradual import PruneGradually
 from efflm.compress.mixed import MixedPrecision
@@ -75,6 +76,7 @@ RECIPES: dict[str, tuple[Step, ...]] = {
     "shrink30_distill": (PruneWidth(parameters=0.3), Distill(learning_rate=5e-4)),
     "shrink30_distill_int8": (PruneWidth(parameters=0.3), Distill(learning_rate=5e-4), W8A16),
     "depth50_distill": (Shrink(), Distill(learning_rate=5e-4)),
+    "depth50_on_policy": (Shrink(), Distill(learning_rate=5e-4), DistillGenerated(steps=50)),
     "student_scratch": (Shrink(init="random"), Finetune()),
     "student_distilled": (Shrink(init="random"), Distill()),
     "shrink_distill_int8": (Shrink(), Distill(), W8A16),
@@ -93,7 +95,7 @@ def named(names: str) -> tuple[Step, ...]:
 
 def trains(steps: Sequence[Step]) -> bool:
     """Whether a step of the chain needs text to train on."""
-    return any(isinstance(step, Distill | Finetune | QAT | PruneGradually | Adapt) for step in steps)
+    return any(isinstance(step, Distill | Finetune | QAT | PruneGradually | Adapt | DistillGenerated) for step in steps)
 
 
 def calibrates(steps: Sequence[Step]) -> bool:
