@@ -59,9 +59,10 @@ class Context:
 class Record:
     """What a step did, for the lineage of a model.
 
-    step: its name; settings: its fields. leaves: the weights it changed. seed: of the context. corpus, tokenizer:
-    digests of the text it used, "" where it used none. predicted_bytes: of the tensors of the model it made, as a file
-    holds them. parent: the digest of the model it was applied to.
+    step: its name; settings: its fields, and under "removed" what a search for a target found. leaves: the weights it
+    changed. seed: of the context. corpus, tokenizer: digests of the text it used, "" where it used none.
+    predicted_bytes: of the tensors of the model it made, as a file holds them. parent: the digest of the model it was
+    applied to.
     """
 
     step: str
