@@ -9,9 +9,11 @@ from hypothesis import strategies
 
 from efflm import ops, trees
 from efflm.compress import recipe
+from efflm.compress.adapt import Adapt
 from efflm.compress.awq import AWQ
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
+from efflm.compress.generated import DistillGenerated
 from efflm.compress.gptq import GPTQ
 from efflm.compress.gradual import PruneGradually
 from efflm.compress.mixed import MixedPrecision
@@ -51,6 +53,8 @@ STEPS = {
     "depth": Shrink(layers=1),
     "distill": Distill(steps=1),
     "text": Finetune(steps=1),
+    "adapt": Adapt(rank=2, steps=2, learning_rate=0.1, merge=True),
+    "on_policy": DistillGenerated(steps=1, by="teacher", prompt=4, new=4),
 }
 ROUNDS = ("int8", "int4", "gptq", "tuned", "mixed", "qat")
 TOKENS = tiny.tokens(CONFIG, 2, 8)

@@ -114,3 +114,11 @@ def test_what_cannot_be_is_refused():
         speculative.generate(model, model, [[1]], 4, ahead=0)
     with pytest.raises(InputError, match="max_length is 16"):
         speculative.generate(model, tiny.model(dataclasses.replace(SMALL, max_length=16)), [[1] * 10], 20)
+
+
+@pytest.mark.parametrize("shape", [tiny.GPT2, tiny.LLAMA], ids=["gpt2", "llama"])
+def test_what_is_proposed_beyond_the_last_position_changes_nothing(shape):
+    model = tiny.model(shape)
+    some = prompts(model.config, 14)
+    got, _ = speculative.generate(model, half_right(model), some, 50, ahead=7)
+    assert got == plain.generate(model, some, 50)
