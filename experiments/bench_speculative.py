@@ -45,7 +45,6 @@ class Run:
     rounds: int = flag(5, "rounds of which the median is taken, after one that compiles")
 
     def __post_init__(self):
-        require(bool(self.draft), "draft is empty: give a smaller model with the same tokenizer")
         for name in ("prompts", "prompt_tokens", "max_tokens", "rounds"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
         require(bool(self.numbers), "ahead is empty: give numbers, as in '2 4 8'")
@@ -61,6 +60,7 @@ class Run:
 
 
 def main(run: Run) -> None:
+    require(bool(run.draft), "--draft is missing: give a smaller model with the same tokenizer")
     target, draft = (sources.load(each, precision=run.precision) for each in (run.model, run.draft))
     if target.tokenizer.digest != draft.tokenizer.digest:
         raise InputError(f"the tokenizer of {run.draft} is not that of {run.model}: give a draft that has it")

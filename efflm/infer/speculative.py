@@ -67,8 +67,10 @@ def keys_at(keys_B: jax.Array, positions_B: jax.Array, use: int) -> jax.Array:
     )
 
 
-def _drawn(p_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
-    return jax.vmap(jax.random.categorical)(keys_B, jnp.log(p_BV)).astype(jnp.int32)
+def _drawn(p_BV: jax.Array, keys_B: jax.Array, how: dict[str, Any]) -> jax.Array:
+    """A token of each distribution; with temperature 0 the likeliest, with no random numbers for the vocabulary."""
+    draw = lambda: jax.vmap(jax.random.categorical)(keys_B, jnp.log(p_BV)).astype(jnp.int32)
+    return lax.cond(how["temperature"] > 0, draw, lambda: jnp.argmax(p_BV, axis=-1).astype(jnp.int32))
 
 
 def propose(
@@ -81,7 +83,7 @@ def propose(
         cache, token_B = carry
         logits_B1V, cache = forward(draft, token_B[:, None], cache=cache)
         q_BV = probabilities(logits_B1V[:, 0], how)
-        return (cache, _drawn(q_BV, keys_at(keys_B, cache.length_B, DRAW))), q_BV
+        return (cache, _drawn(q_BV, keys_at(keys_B, cache.length_B, DRAW), how)), q_BV
 
     def with_token(carry, _):
         carry, q_BV = one(carry, _)
@@ -93,7 +95,12 @@ def propose(
 
 
 def verify(
-    p_BTV: jax.Array, q_BAV: jax.Array, ids_BA: jax.Array, keys_B: jax.Array, positions_B: jax.Array
+    p_BTV: jax.Array,
+    q_BAV: jax.Array,
+    ids_BA: jax.Array,
+    keys_B: jax.Array,
+    positions_B: jax.Array,
+    how: dict[str, Any],
 ) -> tuple[jax.Array, jax.Array]:
     """How many of the proposals [B, A] stay, int32 [B], and the token that follows those, int32 [B].
 
@@ -112,7 +119,7 @@ def verify(
     left_BV = jnp.maximum(p_BV - at(q_BTV), 0.0)
     # Where p = q up to rounding nothing is left, and rejecting has no probability but for that rounding.
     left_BV = jnp.where(jnp.sum(left_BV, axis=-1, keepdims=True) > 0, left_BV, p_BV)
-    return count_B, _drawn(left_BV, keys_at(keys_B, positions_B + count_B, REPLACE))
+    return count_B, _drawn(left_BV, keys_at(keys_B, positions_B + count_B, REPLACE), how)
 
 
 def step(
@@ -133,7 +140,7 @@ def step(
         logits_BTV, read = forward(target, read_BT, cache=state.target)
     B, T, V = logits_BTV.shape
     p_BTV = probabilities(logits_BTV.reshape(B * T, V), how).reshape(B, T, V)
-    count_B, token_B = verify(p_BTV, q_BAV, ids_BA, keys_B, before_B + 1)
+    count_B, token_B = verify(p_BTV, q_BAV, ids_BA, keys_B, before_B + 1, how)
 
     goes_B = ~state.done_B
     keep = lambda old, new: jnp.where(goes_B, new, old)

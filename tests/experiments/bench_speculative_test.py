@@ -14,7 +14,7 @@ def test_it_prints_acceptance_and_a_ratio(folder, capsys):  # noqa: F811
         f"--model={model}", f"--draft={model}", f"--corpus={folder / 'numbers'}", "--ahead=2 3", "--prompts=2",
         "--prompt_tokens=8", "--max_tokens=12", "--rounds=2",
     ]  # fmt: skip
-    launch(bench_speculative.main, "", ["x", *flags], run=bench_speculative.Run(draft="given"))
+    launch(bench_speculative.main, "", ["x", *flags], run=bench_speculative.Run())
     said = capsys.readouterr().out
     found = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     assert [row["ahead"] for row in found] == [2, 3]
@@ -28,10 +28,11 @@ def test_it_prints_acceptance_and_a_ratio(folder, capsys):  # noqa: F811
 
 def test_what_cannot_be_is_refused():
     for fields, words in (
-        ({}, "draft is empty"),
-        ({"draft": "x", "ahead": "2 many"}, "ahead is '2 many', but must be positive numbers"),
-        ({"draft": "x", "ahead": ""}, "ahead is empty"),
-        ({"draft": "x", "rounds": 0}, "rounds is 0"),
+        ({"ahead": "2 many"}, "ahead is '2 many', but must be positive numbers"),
+        ({"ahead": ""}, "ahead is empty"),
+        ({"rounds": 0}, "rounds is 0"),
     ):
         with pytest.raises(InputError, match=words):
             bench_speculative.Run(**fields)
+    with pytest.raises(InputError, match="--draft is missing: give a smaller model"):
+        bench_speculative.main(bench_speculative.Run())

@@ -54,13 +54,16 @@ def test_what_stays_and_what_follows_is_distributed_as_the_target_says():
     rng, rows, V = np.random.default_rng(0), 20_000, 5
     q_AV, p_TV = rng.dirichlet(np.ones(V), 2), rng.dirichlet(np.ones(V), 3)
     keys_B = jax.random.split(jax.random.key(1), rows)
-    where_B = jnp.full(rows, 7)
+    where_B, how = jnp.full(rows, 7), Sampling(temperature=1.0).arrays()
     ids_BA = jnp.stack(
-        [speculative._drawn(jnp.tile(q_AV[i], (rows, 1)), speculative.keys_at(keys_B, where_B + i, 0)) for i in (0, 1)],
+        [
+            speculative._drawn(jnp.tile(q_AV[i], (rows, 1)), speculative.keys_at(keys_B, where_B + i, 0), how)
+            for i in (0, 1)
+        ],
         axis=1,
     )
     of_all = lambda p: jnp.broadcast_to(jnp.asarray(p, jnp.float32), (rows, *p.shape))
-    count_B, token_B = jax.jit(speculative.verify)(of_all(p_TV), of_all(q_AV), ids_BA, keys_B, where_B)
+    count_B, token_B = jax.jit(speculative.verify)(of_all(p_TV), of_all(q_AV), ids_BA, keys_B, where_B, how)
     count_B, token_B, ids_BA = (np.asarray(x) for x in (count_B, token_B, ids_BA))
     first = np.where(count_B == 0, token_B, ids_BA[:, 0])
     np.testing.assert_allclose(np.bincount(first, minlength=V) / rows, p_TV[0], atol=0.015)
