@@ -20,7 +20,7 @@ model       the Transformer, and how its weights are sharded over a mesh
 tokenizer   text to token ids and back; chat, the templates of conversations
 data        corpora, packing, the order of sequences
 train       losses, the optimizer, the step, the loop, checkpoints
-infer       prefill, decode, sampling
+infer       prefill, decode, sampling, speculative decoding
 compress    steps from a model to a model, and recipes that chain them
 evaluate    quality and cost
 plan        what a run would need and take on hardware that is not here
