@@ -106,7 +106,7 @@ PAIRS = [(first, second) for first in STEPS for second in STEPS if first != seco
 
 
 @hypothesis.given(strategies.sampled_from(PAIRS))
-@hypothesis.settings(max_examples=4, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.settings(max_examples=3, suppress_health_check=list(hypothesis.HealthCheck))
 def test_two_steps_keep_what_every_step_keeps(tmp_path_factory, pair):
     keeps_what_every_step_keeps(*pair, tmp_path_factory.mktemp("pair"))
 
