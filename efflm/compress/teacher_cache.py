@@ -162,7 +162,8 @@ def read(folder: Path, wanted: Mapping[str, Any], batches: Batches) -> Batches:
         more = {f"teacher_{name}": np.asarray(array[step]) for name, array in kept.items()}
         if header["kind"] == "sampled":
             ids = more["teacher_ids"]
-            more["teacher_p"] = np.full(ids.shape, 1 / ids.shape[-1], np.float16)
+            more["teacher_p"] = np.full(ids.shape, 1 / ids.shape[-1], np.float32)
+        more["teacher_p"] = more["teacher_p"].astype(np.float32)
         if "teacher_ids" in more:
             more["teacher_ids"] = more["teacher_ids"].astype(np.int32)
         return {name: np.asarray(array) for name, array in batch.items()} | more
@@ -178,6 +179,11 @@ def batches_with(
     require(
         kind == "full" or 0 < entries <= teacher.config.vocabulary,
         f"entries is {entries}, but must be from 1 to the vocabulary, {teacher.config.vocabulary}",
+    )
+    require(
+        context.mesh.size == 1 or jax.__version_info__ < (0, 11),
+        f"a teacher's cache on {context.mesh.size} devices crashes the compiler of jax {jax.__version__}: distill "
+        "without cache, on one device, or with jax 0.10",
     )
     header = described(context, teacher, steps, kind, entries)
     if not (folder / HEADER).exists():

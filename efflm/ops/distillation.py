@@ -76,13 +76,11 @@ def cached_distillation(
         targets_M, weights_M, p_MK, *ids = tokens
         p_MK = p_MK.astype(jnp.float32)
         nll_M, normalizer_M, hit_MV = target_nll(logits_MV, targets_M)
-        chosen_MK = jnp.take_along_axis(logits_MV, ids[0], axis=-1) if ids else logits_MV
+        chosen_MK, p_MV = _of_entries(logits_MV, ids[0], p_MK) if ids else (logits_MV, p_MK)
         log_q_MK = chosen_MK - normalizer_M[:, None]
         d_M = jnp.sum(p_MK * (jnp.log(jnp.maximum(p_MK, jnp.finfo(jnp.float32).tiny)) - log_q_MK), axis=-1)
         sums = [jnp.sum(weights_M * values) for values in (share * d_M + (1 - share) * nll_M, d_M, nll_M)]
         q_MV = jnp.exp(logits_MV - normalizer_M[:, None])
-        rows_M1 = jnp.arange(len(p_MK))[:, None]
-        p_MV = jnp.zeros_like(q_MV).at[rows_M1, ids[0]].add(p_MK) if ids else p_MK
         of_d_MV = jnp.sum(p_MK, axis=-1, keepdims=True) * q_MV - p_MV
         return tuple(sums), (share * weights_M)[:, None] * of_d_MV + ((1 - share) * weights_M)[:, None] * (
             q_MV - hit_MV
@@ -90,3 +88,20 @@ def cached_distillation(
 
     tokens = (targets_BT, weights_BT.astype(jnp.float32), p_BTK, *(() if ids_BTK is None else (ids_BTK,)))
     return output_loss(chunk_loss, tied, x_BTD, w, tokens, None)
+
+
+def _of_entries(logits_MV: jax.Array, ids_MK: jax.Array, p_MK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The logits [M, K] of the tokens ids_MK, and an array [M, V] with the sum of p_MK at each token."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        rows_M1 = jnp.arange(len(p_MK))[:, None]
+        p_MV = jnp.zeros(logits_MV.shape, jnp.float32).at[rows_M1, ids_MK].add(p_MK)
+        return jnp.take_along_axis(logits_MV, ids_MK, axis=-1), p_MV
+
+    def one(p_MV, entry):  # slower, but the partitioner cannot look up in rows that are spread over devices
+        ids_M, p_M = entry
+        hit_MV = jnp.arange(logits_MV.shape[1], dtype=ids_M.dtype)[None] == ids_M[:, None]
+        return p_MV + jnp.where(hit_MV, p_M[:, None], 0.0), jnp.sum(jnp.where(hit_MV, logits_MV, 0.0), axis=-1)
+
+    p_MV, chosen_KM = lax.scan(one, jnp.zeros(logits_MV.shape, jnp.float32), (ids_MK.T, p_MK.T))
+    return chosen_KM.T, p_MV
