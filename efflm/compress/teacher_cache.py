@@ -4,9 +4,9 @@ Kinds, by what is kept for each token:
 
 - full: all probabilities, float16.
 - top_k: the K largest, divided by their sum. A student of them is too sure: the rest of the distribution is missing
-  (Anshumann 2025, arXiv 2503.16870, section 3).
+  (Anshumann 2025, arXiv 2503.16870).
 - sampled: K tokens drawn from the distribution, with replacement, each with the probability 1 / K: an unbiased
-  estimate of the distribution, so of the gradient of forward KL too (the same paper, section 4, with its proposals
+  estimate of the distribution, so of the gradient of forward KL too (the same paper, with its proposals
   drawn from the teacher itself).
 """
 
