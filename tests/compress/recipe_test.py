@@ -7,8 +7,10 @@ from safetensors import safe_open
 
 from efflm import ops, trees
 from efflm.compress import recipe
+from efflm.compress.adapt import Adapt
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
+from efflm.compress.generated import DistillGenerated
 from efflm.compress.gradual import PruneGradually
 from efflm.compress.prune import Prune
 from efflm.compress.qat import QAT
@@ -80,8 +82,8 @@ def of_other_steps() -> list[str]:
 
 @pytest.mark.parametrize("names", [of_other_steps(), tiny.combination(sorted({*recipe.RECIPES} - {*of_other_steps()}))])
 def test_every_named_recipe_is_stored_as_predicted_and_read_back_as_it_was(tmp_path, names):
-    short = {kind: {"steps": 1} for kind in (Finetune, Distill, QAT, TunedRounding)}
-    short |= {PruneGradually: {"steps": 3, "every": 1}}
+    short = {kind: {"steps": 1} for kind in (Finetune, Distill, QAT, TunedRounding, Adapt)}
+    short |= {PruneGradually: {"steps": 3, "every": 1}, DistillGenerated: {"steps": 1, "prompt": 4, "new": 4}}
     tokens = tiny.tokens(CONFIG, 2, 8)
     for name in names:
         steps = recipe.named(name)
