@@ -106,7 +106,7 @@ def _frozen_dots(x: jax.Array, weights: tuple[Any, ...]) -> tuple[jax.Array, ...
 
 
 def _frozen_forward(x, weights):
-    # Of x only the dtype is kept, and of a compressed weight no floats.
+    # Of x only the dtype is kept, and a compressed weight as it is; XLA on CPUs still holds the floats it makes of it.
     return _frozen_dots(x, weights), (jnp.zeros((), x.dtype), weights)
 
 
