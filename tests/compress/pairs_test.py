@@ -57,6 +57,7 @@ STEPS = {
     "on_policy": DistillGenerated(steps=1, by="teacher", prompt=4, new=4),
 }
 ROUNDS = ("int8", "int4", "gptq", "tuned", "mixed", "qat")
+PRUNES = ("magnitude", "wanda", "sparsegpt", "gradual")
 TOKENS = tiny.tokens(CONFIG, 2, 8)
 
 
@@ -68,6 +69,8 @@ def refused(first: str, second: str) -> str:
     """Part of the error with which a step refuses what another one made; empty: it does not."""
     if first in ROUNDS and second in ("awq", "smoothquant", "rotate"):
         return "is quantized already"
+    if first in PRUNES and second == "rotate":
+        return "the model is pruned already"
     return "changed nothing" if first in ROUNDS[2:] and second == "int4" else ""
 
 

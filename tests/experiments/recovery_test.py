@@ -54,8 +54,7 @@ def test_every_chain_has_a_row_and_shares_what_came_before(folder, tmp_path, mon
     assert len(of_width) == 2  # one a seed
     assert {steps[0].weight for steps in ran if type(steps[0]) is Distill} == {1.0}
     scaled = [steps[0].steps for steps in ran if type(steps[0]).__name__ == "Finetune"]
-    assert scaled.count(4) == 2
-    assert scaled.count(2) >= 2
+    assert min(scaled.count(4), scaled.count(2)) >= 2  # chains with @seconds measure how many steps they take
     assert "recovered" in capsys.readouterr().out
     assert "Loss against bytes" in (out / "report.html").read_text()
 
