@@ -98,7 +98,7 @@ def _of_entries(logits_MV: jax.Array, ids_MK: jax.Array, p_MK: jax.Array) -> tup
         p_MV = jnp.zeros(logits_MV.shape, jnp.float32).at[rows_M1, ids_MK].add(p_MK)
         return jnp.take_along_axis(logits_MV, ids_MK, axis=-1), p_MV
 
-    def one(p_MV, entry):  # slower, but the partitioner cannot look up in rows that are spread over devices
+    def one(p_MV, entry):  # slower, but XLA's partitioner cannot look up in a vocabulary that is spread over devices
         ids_M, p_M = entry
         hit_MV = jnp.arange(logits_MV.shape[1], dtype=ids_M.dtype)[None] == ids_M[:, None]
         return p_MV + jnp.where(hit_MV, p_M[:, None], 0.0), jnp.sum(jnp.where(hit_MV, logits_MV, 0.0), axis=-1)

@@ -10,6 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from efflm.ops.kernels.cpu import dot as cpu
+from efflm.ops.late import late
 from efflm.ops.lowrank import LowRank
 from efflm.ops.norm import normalize
 from efflm.ops.qarray import QArray, codes, dequantize, grouped, operands, rounded_rows
@@ -106,15 +107,23 @@ def _frozen_dots(x: jax.Array, weights: tuple[Any, ...]) -> tuple[jax.Array, ...
 
 
 def _frozen_forward(x, weights):
-    # Of x only the dtype is kept, and a compressed weight as it is; XLA on CPUs still holds the floats it makes of it.
-    return _frozen_dots(x, weights), (jnp.zeros((), x.dtype), weights)
+    # Of x only the dtype is kept, and of a compressed weight no floats.
+    return _frozen_dots(x, tuple(_late(w, x) for w in weights)), (jnp.zeros((), x.dtype), weights)
 
 
 def _frozen_backward(residuals, gradients):
     # Rounding of activations is passed over, as in ops.straight_through.
     like, weights = residuals
-    parts = (matmul(g.astype(like.dtype), dequantize(w).astype(like.dtype), True) for g, w in zip(gradients, weights))
+    parts = (
+        matmul(g.astype(like.dtype), dequantize(_late(w, g)).astype(like.dtype), True)
+        for g, w in zip(gradients, weights)
+    )
     return functools.reduce(jnp.add, parts).astype(like.dtype), None
+
+
+def _late(w: Any, x: jax.Array) -> Any:
+    """A weight whose floats are not made before x is there: else XLA makes those of all layers at once (ops.late)."""
+    return w.replace(values=late(w.values, x)) if isinstance(w, QArray) else w
 
 
 _frozen_dots.defvjp(_frozen_forward, _frozen_backward)

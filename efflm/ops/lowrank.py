@@ -2,8 +2,8 @@
 
     w ~ base + a @ b
 
-The base may be in any format (QLoRA, Dettmers 2023, arXiv 2305.14314): it is multiplied by the kernel of that format.
-In training XLA's CPU compiler makes the floats of all bases early and holds them for the backward pass.
+The base may be in any format (QLoRA, Dettmers 2023, arXiv 2305.14314): it is multiplied by the kernel of that format,
+and in training the floats of one layer's bases are held at a time.
 """
 
 from typing import Any

@@ -75,3 +75,19 @@ def test_slices_masks_and_merging():
     assert lowrank.join(apart, pairs)["w"].a is four.a
     assert trees.count({"w": four}) == K * N
     assert ops.stored_nbytes({"w": four}) == ops.stored_nbytes({"w": four.base}) + 4 * R * (K + N)
+
+
+def test_training_never_holds_the_floats_of_all_layers():
+    """The forward pass of a layer makes those of its base, the backward pass makes them again."""
+    size, layers, rank = 256, 12, 2
+    base = jax.eval_shape(lambda: ops.quantize_array(jnp.ones((size, size)), -2, bits=4, group=32))
+    thin = jax.ShapeDtypeStruct((size, rank), jnp.float32), jax.ShapeDtypeStruct((rank, size), jnp.float32)
+
+    def loss(trainable, bases, x):
+        for (a, b), w in zip(trainable, bases, strict=True):
+            x = jnp.tanh(ops.dot(x, ops.LowRank(w, a, b)))
+        return jnp.sum(x)
+
+    rows = jax.ShapeDtypeStruct((4, size), jnp.float32)
+    program = jax.jit(jax.grad(loss)).lower([thin] * layers, [base] * layers, rows).compile()
+    assert program.memory_analysis().temp_size_in_bytes < layers * size * size * 4 / 4
