@@ -182,6 +182,11 @@ def generate(
     else:
         arguments.require_model(draft)
         arguments.require_tokenizer(tokenizer, draft, "drafting needs")
+        theirs, ours = (each.about.get("tokenizer") for each in (draft, model))
+        require(
+            theirs == ours or not theirs or not ours,
+            f"the draft's tokenizer is {theirs!r:.20}, the model's {ours!r:.20}: give a draft that has the model's",
+        )
         small = ops.prepare(draft, jax.default_backend())
         new_ids, _ = speculative.generate(here, small, ids, max_tokens, sampling, tokenizer.stops, seed, ahead)
     written = [tokenizer.stream()(new, final=True) for new in new_ids]

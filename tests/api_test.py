@@ -177,6 +177,11 @@ def test_generate_goes_on_from_one_prompt_or_several(loaded):
     stop = one[len(one) // 2]
     assert efflm.generate(model, tokenizer, "the thing", max_tokens=8, stop=stop) == one.partition(stop)[0]
     assert efflm.generate(model, tokenizer, "the thing", max_tokens=8, draft=model, ahead=2) == one
+    known, foreign = (model.with_about({"tokenizer": name}) for name in ("ours", "theirs"))
+    with pytest.raises(efflm.InputError, match="the draft's tokenizer is 'theirs', the model's 'ours'"):
+        efflm.generate(known, tokenizer, "the thing", draft=foreign)
+    with pytest.raises(efflm.InputError, match=r"ahead is 0\.5, but must be a positive whole number"):
+        efflm.generate(model, tokenizer, "the thing", max_tokens=8, draft=model, ahead=0.5)
     drawn = [efflm.generate(model, tokenizer, "in", max_tokens=8, temperature=2.0, seed=seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
 

@@ -83,15 +83,12 @@ def propose(
         cache, token_B = carry
         logits_B1V, cache = forward(draft, token_B[:, None], cache=cache)
         q_BV = probabilities(logits_B1V[:, 0], how)
-        return (cache, _drawn(q_BV, keys_at(keys_B, cache.length_B, DRAW), how)), q_BV
+        token_B = _drawn(q_BV, keys_at(keys_B, cache.length_B, DRAW), how)
+        return (cache, token_B), (token_B, q_BV)
 
-    def with_token(carry, _):
-        carry, q_BV = one(carry, _)
-        return carry, (carry[1], q_BV)
-
-    # One step more than there are proposals: the cache is to hold the last of them too.
-    (cache, _), (ids_AB, q_ABV) = lax.scan(with_token, (cache, token_B), length=ahead + 1)
-    return ids_AB[:ahead].T, q_ABV[:ahead].swapaxes(0, 1), cache
+    (cache, last_B), (ids_AB, q_ABV) = lax.scan(one, (cache, token_B), length=ahead)
+    _, cache = forward(draft, last_B[:, None], cache=cache)  # nothing reads its logits, so they are not computed
+    return ids_AB.T, q_ABV.swapaxes(0, 1), cache
 
 
 def verify(
@@ -204,7 +201,7 @@ def generate(
 
     ahead: tokens that the draft proposes for each pass of the target. Raises InputError.
     """
-    require(ahead > 0, f"ahead is {ahead}, but must be positive")
+    require(type(ahead) is int and ahead > 0, f"ahead is {ahead!r}, but must be a positive whole number")
     require_pair(target.config, draft.config)
     padded(prompts, draft.config, max_tokens)
     tokens_BT, lengths_B = padded(prompts, target.config, max_tokens)
