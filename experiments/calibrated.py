@@ -190,10 +190,9 @@ def compressed(
         after, _ = recipe.run(dense, steps, context)
         made.append(jax.block_until_ready(after))
 
-    held = speed.peak_bytes(lambda: None)
     start = time.perf_counter()
-    peak = speed.peak_bytes(work)
-    return made[0], time.perf_counter() - start, None if peak is None or held is None else peak - held
+    above = speed.peak_bytes_above(work)
+    return made[0], time.perf_counter() - start, above
 
 
 def plain_pass(model: LanguageModel, batch: dict[str, np.ndarray], chunk: int = 8) -> float:

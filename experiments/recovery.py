@@ -9,7 +9,8 @@ A chain is parts joined by commas: width@SHARE and depth@SHARE remove that share
 fresh gives all weights new random values; distill and text train with the first model as teacher, or on the text
 alone, for --steps steps, distill@SHARE and text@SHARE for that share of them, and text@seconds for as many seconds as
 distill took after the same parts; distill_full, distill_top_k and distill_sampled keep the teacher's distributions on
-disk first (efflm.compress.teacher_cache); any recipe of experiments.compress is a part too. So
+disk first (efflm.compress.teacher_cache); adapt trains low-rank adapters alone, at a learning rate of their own
+(efflm.compress.adapt); any recipe of experiments.compress is a part too. So
 "width@0.2,distill@0.5,width@0.2,distill@0.5" prunes and distills in turn.
 
 Expect a table in the terminal, and in the run directory results.json, which is written anew after each model, and
@@ -17,7 +18,8 @@ report.html with loss against bytes.
 
 Protocol: everything is of the training split but the text that is scored, which is of the test split. A seed draws the
 batches, the calibration text and fresh weights; shown are the mean over seeds and their standard deviation. Recovered:
-the share that training took away of the loss that the parts before it had brought. Speed is measured for the first
+the share that training took away of the loss that the parts before it had brought. Memory: what the process held at
+most while it trained, above what it held before, compiling included. Speed is measured for the first
 model of each shape, in turn with the first model.
 """
 
@@ -26,7 +28,7 @@ import functools
 import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ import numpy as np
 
 from efflm import api, ops, rundir, trees
 from efflm.compress import recipe
+from efflm.compress.adapt import Adapt
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
 from efflm.compress.shrink import Shrink
@@ -42,7 +45,7 @@ from efflm.compress.step import Calibration, Context, Step
 from efflm.compress.width import PruneWidth
 from efflm.config import PRECISION, AskedPrecision, flag, require
 from efflm.data import corpora, dataset
-from efflm.evaluate import confidence, cost, quality
+from efflm.evaluate import confidence, cost, quality, speed
 from efflm.evaluate.quality import Quality
 from efflm.evaluate.windows import Scoring
 from efflm.flags import command_line, launch
@@ -54,7 +57,7 @@ from efflm.report.page import Section, Table
 from efflm.report.recovered import COLUMNS, Row
 
 CACHED = {f"distill_{kind}": kind for kind in ("full", "top_k", "sampled")}
-TRAINED = ("text", "distill", *CACHED)
+TRAINED = ("text", "distill", "adapt", *CACHED)
 SECONDS = "text@seconds"
 CHAINS = ("width@0.3", "width@0.3,text", "width@0.3,distill", f"width@0.3,{SECONDS}", "width@0.3,fresh,text")
 CHAINS += ("depth@0.5", "depth@0.5,text", "depth@0.5,distill")
@@ -113,14 +116,19 @@ def require_known(chain: str, listed: list[str]) -> None:
             recipe.named(part)
 
 
-def steps_of(part: str, run: Run, distill: dict[str, Any], model: LanguageModel, longer: float) -> tuple[Step, ...]:
+def steps_of(
+    part: str, run: Run, changes: Mapping[type, dict[str, Any]], model: LanguageModel, longer: float
+) -> tuple[Step, ...]:
     """The steps of a part for the model as it is. longer: of text@seconds, how many times the steps."""
     (name, _, setting), layers = part.partition("@"), len(model.config.blocks)
     if name in TRAINED:
         share = longer if part == SECONDS else float(setting or 1)
-        schedule = {"steps": max(1, round(share * run.steps)), "learning_rate": run.learning_rate}
+        steps = {"steps": max(1, round(share * run.steps))}
+        if name == "adapt":
+            return (Adapt(**(steps | changes[Adapt])),)
+        schedule = steps | {"learning_rate": run.learning_rate}
         kept = {"cache": CACHED[name]} if name in CACHED else {}
-        return (Finetune(**schedule),) if name == "text" else (Distill(**(schedule | distill | kept)),)
+        return (Finetune(**schedule),) if name == "text" else (Distill(**(schedule | changes[Distill] | kept)),)
     if name == "width" and setting:
         return (PruneWidth(parameters=float(setting)),)
     if name == "depth" and setting:
@@ -129,41 +137,61 @@ def steps_of(part: str, run: Run, distill: dict[str, Any], model: LanguageModel,
 
 
 @dataclasses.dataclass
+class Made:
+    """A model; the seconds and the tokens it was trained for, and the bytes that took at most."""
+
+    model: LanguageModel
+    seconds: float = 0.0
+    tokens: int = 0
+    memory: int = 0
+
+
+@dataclasses.dataclass
 class Maker:
     """Makes the models of chains. Those that no part has trained yet are kept, as later chains begin with them."""
 
     run: Run
     dense: LanguageModel
-    distill: dict[str, Any]
+    changes: Mapping[type, dict[str, Any]]
     context: Callable[[int], Context]
     kept: dict[tuple[str, int], LanguageModel] = dataclasses.field(default_factory=dict)
     seconds: dict[tuple[str, int], float] = dataclasses.field(default_factory=dict)
 
-    def __call__(self, chain: str, seed: int) -> tuple[LanguageModel, float, int]:
-        """The model, and the seconds and the tokens it was trained for."""
-        model, parts, seconds, tokens = self.dense, chain.split(","), 0.0, 0
+    def __call__(self, chain: str, seed: int) -> Made:
+        made, parts = Made(self.dense), chain.split(",")
         for index, part in enumerate(parts):
             so_far = ",".join(parts[: index + 1])
             if (so_far, seed) in self.kept:
-                model = self.kept[so_far, seed]
+                made.model = self.kept[so_far, seed]
                 continue
             before = ",".join(parts[:index])
             took = [self.seconds.get((f"{before},{kind}".lstrip(","), seed), 1.0) for kind in TRAINED[:2]]
-            steps = steps_of(part, self.run, self.distill, model, took[1] / took[0])
-            began = time.perf_counter()
-            model, _ = recipe.run(model, steps, self.context(seed))
-            jax.block_until_ready(model)
-            if recipe.trains(steps):
-                self.seconds[so_far, seed] = time.perf_counter() - began
-                seconds += self.seconds[so_far, seed]
-                tokens += sum(getattr(step, "steps", 0) for step in steps) * self.run.batch * self.run.length
-            elif not tokens:
-                self.kept[so_far, seed] = model
-        return model, seconds, tokens
+            steps = steps_of(part, self.run, self.changes, made.model, took[1] / took[0])
+            if not recipe.trains(steps):
+                made.model, _ = recipe.run(made.model, steps, self.context(seed))
+                if not made.tokens:
+                    self.kept[so_far, seed] = made.model
+                continue
+            self.seconds[so_far, seed] = self._train(made, steps, seed)
+        return made
+
+    def _train(self, made: Made, steps: tuple[Step, ...], seed: int) -> float:
+        """Changes `made`, and gives the seconds that took."""
+
+        def work() -> None:
+            made.model = jax.block_until_ready(recipe.run(made.model, steps, self.context(seed))[0])
+
+        began = time.perf_counter()
+        above = speed.peak_bytes_above(work)
+        took = time.perf_counter() - began
+        made.seconds += took
+        made.memory = max(made.memory, above or 0)
+        made.tokens += sum(getattr(step, "steps", 0) for step in steps) * self.run.batch * self.run.length
+        return took
 
 
 @rundir.locked
-def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, Any]) -> None:
+def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, Any], adapt: dict[str, Any]) -> None:
     began = time.perf_counter()
     say = lambda words: print(f"[{time.perf_counter() - began:4.0f} s] {words}", flush=True)
     run_dir = Path(run.run_dir)
@@ -177,7 +205,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, 
     text = dataset.held_out(source, loaded.tokenizer, dataset.cache_beside(run.model), strict=run.strict)
     score = score.within(dense.config.max_length, loaded.about.get("train.length", 0), text.unbroken)
     context = functools.cache(functools.partial(context_for, run, calibration, loaded, source))
-    make, kept = Maker(run, dense, distill, context), {}
+    make, kept = Maker(run, dense, {Distill: distill, Adapt: adapt}, context), {}
     measure = lambda model: scoring.measure(
         {"": sharding.on_one_device(model)}, text, loaded.tokenizer, score, sharding.on_one_device(dense), kept
     )[""]
@@ -204,18 +232,21 @@ def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, 
         "versions": rundir.machine(),
     }
     for chain in run.names:
-        made: list[tuple[Quality, float, int]] = []
+        made: list[Made] = []
+        scores: list[Quality] = []
         for seed in range(run.seeds):
-            model, seconds, tokens = make(chain, seed)
-            made.append((measure(model), seconds, tokens))
+            made.append(make(chain, seed))
+            model = made[-1].model
+            scores.append(measure(model))
             shape = (model.config, ops.stored_nbytes(model.params, model.masks))
             if run.speed and shape not in speeds:
                 speeds[shape] = speed_of(dense, model, protocol)
-            row = row_of(chain, model, before, made, speeds.get(shape, (None, None)), found)
+            row = row_of(chain, made, scores, before, speeds.get(shape, (None, None)), found)
             if run.calibration_error:
                 row = dataclasses.replace(row, calibration=error_of(model))
             found[chain] = row
-            say(f"{chain}, seed {seed}: {row.over_dense:+.4f} bits per byte over the first model, {seconds:.0f} s")
+            took = f"{made[-1].seconds:.0f} s"
+            say(f"{chain}, seed {seed}: {row.over_dense:+.4f} bits per byte over the first model, {took}")
             rundir.write_json(
                 run_dir / "results.json", shared | {"rows": [dataclasses.asdict(each) for each in found.values()]}
             )
@@ -259,27 +290,29 @@ def speed_of(dense: LanguageModel, model: LanguageModel, protocol: cost.Protocol
 
 
 def row_of(
-    chain: str, model: LanguageModel, before: Quality, made: list[tuple[Quality, float, int]],
-    speed: tuple[float | None, float | None], found: dict[str, Row],
+    chain: str, made: list[Made], scores: list[Quality], before: Quality, speed: tuple[float | None, float | None],
+    found: dict[str, Row],
 ) -> Row:  # fmt: skip
-    """made: of each seed."""
-    over = [quality.paired_difference(each, before) for each, _, _ in made]
+    """made, scores: of each seed."""
+    over = [quality.paired_difference(each, before) for each in scores]
     mean = float(np.mean([value for value, _ in over]))
     parts = chain.split(",")
     trained = [part.partition("@")[0] in TRAINED for part in parts]
     cut = trained.index(True) if any(trained) else len(parts)
     base = found.get(",".join(parts[:cut])) if 0 < cut < len(parts) and all(trained[cut:]) else None
+    model = made[-1].model
     return Row(
         name=chain,
         parameters=trees.count(model.params),
         bytes=ops.stored_nbytes(model.params, model.masks),
-        bits_per_byte=float(np.mean([quality.bits_per_byte(each)[0] for each, _, _ in made])),
+        bits_per_byte=float(np.mean([quality.bits_per_byte(each)[0] for each in scores])),
         over_dense=mean,
         error=float(np.mean([error or 0.0 for _, error in over])),
         deviation=float(np.std([value for value, _ in over], ddof=1)) if len(over) > 1 else None,
         recovered=1 - mean / base.over_dense if base and base.over_dense > 0 else None,
-        tokens=made[-1][2],
-        seconds=float(np.mean([seconds for _, seconds, _ in made])),
+        tokens=made[-1].tokens,
+        seconds=float(np.mean([each.seconds for each in made])),
+        memory=max(each.memory for each in made) or None,
         prefill=speed[0],
         decode=speed[1],
         seeds=len(made),
@@ -287,4 +320,4 @@ def row_of(
 
 
 if __name__ == "__main__":
-    launch(main, __doc__, run=Run(), calibration=Calibration(), score=Scoring(), distill=Distill)
+    launch(main, __doc__, run=Run(), calibration=Calibration(), score=Scoring(), distill=Distill, adapt=Adapt)

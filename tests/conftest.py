@@ -7,6 +7,7 @@ look at, stay in). The processes of one run share what they have compiled.
 
 # ruff: noqa: E402
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -32,6 +33,14 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("efflm", deadline=None, max_examples=30, derandomize=True)
 hypothesis.settings.load_profile("efflm")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def left_to_later_collections():
+    """What earlier modules left is not looked through again: compiled programs are many objects, and some of the code
+    under test collects garbage, which took most of its time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

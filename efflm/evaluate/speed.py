@@ -135,6 +135,12 @@ def peak_bytes(run: Callable[[], Any]) -> int | None:
         return None
 
 
+def peak_bytes_above(run: Callable[[], Any]) -> int | None:
+    """The most memory of this process while run() goes on, above what it held before; None as in peak_bytes."""
+    held, peak = peak_bytes(lambda: None), peak_bytes(run)
+    return None if peak is None or held is None else peak - held
+
+
 # --- a process for each model ----------------------------------------------------------------------------------------
 
 

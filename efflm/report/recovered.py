@@ -12,8 +12,8 @@ class Row:
 
     over_dense: bits per byte over the first model; deviation: its standard deviation over seeds; error: over documents.
     recovered: the share that training took away of the loss that what came before it had brought. tokens, seconds: of
-    training. calibration: the expected calibration error (evaluate.confidence). prefill, decode: speed over the first
-    model's.
+    training. memory: bytes that it needed at most above what was held before. calibration: the expected calibration
+    error (evaluate.confidence). prefill, decode: speed over the first model's.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Row:
     recovered: float | None = None
     tokens: int = 0
     seconds: float = 0.0
+    memory: int | None = None
     prefill: float | None = None
     decode: float | None = None
     calibration: float | None = None
@@ -55,6 +56,9 @@ COLUMNS = (
     ),
     Column("tokens trained on", lambda row: f"{row.tokens:,}" if row.tokens else "—", lambda row: row.tokens),
     Column("seconds", lambda row: f"{row.seconds:.0f}" if row.seconds else "—", lambda row: row.seconds),
+    Column(
+        "MB to train", lambda row: numbers.megabytes(row.memory) if row.memory else "—", lambda row: row.memory or 0
+    ),
     Column(
         "calibration error",
         lambda row: "—" if row.calibration is None else f"{row.calibration:.4f}",

@@ -45,7 +45,7 @@ STEPS = {
     "awq": AWQ(bits=4, group=8),
     "smoothquant": SmoothQuant(),
     "rotate": Rotate(),
-    "magnitude": Prune(sparsity=0.5),
+    "magnitude": Prune(sparsity=0.7),
     "wanda": Wanda(sparsity=0.5, pattern="2:4"),
     "sparsegpt": SparseGPT(sparsity=0.6),
     "gradual": PruneGradually(sparsity=0.5, steps=3, every=1),

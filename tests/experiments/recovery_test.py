@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from efflm.compress.adapt import Adapt
 from efflm.compress.distill import Distill
 from efflm.compress.step import Calibration
 from efflm.config import InputError
@@ -14,7 +15,7 @@ from tests.experiments.calibrated_test import folder  # noqa: F401  (a fixture)
 
 GROUPS = {
     "run": recovery.Run(), "calibration": Calibration(rows=6, length=32), "score": Scoring(tokens=32),
-    "distill": Distill,
+    "distill": Distill, "adapt": Adapt,
 }  # fmt: skip
 
 
@@ -29,8 +30,8 @@ def test_every_chain_has_a_row_and_shares_what_came_before(folder, tmp_path, mon
         "--length=32", "--learning_rate=3e-3", "--distill.weight=1.0", "--speed=false", "--calibration_error",
         "--distill.entries=9",
         "--chains=width@0.2 width@0.2,text width@0.2,distill width@0.2,text@seconds width@0.2,distill_top_k "
-        "depth@0.5,fresh,text@0.5",
-        "--orders=w8a16 distill",
+        "depth@0.5,fresh,text@0.5 w3a16 w3a16,adapt",
+        "--adapt.rank=3", "--orders=w8a16 distill",
     ]  # fmt: skip
     launch(recovery.main, "", ["x", *flags], **GROUPS)
     first, *rows = json.loads((out / "results.json").read_text())["rows"]
@@ -42,9 +43,14 @@ def test_every_chain_has_a_row_and_shares_what_came_before(folder, tmp_path, mon
         lost = pruned["over_dense"]
         assert row["recovered"] == (pytest.approx(1 - row["over_dense"] / lost) if lost > 0 else None)
         assert row["deviation"] > 0
+        assert row["memory"] > 0
     assert text["tokens"] == distilled["tokens"] == 4 * 8 * 32
     assert pruned["parameters"] < 0.85 * first["parameters"]
-    assert pruned["seconds"] == 0
+    assert (pruned["seconds"], pruned["memory"]) == (0, None)
+    adapted, rounded = found["w3a16,adapt"], found["w3a16"]
+    assert adapted["tokens"] == text["tokens"]
+    assert adapted["recovered"] == pytest.approx(1 - adapted["over_dense"] / rounded["over_dense"])
+    assert {steps[0].rank for steps in ran if type(steps[0]) is Adapt} == {3}
     assert all(0 < row["calibration"] < 1 for row in (first, *rows))
     assert found["width@0.2,distill_top_k"]["tokens"] == text["tokens"]
     assert found["depth@0.5,fresh,text@0.5"]["tokens"] == 2 * 8 * 32
