@@ -35,11 +35,10 @@ hypothesis.settings.register_profile("efflm", deadline=None, max_examples=30, de
 hypothesis.settings.load_profile("efflm")
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def left_to_later_collections():
-    """What earlier modules left is not looked through again: compiled programs are many objects, and some of the code
-    under test collects garbage, which took most of its time."""
-    gc.collect()
+    """What earlier tests left is not looked through again for garbage: compiled programs are many objects, and the code
+    under test that collects took most of its time for that."""
     gc.freeze()
 
 

@@ -1,8 +1,10 @@
 """Small models and batches that tests share."""
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -65,10 +67,15 @@ def and_combinations(values, every_time) -> list:
 def model(shape: ModelShape | ModelConfig = LLAMA, seed: int = 0) -> LanguageModel:
     """A random model with nothing at its initial constant, so that no term of it can hide."""
     config = shape if isinstance(shape, ModelConfig) else shape.config()
+    return LanguageModel(config, jax.tree.map(jnp.array, _weights(config, seed)))
+
+
+@functools.cache
+def _weights(config: ModelConfig, seed: int) -> dict:
     leaves, tree = jax.tree.flatten(init_params(config, seed))
     rng = np.random.default_rng(seed)
-    moved = [leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
-    return LanguageModel(config, jax.tree.unflatten(tree, moved))
+    moved = [np.asarray(leaf) + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
+    return jax.tree.unflatten(tree, moved)
 
 
 def tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -> np.ndarray:

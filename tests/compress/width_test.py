@@ -62,7 +62,7 @@ def test_it_removes_the_share_that_was_asked_for(name):
     assert record.predicted_bytes == trees.nbytes(after.params)
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny.and_combinations(tiny.CONFIGS, ("gpt2", "qwen3")))
 @pytest.mark.parametrize("axes", ["groups", "mlp"])
 def test_the_outputs_are_nearer_where_the_rest_is_fitted_again(name, axes):
     model = tiny.model(tiny.CONFIGS[name])
