@@ -79,9 +79,11 @@ def measured(parts: list[Part]) -> Seconds:
 
 
 def training(
-    config: ModelConfig, train: TrainConfig, say: Callable[[str], Any] = print, measure: Measure | None = None
-) -> TrainConfig:
-    """`train`, with its policy chosen if that is "auto". say: is given the line that tells what was picked and why.
+    config: ModelConfig, train: TrainConfig, say: Callable[[str], Any] = print, measure: Measure | None = None,
+    flag: str = "train.policy",
+) -> TrainConfig:  # fmt: skip
+    """`train`, with its policy chosen if that is "auto". say: is given the line that tells what was picked and why;
+    flag: what that line calls it.
 
     Measured are forward and backward matmuls: with the two matrices of the feed-forward part, which stand for all in
     the layers, and with the output layer; each with as many rows as take a moment. Of several processes the first one
@@ -101,8 +103,14 @@ def training(
         ]
 
     about = {"rows": rows, "in_layers": in_layers, "matrices": [width, inner, config.vocabulary]}
-    name = _choice("train.policy", "a training step", about, parts, say, measure or measured)
+    name = _choice(flag, "a training step", about, parts, say, measure or measured)
     return dataclasses.replace(train, policy=name)
+
+
+def trained(model: LanguageModel, batch: int, length: int, say: Callable[[str], Any] = print) -> LanguageModel:
+    """The model with the precision of its matmuls chosen: the faster one in training with such batches."""
+    picked = training(model.config, TrainConfig(batch=batch, length=length, policy=AUTO), say, flag="precision").policy
+    return model.replace(config=dataclasses.replace(model.config, precision=picked)).with_about(model.about)
 
 
 def inference(model: LanguageModel, say: Callable[[str], Any] = print, measure: Measure | None = None) -> LanguageModel:

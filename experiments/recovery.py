@@ -35,7 +35,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from efflm import api, ops, rundir, trees
+from efflm import api, autotune, ops, rundir, trees
 from efflm.compress import recipe
 from efflm.compress.adapt import Adapt
 from efflm.compress.distill import Distill
@@ -198,7 +198,10 @@ def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, 
     rundir.require_writable(run_dir, needs=rundir.SMALL_FILES)
     run_dir.mkdir(parents=True, exist_ok=True)
     rundir.use_compilation_cache(run_dir.parent / "compilation_cache")
-    loaded = sources.load(run.model, precision=run.precision, mesh=sharding.data_parallel(run.batch))
+    auto = run.precision == autotune.AUTO
+    loaded = sources.load(run.model, precision="" if auto else run.precision, mesh=sharding.data_parallel(run.batch))
+    if auto:  # most of the time goes into training
+        loaded = dataclasses.replace(loaded, model=autotune.trained(loaded.model, run.batch, run.length, say))
     dense = loaded.model
     recipe.require_finite(dense)
     source = dataset.source_of(run.corpus, loaded.about)

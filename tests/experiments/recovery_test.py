@@ -19,19 +19,20 @@ GROUPS = {
 }  # fmt: skip
 
 
-def test_every_chain_has_a_row_and_shares_what_came_before(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_every_chain_has_a_row_and_shares_what_came_before(folder, tmp_path, monkeypatch, capsys, auto_picks):  # noqa: F811
     out, ran = tmp_path / "runs" / "out", []
     run = recovery.recipe.run
     monkeypatch.setattr(
         recovery.recipe, "run", lambda model, steps, context: ran.append(steps) or run(model, steps, context)
     )
+    auto_picks("bfloat16")
     flags = [
         f"--model={folder / 'model'}", f"--corpus={folder / 'numbers'}", f"--run_dir={out}", "--seeds=2", "--steps=4",
         "--length=32", "--learning_rate=3e-3", "--distill.weight=1.0", "--speed=false", "--calibration_error",
         "--distill.entries=9",
         "--chains=width@0.2 width@0.2,text width@0.2,distill width@0.2,text@seconds width@0.2,distill_top_k "
         "depth@0.5,fresh,text@0.5 w3a16 w3a16,adapt",
-        "--adapt.rank=3", "--orders=w8a16 distill",
+        "--adapt.rank=3", "--precision=auto", "--orders=w8a16 distill",
     ]  # fmt: skip
     launch(recovery.main, "", ["x", *flags], **GROUPS)
     first, *rows = json.loads((out / "results.json").read_text())["rows"]
@@ -61,7 +62,10 @@ def test_every_chain_has_a_row_and_shares_what_came_before(folder, tmp_path, mon
     assert {steps[0].weight for steps in ran if type(steps[0]) is Distill} == {1.0}
     scaled = [steps[0].steps for steps in ran if type(steps[0]).__name__ == "Finetune"]
     assert min(scaled.count(4), scaled.count(2)) >= 2  # chains with @seconds measure how many steps they take
-    assert "recovered" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "precision auto: bfloat16; the matmuls of a training step are 2.00x" in said
+    assert "matmuls in bfloat16" in said
+    assert "recovered" in said
     assert "Loss against bytes" in (out / "report.html").read_text()
 
 

@@ -85,7 +85,7 @@ LARGE = ModelShape(layers=4, kv_heads=4, vocabulary=49152)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["float32", "bfloat16"])
+@pytest.mark.parametrize("policy", tiny.and_combinations(["float32", "bfloat16"], ["bfloat16"]))
 @pytest.mark.parametrize(
     ("shape", "settings"),
     [
