@@ -61,7 +61,7 @@ def test_every_chain_has_a_row_and_shares_what_came_before(folder, tmp_path, mon
     assert len(of_width) == 2  # one a seed
     assert {steps[0].weight for steps in ran if type(steps[0]) is Distill} == {1.0}
     scaled = [steps[0].steps for steps in ran if type(steps[0]).__name__ == "Finetune"]
-    assert min(scaled.count(4), scaled.count(2)) >= 2  # chains with @seconds measure how many steps they take
+    assert (scaled[:2], scaled[4:]) == ([4, 4], [2, 2])  # those between are of text@seconds, which measures how many
     said = capsys.readouterr().out
     assert "precision auto: bfloat16; the matmuls of a training step are 2.00x" in said
     assert "matmuls in bfloat16" in said
