@@ -29,7 +29,7 @@ from efflm.formats import safetensors, sources
 from efflm.infer import speculative
 from efflm.infer.generate import generate as generate_ids
 from efflm.infer.sampling import Sampling
-from efflm.model import LanguageModel, sharding
+from efflm.model import LanguageModel, require_same_tokenizer, sharding
 from efflm.report import measured, rows
 from efflm.report.measured import Measured
 from efflm.tokenizer import Tokenizer
@@ -182,11 +182,7 @@ def generate(
     else:
         arguments.require_model(draft)
         arguments.require_tokenizer(tokenizer, draft, "drafting needs")
-        theirs, ours = (each.about.get("tokenizer") for each in (draft, model))
-        require(
-            theirs == ours or not theirs or not ours,
-            f"the draft's tokenizer is {theirs!r:.20}, the model's {ours!r:.20}: give a draft that has the model's",
-        )
+        require_same_tokenizer(draft, model, "draft", "model")
         small = ops.prepare(draft, jax.default_backend())
         new_ids, _ = speculative.generate(here, small, ids, max_tokens, sampling, tokenizer.stops, seed, ahead)
     written = [tokenizer.stream()(new, final=True) for new in new_ids]

@@ -92,7 +92,7 @@ def test_imports_follow_the_arrows(path):
 
 def test_methods_of_compression_know_only_what_they_share():
     shared = {"step", "calibrate", "fold", "obs", "select", "sensitivity", "slicing", "teacher_cache"}
-    shared |= {"allocation", "importance", "latency", "residual"}  # the parts of pruning widths
+    shared |= {"allocation", "importance", "latency", "residual", "target"}  # the parts of pruning widths and depth
     for path in (ROOT / "efflm" / "compress").glob("*.py"):
         if path.stem in ("recipe", "__init__"):
             continue

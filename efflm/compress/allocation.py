@@ -150,7 +150,7 @@ def search(
     found = {largest: removed(largest)}
     require(
         found[largest] >= target - tolerance,
-        f"{name} is {target}, but the smallest model that these axes allow saves {found[largest]:.1%}: ask for less",
+        f"{name} is {target}, but the smallest model that can be made saves {found[largest]:.1%}: ask for less",
     )
     low, high = 0.0, largest
     nearest = lambda: min(found, key=lambda share: abs(found[share] - target))

@@ -4,7 +4,8 @@ The layers are evenly spaced, or those that change the residual stream most (Sho
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -13,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from efflm import progress
-from efflm.compress import calibrate
+from efflm.compress import allocation, calibrate
 from efflm.compress.step import Context, record
+from efflm.compress.target import Target
 from efflm.config import flag, require
 from efflm.model import LanguageModel, by_block, init_params, sharding
 
@@ -66,16 +68,24 @@ def keep_layers(model: LanguageModel, indices: list[int]) -> LanguageModel:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shrink:
-    """Fewer layers: evenly spaced over the model's, or those of the largest block influence, found in one pass."""
+class Shrink(Target):
+    """Fewer layers: evenly spaced over the model's, or those of the largest block influence, found in one pass.
 
-    layers: int = flag(0, "layers to keep; 0 keeps half")
+    How many is said by `layers`, or by a target, which as many layers meet as come nearest to it; else half stay.
+    """
+
+    layers: int = flag(0, "layers to keep; 0, and no target below, keeps half")
     importance: Literal["spaced", "block_influence"] = flag(
         "spaced", "evenly spaced, or the layers whose output differs most in direction from their input"
     )
     init: Literal["teacher", "random"] = flag("teacher", "start from the kept layers' weights, or from fresh ones")
 
     def __post_init__(self):
+        super().__post_init__()
+        given = {"layers": self.layers} if self.layers else {}
+        given |= self.given
+        found = " and ".join(f"{name} is {value}" for name, value in given.items())
+        require(len(given) < 2, f"{found}: set one of them, or none to keep half of the layers")
         require(
             not self.calibrates or self.init == "teacher",
             "importance is block_influence, but with init=random no layer's weights are kept: choose spaced",
@@ -87,13 +97,37 @@ class Shrink:
 
     def __call__(self, model: LanguageModel, context: Context):
         have = len(model.config.blocks)
-        keep = self.layers or max(1, have // 2)
+        keep, removed = self.layers or max(1, have // 2), {}
         require(0 < keep <= have, f"shrink.layers is {keep}, but the model has {have} layers: keep 1 to {have}")
-        indices = evenly_spaced(have, keep)
-        if self.calibrates:
-            influence = block_influence(model, context.calibration, context.mesh)
-            indices = sorted(np.argsort(-influence, kind="stable")[:keep].tolist())
-        after = keep_layers(model, indices)
+        influence = block_influence(model, context.calibration, context.mesh) if self.calibrates else None
+
+        def kept(keep: int) -> LanguageModel:
+            best = evenly_spaced(have, keep) if influence is None else np.argsort(-influence, kind="stable")[:keep]
+            return keep_layers(model, sorted(int(index) for index in best))
+
+        if self.given:
+            keep, removed = self.searched(model, kept)
+        after = kept(keep)
         if self.init == "random":
             after = LanguageModel(after.config, init_params(after.config, context.seed))  # without masks
-        return after, record(self, model, after, context, uses_text=self.calibrates)
+        done = record(self, model, after, context, uses_text=self.calibrates)
+        return after, dataclasses.replace(done, settings=done.settings | ({"removed": removed} if removed else {}))
+
+    def searched(
+        self, model: LanguageModel, kept: Callable[[int], LanguageModel]
+    ) -> tuple[int, dict[str, int | float]]:
+        """How many layers stay for the target, and what then goes of it."""
+        ((name, target),), have, measure = self.given.items(), len(model.config.blocks), self.saving(model)
+
+        @functools.cache
+        def of_layers(gone: int) -> float:
+            saved = measure(kept(have - gone))
+            print(f"depth pruning: {gone} of {have} layers fewer save {saved:.1%} of {name}", flush=True)
+            return saved
+
+        removed = lambda share: of_layers(round(share * have)) if round(share * have) else 0.0
+        largest, candidates = (have - 1) / have, have.bit_length() + 2
+        share, found = allocation.search(removed, target, largest, name, tolerance=0.0, candidates=candidates)
+        gone = round(share * have)
+        require(gone > 0, f"{name} is {target}, but whole layers make it 0: ask for more")
+        return have - gone, {"layers": gone, name: found}

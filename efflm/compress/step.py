@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from efflm import ops, trees
 from efflm.config import TrainConfig, flag, require
-from efflm.model import LanguageModel
+from efflm.model import LanguageModel, require_same_tokenizer
 from efflm.train import assemble, loop, optimizer
 from efflm.train.losses import LossFn
 
@@ -143,11 +143,7 @@ def teacher_of(context: Context, model: LanguageModel) -> LanguageModel:
         f"the teacher's vocabulary is {teacher.config.vocabulary}, the student's {model.config.vocabulary}: "
         "distillation compares them entry by entry",
     )
-    theirs, ours = (each.about.get("tokenizer") for each in (teacher, model))
-    require(
-        theirs == ours or not theirs or not ours,
-        f"the teacher's tokenizer is {theirs!r:.20}, the student's {ours!r:.20}: give a teacher that has the student's",
-    )
+    require_same_tokenizer(teacher, model, "teacher", "student")
     return teacher
 
 

@@ -15,19 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from efflm import ops, trees
-from efflm.compress import allocation, calibrate, importance, latency, residual, slicing
+from efflm.compress import allocation, calibrate, importance, residual, slicing
 from efflm.compress.allocation import Counts, Scores
 from efflm.compress.calibrate import Layer
 from efflm.compress.importance import Importance
-from efflm.compress.latency import Phase
 from efflm.compress.step import Context, Record, record
+from efflm.compress.target import Target
 from efflm.config import flag, require
 from efflm.model import LanguageModel
 
 WIDTH = slicing.WIDTH
 # How near a target by bytes or by time is to be met, and by how many candidates at most.
-BYTES = {"tolerance": 0.001, "candidates": 16}
-LATENCY = {"tolerance": 0.02, "candidates": 8}
+NEAR = {"bytes": {"tolerance": 0.001, "candidates": 16}, "latency": {"tolerance": 0.02, "candidates": 8}}
 
 
 @jax.jit
@@ -43,17 +42,13 @@ def refit(w: jax.Array, gram: jax.Array, kept: jax.Array, gone: jax.Array, dampi
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PruneWidth:
+class PruneWidth(Target):
     """Remove groups of heads, feed-forward channels, channels of the residual stream; the rest of a layer compensates.
 
     One target is set. By bytes and by latency, models with different shares of the parameters are tried, and the one
     nearest to the target is made: within 0.1% of the bytes of at most 16, within 2% of the time of at most 8.
     """
 
-    parameters: float = flag(0.0, "share of all parameters to remove, embeddings counted")
-    bytes: float = flag(0.0, "in place of it, share of the bytes to remove, as a file holds the model")
-    latency: float = flag(0.0, "in place of it, share of the time to remove, measured on this machine")
-    phase: Phase = flag("both", "of latency: reading a prompt, writing after it, or both")
     axes: Literal["groups mlp", "groups", "mlp", "width", "groups mlp width"] = flag(
         "groups mlp",
         "what may go: key-value heads with the query heads that read them, feed-forward channels, channels of the "
@@ -69,14 +64,9 @@ class PruneWidth:
     calibrates = True
 
     def __post_init__(self):
-        targets = {name: getattr(self, name) for name in ("parameters", "bytes", "latency")}
-        given = {name: value for name, value in targets.items() if value}
-        require(
-            len(given) == 1,
-            f"{', '.join(f'{name} is {value}' for name, value in targets.items())}: set one of them, the others to 0",
-        )
-        for name, value in given.items():
-            require(0 < value < 1, f"{name} is {value}, but must be between 0 and 1")
+        super().__post_init__()
+        targets = ", ".join(f"{name} is {getattr(self, name)}" for name in ("parameters", "bytes", "latency"))
+        require(len(self.given) == 1, f"{targets}: set one of them, the others to 0")
         require(self.damping > 0, f"damping is {self.damping}, but must be positive: 0.01")
         require(
             self.layers == "uniform" or self.importance in ("output", "taylor"),
@@ -133,12 +123,7 @@ class PruneWidth:
         candidate: Callable[[int, Counts], LanguageModel],
     ) -> tuple[float, dict[str, float]]:
         """The share of the parameters that meets a target by bytes or latency, and what is then found to go of each."""
-        if self.bytes:
-            name, how, whole = "bytes", BYTES, ops.stored_nbytes(model.params, model.masks)
-            measure = lambda small: 1 - ops.stored_nbytes(small.params, small.masks) / whole
-        else:
-            name, how, before = "latency", LATENCY, latency.runner(model, self.phase)
-            measure = lambda small: latency.saved(before, latency.runner(small, self.phase))
+        ((name, target),), measure = self.given.items(), self.saving(model)
         known: dict[str, float] = {}  # several shares can be the same widths
 
         def removed(share: float) -> float:
@@ -151,9 +136,9 @@ class PruneWidth:
             return known[widths]
 
         largest = allocation.most(model.config, axes)
-        share, found = allocation.search(removed, getattr(self, name), largest, name, **how)
+        share, found = allocation.search(removed, target, largest, name, **NEAR[name])
         fewer = allocation.gone(model.config, *allocation.allocate(model.config, share, axes, ranks))
-        require(fewer > 0, f"{name} is {getattr(self, name)}, but whole {' and '.join(axes)} make it 0: ask for more")
+        require(fewer > 0, f"{name} is {target}, but whole {' and '.join(axes)} make it 0: ask for more")
         return share, {"parameters": fewer, name: found}
 
     def pruned(self, model: LanguageModel, context: Context, keep: Counts, scores: Scores | None) -> LanguageModel:

@@ -13,6 +13,7 @@ from efflm.model.transformer import (
     final_states_and_gathered,
     in_dtype,
     init_params,
+    require_same_tokenizer,
     stack_blocks,
     unstack_blocks,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "final_states_and_gathered",
     "in_dtype",
     "init_params",
+    "require_same_tokenizer",
     "stack_blocks",
     "unstack_blocks",
 ]

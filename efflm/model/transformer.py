@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from efflm import ops
-from efflm.config import BlockConfig, ModelConfig, Remat
+from efflm.config import BlockConfig, ModelConfig, Remat, require
 from efflm.model import sharding
 from efflm.model.attention import Attention, LayerCache
 from efflm.model.feedforward import FeedForward
@@ -45,6 +45,16 @@ class LanguageModel:
         known = self.replace()
         object.__setattr__(known, "about", MappingProxyType(dict(about)))
         return known
+
+
+def require_same_tokenizer(other: LanguageModel, model: LanguageModel, name: str, whose: str) -> None:
+    """Raise InputError if it is known of both models what they were trained with, and it is not the same. name: of the
+    first, as in "teacher"; whose: of the second."""
+    theirs, ours = (each.about.get("tokenizer") for each in (other, model))
+    require(
+        theirs == ours or not theirs or not ours,
+        f"the {name}'s tokenizer is {theirs!r:.20}, the {whose}'s {ours!r:.20}: give a {name} that has the {whose}'s",
+    )
 
 
 def in_dtype(model: LanguageModel, dtype: str) -> LanguageModel:

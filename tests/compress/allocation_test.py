@@ -85,5 +85,5 @@ def test_the_search_takes_the_nearest_of_few_candidates():
     assert len(tried) == len(set(tried)) <= 8
     steps = lambda share: 0.0 if share < 0.5 else 0.6
     assert search(steps, 0.4, 0.9, "latency", tolerance=0.01, candidates=6)[1] == 0.6
-    with pytest.raises(InputError, match=r"latency is 0\.9, but the smallest model that these axes allow saves 81\.0%"):
+    with pytest.raises(InputError, match=r"latency is 0\.9, but the smallest model that can be made saves 81\.0%"):
         search(removed, 0.9, 0.9, "latency", tolerance=0.01, candidates=8)

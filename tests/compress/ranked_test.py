@@ -85,7 +85,7 @@ def test_layers_that_differ_are_stored_and_sharded_as_any(ranked, tmp_path):
     "formats", [(Quantize(bits=4, group=16),), tiny.combination((Prune(sparsity=0.5), Quantize()))]
 )
 def test_a_share_of_the_bytes_goes(formats, capsys, monkeypatch):
-    monkeypatch.setitem(width.BYTES, "candidates", 6)  # each compiles for its shapes
+    monkeypatch.setitem(width.NEAR["bytes"], "candidates", 6)  # each compiles for its shapes
     model, _ = recipe.run(MODEL, formats, CONTEXT)
     after, record = PruneWidth(bytes=0.2, axes="mlp", refit=False)(model, CONTEXT)
     stored = [ops.stored_nbytes(each.params, each.masks) for each in (model, after)]
@@ -95,7 +95,7 @@ def test_a_share_of_the_bytes_goes(formats, capsys, monkeypatch):
         1 - trees.count(after.params) / trees.count(model.params)
     )
     assert "fewer parameters save" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"bytes is 0\.99, but the smallest model that these axes allow saves"):
+    with pytest.raises(InputError, match=r"bytes is 0\.99, but the smallest model that can be made saves"):
         PruneWidth(bytes=0.99, axes="mlp")(model, CONTEXT)
 
 
@@ -109,7 +109,7 @@ def test_a_share_of_the_time_goes(monkeypatch, capsys):
     assert abs(0.8 * share - 0.2) <= 0.02
     assert record.settings["removed"] == {"parameters": pytest.approx(share), "latency": pytest.approx(0.8 * share)}
     assert 1 < capsys.readouterr().out.count("of latency") <= 8
-    with pytest.raises(InputError, match=r"latency is 0\.9, but the smallest model that these axes allow saves"):
+    with pytest.raises(InputError, match=r"latency is 0\.9, but the smallest model that can be made saves"):
         PruneWidth(latency=0.9, axes="mlp")(MODEL, CONTEXT)
 
 

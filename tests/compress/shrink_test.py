@@ -4,7 +4,8 @@ import itertools
 import numpy as np
 import pytest
 
-from efflm.compress import recipe
+from efflm import ops, trees
+from efflm.compress import latency, recipe
 from efflm.compress.shrink import Shrink, block_influence
 from efflm.compress.step import Context
 from efflm.config import InputError
@@ -59,3 +60,53 @@ def test_text_is_read_only_where_it_is_needed():
     padding = CONTEXT.calibration | {"segments": np.zeros_like(CONTEXT.calibration["segments"])}
     with pytest.raises(InputError, match="only padding"):
         Shrink(importance="block_influence")(MODEL, dataclasses.replace(CONTEXT, calibration=padding))
+
+
+@pytest.mark.parametrize("name", ["parameters", "bytes"])
+def test_so_many_layers_go_as_come_nearest_to_the_target(name, capsys):
+    deep = tiny.model(dataclasses.replace(tiny.LLAMA, layers=7))
+    size = lambda model: trees.count(model.params) if name == "parameters" else ops.stored_nbytes(model.params)
+    for target in (0.1, 0.3, 0.52):
+        after, record = Shrink(**{name: target})(deep, CONTEXT)
+        models = [shrunk(deep, keep) for keep in range(1, 8)]
+        gaps = [abs(1 - size(model) / size(deep) - target) for model in models]
+        keep = 1 + int(np.argmin(gaps))
+        assert trees.count(after.params) == trees.count(models[keep - 1].params)
+        assert record.settings["removed"] == {
+            "layers": 7 - keep,
+            name: pytest.approx(1 - size(after) / size(deep)),
+        }
+    assert f"of {name}" in capsys.readouterr().out
+
+
+def shrunk(model, keep):
+    return model if keep == len(model.config.blocks) else Shrink(layers=keep)(model, CONTEXT)[0]
+
+
+def test_by_latency_few_candidates_are_measured(monkeypatch):
+    measured = []
+    monkeypatch.setattr(latency, "runner", lambda model, phase: len(model.config.blocks))
+    monkeypatch.setattr(latency, "saved", lambda before, after: measured.append(after) or 1 - (after + 1) / before)
+    deep = tiny.model(dataclasses.replace(tiny.LLAMA, layers=12, width=16))
+    after, record = Shrink(latency=0.35, importance="block_influence")(deep, CONTEXT)
+    assert len(after.config.blocks) == 7
+    assert record.settings["removed"] == {"layers": 5, "latency": pytest.approx(1 - 8 / 12)}
+    influence = block_influence(deep, CONTEXT.calibration, CONTEXT.mesh)
+    for new, old in enumerate(sorted(np.argsort(influence)[-7:])):
+        assert after.params[f"block_{new}"] is deep.params[f"block_{old}"]
+    assert len(measured) == len(set(measured)) <= 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": 2, "bytes": 0.3}, r"layers is 2 and bytes is 0\.3: set one of them, or none to keep half"),
+        ({"parameters": 0.3, "bytes": 0.3}, r"parameters is 0\.3 and bytes is 0\.3: set one of them"),
+        ({"parameters": 1.5}, r"parameters is 1\.5, but must be between 0 and 1"),
+        ({"parameters": 0.99}, r"parameters is 0\.99, but the smallest model that can be made saves"),
+        ({"bytes": 0.01}, r"bytes is 0\.01, but whole layers make it 0: ask for more"),
+    ],
+)
+def test_targets_that_cannot_be_met_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        Shrink(**settings)(MODEL, CONTEXT)
