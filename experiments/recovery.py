@@ -249,7 +249,8 @@ def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, 
                 row = dataclasses.replace(row, calibration=error_of(model))
             found[chain] = row
             took = f"{made[-1].seconds:.0f} s"
-            say(f"{chain}, seed {seed}: {row.over_dense:+.4f} bits per byte over the first model, {took}")
+            over, _ = quality.paired_difference(scores[-1], before)
+            say(f"{chain}, seed {seed}: {over:+.4f} bits per byte over the first model, {took}")
             rundir.write_json(
                 run_dir / "results.json", shared | {"rows": [dataclasses.asdict(each) for each in found.values()]}
             )

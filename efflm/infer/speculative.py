@@ -45,12 +45,13 @@ class Statistics:
 
 @flax.struct.dataclass
 class State:
-    """Sequences being generated. token_B: the newest token of each, which neither cache holds yet; ids_BS: those
-    written so far, count_B of each; done_B: whether a stop token or the limit has ended it; accepted, drafted, passes:
-    see Statistics."""
+    """Sequences being generated. token_B: the newest token of each, which neither cache holds yet; before_B: the one
+    before it, which the draft's cache does not hold either; ids_BS: those written so far, count_B of each; done_B:
+    whether a stop token or the limit has ended it; accepted, drafted, passes: see Statistics."""
 
     target: Cache
     draft: Cache
+    before_B: jax.Array
     token_B: jax.Array
     ids_BS: jax.Array
     count_B: jax.Array
@@ -74,21 +75,31 @@ def _drawn(p_BV: jax.Array, keys_B: jax.Array, how: dict[str, Any]) -> jax.Array
 
 
 def propose(
-    draft: LanguageModel, cache: Cache, token_B: jax.Array, keys_B: jax.Array, how: dict[str, Any], ahead: int
+    draft: LanguageModel,
+    cache: Cache,
+    before_B: jax.Array,
+    token_B: jax.Array,
+    keys_B: jax.Array,
+    how: dict[str, Any],
+    ahead: int,
 ) -> tuple[jax.Array, jax.Array, Cache]:
-    """`ahead` tokens after token_B by the draft: ids [B, ahead], their distributions [B, ahead, V], and the cache with
-    token_B and all of them."""
+    """`ahead` tokens after before_B and token_B by the draft: ids [B, ahead], their distributions [B, ahead, V], and
+    the cache with these two and all of them but the last, which need not be read unless it stays."""
 
-    def one(carry, _):
+    def one(cache, read_BT):
+        logits_BTV, cache = forward(draft, read_BT, cache=cache)
+        q_BV = probabilities(logits_BTV[:, -1], how)
+        return cache, _drawn(q_BV, keys_at(keys_B, cache.length_B, DRAW), how), q_BV
+
+    def more(carry, _):
         cache, token_B = carry
-        logits_B1V, cache = forward(draft, token_B[:, None], cache=cache)
-        q_BV = probabilities(logits_B1V[:, 0], how)
-        token_B = _drawn(q_BV, keys_at(keys_B, cache.length_B, DRAW), how)
+        cache, token_B, q_BV = one(cache, token_B[:, None])
         return (cache, token_B), (token_B, q_BV)
 
-    (cache, last_B), (ids_AB, q_ABV) = lax.scan(one, (cache, token_B), length=ahead)
-    _, cache = forward(draft, last_B[:, None], cache=cache)  # nothing reads its logits, so they are not computed
-    return ids_AB.T, q_ABV.swapaxes(0, 1), cache
+    cache, first_B, q_BV = one(cache, jnp.stack([before_B, token_B], axis=1))
+    (cache, _), (ids_AB, q_ABV) = lax.scan(more, (cache, first_B), length=ahead - 1)
+    ids_BA = jnp.concatenate([first_B[None], ids_AB]).T
+    return ids_BA, jnp.concatenate([q_BV[None], q_ABV]).swapaxes(0, 1), cache
 
 
 def verify(
@@ -130,14 +141,14 @@ def step(
     ahead: int,
 ) -> State:
     """One pass of the target: 1 to `ahead` + 1 more tokens for each sequence that has not ended."""
-    before_B = state.target.length_B
+    had_B = state.target.length_B
     with sharding.unconstrained():
-        ids_BA, q_BAV, drafted = propose(draft, state.draft, state.token_B, keys_B, how, ahead)
+        ids_BA, q_BAV, drafted = propose(draft, state.draft, state.before_B, state.token_B, keys_B, how, ahead)
         read_BT = jnp.concatenate([state.token_B[:, None], ids_BA], axis=1)
         logits_BTV, read = forward(target, read_BT, cache=state.target)
     B, T, V = logits_BTV.shape
     p_BTV = probabilities(logits_BTV.reshape(B * T, V), how).reshape(B, T, V)
-    count_B, token_B = verify(p_BTV, q_BAV, ids_BA, keys_B, before_B + 1, how)
+    count_B, token_B = verify(p_BTV, q_BAV, ids_BA, keys_B, had_B + 1, how)
 
     goes_B = ~state.done_B
     keep = lambda old, new: jnp.where(goes_B, new, old)
@@ -147,11 +158,12 @@ def step(
     ids_BS = jnp.where(goes_B[:, None], jax.vmap(row)(state.ids_BS, new_BT, state.count_B), state.ids_BS)
     stopped_B = jnp.any(written_BT & jnp.isin(new_BT, stops_K), axis=1)
     total_B = state.count_B + count_B + 1
-    length_B = keep(before_B, before_B + 1 + count_B)
+    length_B = keep(had_B, had_B + 1 + count_B)
     sum_of = lambda values_B: jnp.sum(jnp.where(goes_B, values_B, 0))
     return State(
         target=read.replace(length_B=length_B),
-        draft=drafted.replace(length_B=length_B),
+        draft=drafted.replace(length_B=length_B - 1),
+        before_B=keep(state.before_B, jnp.take_along_axis(read_BT, count_B[:, None], axis=1)[:, 0]),
         token_B=keep(state.token_B, token_B),
         ids_BS=ids_BS,
         count_B=keep(state.count_B, total_B),
@@ -216,7 +228,8 @@ def generate(
     ids_BS = jnp.full((B, bucket(max_tokens + ahead + 1)), PAD_ID, jnp.int32).at[:, 0].set(first.token_B)
     state = State(
         target=first.cache,
-        draft=draft_cache,
+        draft=draft_cache.replace(length_B=draft_cache.length_B - 1),
+        before_B=jnp.take_along_axis(jnp.asarray(tokens_BT), draft_cache.length_B[:, None] - 1, axis=1)[:, 0],
         token_B=first.token_B,
         ids_BS=ids_BS,
         count_B=jnp.ones(B, jnp.int32),

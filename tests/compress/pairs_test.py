@@ -49,7 +49,7 @@ STEPS = {
     "wanda": Wanda(sparsity=0.5, pattern="2:4"),
     "sparsegpt": SparseGPT(sparsity=0.6),
     "gradual": PruneGradually(sparsity=0.5, steps=3, every=1),
-    "width": PruneWidth(parameters=0.2),
+    "width": PruneWidth(parameters=0.18),  # to 40 channels, which 2:4 divides
     "depth": Shrink(layers=1),
     "distill": Distill(steps=1),
     "text": Finetune(steps=1),
@@ -71,7 +71,8 @@ def refused(first: str, second: str) -> str:
         return "is quantized already"
     if first in PRUNES and second == "rotate":
         return "the model is pruned already"
-    return "changed nothing" if first in ROUNDS[2:] and second == "int4" else ""
+    nothing = (first in ROUNDS[2:] and second == "int4") or (first, second) == ("magnitude", "sparsegpt")
+    return "changed nothing" if nothing else ""
 
 
 def keeps_what_every_step_keeps(first, second, folder):

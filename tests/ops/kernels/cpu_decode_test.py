@@ -14,27 +14,28 @@ from efflm import ops
 from efflm.compress.quantize import quantize
 from efflm.infer import generate
 from efflm.infer.sampling import GREEDY
-from efflm.ops.kernels.cpu import build
+from efflm.model import empty_cache
+from efflm.ops.kernels.cpu import build, decode
 from tests import tiny
 
 FORMS = build.supported()
 pytestmark = pytest.mark.skipif(not build.form(), reason="the native kernels cannot be built here")
 
 
-def cached(B, S, N, K, H, rotated, dtype, seed):
-    """The arguments of ops.cached_attention for one new token a sequence, at different positions."""
+def cached(B, S, N, K, H, rotated, dtype, seed, T=1):
+    """The arguments of ops.cached_attention for T new tokens a sequence, at different positions."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    positions = jnp.asarray(rng.integers(0, S, (B, 1)), jnp.int32)
-    angles = normal(B, 1, rotated // 2)
+    positions = jnp.asarray(rng.integers(0, S - T + 1, (B, 1)) + np.arange(T), jnp.int32)
+    angles = normal(B, T, rotated // 2)
     cache = [normal(B, S, K, H).astype(dtype) for _ in range(2)]
-    return (normal(B, 1, N, H), normal(B, 1, K, H), normal(B, 1, K, H), *cache, positions), (
+    return (normal(B, T, N, H), normal(B, T, K, H), normal(B, T, K, H), *cache, positions), (
         (jnp.cos(angles), jnp.sin(angles)) if rotated else None
     )
 
 
 def reference(q, k, v, keys, values, positions, rotary, window):
-    """float64 [B, 1, N, H] and the caches, by the definition."""
+    """float64 [B, T, N, H] and the caches, by the definition."""
     f64 = lambda x: np.asarray(x, np.float64)
 
     def turned(x):
@@ -47,21 +48,23 @@ def reference(q, k, v, keys, values, positions, rotary, window):
 
     q, k, v, keys, values = turned(q), turned(k), f64(v), f64(keys).copy(), f64(values).copy()
     out, group = np.zeros(q.shape), q.shape[2] // k.shape[2]
-    for b, position in enumerate(np.asarray(positions)[:, 0]):
-        keys[b, position], values[b, position] = k[b, 0], v[b, 0]
+    for b, t in np.ndindex(positions.shape):
+        position = int(positions[b, t])
+        keys[b, position], values[b, position] = k[b, t], v[b, t]
         seen = slice(max(0, position - window + 1) if window else 0, position + 1)
         for n in range(q.shape[2]):
-            scores = keys[b, seen, n // group] @ q[b, 0, n] * q.shape[-1] ** -0.5
+            scores = keys[b, seen, n // group] @ q[b, t, n] * q.shape[-1] ** -0.5
             weights = np.exp(scores - scores.max())
-            out[b, 0, n] = weights @ values[b, seen, n // group] / weights.sum()
+            out[b, t, n] = weights @ values[b, seen, n // group] / weights.sum()
     return out, keys, values
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(max_examples=6)
+@settings(max_examples=8)
 @given(
     B=st.integers(1, 3),
-    S=st.sampled_from([1, 37, 300, 700]),
+    T=st.sampled_from([1, 2, 5, decode.FEW_TOKENS, decode.FEW_TOKENS + 1]),
+    S=st.sampled_from([0, 37, 300, 700]),
     K=st.integers(1, 3),
     group=st.integers(1, 3),
     H=st.sampled_from([4, 17, 32, 64, 72]),
@@ -69,8 +72,8 @@ def reference(q, k, v, keys, values, positions, rotary, window):
     window=st.sampled_from([0, 1, 50, 400]),
     seed=st.integers(0, 9),
 )
-def test_cached_attention_is_the_definition(form, B, S, K, group, H, share, window, seed):
-    arguments, rotary = cached(B, S, K * group, K, H, int(H * share) // 2 * 2, jnp.float32, seed)
+def test_cached_attention_is_the_definition(form, B, T, S, K, group, H, share, window, seed):
+    arguments, rotary = cached(B, max(S, T), K * group, K, H, int(H * share) // 2 * 2, jnp.float32, seed, T)
     with build.chosen(form):
         found = ops.cached_attention(*arguments, rotary, dtype=jnp.float32, window=window)
     for ours, wanted in zip(found, reference(*arguments, rotary, window), strict=True):
@@ -78,9 +81,9 @@ def test_cached_attention_is_the_definition(form, B, S, K, group, H, share, wind
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_cached_attention_in_bfloat16_rounds_as_the_portable_form_does(form, dtype):
-    arguments, rotary = cached(2, 50, 4, 2, 32, 32, jnp.bfloat16, seed=0)
+@pytest.mark.parametrize(("dtype", "T"), [(jnp.float32, 1), (jnp.bfloat16, 1), (jnp.bfloat16, 3)])
+def test_cached_attention_in_bfloat16_rounds_as_the_portable_form_does(form, dtype, T):
+    arguments, rotary = cached(2, 50, 4, 2, 32, 32, jnp.bfloat16, seed=0, T=T)
     with build.chosen("off"):
         wanted = ops.cached_attention(*arguments, rotary, dtype=dtype)
     with build.chosen(form):
@@ -165,3 +168,11 @@ def test_a_decoded_token_takes_four_kernels_a_layer():
     body = max(re.split(r"\n(?=%|ENTRY)", program), key=lambda computation: computation.count(" custom-call("))
     assert body.count(" custom-call(") == 4 * len(model.config.blocks) + 1
     assert "dot(" not in body
+
+
+def test_so_do_the_proposals_of_a_draft():
+    model = ops.prepare(tiny.model(), "cpu")
+    tokens, cache = tiny.tokens(model.config, 1, 4), empty_cache(model.config, 1, 64)
+    program = jax.jit(lambda *given: generate.forward(*given, cache=cache)).lower(model, tokens).compile().as_text()
+    assert program.count(" custom-call(") == 4 * len(model.config.blocks) + 1
+    assert "dot(" not in program

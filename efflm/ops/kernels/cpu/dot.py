@@ -20,7 +20,7 @@ from efflm.ops.qarray import QArray, codes
 PANEL, UNIT = 32, 8
 MOST_INPUTS = 65_000  # beyond which sums of products of 8-bit codes may not fit into 32 bits
 # Rows from which on XLA's matmul with a dense weight is the faster one, by dtype of the weight.
-FEW_ROWS = {"float32": 4, "bfloat16": 16}
+FEW_ROWS = {"float32": 12, "bfloat16": 16}
 
 
 @flax.struct.dataclass

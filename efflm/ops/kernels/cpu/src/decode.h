@@ -1,4 +1,4 @@
-// Attention of one new token a sequence over its KV cache, which is written on the way.
+// Attention of a few new tokens a sequence over its KV cache, which is written on the way.
 #pragma once
 
 #include <cmath>
@@ -10,12 +10,20 @@
 namespace efflm {
 namespace {
 
-// queries [batch, heads, size], new keys and values [batch, kv_heads, size]: float32, rotated here by `cosines` and
-// `sines` [batch, rotated / 2] where rotated > 0. The caches [batch, slots, kv_heads, size] hold `Cell`s; sequence b
-// gets its new entries at slot positions[b] and sees the slots up to that one, the last `window` of them (0: all).
+// Of rows, `tokens` of each sequence: queries [rows, heads, size], new keys and values [rows, kv_heads, size], float32,
+// rotated here by `cosines` and `sines` [rows, rotated / 2] where rotated > 0. The caches [sequences, slots, kv_heads,
+// size] hold `Cell`s; row r has a new entry at slot positions[r] of its sequence and sees the slots up to that one, the
+// last `window` of them (0: all).
 template <typename Cell>
 struct Decode {
-  int64_t batch, slots, heads, kv_heads, size, rotated, window;
+  int64_t rows, tokens, slots, heads, kv_heads, size, rotated, window;
+
+  int64_t position(int64_t row) const { return positions[row] < 0 ? 0 : least(positions[row], slots - 1); }
+  // The first number of a key or value in a cache.
+  int64_t at(int64_t row, int64_t slot, int64_t k) const {
+    return ((row / tokens * slots + slot) * kv_heads + k) * size;
+  }
+
   const float *queries, *new_keys, *new_values, *cosines, *sines;
   const int32_t* positions;
   Cell *keys, *values;
@@ -84,22 +92,22 @@ template <typename Cell>
 void decode(const Decode<Cell>& d, const Pool& pool) {
   const int64_t N = d.heads, K = d.kv_heads, H = d.size, group = N / K;
   const float factor = 1 / std::sqrt(float(H));
-  float* queries = scratch<float, 8>(d.batch * N * H);
+  float* queries = scratch<float, 8>(d.rows * N * H);
   float* turned = scratch<float, 9>(H);
   int64_t most = 0, work = 0;
-  for (int64_t b = 0; b < d.batch; ++b) {
-    const float* cosines = d.cosines + b * (d.rotated / 2);
-    const float* sines = d.sines + b * (d.rotated / 2);
+  for (int64_t r = 0; r < d.rows; ++r) {
+    const float* cosines = d.cosines + r * (d.rotated / 2);
+    const float* sines = d.sines + r * (d.rotated / 2);
     for (int64_t n = 0; n < N; ++n) {
-      float* q = queries + (b * N + n) * H;
-      rotate(d.queries + (b * N + n) * H, cosines, sines, d.rotated, H, d.to_bfloat16, q);
+      float* q = queries + (r * N + n) * H;
+      rotate(d.queries + (r * N + n) * H, cosines, sines, d.rotated, H, d.to_bfloat16, q);
     }
-    const int64_t position = d.positions[b] < 0 ? 0 : least(d.positions[b], d.slots - 1);
+    const int64_t position = d.position(r);
     for (int64_t k = 0; k < K; ++k) {
-      const int64_t at = ((b * d.slots + position) * K + k) * H;
-      rotate(d.new_keys + (b * K + k) * H, cosines, sines, d.rotated, H, d.to_bfloat16, turned);
+      const int64_t at = d.at(r, position, k);
+      rotate(d.new_keys + (r * K + k) * H, cosines, sines, d.rotated, H, d.to_bfloat16, turned);
       for (int64_t i = 0; i < H; ++i) put(d.keys + at + i, turned[i]);
-      rotate(d.new_values + (b * K + k) * H, cosines, sines, 0, H, d.to_bfloat16, turned);
+      rotate(d.new_values + (r * K + k) * H, cosines, sines, 0, H, d.to_bfloat16, turned);
       for (int64_t i = 0; i < H; ++i) put(d.values + at + i, turned[i]);
     }
     const int64_t seen = d.window && d.window < position + 1 ? d.window : position + 1;
@@ -108,11 +116,11 @@ void decode(const Decode<Cell>& d, const Pool& pool) {
   }
   // Each task: of some keys the sums of exp(score - top) v and of exp(score - top), and top.
   const int64_t chunks = ceiling(most, kChunk), cells = H + 2;
-  float* parts = scratch<float, 10>(d.batch * K * chunks * group * cells);
+  float* parts = scratch<float, 10>(d.rows * K * chunks * group * cells);
   const Pool alone;
-  Team::run(work < kWorthSharing ? alone : pool, d.batch * K * chunks, [&](int64_t task) {
-    const int64_t b = task / (K * chunks), k = task / chunks % K, chunk = task % chunks;
-    const int64_t end = (d.positions[b] < 0 ? 0 : least(d.positions[b], d.slots - 1)) + 1;
+  Team::run(work < kWorthSharing ? alone : pool, d.rows * K * chunks, [&](int64_t task) {
+    const int64_t r = task / (K * chunks), k = task / chunks % K, chunk = task % chunks;
+    const int64_t end = d.position(r) + 1;
     const int64_t begin = d.window && d.window < end ? end - d.window : 0;
     const int64_t from = begin + chunk * kChunk, to = least(from + kChunk, end);
     alignas(64) float scores[kChunk];
@@ -121,8 +129,8 @@ void decode(const Decode<Cell>& d, const Pool& pool) {
       part[H] = 0;
       part[H + 1] = -std::numeric_limits<float>::infinity();
       if (from >= to) continue;
-      const int64_t first = ((b * d.slots + from) * K + k) * H, count = to - from;
-      const float* q = queries + (b * N + k * group + g) * H;
+      const int64_t first = d.at(r, from, k), count = to - from;
+      const float* q = queries + (r * N + k * group + g) * H;
       float top = -std::numeric_limits<float>::infinity();
       for (int64_t s = 0; s < count; ++s) {
         scores[s] = inner(q, d.keys + first + s * K * H, H) * factor;
@@ -142,9 +150,9 @@ void decode(const Decode<Cell>& d, const Pool& pool) {
       part[H + 1] = top;
     }
   });
-  for (int64_t row = 0; row < d.batch * N; ++row) {
-    const int64_t b = row / N, k = row % N / group, g = row % group;
-    auto part = [&](int64_t chunk) { return parts + (((b * K + k) * chunks + chunk) * group + g) * cells; };
+  for (int64_t row = 0; row < d.rows * N; ++row) {
+    const int64_t r = row / N, k = row % N / group, g = row % group;
+    auto part = [&](int64_t chunk) { return parts + (((r * K + k) * chunks + chunk) * group + g) * cells; };
     float top = -std::numeric_limits<float>::infinity(), total = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) top = part(chunk)[H + 1] > top ? part(chunk)[H + 1] : top;
     float* out = d.out + row * H;

@@ -38,76 +38,51 @@ void transposed_product(const Rows& rows_of_x, const Product& d, const Pool& poo
   });
 }
 
-// A block of a weight as floats: itself, or converted into `out` [inputs, columns].
-EFFLM_INLINE const float* as_floats(const float* w, int64_t, int64_t, int64_t stride, float*, int64_t* out_stride) {
-  *out_stride = stride;
-  return w;
-}
+constexpr int64_t kInputs = 8;  // that all rows are multiplied with at a time
 
-const float* as_floats(const uint16_t* w, int64_t inputs, int64_t columns, int64_t stride, float* out,
-                       int64_t* out_stride) {
-  for (int64_t k = 0; k < inputs; ++k)
-    for (int64_t n = 0; n < columns; n += kWidth) store(out + k * columns + n, load_floats(w + k * stride + n));
-  *out_stride = columns;
-  return out;
-}
-
-constexpr int64_t kInputs = 8;        // that one row is multiplied with at a time
-constexpr int64_t kBlockInputs = 32;  // and several rows
-constexpr int64_t kBlockColumns = 256;
-
-// total [N] += x [count <= 8] times as many rows of the weight, N columns each.
+// total [M, N] += x [M, count <= 8], its rows K apart, times as many rows of the weight, N columns each.
 template <typename W>
-EFFLM_INLINE void add_inputs(const float* x, const W* w, int64_t count, int64_t N, float* total) {
+EFFLM_INLINE void add_inputs(const float* x, int64_t M, int64_t K, const W* w, int64_t count, int64_t N, float* total) {
   int64_t n = 0;
   if (count == kInputs) {
-    Floats one[kInputs];
-    for (int64_t i = 0; i < kInputs; ++i) one[i] = splat(x[i]);
     for (; n + kWidth <= N; n += kWidth) {
-      Floats add = load_floats(total + n), other = {};
-      for (int64_t i = 0; i < kInputs; ++i) ask_for(w + (kInputs + i) * N + n);
-      for (int64_t i = 0; i < kInputs; i += 2) {
-        add += one[i] * load_floats(w + i * N + n);
-        other += one[i + 1] * load_floats(w + (i + 1) * N + n);
+      Floats weights[kInputs];
+      for (int64_t i = 0; i < kInputs; ++i) {
+        ask_for(w + (kInputs + i) * N + n);
+        weights[i] = load_floats(w + i * N + n);
       }
-      store(total + n, add + other);
+      for (int64_t m = 0; m < M; ++m) {
+        const float* from = x + m * K;
+        Floats add = load_floats(total + m * N + n), other = {};
+        for (int64_t i = 0; i < kInputs; i += 2) {
+          add += splat(from[i]) * weights[i];
+          other += splat(from[i + 1]) * weights[i + 1];
+        }
+        store(total + m * N + n, add + other);
+      }
     }
   }
-  for (; n < N; ++n)
-    for (int64_t i = 0; i < count; ++i) total[n] += x[i] * load_float(w + i * N + n);
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t j = n; j < N; ++j)
+      for (int64_t i = 0; i < count; ++i) total[m * N + j] += x[m * K + i] * load_float(w + i * N + j);
 }
 
 // Rows of the weight are inputs: each task adds up some inputs for all outputs, reading the weight from end to end; the
-// sums of the tasks are added in a fixed order, so that the result does not depend on the number of threads.
+// sums of the tasks are added in a fixed order, so that the result does not depend on the number of threads. With
+// several rows there are fewer tasks, as the sums of all of them are read again.
 template <typename W>
 void straight_product(const Rows& rows_of_x, const Product& d, const Pool& pool) {
   const int64_t M = rows_of_x.rows, K = d.weight.inputs, N = d.weight.outputs;
   const float* x = read<2>(rows_of_x, d.weight, pool).floats;
   const W* w = static_cast<const W*>(d.weight.values);
-  const int64_t whole = N / kWidth * kWidth;
-  const int64_t tasks = least(16, ceiling(K, kBlockInputs)), each = ceiling(ceiling(K, tasks), kInputs) * kInputs;
+  const int64_t tasks = least(M > 1 ? 8 : 16, ceiling(K, 32)), each = ceiling(ceiling(K, tasks), kInputs) * kInputs;
   float* parts = scratch<float, 5>(tasks * M * N);
   Team::run(pool, tasks, [&](int64_t task) {
     float* total = parts + task * M * N;
     std::memset(total, 0, 4 * M * N);
     const int64_t end = least((task + 1) * each, K);
-    if (M == 1) {
-      for (int64_t k = task * each; k < end; k += kInputs) add_inputs(x + k, w + k * N, least(kInputs, end - k), N, total);
-      return;
-    }
-    float* block = scratch<float, 11>(kBlockInputs * kBlockColumns);
-    for (int64_t k = task * each; k < end; k += kBlockInputs) {
-      const int64_t count = least(kBlockInputs, end - k);
-      for (int64_t n = 0; n < whole; n += kBlockColumns) {
-        const int64_t columns = least(kBlockColumns, whole - n);
-        int64_t stride;
-        const float* floats = as_floats(w + k * N + n, count, columns, N, block, &stride);
-        multiply<true>(M, columns, count, x + k, K, floats, stride, total + n, N);
-      }
-      for (int64_t m = 0; m < M; ++m)
-        for (int64_t n = whole; n < N; ++n)
-          for (int64_t i = k; i < k + count; ++i) total[m * N + n] += x[m * K + i] * load_float(w + i * N + n);
-    }
+    for (int64_t k = task * each; k < end; k += kInputs)
+      add_inputs(x + k, M, K, w + k * N, least(kInputs, end - k), N, total);
   });
   const int64_t size = M * N, part = ceiling(ceiling(size, 4 * pool.threads), 256) * 256;
   Team::run(pool, ceiling(size, part), [&](int64_t i) {

@@ -121,7 +121,8 @@ ffi::Error decode_handler(ffi::ThreadPool threads, int64_t window, bool to_bfloa
                           ffi::Result<ffi::AnyBuffer> keys, ffi::Result<ffi::AnyBuffer> values) {
   auto fill = [&](auto cell) {
     Decode<decltype(cell)> d;
-    d.batch = old_keys.dimensions()[0];
+    d.rows = queries.dimensions()[0] * queries.dimensions()[1];
+    d.tokens = queries.dimensions()[1];
     d.slots = old_keys.dimensions()[1];
     d.kv_heads = old_keys.dimensions()[2];
     d.size = old_keys.dimensions()[3];
