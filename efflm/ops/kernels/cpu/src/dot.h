@@ -6,7 +6,7 @@
 namespace efflm {
 namespace {
 
-constexpr int64_t kUnpacked = 6;    // from so many rows on, a panel is turned into floats once for all of them
+constexpr int64_t kUnpacked = 17;   // from so many rows on, a panel is turned into floats once for all of them
 constexpr int64_t kRowBlock = 96;   // rows that read a panel while it is in the cache
 
 void copy_out(const Product& to, int64_t row, int64_t rows, int64_t p, const float* tile) {
