@@ -103,34 +103,39 @@ void check_attention(Random& random, const Pool& pool) {
   for (int64_t i = 0; i < keys; ++i) near(dk[i], wanted_k[i], "dk"), near(dv[i], wanted_v[i], "dv");
 }
 
-// One new token a sequence, at its slot of a cache, without rotation.
+// A few new tokens a sequence, one after another at their slots of a cache, without rotation.
 void check_decode(Random& random, const Pool& pool) {
   Drawn d = draw_attention(random);
-  const int64_t S = d.S * random.of<int64_t>({1, 3});
-  Block<float> keys = draw(random, d.B * S * d.K * d.H), values = draw(random, d.B * S * d.K * d.H);
-  Drawn one{d.B, 1, S, d.N, d.K, d.H, d.window, draw(random, d.B * d.N * d.H), draw(random, d.B * S * d.K * d.H),
-            draw(random, d.B * S * d.K * d.H), Block<int32_t>(d.B), Block<int32_t>(0), Block<int32_t>(0)};
-  Block<float> new_keys = draw(random, d.B * d.K * d.H), new_values = draw(random, d.B * d.K * d.H);
-  Block<float> none(0), out(d.B * d.N * d.H);
-  for (int64_t b = 0; b < d.B; ++b) one.slots[b] = int32_t(random.from(0, S - 1));
-  std::copy(one.k.get(), one.k.get() + keys.size, keys.get());
-  std::copy(one.v.get(), one.v.get() + keys.size, values.get());
-  decode(Decode<float>{d.B, S, d.N, d.K, d.H, 0, d.window, one.q.get(), new_keys.get(), new_values.get(), none.get(),
-                       none.get(), one.slots.get(), keys.get(), values.get(), out.get()},
+  const int64_t S = d.S * random.of<int64_t>({1, 3}), T = random.from(1, least(S, 5)), rows = d.B * T, size = d.K * d.H;
+  Block<float> keys = draw(random, d.B * S * size), values = draw(random, d.B * S * size);
+  Drawn all{d.B, T, S, d.N, d.K, d.H, d.window, draw(random, rows * d.N * d.H), draw(random, d.B * S * size),
+            draw(random, d.B * S * size), Block<int32_t>(rows), Block<int32_t>(0), Block<int32_t>(0)};
+  Block<float> new_keys = draw(random, rows * size), new_values = draw(random, rows * size);
+  Block<float> none(0), out(rows * d.N * d.H);
+  for (int64_t b = 0; b < d.B; ++b) {
+    const int64_t first = random.from(0, S - T);
+    for (int64_t t = 0; t < T; ++t) all.slots[b * T + t] = int32_t(first + t);
+  }
+  std::copy(all.k.get(), all.k.get() + keys.size, keys.get());
+  std::copy(all.v.get(), all.v.get() + keys.size, values.get());
+  decode(Decode<float>{rows, T, S, d.N, d.K, d.H, 0, d.window, all.q.get(), new_keys.get(), new_values.get(),
+                       none.get(), none.get(), all.slots.get(), keys.get(), values.get(), out.get()},
          pool);
-  for (int64_t b = 0; b < d.B; ++b)
-    for (int64_t i = 0; i < d.K * d.H; ++i) {
-      one.k[(b * S + one.slots[b]) * d.K * d.H + i] = new_keys[b * d.K * d.H + i];
-      one.v[(b * S + one.slots[b]) * d.K * d.H + i] = new_values[b * d.K * d.H + i];
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t at = (row / T * S + all.slots[row]) * size + i;
+      all.k[at] = new_keys[row * size + i];
+      all.v[at] = new_values[row * size + i];
     }
-  for (int64_t i = 0; i < keys.size; ++i) require(keys[i] == one.k[i] && values[i] == one.v[i], "the cache differs");
-  for (int64_t b = 0; b < d.B; ++b)
+  for (int64_t i = 0; i < keys.size; ++i) require(keys[i] == all.k[i] && values[i] == all.v[i], "the cache differs");
+  for (int64_t row = 0; row < rows; ++row)
     for (int64_t n = 0; n < d.N; ++n) {
-      const std::vector<double> shares = one.shares(b, 0, n);
+      const int64_t b = row / T, t = row % T;
+      const std::vector<double> shares = all.shares(b, t, n);
       for (int64_t h = 0; h < d.H; ++h) {
         double mixed = 0;
-        for (int64_t s = 0; s < S; ++s) mixed += shares[s] * one.v[one.k_at(b, s, n) + h];
-        near(out[one.q_at(b, 0, n) + h], mixed, "decode");
+        for (int64_t s = 0; s < S; ++s) mixed += shares[s] * all.v[all.k_at(b, s, n) + h];
+        near(out[all.q_at(b, t, n) + h], mixed, "decode");
       }
     }
 }
