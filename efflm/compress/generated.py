@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from efflm import ops
-from efflm.compress.step import Context, require_compiles, require_schedule, teacher_of, train_step
+from efflm.compress.step import Context, require_schedule, teacher_of, train_step
 from efflm.config import ModelConfig, flag, require
 from efflm.infer.generate import prefill, start, step
 from efflm.infer.sampling import Sampling
@@ -104,7 +104,6 @@ class DistillGenerated:
             f"read at most {longest}: shorten one of them",
         )
         require(context.mesh.shape["sequence"] == 1, "text is written by whole sequences: set mesh.sequence to 1")
-        require_compiles(context, "distillation on text that a model writes", "distill on text")
         return train_step(self, model, context, self.loss(model.config, teacher.config), teacher.params)
 
     def loss(self, student: ModelConfig, teacher: ModelConfig) -> LossFn:

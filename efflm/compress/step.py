@@ -147,15 +147,6 @@ def teacher_of(context: Context, model: LanguageModel) -> LanguageModel:
     return teacher
 
 
-def require_compiles(context: Context, what: str, instead: str) -> None:
-    """Raise InputError for what XLA's partitioner cannot compile without a crash of the process."""
-    require(
-        context.mesh.size == 1 or jax.__version_info__ < (0, 11),
-        f"{what} on {context.mesh.size} devices crashes the compiler of jax {jax.__version__}: {instead}, on one "
-        "device, or with jax 0.10",
-    )
-
-
 def train_step(
     step: Any, model: LanguageModel, context: Context, loss_fn: LossFn, frozen: Any, beside: Beside = NOTHING
 ) -> tuple[LanguageModel, Record]:
