@@ -180,11 +180,6 @@ def batches_with(
         kind == "full" or 0 < entries <= teacher.config.vocabulary,
         f"entries is {entries}, but must be from 1 to the vocabulary, {teacher.config.vocabulary}",
     )
-    require(
-        context.mesh.size == 1 or jax.__version_info__ < (0, 11),
-        f"a teacher's cache on {context.mesh.size} devices crashes the compiler of jax {jax.__version__}: distill "
-        "without cache, on one device, or with jax 0.10",
-    )
     header = described(context, teacher, steps, kind, entries)
     if not (folder / HEADER).exists():
         require(
