@@ -74,7 +74,7 @@ class Shrink(Target):
     How many is said by `layers`, or by a target, which as many layers meet as come nearest to it; else half stay.
     """
 
-    layers: int = flag(0, "layers to keep; 0, and no target below, keeps half")
+    layers: int = flag(0, "layers to keep, in place of a target; without either half stay")
     importance: Literal["spaced", "block_influence"] = flag(
         "spaced", "evenly spaced, or the layers whose output differs most in direction from their input"
     )
@@ -82,8 +82,7 @@ class Shrink(Target):
 
     def __post_init__(self):
         super().__post_init__()
-        given = {"layers": self.layers} if self.layers else {}
-        given |= self.given
+        given = ({"layers": self.layers} if self.layers else {}) | self.given
         found = " and ".join(f"{name} is {value}" for name, value in given.items())
         require(len(given) < 2, f"{found}: set one of them, or none to keep half of the layers")
         require(
@@ -110,8 +109,7 @@ class Shrink(Target):
         after = kept(keep)
         if self.init == "random":
             after = LanguageModel(after.config, init_params(after.config, context.seed))  # without masks
-        done = record(self, model, after, context, uses_text=self.calibrates)
-        return after, dataclasses.replace(done, settings=done.settings | ({"removed": removed} if removed else {}))
+        return after, record(self, model, after, context, uses_text=self.calibrates, removed=removed)
 
     def searched(
         self, model: LanguageModel, kept: Callable[[int], LanguageModel]

@@ -82,9 +82,15 @@ class Step(Protocol):
 
 
 def record(
-    step: Step, before: LanguageModel, after: LanguageModel, context: Context, uses_text: bool = False
+    step: Step,
+    before: LanguageModel,
+    after: LanguageModel,
+    context: Context,
+    uses_text: bool = False,
+    removed: Mapping[str, float] | None = None,
 ) -> Record:
-    """The Record of a step. Raises InputError if the step changed nothing: that is never what was meant."""
+    """The Record of a step. removed: what a search for a target found. Raises InputError if the step changed nothing:
+    that is never what was meant."""
     old, new = dict(trees.flatten(before.params)), dict(trees.flatten(after.params))
     changed = tuple(path for path, leaf in new.items() if not _same(old.get(path), leaf))
     same = not changed and old.keys() == new.keys() and before.config == after.config
@@ -94,7 +100,7 @@ def record(
     )
     return Record(
         step=type(step).__name__,
-        settings=dataclasses.asdict(step),
+        settings=dataclasses.asdict(step) | ({"removed": dict(removed)} if removed else {}),
         leaves=changed,
         seed=context.seed,
         corpus=context.corpus if uses_text else "",

@@ -103,8 +103,7 @@ class PruneWidth(Target):
             after = residual.narrowed(after, importance.largest(channels, width), rows, mesh)
         if inside:
             after = self.pruned(after, context, keep, scores)
-        done = record(self, model, after, context, uses_text=True)
-        return after, dataclasses.replace(done, settings=done.settings | ({"removed": removed} if removed else {}))
+        return after, record(self, model, after, context, uses_text=True, removed=removed)
 
     def scores(self, model: LanguageModel, context: Context, inside: tuple[str, ...]) -> Scores | None:
         """Of the slices of the whole model; None where those of each layer are enough, fed by what is made of the ones

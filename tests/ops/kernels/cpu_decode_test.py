@@ -170,7 +170,7 @@ def test_a_decoded_token_takes_four_kernels_a_layer():
     assert "dot(" not in body
 
 
-def test_so_do_the_proposals_of_a_draft():
+def test_a_few_tokens_read_at_once_take_as_few_kernels():
     model = ops.prepare(tiny.model(), "cpu")
     tokens, cache = tiny.tokens(model.config, 1, 4), empty_cache(model.config, 1, 64)
     program = jax.jit(lambda *given: generate.forward(*given, cache=cache)).lower(model, tokens).compile().as_text()

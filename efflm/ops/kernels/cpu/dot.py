@@ -19,7 +19,7 @@ from efflm.ops.qarray import QArray, codes
 
 PANEL, UNIT = 32, 8
 MOST_INPUTS = 65_000  # beyond which sums of products of 8-bit codes may not fit into 32 bits
-# Rows from which on XLA's matmul with a dense weight is the faster one, by dtype of the weight.
+# Rows up to which a dense weight has a kernel, by its dtype; beyond them XLA's matmul is the faster one.
 FEW_ROWS = {"float32": 12, "bfloat16": 16}
 
 

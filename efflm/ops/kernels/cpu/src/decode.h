@@ -17,18 +17,17 @@ namespace {
 template <typename Cell>
 struct Decode {
   int64_t rows, tokens, slots, heads, kv_heads, size, rotated, window;
+  const float *queries, *new_keys, *new_values, *cosines, *sines;
+  const int32_t* positions;
+  Cell *keys, *values;
+  float* out;
+  bool to_bfloat16 = false;  // rounds queries, keys and values, as products in bfloat16 do
 
   int64_t position(int64_t row) const { return positions[row] < 0 ? 0 : least(positions[row], slots - 1); }
   // The first number of a key or value in a cache.
   int64_t at(int64_t row, int64_t slot, int64_t k) const {
     return ((row / tokens * slots + slot) * kv_heads + k) * size;
   }
-
-  const float *queries, *new_keys, *new_values, *cosines, *sines;
-  const int32_t* positions;
-  Cell *keys, *values;
-  float* out;
-  bool to_bfloat16 = false;  // rounds queries, keys and values, as products in bfloat16 do
 };
 
 constexpr int64_t kChunk = 256;           // keys of one task
