@@ -73,7 +73,8 @@ class Run:
     recipe: str = flag(
         "w8a16",
         f"one of {', '.join(recipe.RECIPES)}; several joined by commas are one after another, several with spaces "
-        "between them are compared",
+        "between them are compared. The flags of a step, as --quantize.bits, change one step of a recipe: of several "
+        "such steps the one that is not the embeddings'",
     )
     run_dir: str = flag(str(rundir.ROOT / "compress"), "where everything is written")
     batch: int = flag(8, "sequences in a batch, where a step trains")
@@ -92,15 +93,18 @@ class Run:
 
 
 def chains(names: str, changes: dict[type, dict]) -> dict[str, tuple[Step, ...]]:
-    """{name: steps} of each recipe, with the changes on those that have such a step. Raises InputError if none has."""
+    """{name: steps} of each recipe, with the changes on those that have such a step: where one of them has another than
+    the embeddings', those that have only that stay as they are. Raises InputError if none has such a step."""
     plans = {each.replace(",", "+"): recipe.named(each) for each in names.split()}
     for kind, fields in changes.items():
-        having = [name for name, steps in plans.items() if any(type(step) is kind for step in steps)]
+        found = {name: recipe.changed(steps, kind) for name, steps in plans.items()} if fields else {}
+        having = [name for name, index in found.items() if index is not None]
         if fields and not having:
             raise InputError(
                 f"{', '.join(fields)} set for {kind.__name__}, which is not in this recipe: choose another recipe"
             )
-        for name in having:
+        layers = [name for name in having if not recipe.of_embeddings(plans[name][found[name]])]
+        for name in layers or having:
             plans[name] = recipe.override(plans[name], {kind: fields})
     return plans
 

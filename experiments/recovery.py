@@ -10,8 +10,9 @@ fresh gives all weights new random values; distill and text train with the first
 alone, for --steps steps, distill@SHARE and text@SHARE for that share of them, and text@seconds for as many seconds as
 distill took after the same parts; distill_full, distill_top_k and distill_sampled keep the teacher's distributions on
 disk first (efflm.compress.teacher_cache); adapt trains low-rank adapters alone, at a learning rate of their own
-(efflm.compress.adapt); any recipe of experiments.compress is a part too. So
-"width@0.2,distill@0.5,width@0.2,distill@0.5" prunes and distills in turn.
+(efflm.compress.adapt); any recipe of experiments.compress is a part too, as it is there: --distill.* and --adapt.* are
+settings of the parts of these names alone. So "width@0.2,distill@0.5,width@0.2,distill@0.5" prunes and distills in
+turn.
 
 Expect a table in the terminal, and in the run directory results.json, which is written anew after each model, and
 report.html with loss against bytes.
@@ -116,6 +117,20 @@ def require_known(chain: str, listed: list[str]) -> None:
             recipe.named(part)
 
 
+def require_used(run: Run, changes: Mapping[type, dict[str, Any]]) -> None:
+    """Raise InputError for settings of a step that no part of the chains is, or that a part's own words decide."""
+    for kind, fields in changes.items():
+        name = kind.__name__.lower()
+        flags = ", ".join(f"--{name}.{field}" for field in fields)
+        parts = {part.partition("@")[0] for chain in run.names for part in chain.split(",")}
+        used = parts & ({name, *CACHED} if kind is Distill else {name})
+        require(not fields or bool(used), f"{flags} is of the part {name}, which no chain has: list it in --chains")
+        require(
+            "steps" not in fields,
+            f"--{name}.steps is for experiments.compress: give --steps, or the part a share of them, as in {name}@0.5",
+        )
+
+
 def steps_of(
     part: str, run: Run, changes: Mapping[type, dict[str, Any]], model: LanguageModel, longer: float
 ) -> tuple[Step, ...]:
@@ -194,7 +209,8 @@ class Maker:
 def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, Any], adapt: dict[str, Any]) -> None:
     began = time.perf_counter()
     say = lambda words: print(f"[{time.perf_counter() - began:4.0f} s] {words}", flush=True)
-    run_dir = Path(run.run_dir)
+    run_dir, changes = Path(run.run_dir), {Distill: distill, Adapt: adapt}
+    require_used(run, changes)
     rundir.require_writable(run_dir, needs=rundir.SMALL_FILES)
     run_dir.mkdir(parents=True, exist_ok=True)
     rundir.use_compilation_cache(run_dir.parent / "compilation_cache")
@@ -208,7 +224,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, 
     text = dataset.held_out(source, loaded.tokenizer, dataset.cache_beside(run.model), strict=run.strict)
     score = score.within(dense.config.max_length, loaded.about.get("train.length", 0), text.unbroken)
     context = functools.cache(functools.partial(context_for, run, calibration, loaded, source))
-    make, kept = Maker(run, dense, {Distill: distill, Adapt: adapt}, context), {}
+    make, kept = Maker(run, dense, changes, context), {}
     measure = lambda model: scoring.measure(
         {"": sharding.on_one_device(model)}, text, loaded.tokenizer, score, sharding.on_one_device(dense), kept
     )[""]

@@ -103,14 +103,43 @@ def calibrates(steps: Sequence[Step]) -> bool:
     return any(getattr(step, "calibrates", False) for step in steps)
 
 
+def of_embeddings(step: Step) -> bool:
+    """Whether the step rounds nothing but the embeddings, as EMBEDDINGS does."""
+    return getattr(step, "where", "") == "embeddings"
+
+
+def changed(steps: Sequence[Step], kind: type) -> int | None:
+    """The index of the step that settings for `kind` change; None if the chain has none of it.
+
+    It is one step: of several of a kind the one that is not the embeddings' (see EMBEDDINGS), which has its bits for a
+    reason of its own. Raises InputError where several are left.
+    """
+    found = [index for index, step in enumerate(steps) if type(step) is kind]
+    layers = [index for index in found if not of_embeddings(steps[index])]
+    require(
+        len(layers or found) < 2,
+        f"settings for {kind.__name__} would change {len(layers or found)} steps of this recipe: compress by one "
+        "recipe after the other, each with its own settings",
+    )
+    return next(iter(layers or found), None)
+
+
 def override(steps: Sequence[Step], changes: dict[type, dict[str, Any]]) -> tuple[Step, ...]:
-    """Every step with the fields that `changes` names for its type. Raises InputError for a type not in the chain."""
+    """The steps with the fields that `changes` names for a type of step, each in the one step that `changed` finds.
+
+    Raises InputError for a type that is not in the chain, or that several of its steps have.
+    """
+    out = list(steps)
     for kind, fields in changes.items():
-        if fields and not any(type(step) is kind for step in steps):
-            raise InputError(
-                f"{', '.join(fields)} set for {kind.__name__}, which is not in this recipe: choose another recipe"
-            )
-    return tuple(dataclasses.replace(step, **changes.get(type(step), {})) for step in steps)
+        if not fields:
+            continue
+        index = changed(steps, kind)
+        require(
+            index is not None,
+            f"{', '.join(fields)} set for {kind.__name__}, which is not in this recipe: choose another recipe",
+        )
+        out[index] = dataclasses.replace(out[index], **fields)
+    return tuple(out)
 
 
 def require_finite(model: LanguageModel) -> None:

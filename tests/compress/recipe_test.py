@@ -54,6 +54,26 @@ def test_fields_are_overridden_only_where_the_step_is_in_the_chain():
         recipe.override(recipe.named("w8a8"), {Prune: {"sparsity": 0.25}})
 
 
+def test_an_override_changes_one_step():
+    for name in ("w4a16", "w3a16", "awq4"):
+        *layers, embeddings = recipe.override(recipe.named(name), {Quantize: {"bits": 3}})
+        assert (layers[-1].bits, layers[-1].where) == (3, "layers")
+        assert embeddings == recipe.EMBEDDINGS
+    *_, embeddings = recipe.override(recipe.named("gptq4"), {Quantize: {"bits": 3}})  # it has no other
+    assert (embeddings.bits, embeddings.where) == (3, "embeddings")
+    for names, kind, fields in (
+        ("magnitude50,magnitude70", Prune, {"sparsity": 0.3}),
+        ("w4a16,w8a8", Quantize, {"bits": 3}),
+        ("depth50_distill,shrink30_distill", Distill, {"steps": 3}),
+        ("gptq4,gptq3", Quantize, {"bits": 3}),
+    ):
+        with pytest.raises(InputError, match=rf"{kind.__name__} would change 2 steps .* by one recipe after the other"):
+            recipe.override(recipe.named(names), {kind: fields})
+    assert recipe.override(recipe.named("magnitude50,magnitude70"), {Prune: {}}) == recipe.named(
+        "magnitude50,magnitude70"
+    )
+
+
 def test_shrinking_keeps_evenly_spaced_layers_and_the_same_function_of_them():
     assert [evenly_spaced(6, k) for k in (1, 2, 3, 6)] == [[0], [0, 5], [0, 2, 5], [0, 1, 2, 3, 4, 5]]
     model = tiny.model(THREE)

@@ -81,3 +81,16 @@ def test_a_part_that_does_not_exist_is_refused():
         with pytest.raises(InputError, match=words):
             recovery.Run(chains=chains)
     assert len(recovery.Run(chains="", orders="width@0.3 distill w8a16").names) == 6
+
+
+def test_settings_that_no_part_would_heed_are_refused():
+    run = recovery.Run(chains="width@0.3,distill_full shrink30_distill,adapt")
+    recovery.require_used(run, {Distill: {"weight": 1.0}, Adapt: {"rank": 3}})
+    for kind, fields, words in (
+        (Distill, {"steps": 9}, r"--distill\.steps is for experiments.compress: give --steps"),
+        (Adapt, {"steps": 9}, r"--adapt\.steps is for"),
+    ):
+        with pytest.raises(InputError, match=words):
+            recovery.require_used(run, {kind: fields})
+    with pytest.raises(InputError, match=r"--distill\.weight is of the part distill, which no chain has"):
+        recovery.require_used(recovery.Run(chains="shrink30_distill"), {Distill: {"weight": 1.0}})
