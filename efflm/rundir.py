@@ -3,6 +3,7 @@ files whole."""
 
 import contextlib
 import datetime
+import fnmatch
 import functools
 import importlib.metadata
 import json
@@ -13,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,19 @@ def write_whole(path: Path, content: str | bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def discard(folder: Path, names: Iterable[str]) -> None:
+    """Delete what lies in `folder` under these names or patterns, which are those of what the caller writes, and the
+    folder itself if that was all. What cannot be deleted stays, as does all else."""
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            if any(fnmatch.fnmatchcase(path.name, name) for name in names):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -45,7 +45,7 @@ ALLOWED = {
 ONE_PLACE = {
     "absl": ("flags.py",),
     "tensorflow_datasets": ("data/corpora.py",),
-    "orbax": ("train/checkpoint.py",),
+    "orbax": ("train/arrays.py",),
     "tokenizers": ("tokenizer.py",),
     "jinja2": ("render_template.py", "report/page.py"),
     "gguf": ("formats/gguf.py",),

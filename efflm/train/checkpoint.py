@@ -1,4 +1,4 @@
-"""Checkpoints, through Orbax: finished models, and training runs that may die at any moment.
+"""Checkpoints: finished models, and training runs that may die at any moment.
 
     DIRECTORY/STEP/arrays/         every array under its path, by Orbax, each process writing its own parts
     DIRECTORY/STEP/about.json      what the arrays are and how they were made
@@ -11,7 +11,6 @@ does not do it.
 import contextlib
 import dataclasses
 import json
-import logging
 import shutil
 import sys
 import threading
@@ -27,18 +26,11 @@ from efflm.config import InputError, ModelConfig, require
 from efflm.model import LanguageModel, sharding
 from efflm.model_files import read_object
 from efflm.ops.storage import from_flat, to_flat
-from efflm.train import manifest
+from efflm.train import arrays, manifest
 from efflm.train.described import arrays_of
 from efflm.train.step import TrainState
 
-FAILURES = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    RuntimeError,
-)  # what Orbax and TensorStore raise for what they cannot read
-
+ARRAYS = "arrays"  # the folder of a step in which Orbax writes
 NONE_WHOLE = "no checkpoint is whole: delete the folder {} to start over, or give another --run_dir"
 
 
@@ -88,7 +80,7 @@ def load(directory: Path, mesh: Mesh) -> tuple[LanguageModel, dict[str, Any]]:
         how_made = dict(about["about"])
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{folder} cannot be read as a model ({str(error)[:300]}): give another") from error
-    flat = _read(folder, leaves)
+    flat = arrays.read(folder / ARRAYS, leaves)
     masks = {path.removeprefix("masks/"): flat.pop(path) for path in leaves if path.startswith("masks/")}
     return LanguageModel(config, from_flat(flat, formats), masks or None), how_made
 
@@ -172,7 +164,7 @@ class TrainingRun:
         require_same(as_stored, _about(directory, step), directory)
         self.writer.bad = {other for other in _steps(directory) if other > step}
         flat = dict(trees.flatten(like, inside=True))
-        restored = _read(directory / str(step), flat)
+        restored = arrays.read(directory / str(step) / ARRAYS, flat)
         return jax.tree.unflatten(jax.tree.structure(like), [restored[path] for path in flat])
 
     def save(self, step: int, state: TrainState) -> None:
@@ -199,6 +191,8 @@ class _Writer:
         self.directory, self.kept = directory.absolute(), kept
         self.bad: set[int] = set()  # steps whose checkpoints are known not to be whole: they go with the next commit
         self.orbax = self.thread = self.error = None
+        self.closing = contextlib.ExitStack()
+        self.named = self.closing.enter_context(arrays.plainly_named(self.directory))
 
     def __enter__(self) -> "_Writer":
         return self
@@ -208,6 +202,7 @@ class _Writer:
             self.thread.join()
         if self.orbax:
             self.orbax.close()
+        self.closing.close()
         if kind is None:  # else there is a first error already
             self.check()
 
@@ -221,30 +216,34 @@ class _Writer:
         if error:
             raise error
 
-    def write(self, step: int, arrays: dict[str, jax.Array], about: dict[str, Any]) -> None:
+    def write(self, step: int, leaves: dict[str, jax.Array], about: dict[str, Any]) -> None:
         self.wait()
         folder = self.directory / str(step)
         try:
             if hosts.is_first():
                 manifest.remove(folder)  # what an earlier life of this run has left there, half-written or corrupt
-                folder.mkdir(parents=True)
-                self._require_room(trees.nbytes(arrays))
+                folder.mkdir(parents=True, exist_ok=True)
+                self._require_room(trees.nbytes(leaves))
                 rundir.write_json(folder / "about.json", about)
-            self.orbax = self.orbax or _orbax().StandardCheckpointer()
-            self.orbax.save(folder / "arrays", trees.unflatten(arrays))
+            self.orbax = self.orbax or arrays.checkpointer()
+            self.orbax.save(self.named / str(step) / ARRAYS, trees.unflatten(leaves))
         except Exception as error:
             failed = self._failed(folder, error)
             if failed is error:
                 raise
             raise failed from error
-        self.thread = threading.Thread(target=self._commit, args=(step,), name=f"checkpoint {step}")
+        written = {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()
+        }  # may be donated
+        self.thread = threading.Thread(target=self._commit, args=(step, written), name=f"checkpoint {step}")
         self.thread.start()
 
-    def _commit(self, step: int) -> None:
+    def _commit(self, step: int, written: dict[str, jax.ShapeDtypeStruct]) -> None:
         folder = self.directory / str(step)
         try:
             self.orbax.wait_until_finished()
             if hosts.is_first():
+                arrays.require_readable(folder / ARRAYS, written)
                 manifest.write(folder)
                 self._drop(step)
         except BaseException as error:  # the main thread raises it
@@ -278,14 +277,6 @@ class _Writer:
         return InputError(f"{what}: free some space, or give another --run_dir") if code == hosts.MISTAKE else error
 
 
-def _orbax() -> Any:
-    import orbax.checkpoint as ocp  # here, for its only use: it is slow to import
-
-    for name in ("absl", "orbax", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # it logs the errors that it raises
-    return ocp
-
-
 def _steps(directory: Path) -> list[int]:
     """The steps of which there is a folder, ascending."""
     return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit()) if directory.is_dir() else []
@@ -310,17 +301,3 @@ def _newest_good(directory: Path) -> int | None:
 
 def _about(directory: Path, step: int) -> dict[str, Any]:
     return read_object(directory / str(step), "about.json")
-
-
-def _read(folder: Path, leaves: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """The arrays of a verified checkpoint by path, each laid where its abstract leaf says."""
-    try:
-        with _orbax().StandardCheckpointer() as reader:
-            tree = reader.restore(folder.absolute() / "arrays", trees.unflatten(leaves))
-    except FAILURES as error:
-        if hosts.exit_code(error, began=True) in (hosts.RETRY, hosts.MEMORY):
-            raise
-        raise InputError(
-            f"the checkpoint {folder} cannot be read ({hosts.reason(error)}): delete it or give another"
-        ) from error
-    return dict(trees.flatten(tree))

@@ -8,9 +8,9 @@ it: tensor files carry no checksum of their own that would catch every flipped b
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 
+from efflm import rundir
 from efflm.model_files import read_object
 
 NAME = "manifest.json"
@@ -59,9 +59,10 @@ def problem(folder: Path) -> str:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint, its manifest first: what a crash leaves behind counts as half-written."""
+    """Delete a checkpoint, its manifest first: what a crash leaves behind counts as half-written. Other things that
+    lie in the folder stay."""
     (folder / NAME).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    rundir.discard(folder, (f"{NAME}.partial", "about.json", "about.json.partial", "arrays", "arrays.*"))
 
 
 def _files(folder: Path) -> list[Path]:
