@@ -22,7 +22,7 @@ import jax
 from efflm import arguments, ops, rundir
 from efflm.compress import recipe
 from efflm.compress.step import Calibration, Context, Step
-from efflm.config import AskedPrecision, InputError, require
+from efflm.config import AskedPrecision, InputError, at_home, require
 from efflm.data import corpora, dataset, enwik8, loader
 from efflm.evaluate.windows import Scoring
 from efflm.formats import safetensors, sources
@@ -49,7 +49,7 @@ def load(source: SOURCE, *, dtype: str | None = None, precision: str = "") -> tu
         precision in get_args(AskedPrecision),
         f"precision is {precision!r}: choose float32, bfloat16 or auto, or leave it out",
     )
-    name = os.path.expanduser(os.fspath(source))
+    name = at_home(os.fspath(source))
     loaded = sources.load(name, dtype=dtype, precision=precision)
     return loaded.model.with_about(loaded.about), loaded.tokenizer
 
@@ -202,7 +202,7 @@ def save(path: SOURCE, model: LanguageModel | None = None, tokenizer: Tokenizer 
     )
     arguments.require_model(model)
     arguments.require_tokenizer(tokenizer, model, "saving needs")
-    file = Path(path).expanduser()
+    file = Path(at_home(os.fspath(path)))
     if file.suffix != ".safetensors":
         taken = [name for name in ("config.json", "checkpoint") if (file / name).exists()]
         require(not taken, f"{file} holds another model ({', '.join(taken)}): give another path")

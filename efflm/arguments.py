@@ -8,7 +8,7 @@ from typing import Any
 from efflm import tokenizer as tokenizers
 from efflm.compress import recipe
 from efflm.compress.step import Step
-from efflm.config import require
+from efflm.config import at_home, require
 from efflm.data import corpora, enwik8
 from efflm.model import LanguageModel
 from efflm.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ def chain(given: Any) -> tuple[str, tuple[Step, ...]]:
 
 def text_of(text: Any) -> str:
     require(is_path(text), f"text is {shown(text)}, but must be {TEXT}")
-    return os.fspath(text)
+    return at_home(os.fspath(text))
 
 
 def require_free(file: Path, tokenizer: Tokenizer) -> None:

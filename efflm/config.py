@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import typing
 from typing import Any, Literal
 
@@ -14,12 +15,24 @@ class Stopped(Exception):
     """A run was asked to stop and did so in good order: its message is for the user, and the exit code is 0."""
 
 
-def flag(default: Any, help: str, internal: bool = False) -> Any:
+def flag(default: Any, help: str, internal: bool = False, path: bool = False) -> Any:
     """A dataclass field that the bridge turns into a flag with this default and help text.
 
-    internal: scripts set it, so that --help leaves it out.
+    internal: scripts set it, so that --help leaves it out. path: it may name a file or folder, which may begin with ~.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "internal": internal})
+    return dataclasses.field(default=default, metadata={"help": help, "internal": internal, "path": path})
+
+
+def at_home(path: str) -> str:
+    """A path as the user gave it, with the home folder in place of a ~ or ~user that it begins with.
+
+    Raises InputError if there is no such home: a folder of that name is never meant."""
+    found = os.path.expanduser(path)
+    require(
+        not found.startswith("~"),
+        f"{path} begins with ~, but the home folder it names is not known: write ./{path} for what is here",
+    )
+    return found
 
 
 def require(condition: bool, message: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from absl import flags
 
 from efflm import helptext, hosts, signals, streams
-from efflm.config import HostsConfig, InputError, MachineConfig, Stopped, require
+from efflm.config import HostsConfig, InputError, MachineConfig, Stopped, at_home, require
 from efflm.ops.kernels.cpu import build
 
 
@@ -28,11 +28,14 @@ def parse(argv: list[str], **groups: Any) -> dict[str, Any]:
     flags.DEFINE_boolean("help", False, "", flag_values=values, short_name="h")
     flags.DEFINE_boolean("helpfull", False, "", flag_values=values)
     kinds: dict[str, Any] = {}
+    paths: set[str] = set()
     for group, default in groups.items():
         hints = typing.get_type_hints(default if isinstance(default, type) else type(default))
         for field in dataclasses.fields(default):
             name = _prefix(group) + field.name
             kinds[name] = hints[field.name]
+            if field.metadata.get("path"):
+                paths.add(name)
             # absl reads names and true or false; other values it leaves as they are written.
             define = flags.DEFINE_boolean if kinds[name] is bool else flags.DEFINE_string
             define(name, None, "", flag_values=values)
@@ -49,6 +52,7 @@ def parse(argv: list[str], **groups: Any) -> dict[str, Any]:
     if values.help or values.helpfull:
         raise HelpWanted([(_prefix(group), default) for group, default in groups.items()], values.helpfull)
     given = {name: _value(name, kind, values[name].value) for name, kind in kinds.items() if values[name].present}
+    given |= {name: _at_home(name, given[name]) for name in paths & given.keys()}
     out = {}
     for group, default in groups.items():
         names = [field.name for field in dataclasses.fields(default)]
@@ -108,6 +112,13 @@ def _value(name: str, kind: Any, given: Any) -> Any:
                 f"--{name} is not UTF-8 (byte {byte:#04x} at character {error.start}): give it in UTF-8"
             ) from None
     return given
+
+
+def _at_home(name: str, given: str) -> str:
+    try:
+        return at_home(given)
+    except InputError as error:
+        raise InputError(f"--{name}={error}") from None
 
 
 def launch(main: Callable[..., None], doc: str, argv: list[str] | None = None, **groups: Any) -> None:

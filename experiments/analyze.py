@@ -39,7 +39,7 @@ from efflm.train.ahead import timed_step
 class Run:
     """The run"""
 
-    run_dir: str = flag(str(rundir.ROOT / "analyze"), "where report.html and results.json are written")
+    run_dir: str = flag(str(rundir.ROOT / "analyze"), "where report.html and results.json are written", path=True)
     measure: bool = flag(True, "compile and run the model as well; without it only the machine is measured")
     longest: int = flag(0, "longest sequence in tables and plots; 0: four times model.max_length")
     prompt: int = flag(512, "tokens of the prefill that is measured, at most model.max_length")

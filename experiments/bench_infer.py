@@ -58,7 +58,7 @@ FORMATS |= {name: rf"(int|i?q|u|w|nf){name[1]}.*" for name in PRECISIONS if name
 class Run:
     """The run"""
 
-    model: str = flag("smollm2-135m", f"{KINDS}; or, for random weights in its shapes, {', '.join(PRESETS)}")
+    model: str = flag("smollm2-135m", f"{KINDS}; or, for random weights in its shapes, {', '.join(PRESETS)}", path=True)
     phases: str = flag(",".join(PHASES), "phases to measure, joined by commas")
     precisions: str = flag(",".join(PRECISIONS), "precisions to measure, joined by commas")
     prompts: str = flag("128,512,2048", "tokens of a prompt in prefill, joined by commas")

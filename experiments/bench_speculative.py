@@ -32,9 +32,9 @@ from efflm.infer.sampling import Sampling
 class Run:
     """The run"""
 
-    model: str = flag(str(rundir.ROOT / "quickstart"), KINDS)
-    draft: str = flag("", "a smaller model with the same tokenizer")
-    corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib")
+    model: str = flag(str(rundir.ROOT / "quickstart"), KINDS, path=True)
+    draft: str = flag("", "a smaller model with the same tokenizer", path=True)
+    corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib", path=True)
     strict: bool = flag(False, corpora.STRICT)
     precision: AskedPrecision = flag("", PRECISION)
     ahead: str = flag("2 4 8", "tokens that the draft proposes at a time, with spaces between them")

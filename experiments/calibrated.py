@@ -41,7 +41,7 @@ from efflm.compress.quantize import Quantize
 from efflm.compress.sparsegpt import SparseGPT
 from efflm.compress.step import Calibration, Context, Step
 from efflm.compress.wanda import Wanda
-from efflm.config import InputError, flag, require
+from efflm.config import InputError, at_home, flag, require
 from efflm.data import corpora, dataset, overlap
 from efflm.evaluate import quality, speed
 from efflm.evaluate.quality import Quality
@@ -73,14 +73,14 @@ NAMED += ("magnitude24", "wanda24", "sparsegpt24", "wanda50_w8a8")
 class Run:
     """The run"""
 
-    model: str = flag(str(rundir.ROOT / "quickstart"), KINDS)
-    corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib")
+    model: str = flag(str(rundir.ROOT / "quickstart"), KINDS, path=True)
+    corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib", path=True)
     strict: bool = flag(False, corpora.STRICT)
     recipes: str = flag(" ".join((*SWEPT, *NAMED)), "with spaces between them; NAME@SETTING is one of a sweep")
     seeds: int = flag(3, "draws of calibration text")
     domains: str = flag("", 'corpora to calibrate on and to test, as in "wiki=a/ code=stdlib"; empty: none')
     domain_recipes: str = flag("gptq3 wanda50", "recipes of the table of domains")
-    run_dir: str = flag(str(rundir.ROOT / "calibrated"), "where everything is written")
+    run_dir: str = flag(str(rundir.ROOT / "calibrated"), "where everything is written", path=True)
 
     def __post_init__(self):
         require(self.seeds > 0, f"seeds is {self.seeds}, but must be positive")
@@ -88,6 +88,13 @@ class Run:
             steps_of(name)
         for pair in self.domains.split():
             require("=" in pair, f"domains holds {pair!r}, but must be NAME=CORPUS, as in code=stdlib")
+        self.pairs  # noqa: B018  (which checks the paths)
+
+    @property
+    def pairs(self) -> dict[str, str]:
+        """Of the domains, by their names."""
+        pairs = (pair.partition("=") for pair in self.domains.split())
+        return {name: at_home(corpus) for name, _, corpus in pairs}
 
 
 def steps_of(name: str) -> tuple[Step, ...]:
@@ -230,7 +237,7 @@ def domain_table(
     run: Run, calibration: Calibration, loaded: Loaded, score: Scoring, say: Any
 ) -> dict[str, dict[str, dict[str, float]]]:
     """{recipe: {calibration domain: {test domain: bits per byte over the model before}}}."""
-    pairs = dict(pair.split("=", 1) for pair in run.domains.split())
+    pairs = run.pairs
     texts = {name: held_out(run, loaded, source) for name, source in pairs.items()}
     scores = {name: score.within(loaded.model.config.max_length, 0, text.unbroken) for name, text in texts.items()}
     kept: dict[str, dict] = {name: {} for name in texts}

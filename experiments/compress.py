@@ -65,9 +65,9 @@ STEPS = {
 class Run:
     """The run"""
 
-    model: str = flag(str(rundir.ROOT / "quickstart"), KINDS)
-    text: str = flag("", "file or folder of UTF-8 text to score; default: the test split of --corpus")
-    corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib")
+    model: str = flag(str(rundir.ROOT / "quickstart"), KINDS, path=True)
+    text: str = flag("", "file or folder of UTF-8 text to score; default: the test split of --corpus", path=True)
+    corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib", path=True)
     strict: bool = flag(False, corpora.STRICT)
     precision: AskedPrecision = flag("", PRECISION)
     recipe: str = flag(
@@ -76,7 +76,7 @@ class Run:
         "between them are compared. The flags of a step, as --quantize.bits, change one step of a recipe: of several "
         "such steps the one that is not the embeddings'",
     )
-    run_dir: str = flag(str(rundir.ROOT / "compress"), "where everything is written")
+    run_dir: str = flag(str(rundir.ROOT / "compress"), "where everything is written", path=True)
     batch: int = flag(8, "sequences in a batch, where a step trains")
     length: int = flag(256, "tokens in a sequence, where a step trains")
     seed: int = flag(0, "seed of what a step draws at random")

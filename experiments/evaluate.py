@@ -32,13 +32,15 @@ from efflm.report.page import Detail
 class Run:
     """The run"""
 
-    model: str = flag(str(rundir.ROOT / "quickstart"), KINDS)
-    text: str = flag("", "file or folder of UTF-8 text to score; default: the test split of --corpus")
-    corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib")
+    model: str = flag(str(rundir.ROOT / "quickstart"), KINDS, path=True)
+    text: str = flag("", "file or folder of UTF-8 text to score; default: the test split of --corpus", path=True)
+    corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib", path=True)
     strict: bool = flag(False, corpora.STRICT)
-    reference: str = flag("", "what divergence is measured against, given like --model; default: the model itself")
+    reference: str = flag(
+        "", "what divergence is measured against, given like --model; default: the model itself", path=True
+    )
     precision: AskedPrecision = flag("", PRECISION)
-    run_dir: str = flag("", "where to write results.json and report.html; default: nowhere")
+    run_dir: str = flag("", "where to write results.json and report.html; default: nowhere", path=True)
 
 
 def main(run: Run, score: Scoring, mesh: MeshConfig) -> None:

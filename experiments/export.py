@@ -22,8 +22,10 @@ from efflm.formats.sources import KINDS
 class Run:
     """The run"""
 
-    model: str = flag("smollm2", f"{KINDS}; or smollm2")
-    out: str = flag(str(rundir.ROOT / "exported"), "the directory to write, which must not hold anything yet")
+    model: str = flag("smollm2", f"{KINDS}; or smollm2", path=True)
+    out: str = flag(
+        str(rundir.ROOT / "exported"), "the directory to write, which must not hold anything yet", path=True
+    )
     dtype: Literal["", "float32", "bfloat16", "float16"] = flag("", "of all weights; default: as they are stored")
 
 

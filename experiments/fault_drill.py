@@ -47,7 +47,7 @@ DAMAGE = ("truncate", "flip", "no manifest")
 class Run:
     """The drill"""
 
-    run_dir: str = flag(str(rundir.ROOT / "fault_drill"), "where everything is written; emptied first")
+    run_dir: str = flag(str(rundir.ROOT / "fault_drill"), "where everything is written; emptied first", path=True)
     kills: int = flag(20, "how often the run is killed")
     every: int = flag(5, "steps between checkpoints")
     seed: int = flag(0, "seed of when is killed and what is damaged")

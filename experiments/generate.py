@@ -30,7 +30,7 @@ from efflm.infer.sampling import Sampling
 class Run:
     """The run"""
 
-    model: str = flag("smollm2", KINDS)
+    model: str = flag("smollm2", KINDS, path=True)
     prompt: str = flag("", "what to go on from, or to answer; -: what comes on stdin")
     chat: bool = flag(False, "answer the prompt, by the model's own chat template")
     system: str = flag("", "with --chat: what the model is told before the prompt")
@@ -41,7 +41,9 @@ class Run:
     min_p: float = flag(0.0, "draw from tokens at least this fraction as likely as the likeliest; 0: all")
     seed: int = flag(0, "seed of what is drawn")
     stop: str = flag("", "text to end before, beside the model's own stop tokens")
-    draft: str = flag("", "a smaller model with the same tokenizer, which proposes tokens; the text comes at the end")
+    draft: str = flag(
+        "", "a smaller model with the same tokenizer, which proposes tokens; the text comes at the end", path=True
+    )
     ahead: int = flag(4, "with --draft: tokens that it proposes at a time")
     precision: AskedPrecision = flag("", PRECISION)
 

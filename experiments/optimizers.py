@@ -56,8 +56,8 @@ MOMENTUM = {"muon": 0.95}
 class Run:
     """The run"""
 
-    run_dir: str = flag(str(rundir.ROOT / "optimizers"), "where everything is written")
-    corpus: str = flag(corpora.DEFAULT, corpora.KINDS)
+    run_dir: str = flag(str(rundir.ROOT / "optimizers"), "where everything is written", path=True)
+    corpus: str = flag(corpora.DEFAULT, corpora.KINDS, path=True)
     strict: bool = flag(False, corpora.STRICT)
     optimizers: str = flag(",".join(get_args(config.Optimizer)), "which to compare; adamw is always among them")
     multipliers: str = flag("0.5,1,2", "grid of learning rates, as multiples of each optimizer's usual one")

@@ -54,7 +54,7 @@ LIBTPU = "pip install libtpu==0.0.42 (for jax 0.10.2) to ask the TPU's own compi
 class Run:
     """The run"""
 
-    run_dir: str = flag(str(rundir.ROOT / "plan"), "where plan.json is written")
+    run_dir: str = flag(str(rundir.ROOT / "plan"), "where plan.json is written", path=True)
     model: str = flag("llama3-8b", "a published model by name, such as llama3-70b, llama3.2-1b, smollm2-135m, gpt2-xl")
     hardware: str = flag("v5p", "h100, h200, v5e, v5p or v6e; a TPU with its topology too, as in v5p:4x4x4")
     devices: int = flag(0, "how many; 0: as many as the topology has, or the mesh asks for")

@@ -45,12 +45,12 @@ LEAF_FILES, METRICS_LINE = 4_000, 1_000  # bytes: what Orbax notes of a weight, 
 class Run:
     """The run"""
 
-    run_dir: str = flag(str(rundir.ROOT / "pretrain"), "where everything is written")
-    corpus: str = flag(corpora.DEFAULT, corpora.KINDS)
+    run_dir: str = flag(str(rundir.ROOT / "pretrain"), "where everything is written", path=True)
+    corpus: str = flag(corpora.DEFAULT, corpora.KINDS, path=True)
     strict: bool = flag(False, corpora.STRICT)
     seed: int = flag(0, "seed of the weights and of the order of sequences")
     test: bool = flag(False, "score the test text too: once, when all choices are made")
-    init_from: str = flag("", "run directory of an earlier training run to start the weights from")
+    init_from: str = flag("", "run directory of an earlier training run to start the weights from", path=True)
     checkpoint_every: int = flag(200, "steps between checkpoints of the running training; 0: only at its end")
     keep: int = flag(2, "how many of the newest of these checkpoints to keep")
     keep_period: int = flag(0, "keep those of every so many steps for good; 0: none")

@@ -68,8 +68,8 @@ CHAINS += ("depth@0.5", "depth@0.5,text", "depth@0.5,distill")
 class Run:
     """The run"""
 
-    model: str = flag(str(rundir.ROOT / "quickstart"), KINDS)
-    corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib")
+    model: str = flag(str(rundir.ROOT / "quickstart"), KINDS, path=True)
+    corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib", path=True)
     strict: bool = flag(False, corpora.STRICT)
     precision: AskedPrecision = flag("", PRECISION)
     chains: str = flag(" ".join(CHAINS), "chains of parts, with spaces between them; see above")
@@ -81,7 +81,7 @@ class Run:
     seeds: int = flag(1, "seeds of each chain")
     speed: bool = flag(True, "measure prefill and decode of each shape")
     calibration_error: bool = flag(False, "measure how far the confidence of each model is from its accuracy")
-    run_dir: str = flag(str(rundir.ROOT / "recovery"), "where everything is written")
+    run_dir: str = flag(str(rundir.ROOT / "recovery"), "where everything is written", path=True)
 
     def __post_init__(self):
         for name in ("steps", "learning_rate", "batch", "length", "seeds"):

@@ -36,8 +36,8 @@ from efflm.report.table import Column
 class Run:
     """The run"""
 
-    model: str = flag(str(rundir.ROOT / "quickstart"), KINDS)
-    corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib")
+    model: str = flag(str(rundir.ROOT / "quickstart"), KINDS, path=True)
+    corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib", path=True)
     strict: bool = flag(False, corpora.STRICT)
     precision: AskedPrecision = flag("", PRECISION)
     bits: str = flag("8,4,3", "bits of a weight to try")
@@ -49,7 +49,7 @@ class Run:
     length: int = flag(512, "tokens in each; no more than the model reads")
     show: int = flag(40, "rows of the table that are printed; 0: all. The report has them all")
     seed: int = flag(0, "seed of which sequences these are")
-    run_dir: str = flag(str(rundir.ROOT / "sensitivity"), "where results.json and report.html are written")
+    run_dir: str = flag(str(rundir.ROOT / "sensitivity"), "where results.json and report.html are written", path=True)
 
     def __post_init__(self):
         require_seed(self.seed)

@@ -67,7 +67,7 @@ def load(source: str, cache: Path, least_bytes: int = 0, strict: bool = False) -
     texts = iter([(part.name, part.text()) for part in progress.shown(every, f"reading {name}", len(every))])
     splits = {part: list(itertools.islice(texts, len(found.parts))) for part, found in parts.items()}
     digest = hashlib.sha256(json.dumps(splits).encode()).hexdigest()[:16]
-    source = source if source == DEFAULT else str(Path(source).expanduser().absolute())
+    source = source if source == DEFAULT else str(Path(source).absolute())
     return Corpus(name, source, digest, parts, **_through_tfds(splits, cache / digest))
 
 
@@ -98,7 +98,7 @@ def split(source: str, strict: bool = False) -> dict[str, Found]:
 
 def name_of(source: str) -> str:
     """A corpus in words."""
-    return "Python's standard library" if source == DEFAULT else str(Path(source).expanduser())
+    return "Python's standard library" if source == DEFAULT else str(Path(source))
 
 
 def _documents(source: str, strict: bool = False) -> Found:
@@ -115,7 +115,7 @@ def _files(source: str) -> tuple[Path, list[str]]:
     if source == DEFAULT:
         root = Path(sysconfig.get_path("stdlib"))
         return root, sorted(name for name in files.walk(root, LEFT_OUT.__contains__) if name.endswith(".py"))
-    root = Path(source).expanduser()
+    root = Path(source)
     require(root.exists(), f"corpus {source} does not exist: give a file or folder of UTF-8 text")
     require(root.is_dir() or root.is_file(), f"corpus {source} is neither a file nor a folder: give one of UTF-8 text")
     if root.is_file():
