@@ -288,7 +288,9 @@ class TrainConfig:
         "rounded stochastically; float16 scales the loss dynamically; auto measures for a second whether float32 or "
         "bfloat16 is faster here",
     )
-    accumulate: int = flag(1, "parts a batch is read in, one after another, for less memory; must divide the batch")
+    accumulate: int = flag(
+        1, "parts a batch is read in, one after another, for less memory; the devices share each part"
+    )
     remat: Remat = flag("none", "what the backward pass computes again: nothing, all but the matmuls, or whole layers")
     scan: bool = flag(False, "one compiled layer looped over (short compile times) in place of unrolled layers")
     on_nan: OnNan = flag("stop", "at a loss or gradient that is not finite: stop, or skip that update and count it")

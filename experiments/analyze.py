@@ -67,7 +67,7 @@ def protocols(run: Run, config: ModelConfig) -> tuple[Protocol, Protocol]:
 def measure(run: Run, shape: ModelShape, train: TrainConfig) -> Measured:
     """A compiled training step on random tokens, then prefill and decode of a fresh model."""
     config, policy = shape.config(), POLICIES[train.policy]
-    mesh = sharding.data_parallel(train.batch)
+    mesh = sharding.data_parallel(train.batch, train.accumulate)
     timed = timed_step(config, train, mesh)
     batch = 4 * 4 * train.batch * train.length // mesh.size  # four int32 for a token
     state, temporaries = timed.state_bytes, timed.peak_bytes - timed.state_bytes - batch
@@ -107,7 +107,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
     longest = run.longest or 4 * config.max_length
     seen = sorted({max(1, config.max_length // 16), config.max_length, longest})
     tokens = analysis.components(config, seen)
-    devices = sharding.data_parallel(train.batch).size
+    devices = sharding.data_parallel(train.batch, train.accumulate).size
     held, peak_fact = analysis.holdings(config, train, inference, devices, measured)
     timed = analysis.phases(config, train, inference, protocols(run, config), roofline, measured)
     crossover = cost.crossover_length(config)

@@ -74,7 +74,8 @@ def peer_rate(lines: list[dict[str, Any]], policy: str) -> float:
 
 def main(run: Run, model: ModelShape, train: TrainConfig, mesh: MeshConfig) -> None:
     require(not run.peer or jax.process_count() == 1, "a peer is measured on one host only: leave --peer out")
-    names, devices = run.policies.split(","), sharding.mesh_for(mesh, train.batch, train.length)
+    names = run.policies.split(",")
+    devices = sharding.mesh_for(mesh, train.batch, train.length, train.accumulate)
     config, tokens = model.config(), train.batch * train.length
     say = lambda line: print(line, file=sys.stderr)
     chosen = {name: autotune.training(config, dataclasses.replace(train, policy=name), say) for name in names}

@@ -32,7 +32,7 @@ import numpy as np
 from efflm import progress, rundir, trees
 from efflm.config import ModelShape, TrainConfig, flag, require, require_seed
 from efflm.flags import launch
-from efflm.model import LanguageModel, init_params, sharding
+from efflm.model import init_params, sharding
 from efflm.train import assemble, manifest, metrics
 from efflm.train.ahead import random_rows
 from efflm.train.checkpoint import Checkpointing, TrainingRun
@@ -82,7 +82,8 @@ def train(run: Run) -> None:
         return random_rows(ROWS, LENGTH, config.vocabulary, seed=step)
 
     assemble.fit_model(
-        LanguageModel(config, init_params(config, 0)),
+        config,
+        lambda: init_params(config, 0),
         run.train,
         batches,
         mesh=sharding.make_mesh(),

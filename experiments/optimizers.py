@@ -174,7 +174,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
     )
     (run_dir / "curves").mkdir(parents=True, exist_ok=True)
     rundir.use_compilation_cache(run_dir.parent / "compilation_cache")
-    mesh = sharding.data_parallel(train.batch)
+    mesh = sharding.data_parallel(train.batch, train.accumulate)
     print(data.corpus.describe())
 
     score, folder = score.within(shape.max_length, train.length, data.test.unbroken), run_dir / "curves"
@@ -321,7 +321,8 @@ def fit(
     file = folder / f"{usual.optimizer}-{rate:.2e}-seed{seed}.jsonl"
     try:
         model = assemble.fit_model(
-            LanguageModel(shape, init_params(shape, seed)),
+            shape,
+            lambda: init_params(shape, seed),
             usual,
             data.batches(usual.batch, seed),
             rule=at_rate(usual, rate),

@@ -194,7 +194,7 @@ def compiled(
     start(devices)
     training = run.phase == "train"
     batch, length = (train.batch, train.length) if training else (run.rows, run.cache_length)
-    mesh = sharding.mesh_for(mesh_config, batch, length)
+    mesh = sharding.mesh_for(mesh_config, batch, length, train.accumulate if training else 1)
     by_tpu = bool(topology) and importlib.util.find_spec("libtpu") is not None
     how = f"the CPU's compiler, for {mesh.size} fake devices"
     if by_tpu:

@@ -163,12 +163,16 @@ def trained_model(run: Run, config: ModelConfig, train: TrainConfig, data: Datas
         checkpoint.require_same(about, found, folder)
         print(f"  found the trained model in {folder}: not training again")
         return model
-    if run.init_from:
-        start, _ = checkpoint.load(Path(run.init_from) / "checkpoint", mesh)
-        checkpoint.require_same(config.to_dict(), start.config.to_dict(), Path(run.init_from))
-    else:
-        start = LanguageModel(config, init_params(config, run.seed, mesh))
+
+    def start() -> Any:
+        if not run.init_from:
+            return init_params(config, run.seed, mesh)
+        other, _ = checkpoint.load(Path(run.init_from) / "checkpoint", mesh)
+        checkpoint.require_same(config.to_dict(), other.config.to_dict(), Path(run.init_from))
+        return other.params
+
     model = assemble.fit_model(
+        config,
         start,
         train,
         data.batches(train.batch, run.seed),
@@ -197,7 +201,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring, mesh: 
     config = saved_config(model, train)
     check(run, config, train)
     score.within(config.max_length)
-    devices = sharding.mesh_for(mesh, train.batch, train.length)
+    devices = sharding.mesh_for(mesh, train.batch, train.length, train.accumulate)
     with hosts.first_alone():
         data = prepare(run, config, train)
     run_dir = Path(run.run_dir)

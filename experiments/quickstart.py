@@ -69,7 +69,7 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     print(f"  {data.corpus.describe()}")
     step(2, f"Tokens: byte-level BPE of {data.tokenizer.vocabulary}, {len(data.train):,} rows of {train.length}")
 
-    mesh = sharding.data_parallel(train.batch)
+    mesh = sharding.data_parallel(train.batch, train.accumulate)
     step(3, f"Training: {len(config.blocks)} layers x {config.width}, {train.steps} steps of {train.batch} rows")
     dense = pretrain.trained_model(run, config, train, data, mesh)
 

@@ -54,6 +54,11 @@ CONFIGS = {name: shape.config() for name, shape in SHAPES.items()} | {
 }
 
 
+def copies(tree):
+    """A function that makes a copy of the tree, as training wants its starting weights."""
+    return functools.partial(jax.tree.map, jnp.copy, tree)
+
+
 def combination(*values):
     """A case of a parametrized test that combines what cases that run every time have separately."""
     return pytest.param(*values, marks=pytest.mark.combination)

@@ -5,6 +5,7 @@ have gradients and an optimizer state.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -93,7 +94,7 @@ class Adapt:
                 )
             return loss(params, given["teacher"], batch, rng)
 
-        begin = fresh(model, self.rank, context.seed)
+        begin = functools.partial(fresh, model, self.rank, context.seed)
         trained = fit(self, context, of_adapters, begin, {"model": model.params, "teacher": frozen}, None)
         params = adapted(model.params, trained)
         if self.merge:

@@ -103,6 +103,6 @@ class QAT:
             return loss(trees.map_with_path(in_forward, model.params, trainable), *rest)
 
         masks = {f"{path}/master" if in_layer(path) else path: mask for path, mask in (model.masks or {}).items()}
-        trainable = trees.map_with_path(start, masters(model))
-        trained = fit(self, context, rounded_loss, trainable, frozen, masks)
+        begin = lambda: trees.map_with_path(start, masters(model))
+        trained = fit(self, context, rounded_loss, begin, frozen, masks)
         return trees.map_with_path(at_the_end, model.params, trained)

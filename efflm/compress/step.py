@@ -181,12 +181,15 @@ def train_masters(
     def loss(trainable: Any, *rest: Any):
         return loss_fn(trainable | _on_weights(ops.straight_through, trainable, model.params), *rest)
 
-    return fit(step, context, loss, masters(model) | dict(beside), frozen, model.masks, wrap)
+    def start():
+        return masters(model) | jax.tree.map(jnp.copy, dict(beside))
+
+    return fit(step, context, loss, start, frozen, model.masks, wrap)
 
 
 def masters(model: LanguageModel) -> Any:
-    """The weights as float32."""
-    return jax.tree.map(lambda w: ops.dequantize(w).astype(jnp.float32), model.params, is_leaf=trees.is_leaf)
+    """The weights as float32, in arrays of their own."""
+    return jax.tree.map(lambda w: jnp.array(ops.dequantize(w), jnp.float32), model.params, is_leaf=trees.is_leaf)
 
 
 def in_format(trained: Any, like: Any) -> Any:
@@ -203,22 +206,23 @@ def fit(
     step: Any,
     context: Context,
     loss_fn: LossFn,
-    trainable: Any,
+    start: Callable[[], Any],
     frozen: Any,
     masks: ops.Masks,
     wrap: Wrap | None = None,
 ) -> Any:
-    """`trainable`, trained on the text of the context with `step`'s steps and learning_rate. masks: of its paths."""
+    """What `start` makes, trained on the text of the context with `step`'s steps and learning_rate (see loop.fit).
+    masks: of its paths."""
     require(context.batches is not None, f"{step} needs text to train on: give a corpus")
     settings = TrainConfig(steps=step.steps, learning_rate=step.learning_rate, weight_decay=0.0)
     return assemble.fit(
         settings,
         loss_fn,
-        trainable,
+        start,
         frozen,
         context.batches,
         wrap and wrap(optimizer.make(settings)),
-        masks=ops.mask_tree(trainable, masks),
+        masks=ops.mask_tree(jax.eval_shape(start), masks),
         mesh=context.mesh,
         seed=context.seed,
         title=type(step).__name__.lower(),

@@ -184,7 +184,7 @@ class TunedRounding:
             ]
             found = loop.fit(
                 loss,
-                start,
+                functools.partial(jax.tree.map, jnp.copy, start),
                 frozen,
                 _batches(rows, self.batch, context.mesh.devices.size, context.seed),
                 rule,

@@ -1,5 +1,6 @@
 """What a TrainConfig means: the one place where model, loss, optimizer and precision become a training run."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,19 +19,40 @@ from efflm.train.step import TrainState
 Rule = optax.GradientTransformation | None  # in place of optimizer.make(train): a wrapper of it, say
 
 
-def fit_model(model: LanguageModel, train: TrainConfig, batches: Batches, rule: Rule = None, **run) -> LanguageModel:
-    """The model trained on text as `train` says, its weights in the dtype of the policy. `run`: see `fit`."""
-    start, masks = _trainable(model.params, model.config, train), ops.mask_tree(model.params, model.masks)
-    masks = stack_blocks(masks, model.config) if masks and train.scan else masks
-    trained = fit(train, language_model_loss(model.config, train), start, {}, batches, rule, masks=masks, **run)
-    return model.replace(params=unstack_blocks(trained, model.config) if train.scan else trained)
+def fit_model(
+    config: ModelConfig,
+    start: Callable[[], Any],
+    train: TrainConfig,
+    batches: Batches,
+    rule: Rule = None,
+    masks: ops.Masks = None,
+    **run,
+) -> LanguageModel:
+    """A model of this config trained on text as `train` says, its weights in the dtype of the policy.
+
+    start: makes the float weights to start from, which are donated; it is called only if no checkpoint is resumed (see
+    loop.fit). masks: of pruned weights, which stay as they are. `run`: see `fit`.
+    """
+    kept = ops.mask_tree(jax.eval_shape(lambda: init_params(config, 0)), masks)
+    trained = fit(
+        train,
+        language_model_loss(config, train),
+        lambda: _trainable(start(), config, train),
+        {},
+        batches,
+        rule,
+        shapes=_shapes(config, train),
+        masks=stack_blocks(kept, config) if kept and train.scan else kept,
+        **run,
+    )
+    return LanguageModel(config, unstack_blocks(trained, config) if train.scan else trained, masks)
 
 
-def fit(train: TrainConfig, loss_fn: LossFn, trainable, frozen, batches: Batches, rule: Rule = None, **run) -> Any:
+def fit(train: TrainConfig, loss_fn: LossFn, start, frozen, batches: Batches, rule: Rule = None, **run) -> Any:
     """loop.fit, told all that `train` says. `run`: its mesh, seed, title, files, checkpointing and profile."""
     return loop.fit(
         loss_fn,
-        trainable,
+        start,
         frozen,
         batches,
         rule or optimizer.make(train),
@@ -51,8 +73,9 @@ def init_state(config: ModelConfig, train: TrainConfig, mesh: Mesh, seed: int = 
 
 def abstract_state(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> TrainState:
     """The shapes, dtypes and shardings of `init_state`'s, with nothing allocated; the mesh need not be attached."""
-    start = jax.eval_shape(lambda: _trainable(init_params(config, 0), config, train))
-    return step.abstract_state(start, optimizer.make(train), mesh, loss_scale_for(POLICIES[train.policy]))
+    return step.abstract_state(
+        _shapes(config, train), optimizer.make(train), mesh, loss_scale_for(POLICIES[train.policy])
+    )
 
 
 def make_step(config: ModelConfig, train: TrainConfig, state: TrainState, seed: int = 0) -> Any:
@@ -68,3 +91,8 @@ def language_model_loss(config: ModelConfig, train: TrainConfig) -> LossFn:
 
 def _trainable(params: Any, config: ModelConfig, train: TrainConfig) -> Any:
     return cast(stack_blocks(params, config) if train.scan else params, POLICIES[train.policy].param)
+
+
+def _shapes(config: ModelConfig, train: TrainConfig) -> Any:
+    """Of `_trainable`'s weights, with nothing allocated."""
+    return jax.eval_shape(lambda: _trainable(init_params(config, 0), config, train))

@@ -28,11 +28,12 @@ Programs = dict[Hashable, tuple[Callable, Callable]]  # by all that they depend 
 
 def fit(
     loss_fn: LossFn,
-    trainable: Any,
+    start: Callable[[], Any],
     frozen: Any,
     batches: Batches,
     optimizer: optax.GradientTransformation,
     *,
+    shapes: Any = None,
     masks: Any = None,
     steps: int,
     mesh: Mesh,
@@ -50,13 +51,17 @@ def fit(
 ) -> Any:
     """Train for `steps` steps and return the trained tree: Schedule-Free's averaged one where that is the optimizer.
 
+    start: makes the weights to start from, which are donated, so they must be nobody else's. It is called only if no
+    checkpoint is resumed; of the weights nothing but the state stays in memory. shapes: of what it makes, for a `start`
+    that cannot be traced by jax.eval_shape.
+
     Metrics go to `metrics_file` as JSON lines, one every `log_every` steps and one for the last, and to event files in
     the folder `tensorboard`; their seconds are counted from the end of the first step, which compiles. `profile` is
     (first step, last step, folder): a trace for TensorBoard and Perfetto. A step is dispatched before the metrics of
     the one before it are fetched, so the device never waits for the host. `accumulate` and `loss_scale` as in
-    train.step. masks: a tree like trainable (ops.mask_tree); what
-    they drop stays as it is. title: of the progress bar; "": none. programs: what earlier runs with the same loss and
-    optimizer have compiled, by their shapes; a run adds to it. For many short runs: without it each one compiles.
+    train.step. masks: a tree like the weights (ops.mask_tree); what they drop stays as it is. title: of the progress
+    bar; "": none. programs: what earlier runs with the same loss and optimizer have compiled, by their shapes; a run
+    adds to it. For many short runs: without it each one compiles.
 
     With `checkpointing`, the run goes on from its newest good checkpoint, to the same metrics and weights as if it had
     never stopped, bit for bit on one device. Every step up to a checkpoint is known to have been finite before that is
@@ -66,7 +71,8 @@ def fit(
     because of on_nan="skip"; and if every step was. Raises it too if a checkpoint cannot be written; the one before is
     left as it is. Raises hosts.Interrupted for what the last checkpoint survives: lost machines, storage that fails.
     """
-    like = abstract_state(trainable, optimizer, mesh, loss_scale, masks)
+    shapes = jax.eval_shape(start) if shapes is None else shapes
+    like = abstract_state(shapes, optimizer, mesh, loss_scale, masks)
     init_fn, step_fn = _programs_for(like, loss_fn, optimizer, seed, accumulate, on_nan, programs)
 
     def excused(values: dict[str, float]) -> bool:
@@ -80,7 +86,7 @@ def fit(
         saved = stack.enter_context(TrainingRun(checkpointing)) if checkpointing else None
         state = saved.resume(like) if saved else None
         if state is None:
-            state = init_fn(trainable, loss_scale, masks)
+            state = init_fn(start(), loss_scale, masks)
         first = int(state.step)
         if first:
             print(f"  {title}: going on from step {first} of {steps}", flush=True)
@@ -90,7 +96,7 @@ def fit(
                 metrics=Metrics(metrics_file if hosts.is_first() else None, tensorboard, first),
                 bar=_Bar(title, first, steps),
                 excused=excused,
-                leaves=[path for path, _ in trees.flatten(trainable, inside=True)],
+                leaves=[path for path, _ in trees.flatten(shapes, inside=True)],
             )
         )
         traced = False

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from efflm import ops
-from efflm.config import OnNan, require
+from efflm.config import OnNan
 from efflm.model import sharding
 from efflm.precision import LossScale, cast, stochastic_round
 from efflm.train.losses import LossFn, weighted_mean
@@ -43,13 +43,19 @@ def init_state(
 ) -> TrainState:
     """A state on the mesh, its optimizer moments sharded like the weights. The given arrays are copied, not donated."""
     like = abstract_state(trainable, optimizer, mesh, loss_scale, masks)
-    return make_init(optimizer, like)(trainable, loss_scale, masks)
+    return make_init(optimizer, like)(jax.tree.map(jnp.copy, trainable), loss_scale, masks)
 
 
 def make_init(optimizer: optax.GradientTransformation, like: TrainState):
-    """A jitted init(trainable, loss_scale, masks) -> the first state, with the shardings of `like`."""
+    """init(trainable, loss_scale, masks) -> the first state, with the shardings of `like`. `trainable` is donated."""
     where = jax.tree.map(lambda leaf: leaf.sharding, like)
-    return jax.jit(functools.partial(_fresh, optimizer), out_shardings=where)
+    fresh = jax.jit(functools.partial(_fresh, optimizer), donate_argnums=0, out_shardings=where)
+
+    def init(trainable: Any, loss_scale: LossScale | None, masks: Any) -> TrainState:
+        # Only a buffer that lies where its result will lie can become it.
+        return fresh(jax.device_put(trainable, where.trainable, donate=True), loss_scale, masks)
+
+    return init
 
 
 def abstract_state(
@@ -69,7 +75,7 @@ def _fresh(
     optimizer: optax.GradientTransformation, trainable: Any, loss_scale: LossScale | None, masks: Any
 ) -> TrainState:
     moments = optimizer.init(cast(trainable, jnp.float32))  # float32, also for weights of another dtype
-    return TrainState(jnp.int32(0), jax.tree.map(jnp.copy, trainable), moments, loss_scale, jnp.int32(0), masks)
+    return TrainState(jnp.int32(0), trainable, moments, loss_scale, jnp.int32(0), masks)
 
 
 def make_step(
@@ -151,9 +157,7 @@ def _gradients(loss_fn, trainable, frozen, batch, rng, scale, accumulate):
     if accumulate == 1:
         return part(batch, rng)
     size = jax.tree.leaves(batch)[0].shape[0]
-    require(
-        size % accumulate == 0, f"a batch of {size} rows is not divisible by {accumulate} parts: change one of them"
-    )
+    sharding.require_shares(size, accumulate, jax.sharding.get_abstract_mesh().shape)
     # Part i has sequences i, i + accumulate, ...: where they are spread over devices, each device keeps its own.
     parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 

@@ -58,9 +58,9 @@ def test_adapters_learn_beside_a_base_that_stays(recovered):
 def test_only_adapters_have_a_state(monkeypatch):
     seen, fit = [], loop.fit
 
-    def spy(loss_fn, trainable, frozen, *rest, **named):
-        seen.append((trees.count(trainable), trees.nbytes(frozen["model"])))
-        return fit(loss_fn, trainable, frozen, *rest, **named)
+    def spy(loss_fn, start, frozen, *rest, **named):
+        seen.append((trees.count(jax.eval_shape(start)), trees.nbytes(frozen["model"])))
+        return fit(loss_fn, start, frozen, *rest, **named)
 
     monkeypatch.setattr("efflm.train.assemble.loop.fit", spy)
     dataclasses.replace(STEP, steps=1)(quantized(), context())

@@ -57,6 +57,18 @@ def test_data_parallel_takes_as_many_devices_as_divide_the_batch(batch, devices)
         assert dict(mesh.shape) == {"data": devices, "fsdp": 1, "sequence": 1, "tensor": 1}
 
 
+@pytest.mark.parametrize(("batch", "parts", "devices"), [(16, 2, 8), (8, 2, 4), (8, 8, 1)])
+def test_devices_share_each_part_of_a_batch(batch, parts, devices, capsys):
+    assert sharding.mesh_for(MeshConfig(), batch, 16, parts).shape["data"] == devices
+    assert sharding.data_parallel(batch, parts).size == devices
+    idle = f"note: {8 - devices} of 8 devices have no work: a batch of {batch} rows in {parts} parts"
+    assert (idle in capsys.readouterr().err) == (devices < 8)
+    with pytest.raises(
+        InputError, match=r"8 rows in 2 parts \(accumulate\) cannot be shared by mesh.data 8 x mesh.fsdp 1"
+    ):
+        sharding.mesh_for(MeshConfig(data=8), 8, 16, 2)
+
+
 def test_an_axis_takes_the_devices_that_are_left():
     shape = lambda batch, **sizes: tuple(sharding.mesh_for(MeshConfig(**sizes), batch, 16).shape.values())
     assert shape(8, fsdp=4) == (2, 4, 1, 1)
@@ -70,7 +82,7 @@ def test_an_axis_takes_the_devices_that_are_left():
     [
         ({"fsdp": 16}, 8, r"mesh.data=-1, mesh.fsdp=16 asks for 16 devices, but there are 8"),
         ({"tensor": 3}, 8, r"8 devices are not divisible by 3"),
-        ({"fsdp": 4}, 6, r"a batch of 6 rows is not divisible by mesh.data 1 x mesh.fsdp 4"),
+        ({"fsdp": 4}, 6, r"a batch of 6 rows cannot be shared by mesh.data 1 x mesh.fsdp 4"),
         ({"data": 1, "sequence": -1}, 8, r"rows of 12 tokens are not divisible by twice mesh.sequence 8"),
         ({"fsdp": -1}, 8, r"mesh.data and mesh.fsdp are -1"),
         ({"tensor": 0}, 8, r"mesh.tensor is 0"),

@@ -267,7 +267,7 @@ def test_fit_returns_the_averaged_parameters():
     quadratic = lambda trainable, *_: (jnp.sum(jnp.square(trainable["final_norm"]["scale"])), {})
     settings = TrainConfig(optimizer="schedule_free", steps=4, warmup=0, learning_rate=0.5, clip=1e9)
     tx = optimizer.make(settings)
-    out = loop.fit(quadratic, start, {}, batches, tx, steps=4, mesh=sharding.make_mesh())
+    out = loop.fit(quadratic, tiny.copies(start), {}, batches, tx, steps=4, mesh=sharding.make_mesh())
     y, state, iterates = start, tx.init(start), []
     for _ in range(4):
         updates, state = tx.update(jax.tree.map(lambda w: 2 * w, y), state, y)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from efflm import trees
-from efflm.config import MeshConfig, TrainConfig
+from efflm.config import InputError, MeshConfig, TrainConfig
 from efflm.model import init_params, sharding
 from efflm.ops.kernels.cpu import build
 from efflm.train import ahead, assemble, losses
@@ -95,6 +95,28 @@ def test_spread_rows_have_the_gradients_of_whole_ones(window, monkeypatch):
         with build.chosen(form):
             ours = jax.jit(lambda params, batch: on_mesh(params, batch))(params, place(batch, mesh))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), ours, whole)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("shape", [{"data": 8}, {"data": 2, "fsdp": 4}, {"data": 4, "tensor": 2}])
+def test_each_device_computes_its_share(shape, accumulate):
+    """XLA's FLOPs of a device's program, in which the parts of a batch are a loop that is counted once."""
+    train = dataclasses.replace(TRAIN, batch=16, length=64, accumulate=accumulate)
+
+    def flops(mesh):
+        step, arguments = ahead.training_step(tiny.LLAMA.config(), train, mesh)
+        with build.chosen("off"):
+            return step.lower(*arguments).compile().cost_analysis()["flops"]
+
+    assert flops(sharding.make_mesh(**shape)) < 1.25 * flops(sharding.make_mesh()) / 8
+
+
+def test_rows_that_the_devices_cannot_share_are_refused():
+    """Else XLA gives all rows to every device."""
+    train = dataclasses.replace(TRAIN, accumulate=2)
+    step, arguments = ahead.training_step(tiny.LLAMA.config(), train, sharding.make_mesh(data=8))
+    with pytest.raises(InputError, match=r"8 rows in 2 parts \(accumulate\) cannot be shared by mesh.data 8"):
+        step.lower(*arguments)
 
 
 def test_weights_are_gathered_a_layer_at_a_time():

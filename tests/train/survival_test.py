@@ -48,7 +48,10 @@ def train(folder, *, steps=6, batches=rows, size=3, tensorboard=None, loss=quadr
     kept = {name: settings.pop(name) for name in ("every", "keep", "keep_period", "about") if name in settings}
     return loop.fit(
         loss,
-        {"bias": jnp.zeros(2), "scale": jnp.asarray(np.random.default_rng(0).standard_normal(size), jnp.float32)},
+        lambda: {
+            "bias": jnp.zeros(2),
+            "scale": jnp.asarray(np.random.default_rng(0).standard_normal(size), jnp.float32),
+        },
         {},
         batches,
         optax.adam(0.1),
@@ -93,7 +96,7 @@ def test_resumed_is_uninterrupted_to_the_last_bit(tmp_path):
     def trained():
         return loop.fit(
             losses.language_model_loss(model.config, POLICIES[config.policy], scanned=True),
-            stack_blocks(model.params, model.config),
+            lambda: stack_blocks(tiny.copies(model.params)(), model.config),
             {},
             lambda step: tiny.batch(model.config, seed=step),
             optimizer.make(config),
@@ -122,7 +125,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
 
     def trained(mesh):
         return loop.fit(
-            loss, start, {}, rows, optax.adam(0.1), steps=4, mesh=mesh, log_every=1,
+            loss, tiny.copies(start), {}, rows, optax.adam(0.1), steps=4, mesh=mesh, log_every=1,
             metrics_file=tmp_path / "metrics.jsonl",
             checkpointing=Checkpointing(directory=tmp_path / "state", every=2),
         )  # fmt: skip
