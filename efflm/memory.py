@@ -3,11 +3,15 @@
 import contextlib
 import ctypes
 import gc
+import os
+import re
 from collections.abc import Iterator
 
-# A number of malloc.h: blocks of at least so many bytes are given back to the system as soon as they are freed. glibc
-# begins with 128 KiB and lets it grow to 32 MiB, so that a program that takes such a block often does so faster.
-MMAP_THRESHOLD, LEAST, MOST = -3, 1 << 20, 32 << 20
+# Numbers of malloc.h. Blocks of at least the first are given back to the system as soon as they are freed, and the end
+# of the heap as soon as it has as much free as the second. glibc begins with 128 KiB for both and lets them grow to 32
+# and 64 MiB with the blocks that a program frees, until one of them is set: then it changes neither again.
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+LEAST, GROWN = 1 << 20, {"mmap_threshold": 32 << 20, "trim_threshold": 64 << 20}
 
 
 def trim() -> None:
@@ -19,15 +23,26 @@ def trim() -> None:
 
 @contextlib.contextmanager
 def least() -> Iterator[None]:
-    """While it lasts, what is freed is kept for later only in small blocks."""
-    _set_threshold(LEAST)
+    """While it lasts, what is freed is kept for later only in small blocks. After it, as much as the environment asks
+    for (GLIBC_TUNABLES, as launch/setup.sh sets it), or else as glibc keeps in a program that has run for a while."""
+    _set(MMAP_THRESHOLD, LEAST)
     try:
         yield
     finally:
-        _set_threshold(MOST)
         trim()
+        for number, name in ((MMAP_THRESHOLD, "mmap_threshold"), (TRIM_THRESHOLD, "trim_threshold")):
+            _set(number, _asked(name) or GROWN[name])
 
 
-def _set_threshold(size: int) -> None:
+def _asked(name: str) -> int:
+    """What the environment sets a threshold of malloc to, in bytes; 0 if it does not."""
+    found = re.search(rf"(?:^|:)glibc\.malloc\.{name}=(\w+)", os.environ.get("GLIBC_TUNABLES", ""))
+    with contextlib.suppress(ValueError):
+        return int(found[1], 0) if found else int(os.environ.get(f"MALLOC_{name.upper()}_", "0"), 0)
+    return 0
+
+
+def _set(number: int, size: int) -> None:
+    """mallopt takes an int, of which glibc makes a size without a sign: -1 is more than any block."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, size)
+        ctypes.CDLL(None).mallopt(number, size if size < 1 << 31 else -1)
