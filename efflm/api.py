@@ -165,6 +165,8 @@ def generate(
     likeliest token. chat: the prompt is a question, which the model's chat template puts. draft: a smaller model
     with the same tokenizer, which proposes `ahead` tokens at a time; what is written is as likely as without it (see
     infer.speculative).
+
+    The first call with a model lays it out for this machine and compiles; later ones of the same lengths reuse both.
     """
     arguments.require_model(model)
     arguments.require_tokenizer(tokenizer, model, "generating needs")
@@ -176,14 +178,14 @@ def generate(
     require(type(max_tokens) is int, f"max_tokens is {arguments.shown(max_tokens)}, but must be an integer")
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     ids = [prompt_ids(tokenizer, each, model.about, chat=chat, system=system) for each in prompts]
-    here = ops.prepare(model, jax.default_backend())
+    here = ops.prepared(model, jax.default_backend())
     if draft is None:
         new_ids = generate_ids(here, ids, max_tokens, sampling, tokenizer.stops, seed)
     else:
         arguments.require_model(draft)
         arguments.require_tokenizer(tokenizer, draft, "drafting needs")
         require_same_tokenizer(draft, model, "draft", "model")
-        small = ops.prepare(draft, jax.default_backend())
+        small = ops.prepared(draft, jax.default_backend())
         new_ids, _ = speculative.generate(here, small, ids, max_tokens, sampling, tokenizer.stops, seed, ahead)
     written = [tokenizer.stream()(new, final=True) for new in new_ids]
     texts = [each.partition(stop)[0] if stop else each for each in written]

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+from importlib import import_module
 
 import jax
 import numpy as np
 import pytest
 
 import efflm
+from efflm import ops
 from efflm import tokenizer as tokenizers
 from efflm.compress.finetune import Finetune
 from efflm.compress.prune import Prune
@@ -166,6 +168,18 @@ def test_speed_is_measured_unless_it_is_not_asked_for(loaded, folder):
     assert found["model"].decode_tokens_per_second > 0
     assert "tok/s" in str(found)
     assert "Speed: batch 1" in found.facts[1]
+
+
+def test_generate_lays_a_model_out_once(loaded, monkeypatch):
+    model, tokenizer = efflm.compress(loaded[0], "w8a8"), loaded[1]
+    made, prepare = [], ops.prepare
+    spy = lambda given, platform: made.append(given) or prepare(given, platform)
+    monkeypatch.setattr(import_module("efflm.ops.prepare"), "prepare", spy)
+    first = efflm.generate(model, tokenizer, "the thing", max_tokens=4)
+    assert efflm.generate(model, tokenizer, "the thing", max_tokens=4, draft=model) == first
+    assert [given is model for given in made] == [True]
+    efflm.generate(model.replace(), tokenizer, "the thing", max_tokens=4)  # another value, to be laid out by itself
+    assert len(made) == 2
 
 
 def test_generate_goes_on_from_one_prompt_or_several(loaded):

@@ -11,7 +11,7 @@ from efflm.ops.feedforward import gated_feedforward, swiglu
 from efflm.ops.lowrank import LowRank
 from efflm.ops.masks import Masks, apply_masks, mask_tree, masked
 from efflm.ops.norm import Normed, normalize
-from efflm.ops.prepare import prepare
+from efflm.ops.prepare import prepare, prepared
 from efflm.ops.probabilities import attention_probabilities
 from efflm.ops.qarray import QArray, dequantize, quantize_array, requantize, straight_through, take
 from efflm.ops.rotary import rotate
@@ -40,6 +40,7 @@ __all__ = [
     "nonzeros",
     "normalize",
     "prepare",
+    "prepared",
     "quantize_array",
     "requantize",
     "rotate",

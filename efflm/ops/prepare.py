@@ -32,3 +32,12 @@ def prepare(model: Any, platform: str) -> Any:
         return cpu.Dense(leaf, form) if str(leaf.dtype) in cpu.FEW_ROWS else leaf
 
     return trees.map_with_path(one, model)
+
+
+def prepared(model: Any, platform: str) -> Any:
+    """`prepare` of a model, once: what it made is kept with this value of the model and goes with it. Until then
+    quantized matrices are in memory twice."""
+    made, key = vars(model).setdefault("_prepared", {}), (platform, build.form())
+    if key not in made:
+        made[key] = prepare(model, platform)
+    return made[key]
