@@ -19,7 +19,7 @@ from typing import Any, get_args
 
 import jax
 
-from efflm import arguments, ops, rundir
+from efflm import arguments, ops
 from efflm.compress import recipe
 from efflm.compress.step import Calibration, Context, Step
 from efflm.config import AskedPrecision, InputError, at_home, require
@@ -93,7 +93,7 @@ def compress(
         arguments.require_tokenizer(tokenizer, model, f"{name} {does} on text, which needs")
         settings = {"batch": batch, "length": length, "seed": seed, "strict": strict}
         calibration = Calibration(rows=calibration_rows, length=calibration_length)
-        context = context_for(chain, source, _cache(), model, tokenizer, calibration=calibration, **settings)
+        context = context_for(chain, source, dataset.cache(), model, tokenizer, calibration=calibration, **settings)
         model = jax.device_put(model, sharding.shardings(model, context.mesh)).with_about(model.about)
     else:
         context = Context(seed=seed, mesh=sharding.make_mesh())
@@ -130,7 +130,7 @@ def measure(
     source, first = arguments.text_of(text), next(iter(named.values()))
     as_corpus = held_out or source in (corpora.DEFAULT, enwik8.NAME)
     where = ("", source) if as_corpus else (source, "")
-    scored = dataset.to_score(*where, first.about, tokenizer, _cache(), strict)
+    scored = dataset.to_score(*where, first.about, tokenizer, dataset.cache(), strict)
     score = Scoring(documents=documents, tokens=tokens, window=window, stride=stride).within(
         min(model.config.max_length for model in named.values()), first.about.get("train.length", 0), scored.unbroken
     )
@@ -267,10 +267,6 @@ def prompt_ids(
     if about.get("source"):  # trained here, where a separator stands before each text
         return [tokenizer.separator, *tokenizer.encode(text)]
     return tokenizer.prompt(text) or [tokenizer.separator]
-
-
-def _cache() -> Path:
-    return rundir.ROOT / "corpora"
 
 
 def _note(model: LanguageModel) -> str:

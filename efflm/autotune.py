@@ -25,8 +25,8 @@ import jaxlib
 import numpy as np
 from jax import lax
 
-from efflm import hosts, ops, progress, rundir, trees
-from efflm.config import ModelConfig, TrainConfig, require
+from efflm import hosts, ops, progress, rundir, trees, user_cache
+from efflm.config import InputError, ModelConfig, TrainConfig, require
 from efflm.model import LanguageModel, params, sharding
 from efflm.ops.dot import dot, dot_transposed
 from efflm.ops.kernels.cpu import build
@@ -239,14 +239,14 @@ def _tokens(inputs, weights, transposed):
 
 
 def _file() -> Path:
-    return Path.home() / ".cache" / "efflm" / "autotune.json"  # beside the kernels of ops.kernels.cpu.build
+    return user_cache.folder() / "autotune.json"
 
 
 def _kept() -> dict[str, Any]:
     """What was measured before, by key; nothing where the file is missing or damaged."""
     try:
         found = json.loads(_file().read_text())
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home
+    except (OSError, ValueError):  # InputError: there is no cache, or none to be trusted
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -261,7 +261,7 @@ def _sound(seconds: Any) -> bool:
 
 def _keep(key: str, seconds: Seconds) -> None:
     """Write it down, if that is possible: whole or not at all, beside what other processes write."""
-    with contextlib.suppress(OSError, RuntimeError):
+    with contextlib.suppress(OSError, InputError):
         file = _file()
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")

@@ -1,5 +1,5 @@
-"""What every run does with its directory: check it first, have it for itself, cache compiled programs beside it, write
-files whole."""
+"""What every run does with its directory: check it first, have it for itself, write files whole and delete only what
+is its own."""
 
 import contextlib
 import datetime
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from efflm import hosts
+from efflm import hosts, user_cache
 from efflm.config import InputError, require
 
 try:
@@ -34,27 +34,28 @@ LOCK = "run.lock"
 _held: set[Path] = set()  # the directories that this process has for itself
 
 
-def require_writable(path: Path, needs: int) -> None:
-    """Check, leaving no trace, that `path` is or can become a directory with `needs` bytes free. Raises InputError."""
+def require_writable(path: Path, needs: int, remedy: str = "give another --run_dir") -> None:
+    """Check, leaving no trace, that `path` is or can become a directory with `needs` bytes free. Raises InputError,
+    with what the caller can do about it."""
     existing = path.absolute()
     while not existing.exists():
         existing = existing.parent
-    require(existing.is_dir(), f"{existing} is a file, so {path} cannot be a directory: give another --run_dir")
+    require(existing.is_dir(), f"{existing} is a file, so {path} cannot be a directory: {remedy}")
     require(
         bool(existing.stat().st_mode & 0o222),
-        f"{existing} is read-only: give another --run_dir or change its permissions",
+        f"{existing} is read-only: {remedy}, or change its permissions",
     )
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise InputError(f"cannot write into {existing} ({error.strerror}): give another --run_dir") from None
+        raise InputError(f"cannot write into {existing} ({error.strerror}): {remedy}") from None
     free = shutil.disk_usage(existing).free
     megabytes = lambda size: f"{size / 1e6:,.0f}" if size >= 1e7 else f"{size / 1e6:.2g}"
     require(
         free >= needs,
         f"{existing} has {megabytes(free)} MB free, but this run needs about {megabytes(needs)} MB: free some space or "
-        "give another --run_dir",
+        f"{remedy}",
     )
 
 
@@ -139,14 +140,14 @@ def _owner(file: Path) -> str:
         return "another process"
 
 
-def use_compilation_cache(folder: Path) -> None:
-    """Keep compiled programs in `folder`, for this run and the next; not where JAX_COMPILATION_CACHE_DIR names one."""
+def use_compilation_cache(name: str = "compiled") -> None:
+    """Keep compiled programs in this folder of the user's cache, for this run and the next, unless
+    JAX_COMPILATION_CACHE_DIR names one. Raises InputError if the cache is not to be had or not to be trusted."""
     import jax
 
     if jax.config.jax_compilation_cache_dir:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+    jax.config.update("jax_compilation_cache_dir", str(user_cache.folder(name)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 

@@ -106,7 +106,7 @@ def random_params(config: ModelConfig) -> dict[str, Any]:
 
 def loaded(model: str, precision: str) -> LanguageModel:
     """The model in a precision, in the process that measures it."""
-    rundir.use_compilation_cache(rundir.ROOT / "compilation_cache")
+    rundir.use_compilation_cache()
     if model in PRESETS:
         return in_precision(LanguageModel(PRESETS[model], random_params(PRESETS[model])), precision)
     return in_precision(sources.load_model(model)[0], precision)

@@ -66,7 +66,7 @@ def main(run: Run) -> None:
         raise InputError(f"the tokenizer of {run.draft} is not that of {run.model}: give a draft that has it")
     models = [ops.prepare(each.model, jax.default_backend()) for each in (target, draft)]
     source = dataset.source_of(run.corpus, target.about)
-    text = dataset.held_out(source, target.tokenizer, dataset.cache_beside(run.model), strict=run.strict)
+    text = dataset.held_out(source, target.tokenizer, dataset.cache(), strict=run.strict)
     read = (list(itertools.islice(document, run.prompt_tokens)) for document in text)
     prompts = list(itertools.islice((ids for ids in read if len(ids) == run.prompt_tokens), run.prompts))
     require(bool(prompts), f"no test document of {source} has {run.prompt_tokens} tokens: ask for shorter prompts")

@@ -117,7 +117,7 @@ def main(run: Run, calibration: Calibration, score: Scoring) -> None:
     run_dir = Path(run.run_dir)
     rundir.require_writable(run_dir, needs=rundir.SMALL_FILES)
     run_dir.mkdir(parents=True, exist_ok=True)
-    rundir.use_compilation_cache(run_dir.parent / "compilation_cache")
+    rundir.use_compilation_cache()
     loaded = sources.load(run.model)
     dense = loaded.model
     recipe.require_finite(dense)
@@ -167,7 +167,7 @@ def main(run: Run, calibration: Calibration, score: Scoring) -> None:
 
 
 def held_out(run: Run, loaded: Loaded, source: str) -> Any:
-    return dataset.held_out(source, loaded.tokenizer, dataset.cache_beside(run.model), strict=run.strict)
+    return dataset.held_out(source, loaded.tokenizer, dataset.cache(), strict=run.strict)
 
 
 def context_for(
@@ -177,7 +177,7 @@ def context_for(
     steps = [step for name in names for step in steps_of(name)]
     return api.context_for(
         [*steps, GPTQ()],  # the text is always drawn: one pass over it is the unit of time
-        source, dataset.cache_beside(run.model), loaded.model, loaded.tokenizer,
+        source, dataset.cache(), loaded.model, loaded.tokenizer,
         batch=8, length=calibration.length, calibration=calibration, seed=seed, strict=run.strict,
     )  # fmt: skip
 

@@ -116,7 +116,7 @@ def context_for(run: Run, calibration: Calibration, loaded: Loaded, steps: Seque
     return api.context_for(
         steps,
         dataset.source_of(run.corpus, loaded.about),
-        dataset.cache_beside(run.model),
+        dataset.cache(),
         loaded.model,
         loaded.tokenizer,
         batch=run.batch,
@@ -145,12 +145,12 @@ def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict) -> N
     largest = max(trees.nbytes(dense.params), 2 * trees.count(dense.params))  # of int8, recipe bfloat16 makes that
     rundir.require_writable(run_dir, needs=(2 + len(plans)) * largest + rundir.SMALL_FILES)
     say(f"{run.model}: {trees.count(dense.params) / 1e6:.1f} M parameters, {rows.origin(run.model, about)}")
-    text = dataset.to_score(run.text, run.corpus, about, tokens, dataset.cache_beside(run.model), run.strict)
+    text = dataset.to_score(run.text, run.corpus, about, tokens, dataset.cache(), run.strict)
     if text.left_out:
         say(text.left_out)
     score = score.within(dense.config.max_length, about.get("train.length", 0), text.unbroken)
     context = context_for(run, calibration, loaded, [step for steps in plans.values() for step in steps])
-    rundir.use_compilation_cache(run_dir.parent / "compilation_cache")
+    rundir.use_compilation_cache()
     protocol, kept = cost.protocol_for(dense), {}
     platform, records, written, measured, phases = jax.default_backend(), {}, {}, [], []
     prompt = tokens.prompt(run.prompt) or [tokens.separator]

@@ -52,11 +52,11 @@ def main(run: Run, score: Scoring, mesh: MeshConfig) -> None:
     loaded = sources.load(run.model, precision=run.precision, mesh=devices)
     model = loaded.model
     tokens, about, name = loaded.tokenizer, loaded.about, Path(run.model).stem
-    text = dataset.to_score(run.text, run.corpus, about, tokens, dataset.cache_beside(run.model), run.strict)
+    text = dataset.to_score(run.text, run.corpus, about, tokens, dataset.cache(), run.strict)
     if text.left_out:
         print(text.left_out)
     score = score.within(model.config.max_length, about.get("train.length", 0), text.unbroken)
-    rundir.use_compilation_cache((Path(run.run_dir).parent if run.run_dir else rundir.ROOT) / "compilation_cache")
+    rundir.use_compilation_cache()
     models, sizes, notes = {name: model}, {name: loaded.nbytes}, {name: rows.origin(run.model, about)}
     if run.reference:
         other = sources.load(run.reference, precision=run.precision, mesh=devices)

@@ -32,7 +32,7 @@ class Run:
 def main(run: Run) -> None:
     model, tokens = sources.load_model(run.model, dtype=run.dtype or None)
     size, out = trees.nbytes(model.params), Path(run.out)
-    rundir.require_writable(out, needs=size + 10 * rundir.SMALL_FILES)
+    rundir.require_writable(out, needs=size + 10 * rundir.SMALL_FILES, remedy="give another --out")
     huggingface.save(out, model, tokens)
     print(f"{run.model}: {trees.count(model.params) / 1e6:.1f} M parameters, {size / 1e6:.1f} MB, now in {out}")
 

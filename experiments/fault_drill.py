@@ -74,7 +74,7 @@ def train(run: Run) -> None:
     """What is killed: the unchanged trainer, on batches that are a function of the step."""
     if run.largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (run.largest_file, run.largest_file))
-    rundir.use_compilation_cache(Path(run.run_dir).parent / "compilation_cache")
+    rundir.use_compilation_cache("fault_drill")  # its own: a kill may leave half a program there
     config = SHAPE.config()
 
     def batches(step: int) -> dict[str, np.ndarray]:

@@ -123,7 +123,7 @@ def main(run: Run) -> None:
     jax.block_until_ready(loaded.model.params)
     note(f"{run.model}: loaded in {time.perf_counter() - began:.1f} s")
     ids = api.prompt_ids(loaded.tokenizer, text, loaded.about, chat=run.chat, system=run.system)
-    rundir.use_compilation_cache(rundir.ROOT / "compilation_cache")
+    rundir.use_compilation_cache()
     clock, tokens = compile_clock(), loaded.tokenizer
     # Bad input is refused here, before anything is on stdout.
     how = (run.max_tokens, run.sampling(), tokens.stops, run.seed)

@@ -166,14 +166,14 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
     train = autotune.training(shape, train)
     data = dataset.prepare(
         run.corpus,
-        run_dir.parent / "corpora",
+        dataset.cache(),
         vocabulary=shape.vocabulary,
         length=train.length,
         batch=train.batch,
         strict=run.strict,
     )
     (run_dir / "curves").mkdir(parents=True, exist_ok=True)
-    rundir.use_compilation_cache(run_dir.parent / "compilation_cache")
+    rundir.use_compilation_cache()
     mesh = sharding.data_parallel(train.batch, train.accumulate)
     print(data.corpus.describe())
 

@@ -132,7 +132,7 @@ def prepare(run: Run, config: ModelConfig, train: TrainConfig) -> Dataset:
     """The corpus in tokens; with --init_from, in the tokens of that run."""
     return dataset.prepare(
         run.corpus,
-        Path(run.run_dir).parent / "corpora",
+        dataset.cache(),
         vocabulary=config.vocabulary,
         length=train.length,
         batch=train.batch,
@@ -205,7 +205,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring, mesh: 
     with hosts.first_alone():
         data = prepare(run, config, train)
     run_dir = Path(run.run_dir)
-    rundir.use_compilation_cache(run_dir.parent / "compilation_cache")
+    rundir.use_compilation_cache()
     print(data.corpus.describe())
     trained = trained_model(run, config, train, data, devices)
     if hosts.is_first():

@@ -65,7 +65,7 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
 
     step(1, f"Text: {run.corpus}")
     data = pretrain.prepare(run, config, train)
-    rundir.use_compilation_cache(run_dir.parent / "compilation_cache")
+    rundir.use_compilation_cache()
     print(f"  {data.corpus.describe()}")
     step(2, f"Tokens: byte-level BPE of {data.tokenizer.vocabulary}, {len(data.train):,} rows of {train.length}")
 

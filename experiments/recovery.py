@@ -213,7 +213,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, 
     require_used(run, changes)
     rundir.require_writable(run_dir, needs=rundir.SMALL_FILES)
     run_dir.mkdir(parents=True, exist_ok=True)
-    rundir.use_compilation_cache(run_dir.parent / "compilation_cache")
+    rundir.use_compilation_cache()
     auto = run.precision == autotune.AUTO
     loaded = sources.load(run.model, precision="" if auto else run.precision, mesh=sharding.data_parallel(run.batch))
     if auto:  # most of the time goes into training
@@ -221,7 +221,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, 
     dense = loaded.model
     recipe.require_finite(dense)
     source = dataset.source_of(run.corpus, loaded.about)
-    text = dataset.held_out(source, loaded.tokenizer, dataset.cache_beside(run.model), strict=run.strict)
+    text = dataset.held_out(source, loaded.tokenizer, dataset.cache(), strict=run.strict)
     score = score.within(dense.config.max_length, loaded.about.get("train.length", 0), text.unbroken)
     context = functools.cache(functools.partial(context_for, run, calibration, loaded, source))
     make, kept = Maker(run, dense, changes, context), {}
@@ -293,7 +293,7 @@ def context_for(run: Run, calibration: Calibration, loaded: Loaded, source: str,
     made = api.context_for(
         [PruneWidth(parameters=0.5), Distill(), *(step for chain in run.names for part in chain.split(",")
                                     if part in recipe.RECIPES for step in recipe.RECIPES[part])],
-        source, dataset.cache_beside(run.model), loaded.model, loaded.tokenizer,
+        source, dataset.cache(), loaded.model, loaded.tokenizer,
         batch=run.batch, length=run.length, calibration=calibration, seed=seed, strict=run.strict,
     )  # fmt: skip
     return dataclasses.replace(made, teacher=loaded.model)

@@ -116,7 +116,7 @@ def main(run: Run) -> None:
     context = api.context_for(
         [run.step],
         dataset.source_of(run.corpus, loaded.about),
-        dataset.cache_beside(run.model),
+        dataset.cache(),
         loaded.model,
         loaded.tokenizer,
         batch=run.rows,
@@ -125,7 +125,7 @@ def main(run: Run) -> None:
         seed=run.seed,
         strict=run.strict,
     )
-    rundir.use_compilation_cache(run_dir.parent / "compilation_cache")
+    rundir.use_compilation_cache()
     formats = run.step.formats
     found = sensitivity.sensitivity(
         loaded.model, context.calibration, formats, context.mesh, rows=run.rows, unit=run.unit

@@ -15,6 +15,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from efflm import user_cache
+
 flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 if not os.environ.get("EFFLM_TEST_OPTIMIZED"):
     flags += ["--xla_backend_optimization_level=0"]
@@ -24,7 +26,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # else the first process has set these two
     os.environ["XLA_FLAGS"] = " ".join(flags)
     described = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("model", "flags"))]
-    compiled = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "efflm" / "tests"
+    compiled = user_cache.folder("tests")  # which does not import jax
     compiled /= hashlib.sha256("\n".join(sorted(set(described))).encode()).hexdigest()[:16]
     compiled.mkdir(parents=True, exist_ok=True)
     for entry in os.scandir(compiled):
@@ -39,6 +41,8 @@ import jax
 import numpy as np
 import pytest
 
+from efflm.data import dataset
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("efflm", deadline=None, max_examples=30, derandomize=True)
 hypothesis.settings.load_profile("efflm")
@@ -49,6 +53,15 @@ def left_to_later_collections():
     """What earlier tests left is not looked through again for garbage: compiled programs are many objects, and the code
     under test that collects took most of its time for that."""
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def corpora_of_the_tests(tmp_path_factory):
+    """What the experiments prepare of text is not left in the user's cache."""
+    prepared = tmp_path_factory.mktemp("corpora")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dataset, "cache", lambda: prepared)
+        yield
 
 
 @pytest.fixture

@@ -9,14 +9,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "efflm").rglob("*.py"))
-BASE = {"config", "trees", "precision", "memory", "rundir", "hosts", "signals", "model_files", "progress"}
+BASE = {"config", "trees", "precision", "memory", "rundir", "hosts", "signals", "model_files", "progress", "user_cache"}
 ALLOWED = {
     "config": set(),
     "trees": set(),
     "precision": {"config"},
     "progress": set(),
     "memory": set(),
-    "rundir": {"config", "hosts"},
+    "rundir": {"config", "hosts", "user_cache"},
+    "user_cache": {"config"},
     "hosts": {"config"},
     "helptext": set(),
     "signals": {"hosts"},

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from efflm import progress, rundir
+from efflm import progress, rundir, user_cache
 from efflm.config import require
 from efflm.data import files
 from efflm.data.files import Found, Part
@@ -68,7 +68,8 @@ def load(source: str, cache: Path, least_bytes: int = 0, strict: bool = False) -
     splits = {part: list(itertools.islice(texts, len(found.parts))) for part, found in parts.items()}
     digest = hashlib.sha256(json.dumps(splits).encode()).hexdigest()[:16]
     source = source if source == DEFAULT else str(Path(source).absolute())
-    return Corpus(name, source, digest, parts, **_through_tfds(splits, cache / digest))
+    with user_cache.alone(cache / digest):
+        return Corpus(name, source, digest, parts, **_through_tfds(splits, cache / digest))
 
 
 def read(source: str, strict: bool = False) -> Found:
@@ -135,7 +136,7 @@ def _through_tfds(splits: dict[str, list[Document]], folder: Path) -> dict[str, 
         shutil.rmtree(folder)  # an interrupted preparation
     if not folder.exists():
         size = sum(len(text.encode()) for documents in splits.values() for _, text in documents)
-        rundir.require_writable(folder, needs=2 * size)
+        rundir.require_writable(folder, needs=2 * size, remedy=user_cache.REMEDY)
     writing = {split: progress.shown(each, f"preparing the {split} text", len(each)) for split, each in splits.items()}
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         builder = _builder_class()(writing, data_dir=folder, file_format="array_record")

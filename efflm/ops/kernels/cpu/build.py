@@ -22,7 +22,8 @@ from pathlib import Path
 import jax
 import jaxlib
 
-from efflm.config import Kernels, require
+from efflm import user_cache
+from efflm.config import InputError, Kernels, require
 
 SOURCES = Path(__file__).parent / "src"
 HANDLERS = ("efflm_dots", "efflm_feedforward", "efflm_decode", "efflm_attention", "efflm_attention_backward")
@@ -136,6 +137,7 @@ def _loaded(form: str) -> ctypes.CDLL:
                 _output([compiler, *options, *headers, str(SOURCES / "kernels.cc"), "-o", str(partial)])
                 content = partial.read_bytes()
                 partial.write_bytes(content + hashlib.sha256(content).digest())  # what follows the sections is not read
+                partial.chmod(0o700)
                 partial.rename(library)
         return ctypes.CDLL(str(library))
 
@@ -155,22 +157,25 @@ def _output(command: list[str]) -> str:
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether a library is there and ends in its own digest: loading a damaged one may end the process."""
+    """Whether a library is there, the user's alone to write, and ends in its own digest: loading a damaged one may end
+    the process."""
     try:
-        content = library.read_bytes()
+        with library.open("rb") as file:
+            content, own = file.read(), user_cache.is_own(os.fstat(file.fileno()))
     except OSError:
         return False
-    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+    return own and hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 @contextlib.contextmanager
 def _folder(name: str) -> Iterator[Path]:
-    """Where the library `name` is or can be kept: the user's cache, or a private folder that is removed at the end."""
+    """Where the library `name` is or can be kept: the user's cache, or, where that is not to be had or not to be
+    trusted, which is said, a private folder that is removed at the end."""
     try:
-        folder = Path.home() / ".cache" / "efflm" / "kernels"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = user_cache.folder("kernels")
         kept = os.access(folder, os.W_OK) or _is_whole(folder / name)
-    except (OSError, RuntimeError):  # no home, or a read-only one
+    except InputError as error:
+        print(f"CPU kernels: built for this process alone: {error}", file=sys.stderr)
         kept = False
     if kept:
         yield folder
