@@ -58,7 +58,7 @@ def test_a_run_goes_on_in_a_folder_of_any_name(tmp_path, name):
         seen = []
         loop.fit(
             lambda tree, frozen, batch, rng: (jnp.mean((tree["w"][None] - batch["inputs"]) ** 2), {}),
-            {"w": jnp.ones(4)},
+            lambda: {"w": jnp.ones(4)},
             {},
             lambda step: seen.append(step) or {"inputs": np.full((8, 4), step, np.float32)},
             optax.adam(0.1),
