@@ -19,7 +19,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from efflm import chat, model_files
+from efflm import chat, encoding, model_files
 from efflm.config import InputError, require
 from efflm.rundir import write_json, write_whole
 from efflm.tokenizer_json import require_sound
@@ -84,7 +84,16 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         with _panics_of(self.where, "tokenize this text"):
-            return [encoding.ids for encoding in self.core.encode_batch_fast(texts, add_special_tokens=False)]
+            return [found.ids for found in self.core.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def sized(self, stretches: Iterable[str]) -> Iterator[encoding.Sized]:
+        """The ids of a text that comes in stretches, and the bytes of the text that each stands for: see `encoding`."""
+
+        def encode(text: str) -> tokenizers.Encoding:
+            with _panics_of(self.where, "tokenize this text"):
+                return self.core.encode(text, add_special_tokens=False)
+
+        return encoding.sized(encode, self._pieces, self.token_bytes, stretches)
 
     def prompt(self, text: str) -> list[int]:
         """The ids of `text` as the model expects to read it: after `bos`, if it expects that. Not for what `chat`
@@ -114,15 +123,12 @@ class Tokenizer:
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
-        """Bytes of text each token stands for, int32 [vocabulary]; 0 for special tokens.
-
-        In SentencePiece's way, a text's first token counts the space put before it: one byte more than the text has.
-        """
+        """Bytes that each token writes, int32 [vocabulary]; 0 for special tokens. Of a text's own bytes see `sized`."""
         return np.array([len(piece) for piece in self._pieces], np.int32)
 
     @functools.cached_property
     def _pieces(self) -> list[bytes]:
-        """The bytes of text each id stands for; none for special tokens and for ids without a token."""
+        """The bytes that each id writes; none for special tokens and for ids without a token."""
         stages = _stages(self.core.decoder)
         byte_level = any(stage["type"] == "ByteLevel" for stage in stages)
         space = next((stage["replacement"] for stage in stages if stage["type"] == "Metaspace"), "▁")

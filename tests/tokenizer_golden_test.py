@@ -69,7 +69,6 @@ def test_a_sentencepiece_vocabulary_in_a_gguf_file():
     for line in lines()[::10]:
         ids = loaded.encode(line)
         if not {"<s>", "</s>", "<unk>"} & {loaded.core.id_to_token(index) for index in ids}:
-            assert loaded.token_bytes[ids].sum() == len(line.replace("▁", " ").encode()) + bool(line)
             assert loaded.decode(ids) == line.replace("▁", " ")
     plain = gguf_tokenizer.from_metadata(sentencepiece_metadata(add_space_prefix=False, add_bos_token=False), HERE)
     assert plain.core.encode("a").tokens == ["a"]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from efflm import progress, user_cache
 from efflm import tokenizer as tokenizers
 from efflm.config import require
@@ -25,14 +27,15 @@ class Text:
     """Documents as token ids, read and tokenized anew whenever one iterates over them: one at a time, and of a long one
     a stretch at a time.
 
-    name: what they are, in words. parts: one a document; encode: a part -> its ids, list by list. sizes: bytes of
-    each. unbroken: they are stretches of one text. known: the text that models from elsewhere were in all likelihood
-    trained on, if it is that. left_out: which files were, in words.
+    name: what they are, in words. parts: one a document; encode: a part -> its ids and the bytes of the text that each
+    stands for, stretch by stretch. sizes: bytes of each document. unbroken: they are stretches of one text. known: the
+    text that models from elsewhere were in all likelihood trained on, if it is that. left_out: which files were, in
+    words.
     """
 
     name: str
     parts: Sequence[Any]
-    encode: Callable[[Any], Iterable[list[int]]]
+    encode: Callable[[Any], Iterable[tuple[Sequence[int], np.ndarray]]]
     sizes: Sequence[int]
     unbroken: bool = False
     known: str = ""
@@ -42,7 +45,11 @@ class Text:
         return len(self.parts)
 
     def __iter__(self) -> Iterator[Iterator[int]]:
-        return (itertools.chain.from_iterable(self.encode(part)) for part in self.parts)
+        return (itertools.chain.from_iterable(ids for ids, _ in self.encode(part)) for part in self.parts)
+
+    def sized(self) -> Iterator[Iterator[tuple[int, int]]]:
+        """The documents again, with each id the bytes of text that it stands for."""
+        return (itertools.chain.from_iterable(zip(*each) for each in self.encode(part)) for part in self.parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +130,7 @@ def held_out(source: str, tokenizer: Tokenizer, cache: Path, split: str = "test"
     content = getattr(enwik8.load(cache), split)[: VALIDATION if split == "validation" else None]
     parts = [content[start : start + STRETCH] for start in range(0, len(content), STRETCH)]
     name = f"stretches of {STRETCH:,} bytes of the {split} split of enwik8"
-    encode = lambda part: [tokenizer.byte_ids[part].tolist()]
+    encode = lambda part: [(tokenizer.byte_ids[part].tolist(), np.ones(len(part), np.int64))]
     return Text(name, parts, encode, [len(part) for part in parts], unbroken=True)
 
 
@@ -148,7 +155,7 @@ def _split(source: str, split: str, found: Found, tokenizer: Tokenizer) -> Text:
 
 
 def _text(name: str, found: Found, tokenizer: Tokenizer) -> Text:
-    encode = lambda part: map(tokenizer.encode, part.stretches())
+    encode = lambda part: tokenizer.sized(part.stretches())
     return Text(name, found.parts, encode, [part.nbytes for part in found.parts], left_out=str(found))
 
 

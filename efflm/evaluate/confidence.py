@@ -35,7 +35,7 @@ def _likeliest(model: LanguageModel, x_MD: jax.Array, targets_M: jax.Array) -> t
 def of_text(model: LanguageModel, text: Any, tokenizer: Any, scoring: Scoring) -> float:
     """The expected calibration error of the likeliest next token over a text (see quality.measure)."""
     confidence, correct = [], []
-    for block in windows.blocks(text, tokenizer.separator, scoring, text.unbroken):
+    for block in windows.blocks(text.sized(), tokenizer.separator, scoring, text.unbroken):
         where = block["documents"] > 0
         if not where.any():
             continue

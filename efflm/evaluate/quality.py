@@ -126,18 +126,18 @@ def _filled(x: np.ndarray, count: int) -> np.ndarray:
 def measure(
     models: dict[str, LanguageModel],
     blocks: Iterable[Block],
-    token_bytes: np.ndarray,
+    tokens: int,
     reference: LanguageModel,
     kept: dict[int, np.ndarray] | None = None,
 ) -> dict[str, Quality]:
     """How good each model is, and how far from the reference, which reads each block once.
 
-    token_bytes [V]: the bytes of text each token stands for. kept: filled with the reference's states of the first
+    tokens: entries of the tokenizer. kept: filled with the reference's states of the first
     blocks, up to KEPT bytes; given again with the same reference and text, it spares reading these. Raises InputError
     if a vocabulary differs from the reference's or has fewer entries than the tokenizer.
     """
     for model in models.values():
-        _require_vocabulary(model, reference, token_bytes)
+        _require_vocabulary(model, reference, tokens)
     fields = [field.name for field in dataclasses.fields(Quality)]
     sums = {name: np.zeros((len(fields), 0)) for name in models}
     documents = 0
@@ -147,7 +147,7 @@ def measure(
             continue
         owners_M, targets_M = block["documents"][where], block["targets"][where]
         first, documents = int(owners_M.min()), int(owners_M.max())
-        counts = {"bytes": token_bytes[targets_M], "tokens": np.ones(len(targets_M))}
+        counts = {"bytes": block["bytes"][where], "tokens": np.ones(len(targets_M))}
         expected_MD = kept[index] if kept and index in kept else states(reference, block)
         if kept is not None and sum(x.nbytes for x in kept.values()) + expected_MD.nbytes <= KEPT:
             kept[index] = expected_MD
@@ -167,15 +167,15 @@ def _room_for(count: int, sums: np.ndarray) -> np.ndarray:
     return sums if missing <= 0 else np.pad(sums, ((0, 0), (0, max(missing, sums.shape[1]))))
 
 
-def _require_vocabulary(model: LanguageModel, reference: LanguageModel, token_bytes: np.ndarray) -> None:
+def _require_vocabulary(model: LanguageModel, reference: LanguageModel, tokens: int) -> None:
     mine, theirs = model.config.vocabulary, reference.config.vocabulary
     require(
         mine == theirs,
         f"the model's vocabulary has {mine} entries, the reference's {theirs}: both need the same one",
     )
     require(
-        len(token_bytes) <= mine,
-        f"the tokenizer has {len(token_bytes)} entries, but the model's vocabulary is {mine}: use the model's own",
+        tokens <= mine,
+        f"the tokenizer has {tokens} entries, but the model's vocabulary is {mine}: use the model's own",
     )
 
 

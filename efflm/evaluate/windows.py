@@ -15,13 +15,14 @@ import numpy as np
 from efflm.config import flag, require
 from efflm.evaluate.quality import Quality
 
-FIELDS = ("inputs", "targets", "documents", "segments", "positions")
+FIELDS = ("inputs", "targets", "bytes", "documents", "segments", "positions")
 BLOCK = 8192  # tokens in a block: its states and the arrays inside the model are all that scoring holds
 LONGEST = 1024  # the window, unless one is asked for
 JOINED = "all documents joined by the separator, which is not scored"
 
 Block = dict[str, np.ndarray]  # FIELDS, each int32 [rows, length]
-Piece = tuple[np.ndarray, np.ndarray, np.ndarray]  # inputs, targets and documents of one window, int32 [tokens]
+Piece = tuple[np.ndarray, ...]  # inputs, targets, bytes and documents of one window, int32 [tokens]
+Sized = Iterable[tuple[int, int]]  # a document: its token ids, and the bytes of the text that each stands for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,16 +69,14 @@ class Scoring:
         return f"windows of {self.window:,} tokens, {moves}; {text}, {first}"
 
 
-def blocks(
-    documents: Iterable[Iterable[int]], separator: int, scoring: Scoring, unbroken: bool = False
-) -> Iterator[Block]:
+def blocks(documents: Iterable[Sized], separator: int, scoring: Scoring, unbroken: bool = False) -> Iterator[Block]:
     """The text in blocks of rows of about BLOCK tokens, all of one shape, for evaluate.quality.
 
-    documents: token ids, which are read once and never held. unbroken: no separators between them. scoring: as
-    `within` says. A block holds inputs; targets, the token
-    after each input; documents, 1 + the document of a target that is scored here, else 0; segments, the window within
-    the row, from 1 on, 0 on padding; positions, from 0 in each window. Short windows share a row. Raises InputError at
-    the end if there was nothing to score.
+    documents: are read once and never held. unbroken: no separators between them. scoring: as `within` says. A block
+    holds inputs; targets, the token after each input; bytes, of the text that a target stands for; documents, 1 + the
+    document of a target that is scored here, else 0; segments, the window within the row, from 1 on, 0 on padding;
+    positions, from 0 in each window. Short windows share a row. Raises InputError at the end if there was nothing to
+    score.
     """
     chosen = itertools.islice(documents, scoring.documents or None)
     capped = (itertools.islice(ids, scoring.tokens or None) for ids in chosen)
@@ -100,46 +99,48 @@ def _block(rows: list[list[Piece]], shape: tuple[int, int]) -> Block:
     out = {name: np.zeros(shape, np.int32) for name in FIELDS}
     for r, row in enumerate(rows):
         at = 0
-        for segment, (inputs, targets, owners) in enumerate(row, start=1):
-            here = (r, slice(at, at + len(inputs)))
-            out["inputs"][here], out["targets"][here], out["documents"][here] = inputs, targets, owners
-            out["segments"][here], out["positions"][here] = segment, np.arange(len(inputs))
-            at += len(inputs)
+        for segment, piece in enumerate(row, start=1):
+            count = len(piece[0])
+            for name, array in zip(FIELDS, (*piece, segment, np.arange(count)), strict=True):
+                out[name][r, at : at + count] = array
+            at += count
     return out
 
 
-def _pieces(documents: Iterable[Iterable[int]], separator: int, scoring: Scoring, unbroken: bool) -> Iterator[Piece]:
+def _pieces(documents: Iterable[Sized], separator: int, scoring: Scoring, unbroken: bool) -> Iterator[Piece]:
     """The windows of all streams."""
-    first = [(separator, 0)] if scoring.bos else []
+    first = [(separator, 0, 0)] if scoring.bos else []
     numbered = enumerate(documents, start=1)
     if not scoring.joined:
         for index, ids in numbered:
-            yield from _windows(itertools.chain(first, zip(ids, itertools.repeat(index))), scoring)
+            yield from _windows(itertools.chain(first, _of(index, ids)), scoring)
         return
-    between = [] if unbroken else [(separator, 0)]
-    parts = (
-        itertools.chain(between if index > 1 else first, zip(ids, itertools.repeat(index))) for index, ids in numbered
-    )
+    between = [] if unbroken else [(separator, 0, 0)]
+    parts = (itertools.chain(between if index > 1 else first, _of(index, ids)) for index, ids in numbered)
     yield from _windows(itertools.chain.from_iterable(parts), scoring)
 
 
-def _windows(stream: Iterator[tuple[int, int]], scoring: Scoring) -> Iterator[Piece]:
-    """The windows of one stream of (token, 1 + its document, 0 for a separator). A target that a window before has
-    scored has no document."""
+def _of(index: int, document: Sized) -> Iterator[tuple[int, int, int]]:
+    return ((token, size, index) for token, size in document)
+
+
+def _windows(stream: Iterator[tuple[int, int, int]], scoring: Scoring) -> Iterator[Piece]:
+    """The windows of one stream of (token, its bytes, 1 + its document; 0 for a separator). A target that a window
+    before has scored has no document."""
     held, fresh = _taken(stream, scoring.window + 1), 0  # at most a window and one; targets already scored
     while held.shape[1] - 1 > fresh:
-        owners = held[1, 1:].copy()
+        owners = held[2, 1:].copy()
         owners[:fresh] = 0
-        yield held[0, :-1], held[0, 1:], owners
+        yield held[0, :-1], held[0, 1:], held[1, 1:], owners
         more = _taken(stream, scoring.step) if held.shape[1] > scoring.window else held[:, :0]
         fresh = max(0, held.shape[1] - 1 - scoring.step)
         held = np.concatenate([held[:, scoring.step :], more], axis=1)
 
 
 def _taken(stream: Iterator[Any], count: int) -> np.ndarray:
-    """The next `count` pairs of the stream or what is left of it, int32 [2, tokens]."""
+    """The next `count` entries of the stream or what is left of it, int32 [3, tokens]."""
     flat = itertools.chain.from_iterable(itertools.islice(stream, count))
-    return np.fromiter(flat, np.int32).reshape(-1, 2).T
+    return np.fromiter(flat, np.int32).reshape(-1, 3).T
 
 
 def described(scoring: Scoring, name: str, count: int, quality: Quality, unbroken: bool = False) -> str:

@@ -21,9 +21,9 @@ def measure(
     kept: dict[int, np.ndarray] | None = None,
 ) -> dict[str, Quality]:
     """`quality.measure` of a text (see data.dataset.Text) in the tokens of its tokenizer. scoring: as `within` says."""
-    blocks = windows.blocks(text, tokenizer.separator, scoring, text.unbroken)
-    blocks = _shown(blocks, f"reading {text.name}", text.sizes, tokenizer.token_bytes, scoring)
-    return quality.measure(models, blocks, tokenizer.token_bytes, reference, kept)
+    blocks = windows.blocks(text.sized(), tokenizer.separator, scoring, text.unbroken)
+    blocks = _shown(blocks, f"reading {text.name}", text.sizes, scoring)
+    return quality.measure(models, blocks, tokenizer.vocabulary, reference, kept)
 
 
 def protocol(text: Any, scoring: Scoring, measured: Quality) -> str:
@@ -32,9 +32,7 @@ def protocol(text: Any, scoring: Scoring, measured: Quality) -> str:
     return f"{words}; {text.left_out}" if text.left_out else words
 
 
-def _shown(
-    blocks: Iterable[Block], title: str, sizes: Sequence[int], token_bytes: np.ndarray, scoring: Scoring
-) -> Iterator[Block]:
+def _shown(blocks: Iterable[Block], title: str, sizes: Sequence[int], scoring: Scoring) -> Iterator[Block]:
     """The blocks, with a bar and the time left where stderr is a terminal. sizes: bytes of each document.
 
     It counts bytes scored, or documents where only the first tokens of each are.
@@ -44,6 +42,6 @@ def _shown(
         for block in blocks:
             yield block
             owners = block["documents"]
-            scored = token_bytes[block["targets"][owners > 0]].sum()
+            scored = block["bytes"][owners > 0].sum()
             done = max(done, int(owners.max())) if scoring.tokens else done + int(scored)
             update(done)

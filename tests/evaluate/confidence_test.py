@@ -24,10 +24,13 @@ def test_a_model_that_draws_as_it_says_has_a_small_error():
     assert confidence.expected_error(np.sqrt(p[:8000].max(-1)), p[:8000].argmax(-1) == drawn) > 0.1
 
 
-class Document(list):
+class Documents(list):
     """Token ids, as data.dataset.Text gives them."""
 
     unbroken = False
+
+    def sized(self):
+        return ([(token, 1) for token in ids] for ids in self)
 
 
 def test_over_a_text_it_is_that_of_all_its_tokens():
@@ -35,7 +38,7 @@ def test_over_a_text_it_is_that_of_all_its_tokens():
     ids = [tiny.tokens(model.config, 1, 30, seed=i)[0].tolist() for i in range(3)]
     score = Scoring(tokens=0, window=32).within(model.config.max_length)
     words = type("Words", (), {"separator": 0})
-    got = confidence.of_text(model, Document(iter(each) for each in ids), words, score)
+    got = confidence.of_text(model, Documents(ids), words, score)
     sure, correct = [], []
     for each in ids:
         p = jax.nn.softmax(tiny.logits(model, jnp.asarray([[0, *each[:-1]]]))[0])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from efflm.compress.quantize import quantize
 from efflm.config import InputError
 from efflm.evaluate import quality, windows
-from efflm.evaluate.windows import Scoring, blocks
+from efflm.evaluate.windows import Scoring
 from efflm.model import LanguageModel, sharding
 from tests import reference, tiny
 
@@ -22,6 +22,12 @@ SEPARATOR = 299
 def documents(*lengths, seed=0):
     rng = np.random.default_rng(seed)
     return [rng.integers(0, 290, length).tolist() for length in lengths]
+
+
+def blocks(texts, separator, scoring, unbroken=False):
+    """Of documents in which a token stands for 1 to 4 bytes."""
+    sized = (((token, token % 4 + 1) for token in text) for text in texts)
+    return windows.blocks(sized, separator, scoring, unbroken)
 
 
 def cut(texts, separator, scoring):
@@ -108,8 +114,7 @@ def test_the_rows_of_one_document():
 def test_figures_equal_float64(joined):
     model, other = tiny.model(seed=0), tiny.model(seed=1)
     texts, scoring = documents(5, 21, 9), Scoring(window=8, stride=3, joined=joined)
-    sizes = np.arange(300) % 4 + 1
-    got = quality.measure({"": other}, blocks(texts, SEPARATOR, scoring), sizes, reference=model)[""]
+    got = quality.measure({"": other}, blocks(texts, SEPARATOR, scoring), 300, reference=model)[""]
     bits, kl, same, size = np.zeros(3), np.zeros(3), np.zeros(3), np.zeros(3)
     stream = [(0, SEPARATOR)] + [(1, i) for i in texts[0]]
     streams = [[(0, SEPARATOR)] + [(d, i) for i in text] for d, text in enumerate(texts, 1)]
@@ -128,7 +133,7 @@ def test_figures_equal_float64(joined):
             bits[document - 1] -= log_q[token] / np.log(2)
             kl[document - 1] += np.sum(np.exp(log_p) * (log_p - log_q))
             same[document - 1] += log_p.argmax() == log_q.argmax()
-            size[document - 1] += sizes[token]
+            size[document - 1] += token % 4 + 1
     for name, value in {"bits": bits, "kl": kl, "agreement": same, "bytes": size, "tokens": [5, 21, 9]}.items():
         np.testing.assert_allclose(getattr(got, name), value, rtol=1e-4, err_msg=name)
     mean, error = quality.perplexity(got)
@@ -141,7 +146,7 @@ def test_figures_equal_float64(joined):
 
 def test_blocks_add_up_to_the_whole(monkeypatch):
     """One block or many, and what is kept of the reference, are all the same to the sums."""
-    model, other, sizes = tiny.model(seed=0), tiny.model(seed=1), np.ones(300)
+    model, other, sizes = tiny.model(seed=0), tiny.model(seed=1), 300
     texts, scoring = documents(5, 0, 21, 40, 1, 9), Scoring(window=8, stride=3)
     whole = quality.measure({"": other}, blocks(texts, SEPARATOR, scoring), sizes, model)[""]
     monkeypatch.setattr(windows, "BLOCK", 16)
@@ -252,7 +257,7 @@ def test_a_model_on_a_mesh_scores_the_same(format):
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     spread = model.replace(params=jax.device_put(model.params, sharding.shardings(model.params, mesh)))
     rows = list(blocks(documents(20, 30, 7), SEPARATOR, Scoring(window=16, stride=8)))
-    one, many = (quality.measure({"": each}, rows, np.ones(300), each)[""] for each in (model, spread))
+    one, many = (quality.measure({"": each}, rows, 300, each)[""] for each in (model, spread))
     np.testing.assert_allclose(many.bits, one.bits, rtol=1e-5)
     assert quality.divergence(many) == (0.0, 0.0)
 
@@ -267,9 +272,9 @@ def test_what_cannot_be_scored_is_refused():
     small = tiny.model(dataclasses.replace(tiny.LLAMA, vocabulary=400))
     rows = list(blocks(documents(5), SEPARATOR, Scoring(window=8)))
     with pytest.raises(InputError, match="vocabulary has 400 entries, the reference's 300"):
-        quality.measure({"": small}, rows, np.ones(300), reference=tiny.model())
+        quality.measure({"": small}, rows, 300, reference=tiny.model())
     with pytest.raises(InputError, match="tokenizer has 301 entries, but the model's vocabulary is 300"):
-        quality.measure({"": tiny.model()}, rows, np.ones(301), reference=tiny.model())
+        quality.measure({"": tiny.model()}, rows, 301, reference=tiny.model())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,55 @@
+"""A long text as token ids, and the bytes of the text that each of them stands for."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+CONTEXT = 256  # characters on either side of a stretch that are tokenized with it
+
+Sized = tuple[list[int], np.ndarray]  # ids, and the bytes of each, int64
+
+
+def sized(
+    encode: Callable[[str], Any], pieces: Sequence[bytes], lengths: np.ndarray, stretches: Iterable[str]
+) -> Iterator[Sized]:
+    """The ids of each stretch of a text, as those of the whole text, and the bytes of the text that each stands for.
+
+    The bytes are the text's own, whatever a normalizer makes of it, so they add up to its size. Each stretch is
+    tokenized with CONTEXT characters before and after it: neither does a space come before each, as it comes before a
+    whole text in SentencePiece's way, nor is a token cut. What no token stands for counts for the token after it, and
+    at the end for the last one. A character of several tokens counts for the first, but where the text is just the
+    `pieces` of its ids each counts its own bytes. encode: a text -> its tokenizers.Encoding;
+    lengths: of the pieces.
+    """
+    before, skipped, held = "", 0, None
+    for text, after in itertools.pairwise(itertools.chain(stretches, [""])):
+        found = encode(before + text + after[:CONTEXT])
+        ends = np.maximum.accumulate(np.array([end for _, end in found.offsets], np.int64)) - len(before)
+        own = slice(np.searchsorted(ends, 0, "right") if before else 0, np.searchsorted(ends, len(text), "right"))
+        ids, size = found.ids[own], len(text.encode())
+        before = (before + text)[-CONTEXT:]
+        if ids:
+            sizes = lengths[ids].astype(np.int64)
+            if sizes.sum() != size or b"".join(pieces[i] for i in ids) != text.encode():
+                places = _places(text)[ends[own]]
+                places[-1] = size
+                sizes = np.diff(places, prepend=0)
+            sizes[0] += skipped
+            if held:
+                yield held
+            held, skipped = (ids, sizes), 0
+        elif held:
+            held[1][-1] += size
+        else:
+            skipped += size
+    if held:
+        yield held
+
+
+def _places(text: str) -> np.ndarray:
+    """The byte at which each character begins, and the end, int64 [characters + 1]."""
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    sizes = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF).astype(np.int64)
+    return np.concatenate([[0], np.cumsum(sizes)])
