@@ -111,17 +111,17 @@ def measure(
     tokens: int = 512,
     window: int = 0,
     stride: int = 0,
-    held_out: bool = False,
+    held_out: bool = True,
     speed: bool = True,
     strict: bool = False,
 ) -> Measured:
     """Quality on text, size and speed on this machine: what experiments.evaluate measures, for one model or for several
     by name, the first of which the others are compared with. Print it for the table; result["name"] is a row.
 
-    text: a file or folder, scored as a whole; "stdlib" or "enwik8", of which the test split is. held_out: of a file or
-    folder too, since the rest is what `compress` and pretraining train on. documents, tokens: how many documents, and
-    tokens of each; 0: all. window, stride: as experiments.evaluate has them. speed: time prefill and decode too. Bytes
-    are those of the file that `save` writes, to 1%.
+    text: a file or folder, "stdlib" or "enwik8". Scored is its test split, which `compress` and pretraining leave out;
+    held_out=False: all of a file or folder, as --text has it. documents, tokens: how many documents, and tokens of
+    each; 0: all. window, stride: as experiments.evaluate has them. speed: time prefill and decode too. Bytes are those
+    of the file that `save` writes, to 1%.
     """
     named = arguments.named(models)
     for model in named.values():

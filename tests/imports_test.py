@@ -102,6 +102,16 @@ def test_methods_of_compression_know_only_what_they_share():
         assert taken <= shared, path
 
 
+def test_nothing_writes_json_with_numbers_that_json_does_not_have():
+    for path in [*FILES, *(ROOT / "experiments").glob("*.py")]:
+        if path.name == "render_template.py":  # writes for the templates of others, who expect Python's words
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps"):
+                strict = "allow_nan=False" in ast.unparse(node) or "ensure_ascii=False" in ast.unparse(node)
+                assert strict, f"{path}:{node.lineno}: use rundir.to_json"
+
+
 def test_importing_the_library_starts_nothing():
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in FILES]
     program = f"import {', '.join(modules)}\nfrom jax._src import xla_bridge\nassert not xla_bridge._backends"

@@ -2,12 +2,15 @@
 
 import errno
 import fcntl
+import json
+import math
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from efflm import rundir
@@ -94,3 +97,10 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys)
     with rundir.held(tmp_path / "run"):
         pass
     assert capsys.readouterr().err == ""
+
+
+def test_json_has_null_for_what_is_not_finite(tmp_path):
+    given = {"a": [1.5, math.nan, (math.inf, {"b": -math.inf})], "c": np.float64("nan"), "d": "NaN", "e": True}
+    rundir.write_json(tmp_path / "x.json", given)
+    found = json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"a": [1.5, None, [None, {"b": None}]], "c": None, "d": "NaN", "e": True}

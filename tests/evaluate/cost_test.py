@@ -24,6 +24,13 @@ def test_rates_are_the_quartiles_of_what_the_clock_says(rng):
             np.testing.assert_allclose([rate.median, rate.low, rate.high], expected)
 
 
+def test_a_single_repeat_has_no_spread():
+    looks = itertools.cycle([0.0, 2.0, 0.0, 4.0])
+    (((prefill, decode)),) = rates({"a": tiny.model()}, Protocol(24, new=3, repeats=1), lambda: next(looks)).values()
+    assert (prefill.low, prefill.median, prefill.high) == (12.0, 12.0, 12.0)
+    assert (decode.low, decode.median, decode.high) == (0.75, 0.75, 0.75)
+
+
 def test_large_models_are_measured_more_briefly(monkeypatch):
     model = tiny.model()
     assert cost.protocol_for(model) == Protocol().within(64)

@@ -55,6 +55,17 @@ def test_the_ratio_and_its_error(rng):
     np.testing.assert_allclose(np.mean(errors), np.std(means), rtol=0.1)
 
 
+def test_a_perplexity_beyond_the_largest_number_is_infinite():
+    assert quality.perplexity(of([1020.0 * 9, 1020.0 * 11], [9, 11])) == (pytest.approx(2.0**1020), 0.0)
+    assert quality.perplexity(of([1030.0 * 9, 1030.0 * 11], [9, 11])) == (np.inf, None)
+
+
+def test_the_deviation_over_seeds():
+    assert quality.deviation([1.0, 3.0]) == pytest.approx(2**0.5)
+    assert quality.deviation([1.0]) is None
+    assert quality.deviation([1.0, np.inf]) is None
+
+
 def test_of_one_document_there_is_no_error():
     one = of([2], [1])
     assert quality.bits_per_byte(one) == (2.0, None)

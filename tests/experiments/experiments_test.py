@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+import efflm
 from efflm import rundir
 from efflm.compress import recipe
 from efflm.compress.distill import Distill
@@ -22,6 +23,7 @@ from efflm.config import MeshConfig, ModelShape, Optimizer, TrainConfig
 from efflm.evaluate.windows import Scoring
 from efflm.flags import launch
 from efflm.model import sharding
+from efflm.report import samples
 from efflm.train import assemble, checkpoint, loop
 from efflm.train.checkpoint import Checkpointing, TrainingRun
 from experiments import compress, evaluate, pretrain, quickstart
@@ -250,9 +252,13 @@ def test_scanned_pretraining_leaves_an_unstacked_checkpoint(corpus, tmp_path, fa
 def test_compress_and_evaluate_a_trained_run(trained, tmp_path, monkeypatch):
     out, asked, require = tmp_path / "out", [], rundir.require_writable
     monkeypatch.setattr(rundir, "require_writable", lambda path, needs: asked.append(needs) or require(path, needs))
+    begun, write = [], samples.write
+    monkeypatch.setattr(samples, "write", lambda *given: begun.append(given[2]) or write(*given))
     run(compress, f"--model={trained}", "--recipe=magnitude50,w8a8", "--prune.sparsity=0.25", "--score.window=16",
         "--sample=4", f"--run_dir={out}")  # fmt: skip
     before, after = rows_of(out)
+    tokenizer = efflm.load(trained)[1]
+    assert begun == [[tokenizer.separator, *tokenizer.encode("The capital of France is")]] * 2  # as the text it read
     assert written_in(out) < asked[-1] < 2.5 * written_in(out) + 4e6
     assert after["name"] == "magnitude50+w8a8"
     layers = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48)
@@ -284,6 +290,8 @@ def test_several_recipes_in_one_report(trained, corpus, tmp_path):
     assert "windows of 32 tokens, 8 apart" in quality
     assert str(text) in quality
     assert set(results["samples"]) == {row["name"] for row in results["rows"]}
+    prompt = "The capital of France is"
+    assert results["samples"]["before"] == prompt + efflm.generate(*efflm.load(trained), prompt, max_tokens=4)
     assert set(results["records"]) == {"w8a16", "magnitude24", "student_scratch"}
     page = (out / "report.html").read_text()
     assert "windows of 32 tokens" in page

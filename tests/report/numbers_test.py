@@ -14,6 +14,10 @@ from efflm.report import numbers
         (-0.0000021, 0.0000033, "0.00000 ± <0.00001"),
         (0.0, 0.0, "0 exactly"),
         (0.5, None, "0.5000"),
+        (float("inf"), float("nan"), "inf"),
+        (float("nan"), float("nan"), "nan"),
+        (3.0, float("inf"), "3.0000"),
+        (1.234e45, 1e43, "1.23e+45 ± 1.00e+43"),
     ],
 )
 def test_a_figure_has_the_digits_that_its_error_allows(value, error, shown):
@@ -40,6 +44,11 @@ def test_ratios_have_no_more_digits_than_their_spread():
     assert numbers.ratio(1.0712, 0.08) == "1.07×"
     assert numbers.ratio(1.94, 0.3) == "1.9×"
     assert numbers.ratio(34.56, 0.1) == "35×"
+
+
+def test_a_perplexity_beyond_all_numbers_is_said_to_be_that():
+    assert numbers.perplexity(float("inf"), None) == ("> 1e308", "")
+    assert numbers.perplexity(12.1403, 1.018) == ("12.1", "± 1.0")
 
 
 def test_shares_are_in_percent():

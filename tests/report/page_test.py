@@ -8,7 +8,7 @@ from efflm.report import compared, page
 from efflm.report.analysis import Phase
 from efflm.report.page import Detail, Section, Step, Table
 from efflm.report.samples import Sample
-from efflm.report.table import COLUMNS
+from efflm.report.table import COLUMNS, Column
 from tests.report.browser import look, needs_browser
 from tests.report.example import ROW, TEN
 
@@ -67,6 +67,19 @@ def test_a_table_of_notes_alone_opens_too(tmp_path):
     text = (tmp_path / "r.html").read_text()
     assert "&lt;b&gt;bold &amp; free&lt;/b&gt;" in text
     assert "×" not in text  # of a single row there is no ratio
+
+
+def test_what_is_not_finite_sorts_as_a_number_or_comes_last():
+    values = {"a": 1.5, "b": float("inf"), "c": -float("inf"), "d": float("nan"), "e": None}
+    named = [dataclasses.replace(ROW, name=name) for name in values]
+    column = Column("figure", lambda row: str(values[row.name]), lambda row: values[row.name])
+    table = Table(caption="One", columns=[column], rows=named)
+    assert [table.cell(column, row).sort for row in named] == ["1.5", "Infinity", "-Infinity", "", ""]
+
+
+def test_a_bar_of_nothing_or_of_what_is_not_finite_has_no_length():
+    bars = page.bars("c", {"one": {"a": float("nan"), "b": 0.0}}, "MB", 1e6)
+    assert [piece.share for piece in bars.bars[0].pieces] == [0.0, 0.0]
 
 
 def test_a_bar_s_pieces_are_its_parts():

@@ -85,6 +85,20 @@ def test_the_svg_takes_the_page_s_colors_and_escapes_names():
     assert 'data-row="&lt;script&gt;alert(&quot;1&quot;)' in text
 
 
+def test_what_is_not_finite_is_not_drawn():
+    nan, inf, xs = float("nan"), float("inf"), np.arange(5.0)
+    for ranges in (None, [(1.0, 2.0)] * 4):
+        given = ([1.0, 2.0, 3.0, 4.0], ranges, [0.0, nan, -0.1, inf], [0.0, nan, 0.01, inf])
+        figure, _, front = plots.tradeoff(list("abcd"), *given, "MB", list("abcd"))
+        assert front == [0, 2]
+        assert plots.svg(figure).count('class="mark"') == 2
+    for losses in ([3.0, 2.0, nan, nan, nan], [nan] * 5):
+        plots.svg(plots.curves({"a": (xs, np.array(losses)), "b": (xs, xs)}, "steps"))
+    for before in (3.0, inf):
+        values = np.array([9.0, inf, nan, 1e300, 4.0])
+        assert plots.svg(plots.sweeps({"a": (xs, values, xs)}, "bits", "perplexity", before)).count('class="mark"') == 2
+
+
 def test_curves_are_named_at_their_ends_and_files_are_png(tmp_path):
     xs = np.arange(20.0)
     found = {f"run {i}": (xs, 3 - 0.05 * xs + 1e-4 * i) for i in range(9)}  # more than there are colors

@@ -1,0 +1,26 @@
+import pytest
+
+from efflm.report import rows
+
+
+@pytest.mark.parametrize(
+    ("sources", "named"),
+    [
+        (["a/Llama-3.2-1B", "a/Llama-3.2-3B/"], ["Llama-3.2-1B", "Llama-3.2-3B"]),
+        (["org/SmolLM2-1.7B", "smollm2"], ["SmolLM2-1.7B", "smollm2"]),
+        (["runs/small.v2.safetensors"], ["small.v2"]),
+        (["m.Q4_1.gguf", "m.Q8_0.gguf"], ["m.Q4_1", "m.Q8_0"]),
+        (["a/m.gguf", "a/m.safetensors"], ["m.gguf", "m.safetensors"]),
+        (["runs/1/model.safetensors", "runs/2/model.safetensors"], ["1/model.safetensors", "2/model.safetensors"]),
+        (["a/x/m", "b/x/m", "m"], ["a/x/m", "b/x/m", "m"]),
+        (["m", "m"], ["m", "m (2)"]),
+    ],
+)
+def test_models_have_their_own_names_and_different_ones(sources, named):
+    assert rows.names(sources) == named
+
+
+def test_a_folder_is_called_what_it_is_called(tmp_path, monkeypatch):
+    (tmp_path / "Llama-3.2").mkdir()
+    monkeypatch.chdir(tmp_path / "Llama-3.2")
+    assert rows.names(["."]) == rows.names([f"{tmp_path}/Llama-3.2/."]) == ["Llama-3.2"]
