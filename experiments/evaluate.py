@@ -33,7 +33,7 @@ class Run:
     """The run"""
 
     model: str = flag(str(rundir.ROOT / "quickstart"), KINDS, path=True)
-    text: str = flag("", "file or folder of UTF-8 text to score; default: the test split of --corpus", path=True)
+    text: str = flag("", "file or folder of UTF-8 text, scored whole; default: the test split of --corpus", path=True)
     corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib", path=True)
     strict: bool = flag(False, corpora.STRICT)
     reference: str = flag(

@@ -16,6 +16,7 @@ from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import digest
 from efflm.config import MeshConfig
+from efflm.data import dataset
 from efflm.evaluate.windows import Scoring
 from efflm.flags import launch
 from efflm.formats import sources
@@ -126,7 +127,7 @@ def test_training_keeps_the_masks_and_a_step_of_ones_own_gets_the_text(loaded, f
 def test_measure_gives_the_figures_and_the_table_of_the_command(source, loaded, folder, tmp_path, capsys):
     model, tokenizer = loaded
     small = efflm.compress(model, "magnitude50,w8a8")
-    found = efflm.measure({"dense": model, "small": small}, tokenizer, folder, **SHORT, speed=False)
+    found = efflm.measure({"dense": model, "small": small}, tokenizer, folder, **SHORT, held_out=False, speed=False)
     assert [row.name for row in found] == ["dense", "small"]
     assert isinstance(found["small"], Row)
     assert found["small"] is found[1] is found.rows[1]
@@ -158,9 +159,21 @@ def test_measure_takes_one_model_and_the_same_one_twice(loaded, folder):
     twice = efflm.measure({"a": model, "b": model}, tokenizer, folder, **SHORT, speed=False)
     assert len(alone) == 1
     assert alone["model"].bits_per_byte == twice["a"].bits_per_byte == twice["b"].bits_per_byte
-    held_out = efflm.measure(model, tokenizer, folder, **SHORT, speed=False, held_out=True)
-    assert "3 of 7 test documents" in held_out.facts[0]
-    assert "3 of 70 documents" in alone.facts[0]
+    whole = efflm.measure(model, tokenizer, folder, **SHORT, speed=False, held_out=False)
+    assert "3 of 7 test documents" in alone.facts[0]
+    assert "3 of 70 documents" in whole.facts[0]
+
+
+def test_what_is_measured_is_not_what_compress_reads(loaded, folder, monkeypatch):
+    (model, tokenizer), read, scored = loaded, [], []
+    prepare, to_score = dataset.prepare, dataset.to_score
+    monkeypatch.setattr(dataset, "prepare", lambda *a, **k: read.append(prepare(*a, **k)) or read[-1])
+    monkeypatch.setattr(dataset, "to_score", lambda *a, **k: scored.append(to_score(*a, **k)) or scored[-1])
+    efflm.compress(model, "wanda50", folder, tokenizer, calibration_rows=2, calibration_length=16)
+    efflm.measure(model, tokenizer, folder, **SHORT, speed=False)
+    trained_on = {name for name, _ in read[0].corpus.train}
+    assert scored[0].parts
+    assert not trained_on & {part.name for part in scored[0].parts}
 
 
 def test_speed_is_measured_unless_it_is_not_asked_for(loaded, folder):

@@ -63,7 +63,7 @@ def cautions(model: str, about: dict[str, Any], seen: str) -> list[str]:
     if seen:
         out.append(
             f"{model} was in all likelihood trained on {seen}: compare these rows with each other and not with other "
-            "texts, or give --text."
+            "texts, or score a text of your own."
         )
     if "dequantized" in about:
         out.append(
