@@ -19,10 +19,10 @@ from typing import Any, get_args
 
 import jax
 
-from efflm import arguments, ops, rundir
+from efflm import arguments, ops
 from efflm.compress import recipe
 from efflm.compress.step import Calibration, Context, Step
-from efflm.config import AskedPrecision, InputError, require
+from efflm.config import AskedPrecision, InputError, at_home, require
 from efflm.data import corpora, dataset, enwik8, loader
 from efflm.evaluate.windows import Scoring
 from efflm.formats import safetensors, sources
@@ -30,7 +30,7 @@ from efflm.infer import speculative
 from efflm.infer.generate import generate as generate_ids
 from efflm.infer.sampling import Sampling
 from efflm.model import LanguageModel, require_same_tokenizer, sharding
-from efflm.report import measured, rows, samples
+from efflm.report import measured, rows
 from efflm.report.measured import Measured
 from efflm.tokenizer import Tokenizer
 
@@ -49,7 +49,7 @@ def load(source: SOURCE, *, dtype: str | None = None, precision: str = "") -> tu
         precision in get_args(AskedPrecision),
         f"precision is {precision!r}: choose float32, bfloat16 or auto, or leave it out",
     )
-    name = os.path.expanduser(os.fspath(source))
+    name = at_home(os.fspath(source))
     loaded = sources.load(name, dtype=dtype, precision=precision)
     return loaded.model.with_about(loaded.about), loaded.tokenizer
 
@@ -93,7 +93,7 @@ def compress(
         arguments.require_tokenizer(tokenizer, model, f"{name} {does} on text, which needs")
         settings = {"batch": batch, "length": length, "seed": seed, "strict": strict}
         calibration = Calibration(rows=calibration_rows, length=calibration_length)
-        context = context_for(chain, source, _cache(), model, tokenizer, calibration=calibration, **settings)
+        context = context_for(chain, source, dataset.cache(), model, tokenizer, calibration=calibration, **settings)
         model = jax.device_put(model, sharding.shardings(model, context.mesh)).with_about(model.about)
     else:
         context = Context(seed=seed, mesh=sharding.make_mesh())
@@ -130,7 +130,7 @@ def measure(
     source, first = arguments.text_of(text), next(iter(named.values()))
     as_corpus = held_out or source in (corpora.DEFAULT, enwik8.NAME)
     where = ("", source) if as_corpus else (source, "")
-    scored = dataset.to_score(*where, first.about, tokenizer, _cache(), strict)
+    scored = dataset.to_score(*where, first.about, tokenizer, dataset.cache(), strict)
     score = Scoring(documents=documents, tokens=tokens, window=window, stride=stride).within(
         min(model.config.max_length for model in named.values()), first.about.get("train.length", 0), scored.unbroken
     )
@@ -165,6 +165,8 @@ def generate(
     likeliest token. chat: the prompt is a question, which the model's chat template puts. draft: a smaller model
     with the same tokenizer, which proposes `ahead` tokens at a time; what is written is as likely as without it (see
     infer.speculative).
+
+    The first call with a model lays it out for this machine and compiles; later ones of the same lengths reuse both.
     """
     arguments.require_model(model)
     arguments.require_tokenizer(tokenizer, model, "generating needs")
@@ -176,16 +178,16 @@ def generate(
     require(type(max_tokens) is int, f"max_tokens is {arguments.shown(max_tokens)}, but must be an integer")
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     ids = [prompt_ids(tokenizer, each, model.about, chat=chat, system=system) for each in prompts]
-    here = ops.prepare(model, jax.default_backend())
+    here = ops.prepared(model, jax.default_backend())
     if draft is None:
         new_ids = generate_ids(here, ids, max_tokens, sampling, tokenizer.stops, seed)
     else:
         arguments.require_model(draft)
         arguments.require_tokenizer(tokenizer, draft, "drafting needs")
         require_same_tokenizer(draft, model, "draft", "model")
-        small = ops.prepare(draft, jax.default_backend())
+        small = ops.prepared(draft, jax.default_backend())
         new_ids, _ = speculative.generate(here, small, ids, max_tokens, sampling, tokenizer.stops, seed, ahead)
-    written = [samples.text(new, tokenizer) for new in new_ids]
+    written = [tokenizer.stream()(new, final=True) for new in new_ids]
     texts = [each.partition(stop)[0] if stop else each for each in written]
     return texts[0] if isinstance(prompt, str) else texts
 
@@ -202,7 +204,7 @@ def save(path: SOURCE, model: LanguageModel | None = None, tokenizer: Tokenizer 
     )
     arguments.require_model(model)
     arguments.require_tokenizer(tokenizer, model, "saving needs")
-    file = Path(path).expanduser()
+    file = Path(at_home(os.fspath(path)))
     if file.suffix != ".safetensors":
         taken = [name for name in ("config.json", "checkpoint") if (file / name).exists()]
         require(not taken, f"{file} holds another model ({', '.join(taken)}): give another path")
@@ -265,10 +267,6 @@ def prompt_ids(
     if about.get("source"):  # trained here, where a separator stands before each text
         return [tokenizer.separator, *tokenizer.encode(text)]
     return tokenizer.prompt(text) or [tokenizer.separator]
-
-
-def _cache() -> Path:
-    return rundir.ROOT / "corpora"
 
 
 def _note(model: LanguageModel) -> str:
