@@ -366,7 +366,9 @@ class HostsConfig:
     )
     count: int = flag(0, "how many processes there are; not with auto", internal=True)
     index: int = flag(-1, "which of them this one is, from 0; not with auto", internal=True)
-    heartbeat: int = flag(30, "seconds of silence after which a process is given up and the others stop", internal=True)
+    heartbeat: int = flag(
+        100, "seconds of silence after which a process is given up and the others stop", internal=True
+    )
     stopped: int = flag(
         0, "exit code of a run that SIGTERM stopped; 75 tells the scripts of a cluster to start again", internal=True
     )

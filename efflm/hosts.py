@@ -38,10 +38,23 @@ _LOST = re.compile(
     "|barrier failed|coordination service",
     re.IGNORECASE,
 )
+# What accelerators that break look like; XLA's DATA_LOSS, too, is their memory. A kernel of ours that is wrong can look
+# the same, so a run is not started again for ever because of it (train.faults).
+_FAULT = re.compile(
+    r"\becc\b|uncorrectable|parity error|nvlink|\bxid\b|fallen off the bus|(device|gpu) (is|was) lost|halted"
+    r"|\bici\b.*(error|fail|down)|hbm\b.*corrupt|hardware (error|fault|failure)|memory access fault"
+    r"|illegal memory access|unspecified launch failure|already in an error state"
+    r"|(cuda|hip)_?error_?\w*(illegal_?address|illegal_?instruction|hardware|launch_?fail|contained|device_?unavailable|system_?not_?ready|unknown)",
+    re.IGNORECASE,
+)
+_NO_FAULT = {
+    "INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNIMPLEMENTED",
+    "RESOURCE_EXHAUSTED",
+}  # fmt: skip
 
 
 class Interrupted(Exception):
-    """What failed was a machine, the network or storage, and not the run: it can go on from its last checkpoint.
+    """What failed was a machine, a device, the network or storage: the run can go on from its last checkpoint.
 
     The message is one line, for the user; the exit code is RETRY."""
 
@@ -65,12 +78,23 @@ def exit_code(error: BaseException, began: bool = False) -> int:
         return RETRY if failed and began else MISTAKE
     status = _STATUS.match(text)
     if not status:
-        return BUG
+        return RETRY if is_fault(error) else BUG
     if status[1] in ("PERMISSION_DENIED", "UNAUTHENTICATED"):  # of remote storage
         return MISTAKE
     if re.search("RESOURCE_EXHAUSTED:|out of memory", text, re.IGNORECASE):
         return MEMORY
-    return RETRY if _LOST.search(text) else BUG
+    return RETRY if _LOST.search(text) or is_fault(error) else BUG
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether it is, or came of, an accelerator that broke: of its memory, its links, or the whole device."""
+    if isinstance(error, Interrupted) and error.__cause__:
+        error = error.__cause__
+    text, of_xla = str(error).partition("\n")[0], isinstance(error, jax.errors.JaxRuntimeError)
+    status = _STATUS.match(text)
+    if not (status or of_xla) or (status and status[1] in _NO_FAULT):
+        return False
+    return bool(_FAULT.search(text)) or bool(of_xla and status and status[1] == "DATA_LOSS")
 
 
 def reason(error: BaseException) -> str:
@@ -88,7 +112,8 @@ def explain(error: BaseException, code: int) -> str:
     if code == MEMORY:
         return f"out of memory ({reason(error)}): make the batch, the sequences or the model smaller, or add devices"
     if code == RETRY:
-        return f"a machine, the network or storage failed ({reason(error)}): start again, from the last checkpoint"
+        what = "a machine, a device, the network or storage failed"
+        return f"{what} ({reason(error)}): start again, from the last checkpoint"
     named = getattr(error, "filename", None)
     return reason(error) if named else f"{reason(error)}: free some space, or give another --run_dir"
 

@@ -59,6 +59,34 @@ ERRORS = [  # error, its exit code before training began, and after
     (XLA("DEADLINE_EXCEEDED: Barrier timed out. Id: x"), RETRY, RETRY),
     (XLA("ABORTED: the coordinator restarted"), RETRY, RETRY),
     (XLA("CANCELLED: CANCELLED"), RETRY, RETRY),
+    # accelerators that break, as XLA words it
+    *(
+        (XLA(text), RETRY, RETRY)
+        for text in (
+            "INTERNAL: Failed to synchronize: CUDA_ERROR_ECC_UNCORRECTABLE: uncorrectable ECC error encountered",
+            "INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered",
+            "UNKNOWN: CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure",
+            "INTERNAL: CUDA_ERROR_NVLINK_UNCORRECTABLE: uncorrectable NVLink error detected during the execution",
+            "INTERNAL: CUDA_ERROR_CONTAINED: Invalid access of peer GPU memory over nvlink or a hardware error",
+            "INTERNAL: CUDA_ERROR_HARDWARE_STACK_ERROR: hardware stack error",
+            "INTERNAL: stream did not block host until done; was already in an error state",
+            "INTERNAL: GPU 3 has fallen off the bus (Xid 79)",
+            "INTERNAL: HIP_ERROR_IllegalAddress: an illegal memory access was encountered",
+            "INTERNAL: hipErrorECCNotCorrectable: uncorrectable ECC error encountered",
+            "INTERNAL: Accelerator device halted prematurely, perhaps due to an on-device check-failure. Node 0 halted",
+            "FAILED_PRECONDITION: The program continuator has halted unexpectedly.",
+            "UNKNOWN: TPU core halted, ICI link error",
+            "DATA_LOSS: 2 root error(s) found: uncorrectable HBM error",
+            "DATA_LOSS: TPU memory was corrupted",
+            "CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered",
+        )
+    ),
+    (XLA("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm: error while it was allocated"), MEMORY, MEMORY),
+    (XLA("INVALID_ARGUMENT: illegal memory access was asked for"), BUG, BUG),
+    (XLA("INTERNAL: Mosaic failed to compile TPU kernel: eccentric layout in hbm"), BUG, BUG),
+    (XLA("INTERNAL: CpuCallback error: Traceback\nuncorrectable ECC error"), BUG, BUG),
+    (ValueError("DATA_LOSS: Error reading local file: checksum differs [tensorstore_spec='{}']"), BUG, BUG),
+    (RuntimeError("the ECC of the code is uncorrectable"), BUG, BUG),
     # the operating system, itself or through TensorStore, which makes RESOURCE_EXHAUSTED of a full disk
     *((OSError(n, os.strerror(n)), MISTAKE, MISTAKE) for n in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)),
     *((OSError(n, os.strerror(n)), MISTAKE, RETRY) for n in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENETDOWN)),
@@ -114,7 +142,7 @@ def test_only_what_is_worth_another_try_is_raised_as_interrupted():
         (
             XLA("UNAVAILABLE: no route"),
             RETRY,
-            "error: a machine, the network or storage failed (UNAVAILABLE: no route)",
+            "error: a machine, a device, the network or storage failed (UNAVAILABLE: no route)",
         ),
     ],
     ids=repr,

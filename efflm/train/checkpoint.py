@@ -26,7 +26,7 @@ from efflm.config import InputError, ModelConfig, require
 from efflm.model import LanguageModel, sharding
 from efflm.model_files import read_object
 from efflm.ops.storage import from_flat, to_flat
-from efflm.train import arrays, manifest
+from efflm.train import arrays, faults, manifest
 from efflm.train.described import arrays_of
 from efflm.train.step import TrainState
 
@@ -143,8 +143,12 @@ class TrainingRun:
     def __enter__(self) -> "TrainingRun":
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self.writer.__exit__(*error)
+    def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
+        self.writer.__exit__(kind)
+        if error and hosts.is_fault(error):
+            directory = self.policy.directory
+            good = [step for step in _steps(directory) if manifest.exists(directory / str(step))]
+            faults.require_passing(directory / "faults.json", good[-1] if good else -1, error)
 
     def resume(self, like: TrainState) -> TrainState | None:
         """The newest good state, laid out as the abstract `like`; None at the start of a run.
