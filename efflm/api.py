@@ -30,7 +30,7 @@ from efflm.infer import speculative
 from efflm.infer.generate import generate as generate_ids
 from efflm.infer.sampling import Sampling
 from efflm.model import LanguageModel, require_same_tokenizer, sharding
-from efflm.report import measured, rows
+from efflm.report import measured, rows, samples
 from efflm.report.measured import Measured
 from efflm.tokenizer import Tokenizer
 
@@ -187,7 +187,7 @@ def generate(
         require_same_tokenizer(draft, model, "draft", "model")
         small = ops.prepared(draft, jax.default_backend())
         new_ids, _ = speculative.generate(here, small, ids, max_tokens, sampling, tokenizer.stops, seed, ahead)
-    written = [tokenizer.stream()(new, final=True) for new in new_ids]
+    written = [samples.text(new, tokenizer) for new in new_ids]
     texts = [each.partition(stop)[0] if stop else each for each in written]
     return texts[0] if isinstance(prompt, str) else texts
 

@@ -158,7 +158,7 @@ def _choice(
         on_cpu = jax.default_backend() == "cpu"
         facts = {name: machine[name] for name in ("cpu", "cores", "device", "jax")} | {"jaxlib": jaxlib.__version__}
         facts |= {"kernels": build.form() if on_cpu else "", "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
-        told = json.dumps([flag, facts, about, PROMPT, NEW], sort_keys=True)
+        told = rundir.to_json([flag, facts, about, PROMPT, NEW], sort_keys=True)
         key = hashlib.sha256(told.encode()).hexdigest()[:16]
         seconds, when = _kept().get(key), "measured earlier on this machine"
         if not _sound(seconds):
@@ -266,7 +266,7 @@ def _keep(key: str, seconds: Seconds) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
         try:
-            partial.write_text(json.dumps(_kept() | {key: seconds}, indent=1) + "\n")
+            partial.write_text(rundir.to_json(_kept() | {key: seconds}, indent=1) + "\n")
             partial.replace(file)
         finally:
             partial.unlink(missing_ok=True)

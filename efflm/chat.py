@@ -46,7 +46,7 @@ def render(
         "longest": LONGEST,
     }
     try:
-        sent = json.dumps(request).encode()
+        sent = json.dumps(request, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"messages must hold what JSON can: {error}") from None
     kind, text = _answer(sent)

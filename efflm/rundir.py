@@ -7,6 +7,7 @@ import fnmatch
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
@@ -128,7 +129,7 @@ def _lock(path: Path) -> int:
     }
     with contextlib.suppress(OSError):  # a full disk: the lock counts, not the words
         os.ftruncate(handle, 0)
-        os.write(handle, json.dumps(me).encode())
+        os.write(handle, to_json(me).encode())
     return handle
 
 
@@ -176,7 +177,20 @@ def discard(folder: Path, names: Iterable[str]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_whole(path, json.dumps(value, indent=1) + "\n")
+    write_whole(path, to_json(value, indent=1) + "\n")
+
+
+def to_json(value: Any, **how: Any) -> str:
+    """The value as JSON, which has no words for numbers that are not finite: they are null. how: as of json.dumps."""
+    return json.dumps(_finite(value), allow_nan=False, **how)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def machine() -> dict[str, str]:

@@ -21,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from efflm import chat, encoding, model_files
 from efflm.config import InputError, require
-from efflm.rundir import write_json, write_whole
+from efflm.rundir import to_json, write_json, write_whole
 from efflm.tokenizer_json import require_sound
 
 SEPARATOR = "<|endoftext|>"
@@ -226,7 +226,7 @@ def from_description(described: dict[str, Any], where: Any) -> tokenizers.Tokeni
     """The tokenizer that a tokenizer.json describes, tried out once. `where` names it in errors. Raises InputError."""
     require_sound(described, where)
     try:
-        core = tokenizers.Tokenizer.from_str(json.dumps(described))
+        core = tokenizers.Tokenizer.from_str(to_json(described))
         core.no_padding()  # of a length the file asks for
         core.no_truncation()
         core.decode(core.encode(TRIAL).ids)

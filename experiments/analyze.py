@@ -128,9 +128,6 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
     if measured:
         mfu = per_token * timed[0].tokens / measured.step / peak
         facts.append(f"Model FLOP utilization of the training step: {mfu:.1%} of the {policy.compute} peak.")
-    table.show(tokens, [], analysis.token_columns(seen))
-    table.show(held, [], analysis.MEMORY_COLUMNS)
-    table.show(timed, facts, analysis.PHASE_COLUMNS)
     given, command = rundir.machine(), command_line("experiments.analyze", sys.argv)
     rundir.write_json(
         run_dir / "results.json",
@@ -146,6 +143,9 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
             "versions": given,
         },
     )
+    table.show(tokens, [], analysis.token_columns(seen))
+    table.show(held, [], analysis.MEMORY_COLUMNS)
+    table.show(timed, facts, analysis.PHASE_COLUMNS)
     tables = [
         Table(caption="Compute of one token by component.", columns=analysis.token_columns(seen), rows=tokens),
         Table(caption="Memory, by the closed form and as compiled.", columns=analysis.MEMORY_COLUMNS, rows=held),

@@ -27,7 +27,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import re
 import statistics
@@ -140,7 +139,9 @@ def main(run: Run) -> None:
                     update(next(ticks))
                 found.append(ask[name](shape, "measure"))
                 update(next(ticks))
-                print(json.dumps(line(shape, name, found, bandwidth) | beside(theirs, shape, name, found)), flush=True)
+                print(
+                    rundir.to_json(line(shape, name, found, bandwidth) | beside(theirs, shape, name, found)), flush=True
+                )
 
 
 def line(shape: Shape, precision: str, found: list[Answer], bandwidth: float) -> dict[str, Any]:

@@ -11,7 +11,6 @@ test documents, one sequence at a time; the time is that of the whole text, read
 
 import dataclasses
 import itertools
-import json
 import statistics
 import time
 
@@ -104,7 +103,7 @@ def main(run: Run) -> None:
             "ratio": round(this / alone, 3),
             "quartiles": [round(float(q) / alone, 3) for q in np.quantile(rates[ahead], (0.25, 0.75))],
         }
-        print(json.dumps(found), flush=True)
+        print(rundir.to_json(found), flush=True)
         if found["ratio"] <= 1:
             print(f"  no speedup here with {ahead} tokens at a time", flush=True)
     print(f"  {len(prompts)} prompts of {run.prompt_tokens} tokens, {run.max_tokens} new, on {rundir.machine()['cpu']}")

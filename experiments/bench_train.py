@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 
-from efflm import autotune, progress
+from efflm import autotune, progress, rundir
 from efflm.config import HostsConfig, InputError, MeshConfig, ModelShape, TrainConfig, flag, require
 from efflm.evaluate import machine
 from efflm.flags import launch
@@ -113,7 +113,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig, mesh: MeshConfig) -> N
                     "compile_seconds": round(step.compile_seconds, 2),
                     "peak_bytes": step.peak_bytes,
                 }
-                print(json.dumps(line | beside(theirs, name, rates)), flush=True)
+                print(rundir.to_json(line | beside(theirs, name, rates)), flush=True)
 
 
 def beside(theirs: list[list[dict[str, Any]]], policy: str, rates: list[float]) -> dict[str, float]:

@@ -153,7 +153,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict) -> N
     rundir.use_compilation_cache()
     protocol, kept = cost.protocol_for(dense), {}
     platform, records, written, measured, phases = jax.default_backend(), {}, {}, [], []
-    prompt = tokens.prompt(run.prompt) or [tokens.separator]
+    prompt = api.prompt_ids(tokens, run.prompt, about)
     first = rows.label(about)
     dense_here = ops.prepare(sharding.on_one_device(dense), platform)
     for name, steps in plans.items():
@@ -197,19 +197,19 @@ def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict) -> N
     commands = {first: command_line("experiments.evaluate", ["", f"--model={run.model}"])}
     commands |= {name: command_for(name, sys.argv) for name in plans}
     details = compared.details(rows.origin(run.model, about), about, records, written, run.prompt, tokens, commands)
-    table.show(measured, facts)
     machine, command = rundir.machine(), command_line("experiments.compress", sys.argv)
     rundir.write_json(
         run_dir / "results.json",
         {
             "rows": [dataclasses.asdict(row) for row in measured],
             "records": {name: [dataclasses.asdict(record) for record in kept] for name, kept in records.items()},
-            "samples": {name: run.prompt + tokens.decode(ids) for name, ids in written.items()},
+            "samples": {name: run.prompt + samples.text(ids, tokens) for name, ids in written.items()},
             "protocol": facts,
             "command": command,
             "versions": machine,
         },
     )
+    table.show(measured, facts)
     compared.write(
         run_dir / "report.html",
         title=f"{run.model} by {run.recipe.replace(',', '+').replace(' ', ', ')}: what it saves and what it costs",

@@ -51,7 +51,8 @@ def main(run: Run, score: Scoring, mesh: MeshConfig) -> None:
     devices = sharding.mesh_for(mesh, any_rows, any_rows)
     loaded = sources.load(run.model, precision=run.precision, mesh=devices)
     model = loaded.model
-    tokens, about, name = loaded.tokenizer, loaded.about, Path(run.model).stem
+    tokens, about = loaded.tokenizer, loaded.about
+    *first, name = rows.names([*filter(None, [run.reference]), run.model])
     text = dataset.to_score(run.text, run.corpus, about, tokens, dataset.cache(), run.strict)
     if text.left_out:
         print(text.left_out)
@@ -64,17 +65,17 @@ def main(run: Run, score: Scoring, mesh: MeshConfig) -> None:
             tokens.digest == other.tokenizer.digest,
             f"{run.model} and {run.reference} have different tokenizers: divergence compares token by token",
         )
-        first = Path(run.reference).stem if Path(run.reference).stem != name else "reference"
-        models = {first: other.model} | models
-        sizes[first], notes[first] = other.nbytes, rows.origin(run.reference, other.about)
+        models = {first[0]: other.model} | models
+        sizes[first[0]], notes[first[0]] = other.nbytes, rows.origin(run.reference, other.about)
     first = next(iter(models))
     found = measured.compare(models, sizes, notes, text, tokens, score)
     facts = [*found.facts, *rows.cautions(run.model, about, text.known)]
-    table.show(found.rows, facts)
     if run.run_dir:
         machine, command = rundir.machine(), command_line("experiments.evaluate", sys.argv)
         given = {"rows": [dataclasses.asdict(row) for row in found], "protocol": facts}
         rundir.write_json(Path(run.run_dir) / "results.json", given | {"command": command, "versions": machine})
+    table.show(found.rows, facts)
+    if run.run_dir:
         abouts = {first: other.about if run.reference else about} | {name: about}
         compared.write(
             Path(run.run_dir) / "report.html",

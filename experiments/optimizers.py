@@ -14,7 +14,6 @@ which selected nothing. The same seed has the same weights and batches under eve
 """
 
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -37,7 +36,7 @@ from efflm.model import LanguageModel, init_params, sharding
 from efflm.report import numbers, page, plots, scoring, table
 from efflm.report.page import Section, Table
 from efflm.report.table import Column
-from efflm.train import assemble, optimizer
+from efflm.train import assemble, metrics, optimizer
 
 # Untied, since with tied embeddings the seed decides when a small model leaves the loss of token frequencies.
 MODEL = ModelShape(layers=4, width=128, mlp_dim=352, vocabulary=2048, max_length=256, tied=False)
@@ -102,14 +101,14 @@ class Trained:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """What one optimizer reached. Deviations are over seeds; differences to AdamW are paired by seed."""
+    """What one optimizer reached. Deviations are over seeds, None of one; differences to AdamW are paired by seed."""
 
     name: str
     learning_rate: float
     bits_per_byte: float
-    bits_per_byte_sd: float
+    bits_per_byte_sd: float | None
     over_adamw: float
-    over_adamw_sd: float
+    over_adamw_sd: float | None
     steps_to_adamw: int | None
     seconds_to_adamw: float | None
     tokens_per_second: float
@@ -117,22 +116,19 @@ class Row:
     note: str
 
 
-def _spread(value: float, deviation: float, **how) -> tuple[str, str]:
-    """A mean over seeds and its standard deviation; of one seed there is none."""
-    return numbers.with_error(value, None if math.isnan(deviation) else deviation, **how)
-
-
 COLUMNS = (
     Column("optimizer", lambda row: row.name),
     Column("learning rate", lambda row: f"{row.learning_rate:.1e}", lambda row: row.learning_rate),
     Column(
         "test bits/byte ± s.d.",
-        lambda row: _spread(row.bits_per_byte, row.bits_per_byte_sd),
+        lambda row: numbers.with_error(row.bits_per_byte, row.bits_per_byte_sd),
         lambda row: row.bits_per_byte,
     ),
     Column(
         "over AdamW ± s.d.",
-        lambda row: "reference" if row.name == "adamw" else _spread(row.over_adamw, row.over_adamw_sd, sign=True),
+        lambda row: (
+            "reference" if row.name == "adamw" else numbers.with_error(row.over_adamw, row.over_adamw_sd, sign=True)
+        ),
         lambda row: row.over_adamw,
     ),
     Column(
@@ -209,9 +205,9 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
                 name=name,
                 learning_rate=group[0].rate,
                 bits_per_byte=float(test[name].mean()),
-                bits_per_byte_sd=deviation(test[name]),
+                bits_per_byte_sd=quality.deviation(test[name]),
                 over_adamw=float(over.mean()),
-                over_adamw_sd=deviation(over),
+                over_adamw_sd=quality.deviation(over),
                 steps_to_adamw=None if steps is None else int(steps),
                 seconds_to_adamw=seconds,
                 tokens_per_second=fastest[name].tokens_per_second,
@@ -230,7 +226,6 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
         "is at most AdamW's at its end. A run planned to end there might do so sooner, its rate decayed by then.",
         "Seconds and tokens/s: of the fastest run of each optimizer, after its first step, which compiles.",
     ]
-    table.show(rows, facts, COLUMNS)
     machine, command = rundir.machine(), command_line("experiments.optimizers", sys.argv)
     rundir.write_json(
         run_dir / "results.json",
@@ -242,6 +237,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
             "versions": machine,
         },
     )
+    table.show(rows, facts, COLUMNS)
     label, ends = (
         "training loss, nats a token",
         "; ".join(f"{name} {curve[2][-1]:.3f}" for name, curve in curves.items()),
@@ -334,9 +330,10 @@ def fit(
     except InputError as error:  # it diverged, which is an answer too
         print(f"  {error}")
         model, validation = None, math.inf
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    curve = np.array([[line[key] for line in lines] for key in ("step", "seconds", "loss")])
-    speed = lines[-1]["tokens_per_second"] if lines else 0.0
+    steps, losses = metrics.curve(file)
+    _, seconds = metrics.curve(file, "seconds")
+    _, speeds = metrics.curve(file, "tokens_per_second")
+    curve, speed = np.stack([steps, seconds, losses]), float(speeds[-1]) if len(speeds) else 0.0
     return Trained(rate=rate, curve=curve, tokens_per_second=speed, model=model, validation=validation)
 
 
@@ -348,10 +345,6 @@ def smoothed(losses: np.ndarray) -> np.ndarray:
     """At each point the mean over the tenth of the curve that ends there: one point is the loss of one batch."""
     window = max(1, len(losses) // 10)
     return np.array([losses[max(0, end - window) : end].mean() for end in range(1, len(losses) + 1)])
-
-
-def deviation(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
 def verdicts(rows: dict[str, Row]) -> list[str]:

@@ -101,6 +101,7 @@ def main(run: Run, mesh: MeshConfig, train: TrainConfig) -> None:
     devices = how_many(run, mesh, topology)
     rundir.require_writable(run_dir, needs=rundir.SMALL_FILES)
     tables: list[Table] = []
+    made: list[Table] = []  # of the compiled step
     facts: list[str] = []
     out: dict[str, Any] = {"model": run.model, "hardware": dataclasses.asdict(chip), "devices": devices}
     if run.search:
@@ -111,12 +112,14 @@ def main(run: Run, mesh: MeshConfig, train: TrainConfig) -> None:
         out["search"] = [dataclasses.asdict(each) for each in found]
         mesh, train = MeshConfig(**found[0].sizes), found[0].train
     if run.compile:
-        result, more = compiled(run, config, train, mesh, chip, topology, devices)
-        out, tables, facts = out | result, tables + more, facts + result["facts"]
+        result, made = compiled(run, config, train, mesh, chip, topology, devices)
+        out, tables, facts = out | result, tables + made, facts + result["facts"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     machine, command = rundir.machine(), command_line("experiments.plan", sys.argv)
     out |= {"seconds": time.perf_counter() - began, "peak_bytes": peak, "versions": machine}
     rundir.write_json(run_dir / "plan.json", out | {"command": command})
+    for each in made:
+        table.show(each.rows, result["facts"] if each is made[-1] else [], each.columns)
     page.write(
         run_dir / "report.html",
         title=f"{run.model} on {devices} × {chip.name}: memory, collectives and times, predicted",
@@ -190,7 +193,7 @@ def compiled(
     topology: str,
     devices: int,
 ) -> tuple[dict[str, Any], list[Table]]:
-    """Compile, show the tables, and return the results and the tables."""
+    """Compile, and return the results and the tables."""
     start(devices)
     training = run.phase == "train"
     batch, length = (train.batch, train.length) if training else (run.rows, run.cache_length)
@@ -244,9 +247,6 @@ def compiled(
         Table(caption="Collectives of one step.", columns=planned.TRAFFIC_COLUMNS, rows=traffic),
         Table(caption="The least time of one step.", columns=planned.TIME_COLUMNS, rows=times),
     ]
-    table.show(rows, [], planned.BYTES_COLUMNS)
-    table.show(traffic, [], planned.TRAFFIC_COLUMNS)
-    table.show(times, facts, planned.TIME_COLUMNS)
     analysis = (program and program.cost_analysis()) or {}
     result = {
         "mesh": dict(mesh.shape),

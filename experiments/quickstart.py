@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from efflm import ops, rundir
+from efflm import api, ops, rundir
 from efflm.compress import recipe
 from efflm.compress.step import Context
 from efflm.config import ModelShape, TrainConfig
@@ -115,11 +115,10 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
         "Size: an uncompressed safetensors file; matrices with many zeros are stored as a bitmask and their values.",
         "One seed, one small model, one corpus: read the order of the rows, not the exact values.",
     ]
-    table.show(measured, facts)
-    prompt = [data.tokenizer.separator, *data.tokenizer.encode(PROMPT)]
+    about = digests | {"source": data.corpus.source, "seed": run.seed}
+    prompt = api.prompt_ids(data.tokenizer, PROMPT, about)
     written = {name: samples.write(each, data.tokenizer, prompt, tokens=48) for name, each in here.items()}
     machine, command = rundir.machine(), command_line("experiments.quickstart", sys.argv)
-    about = digests | {"source": data.corpus.source, "seed": run.seed}
     about |= {f"train.{name}": value for name, value in dataclasses.asdict(train).items()}
     rundir.write_json(
         run_dir / "results.json",
@@ -132,6 +131,7 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
             "versions": machine,
         },
     )
+    table.show(measured, facts)
     trained = {"float32": metrics.curve(run_dir / "metrics.jsonl")}
     compared.write(
         run_dir / "report.html",

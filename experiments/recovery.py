@@ -328,7 +328,7 @@ def row_of(
         bits_per_byte=float(np.mean([quality.bits_per_byte(each)[0] for each in scores])),
         over_dense=mean,
         error=float(np.mean([error or 0.0 for _, error in over])),
-        deviation=float(np.std([value for value, _ in over], ddof=1)) if len(over) > 1 else None,
+        deviation=quality.deviation([value for value, _ in over]),
         recovered=1 - mean / base.over_dense if base and base.over_dense > 0 else None,
         tokens=made[-1].tokens,
         seconds=float(np.mean([each.seconds for each in made])),

@@ -138,13 +138,13 @@ def main(run: Run) -> None:
         "what it would be on text as the model expects it. Squared error: of what the matrix gives, for each token.",
         *rows.cautions(run.model, loaded.about, seen=""),
     ]
-    table.show(shown[: run.show or None], facts, COLUMNS)
-    if 0 < run.show < len(shown):
-        print(f"  {len(shown) - run.show} more rows are in the report.")
     machine, command = rundir.machine(), command_line("experiments.sensitivity", sys.argv)
     kept = [dataclasses.asdict(each.row) | {"bits_per_token": each.row.bits} for each in shown]
     given = {"loss": found.loss, "tokens": found.tokens, "rows": kept, "protocol": facts}
     rundir.write_json(run_dir / "results.json", given | {"command": command, "versions": machine})
+    table.show(shown[: run.show or None], facts, COLUMNS)
+    if 0 < run.show < len(shown):
+        print(f"  {len(shown) - run.show} more rows are in the report.")
     coarsest = run.step.coarsest
     page.write(
         run_dir / "report.html",

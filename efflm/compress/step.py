@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from efflm import ops, trees
+from efflm import ops, rundir, trees
 from efflm.config import TrainConfig, flag, require
 from efflm.model import LanguageModel, require_same_tokenizer
 from efflm.train import assemble, loop, optimizer
@@ -121,7 +120,7 @@ def _same(old: Any, new: Any) -> bool:
 def digest(model: LanguageModel) -> str:
     """A short SHA-256 of the config and of every array of a model, masks included: two models with the same digest are
     the same, on whatever devices they are."""
-    out = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    out = hashlib.sha256(rundir.to_json(model.config.to_dict(), sort_keys=True).encode())
     for path, array in trees.flatten({"params": model.params, "masks": dict(model.masks or {})}, inside=True):
         out.update(f"{path} {array.dtype} {array.shape}".encode())
         out.update(np.ascontiguousarray(array).view(np.uint8).data)

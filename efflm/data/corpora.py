@@ -6,7 +6,6 @@ import functools
 import hashlib
 import io
 import itertools
-import json
 import shutil
 import sysconfig
 from collections.abc import Iterable
@@ -66,7 +65,7 @@ def load(source: str, cache: Path, least_bytes: int = 0, strict: bool = False) -
     every = [part for found in parts.values() for part in found.parts]
     texts = iter([(part.name, part.text()) for part in progress.shown(every, f"reading {name}", len(every))])
     splits = {part: list(itertools.islice(texts, len(found.parts))) for part, found in parts.items()}
-    digest = hashlib.sha256(json.dumps(splits).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(rundir.to_json(splits).encode()).hexdigest()[:16]
     source = source if source == DEFAULT else str(Path(source).absolute())
     with user_cache.alone(cache / digest):
         return Corpus(name, source, digest, parts, **_through_tfds(splits, cache / digest))

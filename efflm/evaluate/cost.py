@@ -1,7 +1,6 @@
 """What running a model costs on this machine: tokens a second in prefill and in decode, with their spread."""
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable
 
@@ -16,7 +15,7 @@ from efflm.model import LanguageModel
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """Tokens a second: the median of the repeats, and their lower and upper quartile."""
+    """Tokens a second: the median of the repeats, and their lower and upper quartile (of one repeat it itself)."""
 
     median: float
     low: float
@@ -95,5 +94,5 @@ def _round(model: LanguageModel, protocol: Protocol, clock: Callable[[], float])
 
 
 def _rate(tokens: int, seconds: list[float]) -> Rate:
-    fast, median, slow = statistics.quantiles(seconds, n=4, method="inclusive")
+    fast, median, slow = map(float, np.quantile(seconds, (0.25, 0.5, 0.75)))
     return Rate(tokens / median, tokens / slow, tokens / fast)

@@ -9,7 +9,7 @@ Logits, which are by far the largest arrays here, exist for a slice of tokens at
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -191,9 +191,13 @@ def bits_per_byte(quality: Quality) -> Figure:
 
 
 def perplexity(quality: Quality) -> Figure:
-    """exp of the mean nats a token; depends on the tokenizer, as bits per byte do not. The error is to first order."""
+    """exp of the mean nats a token; depends on the tokenizer, as bits per byte do not. The error is to first order.
+    Infinity, without an error, where that is beyond the largest number."""
     nats, error = _ratio(quality.bits * math.log(2), quality.tokens)
-    return math.exp(nats), None if error is None else math.exp(nats) * error
+    try:
+        return math.exp(nats), None if error is None else math.exp(nats) * error
+    except OverflowError:
+        return math.inf, None
 
 
 def divergence(quality: Quality) -> Figure:
@@ -219,6 +223,11 @@ def paired_difference(first: Quality, second: Quality) -> Figure:
     What both find hard cancels, so the error is far below that of either alone.
     """
     return _ratio(first.bits - second.bits, first.bytes)
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """The standard deviation over seeds; None of fewer than two, and where one is not finite."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 and np.all(np.isfinite(values)) else None
 
 
 def _ratio(numerators: np.ndarray, denominators: np.ndarray) -> Figure:

@@ -18,7 +18,7 @@ import safetensors.numpy
 from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError
 
-from efflm import ops, trees
+from efflm import ops, rundir, trees
 from efflm.config import InputError, ModelConfig, require
 from efflm.formats import tensors
 from efflm.formats.tensors import Tensors
@@ -54,9 +54,9 @@ def save(path: Path, model: LanguageModel, about: Mapping[str, Any], records: Se
         "masks": sorted(masks),
         "about": {**about, "lineage": lineage},
     }
-    partial = path.with_suffix(".partial")
+    partial = path.with_name(f"{path.name}.partial")
     try:
-        safetensors.numpy.save_file(arrays, partial, metadata={"efflm": json.dumps(manifest)})
+        safetensors.numpy.save_file(arrays, partial, metadata={"efflm": rundir.to_json(manifest)})
         partial.replace(path)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error

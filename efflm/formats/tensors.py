@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from efflm import rundir
 from efflm.config import InputError, require
 
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -66,7 +67,7 @@ def write_safetensors(path: Path, names: Iterable[tuple[str, Any, Callable[[], n
         size = kind.size * kind.dtype.itemsize
         header[name] = {"dtype": NAMES[kind.dtype], "shape": list(kind.shape), "data_offsets": [start, start + size]}
         start += size
-    text = json.dumps(header).encode()
+    text = rundir.to_json(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)

@@ -1,8 +1,10 @@
-"""How figures are written: no more digits than their error allows, thousands with commas, no negative zero."""
+"""How figures are written: no more digits than their error allows, thousands with commas, no negative zero. What is not
+finite is written as inf and nan."""
 
 import math
 
 MOST_DECIMALS = 5  # a bit per byte is not compared beyond
+LARGE = 1e9  # from here on as powers of ten
 
 
 def decimals(error: float, most: int = MOST_DECIMALS) -> int:
@@ -17,6 +19,8 @@ def fixed(value: float, places: int, sign: bool = False) -> str:
     rounded = round(value, places)
     if not math.isfinite(rounded):
         return str(rounded)
+    if abs(rounded) >= LARGE:
+        return f"{rounded:{'+' if sign else ''}.2e}"
     return f"{rounded or 0.0:{'+' if sign and rounded else ''},.{max(0, places)}f}"
 
 
@@ -24,7 +28,7 @@ def with_error(
     value: float, error: float | None, *, sign: bool = False, unknown: int = 4, most: int = MOST_DECIMALS
 ) -> tuple[str, str]:
     """A figure, and "± its error". With no error, as of a single document, it has `unknown` places and "" beside it."""
-    if error is None:
+    if error is None or not math.isfinite(error):
         return fixed(value, unknown, sign), ""
     if value == error == 0:
         return "0", "exactly"
@@ -32,6 +36,13 @@ def with_error(
     least = 10.0**-places
     small = f"± {fixed(error, places)}" if error >= least / 2 else f"± <{least:.{places}f}"
     return fixed(value, places, sign), small
+
+
+def perplexity(value: float, error: float | None) -> tuple[str, str]:
+    """One beyond the largest number is said to be that."""
+    if value == math.inf:
+        return "> 1e308", ""
+    return with_error(value, error, unknown=2, most=3)
 
 
 def percent(value: float, error: float | None) -> tuple[str, str]:

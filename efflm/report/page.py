@@ -73,7 +73,7 @@ class Table:
     def cell(self, column: Column, row: Any) -> Cell:
         text, beside = column.pair(row)
         value = column.value(row) if column.value else None
-        sort = text if column.value is None else "" if value is None else repr(float(value))
+        sort = text if column.value is None else _key(value)
         first = column.value(self.rows[0]) if column.best and column.value else None
         if not first or value is None or len(self.rows) < 2:
             return Cell(text, beside, "", "", sort)
@@ -81,6 +81,13 @@ class Table:
         spread = math.hypot(column.spread(row), column.spread(self.rows[0])) if column.spread else 0.0
         ratio = "" if row is self.rows[0] else numbers.ratio(value / first, spread)
         return Cell(text, beside, ratio or "1×", f"{100 * value / largest:.1f}", sort)
+
+
+def _key(value: float | None) -> str:
+    """What the page's script sorts by, a number as it reads one; what has no figure comes last."""
+    if value is None or math.isnan(value):
+        return ""
+    return repr(float(value)).replace("inf", "Infinity")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,22 +114,25 @@ class Bars:
 
 def bars(caption: str, values: dict[str, dict[str, float]], unit: str, scale: float, each_whole: bool = False) -> Bars:
     """values: {name: {part: value}}, shown as value / scale in `unit`; each_whole: every bar is as long as the others,
-    where the totals are no measure of each other."""
+    where the totals are no measure of each other. A value that is not finite has no length."""
+    values = {name: {part: _length(value) for part, value in found.items()} for name, found in values.items()}
     parts = list(dict.fromkeys(part for found in values.values() for part in found))
     totals = {name: sum(found.values()) for name, found in values.items()}
     longest, out = max(totals.values()), []
     for name, found in values.items():
         total = totals[name]
-        whole = total if each_whole else longest
-        pieces = [
-            Piece(
-                round(100 * found.get(part, 0.0) / whole, 3),
-                f"{name}, {part}: {_shown(found.get(part, 0.0) / scale)} {unit} ({found.get(part, 0.0) / total:.0%})",
-            )
-            for part in parts
-        ]
+        whole = (total if each_whole else longest) or 1.0
+        pieces = []
+        for part in parts:
+            value = found.get(part, 0.0)
+            tip = f"{name}, {part}: {_shown(value / scale)} {unit} ({value / (total or 1.0):.0%})"
+            pieces.append(Piece(round(100 * value / whole, 3), tip))
         out.append(Bar(name, f"{_shown(total / scale)} {unit}", pieces))
     return Bars(caption, parts, out)
+
+
+def _length(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
 
 
 def _shown(value: float) -> str:

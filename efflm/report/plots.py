@@ -16,6 +16,7 @@ from efflm.report.colors import ACCENT, INK, LINE, MUTED, SERIES, VARIABLES
 from efflm.rundir import write_whole
 
 LINEAR = 1e-3  # bits per byte; smaller differences are drawn to a linear scale
+LARGEST = 1e100  # what is beyond has no place on an axis
 MOST_NAMES = 16  # beside points: more would cover the plot
 
 
@@ -42,11 +43,22 @@ def tradeoff(
     Lower left is better; the line joins the models that no other one beats in both. Vertical bars are standard errors,
     horizontal ones the `ranges` of the cost. The vertical axis is linear up to LINEAR and logarithmic beyond. Models
     whose points coincide share a label. Of more than MOST_NAMES models only the first and the front are named. tips:
-    what pointing at each shows.
+    what pointing at each shows. A model whose loss is not finite, or beyond LARGEST, has no
+    point.
     """
+    shown = [index for index, pair in enumerate(zip(costs, losses)) if np.all(_drawn(pair))]
+    if len(shown) < len(names):
+        part = lambda values: [values[index] for index in shown]
+        few = None if ranges is None else part(ranges)
+        given = (part(names), part(costs), few, part(losses), part(errors), label, part(tips))
+        figure, texts, front = tradeoff(*given)
+        return figure, texts, [shown[index] for index in front]
     with _style() as pyplot:
         figure, axis = pyplot.subplots(figsize=(4.7, 3.9), layout="constrained")
         xs, ys, error = (np.array(values, np.float64) for values in (costs, losses, errors))
+        error[~_drawn(error)] = 0.0
+        if not shown:
+            return figure, [], []
         ends = None if ranges is None else np.abs(np.array(ranges) - xs[:, None]).T
         axis.set_yscale("symlog", linthresh=LINEAR, linscale=0.6)
         axis.axhline(0, color=LINE, linewidth=1, zorder=0)
@@ -83,8 +95,10 @@ def curves(
 ) -> Any:
     """A figure of losses, each named at its end. found: name -> (steps or seconds, losses).
 
-    Of the loss the range below what all have reached after a tenth of their length is shown: there they part.
+    Of the loss the range below what all have reached after a tenth of their length is shown: there they part. Losses
+    that are not finite, or beyond LARGEST, are left out.
     """
+    found = _drawable(found)
     with _style() as pyplot:
         figure, axis = pyplot.subplots(figsize=(4.7, 3.7))
         for index, (name, (xs, losses)) in enumerate(found.items()):
@@ -93,7 +107,8 @@ def curves(
             axis.plot(xs, losses, color=ACCENT, alpha=0, linewidth=9, gid=_gid(tip, name), zorder=5)
         axis.set(xlabel=across, ylabel=label)
         axis.set_xlim(left=0)
-        low, high = min(y.min() for _, y in found.values()), max(y[len(y) // 10] for _, y in found.values())
+        low = min((y.min() for _, y in found.values()), default=0.0)
+        high = max((y[len(y) // 10] for _, y in found.values()), default=0.0)
         if high > low:
             axis.set_ylim(low - 0.05 * (high - low), high)
         _name_ends(axis, found)
@@ -103,12 +118,15 @@ def curves(
 def sweeps(found: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], across: str, label: str, least: float) -> Any:
     """A figure of what each method reaches at each setting. found: name -> (settings, values, errors).
 
-    least: the value of the model before, drawn as a line. The vertical axis is logarithmic.
+    least: the value of the model before, drawn as a line. The vertical axis is logarithmic; values that are not finite,
+    or beyond LARGEST, are left out.
     """
+    found = _drawable(found)
     with _style() as pyplot:
         figure, axis = pyplot.subplots(figsize=(4.7, 3.7))
         axis.set_yscale("log")
-        axis.axhline(least, color=MUTED, linewidth=1, linestyle=":")
+        if _drawn(least):
+            axis.axhline(least, color=MUTED, linewidth=1, linestyle=":")
         for index, (name, (xs, values, errors)) in enumerate(found.items()):
             color = SERIES[index % len(SERIES)]
             axis.errorbar(xs, values, yerr=errors, color=color, linewidth=1.3, marker="o", markersize=4)
@@ -122,6 +140,17 @@ def sweeps(found: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], across: 
         axis.set_xticks(sorted({float(x) for xs, _, _ in found.values() for x in xs}))
         _name_ends(axis, {name: (xs, values) for name, (xs, values, _) in found.items()})
         return figure
+
+
+def _drawn(values: Any) -> np.ndarray:
+    """Which values can be drawn; of a NaN no comparison is true."""
+    return np.abs(values) < LARGEST
+
+
+def _drawable(found: dict[str, tuple[np.ndarray, ...]]) -> dict[str, tuple[np.ndarray, ...]]:
+    """Each curve without the points whose second value, which is drawn, cannot be; none without any point."""
+    kept = {name: _drawn(each[1]) for name, each in found.items()}
+    return {name: tuple(values[kept[name]] for values in each) for name, each in found.items() if kept[name].any()}
 
 
 def _name_ends(axis: Any, found: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:

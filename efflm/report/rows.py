@@ -1,7 +1,10 @@
 """The evidence: one row for each model, measured side by side."""
 
 import dataclasses
+import os
 import typing
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from efflm import ops, trees
@@ -44,6 +47,24 @@ class Row:
     top1_agreement: float | None
     top1_agreement_stderr: float | None
     note: str
+
+
+def names(sources: Sequence[str]) -> list[str]:
+    """What models are called, each differently: the last part of where it is from, without the suffix of its file (dots
+    in a name are part of it), with as much of what stands before as tells it apart; the same source again has a number.
+    """
+    whole = [Path(source).expanduser() for source in sources]
+    whole = [Path(os.path.abspath(path)) if path.exists() else path for path in whole]
+    short = [path.name.removesuffix(".safetensors").removesuffix(".gguf") for path in whole]
+    most = max(len(path.parts) for path in whole)
+    longer = [["/".join(path.parts[-count:]) for path in whole] for count in range(1, 1 + most)]
+    found: list[str] = []
+    for index, path in enumerate(whole):
+        others = [i for i, other in enumerate(whole) if other != path]
+        told = next(each[index] for each in (short, *longer) if each[index] not in [each[i] for i in others])
+        again = whole[:index].count(path)
+        found.append(f"{told} ({again + 1})" if again else told)
+    return found
 
 
 def label(about: dict[str, Any]) -> str:

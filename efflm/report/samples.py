@@ -24,6 +24,11 @@ def write(model: LanguageModel, tokenizer: Any, prompt: list[int], tokens: int) 
     return generate(model, [prompt], tokens, stops=tokenizer.stops)[0] if tokens > 0 else []
 
 
+def text(ids: list[int], tokenizer: Any) -> str:
+    """What the ids are as a continuation: a space that they begin with is part of it."""
+    return tokenizer.stream()(ids, final=True)
+
+
 def compare(prompt: str, ids: list[int], first: list[int], tokenizer: Any) -> Sample:
     """The sample of `ids`, against those of the first model."""
     same, decode = _same(ids, first), tokenizer.stream()

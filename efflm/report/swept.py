@@ -75,10 +75,10 @@ def row(
         seeds=len(made),
         bits_per_byte=float(np.mean([quality.bits_per_byte(each)[0] for each in made])),
         perplexity=float(np.mean(perplexities)),
-        perplexity_deviation=_deviation(perplexities),
+        perplexity_deviation=quality.deviation(perplexities),
         over_dense=float(np.mean([value for value, _ in over])),
         over_dense_stderr=float(np.mean([error or 0.0 for _, error in over])),
-        over_dense_deviation=_deviation([value for value, _ in over]),
+        over_dense_deviation=quality.deviation([value for value, _ in over]),
         kl=float(np.mean([quality.divergence(each)[0] for each in made])),
         saved=saved,
         passes=passes,
@@ -87,10 +87,6 @@ def row(
     if saved <= 0:
         return found
     return dataclasses.replace(found, cost=found.over_dense / saved, cost_error=found.error / saved)
-
-
-def _deviation(values: Sequence[float]) -> float | None:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def _optional(value: float | None, form: str) -> str:
@@ -114,7 +110,7 @@ COLUMNS = (
     ),
     Column(
         "perplexity ± s.d.",
-        lambda row: numbers.with_error(row.perplexity, row.perplexity_deviation),
+        lambda row: numbers.perplexity(row.perplexity, row.perplexity_deviation),
         lambda row: row.perplexity,
     ),
     Column("KL to dense", lambda row: _optional(row.kl, ".4f"), lambda row: row.kl),

@@ -86,7 +86,7 @@ COLUMNS: Columns = (
     ),
     Column(
         "perplexity",
-        lambda row: numbers.with_error(row.perplexity, row.perplexity_stderr, unknown=2, most=3),
+        lambda row: numbers.perplexity(row.perplexity, row.perplexity_stderr),
         lambda row: row.perplexity,
         "quality, ± standard error",
     ),

@@ -164,7 +164,7 @@ class TrainingRun:
                 NONE_WHOLE.format(directory.absolute()),
             )
             return None
-        as_stored = json.loads(json.dumps(self.policy.about))
+        as_stored = json.loads(rundir.to_json(self.policy.about))
         require_same(as_stored, _about(directory, step), directory)
         self.writer.bad = {other for other in _steps(directory) if other > step}
         flat = dict(trees.flatten(like, inside=True))

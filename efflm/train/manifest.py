@@ -6,7 +6,6 @@ it: tensor files carry no checksum of their own that would catch every flipped b
 """
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
@@ -28,7 +27,7 @@ def write(folder: Path) -> None:
         _sync(inner)
     partial = folder / f"{NAME}.partial"
     with partial.open("w") as file:
-        json.dump({"sha256": hashes}, file, indent=1)
+        file.write(rundir.to_json({"sha256": hashes}, indent=1))
         file.flush()
         os.fsync(file.fileno())
     partial.replace(folder / NAME)

@@ -1,6 +1,7 @@
 """Where a run's metrics go: JSON lines, and TensorBoard's event files beside them."""
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -39,7 +40,7 @@ class Metrics:
 
     def write(self, record: dict[str, Any]) -> None:
         if self.lines:
-            self.lines.write(json.dumps(record) + "\n")
+            self.lines.write(rundir.to_json(record) + "\n")
             self.lines.flush()
         if self.events:
             self._show(record, time.time())
@@ -58,6 +59,7 @@ class Metrics:
     def _show(self, record: dict[str, Any], when: float) -> None:
         for name, value in record.items():
             if name != "step":
+                value = math.nan if value is None else value  # the line of a number that was not finite
                 self.events.add_scalar(f"train/{name}", value, record["step"], walltime=when)
 
 
@@ -74,9 +76,9 @@ def read(file: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def curve(file: Path, name: str = "loss") -> tuple[np.ndarray, np.ndarray]:
-    """The steps and the values of one metric."""
+    """The steps and the values of one metric; NaN where it was not finite."""
     records = [record for _, record in read(file)]
-    return tuple(np.array([record[key] for record in records]) for key in ("step", name))
+    return tuple(np.array([record[key] for record in records], np.float64) for key in ("step", name))
 
 
 def curves(folder: Path, name: str) -> list[tuple[str, tuple[np.ndarray, np.ndarray]]]:
