@@ -33,6 +33,7 @@ set_up >&2
 export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
 exec 3>&2
 pids=() stopped=0 told=''
+# shellcheck disable=SC2317  # a trap calls it
 stop() {
   if [ "$stopped" -ne 0 ]; then
     kill -KILL "${pids[@]}" 2>/dev/null || true

@@ -57,7 +57,7 @@ leave_path() {
 }
 
 set_up() {
-  local stamp="$venv/.efflm-installed" python
+  local stamp="$venv/.efflm-installed" mark="$venv/.efflm-made" python
   if [ -x "$venv/bin/python" ] && wanted | cmp -s - "$stamp"; then
     leave_path
     echo "install: $venv is up to date"
@@ -66,7 +66,13 @@ set_up() {
   python=$(find_python) || return
   echo "install: requirements.txt into $venv with $("$python" --version) (once, some minutes)"
   if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
-    "$python" -m venv --clear "$venv" || return
+    if [ -e "$mark" ]; then # what is left of an environment that this script made
+      rm -rf "${venv:?}/bin" "${venv:?}/lib" "${venv:?}/lib64" "$venv/include" "$venv/pyvenv.cfg" "$stamp" || return
+    elif [ -n "$(ls -A "$venv" 2>/dev/null)" ]; then
+      echo "error: $venv holds no Python with pip, and what it holds is not from here: remove it, or set EFFLM_VENV" >&2
+      return 2
+    fi
+    { mkdir -p "$venv" && touch "$mark" && "$python" -m venv "$venv"; } || return
   fi
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r <(wanted) || return
   leave_path

@@ -13,9 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
-
-from efflm import hosts
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -33,7 +30,7 @@ FLAGS = [
 ]
 
 
-FINAL, ENDS = (1, 2, 3), "this process ends with exit code {}\n"
+FINAL = (1, 2, 3)
 
 
 def bash(*command, **settings):
@@ -91,6 +88,40 @@ def test_the_installed_python_imports_efflm_from_any_folder(environment, tmp_pat
     shutil.copy(ROOT / "requirements.txt", moved)
     set_up(environment, f"'{moved}'/launch")
     assert where_efflm_is(environment, tmp_path) == str(moved / "efflm" / "__init__.py")
+
+
+def unfinished(environment, pip="exit 1"):
+    """Sets the environment up with a stand-in for the Python that makes it; how that ended."""
+    python = environment.parent / "python"
+    python.write_text(f"""#!/bin/bash
+case "$*" in
+  *version_info*) ;;
+  "-m venv "*) mkdir -p "$3/bin"; touch "$3/pyvenv.cfg"; printf '#!/bin/bash\n{pip}\n' >"$3/bin/python"
+    chmod +x "$3/bin/python" ;;
+esac
+""")
+    python.chmod(0o755)
+    env = {"PATH": "/usr/bin:/bin", "EFFLM_VENV": str(environment), "PYTHON": str(python)}
+    return bash("-c", f"set -euo pipefail; source {LAUNCH}/setup.sh && set_up", env=env)
+
+
+def test_an_environment_that_it_has_not_made_is_left_alone(tmp_path):
+    """Without pip, as uv makes them, or no environment at all."""
+    for name in ("pyvenv.cfg", "thesis.txt"):
+        folder = tmp_path / f"of the user {name}"
+        (folder / "bin").mkdir(parents=True)
+        (folder / name).write_text("mine")
+        ended = unfinished(folder)
+        assert (ended.returncode, (folder / name).read_text()) == (2, "mine")
+        assert f"error: {folder} holds no Python with pip" in ended.stderr
+        assert sorted(path.name for path in folder.iterdir()) == sorted(["bin", name])
+    mine = tmp_path / "made here"
+    assert unfinished(mine).returncode == 1  # interrupted before pip was there
+    (mine / "lib").mkdir()
+    (mine / "notes.txt").write_text("mine")
+    assert unfinished(mine, pip="exit 0").returncode == 0
+    assert (mine / "notes.txt").read_text() == "mine"
+    assert not (mine / "lib").exists()
 
 
 def test_a_path_that_cannot_be_left_is_told_and_stops_nothing(environment, tmp_path):
@@ -250,33 +281,6 @@ def test_a_second_ctrl_c_ends_all_and_nothing_starts_again(tmp_path):
     assert (out, "again" in errors) == ("", False)
 
 
-def test_slurm_starts_one_process_a_task_and_again_when_one_was_lost(tmp_path):
-    """srun and the installed Python are stood in for by scripts that write down how they were called."""
-    code, said = tmp_path / "code", tmp_path / "said"
-    (tmp_path / "srun").write_text(
-        f'#!/bin/bash\necho "$@" >> {tmp_path}/calls\ncat {said}\nread -r c < {code}\nexit $c\n'
-    )
-    (tmp_path / "srun").chmod(0o755)
-    (tmp_path / "venv" / "bin").mkdir(parents=True)
-    (tmp_path / "venv" / "bin" / "python").symlink_to("/bin/true")
-    (tmp_path / "venv" / ".efflm-installed").write_text((ROOT / "requirements.txt").read_text())
-    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "EFFLM_VENV": str(tmp_path / "venv"), "EFFLM_ACCELERATOR": ""}
-    cases = [(code, "", code, 1) for code in (0, *FINAL)] + [(code, "", code, 10) for code in (75, 137)]
-    # srun gives the highest code: that of those who lost the first, or were killed because it had ended
-    cases += [(137, ENDS.format(code), code, 1) for code in FINAL] + [(137, ENDS.format(75) + ENDS.format(1), 75, 10)]
-    for sruns, words, exit_code, starts in cases:
-        (tmp_path / "calls").unlink(missing_ok=True)
-        code.write_text(f"{sruns}\n")
-        said.write_text(words)
-        ended = bash(LAUNCH / "slurm.sbatch", "experiments.pretrain", "--run_dir=a b", env=env, cwd=ROOT)
-        calls = (tmp_path / "calls").read_text().splitlines()
-        assert (ended.returncode, len(calls)) == (exit_code, starts), ended.stderr
-        assert calls[0].endswith("experiments.pretrain --run_dir=a b --hosts.coordinator=auto --hosts.stopped=75")
-    (tmp_path / "calls").unlink()
-    ended = bash(LAUNCH / "slurm.sbatch", "experiments.pretrain", env=env | {"SLURM_RESTART_COUNT": "101"}, cwd=ROOT)
-    assert (ended.returncode, (tmp_path / "calls").exists()) == (75, False)
-
-
 @pytest.mark.parametrize(
     ("codes", "exit_code", "lives"),
     [
@@ -299,138 +303,6 @@ esac""",
     ended = bash(LAUNCH / "local.sh", "--processes=2", "--restarts=2", "--", "experiments.pretrain", env=env)
     assert ended.returncode == exit_code, ended.stderr
     assert len((tmp_path / "lives").read_text().splitlines()) == lives
-
-
-def tpu_pod(folder, ssh):
-    """The script's end and what it asked of gcloud, for which a script stands in; `ssh` is what that does to a run."""
-    (folder / "gcloud").write_text(f"""#!/bin/bash
-echo "$@" >> {folder}/calls
-case "$*" in
-  *describe*) [ -e {folder}/pod ] && cat {folder}/pod || exit 1 ;;
-  *queued-resources\\ create*) [ -e {folder}/none ] && echo FAILED > {folder}/pod || echo ACTIVE > {folder}/pod ;;
-  *delete*) rm {folder}/pod ;;
-  *ssh*) {ssh} ;;
-esac
-""")
-    (folder / "sleep").write_text("#!/bin/bash\n")
-    for name in ("gcloud", "sleep"):
-        (folder / name).chmod(0o755)
-    flags = ["--name=mine", "--zone=z", "--type=v5p-128", "--runtime=r", "--spot", "--restarts=2", "--"]
-    env = {"PATH": f"{folder}:/usr/bin:/bin", "HOME": str(folder)}
-    ended = bash(LAUNCH / "tpu_pod.sh", *flags, "experiments.pretrain", "--run_dir=a b", env=env)
-    calls = (folder / "calls").read_text()
-    asked = re.findall(r"queued-resources (create|delete)|tpu-vm (scp|ssh)", calls)
-    return ended, calls, ["".join(one) for one in asked]
-
-
-def test_the_tpu_pod_is_asked_for_used_and_given_back(tmp_path):
-    """The first pod is lost while it works, the second finishes."""
-    lost = f"[ -e {tmp_path}/lost ] && exit 0; touch {tmp_path}/lost; echo SUSPENDED > {tmp_path}/pod; exit 255"
-    ended, calls, asked = tpu_pod(tmp_path, lost)
-    assert ended.returncode == 0, ended.stderr
-    assert asked == ["create", "scp", "ssh", "delete", "create", "scp", "ssh", "delete"]
-    assert "--accelerator-type=v5p-128 --runtime-version=r --spot --zone=z" in calls
-    assert "experiments.pretrain --run_dir=a\\ b  --hosts.coordinator=auto" in calls
-
-
-@pytest.mark.parametrize(
-    ("said", "exit_code", "lives"), [*((code, code, 1) for code in FINAL), (75, 75, 3), (None, 75, 3)]
-)
-def test_a_run_on_the_tpu_pod_starts_again_a_few_times_but_not_after_a_final_code(tmp_path, said, exit_code, lives):
-    """gcloud itself ends with 1, whatever the processes end with."""
-    ssh = f"echo {ENDS.format(said).strip()} >&2; exit 1" if said else "exit 1"
-    ended, _, asked = tpu_pod(tmp_path, ssh)
-    assert ended.returncode == exit_code, ended.stderr
-    assert asked == ["create", *["scp", "ssh"] * lives, "delete"]
-
-
-def test_a_pod_that_is_not_to_be_had_is_not_asked_for_for_ever(tmp_path):
-    (tmp_path / "none").touch()
-    ended, _, asked = tpu_pod(tmp_path, "exit 0")
-    assert ended.returncode == 75
-    assert asked[:6] == ["create", "delete"] * 3
-    assert "create" not in asked[6:]
-
-
-# What a JobSet may hold (its v1alpha2 resource definition, as far as ours goes): a dict is an object of these keys and
-# no others, "!" marks one that must be there, a list any number of such items, a type a value of it.
-POD = {
-    "restartPolicy!": str,
-    "terminationGracePeriodSeconds": int,
-    "nodeSelector": {str: str},
-    "containers!": [
-        {
-            "name!": str,
-            "image!": str,
-            "env": [{"name!": str, "value": str}],
-            "command": [str],
-            "args": [str],
-            "resources": {"limits": {str: int}},
-            "volumeMounts": [{"name!": str, "mountPath!": str}],
-        }
-    ],
-    "volumes": [{"name!": str, "persistentVolumeClaim": {"claimName!": str}}],
-}
-EXIT_CODES = {"containerName": str, "operator!": str, "values!": [int]}
-JOB = {
-    "completions": int,
-    "parallelism": int,
-    "completionMode": str,
-    "backoffLimit": int,
-    "podFailurePolicy": {"rules!": [{"action!": str, "onExitCodes": EXIT_CODES}]},
-    "template!": {"spec": POD},
-}
-JOBSET = {
-    "apiVersion!": str,
-    "kind!": str,
-    "metadata!": {"name!": str, "annotations": {str: str}},
-    "spec!": {
-        "failurePolicy": {
-            "maxRestarts": int,
-            "rules": [{"name!": str, "action!": str, "onJobFailureReasons": [str]}],
-        },
-        "replicatedJobs!": [{"name!": str, "replicas": int, "template!": {"spec": JOB}}],
-    },
-}
-
-
-def require_shape(value, shape, where=""):
-    if isinstance(shape, type):
-        assert type(value) is shape, f"{where} is {value!r}"
-    elif isinstance(shape, list):
-        assert isinstance(value, list), f"{where} is no list"
-        for index, item in enumerate(value):
-            require_shape(item, shape[0], f"{where}[{index}]")
-    elif str in shape:
-        assert isinstance(value, dict), f"{where} is no object"
-        for name, item in value.items():
-            require_shape(item, shape[str], f"{where}.{name}")
-    else:
-        assert isinstance(value, dict), f"{where} is no object"
-        known = {name.rstrip("!"): kind for name, kind in shape.items()}
-        assert set(value) <= set(known), f"{where} knows no {set(value) - set(known)}"
-        assert {name[:-1] for name in shape if name.endswith("!")} <= set(value), f"{where} lacks what it must have"
-        for name, item in value.items():
-            require_shape(item, known[name], f"{where}.{name}")
-
-
-def test_the_jobset_has_the_shape_of_one():
-    jobset = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
-    require_shape(jobset, JOBSET)
-    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    (job,) = jobset["spec"]["replicatedJobs"]
-    spec = job["template"]["spec"]
-    pod = spec["template"]["spec"]
-    (container,) = pod["containers"]
-    chips = np.prod([int(side) for side in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")])
-    assert spec["completions"] == spec["parallelism"] == chips // container["resources"]["limits"]["google.com/tpu"]
-    assert spec["backoffLimit"] == 0
-    assert pod["restartPolicy"] == "Never"
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    mistake = spec["podFailurePolicy"]["rules"][0]["onExitCodes"]
-    assert mistake["containerName"] == container["name"]
-    assert tuple(mistake["values"]) == FINAL == (hosts.BUG, hosts.MISTAKE, hosts.MEMORY)
-    assert 0 < jobset["spec"]["failurePolicy"]["maxRestarts"] <= 100
 
 
 # --- two real processes --------------------------------------------------------------------------------------------
