@@ -24,6 +24,7 @@ from efflm.compress import recipe
 from efflm.compress.step import Calibration, Context, Step
 from efflm.config import AskedPrecision, InputError, at_home, require
 from efflm.data import corpora, dataset, enwik8, loader
+from efflm.encoding import require_characters
 from efflm.evaluate.windows import Scoring
 from efflm.formats import safetensors, sources
 from efflm.infer import speculative
@@ -35,6 +36,8 @@ from efflm.report.measured import Measured
 from efflm.tokenizer import Tokenizer
 
 SOURCE = str | os.PathLike
+ARGUMENTS = ("batch or length", "calibration_rows or calibration_length")  # of `compress`, that ask for text
+FLAGS = ("--batch or --length", "--calibration.rows or --calibration.length")  # the same of commands
 
 
 def load(source: SOURCE, *, dtype: str | None = None, precision: str = "") -> tuple[LanguageModel, Tokenizer]:
@@ -77,7 +80,8 @@ def compress(
     """
     arguments.require_model(model)
     name, chain = arguments.chain(steps)
-    for setting, value in (("batch", batch), ("length", length)):
+    counts = {"calibration_rows": calibration_rows, "calibration_length": calibration_length}
+    for setting, value in ({"batch": batch, "length": length} | counts).items():
         require(
             type(value) is int and value > 0, f"{setting} is {arguments.shown(value)}, but must be a positive integer"
         )
@@ -93,7 +97,9 @@ def compress(
         arguments.require_tokenizer(tokenizer, model, f"{name} {does} on text, which needs")
         settings = {"batch": batch, "length": length, "seed": seed, "strict": strict}
         calibration = Calibration(rows=calibration_rows, length=calibration_length)
-        context = context_for(chain, source, dataset.cache(), model, tokenizer, calibration=calibration, **settings)
+        context = context_for(
+            chain, source, dataset.cache(), model, tokenizer, calibration=calibration, lower=ARGUMENTS, **settings
+        )
         model = jax.device_put(model, sharding.shardings(model, context.mesh)).with_about(model.about)
     else:
         context = Context(seed=seed, mesh=sharding.make_mesh())
@@ -176,6 +182,10 @@ def generate(
         f"prompt is {arguments.shown(prompt)}, but must be text or a list of texts: generate(model, tokenizer, prompt)",
     )
     require(type(max_tokens) is int, f"max_tokens is {arguments.shown(max_tokens)}, but must be an integer")
+    require(isinstance(stop, str), f"stop is {arguments.shown(stop)}, but must be text")
+    texts = {"stop": stop, "system": system} | {f"prompt {i}": each for i, each in enumerate(prompts)}
+    for name, each in texts.items():
+        require_characters(each, name)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     ids = [prompt_ids(tokenizer, each, model.about, chat=chat, system=system) for each in prompts]
     here = ops.prepared(model, jax.default_backend())
@@ -188,8 +198,8 @@ def generate(
         small = ops.prepared(draft, jax.default_backend())
         new_ids, _ = speculative.generate(here, small, ids, max_tokens, sampling, tokenizer.stops, seed, ahead)
     written = [samples.text(new, tokenizer) for new in new_ids]
-    texts = [each.partition(stop)[0] if stop else each for each in written]
-    return texts[0] if isinstance(prompt, str) else texts
+    ended = [each.partition(stop)[0] if stop else each for each in written]
+    return ended[0] if isinstance(prompt, str) else ended
 
 
 def save(path: SOURCE, model: LanguageModel | None = None, tokenizer: Tokenizer | None = None) -> Path:
@@ -232,19 +242,21 @@ def context_for(
     length: int,
     calibration: Calibration,
     seed: int,
+    lower: tuple[str, str],
     strict: bool = False,
 ) -> Context:
     """What steps that read text are given, of the training split of `source`: batches of `length` tokens where one of
-    them trains or is not known, and calibration text where one needs it. Raises InputError."""
+    them trains or is not known, and calibration text where one needs it. lower: the caller's names of what makes a
+    batch smaller, and of what makes the calibration text smaller. Raises InputError with these."""
     prepare = functools.partial(
         dataset.prepare, source, cache, vocabulary=model.config.vocabulary, tokenizer=tokenizer, strict=strict
     )
     made, batches, rows, longest = None, None, None, model.config.max_length
     if recipe.calibrates(steps):
-        made = prepare(length=min(calibration.length, longest), batch=1)
-        rows = loader.sample(made.train, calibration.rows, seed)
+        made = prepare(length=min(calibration.length, longest), batch=1, lower=lower[1])
+        rows = loader.sample(made.train, calibration.rows, seed, lower[1])
     if recipe.trains(steps) or made is None:
-        made = prepare(length=min(length, longest), batch=batch)
+        made = prepare(length=min(length, longest), batch=batch, lower=lower[0])
         batches = made.batches(batch, seed)
     return Context(
         batches=batches,

@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 
 from efflm.config import InputError
+from efflm.encoding import require_characters
 
 Messages = list[dict[str, str]]
 SECONDS, MEGABYTES = 2, 256
@@ -49,10 +50,11 @@ def render(
         sent = json.dumps(request, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"messages must hold what JSON can: {error}") from None
+    require_characters(json.dumps(messages, ensure_ascii=False), "messages")
     kind, text = _answer(sent)
     if kind == "t":
         return text
-    problem = f"{PROBLEMS.get(kind, PROBLEMS['d'])}, so give other messages or a plain --prompt"
+    problem = f"{PROBLEMS.get(kind, PROBLEMS['d'])}, so give other messages, or a plain prompt without chat"
     raise InputError(f"the chat template of {where} {problem}" + (f": {text}" if text else ""))
 
 

@@ -1,4 +1,4 @@
-"""A long text as token ids, and the bytes of the text that each of them stands for."""
+"""What can be tokenized, and a long text as token ids with the bytes of the text that each of them stands for."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -6,9 +6,23 @@ from typing import Any
 
 import numpy as np
 
+from efflm.config import InputError
+
 CONTEXT = 256  # characters on either side of a stretch that are tokenized with it
 
 Sized = tuple[list[int], np.ndarray]  # ids, and the bytes of each, int64
+
+
+def require_characters(text: str, what: str) -> None:
+    """Raise InputError for half of a surrogate pair, which no tokenizer can read and no file can hold. what: the
+    text's name in the error."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{what} has {text[error.start]!r} at character {error.start}, which is half of a surrogate pair and no "
+            "character: leave it out, or decode what it was made from as UTF-8 or UTF-16"
+        ) from None
 
 
 def sized(

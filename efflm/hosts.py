@@ -115,7 +115,7 @@ def explain(error: BaseException, code: int) -> str:
         what = "a machine, a device, the network or storage failed"
         return f"{what} ({reason(error)}): start again, from the last checkpoint"
     named = getattr(error, "filename", None)
-    return reason(error) if named else f"{reason(error)}: free some space, or give another --run_dir"
+    return reason(error) if named else f"{reason(error)}: free some space, or write to another folder"
 
 
 @contextlib.contextmanager

@@ -35,7 +35,8 @@ class Tokenizer:
 
     names: bos_token, eos_token, unk_token and so on, each in the vocabulary. adds_bos: the model expects `bos` before
     every text. extra_stops: ids beside `eos` that end an answer. template: see efflm.chat. where: the file it is from.
-    encode, encode_batch and decode raise InputError for what the tokenizer of a bad file cannot do.
+    encode, encode_batch and decode raise InputError for what the tokenizer of a bad file cannot do, the first two for
+    half of a surrogate pair too.
     """
 
     core: tokenizers.Tokenizer
@@ -79,10 +80,13 @@ class Tokenizer:
         return tuple(sorted({end for end in ends if end is not None}))
 
     def encode(self, text: str) -> list[int]:
+        encoding.require_characters(text, "the text")
         with _panics_of(self.where, "tokenize this text"):
             return self.core.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        for text in texts:
+            encoding.require_characters(text, "the text")
         with _panics_of(self.where, "tokenize this text"):
             return [found.ids for found in self.core.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -103,7 +107,7 @@ class Tokenizer:
     def chat(self, messages: chat.Messages, add_generation_prompt: bool = True) -> str:
         """The conversation as the model was taught to read it, up to where its answer begins. messages: dicts with
         `role` and `content`. Raises InputError if there is no template or it refuses them."""
-        require(self.template is not None, "this model brings no chat template: give it a plain --prompt")
+        require(self.template is not None, "this model brings no chat template: give it a plain prompt, without chat")
         return chat.render(self.template, messages, self.names, add_generation_prompt, str(self.where))
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -178,7 +178,8 @@ def context_for(
     return api.context_for(
         [*steps, GPTQ()],  # the text is always drawn: one pass over it is the unit of time
         source, dataset.cache(), loaded.model, loaded.tokenizer,
-        batch=8, length=calibration.length, calibration=calibration, seed=seed, strict=run.strict,
+        batch=8, length=calibration.length, calibration=calibration, seed=seed,
+        lower=("--calibration.length", api.FLAGS[1]), strict=run.strict,
     )  # fmt: skip
 
 

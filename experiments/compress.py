@@ -123,6 +123,7 @@ def context_for(run: Run, calibration: Calibration, loaded: Loaded, steps: Seque
         length=run.length,
         calibration=calibration,
         seed=run.seed,
+        lower=api.FLAGS,
         strict=run.strict,
     )
 

@@ -100,12 +100,12 @@ def compile_clock() -> Clock:
 
 
 def read_prompt() -> str:
-    """What comes on stdin, whatever the locale says of its encoding. Raises InputError."""
+    """What comes on stdin, line ends as they are, whatever the locale says of its encoding. Raises InputError."""
     require(
         sys.stdin is not None, "--prompt=- reads stdin, which is closed: pipe the prompt in, or give it as --prompt"
     )
     try:
-        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()
+        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", newline="").read()
     except UnicodeDecodeError as error:
         raise InputError(
             f"--prompt=- reads stdin, which is not UTF-8 (byte {error.object[error.start]:#04x} at offset "

@@ -294,7 +294,8 @@ def context_for(run: Run, calibration: Calibration, loaded: Loaded, source: str,
         [PruneWidth(parameters=0.5), Distill(), *(step for chain in run.names for part in chain.split(",")
                                     if part in recipe.RECIPES for step in recipe.RECIPES[part])],
         source, dataset.cache(), loaded.model, loaded.tokenizer,
-        batch=run.batch, length=run.length, calibration=calibration, seed=seed, strict=run.strict,
+        batch=run.batch, length=run.length, calibration=calibration, seed=seed,
+        lower=api.FLAGS, strict=run.strict,
     )  # fmt: skip
     return dataclasses.replace(made, teacher=loaded.model)
 

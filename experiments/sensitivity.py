@@ -123,6 +123,7 @@ def main(run: Run) -> None:
         length=run.length,
         calibration=Calibration(rows=run.rows, length=run.length),
         seed=run.seed,
+        lower=("--rows or --length",) * 2,
         strict=run.strict,
     )
     rundir.use_compilation_cache()

@@ -266,6 +266,13 @@ def careless(loaded, folder, tmp_path):
         "a number for a prompt": (lambda: efflm.generate(model, tokenizer, 3), "prompt is 3"),
         "no tokens": (lambda: efflm.generate(model, tokenizer, "the", max_tokens=0), "max_tokens is 0"),
         "half a token": (lambda: efflm.generate(model, tokenizer, "the", max_tokens=0.5), "max_tokens is 0.5"),
+        "half a character": (lambda: efflm.generate(model, tokenizer, "a\ud83d"), "'\\ud83d' at character 1"),
+        "half of one in a list": (lambda: efflm.generate(model, tokenizer, ["a", "\udc00"]), "prompt 1 has '\\udc00'"),
+        "half of one to stop": (lambda: efflm.generate(model, tokenizer, "a", stop="\ud83d"), "stop has '\\ud83d'"),
+        "half of one told": (lambda: efflm.generate(model, tokenizer, "a", system="\ud83d", chat=True), "system has"),
+        "a number to stop": (lambda: efflm.generate(model, tokenizer, "a", stop=3), "stop is 3"),
+        "none of it": (lambda: efflm.compress(model, "wanda50", folder, tokenizer, calibration_rows=0), "rows is 0"),
+        "too much calibration": (lambda: efflm.compress(model, "wanda50", folder, tokenizer), "lower calibration_rows"),
         "no chat template": (lambda: efflm.generate(model, tokenizer, "the", chat=True), "no chat template"),
         "path and model swapped": (lambda: efflm.save(model, tmp_path / "x"), "path is LanguageModel"),
         "no model to save": (lambda: efflm.save(tmp_path / "x"), "model is None"),
@@ -280,6 +287,7 @@ def test_what_is_given_wrongly_is_told_in_one_line(loaded, folder, tmp_path):
             call()
         assert words in str(error.value), name
         assert "\n" not in str(error.value), name
+        assert "--" not in str(error.value), name
     assert not list(tmp_path.iterdir())
 
 

@@ -82,10 +82,12 @@ def test_a_template_has_two_seconds_and_256_megabytes(template, message):
 
 
 def test_conversations_reach_a_template_as_they_are():
-    odd = "\ud800 \x00 \u2028 \r\n é😀 " + "long " * 100_000
+    odd = "\x00 \u2028 \r\n é😀 " + "long " * 100_000
     assert render("{{ messages[0]['content'] }}{{ messages[0]['n'] }}", [{"content": odd, "n": 1.5}]) == odd + "1.5"
     with pytest.raises(InputError, match="messages must hold what JSON can"):
         render("", [{"content": {1, 2}}])
+    with pytest.raises(InputError, match="half of a surrogate pair"):
+        render("", [{"content": "\ud800"}])
 
 
 def test_a_template_is_never_run_here(monkeypatch):

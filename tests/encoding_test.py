@@ -1,5 +1,6 @@
 """Bytes are those of the text, whatever the tokenizer makes of it, and a long text has the tokens of the whole."""
 
+import dataclasses
 import json
 import unicodedata
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from efflm.config import InputError
 from efflm.data import dataset
 from efflm.evaluate import quality, windows
 from efflm.evaluate.windows import Scoring
@@ -120,3 +122,21 @@ def test_scores_divide_by_the_bytes_of_the_file(known, name, tmp_path):
     ends = [end for _, end in tokens.core.encode(text).offsets]
     assert measured(40).bytes.tolist() == [len(text[: max(ends[:40])].encode())]
     assert measured(40).tokens.tolist() == [40]
+
+
+def test_half_a_surrogate_pair_is_no_text(known):
+    half, tokens = "ok \ud83d bad", known["plain"]
+    chat = dataclasses.replace(tokens, template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    calls = {
+        "the text": [
+            lambda: tokens.encode(half),
+            lambda: tokens.encode_batch(["a", half]),
+            lambda: tokens.prompt(half),
+        ],
+        "messages": [lambda: chat.chat([{"role": "user", "content": half}])],
+    }
+    for name, each in calls.items():
+        for call in each:
+            with pytest.raises(InputError, match=rf"{name} has '\\ud83d' at character \d+, which is half of"):
+                call()
+    assert tokens.decode(tokens.encode("\U0001f600")) == "\U0001f600"

@@ -24,7 +24,7 @@ ALLOWED = {
     "streams": {"config"},
     "flags": {"config", "helptext", "hosts", "ops", "signals", "streams"},
     "model_files": {"config"},
-    "chat": {"config"},
+    "chat": {"config", "encoding"},
     "render_template": set(),
     "tokenizer_json": {"config"},
     "encoding": {"config"},
@@ -42,7 +42,19 @@ ALLOWED = {
     "formats": BASE | {"autotune", "ops", "model", "tokenizer", "train.checkpoint"},
     "arguments": {"config", "model", "tokenizer", "data", "compress"},
     "api": BASE
-    | {"arguments", "ops", "model", "tokenizer", "data", "infer", "compress", "evaluate", "formats", "report"},
+    | {
+        "arguments",
+        "encoding",
+        "ops",
+        "model",
+        "tokenizer",
+        "data",
+        "infer",
+        "compress",
+        "evaluate",
+        "formats",
+        "report",
+    },
 }
 ONE_PLACE = {
     "absl": ("flags.py",),

@@ -166,7 +166,7 @@ def require_no_adapters(model: LanguageModel, step: Step) -> None:
     require(
         not has or isinstance(step, Merge),
         f"{', '.join(has[:1])} has an adapter beside it, which {type(step).__name__} cannot change: merge it first "
-        "(compress.adapt.Merge), or train it with --adapt.merge",
+        "(compress.adapt.Merge), or set merge of Adapt (adapt.merge)",
     )
 
 

@@ -111,7 +111,7 @@ def write(folder: Path, teacher: LanguageModel, context: Context, header: Mappin
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     size = header["steps"] * header["rows"] * header["length"] * bytes_per_token(header)
-    rundir.require_writable(partial, needs=size + rundir.SMALL_FILES)
+    rundir.require_writable(partial, needs=size + rundir.SMALL_FILES, remedy="distill without cache")
     partial.mkdir(parents=True)
     shape = (header["steps"], header["rows"], header["length"], header["entries"])
     kept = {

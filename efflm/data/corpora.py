@@ -49,18 +49,21 @@ class Corpus:
         return "; ".join(filter(None, [f"{self.name}, {size / 1e6:.1f} MB, {counts}", str(self.parts["train"])]))
 
 
-def load(source: str, cache: Path, least_bytes: int = 0, strict: bool = False) -> Corpus:
+def load(
+    source: str, cache: Path, least_bytes: int = 0, strict: bool = False, lower: str = "the batch or its length"
+) -> Corpus:
     """Read `source` ("stdlib", a file or a folder), prepare it once under `cache`, and return it. Raises InputError.
 
-    Splits follow a hash of each document's path. `least_bytes` is the smallest training split that will do. Files of a
+    Splits follow a hash of each document's path. `least_bytes` is the smallest training split that will do, and
+    `lower` what makes it smaller, for the error. Files of a
     folder that are hidden, or not UTF-8 text, are left out; strict: the latter are refused.
     """
     name, parts = name_of(source), split(source, strict)
     size = sum(part.nbytes for part in parts["train"].parts)
     require(
         size >= least_bytes and all(found.parts for found in parts.values()),
-        f"corpus {name} is too small: {size:,} bytes in {len(parts['train'].parts)} documents to train on, but one "
-        f"batch needs about {least_bytes:,} bytes and each split a document: give more text or lower --train.batch",
+        f"corpus {name} is too small: {size:,} bytes in {len(parts['train'].parts)} documents to train on, but about "
+        f"{least_bytes:,} bytes are needed, and a document for each split: give more text, or lower {lower}",
     )
     every = [part for found in parts.values() for part in found.parts]
     texts = iter([(part.name, part.text()) for part in progress.shown(every, f"reading {name}", len(every))])

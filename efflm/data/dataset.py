@@ -75,31 +75,32 @@ def prepare(
     batch: int,
     tokenizer: Tokenizer | None = None,
     strict: bool = False,
+    lower: str = "--train.batch or --train.length",
 ) -> Dataset:
     """Read, split, tokenize and pack `source`. A tokenizer is trained on its training split unless one is given.
 
-    enwik8 is read in bytes, whatever `vocabulary` is. strict: as corpora.load says. Raises InputError, before anything
-    is written, if the text cannot be read or is far too small for one batch, and if the tokenizer given has more than
-    `vocabulary` entries.
+    enwik8 is read in bytes, whatever `vocabulary` is. strict: as corpora.load says. lower: what makes a batch smaller,
+    as the caller knows it. Raises InputError, before anything is written, if the text cannot be read or is far too
+    small for one batch, and if the tokenizer given has more than `vocabulary` entries.
     """
     require(
         tokenizer is None or tokenizer.vocabulary <= vocabulary,
         f"the tokenizer given has {tokenizer and tokenizer.vocabulary} entries, but the vocabulary is {vocabulary}: "
-        "set model.vocabulary to at least that",
+        "the model's (model.vocabulary) must be at least that",
     )
     if source == enwik8.NAME:
         corpus, tokenizer = enwik8.load(cache), tokenizer or tokenizers.train((), tokenizers.BYTES)
         _require_bytes(tokenizer)
         train = packing.Stream(corpus.train, tokenizer.byte_ids, tokenizer.separator, length)
         return Dataset(corpus, tokenizer, train, *(held_out(source, tokenizer, cache, part) for part in HELD_OUT))
-    corpus = corpora.load(source, cache, least_bytes=2 * batch * length, strict=strict)
+    corpus = corpora.load(source, cache, least_bytes=2 * batch * length, strict=strict, lower=lower)
     folder = cache / corpus.digest
     with user_cache.alone(folder):
         tokenizer = tokenizer or _trained(folder / f"tokenizer-{vocabulary}.json", corpus, vocabulary)
         texts = [text for _, text in corpus.train]
         pack = lambda: packing.pack(_encoded(texts, tokenizer), tokenizer.separator, length)
         train = packing.load_or_pack(folder / f"rows-{tokenizer.digest}-{length}.npy", pack)
-    loader.require_one_batch(train, batch)
+    loader.require_one_batch(train, batch, lower)
     return Dataset(
         corpus, tokenizer, train, *(_split(source, part, corpus.parts[part], tokenizer) for part in HELD_OUT)
     )
@@ -167,5 +168,6 @@ def cache() -> Path:
 def _require_bytes(tokenizer: Tokenizer) -> None:
     require(
         tokenizer.vocabulary == tokenizers.BYTES,
-        f"enwik8 is read in bytes, but the tokenizer given has {tokenizer.vocabulary} entries: train without it",
+        f"enwik8 is read in bytes, but the tokenizer given has {tokenizer.vocabulary} entries: give another text, or a "
+        "model that was trained on enwik8",
     )

@@ -81,7 +81,7 @@ def whole(corpus: str, root: Path, names: list[str], strict: bool) -> Found:
     require(
         not left_out or not strict,
         f"corpus {corpus}: {count:,} of {len(names):,} files {_are(count)} not UTF-8 text: {bad}: convert or remove "
-        "them, or have them left out (without --strict)",
+        "them, or have them left out (without strict)",
     )
     require(bool(parts), f"corpus {corpus} is empty: it holds no text{', ' * bool(left_out)}{found}")
     return found

@@ -33,11 +33,12 @@ class Column:
         return np.asarray(self[:, :], dtype)
 
 
-def require_one_batch(rows: Rows | Stream, batch: int) -> None:
+def require_one_batch(rows: Rows | Stream, batch: int, lower: str = "the batch or its length") -> None:
+    """Raise InputError if the rows do not fill it. lower: what the caller can make smaller."""
     require(
         len(rows) >= batch,
         f"the corpus is too small: {len(rows)} rows of {rows.length} tokens do not fill one batch of {batch}: "
-        "give more text, or lower --train.batch or --train.length",
+        f"give more text, or lower {lower}",
     )
 
 
@@ -55,11 +56,12 @@ def batches(rows: Rows | Stream, batch: int, seed: int) -> Callable[[int], dict[
     return read
 
 
-def sample(rows: Rows | Stream, count: int, seed: int) -> dict[str, np.ndarray]:
-    """`count` different rows, drawn by the seed. Raises InputError if there are not as many."""
+def sample(rows: Rows | Stream, count: int, seed: int, lower: str = "their number") -> dict[str, np.ndarray]:
+    """`count` different rows, drawn by the seed. Raises InputError if there are not as many, with what the caller can
+    lower."""
     require(
         len(rows) >= count,
         f"the calibration text is too short: {len(rows)} rows of {rows.length} tokens where {count} are asked for: "
-        "give more text, or lower --calibration.rows or --calibration.length",
+        f"give more text, or lower {lower}",
     )
     return {field: np.asarray(column) for field, column in batches(rows, count, seed)(0).items()}

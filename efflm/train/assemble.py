@@ -17,6 +17,10 @@ from efflm.train.losses import LossFn
 from efflm.train.step import TrainState
 
 Rule = optax.GradientTransformation | None  # in place of optimizer.make(train): a wrapper of it, say
+REMEDY = (  # where training diverges
+    "lower train.learning_rate, lengthen train.warmup, set train.policy to bfloat16, or leave such steps out with "
+    "train.on_nan=skip"
+)
 
 
 def fit_model(
@@ -43,6 +47,7 @@ def fit_model(
         rule,
         shapes=_shapes(config, train),
         masks=stack_blocks(kept, config) if kept and train.scan else kept,
+        remedy=REMEDY,
         **run,
     )
     return LanguageModel(config, unstack_blocks(trained, config) if train.scan else trained, masks)

@@ -31,7 +31,6 @@ from efflm.train.described import arrays_of
 from efflm.train.step import TrainState
 
 ARRAYS = "arrays"  # the folder of a step in which Orbax writes
-NONE_WHOLE = "no checkpoint is whole: delete the folder {} to start over, or give another --run_dir"
 
 
 # --- finished models -----------------------------------------------------------------------------------------------
@@ -67,7 +66,9 @@ def load(directory: Path, mesh: Mesh) -> tuple[LanguageModel, dict[str, Any]]:
     """The newest model under `directory`, laid on the mesh, and its `about`. Raises InputError."""
     require(bool(_steps(directory)), f"no checkpoint in {directory}: give a directory that a training run has written")
     step = _newest_good(directory)
-    require(step is not None, NONE_WHOLE.format(directory.absolute()))
+    require(
+        step is not None, f"no checkpoint in {directory.absolute()} is whole: train the model again, or give another"
+    )
     folder, about = directory / str(step), _about(directory, step)
     try:
         config, formats = ModelConfig.from_dict(about["config"]), about["formats"]
@@ -161,7 +162,8 @@ class TrainingRun:
         if step is None:
             require(
                 not exists(directory),
-                NONE_WHOLE.format(directory.absolute()),
+                f"no checkpoint is whole: delete the folder {directory.absolute()} to start over, or give another "
+                "--run_dir",
             )
             return None
         as_stored = json.loads(rundir.to_json(self.policy.about))

@@ -42,6 +42,7 @@ def fit(
     loss_scale: LossScale | None = None,
     on_nan: OnNan = "stop",
     title: str = "training",
+    remedy: str = "lower the learning rate",
     log_every: int = 10,
     metrics_file: Path | None = None,
     tensorboard: Path | None = None,
@@ -68,8 +69,9 @@ def fit(
     written. SIGTERM or Ctrl-C ends the run after the step in flight with a checkpoint and raises Stopped.
 
     Raises InputError if the loss or a gradient is not finite, unless the step was skipped: for a lower loss scale, or
-    because of on_nan="skip"; and if every step was. Raises it too if a checkpoint cannot be written; the one before is
-    left as it is. Raises hosts.Interrupted for what the last checkpoint survives: lost machines, storage that fails.
+    because of on_nan="skip"; and if every step was. These say to do what `remedy` is. Raises it too if a checkpoint
+    cannot be written; the one before is left as it is. Raises hosts.Interrupted for what the last checkpoint survives:
+    lost machines, storage that fails.
     """
     shapes = jax.eval_shape(start) if shapes is None else shapes
     like = abstract_state(shapes, optimizer, mesh, loss_scale, masks)
@@ -96,6 +98,7 @@ def fit(
                 metrics=Metrics(metrics_file if hosts.is_first() else None, tensorboard, first),
                 bar=_Bar(title, first, steps),
                 excused=excused,
+                remedy=remedy,
                 leaves=[path for path, _ in trees.flatten(shapes, inside=True)],
             )
         )
@@ -122,8 +125,8 @@ def fit(
                 report.fetch()
                 require(
                     int(state.skipped) < steps,
-                    f"none of the {steps} steps changed a weight: the loss or a gradient was not finite at each. Lower "
-                    "the learning rate, lengthen the warm-up, or use --train.policy=bfloat16",
+                    f"none of the {steps} steps changed a weight: the loss or a gradient was not finite at each: "
+                    f"{remedy}",
                 )
             if saved:
                 stop = "" if last else asked_to_stop(done)
@@ -153,8 +156,15 @@ def _programs_for(like, loss_fn, optimizer, seed, accumulate, on_nan, programs: 
 class _Report:
     """Fetches metrics some steps late, checks every step's, and writes those that are due a line."""
 
-    def __init__(self, metrics: Metrics, bar: "_Bar", excused: Callable[[dict[str, float]], bool], leaves: list[str]):
-        self.metrics, self.bar, self.excused, self.leaves = metrics, bar, excused, leaves
+    def __init__(
+        self,
+        metrics: Metrics,
+        bar: "_Bar",
+        excused: Callable[[dict[str, float]], bool],
+        leaves: list[str],
+        remedy: str,
+    ):
+        self.metrics, self.bar, self.excused, self.leaves, self.remedy = metrics, bar, excused, leaves, remedy
         self.waiting: list[tuple[int, dict[str, jax.Array], bool]] = []
         self.due = False
         self.start(0)
@@ -197,8 +207,7 @@ class _Report:
         require(
             self.excused(values),
             f"the loss is {values['loss']} at step {step}, the gradient's norm {values['gradient_norm']}{scale} "
-            f"({where}): "
-            "lower the learning rate, lengthen the warm-up, or leave such steps out with --train.on_nan=skip",
+            f"({where}): {self.remedy}",
         )
 
 

@@ -62,6 +62,9 @@ def test_the_text_is_on_stdout_and_the_times_on_stderr(folder, loaded, monkeypat
     monkeypatch.setattr(sys, "stdin", stdin(b"the cat"))
     run(folder, monkeypatch, tmp_path, "--prompt=-", "--max_tokens=20")
     assert capsys.readouterr().out == out
+    monkeypatch.setattr(sys, "stdin", stdin(b"the\r\ncat\r"))
+    run(folder, monkeypatch, tmp_path, "--prompt=-", "--max_tokens=1")
+    assert capsys.readouterr().out.startswith("the\r\ncat\r")  # line ends are part of a text
     part = out[10:14]
     run(folder, monkeypatch, tmp_path, "--prompt=the cat", "--max_tokens=20", f"--stop={part}")
     assert capsys.readouterr().out == "the cat" + out[7 : out.index(part, 7)] + "\n"
