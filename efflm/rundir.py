@@ -61,11 +61,12 @@ def require_writable(path: Path, needs: int, remedy: str = "give another --run_d
 
 
 def locked(main: Callable[..., None]) -> Callable[..., None]:
-    """The main of an experiment, with run.run_dir `held`."""
+    """The main of an experiment, with run.run_dir `held`; where that is empty and so by default, nothing is written."""
 
     @functools.wraps(main)
     def alone(run: Any, *groups: Any, **named: Any) -> None:
-        with held(Path(run.run_dir)):
+        somewhere = run.run_dir or type(run).run_dir
+        with held(Path(run.run_dir)) if somewhere else contextlib.nullcontext():
             main(run, *groups, **named)
 
     return alone
@@ -76,7 +77,8 @@ def held(path: Path) -> Iterator[None]:
     """Have the directory, which is made if need be, for this process; of several that run one program, for process 0.
 
     The lock is the kernel's, on a file that says who has it, and ends with the process in whatever way that ends. It
-    is gone in the end, as is the directory where nothing came into it. Raises InputError if another process has it.
+    is gone in the end, as is the directory where nothing came into it. Raises InputError if another process has it, or
+    a file of that name is no lock of ours.
     """
     path = path.resolve()
     if fcntl is None or path in _held or not hosts.is_first():
@@ -121,6 +123,9 @@ def _lock(path: Path) -> int:
             if os.fstat(handle).st_ino == file.stat().st_ino:
                 break
         os.close(handle)  # its owner has just deleted it
+    if os.pread(handle, 6, 0) not in (b"", b'{"pid"'):
+        os.close(handle)
+        raise InputError(f"{file} is not a lock that efflm has written: give another --run_dir, or rename it")
     me = {
         "pid": os.getpid(),
         "host": platform.node(),

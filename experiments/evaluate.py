@@ -43,6 +43,7 @@ class Run:
     run_dir: str = flag("", "where to write results.json and report.html; default: nowhere", path=True)
 
 
+@rundir.locked
 def main(run: Run, score: Scoring, mesh: MeshConfig) -> None:
     began = time.perf_counter()
     if run.run_dir:

@@ -40,6 +40,7 @@ from efflm.train.checkpoint import Checkpointing, TrainingRun
 SHAPE = ModelShape(layers=2, width=64, heads=4, kv_heads=2, mlp_dim=128, vocabulary=512, max_length=32)
 ROWS, LENGTH, PAUSE = 4, 32, 0.02  # seconds a step waits for its batch, so that a kill hits the step it is meant for
 KEEP = 2
+MADE, MARK = ("calm", "calm.log", "troubled", "troubled.log", "small"), "fault_drill.json"  # in its run directory
 DAMAGE = ("truncate", "flip", "no manifest")
 
 
@@ -47,7 +48,11 @@ DAMAGE = ("truncate", "flip", "no manifest")
 class Run:
     """The drill"""
 
-    run_dir: str = flag(str(rundir.ROOT / "fault_drill"), "where everything is written; emptied first", path=True)
+    run_dir: str = flag(
+        str(rundir.ROOT / "fault_drill"),
+        "where everything is written; what an earlier drill left there is deleted",
+        path=True,
+    )
     kills: int = flag(20, "how often the run is killed")
     every: int = flag(5, "steps between checkpoints")
     seed: int = flag(0, "seed of when is killed and what is damaged")
@@ -216,17 +221,25 @@ def damage(run_dir: Path, rng: random.Random) -> tuple[int, str] | None:
     return committed[-1], f"{how} {file.relative_to(folder)}"
 
 
+def begin_anew(root: Path) -> None:
+    """Delete what an earlier drill has left in `root`, and nothing else. Raises InputError for a folder that holds
+    something and that no drill has marked as its own."""
+    held = sorted(path.name for path in root.iterdir() if path.name != rundir.LOCK)
+    require(
+        not held or MARK in held,
+        f"{root} holds {held and held[0]}, which is not of a drill: give --run_dir a folder that is not there yet",
+    )
+    rundir.write_json(root / MARK, {"made": MADE})
+    rundir.discard(root, MADE)
+
+
 @rundir.locked
 def main(run: Run) -> None:
     if run.role == "train":
         train(run)
         return
     root = Path(run.run_dir)
-    for old in root.glob("*"):
-        if old.is_dir():
-            shutil.rmtree(old)
-        elif old.name != rundir.LOCK:
-            old.unlink()
+    begin_anew(root)
     calm, troubled = root / "calm", root / "troubled"
     require(
         finish(start(run, calm), run, calm, "the undisturbed run") == 0,

@@ -13,7 +13,6 @@ Kinds, by what is kept for each token:
 import functools
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +32,7 @@ from efflm.train.step import place
 
 Kind = Literal["full", "top_k", "sampled"]
 HEADER = "cache.json"
+FILES = (HEADER, f"{HEADER}.partial", "p.npy", "ids.npy", "hashes.npy")  # all that is written
 READ = ("inputs", "targets", "segments", "positions")  # of a batch: what tells it from others
 
 
@@ -109,10 +109,10 @@ def write(folder: Path, teacher: LanguageModel, context: Context, header: Mappin
     """Run the teacher over the batches of all steps. An interrupt leaves nothing that `read` would take."""
     require(jax.process_count() == 1, "a teacher's cache is written by one process: distill without cache on several")
     partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    rundir.discard(partial, FILES)
     size = header["steps"] * header["rows"] * header["length"] * bytes_per_token(header)
     rundir.require_writable(partial, needs=size + rundir.SMALL_FILES, remedy="distill without cache")
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)
     shape = (header["steps"], header["rows"], header["length"], header["entries"])
     kept = {
         name: np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
@@ -131,7 +131,7 @@ def write(folder: Path, teacher: LanguageModel, context: Context, header: Mappin
         array.flush()
     np.save(partial / "hashes.npy", hashes)
     rundir.write_json(partial / HEADER, dict(header))
-    shutil.rmtree(folder, ignore_errors=True)
+    rundir.discard(folder, FILES)
     partial.replace(folder)
 
 

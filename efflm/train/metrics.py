@@ -11,6 +11,8 @@ import numpy as np
 
 from efflm import rundir
 
+OWN = ".efflm"  # how the names of our event files end, so that no others are deleted
+
 
 class Metrics:
     """One line a record in `file`, each step once and in ascending order, however often the run was resumed.
@@ -32,9 +34,9 @@ class Metrics:
         if tensorboard:
             from tensorboardX import SummaryWriter  # here, for its only use: --help must not wait for it
 
-            for old in tensorboard.glob("events.out.tfevents.*"):
+            for old in tensorboard.glob(f"events.out.tfevents.*{OWN}"):
                 old.unlink()
-            self.events, now = SummaryWriter(str(tensorboard), max_queue=1), time.time()
+            self.events, now = SummaryWriter(str(tensorboard), max_queue=1, filename_suffix=OWN), time.time()
             for _, record in kept:
                 self._show(record, now - self.seconds + record.get("seconds", 0.0))
 
