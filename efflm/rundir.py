@@ -222,10 +222,12 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """The commit of this code, and whether files differ from it; "unknown" outside of a git repository."""
+    """The commit of this code, and whether files differ from it; "unknown" where no git repository holds it: one around
+    an environment that it is installed in says nothing of it."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         run = lambda *args: subprocess.run([*git, *args], capture_output=True, text=True, check=True, timeout=10).stdout
+        run("ls-files", "--error-unmatch", Path(__file__).name)
         return run("rev-parse", "--short", "HEAD").strip() + (
             ", changed" if run("status", "--porcelain", "-uno") else ""
         )

@@ -83,6 +83,26 @@ def test_a_lock_file_that_was_just_deleted_is_no_lock(tmp_path, monkeypatch):
         assert (tmp_path / rundir.LOCK).stat().st_ino == locked[1]
 
 
+def test_the_commit_is_that_of_a_repository_that_holds_the_code(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b", "-c", "commit.gpgsign=false"]
+    run = lambda *args: subprocess.run([*git, *args], check=True, capture_output=True, text=True).stdout.strip()
+    inside = tmp_path / "venv" / "efflm"
+    inside.mkdir(parents=True)
+    (inside / "rundir.py").touch()
+    monkeypatch.setattr(rundir, "__file__", str(inside / "rundir.py"))
+    assert rundir._commit() == "unknown"
+    run("init", "-q")
+    (tmp_path / "other.txt").touch()
+    run("add", "other.txt")
+    run("commit", "-qm", "of another project")
+    assert rundir._commit() == "unknown"
+    run("add", ".")
+    run("commit", "-qm", "with the code")
+    assert rundir._commit() == run("rev-parse", "--short", "HEAD")
+    (inside / "rundir.py").write_text("changed")
+    assert rundir._commit().endswith(", changed")
+
+
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
