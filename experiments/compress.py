@@ -48,6 +48,7 @@ from efflm.formats import safetensors, sources
 from efflm.formats.sources import KINDS, Loaded
 from efflm.model import LanguageModel, sharding
 from efflm.report import analysis, compared, numbers, page, rows, samples, scoring, table
+from efflm.report.comparison import Comparison, Limits
 from efflm.train import metrics
 
 BEFORE = "before.safetensors"
@@ -134,7 +135,7 @@ def described(steps: tuple[Step, ...], after: LanguageModel) -> str:
 
 
 @rundir.locked
-def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict) -> None:
+def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **steps: dict) -> None:
     began = time.perf_counter()
     say = lambda words: print(f"[{time.perf_counter() - began:4.0f} s] {words}", flush=True)
     changes = {kind: steps[name] for name, kind in STEPS.items()}
@@ -152,7 +153,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict) -> N
     score = score.within(dense.config.max_length, about.get("train.length", 0), text.unbroken)
     context = context_for(run, calibration, loaded, [step for steps in plans.values() for step in steps])
     rundir.use_compilation_cache()
-    protocol, kept = cost.protocol_for(dense), {}
+    protocol, kept, qualities, timed = cost.protocol_for(dense), {}, {}, {}
     platform, records, written, measured, phases = jax.default_backend(), {}, {}, [], []
     prompt = api.prompt_ids(tokens, run.prompt, about)
     first = rows.label(about)
@@ -184,14 +185,15 @@ def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict) -> N
         for each, model, nbytes, note, figures in pairs:
             base = None if each == first else (before, rates[first])
             measured.append(rows.make(each, model, nbytes, note, figures, rates[each], base))
+            qualities[each], timed[each] = figures, (rates[each], rates[first])
             if run.prompt:
                 written[each] = samples.write(models[each], tokens, prompt, run.sample)
         phases = phases or analysis.inference(dense, protocol, rates[first])
         del after, here, models, model, pairs
     facts = [
         f"Quality: {scoring.protocol(text, score, before)}. Divergence: from the first model.",
-        f"Speed: {protocol}; each model in turn with the first, whose rounds beside the second are shown. In brackets "
-        "the quartiles.",
+        f"Speed: {protocol}; each model in turn with the first, whose rounds beside the second are shown: compare the "
+        "ratios, which are those of the same rounds. In brackets the quartiles.",
         f"Size: an uncompressed safetensors file; the source itself takes {numbers.megabytes(loaded.nbytes)} MB.",
         *rows.cautions(run.model, about, text.known),
     ]
@@ -214,7 +216,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict) -> N
     compared.write(
         run_dir / "report.html",
         title=f"{run.model} by {run.recipe.replace(',', '+').replace(' ', ', ')}: what it saves and what it costs",
-        rows=measured,
+        comparison=Comparison(measured, limits, qualities, timed),
         details=details,
         curves=dict(pair for name in plans for pair in metrics.curves(curves_of(run_dir, name), name)),
         phases=phases,
@@ -266,4 +268,4 @@ def command_for(name: str, argv: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    launch(main, __doc__, run=Run(), calibration=Calibration(), score=Scoring(), **STEPS)
+    launch(main, __doc__, run=Run(), calibration=Calibration(), score=Scoring(), limits=Limits(), **STEPS)

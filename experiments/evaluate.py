@@ -25,6 +25,7 @@ from efflm.formats import sources
 from efflm.formats.sources import KINDS
 from efflm.model import sharding
 from efflm.report import analysis, compared, measured, page, rows, table
+from efflm.report.comparison import Limits
 from efflm.report.page import Detail
 
 
@@ -44,7 +45,7 @@ class Run:
 
 
 @rundir.locked
-def main(run: Run, score: Scoring, mesh: MeshConfig) -> None:
+def main(run: Run, score: Scoring, mesh: MeshConfig, limits: Limits) -> None:
     began = time.perf_counter()
     if run.run_dir:
         rundir.require_writable(Path(run.run_dir), needs=1_000_000)
@@ -81,7 +82,7 @@ def main(run: Run, score: Scoring, mesh: MeshConfig) -> None:
         compared.write(
             Path(run.run_dir) / "report.html",
             title=f"{run.model} measured" + (f" beside {run.reference}" if run.reference else ""),
-            rows=found.rows,
+            comparison=found.comparison(limits),
             details={each: Detail(lineage=compared.before(notes[each], abouts[each])) for each in models},
             curves={},
             phases=analysis.inference(models[first], found.protocol, found.rates[first]),
@@ -92,4 +93,4 @@ def main(run: Run, score: Scoring, mesh: MeshConfig) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, __doc__, run=Run(), score=Scoring(), mesh=MeshConfig(data=1))
+    launch(main, __doc__, run=Run(), score=Scoring(), mesh=MeshConfig(data=1), limits=Limits())

@@ -26,6 +26,7 @@ from efflm.flags import command_line, launch
 from efflm.formats import safetensors
 from efflm.model import sharding
 from efflm.report import analysis, compared, page, rows, samples, scoring, table
+from efflm.report.comparison import Comparison, Limits
 from efflm.train import metrics
 from experiments import pretrain
 
@@ -55,7 +56,7 @@ RUN = pretrain.Run(run_dir=str(rundir.ROOT / "quickstart"))
 
 
 @rundir.locked
-def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scoring) -> None:
+def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scoring, limits: Limits) -> None:
     began = time.perf_counter()
     train = pretrain.settled(run, model.config(), train)
     run_dir, config = Path(run.run_dir), pretrain.saved_config(model, train)
@@ -111,7 +112,7 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
         f"Distilled minus from scratch, paired over test documents: {quality.words((difference, error), '+.4f')} bits "
         f"per byte, {verdict(difference, error)}.",
         f"Quality: {scoring.protocol(text, score, qualities['float32'])}. Smaller is better.",
-        f"Speed: {protocol}. In brackets the quartiles; a difference is claimed only where they do not overlap.",
+        f"Speed: {protocol}. In brackets the quartiles.",
         "Size: an uncompressed safetensors file; matrices with many zeros are stored as a bitmask and their values.",
         "One seed, one small model, one corpus: read the order of the rows, not the exact values.",
     ]
@@ -136,7 +137,9 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     compared.write(
         run_dir / "report.html",
         title="What each way of making a language model cheaper buys, and what it costs",
-        rows=measured,
+        comparison=Comparison(
+            measured, limits, qualities, {name: (own, rates["float32"]) for name, own in rates.items()}
+        ),
         details=compared.details(
             "", about, records, written, PROMPT, data.tokenizer, commands(run, train, list(models), command)
         ),
@@ -167,4 +170,4 @@ def commands(run: pretrain.Run, train: TrainConfig, names: list[str], whole: str
 
 if __name__ == "__main__":
     model, train = ModelShape(layers=4), TrainConfig(steps=600, batch=4)
-    launch(main, __doc__, run=RUN, model=model, train=train, score=Scoring())
+    launch(main, __doc__, run=RUN, model=model, train=train, score=Scoring(), limits=Limits())

@@ -307,7 +307,7 @@ def speed_of(dense: LanguageModel, model: LanguageModel, protocol: cost.Protocol
         for name, each in (("first", dense), ("this", model))
     }
     rates = cost.rates(here, protocol)
-    return tuple(this.median / base.median for base, this in zip(rates["first"], rates["this"], strict=True))
+    return tuple(cost.ratio(*pair)[0] for pair in zip(rates["this"], rates["first"], strict=True))
 
 
 def row_of(

@@ -21,6 +21,7 @@ from efflm.evaluate.windows import Scoring
 from efflm.flags import launch
 from efflm.formats import sources
 from efflm.model import LanguageModel
+from efflm.report.comparison import Limits
 from efflm.report.rows import Row
 from experiments import evaluate
 from tests import gguf_files
@@ -137,7 +138,7 @@ def test_measure_gives_the_figures_and_the_table_of_the_command(source, loaded, 
     flags = [f"--score.{name}={value}" for name, value in SHORT.items()]
     launch(evaluate.main, "", ["x", f"--model={tmp_path / 'small'}", f"--reference={source}", f"--text={folder}",
            f"--run_dir={tmp_path / 'out'}", *flags],
-           run=evaluate.Run(), score=Scoring(), mesh=MeshConfig(data=1))  # fmt: skip
+           run=evaluate.Run(), score=Scoring(), mesh=MeshConfig(data=1), limits=Limits())  # fmt: skip
     shown = capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     row = next(row for row in results["rows"] if row["name"] == "small")

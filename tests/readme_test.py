@@ -19,6 +19,7 @@ from efflm.compress.smoothquant import SmoothQuant
 from efflm.compress.step import Calibration
 from efflm.evaluate.windows import Scoring
 from efflm.formats import load_model
+from efflm.report.comparison import Limits
 from tests import gguf_files, tiny
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +27,7 @@ READMES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("[a-z]*/**/README.md"))
 FRONT = (ROOT / "README.md").read_text()
 GROUPS = {
     "model": config.ModelShape, "train": config.TrainConfig, "mesh": config.MeshConfig, "hosts": config.HostsConfig,
-    "score": Scoring, "calibration": Calibration,
+    "score": Scoring, "calibration": Calibration, "limits": Limits,
     "quantize": Quantize, "prune": Prune, "finetune": Finetune, "distill": Distill, "shrink": Shrink,
     "smoothquant": SmoothQuant,
 }  # fmt: skip

@@ -1,6 +1,8 @@
 """What running a model costs on this machine: tokens a second in prefill and in decode, with their spread."""
 
 import dataclasses
+import math
+import statistics
 import time
 from collections.abc import Callable
 
@@ -15,11 +17,13 @@ from efflm.model import LanguageModel
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """Tokens a second: the median of the repeats, and their lower and upper quartile (of one repeat it itself)."""
+    """Tokens a second: the median of the repeats, and their lower and upper quartile (of one repeat it itself).
+    rounds: of each repeat, in order."""
 
     median: float
     low: float
     high: float
+    rounds: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,4 +99,14 @@ def _round(model: LanguageModel, protocol: Protocol, clock: Callable[[], float])
 
 def _rate(tokens: int, seconds: list[float]) -> Rate:
     fast, median, slow = map(float, np.quantile(seconds, (0.25, 0.5, 0.75)))
-    return Rate(tokens / median, tokens / slow, tokens / fast)
+    return Rate(tokens / median, tokens / slow, tokens / fast, tuple(tokens / took for took in seconds))
+
+
+def ratio(rate: Rate, base: Rate) -> tuple[float, float | None]:
+    """How many times as fast as `base`, and the standard error of that, both measured in the same rounds: the median of
+    the rounds' ratios, whose error is that of a median of normal values, by their quartiles (None of one round)."""
+    low, median, high = np.quantile(np.divide(rate.rounds, base.rounds), (0.25, 0.5, 0.75))
+    if len(rate.rounds) < 2:
+        return float(median), None
+    deviation = (high - low) / (2 * statistics.NormalDist().inv_cdf(0.75))
+    return float(median), float(math.sqrt(math.pi / 2 / len(rate.rounds)) * deviation)

@@ -10,7 +10,7 @@ Logits, which are by far the largest arrays here, exist for a slice of tokens at
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -217,12 +217,17 @@ def words(figure: Figure, form: str = ".4f") -> str:
     return f"{value:{form}}{spread}"
 
 
-def paired_difference(first: Quality, second: Quality) -> Figure:
-    """bits per byte of `first` minus those of `second` on the same documents.
+def paired_difference(
+    first: Quality, second: Quality, figure: Literal["loss", "divergence", "agreement"] = "loss"
+) -> Figure:
+    """bits per byte (divergence, agreement) of `first` minus those of `second` on the same documents.
 
     What both find hard cancels, so the error is far below that of either alone.
     """
-    return _ratio(first.bits - second.bits, first.bytes)
+    if figure == "loss":
+        return _ratio(first.bits - second.bits, first.bytes)
+    name = {"divergence": "kl", "agreement": "agreement"}[figure]
+    return _ratio(getattr(first, name) - getattr(second, name), first.tokens)
 
 
 def deviation(values: Sequence[float]) -> float | None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from efflm.report import numbers, page, plots, samples, table, verdicts
 from efflm.report.analysis import NAMES, Phase
+from efflm.report.comparison import Comparison, protocol, times
 from efflm.report.page import Bars, Detail, Section, Step, Table
 from efflm.report.plots import Chart
 from efflm.report.rows import Row
@@ -23,7 +24,7 @@ def write(
     path: Path,
     *,
     title: str,
-    rows: Sequence[Row],
+    comparison: Comparison,
     details: dict[str, Detail],
     curves: Curves,
     phases: Sequence[Phase],
@@ -31,8 +32,9 @@ def write(
     made: dict[str, str],
     command: str,
 ) -> None:
-    """The page. phases: prefill and decode of the first model, by component."""
-    several = len(rows) > 1
+    """The page. phases: prefill and decode of the first model, by component. How the verdicts judge is added to the
+    facts."""
+    rows, several = comparison.rows, len(comparison.rows) > 1
     caption = "Each model" + (
         " beside the first; × is the ratio to it. Select a name for how it was made" if several else ""
     )
@@ -40,8 +42,8 @@ def write(
     if several:
         words = (
             f"Lower left is better. The line joins the models that no other one beats in both. Vertical bars are "
-            f"standard errors of the difference to {rows[0].name}, horizontal ones quartiles; the vertical scale is "
-            f"linear up to {plots.LINEAR} and logarithmic beyond."
+            f"standard errors of the difference to {rows[0].name}, horizontal ones of the ratio to its time in the "
+            f"same rounds; the vertical scale is linear up to {plots.LINEAR} and logarithmic beyond."
         )
         found.append(Section("Loss against cost", tradeoffs(rows), words))
     if curves:
@@ -59,26 +61,24 @@ def write(
         path,
         title=title,
         about=f"{made['date']} · {made['processor']}, {made['cores']} cores · commit {made['commit']}",
-        verdicts=verdicts.positive(list(rows)) if several else (),
-        against=verdicts.negative(list(rows)) if several else (),
+        verdicts=verdicts.positive(comparison) if several else (),
+        against=verdicts.negative(comparison) if several else (),
         sections=found,
-        facts=facts,
+        facts=[*facts, *([protocol(comparison)] if several else [])],
         made=made,
         command=command,
     )
 
 
 def tradeoffs(rows: Sequence[Row]) -> list[Chart]:
-    """Loss over the first row against bytes, decode time and prefill time."""
-    milliseconds = lambda rate: 1e3 / rate
-    decode = [milliseconds(row.decode_tokens_per_second) for row in rows]
-    prefill = [milliseconds(row.prefill_tokens_per_second) for row in rows]
-    spread = lambda name: [tuple(map(milliseconds, reversed(getattr(row, name)))) for row in rows]
-    return [
-        _tradeoff(rows, [row.bytes / 1e6 for row in rows], None, "MB on disk", "MB"),
-        _tradeoff(rows, decode, spread("decode_spread"), "ms a decoded token, batch 1", "ms"),
-        _tradeoff(rows, prefill, spread("prefill_spread"), "ms a token of prefill, batch 1", "ms"),
-    ]
+    """Loss over the first row against bytes, and against the time of decode and of prefill as a share of its time."""
+    drawn = [_tradeoff(rows, [row.bytes / 1e6 for row in rows], None, "MB on disk", "MB")]
+    for phase, label in (("decode", "a decoded token"), ("prefill", "a token of prefill")):
+        found = [times(row, phase) for row in rows]
+        ranges = [(1 / (ratio + (error or 0.0)), 1 / max(ratio - (error or 0.0), ratio / 2)) for ratio, error in found]
+        label = f"time of {label}, batch 1, over that of {rows[0].name}"
+        drawn.append(_tradeoff(rows, [1 / ratio for ratio, _ in found], ranges, label, "times the time"))
+    return drawn
 
 
 def _tradeoff(

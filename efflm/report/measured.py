@@ -13,6 +13,7 @@ from efflm.evaluate.quality import Quality
 from efflm.evaluate.windows import Scoring
 from efflm.model import LanguageModel
 from efflm.report import rows, scoring, table
+from efflm.report.comparison import Comparison, Limits
 from efflm.report.rows import Row
 
 
@@ -42,6 +43,11 @@ class Measured:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def comparison(self, limits: Limits) -> Comparison:
+        """The rows with what their figures were made of, from which verdicts are made."""
+        rates, first = self.rates or {}, self.rows[0].name
+        return Comparison(self.rows, limits, self.qualities, {name: (own, rates[first]) for name, own in rates.items()})
 
     def __str__(self) -> str:
         return table.text(self.rows, self.facts, table.measured(self.rows))

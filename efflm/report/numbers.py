@@ -45,10 +45,10 @@ def perplexity(value: float, error: float | None) -> tuple[str, str]:
     return with_error(value, error, unknown=2, most=3)
 
 
-def percent(value: float, error: float | None) -> tuple[str, str]:
+def percent(value: float, error: float | None, *, sign: bool = False, most: int = 2) -> tuple[str, str]:
     """A share and its error in percent."""
-    shown, spread = with_error(100 * value, None if error is None else 100 * error, unknown=1, most=2)
-    return f"{shown}%", spread and f"{spread}%"
+    shown, spread = with_error(100 * value, None if error is None else 100 * error, sign=sign, unknown=1, most=most)
+    return f"{shown}%", f"{spread}%" if spread.startswith("±") else spread
 
 
 def with_range(median: float, bounds: tuple[float, float]) -> tuple[str, str]:
@@ -61,6 +61,12 @@ def ratio(value: float, spread: float = 0.0) -> str:
     """How many times, to the first digit of its error; spread: its relative error, 0 where it is exact."""
     places = max(0, min(2 if value < 10 else 1, decimals(value * spread, 3) - 1))
     return f"{fixed(value, places)}×"
+
+
+def times(value: float, error: float | None) -> tuple[str, str]:
+    """How many times, and the error of that."""
+    shown, beside = with_error(value, error, unknown=2, most=2)
+    return f"{shown}×", "" if beside == "exactly" else beside
 
 
 def megabytes(count: float) -> str:

@@ -77,10 +77,12 @@ class Table:
         first = column.value(self.rows[0]) if column.best and column.value else None
         if not first or value is None or len(self.rows) < 2:
             return Cell(text, beside, "", "", sort)
-        largest = max(column.value(each) or 0.0 for each in self.rows)
-        spread = math.hypot(column.spread(row), column.spread(self.rows[0])) if column.spread else 0.0
-        ratio = "" if row is self.rows[0] else numbers.ratio(value / first, spread)
-        return Cell(text, beside, ratio or "1×", f"{100 * value / largest:.1f}", sort)
+        ratio, error, largest = value / first, 0.0, max(column.value(each) or 0.0 for each in self.rows) / first
+        if column.ratio:
+            (ratio, error), largest = column.ratio(row), max(column.ratio(each)[0] for each in self.rows)
+            sort = _key(ratio)
+        shown = "1×" if row is self.rows[0] else numbers.ratio(ratio, (error or 0.0) / ratio)
+        return Cell(text, beside, shown, f"{100 * ratio / largest:.1f}", sort)
 
 
 def _key(value: float | None) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from efflm import ops, trees
-from efflm.evaluate import quality
+from efflm.evaluate import cost, quality
 from efflm.evaluate.cost import Rate
 from efflm.evaluate.quality import Quality
 from efflm.model import LanguageModel, params
@@ -22,8 +22,9 @@ class Row:
 
     Spreads are the quartiles of the repeats. The difference to the dense model is paired over documents, so its
     error is far below that of either alone. Of a single document there is no error: None. Nor is there a difference,
-    divergence or agreement of the dense model itself. Speeds are None where they were not measured. component_bytes:
-    the bytes of the weights on disk by component.
+    divergence or agreement of the dense model itself. Speeds are None where they were not measured; over the dense
+    model's they are ratios (see evaluate.cost.ratio) to what it did in the same rounds, which may have been at another
+    time than those of other rows. component_bytes: the bytes of the weights on disk by component.
     """
 
     name: str
@@ -36,6 +37,10 @@ class Row:
     prefill_spread: tuple[float, float] | None
     decode_tokens_per_second: float | None
     decode_spread: tuple[float, float] | None
+    prefill_over_dense: float | None
+    prefill_over_dense_stderr: float | None
+    decode_over_dense: float | None
+    decode_over_dense_stderr: float | None
     bits_per_byte: float
     bits_per_byte_stderr: float | None
     bits_per_byte_over_dense: float | None
@@ -132,11 +137,12 @@ def make(
     these; None for that row itself."""
     prefill, decode = rates or (None, None)
     bits, error = quality.bits_per_byte(measured)
-    none = (None, None)
+    none, ratios = (None, None), dict.fromkeys(("prefill", "decode"), (None, None))
     over, over_error = quality.paired_difference(measured, base[0]) if base else none
     words = [note]
     if base and rates and base[1]:
-        words += [_speed(prefill, base[1][0], "prefill"), _speed(decode, base[1][1], "decode")]
+        ratios = {phase: cost.ratio(*pair) for phase, *pair in zip(ratios, rates, base[1], strict=True)}
+        words += [f"{phase} {' '.join(numbers.times(*found))} the first row's" for phase, found in ratios.items()]
     perplexity, perplexity_error = quality.perplexity(measured)
     kl, kl_error = quality.divergence(measured) if base else none
     same, same_error = quality.agreement(measured) if base else none
@@ -151,6 +157,10 @@ def make(
         prefill_spread=prefill and (round(prefill.low, 1), round(prefill.high, 1)),
         decode_tokens_per_second=decode and round(decode.median, 1),
         decode_spread=decode and (round(decode.low, 1), round(decode.high, 1)),
+        prefill_over_dense=ratios["prefill"][0],
+        prefill_over_dense_stderr=ratios["prefill"][1],
+        decode_over_dense=ratios["decode"][0],
+        decode_over_dense_stderr=ratios["decode"][1],
         bits_per_byte=bits,
         bits_per_byte_stderr=error,
         bits_per_byte_over_dense=over,
@@ -172,10 +182,3 @@ def component_bytes(model: LanguageModel) -> dict[str, int]:
         mask = {path: masks[path]} if path in masks else None
         found[table[path].component] += ops.stored_nbytes({path: leaf}, mask)
     return {name: nbytes for name, nbytes in found.items() if nbytes}
-
-
-def _speed(rate: Rate, base: Rate, phase: str) -> str:
-    """A measured ratio in words; where the quartiles of both overlap, no difference is claimed."""
-    ratio = rate.median / base.median
-    overlap = rate.low <= base.high and base.low <= rate.high
-    return f"{phase} {ratio:.2f}x the first row" + (" (within the spread)" if overlap else "")

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from efflm.report import numbers
+from efflm.report import comparison, numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Column:
 
     text: a row's figure, or the figure and what stands beside it: its error, range or unit. value: what to sort by;
     None: the text. group: what the column belongs to, named above it. best: which way it is better; such figures are
-    also shown as ratios to those of the first row, and spread gives the relative error of a row's figure.
+    also shown as ratios to those of the first row. ratio: gives that ratio and its error where it was measured as such:
+    then rows are sorted by it.
     """
 
     heading: str
@@ -26,7 +27,7 @@ class Column:
     value: Callable[[Any], float | None] | None = None
     group: str = ""
     best: Literal["", "smallest", "largest"] = ""
-    spread: Callable[[Any], float] | None = None
+    ratio: Callable[[Any], tuple[float, float | None]] | None = None
 
     def pair(self, row: Any) -> tuple[str, str]:
         shown = self.text(row)
@@ -34,10 +35,6 @@ class Column:
 
 
 Columns = Sequence[Column]
-
-
-def _half(bounds: tuple[float, float], median: float) -> float:
-    return (bounds[1] - bounds[0]) / 2 / median
 
 
 def _against_first(value: float | None, error: float | None, **how: Any) -> tuple[str, str]:
@@ -62,7 +59,7 @@ COLUMNS: Columns = (
         lambda row: row.prefill_tokens_per_second,
         "speed",
         "largest",
-        lambda row: _half(row.prefill_spread, row.prefill_tokens_per_second),
+        lambda row: comparison.times(row, "prefill"),
     ),
     Column(
         "decode tok/s",
@@ -70,7 +67,7 @@ COLUMNS: Columns = (
         lambda row: row.decode_tokens_per_second,
         "speed",
         "largest",
-        lambda row: _half(row.decode_spread, row.decode_tokens_per_second),
+        lambda row: comparison.times(row, "decode"),
     ),
     Column(
         "bits/byte",

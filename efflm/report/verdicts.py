@@ -1,18 +1,15 @@
 """What the figures say, in words made from them: what is smallest, what is fastest, what is not worth it here.
 
-Speeds differ where the quartiles of both do not overlap. A loss is said to be larger where it is two standard errors
-larger, and to be no larger only where it is not by one standard error, or by CLOSE. The errors of two differences to
-the same first model are added as if they were independent, which overstates their error.
+Everything that was measured of a row counts: bytes, speed, loss, divergence and agreement. Which differences count, and
+the correction for so many comparisons, is in report.comparison.
 """
 
 import dataclasses
 import math
 
-from efflm.report import numbers
+from efflm.report import comparison, numbers
+from efflm.report.comparison import FIGURES, PHASES, Comparison
 from efflm.report.rows import Row
-
-WITHIN, CLOSE = 0.01, 0.001  # of the first model's loss
-PHASES = ("prefill", "decode")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,160 +21,195 @@ class Verdict:
     words: str
 
 
-def positive(rows: list[Row]) -> list[Verdict]:
-    """The smallest and the fastest of those within WITHIN of the first row's loss, and the smallest within CLOSE of it,
-    standard error included. Questions with the same answer are one verdict."""
-    first, others = rows[0], rows[1:]
-    near = [row for row in others if _over(row) <= WITHIN * first.bits_per_byte]
-    same = [row for row in near if _over(row) + _error(row) <= CLOSE * first.bits_per_byte]
+COMPARATIVES = {
+    "smallest": "smaller",
+    "fastest prefill": "faster in prefill",
+    "fastest decode": "faster in decode",
+}
+FIGURE = {"smallest": "bytes", "fastest prefill": "prefill", "fastest decode": "decode"}
+
+
+def positive(compared: Comparison) -> list[Verdict]:
+    """The smallest and the fastest of those within limits.loss of the first row's loss; where the divergence of these
+    is beyond it, those of the rows whose divergence is not; and the smallest whose loss and divergence are within
+    limits.same, errors included. Of equally small or fast ones the answer is the one that the others beat in the fewest
+    figures. Questions with the same answer are one verdict."""
+    first, *others = compared.rows
+    within, same = (_percent(limit) for limit in (compared.limits.loss, compared.limits.same))
+    near = [row for row in others if _over(row) <= compared.limits.loss * first.bits_per_byte]
     if not near:
-        return [Verdict(f"Within {WITHIN:.0%} of the dense loss", "", f"No model: {_nearest(others, first)}")]
-    asked = {
-        "smallest": _smallest(near, first),
-        "fastest prefill": _fastest("prefill", near, first),
-        "fastest decode": _fastest("decode", near, first),
-    }
+        return [Verdict(f"Within {within} of the dense loss", "", f"No model: {_nearest(others, compared)}")]
+    asked = {words: _best(near, words, compared) for words in FIGURE}
+    found = _answers(asked, near, f"within {within} of the dense loss", compared)
+    missing = [words for words, answer in asked.items() if answer is None]
+    if missing:
+        why = "than the dense model by more than the errors of the measurements"
+        words = f"No model within {within} is {_listed([COMPARATIVES[each] for each in missing], 'or')} {why}."
+        found.append(Verdict(f"{_listed(missing).capitalize()}: the dense model", first.name, words))
+    alike = [row for row in near if comparison.figure_of(row, "divergence")[0] <= compared.limits.loss * compared.nats]
+    unchanged = [row for row in near if _unchanged(row, compared)]
+    told = {"smallest": _best(unchanged, "smallest", compared)}
+    again = {words: _best(alike, words, compared) for words in FIGURE}
+    again = {words: row for words, row in again.items() if row not in (asked[words], told.get(words))}
+    found += _answers(again, alike, f"within {within} of the dense loss, divergence included", compared)
+    if told["smallest"] is not asked["smallest"]:
+        where = f"within {same} of the dense loss, divergence and errors included"
+        found += _answers(told, unchanged, where, compared)
+    return found
+
+
+def _answers(asked: dict[str, Row | None], rows: list[Row], where: str, compared: Comparison) -> list[Verdict]:
+    """A verdict for each row that is an answer; rows: of which it is the best."""
     found = []
     for row in {id(row): row for row in asked.values() if row}.values():
         which = [words for words, answer in asked.items() if answer is row]
-        others = [each.name for each in near if each is not row and all(_ties(each, row, words) for words in which)]
-        heading = f"{_listed(which)} within {WITHIN:.0%} of the dense loss"
-        found.append(Verdict(heading[0].upper() + heading[1:], row.name, _described(row, first, others)))
-    missing = [words for words, answer in asked.items() if answer is None]
-    if missing:
-        why = "than the dense model by more than the spread of the measurements"
-        comparative = {
-            "smallest": "smaller",
-            "fastest prefill": "faster in prefill",
-            "fastest decode": "faster in decode",
-        }
-        words = f"No model within {WITHIN:.0%} is {_listed([comparative[each] for each in missing], 'or')} {why}."
-        found.append(Verdict(f"{_listed(missing).capitalize()}: the dense model", first.name, words))
-    unchanged = _smallest(same, first)
-    if unchanged and unchanged is not asked["smallest"]:
-        others = [row.name for row in same if row is not unchanged and _ties(row, unchanged, "smallest")]
-        heading = f"Smallest within {CLOSE:.1%} of the dense loss, standard error included"
-        found.append(Verdict(heading, unchanged.name, _described(unchanged, first, others)))
+        heading = f"{_listed(which)} {where}"
+        words = _described(row, _ties(rows, row, which, compared), compared)
+        found.append(Verdict(heading[0].upper() + heading[1:], row.name, words))
     return found
 
 
-def _smallest(rows: list[Row], first: Row) -> Row | None:
-    """The smallest, and of several equally small ones that with the least loss; None if the first is as small."""
-    least = min((row.bytes for row in rows), default=math.inf)
-    if least >= 0.99 * first.bytes:
+def _unchanged(row: Row, compared: Comparison) -> bool:
+    """Whether loss and divergence are within limits.same of the first row's loss, errors included."""
+    most = {"loss": compared.rows[0].bits_per_byte, "divergence": compared.nats}
+    found = {figure: comparison.figure_of(row, figure) for figure in most}
+    return all(
+        value + compared.errors * (error or 0.0) <= compared.limits.same * most[figure]
+        for figure, (value, error) in found.items()
+    )
+
+
+def _best(rows: list[Row], words: str, compared: Comparison) -> Row | None:
+    """The smallest or fastest; None if there is none that is smaller or faster than the first."""
+    figure, first = FIGURE[words], compared.rows[0]
+    rows = [row for row in rows if compared.better(row, first, figure)]
+    if not rows:
         return None
-    return min((row for row in rows if row.bytes <= 1.01 * least), key=_over)
+    rank = (lambda row: row.bytes) if figure == "bytes" else (lambda row: -comparison.times(row, figure)[0])
+    most = min(rows, key=rank)
+    equal = [row for row in rows if not compared.better(most, row, figure)]
+    beaten = lambda row: sum(compared.better(other, row, each) for other in equal for each in FIGURES)
+    return min(equal, key=lambda row: (beaten(row), _over(row)))
 
 
-def _fastest(phase: str, rows: list[Row], first: Row) -> Row | None:
-    best = max(rows, key=lambda row: _median(row, phase))
-    return best if _faster(best, first, phase) else None
+def _ties(rows: list[Row], best: Row, which: list[str], compared: Comparison) -> list[str]:
+    """The names of the rows that are as good at what was asked, and what they are worse in than the best."""
+    out = []
+    for row in rows:
+        if row is best or any(compared.better(best, row, FIGURE[words]) for words in which):
+            continue
+        worse = [figure for figure in ("bytes", *FIGURES) if compared.better(best, row, figure)]
+        out.append(row.name + (f" (worse in {_listed(worse)})" if worse else ""))
+    return out
 
 
-def _ties(row: Row, best: Row, words: str) -> bool:
-    """Whether `row` is as good as the best at what was asked."""
-    if words == "smallest":
-        return row.bytes <= 1.01 * best.bytes
-    return not _faster(best, row, words.removeprefix("fastest "))
-
-
-def _described(row: Row, first: Row, ties: list[str]) -> str:
-    words = "; ".join([_size(row, first), *(_speed(row, first, phase) for phase in PHASES), _loss(row, first)])
+def _described(row: Row, ties: list[str], compared: Comparison) -> str:
+    speeds = [_speed(row, phase, compared) for phase in PHASES]
+    words = "; ".join([_size(row, compared.rows[0]), *speeds, _loss(row, compared), *_likeness(row)])
     return f"{words}." + (f" As good at it: {_listed(ties)}." if ties else "")
 
 
-def negative(rows: list[Row]) -> list[Verdict]:
-    """The rows that another one beats in something, by more than the errors, and that beat it in nothing; and those
-    whose loss is beyond WITHIN of the first row's by more than two standard errors."""
-    found, limit = [], WITHIN * rows[0].bits_per_byte
-    for row in rows[1:]:
-        close = CLOSE * rows[0].bits_per_byte
-        reasons = {other.name: _beats(other, row, close) for other in rows if other is not row}
+def negative(compared: Comparison) -> list[Verdict]:
+    """The rows that another one is better than in something and worse than in nothing; and those whose loss is beyond
+    limits.loss of the first row's, errors included, or not finite."""
+    first, found = compared.rows[0], []
+    limit, within = compared.limits.loss * first.bits_per_byte, _percent(compared.limits.loss)
+    for row in compared.rows[1:]:
+        reasons = {other.name: _beats(other, row, compared) for other in compared.rows if other is not row}
         reasons = {name: why for name, why in reasons.items() if why}
         if reasons:
-            name = max(reasons, key=lambda each: (len(reasons[each]), each != rows[0].name))
-            words = f"{name} {_listed(reasons[name])}."
+            name = max(reasons, key=lambda each: (len(reasons[each]), each != first.name))
+            found.append(Verdict("Not worth it here", row.name, f"{name} {_listed(reasons[name])}."))
+        elif not math.isfinite(row.bits_per_byte):
+            found.append(Verdict("Not worth it here", row.name, "its loss is not finite."))
+        elif _over(row) - compared.errors * _error(row) > limit:
+            words = f"{_loss(row, compared)}, more than {within}."
             found.append(Verdict("Not worth it here", row.name, words))
-        elif _over(row) - 2 * _error(row) > limit:
-            found.append(Verdict("Not worth it here", row.name, f"{_loss(row, rows[0])}, more than {WITHIN:.0%}."))
     return found
 
 
-def _beats(other: Row, row: Row, close: float) -> list[str]:
-    """What `other` does better than `row`; empty if nothing, or if it is worse in anything. close: losses that differ
-    by less, in bits per byte, count as the same."""
-    better = []
-    if other.bytes > 1.01 * row.bytes or any(_faster(row, other, phase) for phase in PHASES):
+def _beats(other: Row, row: Row, compared: Comparison) -> list[str]:
+    """What `other` does better than `row`; empty if nothing, or if it is worse in anything."""
+    if any(compared.worse(other, row, figure) for figure in ("bytes", *FIGURES)):
         return []
-    lost, error = _over(row) - _over(other), math.hypot(_error(row), _error(other))
-    if lost < -max(error, close):
-        return []
-    if other.bytes < 0.99 * row.bytes:
-        better.append(f"is {numbers.ratio(row.bytes / other.bytes)} smaller")
-    for phase in PHASES:
-        if _faster(other, row, phase):
-            times = numbers.ratio(_median(other, phase) / _median(row, phase), _spread(other, row, phase))
-            better.append(f"is {times} as fast in {phase}")
-    if lost > 2 * error and lost > close:
-        value, spread = numbers.with_error(lost, error or None)
-        better.append(f"loses {' '.join(filter(None, (value, spread)))} bits per byte less")
-    return better
+    found = [_reason(other, row, figure, compared) for figure in FIGURES if compared.better(other, row, figure)]
+    smaller = compared.better(other, row, "bytes")
+    return [f"is {numbers.ratio(row.bytes / other.bytes)} smaller"] * smaller + found
+
+
+def _reason(other: Row, row: Row, figure: str, compared: Comparison) -> str:
+    value, error = compared.ahead(other, row, figure)
+    if figure in PHASES:
+        return f"is {numbers.ratio(math.exp(value), error or 0.0)} as fast in {figure}"
+    if not math.isfinite(value):
+        return f"has a finite {figure}"
+    shown, spread = numbers.with_error(value, error)
+    if figure == "loss":
+        return f"loses {_joined(shown, spread)} bits per byte less"
+    if other is compared.rows[0]:  # which diverges from itself in nothing: that alone is no merit
+        if figure == "divergence":
+            return f"is what this one diverges from, by {_joined(shown, spread)} nats a token"
+        return f"is what this one differs from in {_joined(*numbers.percent(value, error))} of the likeliest tokens"
+    if figure == "divergence":
+        return f"diverges from {compared.rows[0].name} by {_joined(shown, spread)} nats a token less"
+    shown = _joined(*numbers.percent(value, error))
+    return f"agrees with {compared.rows[0].name} on the likeliest token at {shown} more of the tokens"
 
 
 def _listed(words: list[str], last: str = "and") -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
 
 
+def _joined(*words: str) -> str:
+    return " ".join(filter(None, words))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:g}%"
+
+
 def _over(row: Row) -> float:
-    return row.bits_per_byte_over_dense or 0.0
+    return comparison.figure_of(row, "loss")[0]
 
 
 def _error(row: Row) -> float:
-    return row.bits_per_byte_over_dense_stderr or 0.0
-
-
-def _median(row: Row, phase: str) -> float:
-    return getattr(row, f"{phase}_tokens_per_second")
-
-
-def _range(row: Row, phase: str) -> tuple[float, float]:
-    return getattr(row, f"{phase}_spread")
-
-
-def _faster(one: Row, other: Row, phase: str) -> bool:
-    return _range(one, phase)[0] > _range(other, phase)[1]
-
-
-def _spread(one: Row, other: Row, phase: str) -> float:
-    half = lambda row: (_range(row, phase)[1] - _range(row, phase)[0]) / 2 / _median(row, phase)
-    return math.hypot(half(one), half(other))
+    return comparison.figure_of(row, "loss")[1] or 0.0
 
 
 def _size(row: Row, first: Row) -> str:
-    times = first.bytes / row.bytes
-    if 0.99 < times < 1.01:
+    ratio = first.bytes / row.bytes
+    if 1 / (1 + comparison.LIKE) <= ratio <= 1 + comparison.LIKE:
         return "as large"
-    return f"{numbers.ratio(times)} smaller" if times > 1 else f"{numbers.ratio(1 / times)} larger"
+    return f"{numbers.ratio(ratio)} smaller" if ratio > 1 else f"{numbers.ratio(1 / ratio)} larger"
 
 
-def _speed(row: Row, first: Row, phase: str) -> str:
-    if not (_faster(row, first, phase) or _faster(first, row, phase)):
-        return f"{phase} as fast, within the spread"
-    times = numbers.ratio(_median(row, phase) / _median(first, phase), _spread(row, first, phase))
-    return f"{phase} {times} as fast"
+def _speed(row: Row, phase: str, compared: Comparison) -> str:
+    first = compared.rows[0]
+    if not (compared.better(row, first, phase) or compared.better(first, row, phase)):
+        return f"{phase} as fast, within the errors"
+    value, error = comparison.times(row, phase)
+    return f"{phase} {numbers.ratio(value, (error or 0.0) / value)} as fast"
 
 
-def _loss(row: Row, first: Row) -> str:
-    over, error = 100 * _over(row) / first.bits_per_byte, 100 * _error(row) / first.bits_per_byte
+def _loss(row: Row, compared: Comparison) -> str:
+    whole, limit = compared.rows[0].bits_per_byte, compared.limits.loss
+    over, error = _over(row) / whole, _error(row) / whole
     if row.bits_per_byte_over_dense_stderr is None:
-        return f"loss {numbers.fixed(over, 2, sign=True)}%, of one document, so without an error"
-    value, spread = numbers.with_error(over, error, sign=True, most=3)
-    words = f"loss {value}% {spread}%"
-    if abs(over) <= 2 * error:
-        return f"{words}: no difference beyond two standard errors"
-    return f"{words}; two standard errors reach beyond the limit" if over + 2 * error > 100 * WITHIN >= over else words
+        return f"loss {numbers.fixed(100 * over, 2, sign=True)}%, of one document, so without an error"
+    words = f"loss {_joined(*numbers.percent(over, error, sign=True, most=3))}"
+    if abs(over) <= compared.errors * error:
+        return f"{words}: no difference beyond {compared.errors:.1f} standard errors"
+    reaches = over + compared.errors * error > limit >= over
+    return f"{words}; {compared.errors:.1f} standard errors reach beyond the limit" if reaches else words
 
 
-def _nearest(rows: list[Row], first: Row) -> str:
-    row = min(rows, key=_over)
-    return f"the nearest is {row.name}, {_loss(row, first)}."
+def _likeness(row: Row) -> list[str]:
+    """Divergence and agreement in words."""
+    divergence = _joined(*numbers.with_error(*comparison.figure_of(row, "divergence")))
+    agreement = _joined(*numbers.percent(*comparison.figure_of(row, "agreement")))
+    return [f"divergence {divergence} nats a token", f"the same likeliest token at {agreement} of the tokens"]
+
+
+def _nearest(rows: list[Row], compared: Comparison) -> str:
+    row = min(rows, key=lambda row: (not math.isfinite(_over(row)), _over(row)))
+    return f"the nearest is {'; '.join([f'{row.name}, {_loss(row, compared)}', *_likeness(row)])}."

@@ -10,13 +10,20 @@ from efflm.config import MeshConfig
 from efflm.evaluate.windows import Scoring
 from efflm.flags import launch
 from efflm.report import table
+from efflm.report.comparison import Limits
 from efflm.train.metrics import Metrics, curve
 from experiments import compress, evaluate
 from tests import gguf_files
 
 GROUPS = {
-    compress: {"run": compress.Run(), "calibration": Calibration(), "score": Scoring(), **compress.STEPS},
-    evaluate: {"run": evaluate.Run(), "score": Scoring(), "mesh": MeshConfig(data=1)},
+    compress: {
+        "run": compress.Run(),
+        "calibration": Calibration(),
+        "score": Scoring(),
+        "limits": Limits(),
+        **compress.STEPS,
+    },
+    evaluate: {"run": evaluate.Run(), "score": Scoring(), "mesh": MeshConfig(data=1), "limits": Limits()},
 }
 
 

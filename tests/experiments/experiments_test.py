@@ -24,6 +24,7 @@ from efflm.evaluate.windows import Scoring
 from efflm.flags import launch
 from efflm.model import sharding
 from efflm.report import samples
+from efflm.report.comparison import Limits
 from efflm.train import assemble, checkpoint, loop
 from efflm.train.checkpoint import Checkpointing, TrainingRun
 from experiments import compress, evaluate, pretrain, quickstart
@@ -45,15 +46,19 @@ FIELDS = {
 
 def run(module, *argv):
     groups = {
-        quickstart: {"run": quickstart.RUN, "model": ModelShape(), "train": TrainConfig(), "score": Scoring()},
+        quickstart: {
+            "run": quickstart.RUN, "model": ModelShape(), "train": TrainConfig(), "score": Scoring(),
+            "limits": Limits(),
+        },
         pretrain: {
             "run": pretrain.Run(), "model": ModelShape(), "train": TrainConfig(), "score": Scoring(),
             "mesh": MeshConfig(),
         },
         compress: {
-            "run": compress.Run(), "calibration": Calibration(), "score": Scoring(), **compress.STEPS,
+            "run": compress.Run(), "calibration": Calibration(), "score": Scoring(), "limits": Limits(),
+            **compress.STEPS,
         },
-        evaluate: {"run": evaluate.Run(), "score": Scoring(), "mesh": MeshConfig(data=1)},
+        evaluate: {"run": evaluate.Run(), "score": Scoring(), "mesh": MeshConfig(data=1), "limits": Limits()},
     }[module]  # fmt: skip
     launch(module.main, module.__doc__, ["x", *argv], **groups)
 

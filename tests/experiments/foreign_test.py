@@ -12,8 +12,11 @@ from efflm.config import MeshConfig
 from efflm.evaluate.windows import Scoring
 from efflm.flags import launch
 from efflm.formats import sources
+from efflm.report.comparison import Limits
 from experiments import compress, evaluate, export, generate
 from tests import gguf_files
+
+SHARED = {"score": Scoring(), "limits": Limits()}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def test_compress_refuses_weights_that_are_not_finite(tmp_path, text, capsys):
     model, out = gguf_files.write(tmp_path / "tiny.gguf", weights), tmp_path / "runs" / "out"
     with pytest.raises(SystemExit) as stopped:
         launch(compress.main, "", ["x", f"--model={model}", f"--text={text}", f"--run_dir={out}"],
-               run=compress.Run(), calibration=Calibration(), score=Scoring(), **compress.STEPS)  # fmt: skip
+               run=compress.Run(), calibration=Calibration(), **SHARED, **compress.STEPS)  # fmt: skip
     assert stopped.value.code == 2
     warning, error = capsys.readouterr().err.splitlines()
     for line in (warning, error):
@@ -53,7 +56,7 @@ def test_compress_says_what_the_weights_were(model, text, tmp_path, capsys):
     out = tmp_path / "runs" / "out"
     launch(compress.main, "", ["x", f"--model={model}", "--recipe=w8a16 magnitude24", f"--text={text}", "--sample=3",
            f"--run_dir={out}"],
-           run=compress.Run(), calibration=Calibration(), score=Scoring(), **compress.STEPS)  # fmt: skip
+           run=compress.Run(), calibration=Calibration(), **SHARED, **compress.STEPS)  # fmt: skip
     before, w8a16, magnitude24 = results(out)["rows"]
     assert before["name"] == "dequantized Q4_1"
     assert before["note"] == f"from {model}, dequantized Q4_1"
@@ -67,7 +70,7 @@ def test_compress_says_what_the_weights_were(model, text, tmp_path, capsys):
     # The label outlives the file it was read from.
     again = tmp_path / "runs" / "again"
     launch(evaluate.main, "", ["x", f"--model={out / 'w8a16.safetensors'}", f"--reference={model}", f"--text={text}",
-           f"--run_dir={again}"], run=evaluate.Run(), score=Scoring(), mesh=MeshConfig(data=1))  # fmt: skip
+           f"--run_dir={again}"], run=evaluate.Run(), mesh=MeshConfig(data=1), **SHARED)  # fmt: skip
     _, row = results(again)["rows"]
     for field in ("bits_per_byte", "kl_to_dense", "perplexity"):
         assert row[field] == w8a16[field], field
@@ -77,7 +80,7 @@ def test_compress_says_what_the_weights_were(model, text, tmp_path, capsys):
 def test_without_a_text_of_its_own_it_reads_the_standard_library(model, tmp_path):
     out = tmp_path / "runs" / "out"
     launch(evaluate.main, "", ["x", f"--model={model}", "--score.documents=2", "--score.tokens=20", f"--run_dir={out}"],
-           run=evaluate.Run(), score=Scoring(), mesh=MeshConfig(data=1))  # fmt: skip
+           run=evaluate.Run(), mesh=MeshConfig(data=1), **SHARED)  # fmt: skip
     facts = " ".join(results(out)["protocol"])
     assert "2 of" in facts
     assert "Python's standard library, at most the first 20 tokens of each (40 tokens scored)" in facts

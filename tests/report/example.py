@@ -9,22 +9,26 @@ ROW = rows.Row(
     component_bytes={"embedding": 1_000_000, "feedforward": 3_000_000},
     prefill_tokens_per_second=14000.0,
     prefill_spread=(13000.0, 15000.0), decode_tokens_per_second=1400.0, decode_spread=(1300.0, 1500.0),
+    prefill_over_dense=1.0, prefill_over_dense_stderr=0.02, decode_over_dense=3.5, decode_over_dense_stderr=0.02,
     bits_per_byte=2.2, bits_per_byte_stderr=0.07, bits_per_byte_over_dense=0.001,
     bits_per_byte_over_dense_stderr=0.0005, perplexity=12.5, perplexity_stderr=0.25,
     kl_to_dense=0.001, kl_to_dense_stderr=0.0002, top1_agreement=0.995, top1_agreement_stderr=0.001,
     note="<b>bold & free</b>",
 )  # fmt: skip
-NONE = dict.fromkeys(
-    f"{name}{end}" for name in ("bits_per_byte_over_dense", "kl_to_dense", "top1_agreement") for end in ("", "_stderr")
-)
+OVER = ("bits_per_byte_over_dense", "kl_to_dense", "top1_agreement", "prefill_over_dense", "decode_over_dense")
+NONE = dict.fromkeys(f"{name}{end}" for name in OVER for end in ("", "_stderr"))
 
 
 def row(
-    name: str, megabytes: float, prefill: float, decode: float, over: float | None, error: float = 0.001
-) -> rows.Row:
-    """A model with these figures, its speeds known to 3%; over is None for the first one."""
+    name: str, megabytes: float, prefill: float, decode: float, over: float | None, error: float = 0.001,
+    first: tuple[float, float] = (14000, 400), **more,
+) -> rows.Row:  # fmt: skip
+    """A model with these figures, its speeds known to 1%; over is None for the first one, whose speeds are `first`."""
     bits = 2.0 + (over or 0.0)
-    figures = NONE if over is None else {"bits_per_byte_over_dense": over, "bits_per_byte_over_dense_stderr": error}
+    ratios = {"prefill_over_dense": prefill / first[0], "decode_over_dense": decode / first[1]}
+    ratios |= {f"{name}_stderr": 0.01 * ratio for name, ratio in ratios.items()}
+    figures = {"bits_per_byte_over_dense": over, "bits_per_byte_over_dense_stderr": error, **ratios, **more}
+    figures = NONE if over is None else figures
     return dataclasses.replace(
         ROW, name=name, bytes=int(megabytes * 1e6), bits_per_byte=bits, note=f"what {name} is",
         prefill_tokens_per_second=prefill, prefill_spread=(0.97 * prefill, 1.03 * prefill),
@@ -32,15 +36,19 @@ def row(
     )  # fmt: skip
 
 
+def likeness(divergence: float, agreement: float) -> dict[str, float]:
+    return {"kl_to_dense": divergence, "kl_to_dense_stderr": 0.05 * divergence, "top1_agreement": agreement}
+
+
 TEN = [
     row("float32", 16.0, 14000, 400, None),
-    row("bfloat16", 8.0, 10000, 640, -0.00001, 0.00002),
-    row("w8a16", 4.1, 13900, 395, 0.00001, 0.00002),
-    row("w8a8", 4.1, 12000, 150, 0.0001, 0.00005),
-    row("magnitude50", 10.5, 14100, 398, 0.005, 0.0005),
-    row("magnitude24", 10.5, 13900, 401, 0.013, 0.0007),
-    row("magnitude50_trained", 10.5, 14000, 399, 0.0015, 0.0004),
-    row("student_scratch", 10.1, 27000, 1400, 0.53, 0.01),
-    row("student_distilled", 10.1, 27500, 1410, 0.34, 0.01),
-    row("shrink_distill_int8", 2.6, 27100, 1380, 0.0064, 0.002),
+    row("bfloat16", 8.0, 10000, 640, -0.00001, 0.00002, **likeness(0.00001, 0.998)),
+    row("w8a16", 4.1, 13900, 395, 0.00001, 0.00002, **likeness(0.0004, 0.992)),
+    row("w8a8", 4.1, 12000, 150, 0.0001, 0.00005, **likeness(0.0012, 0.986)),
+    row("magnitude50", 10.5, 14100, 398, 0.005, 0.0005, **likeness(0.03, 0.93)),
+    row("magnitude24", 10.5, 13900, 401, 0.013, 0.0007, **likeness(0.05, 0.91)),
+    row("magnitude50_trained", 10.5, 14000, 399, 0.0015, 0.0004, **likeness(0.03, 0.93)),
+    row("student_scratch", 10.1, 27000, 1400, 0.53, 0.01, **likeness(0.6, 0.6)),
+    row("student_distilled", 10.1, 27500, 1410, 0.34, 0.01, **likeness(0.4, 0.68)),
+    row("shrink_distill_int8", 2.6, 27100, 1380, 0.0064, 0.002, **likeness(0.25, 0.75)),
 ]

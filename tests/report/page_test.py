@@ -6,6 +6,7 @@ import pytest
 
 from efflm.report import compared, page
 from efflm.report.analysis import Phase
+from efflm.report.comparison import Comparison
 from efflm.report.page import Detail, Section, Step, Table
 from efflm.report.samples import Sample
 from efflm.report.table import COLUMNS, Column
@@ -39,7 +40,7 @@ def report(tmp_path_factory):
     }
     path = tmp_path_factory.mktemp("page") / "report.html"
     compared.write(
-        path, title=f"A {HOSTILE}", rows=rows, details=details,
+        path, title=f"A {HOSTILE}", comparison=Comparison(rows), details=details,
         curves={row.name: (np.arange(5.0), np.linspace(3, 2, 5)) for row in rows[:4]},
         phases=[phase("prefill"), phase("decode")], facts=[HOSTILE], made=MADE, command=f"run '{HOSTILE}'",
     )  # fmt: skip
@@ -53,7 +54,7 @@ def test_the_page_is_self_contained_and_escaped(report):
     assert "<img" not in text
     assert text.count("{{ 7 * 7 }}") > 5
     assert text.count("&lt;img src=x onerror=") > 5
-    for figure in ("2.000", "± 0.070", "14,000", "(13,600–14,400)", "+0.00500", "3.5×", "abc1234", "a processor"):
+    for figure in ("2.000", "± 0.070", "14,000", "(13,600–14,400)", "+0.00500", "3.45×", "abc1234", "a processor"):
         assert figure in text
     assert "-0.0000 " not in text
     ids = re.findall(r' id="([^"]+)"', text)

@@ -1,10 +1,12 @@
 import dataclasses
 import json
 
-import pytest
+import numpy as np
 
 from efflm.evaluate.cost import Rate
+from efflm.evaluate.quality import Quality
 from efflm.report import rows, table
+from tests import tiny
 from tests.report.example import NONE, ROW
 
 
@@ -39,8 +41,12 @@ def test_notes_with_brackets_are_shown_as_they_are(capsys):
     assert "Prune(scope=[bold])" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("decode", "word"), [((90, 80, 120), "within the spread"), ((50, 45, 55), "0.50x")])
-def test_speed_is_claimed_only_beyond_the_spread(decode, word):
-    said = rows._speed(Rate(*decode), Rate(100, 95, 105), "decode")
-    assert word in said
-    assert ("within" in said) == (word == "within the spread")
+def test_a_note_says_the_ratio_of_the_same_rounds():
+    documents = Quality(*np.ones((5, 3)))
+    load = np.array([1.0, 0.5, 0.25])  # of a machine that is ever busier: medians and quartiles of both overlap
+    own, base = (Rate(*np.quantile(each, (0.5, 0.25, 0.75)), tuple(each)) for each in (200 * load, 100 * load))
+    made = rows.make("a", tiny.model(), 1, "small", documents, (own, own), (documents, (base, base)))
+    assert made.note == "small; prefill 2.00× ± <0.01 the first row's; decode 2.00× ± <0.01 the first row's"
+    assert (made.prefill_over_dense, made.decode_over_dense_stderr) == (2.0, 0.0)
+    alone = rows.make("a", tiny.model(), 1, "dense", documents, (own, own), None)
+    assert (alone.note, alone.prefill_over_dense) == ("dense", None)

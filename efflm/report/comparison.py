@@ -1,0 +1,142 @@
+"""Two models compared by everything that was measured of both, and which differences count.
+
+`better`: by more standard errors than chance explains in any of all comparisons: each pair of rows, in each of FIGURES.
+They are the two-sided quantile of the normal distribution for 5% divided by the number of comparisons (Bonferroni). It
+must also be by more than LIKE in bytes and speed, by more than limits.same of the first row's loss in loss and
+divergence, and of the tokens in agreement. `worse`: by one standard error, however little: what is said to be no worse
+must not be worse by the figures as they are.
+
+Errors are those of the difference: of quality paired over documents, of speed paired over rounds where both were
+measured in the same ones. Where they were not, or only the rows are known, both errors are added as independent.
+"""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+from efflm.config import flag, require
+from efflm.evaluate import cost, quality
+from efflm.evaluate.cost import Rate
+from efflm.evaluate.quality import Quality
+from efflm.report.rows import Row
+
+PHASES = ("prefill", "decode")
+QUALITIES = {"loss": "bits_per_byte_over_dense", "divergence": "kl_to_dense", "agreement": "top1_agreement"}
+FIGURES = (*PHASES, *QUALITIES)  # those that have errors: bytes have none
+CHANCE = 0.05  # that any of the differences that count is chance
+LIKE = 0.01  # bytes and speeds that differ by less are alike
+EXACT = 1e-5  # quality is not compared beyond: sums in float32 are no better
+
+Rates = tuple[Rate, Rate]  # prefill and decode
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the verdicts of the report call close"""
+
+    loss: float = flag(0.01, "of models that lose at most this share of the first one's loss the best are named")
+    same: float = flag(0.001, "a loss or divergence of at most this share of the first one's loss counts as none")
+
+    def __post_init__(self):
+        for name in ("loss", "same"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, but must not be negative")
+        require(self.same <= self.loss, f"same is {self.same}, but must not be above loss, {self.loss}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The rows, the first of which the others are compared with, and what their figures were made of, by name: sums for
+    each document; the rates of a row and those of the first row in the same rounds."""
+
+    rows: Sequence[Row]
+    limits: Limits = Limits()
+    qualities: Mapping[str, Quality] = dataclasses.field(default_factory=dict)
+    rates: Mapping[str, tuple[Rates, Rates]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """Of comparisons: each pair of rows in each figure."""
+        return len(FIGURES) * math.comb(len(self.rows), 2)
+
+    @property
+    def errors(self) -> float:
+        """Standard errors beyond which a difference counts."""
+        return statistics.NormalDist().inv_cdf(1 - CHANCE / 2 / max(self.count, 1))
+
+    @property
+    def nats(self) -> float:
+        """The loss of the first row in nats a token, the unit of divergences."""
+        return math.log(self.rows[0].perplexity)
+
+    def better(self, one: Row, other: Row, figure: str) -> bool:
+        """Whether `one` is better than `other` in this figure. bytes: a figure too."""
+        if figure == "bytes":
+            return one.bytes * (1 + LIKE) < other.bytes
+        value, error = self.ahead(one, other, figure)
+        return error is not None and value > max(self.errors * error, self._enough(figure))
+
+    def worse(self, one: Row, other: Row, figure: str) -> bool:
+        """Whether `one` may be worse than `other` in this figure."""
+        if figure == "bytes":
+            return self.better(other, one, figure)
+        value, error = self.ahead(other, one, figure)
+        return value > max(error or 0.0, math.log1p(LIKE) if figure in PHASES else EXACT)
+
+    def _enough(self, figure: str) -> float:
+        whole = {"loss": self.rows[0].bits_per_byte, "divergence": self.nats, "agreement": 1.0}
+        return math.log1p(LIKE) if figure in PHASES else max(EXACT, self.limits.same * whole[figure])
+
+    def ahead(self, one: Row, other: Row, figure: str) -> tuple[float, float | None]:
+        """By how much `one` is better, negative where it is worse, and the standard error of that, None where it is not
+        known: the logarithm of a ratio of speeds, bits per byte, nats a token, or a share of the tokens."""
+        if figure in PHASES:
+            return self._faster(one, other, figure)
+        values = [figure_of(row, figure)[0] for row in (one, other)]
+        if not all(map(math.isfinite, values)):  # what is not finite is worse than all that is
+            sound, others = map(math.isfinite, values)
+            return (0.0 if sound == others else math.inf if sound else -math.inf), 0.0
+        if one.name in self.qualities and other.name in self.qualities:
+            value, error = quality.paired_difference(self.qualities[one.name], self.qualities[other.name], figure)
+        else:
+            errors = [figure_of(row, figure)[1] for row in (one, other)]
+            value, error = values[0] - values[1], None if None in errors else math.hypot(*errors)
+        return value if figure == "agreement" else -value, error
+
+    def _faster(self, one: Row, other: Row, phase: str) -> tuple[float, float | None]:
+        mine, theirs = self.rates.get(one.name), self.rates.get(other.name)
+        if mine and theirs and mine[1] == theirs[1]:  # the same rounds of the first row
+            ratio, error = cost.ratio(*(pair[0][PHASES.index(phase)] for pair in (mine, theirs)))
+            return math.log(ratio), None if error is None else error / ratio
+        pairs = [times(row, phase) for row in (one, other)]
+        error = None if None in [e for _, e in pairs] else math.hypot(*(e / ratio for ratio, e in pairs))
+        return math.log(pairs[0][0] / pairs[1][0]), error
+
+
+def figure_of(row: Row, figure: str) -> tuple[float, float | None]:
+    """A row's figure of quality and its error. The first row, which has none, differs from itself in nothing."""
+    name = QUALITIES[figure]
+    value = getattr(row, name)
+    return (float(figure == "agreement"), 0.0) if value is None else (value, getattr(row, f"{name}_stderr"))
+
+
+def times(row: Row, phase: str) -> tuple[float, float | None]:
+    """How many times the speed of the first row, and its error; of that row itself once, exactly."""
+    value = getattr(row, f"{phase}_over_dense")
+    return (1.0, 0.0) if value is None else (value, getattr(row, f"{phase}_over_dense_stderr"))
+
+
+def protocol(compared: Comparison) -> str:
+    """How differences are judged, in words."""
+    paired = all(row.name in compared.qualities for row in compared.rows)
+    documents = "paired over documents" if paired else "added as independent"
+    firsts = [base for _, base in compared.rates.values()]
+    rounds = "in the same rounds" if firsts and all(base == firsts[0] for base in firsts) else "each beside the first"
+    same = f"{100 * compared.limits.same:g}%"
+    return (
+        f"Verdicts: a difference counts beyond {compared.errors:.1f} standard errors, the normal distribution's for "
+        f"{CHANCE:.0%} in all of {compared.count} comparisons (Bonferroni): each pair of rows in {', '.join(FIGURES)}; "
+        f"and beyond {LIKE:.0%} of bytes and speed, {same} of the first model's loss (divergence: in nats) and {same} "
+        f"of the tokens (agreement). No worse is what is not worse by one standard error. Errors of quality are "
+        f"{documents}; speeds are ratios to the first model's, measured {rounds}."
+    )
