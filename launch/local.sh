@@ -77,14 +77,21 @@ show() {
 tell_end() {
   if [ "$2" -gt 2 ]; then echo "launch: process $1 ended with exit code $2" >&3; fi
   if [ "$2" -eq 0 ] || [ -z "$logs" ]; then return; fi
-  if [ "$2" -eq 1 ] && [ -z "$named" ]; then # our own bug
-    sed -n '/^Traceback/,$p' "$logs/process-$1.log" | grep -av '^this process ends' >&3 || true
+  if [ "$2" -eq 1 ] && [ "$bug" != "$life" ]; then # our own bug: its traceback once, of several processes
+    tail -n "+$((written[$1] + 1))" "$logs/process-$1.log" | sed -n '/^Traceback/,$p' |
+      grep -av '^this process ends' >&3 || true
+    bug=$life
   fi
   if [ -z "$named" ]; then echo "launch: what the processes write to stderr is in $logs" >&3; fi
   named=yes
 }
 
+bug='' # the life in which a traceback was shown
 for ((life = 0; life <= restarts; life++)); do
+  written=() # lines in each log from earlier lives
+  if [ -n "$logs" ]; then
+    for ((index = 0; index < processes; index++)); do written+=("$(wc -l <"$logs/process-$index.log")"); done
+  fi
   if [ "$stopped" -ne 0 ]; then exit "$stopped"; fi
   port=$("$venv/bin/python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
   pids=() codes=() deadline=0

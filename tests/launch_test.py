@@ -250,6 +250,21 @@ def test_a_bug_shows_its_traceback_once(tmp_path):
     assert "dump" not in errors
 
 
+def test_a_bug_after_a_restart_shows_its_own_traceback(tmp_path):
+    """And not that of what an earlier life was lost by."""
+    script = f"""
+if [ -e {tmp_path}/again ]; then
+  printf 'Traceback (most recent call last):\\n  File\\nKeyError: 1\\n' >&2; exit 1
+fi
+case "$*" in
+  *hosts.index=0*) printf 'Traceback\\nOSError: lost\\n' >&2; /usr/bin/sleep 0.5; touch {tmp_path}/again; exit 75 ;;
+esac
+kill -KILL $$"""
+    _, errors = (running := local(tmp_path, script)).communicate(timeout=60)
+    assert running.returncode == 1
+    assert (errors.count("KeyError: 1"), errors.count("OSError")) == (1, 0)
+
+
 def test_what_went_well_leaves_no_logs(tmp_path):
     running = local(tmp_path, "echo 'E0000 dump' >&2")
     _, errors = running.communicate(timeout=60)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from efflm import rundir
+from efflm.config import require
 
 OWN = ".efflm"  # how the names of our event files end, so that no others are deleted
 
@@ -19,7 +20,7 @@ class Metrics:
 
     Opened at the step a run (re)starts from, it drops the lines beyond it: those steps will be trained again. The JSON
     lines are what counts; event files are written anew from the kept lines, since what TensorBoard has once seen
-    cannot be taken back line by line. With no file, nothing is written.
+    cannot be taken back line by line. With no file, nothing is written. Raises InputError for a file of something else.
     """
 
     def __init__(self, file: Path | None, tensorboard: Path | None, step: int):
@@ -27,6 +28,7 @@ class Metrics:
         self.seconds = 0.0  # that the run had taken at the last kept line
         if file is None:
             return
+        _require_own(file)
         kept = [(text, record) for text, record in read(file) if record["step"] <= step]
         self.seconds = kept[-1][1].get("seconds", 0.0) if kept else 0.0
         rundir.write_whole(file, "".join(text + "\n" for text, _ in kept))
@@ -63,6 +65,16 @@ class Metrics:
             if name != "step":
                 value = math.nan if value is None else value  # the line of a number that was not finite
                 self.events.add_scalar(f"train/{name}", value, record["step"], walltime=when)
+
+
+def _require_own(file: Path) -> None:
+    """Raise InputError for a file that is not of a run of ours: lines that are not known to be so would be dropped."""
+    start = '{"step": '
+    found = file.read_text(errors="replace")[: len(start)] if file.exists() else ""
+    require(
+        start.startswith(found),
+        f"{file} holds something other than the metrics of a run: give another --run_dir, or rename it",
+    )
 
 
 def read(file: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -80,6 +80,18 @@ def test_event_files_of_others_stay(tmp_path):
     assert len(names) == 2  # and one of ours, written anew
 
 
+@pytest.mark.parametrize("content", ["epoch,loss\n1,2\n", '{"epoch": 1, "loss": 2}\n', '[{"step": 1}]', "\n"])
+def test_metrics_of_others_stay(tmp_path, content):
+    (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(InputError, match=r"metrics\.jsonl holds something other than the metrics of a run"):
+        Metrics(tmp_path / "metrics.jsonl", None, 0)
+    assert (tmp_path / "metrics.jsonl").read_text() == content
+    for cut in ("", '{"st', '{"step": 1, "lo'):  # ours, which a kill has cut off
+        (tmp_path / "metrics.jsonl").write_text(cut)
+        Metrics(tmp_path / "metrics.jsonl", None, 0).close()
+        assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
 def test_a_teachers_cache_deletes_only_its_own_files(tmp_path):
     from efflm.compress.step import Context
 
