@@ -22,7 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from efflm import chat, encoding, model_files
 from efflm.config import InputError, require
 from efflm.rundir import to_json, write_json, write_whole
-from efflm.tokenizer_json import require_sound
+from efflm.tokenizer_json import require_all_read, require_sound
 
 SEPARATOR = "<|endoftext|>"
 BYTES = 257  # entries of a vocabulary that has a token for each byte, a separator and nothing else
@@ -240,6 +240,7 @@ def from_description(described: dict[str, Any], where: Any) -> tokenizers.Tokeni
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise InputError(f"{where} is not a tokenizer: {' '.join(str(error).split())[:300]}") from None
+    require_all_read(described, core, where)
     count = core.get_vocab_size()
     require(highest < 2 * count + 1000, f"{where} is not a tokenizer: id {highest} in a vocabulary of {count} tokens")
     return core

@@ -68,7 +68,7 @@ def write(path, tensors, architecture="llama", kind="F32", metadata=None, tokeni
         **(metadata or {}),
     }
     for name, value in values.items():
-        key = name if name.startswith(("general", "split", "tokenizer")) else f"{architecture}.{name}"
+        key = name if name.startswith(("general", "split", "tokenizer", "something")) else f"{architecture}.{name}"
         if value is None:
             continue
         if isinstance(value, str):

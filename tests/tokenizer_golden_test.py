@@ -60,6 +60,11 @@ def test_a_byte_level_vocabulary_in_a_gguf_file(pre):
     require_same(loaded, DIGESTS[f"gguf_{pre}"])
     assert (loaded.bos, loaded.eos, loaded.stops, loaded.separator) == (1, 2, (0, 2), 1 if pre == "llama-bpe" else 0)
     assert loaded.adds_bos == (pre == "llama-bpe")
+    begins = [1] if pre == "llama-bpe" else []
+    assert loaded.core.encode("a").ids == [
+        *begins,
+        *loaded.encode("a"),
+    ]  # as transformers reads the file it is saved as
 
 
 def test_a_sentencepiece_vocabulary_in_a_gguf_file():
@@ -111,6 +116,9 @@ def test_ggml_splits_a_vocabulary_of_unknown_origin_at_punctuation_and_every_thr
         (byte_level_metadata(merges=["a b c"]), "'a b c' merges no two tokens"),
         (byte_level_metadata(merges=["qqq zzz"]), "'qqq zzz' merges no two tokens"),
         (byte_level_metadata(add_bos_token=1), "add_bos_token is 1"),
+        (byte_level_metadata(add_space_prefix=True), "add_space_prefix is True, but texts of byte-level tokenizers"),
+        (sentencepiece_metadata(add_space_prefix=1), "add_space_prefix is 1, but must be a bool"),
+        (sentencepiece_metadata(pre="llama-bpe"), "pre is 'llama-bpe', but SentencePiece does not split"),
         (byte_level_metadata(eot_token_id=2**63), "eot_token_id is 9223372036854775808, but there are 900 tokens"),
         (sentencepiece_metadata(scores=np.zeros(3)), "must be a list of 900 numbers"),
         (sentencepiece_metadata(scores=np.full(900, np.nan)), "not all finite"),

@@ -290,3 +290,24 @@ def test_errors_of_a_chat_template_name_the_model(tmp_path):
     loaded = tokenizer.load(folder_of(tmp_path, sentencepiece_like(), chat_template="{{ 1 / 0 }}"))
     with pytest.raises(InputError, match=rf"the chat template of {tmp_path}/tokenizer\.json fails"):
         loaded.chat([])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"segmenter": {"type": "New"}}, "holds 'segmenter', which is not known and may change its tokens"),
+        ({"normalizer": {"type": "NFC", "version": 9}}, "holds 'version' in its normalizer"),
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Whitespace", "new": 1}]}},
+            "'new' in its pre_",
+        ),
+        ({"model": {"greedy": True}}, "holds 'greedy'"),
+        ({"model": {"dropout": 0.1}}, "splits words at random .dropout 0.1."),
+        ({"added_tokens": [{"id": 0, "content": "a", "special": True, "regex": True}]}, "holds 'regex'"),
+    ],
+)
+def test_what_a_tokenizer_json_says_beyond_what_is_read_is_refused(change, message):
+    described = json.loads(tokenizer.train(["the cat sat on the mat\n" * 9], 300).core.to_str())
+    described |= {key: described[key] | value if key == "model" else value for key, value in change.items()}
+    with pytest.raises(InputError, match=message):
+        tokenizer.from_description(described, "here")

@@ -12,10 +12,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from efflm import progress, trees
 from efflm.config import InputError, ModelConfig, require
-from efflm.formats import hf_config
-from efflm.formats.families import FAMILIES, HARMLESS, Family, Place
+from efflm.formats import buffers, hf_config
+from efflm.formats.families import FAMILIES, Family, Place
 from efflm.formats.tensors import NAMES, Tensors, place, require_dtype
 from efflm.model import LanguageModel, params, sharding
+
+ROWS = 1024  # of two matrices that are compared at a time
 
 
 def build(
@@ -24,14 +26,16 @@ def build(
     """The model that `description`, what a config.json holds, and the tensors make, laid on the mesh.
 
     dtype: of all weights; None keeps each as it is stored. One tensor is in the process's memory at a time, beside the
-    model. Raises InputError, before any tensor is read, for a family or setting that is not supported and for tensors
-    that are missing, of another shape, or unknown.
+    model. Raises InputError, before any weight is placed, for a family or setting that is not supported and for tensors
+    that are missing, of another shape, or unknown. An output layer of its own counts, whatever the config says of it.
     """
     require_dtype(dtype)
     family = _family(description)
     config = hf_config.read(family.config, description, layers_at_most=max(1, len(source.shapes)))
+    config = _with_own_head(family, config, source)
     wanted = {path: param.shape for path, param in params.table(config).items()}
-    names = _names(family, config, wanted, source.shapes)
+    names, beside = _names(family, config, wanted, source.shapes)
+    buffers.require_harmless(beside, source, config)
     mesh = mesh or sharding.make_mesh()
     flat = {}
     size = sum(map(math.prod, wanted.values()))
@@ -137,10 +141,31 @@ def _family(description: dict[str, Any]) -> Family:
     return FAMILIES[name]
 
 
+def _with_own_head(family: Family, config: ModelConfig, source: Tensors) -> ModelConfig:
+    """The config, untied where it says that the output layer is the embedding but the tensors hold another one."""
+    head, path = family.places["unembedding"].name, "embedding"
+    if not config.tied or head not in source.shapes:
+        return config
+    name = family.place(path).tensor(path)
+    name = name if name in source.shapes else name.removeprefix(family.prefix)
+    if name not in source.shapes:
+        return config
+    shape, one, other = source.shapes[name], source.read(name), source.read(head)
+    same = (
+        shape == source.shapes[head]
+        and all(  # a part at a time: both are mapped, not held
+            np.array_equal(one[at : at + ROWS], other[at : at + ROWS])
+            for at in range(0, shape[0] if shape else 0, ROWS)
+        )
+    )
+    return config if same else dataclasses.replace(config, tied=False)
+
+
 def _names(
     family: Family, config: ModelConfig, wanted: dict[str, tuple[int, ...]], there: dict[str, tuple[int, ...]]
-) -> dict[str, str]:
-    """{leaf: the tensor that holds it}, all there and of the right shape, with nothing left. Raises InputError."""
+) -> tuple[dict[str, str], list[str]]:
+    """{leaf: the tensor that holds it}, all there and of the right shape, and the buffers (see buffers.py), which with
+    these are all the tensors there are. Raises InputError."""
     names, missing = {}, []
     for path in wanted:
         name = family.place(path).tensor(path)
@@ -156,9 +181,10 @@ def _names(
             f"{name} has shape {tuple(there[name])}, but the model's config says {expected}",
         )
     known = {*names.values()} | ({family.places["unembedding"].name} if config.tied else set())
-    left = [name for name in there if name not in known and not HARMLESS.search(name)]
+    beside = [name for name in there if name not in known and buffers.is_one(name, there[name])]
+    left = [name for name in there if name not in known and name not in set(beside)]
     require(not left, f"{_some(left)} left over: the model has parts that its config does not speak of")
-    return names
+    return names, beside
 
 
 def _some(names: list[str]) -> str:

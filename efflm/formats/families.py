@@ -43,10 +43,6 @@ class Family:
         return self.places[re.sub(r"^block_\d+/", "block/", path)]
 
 
-# What files hold beside the weights: masks, tables of rotations.
-HARMLESS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
-
-
 def _linear(leaf: str, name: str, bias: bool = False, **how: Any) -> dict[str, Place]:
     """The places of a linear layer's weight and bias, `transpose` unless said otherwise."""
     kernel = {f"{leaf}/kernel": Place(f"{name}.weight", **{"transpose": True} | how)}

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from efflm.config import InputError, require
-from efflm.formats import gguf, gguf_tokenizer
+from efflm.formats import gguf, gguf_keys, gguf_tokenizer
 from efflm.formats.build import build
 from efflm.formats.tensors import Tensors
 from efflm.model import LanguageModel
@@ -110,6 +110,7 @@ def config_of(header: gguf.Header) -> dict[str, Any]:
         given = number(key, head_dim)
         require(given == head_dim, f"{where}: {architecture}.{key} is {given}, but must be the head's size {head_dim}")
     require("token_embd.weight" in header.tensors, f"{where} has no tensor token_embd.weight")
+    gguf_keys.require_known(header, head_dim)
     config = {
         "model_type": architecture,
         "vocab_size": header.tensors["token_embd.weight"].shape[0],
@@ -126,7 +127,7 @@ def config_of(header: gguf.Header) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "attention_bias": "blk.0.attn_q.bias" in header.tensors,
     }
-    if f"{architecture}.attention.sliding_window" in metadata:
+    if metadata.get(f"{architecture}.attention.sliding_window", 0) != 0:
         require(architecture == "llama", f"{where} has a sliding window, which is supported for llama only")
         config |= {"model_type": "mistral", "sliding_window": number("attention.sliding_window")}
     scaling = _rope_scaling(header, head_dim, config["rope_theta"])
@@ -140,7 +141,11 @@ def _rope_scaling(header: gguf.Header, head_dim: int, base: float) -> dict[str, 
     """
     where, architecture = header.path, header.metadata["general.architecture"]
     kind = header.metadata.get(f"{architecture}.rope.scaling.type", "none")
-    require(kind == "none", f"{where} scales rotary positions by {kind!r:.80}, but supported is Llama 3's way alone")
+    # By "linear" llama.cpp divides positions by a factor, which is 1 here: see gguf_keys.
+    require(
+        kind in ("none", "linear"),
+        f"{where} scales rotary positions by {kind!r:.80}, but supported is Llama 3's way alone",
+    )
     if ROPE_FACTORS not in header.tensors:
         return None
     shape = header.tensors[ROPE_FACTORS].shape

@@ -69,6 +69,8 @@ def from_metadata(metadata: dict[str, Any], where: Path) -> Tokenizer:
         stages = _byte_level(metadata, vocabulary, split, where)
     else:
         stages = _sentencepiece(metadata, tokens, vocabulary, types, ids["unknown"], where)
+    if adds_bos and ids["bos"] is not None:
+        stages["post_processor"] = _after_bos(tokens[ids["bos"]], ids["bos"])
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     special = (CONTROL, UNKNOWN) if not byte_level else (CONTROL,)
     described = {
@@ -104,6 +106,18 @@ def _split(metadata: dict[str, Any], where: Path) -> dict[str, Any]:
     return SPLITS[name]
 
 
+def _after_bos(token: str, index: int) -> dict[str, Any]:
+    """The stage of a tokenizer.json that puts the beginning of a sequence before every text."""
+    begin, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    second = [{"SpecialToken": {"id": token, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    return {
+        "type": "TemplateProcessing",
+        "single": [begin, text],
+        "pair": [begin, text, *second],
+        "special_tokens": {token: {"id": token, "ids": [index], "tokens": [token]}},
+    }
+
+
 def _byte_level(
     metadata: dict[str, Any], vocabulary: dict[str, int], split: dict[str, Any], where: Path
 ) -> dict[str, Any]:
@@ -112,6 +126,12 @@ def _byte_level(
     pairs = [merge.split(" ") for merge in merges]
     wrong = next((pair for pair in pairs if len(pair) != 2 or "".join(pair) not in vocabulary), None)
     require(wrong is None, f"{where}: {' '.join(wrong or ())!r:.80} merges no two tokens")
+    prefixed = metadata.get("tokenizer.ggml.add_space_prefix", False)
+    require(
+        prefixed is False,
+        f"{where}: tokenizer.ggml.add_space_prefix is {prefixed!r:.80}, but texts of byte-level tokenizers begin as "
+        "they are",
+    )
     stage = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     cuts = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
@@ -140,7 +160,15 @@ def _sentencepiece(
 ) -> dict[str, Any]:
     scores = _numbers(metadata, "scores", len(tokens), where).astype(np.float64)
     require(bool(np.isfinite(scores).all()), f"{where}: tokenizer.ggml.scores are not all finite")
+    split = metadata.get("tokenizer.ggml.pre", "default")
+    require(
+        split == "default",
+        f"{where}: tokenizer.ggml.pre is {split!r:.80}, but SentencePiece does not split text before merging",
+    )
     prefixed = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    require(
+        isinstance(prefixed, bool), f"{where}: tokenizer.ggml.add_space_prefix is {prefixed!r:.80}, but must be a bool"
+    )
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     written = [
         {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},

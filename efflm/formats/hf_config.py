@@ -9,6 +9,30 @@ from efflm.config import BlockConfig, ModelConfig, RopeScaling, require
 NEEDED = object()  # of a key that must be there
 FOREIGN = re.compile(r"expert|moe_|router|softcap|soft_cap|quantization_config")  # keys of what no family here has
 MOST = 2**31 - 1  # of any number that counts something
+# Keys that change no logits: names and versions, what only training or sampling reads, what a call gives back, what the
+# tensors themselves say (biases), and how transformers computes the same numbers.
+_HARMLESS = """
+    architectures model_type auto_map _name_or_path name_or_path transformers_version torch_dtype dtype efflm_precision
+    transformers.js_config unsloth_version unsloth_fixed is_llama_config tokenizer_class prefix finetuning_task
+    problem_type id2label label2id _num_labels num_labels task_specific_params bos_token_id eos_token_id pad_token_id
+    sep_token_id unk_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id initializer_range
+    initializer_factor attention_dropout attention_probs_dropout_prob hidden_dropout hidden_dropout_prob attn_pdrop
+    resid_pdrop embd_pdrop classifier_dropout summary_type summary_use_proj summary_activation summary_first_dropout
+    summary_proj_to_labels gradient_checkpointing neftune_noise_alpha use_cache output_attentions output_hidden_states
+    output_scores return_dict return_dict_in_generate torchscript use_bfloat16 tf_legacy_loss chunk_size_feed_forward
+    remove_invalid_values attn_implementation _attn_implementation _attn_implementation_autoset
+    _attn_implementation_internal _flash_attn_2_enabled use_flash_attention_2 reorder_and_upcast_attn pretraining_tp
+    is_decoder n_ctx max_sequence_length max_length min_length do_sample early_stopping num_beams num_beam_groups
+    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids suppress_tokens begin_suppress_tokens exponential_decay_length_penalty
+    num_return_sequences attention_bias mlp_bias
+"""
+HARMLESS = frozenset(_HARMLESS.split())
+# Keys of other models, which may say here what a family does anyway.
+NEUTRAL = dict.fromkeys(
+    ("is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder", "rope_interleaved", "use_mrope"), False
+) | {"use_sliding_window": False, "pruned_heads": {}}
+ROTARY = ("rope_scaling", "rope_parameters", "rope_theta", "partial_rotary_factor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +62,7 @@ def read(family: Described, values: dict[str, Any], layers_at_most: int) -> Mode
             not (FOREIGN.search(key) and value),
             f"{key} is {_shown(value)}, but mixtures of experts, quantized weights and capped logits are not supported",
         )
+    _require_known(family, values)
     for key, value in family.only.items():
         found = values.get(key, value)
         require(found == value, f"{key} is {_shown(found)}, but only {_shown(value)} is supported")
@@ -68,7 +93,7 @@ def read(family: Described, values: dict[str, Any], layers_at_most: int) -> Mode
         mlp_dim=found.pop("mlp_dim") or 4 * width,
     )
     if found["position"] == "rotary":
-        found |= _read_rotary(values, found)
+        found |= _read_rotary(family, values, found)
     blocks = tuple(dataclasses.replace(block, window=window) for window in _read_windows(family, values, layers))
     return ModelConfig(**found, blocks=blocks, feedforward=activations[activation])
 
@@ -116,33 +141,78 @@ def _shown(value: Any) -> str:
     return f"{value!r:.60}"
 
 
-def _read_rotary(values: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+def _require_known(family: Described, values: dict[str, Any]) -> None:
+    """Raise InputError for a key that is neither read nor known to change nothing, unless it is null or says what the
+    family does anyway."""
+    used = {*family.keys, *family.only, family.activations[0], "layer_types"}
+    used |= set(ROTARY) if family.fixed["position"] == "rotary" else set()
+    used |= {"sliding_window"} if family.windows != "none" else set()
+    used |= {"use_sliding_window", "max_window_layers"} if family.windows == "some" else set()
+    for key, value in values.items():
+        off = FOREIGN.search(key) or (key in NEUTRAL and value == NEUTRAL[key])
+        require(
+            key in used or key in HARMLESS or value is None or bool(off),
+            f"{key:.80} is {_shown(value)}, which is not known of models of this family, so that it may change what is "
+            "computed: if it does not, remove it from the config",
+        )
+
+
+def _read_rotary(family: Described, values: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """rope_base, rotary_fraction and rope_scaling, which newer files keep together under `rope_parameters`."""
-    name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-    rope = values.get(name) or {}
-    require(isinstance(rope, dict), f"{name} is {_shown(rope)}, but must be an object")
-    base, fraction = rope.get("rope_theta", found["rope_base"]), found.get("rotary_fraction", 1.0)
-    _check("rope_theta", "rope_base", base)
-    other = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", fraction))
-    _check("partial_rotary_factor", "rotary_fraction", other)
+    given = {key: values[key] for key in ("rope_scaling", "rope_parameters") if values.get(key)}
+    name, rope = next(iter(given.items()), ("rope_parameters", {}))
+    for key, value in given.items():
+        require(isinstance(value, dict), f"{key} is {_shown(value)}, but must be an object")
+    same = len(given) < 2 or given["rope_scaling"] == given["rope_parameters"]
+    require(same, "rope_scaling and rope_parameters say different things: remove the one that is wrong")
+    keys = {ours: key for key, (ours, _) in family.keys.items()}
+    base = _agreed("rope_theta", "rope_base", keys.get("rope_base"), values, rope, found["rope_base"])
+    fraction = found.get("rotary_fraction", 1.0)
+    fraction = _agreed("partial_rotary_factor", "rotary_fraction", keys.get("rotary_fraction"), values, rope, fraction)
     require(
-        other == 1 or "rotary_fraction" in found,
-        f"partial_rotary_factor is {other}, but heads of this family are rotated as a whole",
+        fraction == 1 or "rotary_fraction" in found,
+        f"partial_rotary_factor is {fraction}, but heads of this family are rotated as a whole",
     )
     kind = rope.get("rope_type", rope.get("type", "default"))
+    other = rope.get("type", kind)
+    require(other == kind, f"{name} has the rope_type {_shown(kind)}, but the type {_shown(other)}: remove one")
     nested = next((key for key, value in rope.items() if isinstance(value, dict)), None)
     require(nested is None, f"{name} differs from layer to layer ({nested}), which is not supported")
+    require(
+        kind in ("default", "llama3"), f"the rope_type is {_shown(kind)}, but only default and llama3 are supported"
+    )
+    factors = ("factor", "low_freq_factor", "high_freq_factor")
+    known = {"rope_theta", "partial_rotary_factor", "rope_type", "type"}
+    known |= {*factors, "original_max_position_embeddings"} if kind == "llama3" else set()
+    other = next((key for key, value in rope.items() if key not in known and value is not None), None)
+    require(
+        other is None,
+        f"{name}.{other} is {_shown(rope.get(other))}, which is not supported with the rope_type {kind}",
+    )
     scaling = None
     if kind == "llama3":
         original = rope.get("original_max_position_embeddings", found["max_length"])
         _check("original_max_position_embeddings", "max_length", original)
-        factors = {key: rope.get(key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
-        for key, value in factors.items():
-            _check(f"{name}.{key}", "rope_base", value)
-        scaling = RopeScaling(**{key: float(value) for key, value in factors.items()}, original_max_length=original)
-    else:
-        require(kind == "default", f"the rope_type is {_shown(kind)}, but only default and llama3 are supported")
-    return {"rope_base": float(base), "rotary_fraction": float(other), "rope_scaling": scaling}
+        for key in factors:
+            _check(f"{name}.{key}", "rope_base", rope.get(key))
+        scaling = RopeScaling(**{key: float(rope[key]) for key in factors}, original_max_length=original)
+    return {"rope_base": float(base), "rotary_fraction": float(fraction), "rope_scaling": scaling}
+
+
+def _agreed(key: str, name: str, own: str | None, values: dict[str, Any], rope: dict[str, Any], absent: float) -> float:
+    """What a config says of our field `name`: under `key`, under the family's own key for it, and under `key` among the
+    rotary parameters. Raises InputError where these differ: versions of transformers read different ones."""
+    places = [(own, values), (key, values), (key, rope)]
+    given = [(where, said[where]) for where, said in places if where and said.get(where) is not None]
+    for where, value in given:
+        _check(where, name, value)
+    differ = [(where, value) for where, value in given if value != given[0][1]]
+    require(
+        not differ,
+        f"{given and given[0][0]} is {given and given[0][1]}, but {differ and differ[0][0]} elsewhere in the config is "
+        f"{differ and differ[0][1]}: remove the one that is wrong",
+    )
+    return given[0][1] if given else absent
 
 
 def _read_windows(family: Described, values: dict[str, Any], layers: int) -> list[int]:

@@ -9,6 +9,7 @@ ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 # No weights but safetensors, no code.
 FILES = [
     "config.json",
+    "adapter_config.json",
     "generation_config.json",
     "model.safetensors",
     "model.safetensors.index.json",

@@ -94,6 +94,11 @@ def _require_fit(model: LanguageModel, tokens: Tokenizer, folder: Path) -> None:
 
 def _tensors(folder: Path) -> Tensors:
     """All tensors of the folder, however many files they are in."""
+    require(
+        not (folder / "adapter_config.json").exists(),
+        "it has an adapter_config.json: adapters are not added to a model; have them merged into its weights (peft's "
+        "merge_and_unload), or remove the file",
+    )
     if (folder / WEIGHTS).exists():
         return tensors.from_safetensors(inside(folder, WEIGHTS))
     if (folder / INDEX).exists():

@@ -16,7 +16,7 @@ from efflm import rundir
 from efflm.config import InputError, require
 
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-DTYPES = FLOATS | {"I8": np.int8, "U8": np.uint8}
+DTYPES = FLOATS | {"I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
 NAMES = {np.dtype(dtype): name for name, dtype in FLOATS.items()}
 
 

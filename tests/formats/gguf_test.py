@@ -133,6 +133,23 @@ def test_rotary_scaling_of_llama_3_is_recognized_by_its_divisors(tmp_path, rng):
         read(divisors[:8])
 
 
+def test_keys_that_change_nothing_are_passed_over(tmp_path, rng):
+    weights = gguf_files.weights(rng)
+    plain = gguf_model.config_of(files.read_header(gguf_files.write(tmp_path / "a.gguf", weights)))
+    scales = {"logit_scale": 1.0, "attention.scale": 32**-0.5, "final_logit_softcapping": 0.0, "residual_scale": 0.0}
+    rope = {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0, "rope.scaling.original_context_length": 64}
+    counts = {"expert_count": 0, "expert_used_count": 0, "vocab_size": len(gguf_files.TOKENS), "pooling_type": 0}
+    names = {
+        "general.name": "x",
+        "general.sampling.top_k": 4,
+        "tokenizer.ggml.fim_pre_token_id": 3,
+        "general.type": "model",
+    }
+    more = scales | rope | counts | names | {"attention.sliding_window": 0}
+    path = gguf_files.write(tmp_path / "b.gguf", weights, metadata=more)
+    assert gguf_model.config_of(files.read_header(path)) == plain
+
+
 def test_a_window_is_passed_on(tmp_path, rng):
     path = gguf_files.write(tmp_path / "a.gguf", gguf_files.weights(rng), metadata={"attention.sliding_window": 64})
     config = gguf_model.config_of(files.read_header(path))
@@ -153,6 +170,25 @@ def test_a_window_is_passed_on(tmp_path, rng):
         ({"rope.scaling.type": "yarn"}, "scales rotary positions by 'yarn'"),
         ({"expert_count": 8}, "mixture of experts"),
         ({"split.count": 3}, "one part of 3"),
+        ({"rope.scaling.factor": 4.0}, r"llama\.rope\.scaling\.factor is 4\.0, which is not supported"),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, r"rope\.scaling\.factor is 4\.0"),
+        ({"rope.dimension_sections": [1, 2]}, r"rope\.dimension_sections is"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30"),
+        ({"attention.scale": 0.5}, r"attention\.scale is 0\.5"),
+        ({"attention.temperature_scale": 0.1}, r"attention\.temperature_scale"),
+        ({"attention.sliding_window_pattern": 2}, "sliding_window_pattern is 2"),
+        ({"logit_scale": 0.0625}, r"logit_scale is 0\.0625"),
+        ({"residual_scale": 0.22}, "residual_scale"),
+        ({"embedding_scale": 12.0}, "embedding_scale is 12"),
+        ({"expert_used_count": 2}, "expert_used_count is 2"),
+        ({"attention.causal": 0}, r"attention\.causal is 0"),
+        ({"pooling_type": 1}, "pooling_type is 1"),
+        ({"vocab_size": 7}, "vocab_size is 7"),
+        ({"general.type": "adapter"}, r"general\.type is 'adapter'"),
+        ({"tokenizer.ggml.add_eos_token": 1}, r"add_eos_token is 1.*gguf-new-metadata --remove-metadata"),
+        ({"tokenizer.ggml.precompiled_charsmap": [1]}, "precompiled_charsmap"),
+        ({"something.else": 1}, r"something\.else is 1"),
     ],
 )
 def test_models_that_are_not_supported_are_refused(tmp_path, rng, metadata, message):

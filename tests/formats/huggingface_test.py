@@ -185,12 +185,46 @@ def test_buffers_heads_of_tied_models_and_missing_prefixes_are_tolerated(tmp_pat
         embedding = "wte.weight" if name == "gpt2" else "embed_tokens.weight"
         extra = {
             "lm_head.weight": weights[embedding],
-            "h.0.attn.bias": np.ones((1, 1, 64, 64), np.float32),
+            "h.0.attn.bias": np.tri(64, dtype=bool)[None, None],
             "h.1.attn.masked_bias": np.float32([-1e4]),
-            "layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32),
         }
+        if name == "qwen2":
+            extra["layers.0.self_attn.rotary_emb.inv_freq"] = np.float16([1, 1e-3])  # of a base of 1e6 and heads of 4
         safetensors.numpy.save_file(weights | extra, folder / "model.safetensors")
         require_equal(huggingface.load_weights(folder), huggingface.load_weights(GOLDENS / name))
+
+
+def test_a_head_of_its_own_counts_whatever_the_config_says_of_it(tmp_path):
+    folder = Path(shutil.copytree(GOLDENS / "llama", tmp_path / "model"))
+    weights = stored(folder)
+    head = weights["model.embed_tokens.weight"].copy()
+    head[-1, -1] += 1
+    safetensors.numpy.save_file(weights | {"lm_head.weight": head}, folder / "model.safetensors")
+    model = huggingface.load_weights(folder)
+    assert not model.config.tied
+    np.testing.assert_array_equal(model.params["unembedding"], head.T)
+    huggingface.save(tmp_path / "again", model, small_tokenizer())
+    require_equal(huggingface.load_weights(tmp_path / "again"), model)
+    safetensors.numpy.save_file(weights | {"lm_head.weight": head[:-1]}, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"lm_head\.weight has shape \(47, 16\)"):
+        huggingface.load_weights(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "buffer", "value", "message"),
+    [
+        ("gpt2", "h.0.attn.bias", np.ones((1, 1, 64, 64), np.float32), "is not causal"),
+        ("gpt2", "h.0.attn.masked_bias", np.float32([0]), "is not a number that masks"),
+        ("qwen2", "model.layers.0.self_attn.rotary_emb.inv_freq", np.float32([1, 2e-3]), "is not the rotary"),
+        ("gpt_neox", "gpt_neox.layers.0.attention.bias", np.ones(32, np.float32), "is left over"),
+    ],
+)
+def test_buffers_that_say_another_thing_than_the_config_are_refused(tmp_path, name, buffer, value, message):
+    folder = Path(shutil.copytree(GOLDENS / name, tmp_path / name))
+    safetensors.numpy.save_file(stored(folder) | {buffer: value}, folder / "model.safetensors")
+    with pytest.raises(InputError, match=message) as error:
+        huggingface.load_weights(folder)
+    assert buffer in str(error.value)
 
 
 def test_missing_unknown_and_misshapen_tensors_are_named(folder):
@@ -240,8 +274,23 @@ SCALED = {"rope_theta": 1e4, "factor": 2.0}
         ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', but must be true or false"),
         ({"rope_parameters": SCALED | {"rope_type": "linear"}}, "rope_type is 'linear', but only default and llama3"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, r"low_freq_factor is None"),
+        ({"rope_parameters": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, r"low_freq_factor is None"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope_scaling and rope_parameters say different"),
+        ({"rope_theta": 5e5}, r"rope_theta is 500000\.0, but rope_theta elsewhere in the config is 100\.0"),
+        ({"rope_parameters": {"mrope_section": [2, 2]}}, r"rope_parameters\.mrope_section is"),
+        ({"rope_parameters": {"rope_type": "default", "factor": 4.0}}, r"rope_parameters\.factor is 4\.0"),
+        ({"rope_parameters": {"rope_type": "default", "type": "mrope"}}, "but the type 'mrope'"),
+        ({"sliding_window": 7}, "sliding_window is 7, which is not known of models of this family"),
+        ({"use_sliding_window": True}, "use_sliding_window is True"),
+        ({"logit_scale": 0.0625}, r"logit_scale is 0\.0625"),
+        ({"embedding_multiplier": 12}, "embedding_multiplier is 12"),
+        ({"residual_multiplier": 0.22}, "residual_multiplier"),
+        ({"attention_multiplier": 0.5}, "attention_multiplier"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder is True"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads is"),
+        ({"qk_norm": False}, "qk_norm is False, .* remove it from the config"),
         ({"rope_parameters": SCALED | {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor is 0\.5, but heads"),
         ({"rope_parameters": {"full_attention": SCALED}}, "rope_parameters differs from layer to layer"),
         ({"rope_parameters": [1]}, "rope_parameters is"),
@@ -256,6 +305,33 @@ def test_configs_that_are_not_supported_are_refused(folder, change, message):
         huggingface.load_weights(folder)
     assert "\n" not in str(error.value)
     assert str(folder) in str(error.value)
+
+
+def test_what_configs_say_beside_changes_nothing(folder):
+    """As published models of these families have it."""
+    smollm2 = {"rope_interleaved": False, "is_llama_config": True, "transformers.js_config": {"dtype": "q4"}}
+    older = {
+        "pretraining_tp": 1,
+        "max_length": 20,
+        "torchscript": False,
+        "pruned_heads": {},
+        "tie_encoder_decoder": False,
+    }
+    neutral = {
+        "use_mrope": False,
+        "num_experts": 0,
+        "final_logit_softcapping": None,
+        "unknown": None,
+        "sliding_window": None,
+    }
+    change_config(folder, smollm2 | older | neutral)
+    require_equal(huggingface.load_weights(folder), huggingface.load_weights(GOLDENS / "llama3"))
+
+
+def test_adapters_are_not_passed_over(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="adapters are not added to a model; have them merged"):
+        huggingface.load_weights(folder)
 
 
 def test_older_configs_mean_the_same(folder):
