@@ -76,8 +76,7 @@ def measure(run: Run, shape: ModelShape, train: TrainConfig) -> Measured:
     del timed
     model = in_dtype(LanguageModel(config, init_params(config, 0)), policy.param)
     near, far = protocols(run, config)
-    prefill, first = rates({"": model}, near)[""]
-    _, last = rates({"": model}, far)[""]
+    (prefill, first), (_, last) = (rates({"": model}, each)[0][""] for each in (near, far))
     decode = {near.start + near.new: 1 / first.median, far.start + far.new: 1 / last.median}
     return Measured(state, temporaries, step, near.prompt / prefill.median, decode)
 

@@ -41,7 +41,7 @@ from efflm.compress.wanda import Wanda
 from efflm.compress.width import PruneWidth
 from efflm.config import PRECISION, AskedPrecision, InputError, flag, require, require_seed
 from efflm.data import corpora, dataset
-from efflm.evaluate import cost, quality
+from efflm.evaluate import cost, machine, quality
 from efflm.evaluate.windows import Scoring
 from efflm.flags import command_line, launch
 from efflm.formats import safetensors, sources
@@ -153,7 +153,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
     score = score.within(dense.config.max_length, about.get("train.length", 0), text.unbroken)
     context = context_for(run, calibration, loaded, [step for steps in plans.values() for step in steps])
     rundir.use_compilation_cache()
-    protocol, kept, qualities, timed = cost.protocol_for(dense), {}, {}, {}
+    protocol, kept, qualities, timed, loads = cost.protocol_for(dense), {}, {}, {}, []
     platform, records, written, measured, phases = jax.default_backend(), {}, {}, [], []
     prompt = api.prompt_ids(tokens, run.prompt, about)
     first = rows.label(about)
@@ -178,7 +178,8 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
             before, size = found[first], safetensors.save(run_dir / BEFORE, dense, about)
         after_size = safetensors.save(run_dir / f"{name}.safetensors", after, about | {"recipe": name}, records[name])
         unfinished.unlink(missing_ok=True)
-        rates = cost.rates({first: dense_here, name: here}, protocol)
+        rates, load = cost.rates({first: dense_here, name: here}, protocol)
+        loads.append(load)
         pairs = [(name, after, after_size, described(steps, after), found[name])]
         if not measured:
             pairs.insert(0, (first, dense, size, rows.origin(run.model, about), before))
@@ -193,14 +194,14 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
     facts = [
         f"Quality: {scoring.protocol(text, score, before)}. Divergence: from the first model.",
         f"Speed: {protocol}; each model in turn with the first, whose rounds beside the second are shown: compare the "
-        "ratios, which are those of the same rounds. In brackets the quartiles.",
+        f"ratios, which are those of the same rounds. In brackets the quartiles.{machine.most(loads)}",
         f"Size: an uncompressed safetensors file; the source itself takes {numbers.megabytes(loaded.nbytes)} MB.",
         *rows.cautions(run.model, about, text.known),
     ]
     commands = {first: command_line("experiments.evaluate", ["", f"--model={run.model}"])}
     commands |= {name: command_for(name, sys.argv) for name in plans}
     details = compared.details(rows.origin(run.model, about), about, records, written, run.prompt, tokens, commands)
-    machine, command = rundir.machine(), command_line("experiments.compress", sys.argv)
+    versions, command = rundir.machine(), command_line("experiments.compress", sys.argv)
     rundir.write_json(
         run_dir / "results.json",
         {
@@ -209,7 +210,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
             "samples": {name: run.prompt + samples.text(ids, tokens) for name, ids in written.items()},
             "protocol": facts,
             "command": command,
-            "versions": machine,
+            "versions": versions,
         },
     )
     table.show(measured, facts)
@@ -221,7 +222,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
         curves=dict(pair for name in plans for pair in metrics.curves(curves_of(run_dir, name), name)),
         phases=phases,
         facts=facts,
-        made=page.made(machine, seed=run.seed, total_time=page.duration(time.perf_counter() - began)),
+        made=page.made(versions, seed=run.seed, total_time=page.duration(time.perf_counter() - began)),
         command=command,
     )
     say(f"done: open {run_dir / 'report.html'}")

@@ -102,7 +102,7 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     text, score = data.test, score.within(config.max_length, train.length, data.test.unbroken)
     here = {name: ops.prepare(sharding.on_one_device(each), platform) for name, each in models.items()}
     qualities = scoring.measure(here, text, data.tokenizer, score, here["float32"])
-    rates = cost.rates(here, protocol)
+    rates, load = cost.rates(here, protocol)
     measured = rows.collect(models, sizes, notes, qualities, rates)
     phases = analysis.inference(models["float32"], protocol, rates["float32"])
 
@@ -112,7 +112,7 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
         f"Distilled minus from scratch, paired over test documents: {quality.words((difference, error), '+.4f')} bits "
         f"per byte, {verdict(difference, error)}.",
         f"Quality: {scoring.protocol(text, score, qualities['float32'])}. Smaller is better.",
-        f"Speed: {protocol}. In brackets the quartiles.",
+        f"Speed: {protocol}. In brackets the quartiles.{load}",
         "Size: an uncompressed safetensors file; matrices with many zeros are stored as a bitmask and their values.",
         "One seed, one small model, one corpus: read the order of the rows, not the exact values.",
     ]

@@ -46,7 +46,7 @@ from efflm.compress.step import Calibration, Context, Step
 from efflm.compress.width import PruneWidth
 from efflm.config import PRECISION, AskedPrecision, flag, require
 from efflm.data import corpora, dataset
-from efflm.evaluate import confidence, cost, quality, speed
+from efflm.evaluate import confidence, cost, machine, quality, speed
 from efflm.evaluate.quality import Quality
 from efflm.evaluate.windows import Scoring
 from efflm.flags import command_line, launch
@@ -237,12 +237,13 @@ def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, 
         bits_per_byte=quality.bits_per_byte(before)[0],
         calibration=error_of(dense) if run.calibration_error else None,
     )}  # fmt: skip
-    protocol, speeds = cost.protocol_for(dense), {}
+    protocol, speeds, loads = cost.protocol_for(dense), {}, []
+    timed = f"Speed: {protocol}; the median over the first model's in the same rounds."
     facts = [
         f"Quality: {scoring.protocol(text, score, before)}. Teacher: the first model.",
         f"Training: batches of {run.batch} x {run.length} tokens, {run.steps} steps, learning rate "
         f"{run.learning_rate:g}, matmuls in {dense.config.precision}.",
-        *([f"Speed: {protocol}; the median over the first model's in the same rounds."] if run.speed else []),
+        *([timed] if run.speed else []),
         *rows.cautions(run.model, loaded.about, text.known),
     ]
     shared = {
@@ -259,7 +260,9 @@ def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, 
             scores.append(measure(model))
             shape = (model.config, ops.stored_nbytes(model.params, model.masks))
             if run.speed and shape not in speeds:
-                speeds[shape] = speed_of(dense, model, protocol)
+                speeds[shape], load = speed_of(dense, model, protocol)
+                loads.append(load)
+                facts[2] = f"{timed}{machine.most(loads)}"
             row = row_of(chain, made, scores, before, speeds.get(shape, (None, None)), found)
             if run.calibration_error:
                 row = dataclasses.replace(row, calibration=error_of(model))
@@ -300,14 +303,14 @@ def context_for(run: Run, calibration: Calibration, loaded: Loaded, source: str,
     return dataclasses.replace(made, teacher=loaded.model)
 
 
-def speed_of(dense: LanguageModel, model: LanguageModel, protocol: cost.Protocol) -> tuple[float, float]:
-    """Prefill and decode of a model over those of the first."""
+def speed_of(dense: LanguageModel, model: LanguageModel, protocol: cost.Protocol) -> tuple[tuple, machine.Load]:
+    """Prefill and decode of a model over those of the first, and what other programs used meanwhile."""
     here = {
         name: ops.prepare(sharding.on_one_device(each), jax.default_backend())
         for name, each in (("first", dense), ("this", model))
     }
-    rates = cost.rates(here, protocol)
-    return tuple(cost.ratio(*pair)[0] for pair in zip(rates["this"], rates["first"], strict=True))
+    rates, load = cost.rates(here, protocol)
+    return tuple(cost.ratio(*pair)[0] for pair in zip(rates["this"], rates["first"], strict=True)), load
 
 
 def row_of(

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from efflm import progress, trees
+from efflm.evaluate import machine
 from efflm.infer.generate import decode, prefill, row_keys, start
 from efflm.infer.sampling import GREEDY
 from efflm.model import LanguageModel
@@ -58,8 +59,10 @@ def protocol_for(model: LanguageModel) -> Protocol:
 
 def rates(
     models: dict[str, LanguageModel], protocol: Protocol = Protocol(), clock: Callable[[], float] = time.perf_counter
-) -> dict[str, tuple[Rate, Rate]]:
-    """{name: (prefill, decode)}. The models take turns, so that other load on the machine affects all equally."""
+) -> tuple[dict[str, tuple[Rate, Rate]], machine.Load]:
+    """{name: (prefill, decode)}, and what other programs used meanwhile. The models take turns, so that this affects
+    all equally."""
+    load = machine.load_watched()
     runs = {name: _round(model, protocol, clock) for name, model in models.items()}
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
     turns = [(round_, name) for round_ in range(protocol.repeats + 1) for name in models]
@@ -68,10 +71,11 @@ def rates(
             if round_:  # round 0 compiles and warms up
                 kept.append(took)
     counts = (protocol.prompt, protocol.new)
-    return {
+    found = {
         name: tuple(_rate(count, kept) for count, kept in zip(counts, pair, strict=True))
         for name, pair in seconds.items()
     }
+    return found, load()
 
 
 def _round(model: LanguageModel, protocol: Protocol, clock: Callable[[], float]) -> Callable[[], tuple[float, float]]:

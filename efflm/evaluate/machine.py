@@ -1,9 +1,11 @@
-"""What this machine can do, measured on the spot: the two numbers of its roofline (Williams 2009)."""
+"""What this machine can do, measured on the spot: the two numbers of its roofline (Williams 2009), and whether other
+programs use it meanwhile."""
 
 import dataclasses
 import os
+import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -60,6 +62,72 @@ def read_bandwidth(repeats: int = 7, nbytes: int = 1 << 29) -> float:
     with ThreadPoolExecutor(parts) as pool:
         read = lambda: list(pool.map(lambda matrix: jax.block_until_ready(product(matrix, x)), matrices))
         return sum(matrix.nbytes for matrix in matrices) / _fastest(read, repeats=repeats)
+
+
+QUIET = 0.05  # of the processors that this program may use: what others may take from it
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """Processors that other programs took from this one on average, before speed was measured and meanwhile."""
+
+    before: float
+    during: float
+
+    def __str__(self) -> str:
+        """A sentence where the machine was not quiet, else nothing."""
+        count = _usable()
+        if max(self.before, self.during) <= QUIET * count:
+            return ""
+        return (
+            f" THE MACHINE WAS NOT QUIET: other programs used {self.before:.1f} of {count} processors before these "
+            f"measurements and {self.during:.1f} meanwhile, so speeds are lower than alone and ratios less exact."
+        )
+
+
+def most(loads: Iterable[Load]) -> Load:
+    """The most of several measurements."""
+    before, during = zip(*((each.before, each.during) for each in loads), strict=True)
+    return Load(max(before), max(during))
+
+
+def load_watched(seconds: float = 0.5) -> Callable[[], Load]:
+    """Look for `seconds` at what other programs use; what is returned tells that, and what they used since."""
+    since = _others()
+    time.sleep(seconds)
+    before, since = since(), _others()
+    return lambda: Load(before, since())
+
+
+def _others() -> Callable[[], float]:
+    """A function that tells how many processors, on average since now, others than this process and those that it
+    started used and this one could have had. 0 where the system does not tell, as on macOS."""
+    began, start = time.perf_counter(), _used()
+
+    def since() -> float:
+        elapsed = max(time.perf_counter() - began, 1e-9)
+        used = (_used() - start) / elapsed
+        return max(0.0, used - ((os.cpu_count() or 1) - _usable()))
+
+    return since
+
+
+def _used() -> float:
+    """Seconds that all processors worked, less those that they worked for this process and those it started."""
+    try:
+        with open("/proc/stat") as file:
+            user, nice, system, _, _, *interrupts = map(int, file.readline().split()[1:9])
+    except (OSError, ValueError):
+        return 0.0
+    worked = (user + nice + system + sum(interrupts)) / os.sysconf(
+        "SC_CLK_TCK"
+    )  # with what a hypervisor gave to others
+    ours = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return worked - sum(each.ru_utime + each.ru_stime for each in ours)
+
+
+def _usable() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _fastest(fn: Callable[..., Any], *args: Any, repeats: int) -> float:

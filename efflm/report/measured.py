@@ -73,8 +73,8 @@ def compare(
     here = {name: ops.prepare(model, jax.default_backend()) for name, model in models.items()}
     found = scoring.measure(here, text, tokenizer, score, here[first])
     protocol = cost.protocol_for(models[first])
-    rates = cost.rates(here, protocol) if speed else None
+    rates, load = cost.rates(here, protocol) if speed else (None, "")
     against = f" Divergence: from {first}." if len(models) > 1 else ""
     facts = [f"Quality: {scoring.protocol(text, score, found[first])}.{against}"]
-    facts += [f"Speed: {protocol}."] * speed
+    facts += [f"Speed: {protocol}.{load}"] * speed
     return Measured(tuple(rows.collect(models, sizes, notes, found, rates)), tuple(facts), found, rates, protocol)

@@ -15,7 +15,7 @@ def test_rates_are_the_quartiles_of_what_the_clock_says(rng):
     idle = itertools.repeat(0.25)
     looks = np.cumsum(list(itertools.chain.from_iterable(zip(idle, seconds_RMP.ravel()))))
     clock = iter(looks)
-    got = rates({"a": tiny.model(), "b": tiny.model(tiny.GPT2)}, protocol, clock=lambda: next(clock))
+    got, _ = rates({"a": tiny.model(), "b": tiny.model(tiny.GPT2)}, protocol, clock=lambda: next(clock))
     assert next(clock, None) is None
     assert list(got) == ["a", "b"]
     for m, pair in enumerate(got.values()):
@@ -26,7 +26,8 @@ def test_rates_are_the_quartiles_of_what_the_clock_says(rng):
 
 def test_a_single_repeat_has_no_spread():
     looks = itertools.cycle([0.0, 2.0, 0.0, 4.0])
-    (((prefill, decode)),) = rates({"a": tiny.model()}, Protocol(24, new=3, repeats=1), lambda: next(looks)).values()
+    got, _ = rates({"a": tiny.model()}, Protocol(24, new=3, repeats=1), lambda: next(looks))
+    prefill, decode = got["a"]
     assert (prefill.low, prefill.median, prefill.high) == (12.0, 12.0, 12.0)
     assert (decode.low, decode.median, decode.high) == (0.75, 0.75, 0.75)
 
