@@ -1,6 +1,7 @@
 """Who may import whom: the arrows of the architecture, held by reading every import."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,14 @@ def test_nothing_writes_json_with_numbers_that_json_does_not_have():
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps"):
                 strict = "allow_nan=False" in ast.unparse(node) or "ensure_ascii=False" in ast.unparse(node)
                 assert strict, f"{path}:{node.lineno}: use rundir.to_json"
+
+
+def test_weights_are_made_float32_in_one_place():
+    for path in FILES:
+        if path.name != "qarray.py":
+            assert not re.search(r"dequantize\(.*\)\.astype\(jnp\.float32\)", path.read_text()), (
+                f"{path}: ops.in_float32"
+            )
 
 
 def test_importing_the_library_starts_nothing():

@@ -45,7 +45,7 @@ def adapted(params: Any, adapters: Any) -> Any:
 
 def merged(params: Any, masks: ops.Masks) -> Any:
     """Adapted weights as float matrices, with zeros where masks drop weights."""
-    plain = lambda _, w: ops.dequantize(w).astype(jnp.float32) if isinstance(w, ops.LowRank) else w
+    plain = lambda _, w: ops.in_float32(w) if isinstance(w, ops.LowRank) else w
     return ops.apply_masks(trees.map_with_path(plain, params), masks)
 
 

@@ -53,7 +53,7 @@ class AWQ:
             params = layer.params
             for place in fold.places(layer.config):
                 states, weights = read[place.readers[0]], dict(trees.flatten(params))
-                matrices = tuple(ops.dequantize(weights[path]).astype(jnp.float32) for path in place.readers)
+                matrices = tuple(ops.in_float32(weights[path]) for path in place.readers)
                 magnitudes = states["magnitudes"] / states["tokens"]
                 candidates = [
                     fold.shared(layer.config, place, candidate(magnitudes, step / self.grid))

@@ -78,7 +78,7 @@ class GPTQ:
             def matrix(path: str, leaf: Any) -> Any:
                 if path not in read:
                     return leaf
-                w = ops.dequantize(leaf).astype(jnp.float32)
+                w = ops.in_float32(leaf)
                 kept = layer.masks.get(path, np.ones(w.shape, bool))
                 grid = qarray.grid_of(w, -2, **format, clip=self.clip)
                 rounded = round_matrix(w, inverse(path), kept, grid, bits=self.bits, group=self.group)

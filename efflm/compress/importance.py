@@ -48,7 +48,7 @@ def largest(each: np.ndarray, count: int) -> np.ndarray:
 def of_layer(layer: Layer, squares: Mapping[str, jax.Array], axis: str, importance: str) -> np.ndarray:
     """The `scores` of the slices of a layer along an axis. squares: {path: [K]} of what its matrices read."""
     (block,), (path, _) = layer.config.blocks, READERS[axis]
-    w = ops.dequantize(dict(trees.flatten(layer.params))[path]).astype(jnp.float32)
+    w = ops.in_float32(dict(trees.flatten(layer.params))[path])
     return by_slice(block, axis, scores(w, squares[path], importance))
 
 

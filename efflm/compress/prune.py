@@ -19,7 +19,7 @@ from efflm.compress.step import Context, record
 from efflm.config import flag, require, require_sparsity
 from efflm.model import LanguageModel
 from efflm.model.params import in_layer
-from efflm.ops import Masks, apply_masks, dequantize
+from efflm.ops import Masks, apply_masks, in_float32
 
 
 @functools.partial(jax.jit, static_argnames="size")
@@ -45,7 +45,7 @@ def magnitude_masks(params: Any, sparsity: float, scope: str = "layer") -> dict[
     of every M inputs of an output; "BxB" drops round(sparsity * tiles) tiles of B x B weights. Raises InputError.
     """
     require_scope(sparsity, scope)
-    weights = {path: dequantize(leaf).astype(jnp.float32) for path, leaf in trees.flatten(params) if in_layer(path)}
+    weights = {path: in_float32(leaf) for path, leaf in trees.flatten(params) if in_layer(path)}
     pattern, size = select.n_of_m(scope), tile_size(scope)
     if pattern:
         select.require_groups(params, pattern)

@@ -209,7 +209,7 @@ def _row(
 @jax.jit
 def _squared(w: jax.Array, rounded: QArray, gram: jax.Array) -> jax.Array:
     """tr(E^T G E), E the error of the rounded matrix."""
-    error = (ops.dequantize(rounded) - w).astype(jnp.float32)
+    error = ops.in_float32(rounded) - ops.in_float32(w)
     return jnp.sum(error * jnp.matmul(gram, error, precision="highest"))
 
 

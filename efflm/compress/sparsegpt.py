@@ -84,7 +84,7 @@ class SparseGPT:
             def matrix(path: str, leaf: Any) -> Any:
                 if path not in read:
                     return leaf
-                w = ops.dequantize(leaf).astype(jnp.float32)
+                w = ops.in_float32(leaf)
                 kept = masks.get(path, np.ones(w.shape, bool))
                 w, masks[path] = prune(w, inverse(path), kept, self.sparsity, pattern)
                 return ops.requantize(w, leaf)

@@ -171,7 +171,7 @@ class TunedRounding:
             matrices = [path for path in flat if in_layer(f"block_0/{path}")]
             kept = {path: layer.masks[path] for path in matrices if path in layer.masks}
             for path in matrices:
-                flat[path] = masked(ops.dequantize(flat[path]).astype(jnp.float32), kept.get(path))
+                flat[path] = masked(ops.in_float32(flat[path]), kept.get(path))
             frozen = _under_block(flat)
             start = _under_block(
                 {f"{path}/{name}": part for path in matrices for name, part in rounding.start(flat[path]).items()}

@@ -47,7 +47,7 @@ class Wanda:
         def one(layer: Layer, read: calibrate.States) -> Layer:
             weights, masks = dict(trees.flatten(layer.params)), dict(layer.masks)
             for path, states in read.items():
-                w = jnp.where(masks.get(path, True), ops.dequantize(weights[path]).astype(jnp.float32), 0.0)
+                w = jnp.where(masks.get(path, True), ops.in_float32(weights[path]), 0.0)
                 kept = mask(w, states["squares"], self.sparsity, pattern)
                 masks[path] = kept & masks[path] if path in masks else kept
             return layer.replace(params=ops.apply_masks(layer.params, masks), masks=masks)

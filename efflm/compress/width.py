@@ -148,7 +148,7 @@ class PruneWidth(Target):
             fitted: dict[str, Any] = {}
             for axis, count in keep[layer.index].items():
                 path, name = importance.READERS[axis]
-                w, gram = ops.dequantize(flat[path]).astype(jnp.float32), read[path]["gram"]
+                w, gram = ops.in_float32(flat[path]), read[path]["gram"]
                 if scores is None:
                     each = importance.of_layer(layer, {path: jnp.diag(gram)}, axis, self.importance)
                 else:

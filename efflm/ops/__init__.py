@@ -13,7 +13,7 @@ from efflm.ops.masks import Masks, apply_masks, mask_tree, masked
 from efflm.ops.norm import Normed, normalize
 from efflm.ops.prepare import prepare, prepared
 from efflm.ops.probabilities import attention_probabilities
-from efflm.ops.qarray import QArray, dequantize, quantize_array, requantize, straight_through, take
+from efflm.ops.qarray import QArray, dequantize, in_float32, quantize_array, requantize, straight_through, take
 from efflm.ops.rotary import rotate
 from efflm.ops.storage import nonzeros, stored_nbytes
 
@@ -35,6 +35,7 @@ __all__ = [
     "dots",
     "embed",
     "gated_feedforward",
+    "in_float32",
     "mask_tree",
     "masked",
     "nonzeros",

@@ -249,6 +249,11 @@ def dequantize(w: Any) -> jax.Array:
     return _dequantize(w)
 
 
+def in_float32(w: Any) -> jax.Array:
+    """The same in float32, in which all that chooses or trains weights computes."""
+    return dequantize(w).astype(jnp.float32)
+
+
 @jax.jit
 def _dequantize(w: QArray) -> jax.Array:
     def each(per_group: jax.Array) -> jax.Array:
