@@ -148,7 +148,9 @@ class ModelConfig:
     bias: of every linear layer; qkv_bias: of queries, keys and values alone. qk_norm: the queries and the keys of each
     head are RMS-normed before they are rotated. parallel: attention and feed-forward part read the same input.
     rotary_fraction: the share of each head, counted from its start, that is rotated. precision: of the operands of
-    matmuls when the model is run; it does not depend on the dtype of the weights, and can be overridden.
+    matmuls when the model is run; it does not depend on the dtype of the weights, and can be overridden. unused: ids
+    without a token, as ranges (first, one past the last) in order, which loading a model with its tokenizer finds: they
+    are never drawn, and compared with nothing.
     """
 
     vocabulary: int
@@ -168,6 +170,7 @@ class ModelConfig:
     rotary_fraction: float = 1.0
     rope_scaling: RopeScaling | None = None
     precision: Precision = "float32"
+    unused: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self):
         require(len(self.blocks) > 0, "blocks is empty: a model needs at least one layer")
@@ -180,9 +183,16 @@ class ModelConfig:
                     f"{rotated} of head_dim {size} would be rotated, but rotary positions need an even number of them",
                 )
 
+    @property
+    def tokens(self) -> int:
+        """Entries of the vocabulary up to the last id that has a token: those behind it pad the vocabulary."""
+        padded = self.unused and self.unused[-1][1] == self.vocabulary
+        return self.unused[-1][0] if padded else self.vocabulary
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON holds them."""
-        return dataclasses.asdict(self) | {"blocks": [dataclasses.asdict(block) for block in self.blocks]}
+        """Plain values, as JSON holds them; without `unused`, which the tokenizer tells."""
+        plain = dataclasses.asdict(self) | {"blocks": [dataclasses.asdict(block) for block in self.blocks]}
+        return {name: value for name, value in plain.items() if name != "unused"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":

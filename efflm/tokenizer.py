@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ class Tokenizer:
 
     names: bos_token, eos_token, unk_token and so on, each in the vocabulary. adds_bos: the model expects `bos` before
     every text. extra_stops: ids beside `eos` that end an answer. template: see efflm.chat. where: the file it is from.
+    limit: entries of the model's vocabulary, where tokens were added beyond them; reader: what text is then read with,
+    without these (see efflm.fitted).
     encode, encode_batch and decode raise InputError for what the tokenizer of a bad file cannot do, the first two for
     half of a surrogate pair too.
     """
@@ -45,11 +48,20 @@ class Tokenizer:
     extra_stops: tuple[int, ...] = ()
     template: str | None = None
     where: Any = "this tokenizer"
+    limit: int | None = None
+    reader: tokenizers.Tokenizer | None = None
 
     @functools.cached_property
     def vocabulary(self) -> int:
-        """One more than the largest id."""
-        return max(self.core.get_vocab().values(), default=-1) + 1
+        """One more than the largest id that the model has."""
+        return max((i for i in self.core.get_vocab().values() if self._has(i)), default=-1) + 1
+
+    def _has(self, index: int) -> bool:
+        return self.limit is None or index < self.limit
+
+    def _id(self, token: str) -> int | None:
+        index = self.core.token_to_id(token)
+        return index if index is not None and self._has(index) else None
 
     @property
     def bos(self) -> int | None:
@@ -60,7 +72,7 @@ class Tokenizer:
         return self._named("eos_token")
 
     def _named(self, name: str) -> int | None:
-        return self.core.token_to_id(self.names[name]) if name in self.names else None
+        return self._id(self.names[name]) if name in self.names else None
 
     @property
     def separator(self) -> int:
@@ -68,7 +80,7 @@ class Tokenizer:
         <|endoftext|>, which pretraining puts there even where instruction tuning gave `bos` and `eos` other uses,
         else `eos`. Raises InputError if the tokenizer has none of them.
         """
-        choices = [self.bos if self.adds_bos else None, self.core.token_to_id(SEPARATOR), self.eos, self.bos]
+        choices = [self.bos if self.adds_bos else None, self._id(SEPARATOR), self.eos, self.bos]
         found = [choice for choice in choices if choice is not None]
         require(bool(found), f"the tokenizer has neither {SEPARATOR} nor a bos or eos token to stand between documents")
         return found[0]
@@ -76,28 +88,44 @@ class Tokenizer:
     @property
     def stops(self) -> tuple[int, ...]:
         """The ids that end an answer or a document."""
-        ends = [self.eos, *self.extra_stops, self.core.token_to_id(SEPARATOR)]
+        ends = [self.eos, *self.extra_stops, self._id(SEPARATOR)]
         return tuple(sorted({end for end in ends if end is not None}))
 
     def encode(self, text: str) -> list[int]:
-        encoding.require_characters(text, "the text")
+        return self._encoding(text).ids
+
+    def _encoding(self, text: str) -> tokenizers.Encoding:
+        self._check(text)
         with _panics_of(self.where, "tokenize this text"):
-            return self.core.encode(text, add_special_tokens=False).ids
+            return (self.reader or self.core).encode(text, add_special_tokens=False)
+
+    def _check(self, text: str) -> None:
+        """Raise InputError for what is no text; warn of tokens that the model has not."""
+        encoding.require_characters(text, "the text")
+        for token, index in self._beyond.items():
+            if token in text:
+                _warn(
+                    f"{self.where}: the text has {token!r}, which was added to the tokenizer as id {index}, but the "
+                    f"model has a vocabulary of {self.limit}: it is read as plain text"
+                )
+
+    @functools.cached_property
+    def _beyond(self) -> dict[str, int]:
+        if self.limit is None:
+            return {}
+        added = self.core.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if not self._has(index)}
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         for text in texts:
-            encoding.require_characters(text, "the text")
+            self._check(text)
         with _panics_of(self.where, "tokenize this text"):
-            return [found.ids for found in self.core.encode_batch_fast(texts, add_special_tokens=False)]
+            found = (self.reader or self.core).encode_batch_fast(texts, add_special_tokens=False)
+            return [each.ids for each in found]
 
     def sized(self, stretches: Iterable[str]) -> Iterator[encoding.Sized]:
         """The ids of a text that comes in stretches, and the bytes of the text that each stands for: see `encoding`."""
-
-        def encode(text: str) -> tokenizers.Encoding:
-            with _panics_of(self.where, "tokenize this text"):
-                return self.core.encode(text, add_special_tokens=False)
-
-        return encoding.sized(encode, self._pieces, self.token_bytes, stretches)
+        return encoding.sized(self._encoding, self._pieces, self.token_bytes, stretches)
 
     def prompt(self, text: str) -> list[int]:
         """The ids of `text` as the model expects to read it: after `bos`, if it expects that. Not for what `chat`
@@ -149,9 +177,11 @@ class Tokenizer:
 
         pieces = [b""] * self.vocabulary
         for token, index in self.core.get_vocab(with_added_tokens=False).items():
-            pieces[index] = bytes_of(token)
+            if self._has(index):
+                pieces[index] = bytes_of(token)
         for index, token in self.core.get_added_tokens_decoder().items():
-            pieces[index] = b"" if token.special else token.content.encode()
+            if self._has(index):
+                pieces[index] = b"" if token.special else token.content.encode()
         return pieces
 
     @functools.cached_property
@@ -180,6 +210,12 @@ class Tokenizer:
         if self.extra_stops:
             ends = ([] if self.eos is None else [self.eos]) + list(self.extra_stops)
             write_json(file.with_name("generation_config.json"), {"eos_token_id": ends})
+
+
+@functools.cache
+def _warn(line: str) -> None:
+    """On stderr, the same line once."""
+    print(f"warning: {line}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ ALLOWED = {
     "tokenizer_json": {"config"},
     "encoding": {"config"},
     "tokenizer": BASE | {"chat", "encoding", "tokenizer_json"},
+    "fitted": {"config", "tokenizer"},
     "ops": BASE,
     "model": BASE | {"ops"},
     "autotune": BASE | {"ops", "model"},
@@ -40,7 +41,7 @@ ALLOWED = {
     "report": BASE | {"ops", "model", "infer", "evaluate", "plan"},
     "compress": BASE | {"ops", "model", "infer", "train"},
     "data": BASE | {"tokenizer"},
-    "formats": BASE | {"autotune", "ops", "model", "tokenizer", "train.checkpoint"},
+    "formats": BASE | {"autotune", "fitted", "ops", "model", "tokenizer", "train.checkpoint"},
     "arguments": {"config", "model", "tokenizer", "data", "compress"},
     "api": BASE
     | {

@@ -139,14 +139,14 @@ def require_schedule(step: Any) -> None:
 
 
 def teacher_of(context: Context, model: LanguageModel) -> LanguageModel:
-    """The teacher. Raises InputError if there is none, or one with another vocabulary, or with another tokenizer where
+    """The teacher. Raises InputError if there is none, or one with other tokens, or with another tokenizer where
     it is known of both models what they were trained with."""
     teacher = context.teacher
     require(teacher is not None, "distillation needs a teacher: set context.teacher")
     require(
-        teacher.config.vocabulary == model.config.vocabulary,
-        f"the teacher's vocabulary is {teacher.config.vocabulary}, the student's {model.config.vocabulary}: "
-        "distillation compares them entry by entry",
+        teacher.config.tokens == model.config.tokens,
+        f"the teacher's vocabulary is {teacher.config.tokens}, the student's {model.config.tokens}, without padding: "
+        "give a teacher that has the student's tokenizer",
     )
     require_same_tokenizer(teacher, model, "teacher", "student")
     return teacher

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from efflm import progress, rundir
+from efflm import ops, progress, rundir
 from efflm.compress.step import Context, digest
 from efflm.config import require
 from efflm.model import LanguageModel, Transformer, sharding
@@ -52,7 +52,8 @@ def distributions(
         def one(given):
             x_TD, key = given
             logits_1TV = transformer.apply({"params": model.params}, x_TD[None], method=Transformer.unembed)
-            p_TV = jax.nn.softmax(logits_1TV[0].astype(jnp.float32), axis=-1)
+            logits_TV = ops.possible(logits_1TV[0].astype(jnp.float32), model.config.unused)
+            p_TV = jax.nn.softmax(logits_TV, axis=-1)
             if kind == "full":
                 return {"p": p_TV.astype(jnp.float16)}
             if kind == "top_k":
@@ -77,7 +78,7 @@ def hash_of(batch: Mapping[str, np.ndarray]) -> int:
 
 def described(context: Context, teacher: LanguageModel, steps: int, kind: Kind, entries: int) -> dict[str, Any]:
     """What a cache says of itself, by which it is known again."""
-    vocabulary = teacher.config.vocabulary
+    vocabulary = teacher.config.tokens
     rows, length = context.batches(0)["inputs"].shape
     return {
         "kind": kind,
@@ -177,8 +178,8 @@ def batches_with(
     """The batches of the context with what is kept of the teacher, which is written first where it is not there, and
     the bytes of a token. Raises InputError."""
     require(
-        kind == "full" or 0 < entries <= teacher.config.vocabulary,
-        f"entries is {entries}, but must be from 1 to the vocabulary, {teacher.config.vocabulary}",
+        kind == "full" or 0 < entries <= teacher.config.tokens,
+        f"entries is {entries}, but must be from 1 to the vocabulary, {teacher.config.tokens}",
     )
     header = described(context, teacher, steps, kind, entries)
     if not (folder / HEADER).exists():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efflm import ops
 from efflm.evaluate import quality, windows
 from efflm.evaluate.windows import Scoring
 from efflm.model import LanguageModel, Transformer
@@ -28,6 +29,7 @@ def _likeliest(model: LanguageModel, x_MD: jax.Array, targets_M: jax.Array) -> t
     """The probability of the likeliest token, and whether it is the target."""
     transformer = Transformer(model.config, policy_for(model.config))
     logits_MV = transformer.apply({"params": model.params}, x_MD[None], method=Transformer.unembed)[0]
+    logits_MV = ops.possible(logits_MV, model.config.unused)
     top_M = jnp.argmax(logits_MV, axis=-1)
     return jnp.max(jax.nn.softmax(logits_MV.astype(jnp.float32), axis=-1), axis=-1), top_M == targets_M
 

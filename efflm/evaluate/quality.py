@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from efflm import ops
 from efflm.config import require
 from efflm.model import LanguageModel, Transformer, sharding
 from efflm.precision import policy_for
@@ -61,17 +62,21 @@ def _whole(tree: Any) -> Any:
 def _score(
     reference: LanguageModel | None, expected_MD: jax.Array | None, model: LanguageModel, x_MD, targets_M: jax.Array
 ) -> dict[str, jax.Array]:
-    """Without a reference, the model is its own."""
+    """Without a reference, the model is its own. KL and agreement are over the ids that have a token."""
     unembed = lambda model, x: _transformer(model).apply({"params": model.params}, x[None], method=Transformer.unembed)
-    logits_MV = unembed(model, x_MD)[0].astype(jnp.float32)
-    expected_MV = logits_MV if reference is None else unembed(reference, expected_MD)[0].astype(jnp.float32)
+    possible = lambda logits_MV, model: ops.possible(logits_MV, model.config.unused, ops.LEAST)
+    whole_MV = unembed(model, x_MD)[0].astype(jnp.float32)
+    logits_MV = expected_MV = possible(whole_MV, model)
+    if reference is not None:
+        expected_MV = possible(unembed(reference, expected_MD)[0].astype(jnp.float32), reference)
     # From both normalizers, in one pass over the vocabulary: through log-probabilities it takes four times as long.
     normalizer_M, expected_normalizer_M = (jax.nn.logsumexp(x, axis=-1) for x in (logits_MV, expected_MV))
     p_MV = jnp.exp(expected_MV - expected_normalizer_M[:, None])
-    chosen_M = jnp.take_along_axis(logits_MV, targets_M[:, None], axis=-1)[:, 0]
+    of_all_M = jax.nn.logsumexp(whole_MV, axis=-1) if model.config.unused else normalizer_M
+    chosen_M = jnp.take_along_axis(whole_MV, targets_M[:, None], axis=-1)[:, 0]
     return _whole(
         {
-            "bits": (normalizer_M - chosen_M) / jnp.log(2.0),
+            "bits": (of_all_M - chosen_M) / jnp.log(2.0),
             "kl": jnp.sum(p_MV * (expected_MV - logits_MV), axis=-1) - expected_normalizer_M + normalizer_M,
             "agreement": jnp.argmax(expected_MV, axis=-1) == jnp.argmax(logits_MV, axis=-1),
         }
@@ -134,7 +139,7 @@ def measure(
 
     tokens: entries of the tokenizer. kept: filled with the reference's states of the first
     blocks, up to KEPT bytes; given again with the same reference and text, it spares reading these. Raises InputError
-    if a vocabulary differs from the reference's or has fewer entries than the tokenizer.
+    if a model has other tokens than the reference, or fewer than the tokenizer.
     """
     for model in models.values():
         _require_vocabulary(model, reference, tokens)
@@ -168,10 +173,11 @@ def _room_for(count: int, sums: np.ndarray) -> np.ndarray:
 
 
 def _require_vocabulary(model: LanguageModel, reference: LanguageModel, tokens: int) -> None:
-    mine, theirs = model.config.vocabulary, reference.config.vocabulary
+    mine, theirs = model.config.tokens, reference.config.tokens
     require(
         mine == theirs,
-        f"the model's vocabulary has {mine} entries, the reference's {theirs}: both need the same one",
+        f"the model's vocabulary has {mine} entries, the reference's {theirs}, without padding: both need the same "
+        "tokenizer",
     )
     require(
         tokens <= mine,

@@ -63,7 +63,7 @@ def describe(config: ModelConfig) -> tuple[str, dict[str, Any]]:
         description = {"architectures": [family.architecture], "model_type": name}
         description |= hf_config.write(family.config, config)
         try:
-            same = dataclasses.replace(config, precision="float32")  # which config.json says as its torch_dtype
+            same = dataclasses.replace(config, precision="float32", unused=())  # its torch_dtype says the precision
             if hf_config.read(family.config, description, len(config.blocks)) == same:
                 return name, description
         except InputError:  # of a setting this family does not have: another one may

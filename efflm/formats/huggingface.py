@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 
-from efflm import tokenizer, trees
+from efflm import fitted, tokenizer, trees
 from efflm.config import InputError, require
 from efflm.formats import tensors
 from efflm.formats.build import build, describe, tensors_of
@@ -34,8 +34,7 @@ def load(folder: Path, *, dtype: str | None = None, mesh: Mesh | None = None) ->
     )
     tokens = tokenizer.load(folder)
     model = load_weights(folder, dtype=dtype, mesh=mesh)
-    _require_fit(model, tokens, folder)
-    return model, tokens
+    return model, fitted.fit(tokens, model.config.vocabulary, folder)
 
 
 def load_weights(folder: Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> LanguageModel:

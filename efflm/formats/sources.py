@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from efflm import autotune, hosts, tokenizer, trees
+from efflm import autotune, fitted, hosts, tokenizer, trees
 from efflm.config import MOST, require
 from efflm.formats import gguf_model, hub, huggingface, safetensors, wheels
 from efflm.formats.tensors import require_dtype
@@ -48,7 +48,7 @@ def load(source: str | Path, *, dtype: str | None = None, precision: str = "", m
     one here, which is measured (see autotune); "": what the model was saved for. Weights that are not finite are
     warned of, and what "auto" picked is told, on stderr.
     """
-    loaded = _load(source, dtype, mesh)
+    loaded = _fitted(_load(source, dtype, mesh), source)
     problem = trees.not_finite(loaded.model.params)
     if problem and hosts.is_first():
         print(f"warning: {source}: {problem}, so what it writes is of no use: fetch or train it again", file=sys.stderr)
@@ -59,6 +59,14 @@ def load(source: str | Path, *, dtype: str | None = None, precision: str = "", m
         return dataclasses.replace(loaded, model=autotune.inference(loaded.model, say))
     config = dataclasses.replace(loaded.model.config, precision=precision)
     return dataclasses.replace(loaded, model=loaded.model.replace(config=config))
+
+
+def _fitted(loaded: Loaded, source: str | Path) -> Loaded:
+    """The model and its tokenizer, each knowing what the other has."""
+    model, vocabulary = loaded.model, loaded.model.config.vocabulary
+    tokens = fitted.fit(loaded.tokenizer, vocabulary, source)
+    config = dataclasses.replace(model.config, unused=fitted.unused(tokens, vocabulary))
+    return dataclasses.replace(loaded, model=model.replace(config=config), tokenizer=tokens)
 
 
 def _load(source: str | Path, dtype: str | None, mesh: Mesh | None) -> Loaded:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from efflm import ops
 from efflm.config import ModelConfig, require
 from efflm.infer.sampling import GREEDY, Sampling, sample
 from efflm.model import Cache, LanguageModel, Transformer, empty_cache, sharding
@@ -50,7 +51,7 @@ def prefill(
 ) -> tuple[jax.Array, Cache]:
     """Read prompts, of which lengths_B tokens count, into a fresh cache of `cache_length` positions.
 
-    The logits [B, V] after the last token of each sequence, and the cache.
+    The logits [B, V] after the last token of each sequence, of ids that have a token, and the cache.
     """
     transformer = Transformer(model.config, policy_for(model.config))
     apply = functools.partial(transformer.apply, {"params": model.params})
@@ -58,7 +59,8 @@ def prefill(
     with sharding.mesh_of(model.params):
         x_BTD, cache = apply(tokens_BT, cache=cache, method=Transformer.final_states)
         last_B1D = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)
-        return apply(last_B1D, method=Transformer.unembed)[:, 0], cache.replace(length_B=lengths_B)
+        logits_BV = apply(last_B1D, method=Transformer.unembed)[:, 0]
+        return ops.possible(logits_BV, model.config.unused), cache.replace(length_B=lengths_B)
 
 
 def _next(logits_BV: jax.Array, cache: Cache, keys_B: jax.Array, how: dict[str, Any]) -> jax.Array:
@@ -77,7 +79,7 @@ def step(model: LanguageModel, state: State, how: dict[str, Any], stops_K: jax.A
     """One more token for each sequence that has not ended: the new state, and the tokens [B], PAD_ID for the others."""
     with sharding.unconstrained():
         logits_BTV, cache = forward(model, state.token_B[:, None], cache=state.cache)
-    token_B = _next(logits_BTV[:, -1], cache, state.keys_B, how)
+    token_B = _next(ops.possible(logits_BTV[:, -1], model.config.unused), cache, state.keys_B, how)
     keep = lambda old, new: jnp.where(state.done_B, old, new)
     cache = cache.replace(length_B=keep(state.cache.length_B, cache.length_B))
     done_B = state.done_B | jnp.isin(token_B, stops_K)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from efflm import ops
 from efflm.config import ModelConfig, require
 from efflm.infer.generate import PAD_ID, bucket, forward, padded, prefill, row_keys, start
 from efflm.infer.sampling import GREEDY, Sampling, probabilities
@@ -88,7 +89,7 @@ def propose(
 
     def one(cache, read_BT):
         logits_BTV, cache = forward(draft, read_BT, cache=cache)
-        q_BV = probabilities(logits_BTV[:, -1], how)
+        q_BV = probabilities(ops.possible(logits_BTV[:, -1], draft.config.unused), how)
         return cache, _drawn(q_BV, keys_at(keys_B, cache.length_B, DRAW), how), q_BV
 
     def more(carry, _):
@@ -147,7 +148,8 @@ def step(
         read_BT = jnp.concatenate([state.token_B[:, None], ids_BA], axis=1)
         logits_BTV, read = forward(target, read_BT, cache=state.target)
     B, T, V = logits_BTV.shape
-    p_BTV = probabilities(logits_BTV.reshape(B * T, V), how).reshape(B, T, V)
+    logits_MV = ops.possible(logits_BTV.reshape(B * T, V), target.config.unused)
+    p_BTV = probabilities(logits_MV, how).reshape(B, T, -1)
     count_B, token_B = verify(p_BTV, q_BAV, ids_BA, keys_B, had_B + 1, how)
 
     goes_B = ~state.done_B
@@ -193,9 +195,9 @@ def decode(
 def require_pair(target: ModelConfig, draft: ModelConfig) -> None:
     """Raise InputError for a draft whose tokens are not the target's."""
     require(
-        target.vocabulary == draft.vocabulary,
-        f"the draft's vocabulary is {draft.vocabulary}, the model's {target.vocabulary}: give a draft that has the "
-        "model's tokenizer",
+        target.tokens == draft.tokens,
+        f"the draft's vocabulary is {draft.tokens}, the model's {target.tokens}, without padding: give a draft that "
+        "has the model's tokenizer",
     )
 
 

@@ -11,6 +11,7 @@ from efflm.ops.feedforward import gated_feedforward, swiglu
 from efflm.ops.lowrank import LowRank
 from efflm.ops.masks import Masks, apply_masks, mask_tree, masked
 from efflm.ops.norm import Normed, normalize
+from efflm.ops.possible import LEAST, possible
 from efflm.ops.prepare import prepare, prepared
 from efflm.ops.probabilities import attention_probabilities
 from efflm.ops.qarray import QArray, dequantize, in_float32, quantize_array, requantize, straight_through, take
@@ -18,6 +19,7 @@ from efflm.ops.rotary import rotate
 from efflm.ops.storage import nonzeros, stored_nbytes
 
 __all__ = [
+    "LEAST",
     "Divergence",
     "LowRank",
     "Masks",
@@ -40,6 +42,7 @@ __all__ = [
     "masked",
     "nonzeros",
     "normalize",
+    "possible",
     "prepare",
     "prepared",
     "quantize_array",

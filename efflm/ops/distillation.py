@@ -11,6 +11,7 @@ from efflm.ops.cross_entropy import target_nll
 from efflm.ops.divergences import DIVERGENCES, Divergence
 from efflm.ops.dot import matmul
 from efflm.ops.output_loss import output_loss
+from efflm.ops.possible import LEAST, Ranges, possible
 from efflm.ops.qarray import operands
 
 
@@ -24,13 +25,15 @@ def distillation(
     share: float,
     divergence: Divergence = "forward",
     mix: float = 0.5,
+    unused: tuple[Ranges, Ranges] = ((), ()),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sums over all tokens, in nats: of weight * (share * d + (1 - share) * nll), of weight * d, of weight * nll.
 
     d = temperature^2 * divergence of teacher and student, both softened by the temperature (Hinton 2015, arXiv
     1503.02531, section 2). divergence, mix: see `divergences`; only those of a mixture read mix. student and teacher:
     (final states [B, T, width], output layer, whether it is tied), as x, w and tied of `cross_entropy`; they share the
-    vocabulary and nothing else. Gradients flow from the first sum only, to the student only.
+    tokens and nothing else. unused: ids that have none, of the student and of the teacher: d is of the others.
+    Gradients flow from the first sum only, to the student only.
     """
     x_BTD, w, tied = student
     teacher_x_BTE, teacher_w, teacher_tied = teacher
@@ -40,10 +43,11 @@ def distillation(
 
     def chunk_loss(logits_MV, tokens, teacher_w):
         targets_M, weights_M, teacher_x_ME = tokens
-        log_p_MV = jax.nn.log_softmax(matmul(teacher_x_ME, teacher_w, teacher_tied) / temperature, axis=-1)
+        teacher_MV = possible(matmul(teacher_x_ME, teacher_w, teacher_tied), unused[1], LEAST)
+        log_p_MV = jax.nn.log_softmax(teacher_MV / temperature, axis=-1)
 
         def apart(logits_MV):
-            log_q_MV = jax.nn.log_softmax(logits_MV / temperature, axis=-1)
+            log_q_MV = jax.nn.log_softmax(possible(logits_MV, unused[0], LEAST) / temperature, axis=-1)
             return temperature**2 * DIVERGENCES[divergence](log_p_MV, log_q_MV, mix)
 
         d_M, pull = jax.vjp(apart, logits_MV)
@@ -65,9 +69,10 @@ def cached_distillation(
     weights_BT: jax.Array,
     *,
     share: float,
+    unused: Ranges = (),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `distillation`, with d = KL(teacher || student) where of the teacher p_BTK is known: the probabilities of the
-    tokens ids_BTK, which may be repeated, or of all (None; K = V). Of others it is taken to be 0."""
+    tokens ids_BTK, which may be repeated, or of all (None; K = V, without padding). Of others it is taken to be 0."""
     x_BTD, w, tied = student
     x_BTD, w = operands(x_BTD, w)
 
@@ -76,12 +81,15 @@ def cached_distillation(
         targets_M, weights_M, p_MK, *ids = tokens
         p_MK = p_MK.astype(jnp.float32)
         nll_M, normalizer_M, hit_MV = target_nll(logits_MV, targets_M)
-        chosen_MK, p_MV = _of_entries(logits_MV, ids[0], p_MK) if ids else (logits_MV, p_MK)
-        log_q_MK = chosen_MK - normalizer_M[:, None]
+        real_MV = possible(logits_MV, unused, LEAST)
+        of_real_M = jax.nn.logsumexp(real_MV, axis=-1) if unused else normalizer_M
+        chosen_MK, p_MV = _of_entries(real_MV, ids[0], p_MK) if ids else (real_MV, p_MK)
+        log_q_MK = chosen_MK - of_real_M[:, None]
         d_M = jnp.sum(p_MK * (jnp.log(jnp.maximum(p_MK, jnp.finfo(jnp.float32).tiny)) - log_q_MK), axis=-1)
         sums = [jnp.sum(weights_M * values) for values in (share * d_M + (1 - share) * nll_M, d_M, nll_M)]
         q_MV = jnp.exp(logits_MV - normalizer_M[:, None])
-        of_d_MV = jnp.sum(p_MK, axis=-1, keepdims=True) * q_MV - p_MV
+        of_d_MV = jnp.sum(p_MK, axis=-1, keepdims=True) * jnp.exp(real_MV - of_real_M[:, None]) - p_MV
+        of_d_MV = jnp.pad(of_d_MV, ((0, 0), (0, logits_MV.shape[1] - of_d_MV.shape[1])))
         return tuple(sums), (share * weights_M)[:, None] * of_d_MV + ((1 - share) * weights_M)[:, None] * (
             q_MV - hit_MV
         )

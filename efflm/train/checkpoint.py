@@ -67,7 +67,8 @@ def load(directory: Path, mesh: Mesh) -> tuple[LanguageModel, dict[str, Any]]:
     require(bool(_steps(directory)), f"no checkpoint in {directory}: give a directory that a training run has written")
     step = _newest_good(directory)
     require(
-        step is not None, f"no checkpoint in {directory.absolute()} is whole: train the model again, or give another"
+        step is not None,
+        f"no checkpoint is whole: delete the folder {directory.absolute()} and train again, or give another model",
     )
     folder, about = directory / str(step), _about(directory, step)
     try:

@@ -58,9 +58,10 @@ def distillation_loss(
     have (see ops.divergences). The teacher's params are `frozen`; no gradient flows to them. See ops.distillation.
     """
     how = {"temperature": temperature, "share": weight, "divergence": divergence, "mix": mix}
+    unused = student.config.unused, teacher.config.unused
 
     def of_outputs(outputs, batch, weights_BT):
-        total, apart, nll = ops.distillation(*outputs, batch["targets"], weights_BT, **how)
+        total, apart, nll = ops.distillation(*outputs, batch["targets"], weights_BT, **how, unused=unused)
         return {"loss": total, "divergence": apart, "cross_entropy": nll}
 
     def sums(params, frozen, batch, weights_BT):
@@ -92,7 +93,8 @@ def cached_distillation_loss(student: Transformer, *, weight: float) -> LossFn:
         del frozen
         kept = batch["teacher_p"], batch.get("teacher_ids")
         outputs = _final_states(student, params, batch)
-        total, apart, nll = ops.cached_distillation(outputs, *kept, batch["targets"], weights_BT, share=weight)
+        how = {"share": weight, "unused": student.config.unused}
+        total, apart, nll = ops.cached_distillation(outputs, *kept, batch["targets"], weights_BT, **how)
         return {"loss": total, "divergence": apart, "cross_entropy": nll}
 
     return _mean_over_tokens(sums)
@@ -165,7 +167,8 @@ def sums_against(
     weights_BT, tied = target_weights(batch), config.tied
     w = params["embedding" if tied else "unembedding"]
     outputs = (x_BTD, w, tied), (reference_BTD, w, tied)
-    _, kl, nll = ops.distillation(*outputs, batch["targets"], weights_BT, temperature=1.0, share=1.0)
+    how = {"temperature": 1.0, "share": 1.0, "unused": (config.unused, config.unused)}
+    _, kl, nll = ops.distillation(*outputs, batch["targets"], weights_BT, **how)
     return nll, kl, jnp.sum(weights_BT)
 
 
