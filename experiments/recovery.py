@@ -318,8 +318,7 @@ def row_of(
     found: dict[str, Row],
 ) -> Row:  # fmt: skip
     """made, scores: of each seed."""
-    over = [quality.paired_difference(each, before) for each in scores]
-    mean = float(np.mean([value for value, _ in over]))
+    mean, error, deviation = quality.mean_difference(scores, before)
     parts = chain.split(",")
     trained = [part.partition("@")[0] in TRAINED for part in parts]
     cut = trained.index(True) if any(trained) else len(parts)
@@ -331,8 +330,8 @@ def row_of(
         bytes=ops.stored_nbytes(model.params, model.masks),
         bits_per_byte=float(np.mean([quality.bits_per_byte(each)[0] for each in scores])),
         over_dense=mean,
-        error=float(np.mean([error or 0.0 for _, error in over])),
-        deviation=quality.deviation([value for value, _ in over]),
+        error=error,
+        deviation=deviation,
         recovered=1 - mean / base.over_dense if base and base.over_dense > 0 else None,
         tokens=made[-1].tokens,
         seconds=float(np.mean([each.seconds for each in made])),

@@ -236,6 +236,13 @@ def paired_difference(
     return _ratio(getattr(first, name) - getattr(second, name), first.tokens)
 
 
+def mean_difference(made: Sequence[Quality], before: Quality) -> tuple[float, float | None, float | None]:
+    """Over seeds, the mean of the paired differences of bits per byte; the mean of their errors over documents, None
+    where they are not known; and their deviation over seeds."""
+    values, errors = zip(*(paired_difference(each, before) for each in made), strict=True)
+    return float(np.mean(values)), None if None in errors else float(np.mean(errors)), deviation(values)
+
+
 def deviation(values: Sequence[float]) -> float | None:
     """The standard deviation over seeds; None of fewer than two, and where one is not finite."""
     return float(np.std(values, ddof=1)) if len(values) > 1 and np.all(np.isfinite(values)) else None

@@ -10,7 +10,8 @@ from efflm.report.table import Column
 class Row:
     """What became of a chain: means over seeds.
 
-    over_dense: bits per byte over the first model; deviation: its standard deviation over seeds; error: over documents.
+    over_dense: bits per byte over the first model; deviation: its standard deviation over seeds; error: over documents,
+    None of one.
     recovered: the share that training took away of the loss that what came before it had brought. tokens, seconds: of
     training. memory: bytes that it needed at most above what was held before. calibration: the expected calibration
     error (evaluate.confidence). prefill, decode: speed over the first model's.
@@ -21,7 +22,7 @@ class Row:
     bytes: int
     bits_per_byte: float
     over_dense: float | None = None
-    error: float = 0.0
+    error: float | None = 0.0
     deviation: float | None = None
     recovered: float | None = None
     tokens: int = 0

@@ -49,9 +49,11 @@ class Row:
         return f"{over} bits per byte over the model before, {self.saved:.1%} of its bytes saved"
 
     @property
-    def error(self) -> float:
-        """Of over_dense: of the documents, and of the mean over seeds."""
-        return math.hypot(self.over_dense_stderr or 0.0, (self.over_dense_deviation or 0.0) / math.sqrt(self.seeds))
+    def error(self) -> float | None:
+        """Of over_dense: of the documents, and of the mean over seeds; None of one document."""
+        if self.over_dense_stderr is None:
+            return None
+        return math.hypot(self.over_dense_stderr, (self.over_dense_deviation or 0.0) / math.sqrt(self.seeds))
 
 
 def first(name: str, before: Quality, nbytes: int) -> Row:
@@ -66,7 +68,7 @@ def row(
     name: str, before: Quality, made: Sequence[Quality], nbytes: int, dense: int, passes: float, memory: float | None
 ) -> Row:
     """A recipe's row. made: of each seed."""
-    over = [quality.paired_difference(each, before) for each in made]
+    over, stderr, deviation = quality.mean_difference(made, before)
     perplexities = [quality.perplexity(each)[0] for each in made]
     saved = 1 - nbytes / dense
     found = Row(
@@ -76,9 +78,9 @@ def row(
         bits_per_byte=float(np.mean([quality.bits_per_byte(each)[0] for each in made])),
         perplexity=float(np.mean(perplexities)),
         perplexity_deviation=quality.deviation(perplexities),
-        over_dense=float(np.mean([value for value, _ in over])),
-        over_dense_stderr=float(np.mean([error or 0.0 for _, error in over])),
-        over_dense_deviation=quality.deviation([value for value, _ in over]),
+        over_dense=over,
+        over_dense_stderr=stderr,
+        over_dense_deviation=deviation,
         kl=float(np.mean([quality.divergence(each)[0] for each in made])),
         saved=saved,
         passes=passes,
@@ -86,7 +88,8 @@ def row(
     )
     if saved <= 0:
         return found
-    return dataclasses.replace(found, cost=found.over_dense / saved, cost_error=found.error / saved)
+    error = None if found.error is None else found.error / saved
+    return dataclasses.replace(found, cost=found.over_dense / saved, cost_error=error)
 
 
 def _optional(value: float | None, form: str) -> str:

@@ -60,6 +60,15 @@ def test_a_perplexity_beyond_the_largest_number_is_infinite():
     assert quality.perplexity(of([1030.0 * 9, 1030.0 * 11], [9, 11])) == (np.inf, None)
 
 
+def test_differences_of_several_seeds_are_paired_and_of_one_document_have_no_error(rng):
+    before, made = of([2, 4, 9], [1, 2, 3]), [of([2, 5, 9], [1, 2, 3]), of([3, 4, 12], [1, 2, 3])]
+    pairs = [quality.paired_difference(each, before) for each in made]
+    mean, error, deviation = quality.mean_difference(made, before)
+    assert (mean, error) == (pytest.approx(2.5 / 6), pytest.approx((pairs[0][1] + pairs[1][1]) / 2))
+    assert deviation == pytest.approx(3 / 6 / 2**0.5)
+    assert quality.mean_difference([of([3], [1])], of([2], [1])) == (1.0, None, None)
+
+
 def test_the_deviation_over_seeds():
     assert quality.deviation([1.0, 3.0]) == pytest.approx(2**0.5)
     assert quality.deviation([1.0]) is None
