@@ -85,9 +85,10 @@ def _value(name: str, kind: Any, given: Any) -> Any:
     """A flag's value from what was written. Raises InputError."""
     refuse = lambda must: InputError(f"--{name} is {given!r}, but must {must}")
     if typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
+        choices = {str(choice): choice for choice in typing.get_args(kind)}  # texts, or numbers as they are written
         if given not in choices:
             raise refuse(f"be one of {', '.join(filter(None, choices))}")
+        return choices[given]
     elif kind is int:
         try:
             given = int(given)

@@ -8,6 +8,7 @@ import pytest
 from efflm import flags, rundir
 from efflm.compress.finetune import Finetune
 from efflm.compress.prune import Prune
+from efflm.compress.quantize import Quantize
 from efflm.config import HostsConfig, InputError, Kernels, ModelConfig, ModelShape, RopeScaling, TrainConfig, flag
 from efflm.ops.kernels.cpu import build
 from experiments import compress, generate, pretrain
@@ -43,6 +44,12 @@ def test_flags_reach_their_dataclass():
 def test_a_group_given_as_a_class_returns_only_what_was_set():
     assert parsed("--prune.sparsity=0.5", run=Run(), prune=Prune)["prune"] == {"sparsity": 0.5}
     assert parsed(run=Run(), prune=Prune)["prune"] == {}
+
+
+def test_a_choice_among_numbers_is_a_number():
+    assert parsed("--quantize.bits=3", quantize=Quantize) == {"quantize": {"bits": 3}}
+    with pytest.raises(InputError, match=r"^--quantize.bits is '5', but must be one of 8, 4, 3$"):
+        parsed("--quantize.bits=5", quantize=Quantize)
 
 
 @pytest.mark.parametrize(
