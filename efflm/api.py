@@ -43,9 +43,10 @@ FLAGS = ("--batch or --length", "--calibration.rows or --calibration.length")  #
 def load(source: SOURCE, *, dtype: str | None = None, precision: str = "") -> tuple[LanguageModel, Tokenizer]:
     """The model at `source` and its tokenizer, on one device.
 
-    source: a name such as "smollm2", a Hugging Face directory or hub id, a .gguf file, a run of efflm's, or what `save`
-    wrote. dtype: of the weights; None: as stored. precision: of the matmuls, "float32" or "bfloat16"; "auto": the
-    faster one here, which is measured for a second and told on stderr; "": what the model was saved for.
+    source: a name such as "smollm2", a Hugging Face directory, a model of its hub as "hf:org/name" or
+    "hf:org/name@revision", a .gguf file, a run of efflm's, or what `save` wrote. dtype: of the weights; None: as
+    stored. precision: of the matmuls, "float32" or "bfloat16"; "auto": the faster one here, which is measured for a
+    second and told on stderr; "": what the model was saved for.
     """
     require(arguments.is_path(source), f"source is {arguments.shown(source)}, but must be {sources.KINDS}")
     require(

@@ -3,9 +3,11 @@
 import re
 from pathlib import Path
 
-from efflm.config import InputError
+from efflm.config import InputError, require
 
-ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+PREFIX = "hf:"  # of what is asked of the hub: without it, org/name is a path
+_NAME = re.compile(r"(?:(?![.-])[\w.-]{1,96}/)?(?![.-])[\w.-]{1,96}")
+_REVISION = re.compile(r"[\w.-][\w./-]{0,250}")
 # No weights but safetensors, no code.
 FILES = [
     "config.json",
@@ -21,20 +23,35 @@ FILES = [
 ]
 
 
-def fetch(name: str) -> Path:
-    """The folder in the cache that holds the model `org/name`; fetched first if it is not there or not the newest.
+def could_be(name: str) -> bool:
+    """Whether a name could be that of an organization's model."""
+    return "/" in name and bool(_NAME.fullmatch(name.partition("@")[0]))
+
+
+def fetch(source: str) -> Path:
+    """The folder in the cache that holds the model `hf:org/name`, or `hf:org/name@revision` (a branch, a tag or a
+    commit; main where there is none); fetched first if it is not there or not the newest.
 
     Without a network, or with HF_HUB_OFFLINE=1, it is what the cache holds. Raises InputError if that is nothing, or
-    if the hub has no such model, or none that this user may read.
+    if the hub has no such model or revision, or none that this user may read.
     """
     from huggingface_hub import constants, errors, snapshot_download
 
+    name, at, revision = source.removeprefix(PREFIX).partition("@")
+    require(
+        bool(_NAME.fullmatch(name)) and bool(_REVISION.fullmatch(revision) if at else True),
+        f"{source} names no model of the Hugging Face hub: give {PREFIX}org/name or {PREFIX}org/name@revision",
+    )
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=FILES))
     except errors.GatedRepoError:
         raise InputError(
             f"{name} on the Hugging Face hub is given only to those who agreed to its terms: do so on its page, then "
             "log in with `hf auth login`"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise InputError(
+            f"{name} on the Hugging Face hub has no revision {revision}: give a branch, a tag or a commit of it"
         ) from None
     except errors.RepositoryNotFoundError:
         raise InputError(
@@ -43,8 +60,8 @@ def fetch(name: str) -> Path:
     except errors.LocalEntryNotFoundError:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise InputError(
-            f"{name} is not in the cache of the Hugging Face hub ({constants.HF_HUB_CACHE}), and {why}: give a folder "
-            "that exists, or try again with a network"
+            f"{source} is not in the cache of the Hugging Face hub ({constants.HF_HUB_CACHE}), and {why}: give a "
+            "folder that exists, or try again with a network"
         ) from None
     except (OSError, ValueError, errors.RevisionResolutionError) as error:
         raise InputError(f"{name} cannot be fetched from the hub: {' '.join(str(error).split())[:300]}") from None

@@ -91,6 +91,13 @@ def _require_fit(model: LanguageModel, tokens: Tokenizer, folder: Path) -> None:
 # --- reading what may be damaged -------------------------------------------------------------------------------------
 
 
+def files(folder: Path) -> list[Path]:
+    """The files of weights that `load` reads, whatever else lies there. Raises InputError."""
+    if (folder / WEIGHTS).exists():
+        return [inside(folder, WEIGHTS)]
+    return [inside(folder, file) for file in sorted(set(_weight_map(folder).values()))]
+
+
 def _tensors(folder: Path) -> Tensors:
     """All tensors of the folder, however many files they are in."""
     require(
@@ -111,18 +118,23 @@ def _tensors(folder: Path) -> Tensors:
     raise InputError(f"it has neither {WEIGHTS} nor {INDEX}: fetch the model again")
 
 
-def _sharded(folder: Path) -> Tensors:
+def _weight_map(folder: Path) -> dict[str, str]:
+    """{tensor: the file that holds it}, as the index says."""
     where = read_object(folder, INDEX).get("weight_map")
     require(
         isinstance(where, dict) and all(isinstance(file, str) for file in where.values()) and len(where) > 0,
         f"{INDEX} has no weight_map from tensors to files",
     )
-    files = {file: tensors.from_safetensors(inside(folder, file)) for file in sorted(set(where.values()))}
-    shapes = {}
-    for file, part in files.items():
+    return where
+
+
+def _sharded(folder: Path) -> Tensors:
+    where, shapes = _weight_map(folder), {}
+    parts = {path.name: tensors.from_safetensors(path) for path in files(folder)}
+    for file, part in parts.items():
         for name, shape in part.shapes.items():
             require(where.setdefault(name, file) == file, f"{name:.80} is in {file}, but {INDEX} says {where[name]}")
             shapes[name] = shape
     missing = [name for name in where if name not in shapes]
     require(not missing, f"{(missing or [''])[0]:.80} is in none of the files, against what {INDEX} says")
-    return Tensors(shapes, lambda name: files[where[name]].read(name))
+    return Tensors(shapes, lambda name: parts[where[name]].read(name))

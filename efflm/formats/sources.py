@@ -1,7 +1,6 @@
 """Load a model from any source: one name for directories, files, the hub and what efflm wrote itself."""
 
 import dataclasses
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,15 @@ from efflm.tokenizer import Tokenizer
 from efflm.train import checkpoint
 
 KINDS = (
-    f"a name ({', '.join(wheels.WHEELS)}), a Hugging Face directory or hub id, a .gguf file, the directory of a "
-    "training run, or efflm's .safetensors file or its folder"
+    f"a name ({', '.join(wheels.WHEELS)}), a Hugging Face directory, hf:org/name or hf:org/name@revision of its hub, a "
+    ".gguf file, the directory of a training run, or efflm's .safetensors file or its folder"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
     """about: how efflm made the model; of models from elsewhere at most "dequantized", the type that most weights were
-    quantized to (see gguf_model.quantization). nbytes: of the weights on disk."""
+    quantized to (see gguf_model.quantization). nbytes: of the files that the weights were read from, and no others."""
 
     model: LanguageModel
     tokenizer: Tokenizer
@@ -42,7 +41,8 @@ def load_model(
 
 
 def load(source: str | Path, *, dtype: str | None = None, precision: str = "", mesh: Mesh | None = None) -> Loaded:
-    """What is at `source`: one of KINDS. A path that exists goes before a hub id. Raises InputError.
+    """What is at `source`: one of KINDS. The hub is asked for what begins with hf: and for nothing else, since org/name
+    could be a path: ./hf:name is a path too. Raises InputError.
 
     dtype: of the weights; None: as they are stored. precision: of the matmuls, float32 or bfloat16; "auto": the faster
     one here, which is measured (see autotune); "": what the model was saved for. Weights that are not finite are
@@ -71,32 +71,25 @@ def _fitted(loaded: Loaded, source: str | Path) -> Loaded:
 
 def _load(source: str | Path, dtype: str | None, mesh: Mesh | None) -> Loaded:
     require_dtype(dtype)
-    path, mesh = Path(source), mesh or sharding.make_mesh()
+    path, mesh, name = Path(source), mesh or sharding.make_mesh(), str(source)
+    if name.startswith(hub.PREFIX):
+        return _directory(hub.fetch(name), dtype, mesh)
     if path.is_dir():
         return _directory(path, dtype, mesh)
     if path.exists():
         return _file(path, dtype, mesh)
-    name = str(source)
-    if name in wheels.WHEELS:
-        return _file(wheels.fetch(wheels.WHEELS[name]), dtype, mesh)
-    looks_like_a_path = (
-        path.is_absolute() or path.suffix in _SUFFIXES or (path.parent != Path() and path.parent.is_dir())
-    )
-    require(
-        bool(hub.ID.fullmatch(name)) and not looks_like_a_path and not re.match(r"[.~-]", name),
-        f"no model at {name}: give {KINDS}",
-    )
-    return _directory(hub.fetch(name), dtype, mesh)
+    hint = f"; the model of that name on the Hugging Face hub is {hub.PREFIX}{name}" if hub.could_be(name) else ""
+    require(name in wheels.WHEELS, f"no model at {name}: give {KINDS}{hint}")
+    return _file(wheels.fetch(wheels.WHEELS[name]), dtype, mesh)
 
 
 OWN = "model.safetensors"  # efflm's own file in a folder of its own: Hugging Face's has a config.json beside it
-_SUFFIXES = (".gguf", ".safetensors", ".json", *huggingface.PICKLES)
 
 
 def _directory(path: Path, dtype: str | None, mesh: Mesh) -> Loaded:
     if (path / "config.json").exists():
         model, tokens = huggingface.load(path, dtype=dtype, mesh=mesh)
-        return Loaded(model, tokens, {}, _size(path.glob("*.safetensors")))
+        return Loaded(model, tokens, {}, _size(huggingface.files(path)))
     if not (path / "checkpoint").exists() and (path / OWN).exists():
         return _file(path / OWN, dtype, mesh)
     run, folder = (path, path / "checkpoint") if (path / "checkpoint").is_dir() else (path.parent, path)
@@ -104,9 +97,10 @@ def _directory(path: Path, dtype: str | None, mesh: Mesh) -> Loaded:
         folder != path or checkpoint.exists(path),
         f"{path} has neither a config.json, as Hugging Face directories do, nor a checkpoint of efflm's: give {KINDS}",
     )
-    model, about = checkpoint.load(folder, mesh)
+    step = checkpoint.newest(folder)
+    model, about = checkpoint.read(step, mesh)
     tokens = tokenizer.load(run / "tokenizer.json")
-    return Loaded(_in(model, dtype), tokens, _sound(about, folder), _size(folder.rglob("*")))
+    return Loaded(_in(model, dtype), tokens, _sound(about, folder), _size(step.rglob("*")))
 
 
 def _file(path: Path, dtype: str | None, mesh: Mesh) -> Loaded:

@@ -64,13 +64,23 @@ def recorded(directory: Path) -> dict[str, Any]:
 
 def load(directory: Path, mesh: Mesh) -> tuple[LanguageModel, dict[str, Any]]:
     """The newest model under `directory`, laid on the mesh, and its `about`. Raises InputError."""
+    return read(newest(directory), mesh)
+
+
+def newest(directory: Path) -> Path:
+    """The folder of the newest checkpoint under `directory` that is whole. Raises InputError if there is none."""
     require(bool(_steps(directory)), f"no checkpoint in {directory}: give a directory that a training run has written")
     step = _newest_good(directory)
     require(
         step is not None,
         f"no checkpoint is whole: delete the folder {directory.absolute()} and train again, or give another model",
     )
-    folder, about = directory / str(step), _about(directory, step)
+    return directory / str(step)
+
+
+def read(folder: Path, mesh: Mesh) -> tuple[LanguageModel, dict[str, Any]]:
+    """The model in the folder of one checkpoint, laid on the mesh, and its `about`. Raises InputError."""
+    about = read_object(folder, "about.json")
     try:
         config, formats = ModelConfig.from_dict(about["config"]), about["formats"]
         leaves = {

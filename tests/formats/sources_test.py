@@ -15,7 +15,7 @@ import pytest
 from efflm import trees
 from efflm.compress.quantize import quantize
 from efflm.config import InputError
-from efflm.formats import gguf_model, huggingface, load_model, safetensors, sources, wheels
+from efflm.formats import gguf_model, hub, huggingface, load_model, safetensors, sources, wheels
 from efflm.infer.generate import forward
 from efflm.model import in_dtype, sharding
 from efflm.train import checkpoint, manifest
@@ -52,7 +52,7 @@ def test_training_runs_and_their_checkpoints(run):
     assert loaded.about == {"source": "stdlib"}
     assert loaded.nbytes > 4 * sum(leaf.size for leaf in jax.tree.leaves(tiny.model().params))
     (run / "checkpoint" / "3" / "manifest.json").unlink()
-    with pytest.raises(InputError, match=r"no checkpoint is whole: delete the folder .*checkpoint"):
+    with pytest.raises(InputError, match=r"no checkpoint in .*checkpoint is whole: train the model again"):
         load_model(run)
 
 
@@ -189,7 +189,7 @@ def test_a_checkpoint_has_no_links(run, capsys):
     secret.write_bytes(about.read_bytes())
     about.unlink()
     about.symlink_to(secret)
-    with pytest.raises(InputError, match=r"no checkpoint is whole"):
+    with pytest.raises(InputError, match=r"no checkpoint in .* is whole"):
         sources.load(run)
     assert "about.json is a link" in capsys.readouterr().err
     about.unlink()
@@ -197,7 +197,7 @@ def test_a_checkpoint_has_no_links(run, capsys):
     listed = json.loads((folder / manifest.NAME).read_text())
     listed["sha256"]["../../secret"] = listed["sha256"]["about.json"]
     (folder / manifest.NAME).write_text(json.dumps(listed))
-    with pytest.raises(InputError, match=r"no checkpoint is whole"):
+    with pytest.raises(InputError, match=r"no checkpoint in .* is whole"):
         sources.load(run)
     assert "../../secret is missing" in capsys.readouterr().err
 
@@ -233,9 +233,14 @@ def test_hugging_face_directories(tmp_path):
     [
         (
             "nothing/here/at/all",
-            "no model at nothing/here/at/all: give a name .smollm2., a Hugging Face directory or hub",
+            "no model at nothing/here/at/all: give a name .smollm2., a Hugging Face directory, hf:org/name",
         ),
         ("runs/none", "no model at runs/none: give"),
+        ("some/model", "; the model of that name on the Hugging Face hub is hf:some/model"),
+        ("hf:", "hf: names no model of the Hugging Face hub: give hf:org/name or hf:org/name@revision"),
+        ("hf:a/b/c", "hf:a/b/c names no model"),
+        ("hf:a/b@", "hf:a/b@ names no model"),
+        ("hf:../b", "names no model"),
         ("gpt2", "no model at gpt2: give a name"),
         ("/org/model", "no model at /org/model: give"),
         ("../model", "no model at ../model: give"),
@@ -283,15 +288,60 @@ def cache(tmp_path, monkeypatch):
 def test_a_cached_model_needs_no_network(cache, offline, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://localhost:9")
-    model, tokens = load_model("some/model")
+    model, tokens = load_model("hf:some/model")
     require_equal(model, tiny.model())
     assert tokens.digest == small_tokenizer().digest
+
+
+def test_a_revision_of_a_model_of_the_hub_is_the_one_that_is_read(cache, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    home = cache / "models--some--model"
+    other = tiny.model(seed=1)
+    huggingface.save(home / "snapshots" / ("b" * 40), other, small_tokenizer())
+    (home / "refs" / "v2").write_text("b" * 40)
+    for revision in ("v2", "b" * 40):
+        require_equal(load_model(f"hf:some/model@{revision}")[0], other)
+    require_equal(load_model("hf:some/model")[0], tiny.model())
+    with pytest.raises(InputError, match="hf:some/model@v3 is not in the cache"):
+        load_model("hf:some/model@v3")
+
+
+def test_the_hub_is_not_asked_for_what_could_be_a_path(cache, monkeypatch):
+    """From another folder, runs/small names no organization of the hub."""
+    monkeypatch.chdir(cache)
+    monkeypatch.setattr(hub, "fetch", lambda name: pytest.fail(f"asked the hub for {name}"))
+    for name in ("some/model", "runs/small", "runs/small@main"):
+        with pytest.raises(InputError, match=f"no model at {name}: give"):
+            load_model(name)
+
+
+def test_only_the_files_that_are_read_count_as_bytes_on_disk(tmp_path):
+    folder = Path(shutil.copytree(Path(__file__).parent / "goldens" / "qwen3", tmp_path / "shards"))
+    small_tokenizer().save(folder)
+    parts = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    huggingface.save(tmp_path / "one", tiny.model(), small_tokenizer())
+    whole = (tmp_path / "one" / "model.safetensors").stat().st_size
+    for here, size in ((folder, parts), (tmp_path / "one", whole)):
+        for stray in ("consolidated.safetensors", "adapter_model.safetensors", "old.gguf"):
+            (here / stray).write_bytes(b"x" * 9999)
+        assert sources.load(here).nbytes == size
+
+
+def test_only_the_newest_checkpoint_counts_as_bytes_on_disk(run):
+    alone = sources.load(run).nbytes
+    shutil.copytree(run / "checkpoint" / "3", run / "checkpoint" / "2")
+    assert (
+        sources.load(run).nbytes
+        == alone
+        == sum(file.stat().st_size for file in (run / "checkpoint" / "3").rglob("*") if file.is_file())
+    )
 
 
 @pytest.mark.parametrize(("offline", "why"), [("1", "HF_HUB_OFFLINE is set"), ("0", "the hub cannot be reached")])
 def test_without_a_network_one_line_says_so(offline, why, tmp_path):
     """In a process of its own, as a user has it: the library reads its settings when it is imported."""
-    program = "from efflm.formats import load_model\nload_model('some/model')"
+    program = "from efflm.formats import load_model\nload_model('hf:some/model')"
     settings = {"HF_HUB_OFFLINE": offline, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_ENDPOINT": "http://localhost:9"}
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -304,7 +354,7 @@ def test_without_a_network_one_line_says_so(offline, why, tmp_path):
     )
     last = done.stderr.strip().splitlines()[-1]
     expected = (
-        f"some/model is not in the cache of the Hugging Face hub ({tmp_path / 'cache'}), and {why}: give a folder"
+        f"hf:some/model is not in the cache of the Hugging Face hub ({tmp_path / 'cache'}), and {why}: give a folder"
     )
     assert expected in last
 
