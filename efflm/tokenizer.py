@@ -9,8 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,7 +18,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from efflm import chat, encoding, model_files
+from efflm import chat, encoding, model_files, pieces
 from efflm.config import InputError, require
 from efflm.rundir import to_json, write_json, write_whole
 from efflm.tokenizer_json import require_all_read, require_sound
@@ -150,8 +148,8 @@ class Tokenizer:
         leading space is kept: what is streamed goes on from a prompt.
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        pieces = self._pieces
-        return lambda ids, final=False: decoder.decode(b"".join(pieces[i] for i in ids if i < len(pieces)), final)
+        of = self._pieces
+        return lambda ids, final=False: decoder.decode(b"".join(of[i] for i in ids if i < len(of)), final)
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
@@ -161,28 +159,7 @@ class Tokenizer:
     @functools.cached_property
     def _pieces(self) -> list[bytes]:
         """The bytes that each id writes; none for special tokens and for ids without a token."""
-        stages = _stages(self.core.decoder)
-        byte_level = any(stage["type"] == "ByteLevel" for stage in stages)
-        space = next((stage["replacement"] for stage in stages if stage["type"] == "Metaspace"), "▁")
-        fallback = any(stage["type"] == "ByteFallback" for stage in stages)
-        alphabet = _byte_alphabet()
-
-        def bytes_of(token: str) -> bytes:
-            if byte_level:
-                known = all(character in alphabet for character in token)
-                return bytes(alphabet[character] for character in token) if known else token.encode()
-            if fallback and (match := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)):
-                return bytes.fromhex(match[1])
-            return token.replace(space, " ").encode()
-
-        pieces = [b""] * self.vocabulary
-        for token, index in self.core.get_vocab(with_added_tokens=False).items():
-            if self._has(index):
-                pieces[index] = bytes_of(token)
-        for index, token in self.core.get_added_tokens_decoder().items():
-            if self._has(index):
-                pieces[index] = b"" if token.special else token.content.encode()
-        return pieces
+        return pieces.of(self.core, self.vocabulary)
 
     @functools.cached_property
     def byte_ids(self) -> np.ndarray:
@@ -231,22 +208,6 @@ def _panics_of(where: Any, doing: str) -> Iterator[None]:
         raise InputError(f"{where} cannot {doing}: {words}: fetch the model again, or use another tokenizer") from None
 
 
-def _stages(decoder: Any) -> list[dict[str, Any]]:
-    """The stages of a decoder as plain values."""
-    if decoder is None:
-        return []
-    described = json.loads(decoder.__getstate__())
-    return described["decoders"] if described["type"] == "Sequence" else [described]
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary (GPT-2): the byte's own in Latin-1 where
-    that can be seen, else those from U+0100 on, in turn."""
-    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
-
-
 def train(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     """A byte-level BPE of at most `vocabulary` entries, the separator among them; fewer if the text has no more."""
     core = tokenizers.Tokenizer(models.BPE())
@@ -271,7 +232,7 @@ def from_description(described: dict[str, Any], where: Any) -> tokenizers.Tokeni
         core.no_truncation()
         core.decode(core.encode(TRIAL).ids)
         highest = max(core.get_vocab().values(), default=-1)
-        _stages(core.decoder)
+        pieces.stages(core.decoder)
     except BaseException as error:  # the library raises bare Exceptions, and panics, which are BaseExceptions
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise

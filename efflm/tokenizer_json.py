@@ -7,8 +7,6 @@ whether a character begins there, and replaces text by as much as a file says.
 import json
 from typing import Any
 
-import tokenizers
-
 from efflm.config import require
 
 MOST_GROWTH = 10_000
@@ -59,7 +57,7 @@ def _first_beyond(part: Any, known: set[str]) -> str | None:
     return next((key for key, value in said if key not in known and value is not None), None)
 
 
-def require_all_read(described: dict[str, Any], core: tokenizers.Tokenizer, where: Any) -> None:
+def require_all_read(described: dict[str, Any], core: Any, where: Any) -> None:
     """Raise InputError for a field of a stage that the library skipped when it made `core`: one that is newer than it
     changes the tokens in a way it does not know."""
     for name in STAGES:
