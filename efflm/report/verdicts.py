@@ -160,8 +160,9 @@ def _listed(words: list[str], last: str = "and") -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
 
 
-def _joined(*words: str) -> str:
-    return " ".join(filter(None, words))
+def _joined(shown: str, beside: str) -> str:
+    """A figure and its error; what is 0 exactly is "exactly 0"."""
+    return f"{beside} {shown}" if beside == "exactly" else f"{shown} {beside}".rstrip()
 
 
 def _percent(share: float) -> str:

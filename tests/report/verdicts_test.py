@@ -50,6 +50,7 @@ def test_nothing_smaller_or_faster():
     found = said(positive(DENSE, same))
     assert found.keys() == {"Smallest, fastest prefill and fastest decode: the dense model"}
     assert "smaller, faster in prefill or faster in decode than" in next(iter(found.values()))[1]
+    assert "divergence exactly 0 nats a token" in positive(DENSE, dataclasses.replace(same, bytes=1))[0].words
     assert negative(DENSE, same) == {}  # no worse than the dense model, by the errors
 
 
