@@ -17,7 +17,8 @@ precision   which dtype weights, matmuls and results have
 ops         how a weight is used, whatever its format
 autotune    which precision is the fastest on this machine, measured
 model       the Transformer, and how its weights are sharded over a mesh
-tokenizer   text to token ids and back; chat, the templates of conversations
+tokenizer   text to token ids and back; encoding, the bytes of text that each stands for; pieces, those it writes;
+            fitted, beside a model with another vocabulary; chat, the templates of conversations
 data        corpora, packing, the order of sequences
 train       losses, the optimizer, the step, the loop, checkpoints
 infer       prefill, decode, sampling, speculative decoding
