@@ -19,7 +19,7 @@ from typing import Any, get_args
 
 import jax
 
-from efflm import arguments, ops
+from efflm import arguments, fitted, ops
 from efflm.compress import recipe
 from efflm.compress.step import Calibration, Context, Step
 from efflm.config import AskedPrecision, InputError, at_home, require
@@ -133,6 +133,7 @@ def measure(
     named = arguments.named(models)
     for model in named.values():
         arguments.require_tokenizer(tokenizer, model, "measuring needs")
+    named = {name: fitted.told(model, tokenizer) for name, model in named.items()}
     require(text is not None, f"measuring needs text: give {arguments.TEXT}")
     source, first = arguments.text_of(text), next(iter(named.values()))
     as_corpus = held_out or source in (corpora.DEFAULT, enwik8.NAME)
@@ -189,6 +190,8 @@ def generate(
         require_characters(each, name)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     ids = [prompt_ids(tokenizer, each, model.about, chat=chat, system=system) for each in prompts]
+    if isinstance(draft, LanguageModel):  # the two compare their probabilities
+        model, draft = (fitted.told(each, tokenizer) for each in (model, draft))
     here = ops.prepared(model, jax.default_backend())
     if draft is None:
         new_ids = generate_ids(here, ids, max_tokens, sampling, tokenizer.stops, seed)

@@ -55,3 +55,12 @@ def unused(tokens: Tokenizer, vocabulary: int) -> tuple[tuple[int, int], ...]:
     known = sorted({index for index in tokens.core.get_vocab().values() if index < vocabulary})
     pairs = itertools.pairwise([-1, *known, vocabulary])
     return tuple((before + 1, after) for before, after in pairs if after > before + 1)
+
+
+def told(model: Any, tokens: Tokenizer) -> Any:
+    """A LanguageModel that was made here and not loaded, knowing which of its ids no token has."""
+    config = model.config
+    if config.unused or tokens.vocabulary >= config.vocabulary:
+        return model
+    config = dataclasses.replace(config, unused=unused(tokens, config.vocabulary))
+    return model.replace(config=config).with_about(model.about)

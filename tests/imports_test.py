@@ -48,6 +48,7 @@ ALLOWED = {
     | {
         "arguments",
         "encoding",
+        "fitted",
         "ops",
         "model",
         "tokenizer",
