@@ -26,7 +26,7 @@ from efflm.config import AskedPrecision, InputError, at_home, require
 from efflm.data import corpora, dataset, enwik8, loader
 from efflm.encoding import require_characters
 from efflm.evaluate.windows import Scoring
-from efflm.formats import safetensors, sources
+from efflm.formats import saved, sources
 from efflm.infer import speculative
 from efflm.infer.generate import generate as generate_ids
 from efflm.infer.sampling import Sampling
@@ -220,14 +220,11 @@ def save(path: SOURCE, model: LanguageModel | None = None, tokenizer: Tokenizer 
     arguments.require_tokenizer(tokenizer, model, "saving needs")
     file = Path(at_home(os.fspath(path)))
     if file.suffix != ".safetensors":
-        taken = [name for name in ("config.json", "checkpoint") if (file / name).exists()]
-        require(not taken, f"{file} holds another model ({', '.join(taken)}): give another path")
+        require(not (file / "checkpoint").exists(), f"{file} holds another model (checkpoint): give another path")
         file = file / sources.OWN
-    arguments.require_free(file, tokenizer)
+    saved.require_free(file.parent, [file.name], tokenizer, "give another path")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(file.parent / "tokenizer.json")
-        safetensors.save(file, model, model.about)
+        saved.save(file.parent, {file.name: saved.Saved(model, model.about)}, tokenizer)
     except OSError as error:
         raise InputError(
             f"cannot write {file} ({error.strerror or error}): give another path, or free some space"

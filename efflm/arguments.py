@@ -2,10 +2,8 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from efflm import tokenizer as tokenizers
 from efflm.compress import recipe
 from efflm.compress.step import Step
 from efflm.config import at_home, require
@@ -81,14 +79,3 @@ def chain(given: Any) -> tuple[str, tuple[Step, ...]]:
 def text_of(text: Any) -> str:
     require(is_path(text), f"text is {shown(text)}, but must be {TEXT}")
     return at_home(os.fspath(text))
-
-
-def require_free(file: Path, tokenizer: Tokenizer) -> None:
-    """Raise InputError if models there need the tokenizer that would be replaced."""
-    beside = file.parent / "tokenizer.json"
-    others = [path.name for path in file.parent.glob("*.safetensors") if path != file]
-    if beside.exists() and others:
-        require(
-            tokenizers.load(beside).digest == tokenizer.digest,
-            f"{file.parent} holds {others[0]}, whose tokenizer is another one: give another folder",
-        )

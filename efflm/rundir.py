@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,56 @@ def write_whole(path: Path, content: str | bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_together(folder: Path, files: Mapping[str, str | Callable[[Path], Any] | None]) -> None:
+    """Write files that belong together into `folder`: all of them or, on any error, none, with the folder as it was.
+
+    files: by name their text, or what writes one to the path it is given; None deletes what an earlier set left under
+    that name. They are written beside, in a folder of their own, and then renamed in their order: a process that is
+    killed meanwhile leaves whole files.
+    """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    partial = folder / f".{next(iter(files))}.partial"
+    old, placed = partial / "old", []
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        old.mkdir(parents=True)
+        for name, content in files.items():
+            if isinstance(content, str):
+                (partial / name).write_text(content, encoding="utf-8")
+            elif content is not None:
+                content(partial / name)
+        try:
+            for name, content in files.items():
+                placed.append(name)
+                _keep(folder / name, old / name)
+                if content is None:
+                    (folder / name).unlink(missing_ok=True)
+                else:
+                    (partial / name).replace(folder / name)
+        except BaseException:
+            for name in placed:
+                if os.path.lexists(old / name):
+                    (old / name).replace(folder / name)
+                else:
+                    (folder / name).unlink(missing_ok=True)
+            raise
+        made = []
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for each in made:
+            with contextlib.suppress(OSError):  # it holds something
+                each.rmdir()
+
+
+def _keep(path: Path, beside: Path) -> None:
+    """Keep a file, if it is there, under a second name; where the file system cannot do that, under that name alone."""
+    if os.path.lexists(path):
+        try:
+            os.link(path, beside, follow_symlinks=False)
+        except (OSError, NotImplementedError):
+            path.rename(beside)
 
 
 def discard(folder: Path, names: Iterable[str]) -> None:

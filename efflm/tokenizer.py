@@ -20,9 +20,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from efflm import chat, encoding, model_files, pieces
 from efflm.config import InputError, require
-from efflm.rundir import to_json, write_json, write_whole
+from efflm.rundir import to_json, write_together
 from efflm.tokenizer_json import require_all_read, require_sound
 
+FILE = "tokenizer.json"
+# What a folder may hold of a tokenizer beside that file and tokenizer_config.json.
+BESIDE = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")
 SEPARATOR = "<|endoftext|>"
 BYTES = 257  # entries of a vocabulary that has a token for each byte, a separator and nothing else
 TRIAL = "Does it read? 12 naïve\n\tcafés 😀\x00 " + SEPARATOR
@@ -171,22 +174,33 @@ class Tokenizer:
     def digest(self) -> str:
         return hashlib.sha256(self.core.to_str().encode()).hexdigest()[:16]
 
+    def same(self, other: "Tokenizer") -> bool:
+        """Whether the other one reads, writes and ends all text as this one does."""
+        told = lambda each: (each.digest, each.names, each.adds_bos, each.stops, each.template)
+        return told(self) == told(other)
+
     def save(self, path: Path) -> None:
-        """Write tokenizer.json, and beside it what it does not hold, as `load` and transformers read them.
+        """Write tokenizer.json, and beside it what it does not hold, as `load` and transformers read them: all of it
+        or nothing, and nothing of another one stays.
 
         path: a folder, or the name to use in place of tokenizer.json.
         """
-        file = path if path.suffix == ".json" else path / "tokenizer.json"
-        write_whole(file, self.core.to_str(pretty=True))
+        file = path if path.suffix == ".json" else path / FILE
+        write_together(file.parent, self.files(file.stem))
+
+    def files(self, stem: str = "tokenizer") -> dict[str, str | None]:
+        """The text of each file that `save` writes; None for one that may be there of another tokenizer."""
         # Named transformers classes build a tokenizer of their own kind; this one takes the file as it is.
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.names, "add_bos_token": self.adds_bos}
         config["clean_up_tokenization_spaces"] = False
         if self.template is not None:
             config["chat_template"] = self.template
-        write_json(file.with_name(f"{file.stem}_config.json"), config)
+        of_another = dict.fromkeys(BESIDE if f"{stem}.json" == FILE else ())
+        out = of_another | {f"{stem}_config.json": to_json(config, indent=1) + "\n"}
         if self.extra_stops:
             ends = ([] if self.eos is None else [self.eos]) + list(self.extra_stops)
-            write_json(file.with_name("generation_config.json"), {"eos_token_id": ends})
+            out["generation_config.json"] = to_json({"eos_token_id": ends}, indent=1) + "\n"
+        return out | {f"{stem}.json": self.core.to_str(pretty=True)}
 
 
 @functools.cache

@@ -4,12 +4,14 @@
     python -m experiments.compress --model=runs/quickstart --recipe=magnitude50,w8a16 --prune.sparsity=0.3
     python -m experiments.compress --model=smollm2 --recipe="w8a16 w8a8 magnitude50" --text=notes.txt
 
-Expect a table of all models, and in the run directory each compressed one as `<recipe>.safetensors`, its tokenizer,
+Expect a table of all models, and in the run directory each compressed one as `<recipe>.safetensors`, with what flags
+changed of a recipe in its name (`magnitude50@prune.sparsity=0.3.safetensors`), the tokenizer,
 `results.json` and `report.html`. Beside the first model one compressed model is held at a time. A chain that trains or
 is calibrated keeps the model after each step: the same command goes on with the step that was interrupted.
 """
 
 import dataclasses
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -44,14 +46,16 @@ from efflm.data import corpora, dataset
 from efflm.evaluate import cost, machine, quality
 from efflm.evaluate.windows import Scoring
 from efflm.flags import command_line, launch
-from efflm.formats import safetensors, sources
+from efflm.formats import safetensors, saved, sources
+from efflm.formats.saved import Saved
 from efflm.formats.sources import KINDS, Loaded
 from efflm.model import LanguageModel, sharding
 from efflm.report import analysis, compared, numbers, page, rows, samples, scoring, table
 from efflm.report.comparison import Comparison, Limits
 from efflm.train import metrics
 
-BEFORE = "before.safetensors"
+KIND, UNFINISHED = ".safetensors", ".unfinished.safetensors"
+BEFORE = f"before{KIND}"
 # The steps that flags change, by the name of their flags.
 STEPS = {
     kind.__name__.lower(): kind
@@ -95,7 +99,10 @@ class Run:
 
 def chains(names: str, changes: dict[type, dict]) -> dict[str, tuple[Step, ...]]:
     """{name: steps} of each recipe, with the changes on those that have such a step: where one of them has another than
-    the embeddings', those that have only that stay as they are. Raises InputError if none has such a step."""
+    the embeddings', those that have only that stay as they are. Raises InputError if none has such a step.
+
+    What changed is part of a name, so that its file is not that of the recipe: magnitude50@prune.sparsity=0.3.
+    """
     plans = {each.replace(",", "+"): recipe.named(each) for each in names.split()}
     for kind, fields in changes.items():
         found = {name: recipe.changed(steps, kind) for name, steps in plans.items()} if fields else {}
@@ -107,7 +114,19 @@ def chains(names: str, changes: dict[type, dict]) -> dict[str, tuple[Step, ...]]
         layers = [name for name in having if not recipe.of_embeddings(plans[name][found[name]])]
         for name in layers or having:
             plans[name] = recipe.override(plans[name], {kind: fields})
-    return plans
+    return {name + _differs(recipe.named(name.replace("+", ",")), steps): steps for name, steps in plans.items()}
+
+
+def _differs(before: Sequence[Step], after: Sequence[Step]) -> str:
+    """The settings of steps that were changed, each as @step.field=value; other signs than a file's name may have
+    are -."""
+    changed = [
+        f"@{type(new).__name__.lower()}.{field.name}={getattr(new, field.name)}"
+        for old, new in zip(before, after, strict=True)
+        for field in dataclasses.fields(new)
+        if getattr(old, field.name) != getattr(new, field.name)
+    ]
+    return re.sub(r"[^\w@.=+-]", "-", "".join(changed))
 
 
 def context_for(run: Run, calibration: Calibration, loaded: Loaded, steps: Sequence[Step]) -> Context:
@@ -144,6 +163,8 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
     loaded = sources.load(run.model, precision=run.precision, mesh=sharding.data_parallel(run.batch))
     dense, tokens, about = loaded.model, loaded.tokenizer, loaded.about
     recipe.require_finite(dense)
+    files = [BEFORE, *(f"{name}{kind}" for name in plans for kind in (KIND, UNFINISHED))]
+    saved.require_free(run_dir, files, tokens, "give another --run_dir")
     largest = max(trees.nbytes(dense.params), 2 * trees.count(dense.params))  # of int8, recipe bfloat16 makes that
     rundir.require_writable(run_dir, needs=(2 + len(plans)) * largest + rundir.SMALL_FILES)
     say(f"{run.model}: {trees.count(dense.params) / 1e6:.1f} M parameters, {rows.origin(run.model, about)}")
@@ -154,14 +175,14 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
     context = context_for(run, calibration, loaded, [step for steps in plans.values() for step in steps])
     rundir.use_compilation_cache()
     protocol, kept, qualities, timed, loads = cost.protocol_for(dense), {}, {}, {}, []
-    platform, records, written, measured, phases = jax.default_backend(), {}, {}, [], []
+    platform, records, sizes, written, measured, phases = jax.default_backend(), {}, {}, {}, [], []
     prompt = api.prompt_ids(tokens, run.prompt, about)
     first = rows.label(about)
     dense_here = ops.prepare(sharding.on_one_device(dense), platform)
     for name, steps in plans.items():
         say(f"{name}: {', then '.join(map(repr, steps))}")
         own = dataclasses.replace(context, metrics=curves_of(run_dir, name), cache=run_dir / "teacher" / name)
-        unfinished = run_dir / f"{name}.unfinished.safetensors"
+        unfinished = run_dir / f"{name}{UNFINISHED}"
         slow = recipe.trains(steps) or recipe.calibrates(steps)
         after, records[name] = recipe.run(
             dense, steps, own, kept_in(unfinished, about, own.mesh, say) if slow else None
@@ -172,17 +193,16 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
         found = scoring.measure(models, text, tokens, score, dense_here, kept)
         for each, figures in found.items():
             say(f"{each}: {quality.words(quality.bits_per_byte(figures))} bits per byte")
+        models_of = {name + KIND: Saved(after, about | {"recipe": name}, records[name])}
         if not measured:  # only now: if a step or the text fails, no model is left behind
-            run_dir.mkdir(parents=True, exist_ok=True)
-            tokens.save(run_dir / "tokenizer.json")
-            before, size = found[first], safetensors.save(run_dir / BEFORE, dense, about)
-        after_size = safetensors.save(run_dir / f"{name}.safetensors", after, about | {"recipe": name}, records[name])
+            models_of[BEFORE], before = Saved(dense, about), found[first]
+        sizes |= saved.save(run_dir, models_of, tokens)
         unfinished.unlink(missing_ok=True)
         rates, load = cost.rates({first: dense_here, name: here}, protocol)
         loads.append(load)
-        pairs = [(name, after, after_size, described(steps, after), found[name])]
+        pairs = [(name, after, sizes[name + KIND], described(steps, after), found[name])]
         if not measured:
-            pairs.insert(0, (first, dense, size, rows.origin(run.model, about), before))
+            pairs.insert(0, (first, dense, sizes[BEFORE], rows.origin(run.model, about), before))
         for each, model, nbytes, note, figures in pairs:
             base = None if each == first else (before, rates[first])
             measured.append(rows.make(each, model, nbytes, note, figures, rates[each], base))
@@ -190,7 +210,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
             if run.prompt:
                 written[each] = samples.write(models[each], tokens, prompt, run.sample)
         phases = phases or analysis.inference(dense, protocol, rates[first])
-        del after, here, models, model, pairs
+        del after, here, models, model, pairs, models_of
     facts = [
         f"Quality: {scoring.protocol(text, score, before)}. Divergence: from the first model.",
         f"Speed: {protocol}; each model in turn with the first, whose rounds beside the second are shown: compare the "
@@ -199,7 +219,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
         *rows.cautions(run.model, about, text.known),
     ]
     commands = {first: command_line("experiments.evaluate", ["", f"--model={run.model}"])}
-    commands |= {name: command_for(name, sys.argv) for name in plans}
+    commands |= {name: command_for(name, steps, sys.argv) for name, steps in plans.items()}
     details = compared.details(rows.origin(run.model, about), about, records, written, run.prompt, tokens, commands)
     versions, command = rundir.machine(), command_line("experiments.compress", sys.argv)
     rundir.write_json(
@@ -258,14 +278,18 @@ def curves_of(run_dir: Path, name: str) -> Path:
     return run_dir / "curves" / name
 
 
-def command_for(name: str, argv: list[str]) -> str:
-    """The command for one recipe of several."""
+def command_for(name: str, steps: Sequence[Step], argv: list[str]) -> str:
+    """The command for one recipe of several, without the settings of steps that only others have."""
+    others = {flags for flags, kind in STEPS.items() if not any(type(step) is kind for step in steps)}
     kept, skip = [], False
     for arg in argv[1:]:
-        if not skip and not arg.lstrip("-").startswith("recipe"):
+        given = arg.lstrip("-").partition("=")[0]
+        drop = arg.startswith("-") and (given == "recipe" or given.partition(".")[0] in others)
+        if not skip and not drop:
             kept.append(arg)
-        skip = arg.lstrip("-") == "recipe"  # its value is the next argument
-    return command_line("experiments.compress", [argv[0], *kept, f"--recipe={name.replace('+', ',')}"])
+        skip = drop and "=" not in arg  # its value is the next argument
+    recipe_of = name.partition("@")[0].replace("+", ",")
+    return command_line("experiments.compress", [argv[0], *kept, f"--recipe={recipe_of}"])
 
 
 if __name__ == "__main__":

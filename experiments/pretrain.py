@@ -32,6 +32,7 @@ from efflm.data.dataset import Dataset
 from efflm.evaluate import quality
 from efflm.evaluate.windows import Scoring
 from efflm.flags import launch
+from efflm.formats import saved
 from efflm.model import LanguageModel, cost, init_params, sharding
 from efflm.precision import POLICIES
 from efflm.report import plots, scoring
@@ -163,6 +164,7 @@ def trained_model(run: Run, config: ModelConfig, train: TrainConfig, data: Datas
         checkpoint.require_same(about, found, folder)
         print(f"  found the trained model in {folder}: not training again")
         return model
+    saved.require_free(run_dir, [], data.tokenizer, "give another --run_dir")
 
     def start() -> Any:
         if not run.init_from:

@@ -23,7 +23,8 @@ from efflm.evaluate import cost, quality
 from efflm.evaluate.cost import Protocol
 from efflm.evaluate.windows import Scoring
 from efflm.flags import command_line, launch
-from efflm.formats import safetensors
+from efflm.formats import saved
+from efflm.formats.saved import Saved
 from efflm.model import sharding
 from efflm.report import analysis, compared, page, rows, samples, scoring, table
 from efflm.report.comparison import Comparison, Limits
@@ -68,6 +69,8 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     data = pretrain.prepare(run, config, train)
     rundir.use_compilation_cache()
     print(f"  {data.corpus.describe()}")
+    file = "{}.safetensors".format
+    saved.require_free(run_dir / "models", [*map(file, NOTES)], data.tokenizer, "give another --run_dir")
     step(2, f"Tokens: byte-level BPE of {data.tokenizer.vocabulary}, {len(data.train):,} rows of {train.length}")
 
     mesh = sharding.data_parallel(train.batch, train.accumulate)
@@ -90,12 +93,10 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
         context = dataclasses.replace(context, metrics=run_dir / "curves" / name)
         models[name], records[name] = recipe.run(dense, recipe.named(name), context)
         notes[name] = "; ".join(filter(None, [notes[name], rows.zeros(models[name])]))
-    sizes = {}
-    (run_dir / "models").mkdir(parents=True, exist_ok=True)
-    data.tokenizer.save(run_dir / "models" / "tokenizer.json")
-    for name, compressed in models.items():
-        about = digests | {"source": data.corpus.source, "recipe": name, "seed": run.seed, "train.length": train.length}
-        sizes[name] = safetensors.save(run_dir / "models" / f"{name}.safetensors", compressed, about, records[name])
+    about = digests | {"source": data.corpus.source, "seed": run.seed, "train.length": train.length}
+    files = {file(name): Saved(each, about | {"recipe": name}, records[name]) for name, each in models.items()}
+    nbytes = saved.save(run_dir / "models", files, data.tokenizer)
+    sizes = {name: nbytes[file(name)] for name in models}
 
     step(5, "Measuring quality, then speed, all models in turn")
     protocol, platform = Protocol().within(config.max_length), jax.default_backend()

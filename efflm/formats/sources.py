@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from efflm import autotune, fitted, hosts, tokenizer, trees
 from efflm.config import MOST, require
-from efflm.formats import gguf_model, hub, huggingface, safetensors, wheels
+from efflm.formats import gguf_model, hub, huggingface, safetensors, saved, wheels
 from efflm.formats.tensors import require_dtype
 from efflm.model import LanguageModel, in_dtype, sharding
 from efflm.tokenizer import Tokenizer
@@ -100,6 +100,7 @@ def _directory(path: Path, dtype: str | None, mesh: Mesh) -> Loaded:
     step = checkpoint.newest(folder)
     model, about = checkpoint.read(step, mesh)
     tokens = tokenizer.load(run / "tokenizer.json")
+    saved.require_own(tokens, about, folder)
     return Loaded(_in(model, dtype), tokens, _sound(about, folder), _size(step.rglob("*")))
 
 
@@ -116,6 +117,7 @@ def _file(path: Path, dtype: str | None, mesh: Mesh) -> Loaded:
     require(path.suffix == ".safetensors", f"{path} is not a kind of file that is read: give {KINDS}")
     model, about = safetensors.load(path, mesh)
     tokens = tokenizer.load(path.parent / "tokenizer.json")
+    saved.require_own(tokens, about, path)
     return Loaded(_in(model, dtype), tokens, _sound(about, path), path.stat().st_size)
 
 

@@ -265,10 +265,10 @@ def test_compress_and_evaluate_a_trained_run(trained, tmp_path, monkeypatch):
     tokenizer = efflm.load(trained)[1]
     assert begun == [[tokenizer.separator, *tokenizer.encode("The capital of France is")]] * 2  # as the text it read
     assert written_in(out) < asked[-1] < 2.5 * written_in(out) + 4e6
-    assert after["name"] == "magnitude50+w8a8"
+    assert after["name"] == "magnitude50+w8a8@prune.sparsity=0.25"  # another file than that of the recipe itself
     layers = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48)
     assert before["nonzeros"] - after["nonzeros"] >= layers // 4
-    run(evaluate, f"--model={out / 'magnitude50+w8a8.safetensors'}", f"--reference={trained}", "--score.window=16",
+    run(evaluate, f"--model={out / after['name']}.safetensors", f"--reference={trained}", "--score.window=16",
         f"--run_dir={tmp_path / 'seen'}")  # fmt: skip
     reference, seen = rows_of(tmp_path / "seen")
     assert reference["bits_per_byte"] == before["bits_per_byte"]
@@ -286,7 +286,8 @@ def test_several_recipes_in_one_report(trained, corpus, tmp_path):
         f"--text={text}", "--score.window=32", "--score.stride=8", "--length=16", "--sample=4",
         f"--run_dir={out}")  # fmt: skip
     results = json.loads((out / "results.json").read_text())
-    assert [row["name"] for row in results["rows"]] == ["before", "w8a16", "magnitude24", "student_scratch"]
+    names = ["w8a16", "magnitude24", "student_scratch@shrink.layers=1"]
+    assert [row["name"] for row in results["rows"]] == ["before", *names]
     before, w8a16, magnitude24, student = results["rows"]
     assert 0 < w8a16["kl_to_dense"] < magnitude24["kl_to_dense"] < student["kl_to_dense"]
     assert before["top1_agreement"] is None
@@ -297,7 +298,7 @@ def test_several_recipes_in_one_report(trained, corpus, tmp_path):
     assert set(results["samples"]) == {row["name"] for row in results["rows"]}
     prompt = "The capital of France is"
     assert results["samples"]["before"] == prompt + efflm.generate(*efflm.load(trained), prompt, max_tokens=4)
-    assert set(results["records"]) == {"w8a16", "magnitude24", "student_scratch"}
+    assert set(results["records"]) == set(names)
     page = (out / "report.html").read_text()
     assert "windows of 32 tokens" in page
     assert "of the dense loss" in page

@@ -1,0 +1,57 @@
+"""Models of efflm's own format in a folder, with the one tokenizer that all of them need."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from efflm import tokenizer
+from efflm.config import InputError, require
+from efflm.formats import safetensors
+from efflm.model import LanguageModel
+from efflm.rundir import write_together
+from efflm.tokenizer import FILE, Tokenizer
+
+
+class Saved(NamedTuple):
+    """What a file is to hold: see safetensors.save."""
+
+    model: LanguageModel
+    about: Mapping[str, Any]
+    records: Sequence[Any] = ()
+
+
+def save(folder: Path, models: Mapping[str, Saved], tokens: Tokenizer) -> dict[str, int]:
+    """Write each model under its file's name, and their tokenizer: all of it or, on any error, nothing. Each file says
+    which tokenizer it needs. Returns the bytes of each file. Raises OSError."""
+    sizes = {}
+
+    def write(path: Path, name: str, saved: Saved) -> None:
+        sizes[name] = safetensors.save(path, saved.model, {**saved.about, "tokenizer": tokens.digest}, saved.records)
+
+    writers = {name: functools.partial(write, name=name, saved=saved) for name, saved in models.items()}
+    write_together(folder, writers | tokens.files())
+    return sizes
+
+
+def require_free(folder: Path, names: Sequence[str], tokens: Tokenizer, remedy: str) -> None:
+    """Raise InputError, with what the caller can do about it, if a model in the folder that is not among the files of
+    these names needs the tokenizer that would be replaced."""
+    require(not (folder / "config.json").exists(), f"{folder} holds another model (config.json): {remedy}")
+    models = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in names)
+    models += ["checkpoint"] * (folder / "checkpoint").exists()
+    if models and (folder / FILE).exists():
+        require(
+            tokenizer.load(folder / FILE).same(tokens),
+            f"{folder} holds {models[0]}, whose tokenizer is another one: {remedy}",
+        )
+
+
+def require_own(tokens: Tokenizer, about: Mapping[str, Any], path: Path) -> None:
+    """Raise InputError if the model at `path`, which says this of itself, was saved with another tokenizer."""
+    wanted = about.get("tokenizer", tokens.digest)
+    if wanted != tokens.digest:
+        raise InputError(
+            f"{path} was saved with another tokenizer than {tokens.where}, which would misread its tokens (digest "
+            f"{wanted!s:.40}, not {tokens.digest}): put back the {FILE} that was saved with it"
+        )
