@@ -30,10 +30,13 @@ def of(core: Any, count: int) -> list[bytes]:
 
 def stages(decoder: Any) -> list[dict[str, Any]]:
     """The stages of a decoder as plain values."""
-    if decoder is None:
-        return []
-    described = json.loads(decoder.__getstate__())
-    return described["decoders"] if described["type"] == "Sequence" else [described]
+    described = plain(decoder)
+    return described.get("decoders", [described]) if described else []
+
+
+def plain(part: Any) -> dict[str, Any]:
+    """A part of the library's tokenizer as plain values; nothing where it has no such part."""
+    return {} if part is None else json.loads(part.__getstate__())
 
 
 def _byte_alphabet() -> dict[str, int]:

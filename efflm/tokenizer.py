@@ -18,7 +18,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from efflm import chat, encoding, model_files, pieces
+from efflm import chat, encoding, model_files, pieces, tokenizer_files
 from efflm.config import InputError, require
 from efflm.rundir import to_json, write_together
 from efflm.tokenizer_json import require_all_read, require_sound
@@ -35,22 +35,26 @@ TRIAL = "Does it read? 12 naïve\n\tcafés 😀\x00 " + SEPARATOR
 class Tokenizer:
     """Text to token ids and back.
 
-    names: bos_token, eos_token, unk_token and so on, each in the vocabulary. adds_bos: the model expects `bos` before
-    every text. extra_stops: ids beside `eos` that end an answer. template: see efflm.chat. where: the file it is from.
-    limit: entries of the model's vocabulary, where tokens were added beyond them; reader: what text is then read with,
-    without these (see efflm.fitted).
+    names: bos_token, eos_token, unk_token and so on, each in the vocabulary, which text holds whole. What stands before
+    and after every text is what the core's post-processor says. extra_stops: ids beside `eos` that end an answer.
+    template: see efflm.chat. where: the file it is from. limit: entries of the model's vocabulary, where tokens were
+    added beyond them; reader: what text is then read with, without these (see efflm.fitted).
     encode, encode_batch and decode raise InputError for what the tokenizer of a bad file cannot do, the first two for
     half of a surrogate pair too.
     """
 
     core: tokenizers.Tokenizer
     names: dict[str, str] = dataclasses.field(default_factory=dict)
-    adds_bos: bool = False
     extra_stops: tuple[int, ...] = ()
     template: str | None = None
     where: Any = "this tokenizer"
     limit: int | None = None
     reader: tokenizers.Tokenizer | None = None
+
+    def __post_init__(self) -> None:
+        if self.names:
+            added = {token.content for token in self.core.get_added_tokens_decoder().values()}
+            self.core.add_special_tokens([token for token in self.names.values() if token not in added])
 
     @functools.cached_property
     def vocabulary(self) -> int:
@@ -76,12 +80,34 @@ class Tokenizer:
         return self._id(self.names[name]) if name in self.names else None
 
     @property
+    def before(self) -> tuple[int, ...]:
+        """The ids that the model expects before every text."""
+        return self._ends[0]
+
+    @property
+    def after(self) -> tuple[int, ...]:
+        """The ids that stand after a whole text. A prompt goes on, so it has none of them."""
+        return self._ends[1]
+
+    @property
+    def adds_bos(self) -> bool:
+        return bool(self.before)
+
+    @property
+    def adds_eos(self) -> bool:
+        return bool(self.after)
+
+    @functools.cached_property
+    def _ends(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tokenizer_files.ends(pieces.plain(self.core.post_processor), self.where)
+
+    @property
     def separator(self) -> int:
-        """The id that stands between documents and before the first: `bos` where the model expects one, else
+        """The id that stands between documents and before the first: what the model expects before a text, else
         <|endoftext|>, which pretraining puts there even where instruction tuning gave `bos` and `eos` other uses,
-        else `eos`. Raises InputError if the tokenizer has none of them.
+        else what ends a text. Raises InputError if the tokenizer has none of them.
         """
-        choices = [self.bos if self.adds_bos else None, self._id(SEPARATOR), self.eos, self.bos]
+        choices = [*self.before[-1:], self._id(SEPARATOR), self.eos, *self.extra_stops, self.bos]
         found = [choice for choice in choices if choice is not None]
         require(bool(found), f"the tokenizer has neither {SEPARATOR} nor a bos or eos token to stand between documents")
         return found[0]
@@ -131,7 +157,7 @@ class Tokenizer:
     def prompt(self, text: str) -> list[int]:
         """The ids of `text` as the model expects to read it: after `bos`, if it expects that. Not for what `chat`
         wrote, where the template has seen to it: encode that."""
-        return [self.bos, *self.encode(text)] if self.adds_bos and self.bos is not None else self.encode(text)
+        return [*self.before, *self.encode(text)]
 
     def chat(self, messages: chat.Messages, add_generation_prompt: bool = True) -> str:
         """The conversation as the model was taught to read it, up to where its answer begins. messages: dicts with
@@ -176,7 +202,7 @@ class Tokenizer:
 
     def same(self, other: "Tokenizer") -> bool:
         """Whether the other one reads, writes and ends all text as this one does."""
-        told = lambda each: (each.digest, each.names, each.adds_bos, each.stops, each.template)
+        told = lambda each: (each.digest, each.names, each.stops, each.template)
         return told(self) == told(other)
 
     def save(self, path: Path) -> None:
@@ -190,9 +216,13 @@ class Tokenizer:
 
     def files(self, stem: str = "tokenizer") -> dict[str, str | None]:
         """The text of each file that `save` writes; None for one that may be there of another tokenizer."""
-        # Named transformers classes build a tokenizer of their own kind; this one takes the file as it is.
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.names, "add_bos_token": self.adds_bos}
+        # Named transformers classes build a tokenizer of their own kind; this one takes the file as it is, but for
+        # add_prefix_space in version 4. What is not named here would be looked for elsewhere.
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": None, **self.names}
+        config |= {"add_bos_token": self.adds_bos, "add_eos_token": self.adds_eos}
         config["clean_up_tokenization_spaces"] = False
+        split = pieces.plain(self.core.pre_tokenizer)
+        config |= {name: split[name] for name in ("add_prefix_space",) if name in split}
         if self.template is not None:
             config["chat_template"] = self.template
         of_another = dict.fromkeys(BESIDE if f"{stem}.json" == FILE else ())
@@ -259,7 +289,8 @@ def from_description(described: dict[str, Any], where: Any) -> tokenizers.Tokeni
 
 def load(path: Path) -> Tokenizer:
     """Read a tokenizer.json, given as the file or as its folder, and the files beside it that say what it does not:
-    tokenizer_config.json, special_tokens_map.json, chat_template.jinja, generation_config.json, config.json.
+    tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat_template.jinja, generation_config.json,
+    config.json. What its post-processor says of BOS and EOS counts; where it says nothing, add_bos_token does.
 
     Raises InputError if it is missing, or one of them is damaged or not a file of the folder itself.
     """
@@ -267,36 +298,23 @@ def load(path: Path) -> Tokenizer:
     folder, exists = file.parent, functools.partial(model_files.exists, file.parent)
     require(exists(file.name), f"no tokenizer at {file}: give the directory of a finished run or a Hugging Face model")
     beside = lambda name: model_files.read_object(folder, name) if exists(name) else {}
-    core = from_description(beside(file.name), file)
-    config_file = file.with_name(f"{file.stem}_config.json")
-    config = beside("special_tokens_map.json") | beside(config_file.name)
-    names = _names(core, config, config_file)
+    described, config, names = tokenizer_files.read(beside, file)
+    core = from_description(described, file)
     ends = beside("config.json") | beside("generation_config.json")
     ids = {name: _ids(core, ends.get(f"{name}_id"), f"{folder}: {name}_id") for name in ("bos_token", "eos_token")}
-    names |= {name: core.id_to_token(found[0]) for name, found in ids.items() if found and name not in names}
+    if not config:  # else these are only what the model was trained with
+        names |= {name: core.id_to_token(found[0]) for name, found in ids.items() if found}
     eos = core.token_to_id(names["eos_token"]) if "eos_token" in names else None
-    return Tokenizer(
+    loaded = Tokenizer(
         core,
         names,
-        adds_bos=_adds_bos(core, names, config.get("add_bos_token"), config_file),
         extra_stops=tuple(index for index in ids["eos_token"] if index != eos),
-        template=_template(file, config, config_file),
+        template=_template(file, config),
         where=file,
     )
-
-
-def _names(core: tokenizers.Tokenizer, config: dict[str, Any], where: Path) -> dict[str, str]:
-    """The special tokens that a configuration names. Raises InputError for one that the vocabulary has not."""
-    names = {}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        value = config.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
-        require(value is None or isinstance(value, str), f"{where}: {name} is {value!r:.80}, but must be a string")
-        if value is not None and core.token_to_id(value) is not None:
-            names[name] = value
-        else:  # padding tokens are made up as needed, and never read here
-            require(value is None or name == "pad_token", f"{where}: {name} {value!r:.80} is not in the vocabulary")
-    return names
+    wrong = [index for index in (*loaded.before, *loaded.after) if core.id_to_token(index) is None]
+    require(not wrong, f"{file}: its post_processor adds the id {wrong[:1]}, which no token has: fetch the model again")
+    return loaded
 
 
 def _ids(core: tokenizers.Tokenizer, value: Any, what: str) -> list[int]:
@@ -310,23 +328,12 @@ def _ids(core: tokenizers.Tokenizer, value: Any, what: str) -> list[int]:
     return [index for index in values if 0 <= index < 2**32 and core.id_to_token(index) is not None]
 
 
-def _adds_bos(core: tokenizers.Tokenizer, names: dict[str, str], setting: Any, where: Path) -> bool:
-    """Whether a text begins with bos: as the configuration says, else as the tokenizer itself does."""
-    require(
-        setting is None or isinstance(setting, bool), f"{where}: add_bos_token is {setting!r:.80}, but must be a bool"
-    )
-    if "bos_token" not in names:
-        return False
-    with _panics_of(where, "tokenize an empty text"):
-        return core.encode("").ids[:1] == [core.token_to_id(names["bos_token"])] if setting is None else setting
-
-
-def _template(file: Path, config: dict[str, Any], config_file: Path) -> str | None:
+def _template(file: Path, config: dict[str, Any]) -> str | None:
     separate = "chat_template.jinja"
     inside = config.get("chat_template")
     value = model_files.read_text(file.parent, separate) if model_files.exists(file.parent, separate) else inside
     if isinstance(value, list):  # several, by name
         named = [entry for entry in value if isinstance(entry, dict) and entry.get("name") == "default"]
         value = named[0].get("template") if named else None
-    require(value is None or isinstance(value, str), f"{config_file}: chat_template must be text")
+    require(value is None or isinstance(value, str), f"{file}: chat_template must be text")
     return value

@@ -30,7 +30,8 @@ ALLOWED = {
     "tokenizer_json": {"config"},
     "encoding": {"config"},
     "pieces": set(),
-    "tokenizer": BASE | {"chat", "encoding", "pieces", "tokenizer_json"},
+    "tokenizer_files": {"config", "tokenizer_json"},
+    "tokenizer": BASE | {"chat", "encoding", "pieces", "tokenizer_json", "tokenizer_files"},
     "fitted": {"config", "tokenizer"},
     "ops": BASE,
     "model": BASE | {"ops"},
@@ -42,7 +43,7 @@ ALLOWED = {
     "report": BASE | {"ops", "model", "infer", "evaluate", "plan"},
     "compress": BASE | {"ops", "model", "infer", "train"},
     "data": BASE | {"tokenizer"},
-    "formats": BASE | {"autotune", "fitted", "ops", "model", "tokenizer", "train.checkpoint"},
+    "formats": BASE | {"autotune", "fitted", "ops", "model", "tokenizer", "tokenizer_files", "train.checkpoint"},
     "arguments": {"config", "model", "tokenizer", "data", "compress"},
     "api": BASE
     | {

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from efflm import tokenizer
+from efflm import tokenizer, tokenizer_files
 from efflm.config import InputError, require
 from efflm.tokenizer import Tokenizer
 
@@ -60,17 +60,16 @@ def from_metadata(metadata: dict[str, Any], where: Path) -> Tokenizer:
     types = _numbers(metadata, "token_type", len(tokens), where)
     byte_level = kind == "gpt2"
     split = _split(metadata, where) if byte_level else {"adds_bos": True}
-    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", split.get("adds_bos", False))
-    require(
-        isinstance(adds_bos, bool), f"{where}: tokenizer.ggml.add_bos_token is {adds_bos!r:.80}, but must be a bool"
-    )
+    adds = {"bos": split.get("adds_bos", False), "eos": False}
+    adds = {end: metadata.get(f"tokenizer.ggml.add_{end}_token", usual) for end, usual in adds.items()}
+    for end, value in adds.items():
+        name = f"tokenizer.ggml.add_{end}_token"
+        require(isinstance(value, bool), f"{where}: {name} is {value!r:.80}, but must be a bool")
     ids = {name: _id(metadata, name, len(tokens), where) for name in ("bos", "eos", "unknown", "padding", "eot", "eom")}
     if byte_level:
         stages = _byte_level(metadata, vocabulary, split, where)
     else:
         stages = _sentencepiece(metadata, tokens, vocabulary, types, ids["unknown"], where)
-    if adds_bos and ids["bos"] is not None:
-        stages["post_processor"] = _after_bos(tokens[ids["bos"]], ids["bos"])
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     special = (CONTROL, UNKNOWN) if not byte_level else (CONTROL,)
     described = {
@@ -81,7 +80,8 @@ def from_metadata(metadata: dict[str, Any], where: Path) -> Tokenizer:
         ],
         **stages,
     }
-    core = tokenizer.from_description(described, where)
+    before, after = ({tokens[ids[end]]: ids[end]} if adds[end] and ids[end] is not None else {} for end in adds)
+    core = tokenizer.from_description(tokenizer_files.with_ends(described, before, after), where)
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ends = {vocabulary[end] for end in ENDS if end in vocabulary and types[vocabulary[end]] == CONTROL}
     ends |= {ids[name] for name in ("eot", "eom")} - {None}
@@ -90,7 +90,6 @@ def from_metadata(metadata: dict[str, Any], where: Path) -> Tokenizer:
     return Tokenizer(
         core,
         {name: tokens[ids[key]] for name, key in names.items() if ids[key] is not None},
-        adds_bos=adds_bos and ids["bos"] is not None,
         extra_stops=tuple(sorted(ends - {ids["eos"]})),
         template=template,
         where=where,
@@ -104,18 +103,6 @@ def _split(metadata: dict[str, Any], where: Path) -> dict[str, Any]:
         f"{where} splits text in the way {name!r:.80} (tokenizer.ggml.pre), but known are {', '.join(SPLITS)}",
     )
     return SPLITS[name]
-
-
-def _after_bos(token: str, index: int) -> dict[str, Any]:
-    """The stage of a tokenizer.json that puts the beginning of a sequence before every text."""
-    begin, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
-    second = [{"SpecialToken": {"id": token, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
-    return {
-        "type": "TemplateProcessing",
-        "single": [begin, text],
-        "pair": [begin, text, *second],
-        "special_tokens": {token: {"id": token, "ids": [index], "tokens": [token]}},
-    }
 
 
 def _byte_level(
