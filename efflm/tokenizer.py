@@ -53,8 +53,8 @@ class Tokenizer:
 
     def __post_init__(self) -> None:
         if self.names:
-            added = {token.content for token in self.core.get_added_tokens_decoder().values()}
-            self.core.add_special_tokens([token for token in self.names.values() if token not in added])
+            special = {token.content for token in self.core.get_added_tokens_decoder().values() if token.special}
+            self.core.add_special_tokens([token for token in self.names.values() if token not in special])
 
     @functools.cached_property
     def vocabulary(self) -> int:
@@ -99,7 +99,14 @@ class Tokenizer:
 
     @functools.cached_property
     def _ends(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return tokenizer_files.ends(pieces.plain(self.core.post_processor), self.where)
+        if self.core.post_processor is None:
+            return (), ()
+        with _panics_of(self.where, "tokenize a text"):
+            ids, text = self.core.encode(TRIAL).ids, self.core.encode(TRIAL, add_special_tokens=False).ids
+        starts = [start for start in range(len(ids) + 1) if ids[start : start + len(text)] == text]
+        require(bool(starts), f"{self.where}: its post_processor leaves out the text: fetch the model again")
+        sides = ids[: starts[0]], ids[starts[0] + len(text) :]
+        return tuple(tuple(filter(self._has, side)) for side in sides)
 
     @property
     def separator(self) -> int:

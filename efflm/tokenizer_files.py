@@ -133,6 +133,7 @@ def with_tokens(
     for token, forced in [(each, True) for each in given] + [(each, False) for each in (*named.values(), *listed)]:
         content = token["content"]
         if content in added and not forced:
+            added[content] = added[content] | {"special": True}
             continue
         if content not in ids:
             free = _free(described, [ids[each] for each in added])
@@ -172,26 +173,6 @@ def with_ends(described: dict[str, Any], before: Mapping[str, int], after: Mappi
     new["special_tokens"] = table
     together = {"type": "Sequence", "processors": [own, new]}
     return described | {"post_processor": new if own is None else together}
-
-
-def ends(post_processor: Any, where: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that a post-processor puts before and after a text. Raises InputError for one without the text."""
-    kind = post_processor.get("type") if isinstance(post_processor, dict) else None
-    if kind == "Sequence":
-        before, after = (), ()
-        for each in post_processor["processors"]:
-            outer = ends(each, where)
-            before, after = outer[0] + before, after + outer[1]
-        return before, after
-    if kind in ("BertProcessing", "RobertaProcessing"):
-        return (post_processor["cls"][1],), (post_processor["sep"][1],)
-    if kind != "TemplateProcessing":
-        return (), ()
-    single, table = post_processor["single"], post_processor["special_tokens"]
-    texts = [index for index, piece in enumerate(single) if "Sequence" in piece]
-    require(len(texts) == 1, f"{where}: its post_processor has the text {len(texts)} times: fetch the model again")
-    found = lambda pieces: tuple(index for piece in pieces for index in table[piece["SpecialToken"]["id"]]["ids"])
-    return found(single[: texts[0]]), found(single[texts[0] + 1 :])
 
 
 def _says(post_processor: Any) -> bool:

@@ -12,6 +12,7 @@ from efflm.compress.step import Calibration
 from efflm.config import InputError
 from efflm.evaluate.windows import Scoring
 from efflm.flags import launch
+from efflm.report.comparison import Limits
 from experiments import compress
 from tests import tiny
 
@@ -28,7 +29,8 @@ def model(tmp_path):
 def run(model, out, *flags):
     flags = ["x", f"--model={model}", f"--text={model.parent / 't.txt'}", f"--run_dir={out}", "--score.documents=1",
              "--score.tokens=12", "--prompt=", *flags]  # fmt: skip
-    launch(compress.main, "", flags, run=compress.Run(), calibration=Calibration(), score=Scoring(), **compress.STEPS)
+    launch(compress.main, "", flags, run=compress.Run(), calibration=Calibration(), score=Scoring(), limits=Limits(),
+           **compress.STEPS)  # fmt: skip
 
 
 def test_a_recipe_with_other_settings_has_another_name():
