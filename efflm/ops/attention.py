@@ -56,9 +56,11 @@ def attention(
 
     A query sees the keys up to its own slot, slots_BT[b, t] of the S (default: the queries are the last T of the S, in
     order), of these the last `window` (0: all), and of these the ones in its own segment, where segments are given
-    (key_segments_BS: the keys', where keys are not the queries' own).
-    Query head n reads key-value head n // (N / K).
+    (key_segments_BS: the keys', where keys are not the queries' own). The result is 0 where it sees no key.
+    Query head n reads key-value head n // (N / K). Raises ValueError for shapes that do not fit.
     """
+    require_heads(q_BTNH, k_BSKH, v_BSKH)
+    _require_places(q_BTNH, k_BSKH, slots_BT, segments_BT, key_segments_BS)
     T, S, H, dtype = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[3], q_BTNH.dtype
     in_order, own_segments = slots_BT is None, key_segments_BS is None
     found = {name: kernel_for(name, T, S, H, dtype, window, in_order, own_segments) for name in KERNELS}
@@ -70,6 +72,30 @@ def attention(
     if not kernels:
         return portable(q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS)
     return lax.platform_dependent(q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, default=portable, **kernels)
+
+
+def require_heads(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> None:
+    """Raise ValueError unless queries, keys and values fit: kernels would read or leave out other memory."""
+    (B, _, N, H), (_, _, K, _) = q_BTNH.shape, k_BSKH.shape
+    if k_BSKH.shape[::3] != (B, H) or v_BSKH.shape != k_BSKH.shape:
+        raise ValueError(
+            f"queries of shape {q_BTNH.shape}, keys of {k_BSKH.shape} and values of {v_BSKH.shape} do not fit: batch "
+            "and head size must be the same, and all of keys and values"
+        )
+    if K == 0 or N % K:
+        raise ValueError(f"{N} query heads cannot be shared among {K} key-value heads: these must divide them")
+
+
+def _require_places(q_BTNH, k_BSKH, slots_BT, segments_BT, key_segments_BS) -> None:
+    (B, T, *_), S = q_BTNH.shape, k_BSKH.shape[1]
+    if S == 0 or (slots_BT is None and T > S):
+        raise ValueError(f"there are {T} queries and {S} keys, and without slots the queries are the last of the keys")
+    if segments_BT is None and key_segments_BS is not None:
+        raise ValueError("segments of the keys are given, but none of the queries")
+    of_keys = segments_BT if key_segments_BS is None else key_segments_BS
+    for name, x, size in (("slots", slots_BT, T), ("segments", segments_BT, T), ("segments of the keys", of_keys, S)):
+        if x is not None and x.shape not in ((B, size), (1, size)):
+            raise ValueError(f"{name} have shape {x.shape}, but must have {(B, size)}")
 
 
 def kernel_for(
@@ -158,6 +184,13 @@ def _forward_block(q, k, v, queries: _Placement, keys: _Placement, window: int):
     return _matmul(weights_BKQS.astype(v.dtype), v), jnp.sum(weights_BKQS, axis=-1, keepdims=True), top
 
 
+def _softmax(out, total, top):
+    """The sums of `_forward_block` as attention, and the log-normalizers [B, K, Q]. Both are 0 for a query that sees no
+    key: in the backward pass the weights of masked keys are then 0."""
+    blind = top <= MASKED / 2  # not for NaN
+    return jnp.where(blind, 0.0, out / total), jnp.where(blind, 0.0, top + jnp.log(total))[..., 0]
+
+
 def _backward_block(q, k, v, g, normalizer, inner, queries: _Placement, keys: _Placement, window: int):
     """The float32 gradients of some queries, keys and values through each other.
 
@@ -187,8 +220,9 @@ def _attend_forward(q, k, v, queries, keys, window, group, in_order):
             some, block = slice(q_lo * group, q_hi * group), queries.part(q_lo * group, (q_hi - q_lo) * group)
             seen = keys.part(k_lo, k_hi - k_lo)
             out, total, top = _forward_block(q[:, :, some], k[:, :, k_lo:k_hi], v[:, :, k_lo:k_hi], block, seen, window)
-            outs.append(out / total)
-            normalizers.append((top + jnp.log(total))[..., 0])
+            out, normalizer = _softmax(out, total, top)
+            outs.append(out)
+            normalizers.append(normalizer)
         out, normalizer = jnp.concatenate(outs, axis=2), jnp.concatenate(normalizers, axis=2)
     else:
         out, normalizer = _loop_forward(q, k, v, queries, keys, window, group)
@@ -260,7 +294,7 @@ def _loop_forward(q, k, v, queries, keys, window, group):
         column = jnp.zeros((B, K, size, 1), jnp.float32)
         start_values = (jnp.zeros((B, K, size, H), jnp.float32), column, column + MASKED)
         out, total, top = lax.fori_loop(*key_blocks(block), add_keys, start_values)
-        return out / total, (top + jnp.log(total))[..., 0]
+        return _softmax(out, total, top)
 
     outs, normalizers = lax.map(one, jnp.arange(0, q.shape[2], size))
     join = lambda x: jnp.moveaxis(x, 0, 2).reshape(B, K, -1, *x.shape[4:])[:, :, :Q]

@@ -138,7 +138,10 @@ def dot_transposed(x: Any, w: Any) -> jax.Array:
 def _product(x: jax.Array, w: Any, transpose: bool) -> jax.Array:
     """The portable form. The result is named MATMUL, for policies of rematerialization, which do not look into a custom
     derivative."""
-    w = w.value if isinstance(w, cpu.Dense) else w
+    if isinstance(w, cpu.Dense):
+        w = w.value
+    elif isinstance(w, cpu.Panels):  # quantized along the outputs, which no kernel takes
+        return matmul(x, cpu.unpacked(w).astype(x.dtype), transpose)
     if isinstance(w, QArray):
         return _quantized(x, w, transpose)
     out = _float_matmul(*operands(x, w), transpose)

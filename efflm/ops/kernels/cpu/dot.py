@@ -18,6 +18,7 @@ from efflm.ops.norm import Normed, normalize
 from efflm.ops.qarray import QArray, codes
 
 PANEL, UNIT = 32, 8
+MOST_WEIGHTS = 8  # of one call, as in src/kernels.cc
 MOST_INPUTS = 65_000  # beyond which sums of products of 8-bit codes may not fit into 32 bits
 # Rows up to which a dense weight has a kernel, by its dtype; beyond them XLA's matmul is the faster one.
 FEW_ROWS = {"float32": 12, "bfloat16": 16}
@@ -105,6 +106,17 @@ def panels(w: QArray, form: str) -> Panels:
 
 def rows(table: Panels, indices: jax.Array) -> jax.Array:
     """Rows [..., D] of a table [V, D] in panels, as floats in the dtype of its scales."""
+    return outputs(table, indices) if table.axis == -1 else unpacked(table)[indices]
+
+
+def unpacked(w: Panels) -> jax.Array:
+    """The whole matrix as floats in the dtype of its scales."""
+    by_output = outputs(w, jnp.arange(w.outputs))
+    return by_output if w.axis == -1 else by_output.T
+
+
+def outputs(table: Panels, indices: jax.Array) -> jax.Array:
+    """The weights [..., size] of some outputs, as floats in the dtype of the scales."""
     words = table.values[indices // PANEL, :, indices % PANEL].astype(jnp.int16)
     if table.bits == 4:
         words = jnp.stack([words & 15, words >> 4], axis=-2)
@@ -116,13 +128,28 @@ def rows(table: Panels, indices: jax.Array) -> jax.Array:
     return (centered * spread(table.scale)).astype(table.dtype)
 
 
-def _fits(x: Any, w: Any, rows: int) -> bool:
+def _fits(x: Any, w: Any, rows: int, transposed: bool = False) -> bool:
     """Whether a kernel multiplies `rows` rows with this weight. With dense ones XLA is faster where rows are many, and
-    would round bfloat16 rows and a float32 matrix differently."""
+    would round bfloat16 rows and a float32 matrix differently. Panels are multiplied along the axis of their groups."""
     if isinstance(w, Panels):
-        return True
+        return w.axis == (-1 if transposed else -2)
     mixed = isinstance(w, Dense) and (str(x.dtype), str(w.value.dtype)) == ("bfloat16", "float32")
     return isinstance(w, Dense) and rows <= FEW_ROWS[str(w.value.dtype)] and not mixed
+
+
+def _require_shapes(x: Any, *weights: tuple[int, int], residual: jax.Array | None) -> None:
+    """Raise ValueError unless x [..., K] and its norm fit matrices of the shapes [K, N], and a residual their products:
+    the kernels would read other memory."""
+    K, lead = x.shape[-1], x.shape[:-1]
+    for shape in weights:
+        if shape[0] != K:
+            raise ValueError(f"rows of shape {x.shape} have {K} entries each, but the matrix {shape} reads {shape[0]}")
+        if residual is not None and residual.shape != (*lead, shape[1]):
+            raise ValueError(f"the residual has shape {residual.shape}, but the product {(*lead, shape[1])}")
+    if isinstance(x, Normed):
+        for name, part in (("scale", x.scale), ("bias", x.bias)):
+            if part is not None and part.shape != (K,):
+                raise ValueError(f"the {name} of a norm has shape {part.shape}, but the rows have {K} entries each")
 
 
 def _call(name: str, x: Any, weights: Sequence[Any], residual: Any, transposed: bool, outs: Any, extra=()) -> Any:
@@ -159,11 +186,16 @@ def dots(
     transposed: dense weights are [N, K].
     """
     lead = x.shape[:-1]
-    if not weights or not all(_fits(x, w, math.prod(lead)) for w in weights):
+    if not weights or not all(_fits(x, w, math.prod(lead), transposed) for w in weights):
         return None
-    outputs = [w.outputs if isinstance(w, Panels) else w.shape[0 if transposed else 1] for w in weights]
-    outs = [jax.ShapeDtypeStruct((*lead, each), jnp.float32) for each in outputs]
-    return list(_call("efflm_dots", x, weights, residual, transposed, outs))
+    shapes = [w.shape[::-1] if transposed else w.shape for w in weights]
+    _require_shapes(x, *shapes, residual=residual)
+    outs = [jax.ShapeDtypeStruct((*lead, shape[1]), jnp.float32) for shape in shapes]
+    found = []
+    for i in range(0, len(weights), MOST_WEIGHTS):
+        some = slice(i, i + MOST_WEIGHTS)
+        found += _call("efflm_dots", x, weights[some], residual, transposed, outs[some])
+    return found
 
 
 def feedforward(x: Any, gate: Any, up: Any, down: Any, residual: jax.Array, dtype: Any) -> jax.Array | None:
@@ -173,5 +205,10 @@ def feedforward(x: Any, gate: Any, up: Any, down: Any, residual: jax.Array, dtyp
     fits = all(_fits(x, w, math.prod(lead)) for w in weights) and jnp.dtype(dtype) in (jnp.float32, jnp.bfloat16)
     if not fits or 0 in lead or str(x.dtype) != str(jnp.dtype(dtype)) or (low and not isinstance(x, Normed)):
         return None
+    _require_shapes(x, gate.shape, up.shape, residual=None)
+    hidden = jax.ShapeDtypeStruct((*lead, gate.shape[1]), dtype)
+    if up.shape != gate.shape:
+        raise ValueError(f"the matrix of gates has shape {gate.shape}, but the other one {up.shape}")
+    _require_shapes(hidden, down.shape, residual=residual)
     out = jax.ShapeDtypeStruct((*lead, down.shape[1]), jnp.float32)
     return _call("efflm_feedforward", x, weights, residual, False, out, extra=(gate.shape[1],))

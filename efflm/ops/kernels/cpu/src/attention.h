@@ -65,12 +65,11 @@ class Cutter {
 };
 
 // A work item's arrays, in a thread's own memory.
-template <int Use, typename Arrays, typename... Sizes>
+template <For Use, typename Arrays, typename... Sizes>
 Arrays arrays(Sizes... sizes) {
   Cutter sum;
   Arrays(sum, sizes...);
-  float* start = scratch<float, Use>(sum.used() + 16);
-  Cutter cut(reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(start) + 63) & ~uintptr_t(63)));
+  Cutter cut(scratch<float, Use>(sum.used()));
   return Arrays(cut, sizes...);
 }
 

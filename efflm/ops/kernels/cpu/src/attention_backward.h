@@ -1,6 +1,8 @@
 // The gradients of attention.h's attention: the weights are computed again from the normalizers.
 #pragma once
 
+#include <initializer_list>
+#include <memory>
 #include <thread>
 
 #include "attention.h"
@@ -19,7 +21,8 @@ struct Gradients {
   Array dq, dk, dv;
 };
 
-constexpr int64_t kBackwardRows = 96, kBackwardKeys = 96;  // of a block: multiples of kTileRows and kWidth
+constexpr int64_t kBackwardRows = 96, kBackwardKeys = 96;  // of a block
+static_assert(kBackwardRows % kTileRows == 0 && kBackwardKeys % kTileColumns == 0);
 
 struct BackwardArrays {
   int64_t stride, key_stride;
@@ -138,12 +141,16 @@ void attend_back_block(const Gradients& d, const BackwardArrays& m, int64_t b, i
   }
 }
 
+void await(const std::atomic<int>& done, int turn) {
+  while (done.load(std::memory_order_acquire) != turn) std::this_thread::yield();
+}
+
 // The blocks of keys [first, last) of a key-value head. dq is written when it is this one's turn, of `done` chunks.
 void attend_back_keys(const Gradients& d, int64_t b, int64_t kv, int64_t first, int64_t last, int turn,
                       std::atomic<int>& done) {
   const Attention& a = d.attention;
   const int64_t filled = a.filled(), all = a.rows();
-  auto m = arrays<11, BackwardArrays>(all, filled);
+  auto m = arrays<For::kBackward, BackwardArrays>(all, filled);
   m.places.fill(a, b, 0, all);
   for (int64_t r = 0; r < all; ++r) {
     const int64_t at = a.at(b, kv, r);
@@ -178,7 +185,7 @@ void attend_back_keys(const Gradients& d, int64_t b, int64_t kv, int64_t first, 
       write_row(d.dv, a.key_at(b, kv, s + i), a.H, m.dv + i * m.stride, 1);
     }
   }
-  while (done.load(std::memory_order_acquire) != turn) std::this_thread::yield();
+  await(done, turn);
   float* sums = static_cast<float*>(const_cast<void*>(d.dq.data));
   for (int64_t r = 0; r < all; ++r) {
     const int64_t at = a.at(b, kv, r);
@@ -193,15 +200,25 @@ void attend_back_keys(const Gradients& d, int64_t b, int64_t kv, int64_t first, 
 
 void attend_back(const Gradients& d, const Pool& pool) {
   const Attention& a = d.attention;
-  if (a.B * a.T * a.N * a.H == 0) return;
+  if (a.B * a.T * a.N * a.H == 0) {
+    for (const Array& each : {d.dk, d.dv})
+      std::memset(const_cast<void*>(each.data), 0, a.B * a.S * a.K * a.H * (each.is_bfloat16 ? 2 : 4));
+    return;
+  }
   const int64_t blocks = ceiling(a.S, kBackwardKeys), heads = a.B * a.K, chunks = d.chunks;
   const std::unique_ptr<std::atomic<int>[]> done(new std::atomic<int>[heads]());
   // The last keys, which the fewest rows see, come first, so that no chunk waits long for its turn. It is never for a
   // chunk that has not begun: tasks are begun in order.
   Team::run(pool, heads * chunks, [&](int64_t i) {
     const int64_t head = i % heads, turn = i / heads, chunk = chunks - 1 - turn;
-    attend_back_keys(d, head / a.K, head % a.K, chunk * blocks / chunks, (chunk + 1) * blocks / chunks, int(turn),
-                     done[head]);
+    try {
+      attend_back_keys(d, head / a.K, head % a.K, chunk * blocks / chunks, (chunk + 1) * blocks / chunks, int(turn),
+                       done[head]);
+    } catch (...) {  // the others do not wait for it for ever
+      await(done[head], int(turn));
+      done[head].store(int(turn) + 1, std::memory_order_release);
+      throw;
+    }
   });
 }
 

@@ -11,7 +11,8 @@ namespace {
 constexpr float kHidden = -1e30f, kLowest = -1e29f;
 constexpr int64_t kForwardRows = 264, kForwardKeys = 192;  // of a work item; of a block
 constexpr int64_t kTasks = 16;  // among which the cores share the work
-constexpr int64_t kStrip = 24;  // rows whose scores with a block of keys are held: multiple of kTileRows
+constexpr int64_t kStrip = 24;  // rows whose scores with a block of keys are held
+static_assert(kStrip % kTileRows == 0 && kForwardRows % kStrip == 0 && kForwardKeys % kTileColumns == 0);
 
 struct ForwardArrays {
   int64_t stride, key_stride;
@@ -69,7 +70,7 @@ EFFLM_INLINE void soften(float* scores, const Columns& columns, float scale, con
 void attend_rows(const Attention& a, int64_t b, int64_t kv, int64_t row, int64_t count) {
   const int64_t filled = a.filled();
   const float scale = a.scale2();
-  auto m = arrays<10, ForwardArrays>(count, filled);
+  auto m = arrays<For::kForward, ForwardArrays>(count, filled);
   m.places.fill(a, b, row, count);
   int64_t start = a.S, end = 0;
   for (int64_t r = 0; r < count; ++r) {

@@ -13,7 +13,8 @@ namespace {
 // Of rows, `tokens` of each sequence: queries [rows, heads, size], new keys and values [rows, kv_heads, size], float32,
 // rotated here by `cosines` and `sines` [rows, rotated / 2] where rotated > 0. The caches [sequences, slots, kv_heads,
 // size] hold `Cell`s; row r has a new entry at slot positions[r] of its sequence and sees the slots up to that one, the
-// last `window` of them (0: all).
+// last `window` of them (0: all). The positions of a sequence are consecutive; all are moved into the cache where they
+// are not, as lax.dynamic_update_slice does. tokens <= slots.
 template <typename Cell>
 struct Decode {
   int64_t rows, tokens, slots, heads, kv_heads, size, rotated, window;
@@ -23,7 +24,10 @@ struct Decode {
   float* out;
   bool to_bfloat16 = false;  // rounds queries, keys and values, as products in bfloat16 do
 
-  int64_t position(int64_t row) const { return positions[row] < 0 ? 0 : least(positions[row], slots - 1); }
+  int64_t position(int64_t row) const {
+    const int64_t token = row % tokens, first = positions[row - token];
+    return (first < 0 ? 0 : least(first, slots - tokens)) + token;
+  }
   // The first number of a key or value in a cache.
   int64_t at(int64_t row, int64_t slot, int64_t k) const {
     return ((row / tokens * slots + slot) * kv_heads + k) * size;
@@ -91,8 +95,8 @@ template <typename Cell>
 void decode(const Decode<Cell>& d, const Pool& pool) {
   const int64_t N = d.heads, K = d.kv_heads, H = d.size, group = N / K;
   const float factor = 1 / std::sqrt(float(H));
-  float* queries = scratch<float, 8>(d.rows * N * H);
-  float* turned = scratch<float, 9>(H);
+  float* queries = scratch<float, For::kQueries>(d.rows * N * H);
+  float* turned = scratch<float, For::kTurned>(H);
   int64_t most = 0, work = 0;
   for (int64_t r = 0; r < d.rows; ++r) {
     const float* cosines = d.cosines + r * (d.rotated / 2);
@@ -115,7 +119,7 @@ void decode(const Decode<Cell>& d, const Pool& pool) {
   }
   // Each task: of some keys the sums of exp(score - top) v and of exp(score - top), and top.
   const int64_t chunks = ceiling(most, kChunk), cells = H + 2;
-  float* parts = scratch<float, 10>(d.rows * K * chunks * group * cells);
+  float* parts = scratch<float, For::kDecoded>(d.rows * K * chunks * group * cells);
   const Pool alone;
   Team::run(work < kWorthSharing ? alone : pool, d.rows * K * chunks, [&](int64_t task) {
     const int64_t r = task / (K * chunks), k = task / chunks % K, chunk = task % chunks;

@@ -10,7 +10,7 @@ namespace {
 template <typename W>
 void transposed_product(const Rows& rows_of_x, const Product& d, const Pool& pool) {
   const int64_t M = rows_of_x.rows, K = d.weight.inputs, N = d.weight.outputs, blocks = ceiling(N, 4);
-  const float* x = read<2>(rows_of_x, d.weight, pool).floats;
+  const float* x = read(rows_of_x, d.weight, pool).floats;
   const W* w = static_cast<const W*>(d.weight.values);
   const int64_t each = ceiling(blocks, 8 * pool.threads);
   Team::run(pool, ceiling(blocks, each), [&](int64_t task) {
@@ -73,10 +73,10 @@ EFFLM_INLINE void add_inputs(const float* x, int64_t M, int64_t K, const W* w, i
 template <typename W>
 void straight_product(const Rows& rows_of_x, const Product& d, const Pool& pool) {
   const int64_t M = rows_of_x.rows, K = d.weight.inputs, N = d.weight.outputs;
-  const float* x = read<2>(rows_of_x, d.weight, pool).floats;
+  const float* x = read(rows_of_x, d.weight, pool).floats;
   const W* w = static_cast<const W*>(d.weight.values);
   const int64_t tasks = least(M > 1 ? 8 : 16, ceiling(K, 32)), each = ceiling(ceiling(K, tasks), kInputs) * kInputs;
-  float* parts = scratch<float, 5>(tasks * M * N);
+  float* parts = scratch<float, For::kParts>(tasks * M * N);
   Team::run(pool, tasks, [&](int64_t task) {
     float* total = parts + task * M * N;
     std::memset(total, 0, 4 * M * N);

@@ -8,6 +8,8 @@ namespace {
 
 constexpr int64_t kUnpacked = 17;   // from so many rows on, a panel is turned into floats once for all of them
 constexpr int64_t kRowBlock = 96;   // rows that read a panel while it is in the cache
+static_assert(kRowBlock % kTileRows == 0 && kRowBlock % kFloatRows == 0 && kRowBlock % kRoundedRows == 0 &&
+              kRowBlock % kGroupedRows == 0, "rows are laid out in tiles from the first row on");
 
 void copy_out(const Product& to, int64_t row, int64_t rows, int64_t p, const float* tile) {
   const int64_t columns = least(kPanel, to.weight.outputs - p * kPanel);
@@ -60,7 +62,7 @@ void times_panel(const Weight& w, const Read& x, int64_t p, int64_t row, int64_t
       done(row, rows, tile);
     }
   } else if (end - row >= kUnpacked) {
-    float* floats = scratch<float, 1>(filled * kPanel);
+    float* floats = scratch<float, For::kPanel>(filled * kPanel);
     unpack<Bits>(w, p, floats);
     for (; row < end; row += kTileRows) {
       const int64_t rows = least(kTileRows, end - row);
@@ -96,7 +98,7 @@ bool alike(const Weight& a, const Weight& b) {
 
 template <int Bits>
 void quantized_products(const Rows& x, const Product* all, int count, const Pool& pool) {
-  const Read read_x = read<2>(x, all[0].weight, pool);
+  const Read read_x = read(x, all[0].weight, pool);
   int64_t panels = 0;
   for (int i = 0; i < count; ++i) panels += all[i].weight.panels();
   over_panels(panels, x.rows, pool, [&](int64_t p, int64_t row, int64_t end) {

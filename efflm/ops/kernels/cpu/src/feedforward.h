@@ -25,7 +25,7 @@ void gated(float* gate, const float* up, int64_t size, bool to_bfloat16) {
 
 template <int Bits>
 void gated_panels(const FeedForward& f, float* h, const Pool& pool) {
-  const Read x = read<2>(f.x, f.gate, pool);
+  const Read x = read(f.x, f.gate, pool);
   const int64_t F = f.gate.outputs;
   const Product to_h = {f.gate, h, nullptr};
   over_panels(f.gate.panels(), f.x.rows, pool, [&](int64_t p, int64_t row, int64_t end) {
@@ -41,11 +41,11 @@ void gated_panels(const FeedForward& f, float* h, const Pool& pool) {
 void feedforward(const FeedForward& f, const Pool& pool) {
   const int64_t M = f.x.rows, F = f.gate.outputs;
   if (M == 0) return;
-  float* h = scratch<float, 6>(M * F);
+  float* h = scratch<float, For::kHidden>(M * F);
   if (alike(f.gate, f.up)) {
     f.gate.format == Format::kInt8 ? gated_panels<8>(f, h, pool) : gated_panels<4>(f, h, pool);
   } else {
-    float* up = scratch<float, 7>(M * F);
+    float* up = scratch<float, For::kUp>(M * F);
     product(f.x, {f.gate, h, nullptr}, pool);
     product(f.x, {f.up, up, nullptr}, pool);
     const int64_t size = M * F, part = ceiling(ceiling(size, 4 * pool.threads), 4096) * 4096;

@@ -31,8 +31,6 @@ struct Read {
   const float* float_sums = nullptr;
 };
 
-// Use: of scratch memory, so that what was read for one weight outlives what is read for another.
-template <int Use>
 Read read(const Rows& x, const Weight& w, const Pool& pool) {
   const int64_t filled = w.quantized() ? w.filled() : w.inputs, groups = w.groups(), M = x.rows;
   const bool as_it_is = !x.is_bfloat16 && !x.norm_scale && filled == x.inputs;
@@ -42,16 +40,16 @@ Read read(const Rows& x, const Weight& w, const Pool& pool) {
     out.floats = static_cast<const float*>(x.x);
     return out;
   }
-  float* floats = w.round_x ? nullptr : scratch<float, Use>(M * filled);
-  Rounded* rounded = w.round_x ? scratch<Rounded, Use>(M * filled) : nullptr;
-  float* row_scales = w.round_x ? scratch<float, Use + 1>(M) : nullptr;
-  int32_t* integer_sums = w.round_x ? scratch<int32_t, Use>(M * groups) : nullptr;
-  float* float_sums = sums ? scratch<float, Use + 2>(M * groups) : nullptr;
+  float* floats = w.round_x ? nullptr : scratch<float, For::kX>(M * filled);
+  Rounded* rounded = w.round_x ? scratch<Rounded, For::kX>(M * filled) : nullptr;
+  float* row_scales = w.round_x ? scratch<float, For::kScales>(M) : nullptr;
+  int32_t* integer_sums = w.round_x ? scratch<int32_t, For::kSums>(M * groups) : nullptr;
+  float* float_sums = sums ? scratch<float, For::kSums>(M * groups) : nullptr;
   const Tiles tiles = {M, groups > 1 ? kGroupedRows : kRoundedRows, filled};
   const int64_t part = ceiling(M, M > 16 ? 4 * pool.threads : 1);
   Team::run(pool, ceiling(M, part), [&](int64_t i) {
     for (int64_t m = i * part; m < least((i + 1) * part, M); ++m) {
-      float* row = w.round_x ? scratch<float, 0>(filled) : floats + m * filled;
+      float* row = w.round_x ? scratch<float, For::kRow>(filled) : floats + m * filled;
       read_row(x, m, filled, row);
       if (w.round_x) round_row(w, row, tiles, m, rounded, row_scales + m, integer_sums + m * groups);
       for (int64_t g = 0; sums && g < groups; ++g) {

@@ -74,7 +74,7 @@ void round_row(const Weight& w, const float* x, const Tiles& tiles, int64_t row,
   *row_scale = broken ? std::numeric_limits<float>::quiet_NaN() : scale;
   const Floats top = splat(127.0f), divisor = splat(scale);
   const Ints none = splat(broken ? 0 : -1);
-  int32_t* whole = scratch<int32_t, 0>(filled + kWidth);
+  int32_t* whole = scratch<int32_t, For::kRounded>(filled + kWidth);
   for (int64_t i = 0; i < filled; i += kWidth) {
     Floats value = i + kWidth <= filled ? load_floats(x + i) : partial(x + i, filled - i);
     value = value / divisor;

@@ -2,8 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
-#include <memory>
+#include <new>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -103,17 +104,37 @@ EFFLM_INLINE Floats load_floats(const uint16_t* p) {
 EFFLM_INLINE float load_float(const float* p) { return *p; }
 EFFLM_INLINE float load_float(const uint16_t* p) { return from_bfloat16(*p); }
 
-// Memory that a thread keeps from call to call, one block for each Use; what it held is lost when it grows.
-template <typename T, int Use>
+// What a thread keeps memory for. Each is used by one function, which may call those of the others.
+enum class For {
+  kRow, kRounded, kPanel,                          // one row of x, and its codes; one panel of a weight
+  kX, kScales, kSums,                              // all rows of x as a product reads them
+  kParts,                                          // sums of parts of the inputs
+  kHidden, kUp,                                    // of a feed-forward part
+  kQueries, kTurned, kDecoded,                     // of decode
+  kForward, kBackward,                             // of attention
+};
+
+// Memory that a thread keeps from call to call, from the start of a cache line on; what it held is lost when it grows.
+// Throws std::bad_alloc.
+template <typename T, For Use>
 T* scratch(int64_t size) {
-  thread_local std::unique_ptr<T[]> kept;
-  thread_local int64_t capacity = 0;
-  if (capacity < size) {
-    kept.reset();
-    kept.reset(new T[size]);
-    capacity = size;
+  struct Block {
+    T* data = nullptr;
+    int64_t size = 0;
+    ~Block() { std::free(data); }
+  };
+  thread_local Block kept;
+  if (!kept.data || kept.size < size) {
+    std::free(kept.data);
+    kept.data = nullptr;
+    void* memory = nullptr;
+    const size_t most = SIZE_MAX / sizeof(T);
+    if (size < 0 || size_t(size) > most || posix_memalign(&memory, 64, size ? size * sizeof(T) : 1) != 0)
+      throw std::bad_alloc();
+    kept.data = static_cast<T*>(memory);
+    kept.size = size;
   }
-  return kept.get();
+  return kept.data;
 }
 
 EFFLM_INLINE int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
