@@ -11,6 +11,8 @@ import contextlib
 import gc
 import hashlib
 import os
+import shutil
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +44,7 @@ import numpy as np
 import pytest
 
 from efflm.data import dataset
+from efflm.ops.kernels.cpu import build
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("efflm", deadline=None, max_examples=30, derandomize=True)
@@ -62,6 +65,16 @@ def corpora_of_the_tests(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(dataset, "cache", lambda: prepared)
         yield
+
+
+@pytest.fixture(scope="session")
+def native_kernels():
+    """Every form of the native kernels that this processor runs, built. With a compiler at hand a build that fails is a
+    failure of each test that needs it: the portable forms would pass in its place."""
+    if sys.platform != "linux" or not any(map(shutil.which, build.COMPILERS)):
+        pytest.skip("no C++ compiler, or not Linux")
+    for form in build.supported():
+        assert build.ready(form), f"the kernels cannot be built in the form {form}"
 
 
 @pytest.fixture

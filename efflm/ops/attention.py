@@ -187,7 +187,7 @@ def _forward_block(q, k, v, queries: _Placement, keys: _Placement, window: int):
 def _softmax(out, total, top):
     """The sums of `_forward_block` as attention, and the log-normalizers [B, K, Q]. Both are 0 for a query that sees no
     key: in the backward pass the weights of masked keys are then 0."""
-    blind = top <= MASKED / 2  # not for NaN
+    blind = (top <= MASKED / 2) & ~jnp.isnan(total)
     return jnp.where(blind, 0.0, out / total), jnp.where(blind, 0.0, top + jnp.log(total))[..., 0]
 
 

@@ -55,7 +55,7 @@ def test_kernels_on_a_mesh_give_the_gradients_of_the_portable_form(monkeypatch, 
     assert seen == shapes
 
 
-@pytest.mark.skipif(not build.form(), reason="the native kernels cannot be built here")
+@pytest.mark.usefixtures("native_kernels")
 def test_queries_with_slots_stay_on_their_devices(rng):
     """A prompt's queries in a KV cache: the native kernel, which XLA's partitioner would give all of the cache."""
     shapes = ((4, 6, 4, 8), (4, 32, 2, 8), (4, 32, 2, 8))

@@ -24,10 +24,7 @@ FORMATS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def kernels():
-    if not build.form():
-        pytest.skip("the kernels cannot be built here")
+pytestmark = pytest.mark.usefixtures("native_kernels")
 
 
 def quantized(model, format):

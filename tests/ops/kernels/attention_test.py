@@ -136,10 +136,13 @@ def lowered(platform, f, *arguments):
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "cpu", "cpu without native kernels"])
-def test_the_program_of_a_platform_holds_its_kernel(platform):
+def test_the_program_of_a_platform_holds_its_kernel(platform, request):
     platform, _, without = platform.partition(" ")
+    native = platform == "cpu" and not without
+    if native:
+        request.getfixturevalue("native_kernels")
     with build.chosen("off" if without else "auto"):
-        check_program(platform, platform == "cpu" and build.form() != "")
+        check_program(platform, native)
 
 
 def check_program(platform, native):

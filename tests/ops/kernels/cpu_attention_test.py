@@ -18,7 +18,7 @@ from efflm.ops.attention import kernel_for
 from efflm.ops.kernels.cpu import attention as cpu
 from efflm.ops.kernels.cpu import build
 
-pytestmark = pytest.mark.skipif(not build.form(), reason="the native kernels cannot be built here")
+pytestmark = pytest.mark.usefixtures("native_kernels")
 
 
 @pytest.fixture(params=build.supported(), autouse=True, scope="module")
@@ -107,14 +107,21 @@ def test_output_and_gradients(lengths, B, heads, H, window, given, dtype, seed):
     assert_close(got, reference(q, k, v, g, visible(T, S, slots, segments, keys, window)), dtype)
 
 
-def test_queries_that_see_no_key_get_zero(rng):
+@pytest.mark.parametrize("kernels", ["native", "portable", "portable, looped"])
+def test_queries_that_see_no_key_get_zero(rng, form, monkeypatch, kernels):
     q, k, v, g = draw(rng, 1, 40, 40, 2, 1, 16)
     segments, keys = np.arange(40)[None] // 10, np.zeros((1, 40), int)
     where = {"segments_BT": jnp.asarray(segments, jnp.int32), "key_segments_BS": jnp.asarray(keys, jnp.int32)}
-    got = jax.jit(functools.partial(with_gradients, **where))(q, k, v, g)
+    if kernels == "portable, looped":
+        monkeypatch.setitem(kernel_for.__globals__, "UNROLLED", 0)
+    with build.chosen(form if kernels == "native" else "off"):
+        got = jax.jit(functools.partial(with_gradients, **where))(q, k, v, g)
     want = reference(q, k, v, g, visible(40, 40, np.arange(40)[None], segments, keys, 0))
     assert_close(got, want, jnp.float32)
     assert not np.any(got[0][:, 10:])
+    if kernels != "native":
+        with build.chosen("off"):  # what is not finite is not taken for a query without keys
+            assert np.isnan(with_gradients(q.at[0, 5].set(jnp.nan), k, v, g, **where)[0][0, 5]).all()
 
 
 def test_large_scores_and_far_keys(rng):

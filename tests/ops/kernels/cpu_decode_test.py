@@ -19,7 +19,7 @@ from efflm.ops.kernels.cpu import build, decode
 from tests import tiny
 
 FORMS = build.supported()
-pytestmark = pytest.mark.skipif(not build.form(), reason="the native kernels cannot be built here")
+pytestmark = pytest.mark.usefixtures("native_kernels")
 
 
 def cached(B, S, N, K, H, rotated, dtype, seed, T=1):
@@ -91,6 +91,22 @@ def test_cached_attention_in_bfloat16_rounds_as_the_portable_form_does(form, dty
     for ours, theirs in zip(found[1:], wanted[1:], strict=True):
         np.testing.assert_allclose(np.float32(ours), np.float32(theirs), rtol=2**-7)  # a last place, rarely
     np.testing.assert_allclose(found[0], wanted[0], atol=0.02)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("T", [1, 3])
+def test_positions_beyond_the_cache_are_moved_into_it_by_every_form(form, T):
+    (*arrays, _), rotary = cached(4, 8, 4, 2, 16, 16, jnp.float32, seed=0, T=T)
+    first = np.array([[8 - T], [9 - T], [30], [-2]])
+    positions = jnp.asarray(first + np.arange(T), jnp.int32)
+    inside = jnp.asarray(np.clip(first, 0, 8 - T) + np.arange(T), jnp.int32)
+    with build.chosen("off"):
+        found = ops.cached_attention(*arrays, positions, rotary, dtype=jnp.float32)
+    with build.chosen(form):
+        native = ops.cached_attention(*arrays, positions, rotary, dtype=jnp.float32)
+    for ours, theirs, wanted in zip(native, found, reference(*arrays, inside, rotary, 0), strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=2e-5)
+        np.testing.assert_allclose(theirs, wanted, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)

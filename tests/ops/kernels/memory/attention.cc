@@ -1,9 +1,18 @@
 // Attention, forward, backward and over a cache, against plain loops in double.
+#include <errno.h>
+#include <stdlib.h>
+
+#include "checks.h"
+
+std::atomic<bool> memory_is_full{false};
+int allocate(void** memory, size_t alignment, size_t size) {
+  return memory_is_full ? ENOMEM : posix_memalign(memory, alignment, size);
+}
+#define posix_memalign allocate
+
 #include "attention_backward.h"
 #include "attention_forward.h"
 #include "decode.h"
-
-#include "checks.h"
 
 namespace {
 
@@ -113,7 +122,7 @@ void check_decode(Random& random, const Pool& pool) {
   Block<float> new_keys = draw(random, rows * size), new_values = draw(random, rows * size);
   Block<float> none(0), out(rows * d.N * d.H);
   for (int64_t b = 0; b < d.B; ++b) {
-    const int64_t first = random.from(0, S - T);
+    const int64_t first = random.of<int64_t>({random.from(0, S - T), random.from(0, S - T), S - T + 1, S + 1, -2});
     for (int64_t t = 0; t < T; ++t) all.slots[b * T + t] = int32_t(first + t);
   }
   std::copy(all.k.get(), all.k.get() + keys.size, keys.get());
@@ -121,6 +130,10 @@ void check_decode(Random& random, const Pool& pool) {
   decode(Decode<float>{rows, T, S, d.N, d.K, d.H, 0, d.window, all.q.get(), new_keys.get(), new_values.get(),
                        none.get(), none.get(), all.slots.get(), keys.get(), values.get(), out.get()},
          pool);
+  for (int64_t b = 0; b < d.B; ++b) {  // positions beyond the cache are moved into it
+    const int64_t first = least(std::max(0, all.slots[b * T]), S - T);
+    for (int64_t t = 0; t < T; ++t) all.slots[b * T + t] = int32_t(first + t);
+  }
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t i = 0; i < size; ++i) {
       const int64_t at = (row / T * S + all.slots[row]) * size + i;
@@ -140,11 +153,29 @@ void check_decode(Random& random, const Pool& pool) {
     }
 }
 
+// Without memory nothing waits for a chunk that was not computed.
+void check_no_memory(const Pool& pool) {
+  Block<float> q(200), k(400), out(200), normalizers(100), g(200), dq(200), dk(400), dv(400);
+  Attention a{1, 100, 200, 1, 1, 2, 0, {q.get(), false}, {k.get(), false}, {k.get(), false},
+              nullptr, nullptr, nullptr, out.get(), normalizers.get()};
+  bool thrown = false;
+  memory_is_full = true;
+  try {
+    attend_back({a, g.get(), 2, {dq.get(), false}, {dk.get(), false}, {dv.get(), false}}, pool);
+  } catch (const std::bad_alloc&) {
+    thrown = true;
+  }
+  memory_is_full = false;
+  require(thrown, "attention: computes without memory");
+}
+
 }  // namespace
 
 int main() {
   Random random;
   Threads threads(2);
+  std::thread([] { check_no_memory(Pool{}); }).join();
+  std::thread([&] { check_no_memory(threads.pool(3)); }).join();
   for (int64_t i = 0; i < 120; ++i)
     std::thread([&] {
       const Pool pool = i % 4 ? Pool{} : threads.pool(3);

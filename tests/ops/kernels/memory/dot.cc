@@ -257,12 +257,29 @@ void check_feedforward(Random& random, const Pool& pool) {
   }
 }
 
+// Memory that cannot be had is an error, of this call alone.
+void check_scratch() {
+  bool thrown = false;
+  try {
+    scratch<float, For::kHidden>(int64_t(1) << 60);
+  } catch (const std::bad_alloc&) {
+    thrown = true;
+  }
+  require(thrown, "scratch: a block of 2^62 bytes");
+  for (const int64_t size : {0, 3, 1000}) {
+    float* block = scratch<float, For::kHidden>(size);
+    require(block && reinterpret_cast<uintptr_t>(block) % 64 == 0, "scratch: not at the start of a cache line");
+    for (int64_t i = 0; i < size; ++i) block[i] = 1;
+  }
+}
+
 }  // namespace
 
 // Each case on a thread of its own, whose scratch memory is then of the exact size too; some on several threads.
 int main() {
   Random random;
   Threads threads(2);
+  std::thread(check_scratch).join();
   for (int64_t i = 0; i < 400; ++i)
     std::thread([&] {
       const Pool pool = i % 4 ? Pool{} : threads.pool(3);
