@@ -2,6 +2,7 @@
 
     bash launch/run.sh experiments.bench_infer --model=smollm2 --rounds=5
     bash launch/run.sh experiments.bench_infer --precisions=w8a8,w4a8 --phases=decode --batches=1 --portable=both
+    bash launch/run.sh experiments.bench_infer --model=runs/quickstart --phases=decode --batches=1 --busy=1 --rounds=7
     bash launch/run.sh experiments.bench_infer --peer="PYTHON openvino_infer.py --model=DIR; PYTHON llama_cpp_infer.py"
 
 Expect in each round one JSON line a shape and precision, of the rounds so far, so that the last lines count and an
@@ -16,7 +17,10 @@ interrupt loses one measurement. prefill reads one prompt of `context` tokens; d
 
 With --portable=both the native kernels are on and off in turn (A B A B): portable_ratio is theirs to the portable
 forms, noise the largest deviation from 1 of the same ratio between two halves of the runs of one and the same path
-(A A), not_slower whether portable_ratio + noise reaches 1. Every precision has a process of its own. A peer is a
+(A A), not_slower whether portable_ratio + noise reaches 1. With --busy=N everything is also measured beside N processes
+that each keep a core busy, in turn with measuring it without them (A B A B): busy_tokens_per_second, and busy_ratio,
+the median of the rounds' ratios of that to the speed without, with busy_low and busy_high, the least and the greatest.
+Every precision has a process of its own. A peer is a
 command that prints JSON lines with `format`, `prefill_tokens_per_second` (of 512 tokens) and
 `decode_tokens_per_second` (after 16), or `decode_1024_tokens_per_second` for after 1024, and so on. It runs in turn
 with everything else, never at once; ratio, ratio_min, ratio_max are to the best of the peers' formats of as many bits,
@@ -44,7 +48,7 @@ from efflm.formats import sources
 from efflm.formats.sources import KINDS
 from efflm.model import LanguageModel, params
 from efflm.model.presets import PRESETS
-from experiments.bench_train import run_peer
+from experiments.bench_train import beside_busy, run_peer
 
 PHASES = ("prefill", "decode")
 PEER_PROMPT, PEER_CONTEXT = 512, 16  # what peers measure where their field names no length
@@ -66,6 +70,7 @@ class Run:
     new: int = flag(64, "tokens decoded in a run, over all sequences of the batch")
     rounds: int = flag(2, "times everything is measured, in turn")
     portable: Portable = flag("off", "on: with the portable kernels; both: with native and portable ones in turn")
+    busy: int = flag(0, "processes that each keep a core busy, beside which everything is measured too; 0: none")
     peer: str = flag("", "command of a peer to run in turn, or several with ; between them; it prints JSON lines")
 
     def __post_init__(self):
@@ -77,6 +82,7 @@ class Run:
             require(bool(good), f"{name} is {getattr(self, name)!r}, but must be positive numbers joined by commas")
         for name in ("rounds", "new"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
+        require(self.busy >= 0, f"busy is {self.busy}, but must be 0 or more processes")
 
 
 def shapes(run: Run) -> list[Shape]:
@@ -119,9 +125,12 @@ def main(run: Run) -> None:
     with progress.bar("measuring the machine", live=False):
         bandwidth = machine.read_bandwidth()
     answers: dict[tuple[Shape, str], list[Answer]] = {each: [] for each in itertools.product(todo, names)}
+    crowded: dict[tuple[Shape, str], list[Answer]] = {each: [] for each in answers}
     theirs: list[list[dict[str, Any]]] = []
-    ticks, total = itertools.count(1), len(names) + len(answers) * (run.rounds + 1) + run.rounds * len(peers)
+    measured = run.rounds * (1 + bool(run.busy))
+    ticks, total = itertools.count(1), len(names) + len(answers) * (measured + 1) + run.rounds * len(peers)
     with contextlib.ExitStack() as held:
+        beside_rivals = held.enter_context(machine.rivals(run.busy))
         update = held.enter_context(progress.bar("measuring", total, live=False))
         ask: dict[str, Ask] = {}
         for name in names:  # one after the other, so that none is loading while another is measured
@@ -139,9 +148,15 @@ def main(run: Run) -> None:
                     update(next(ticks))
                 found.append(ask[name](shape, "measure"))
                 update(next(ticks))
-                print(
-                    rundir.to_json(line(shape, name, found, bandwidth) | beside(theirs, shape, name, found)), flush=True
+                if run.busy:
+                    beside_rivals(True)
+                    crowded[shape, name].append(ask[name](shape, "measure"))
+                    beside_rivals(False)
+                    update(next(ticks))
+                known = line(shape, name, found, bandwidth) | beside_busy(
+                    rounds(shape, found), rounds(shape, crowded[shape, name])
                 )
+                print(rundir.to_json(known | beside(theirs, shape, name, found)), flush=True)
 
 
 def line(shape: Shape, precision: str, found: list[Answer], bandwidth: float) -> dict[str, Any]:

@@ -9,7 +9,9 @@ the devices' own measured matmul peak in the policy's compute dtype), compile_se
 temporaries of the compiled step). On stderr are what auto picked and why, and a bar that says how long it still takes.
 With a peer, a command that prints JSON lines with `dtype` and `tokens_per_second`, the two run in turn, one after the
 other and never at once, and each line has the ratio of medians to the peer's best (float32 is compared with its
-float32, everything else, auto too, against all of it) and the least and greatest ratio of a round.
+float32, everything else, auto too, against all of it) and the least and greatest ratio of a round. With --busy=N the
+steps are also timed beside N processes that each keep a core busy, in turn with those without (A B A B):
+busy_tokens_per_second, and busy_ratio, the median of the rounds' ratios of that to the speed without.
 """
 
 import dataclasses
@@ -42,6 +44,7 @@ class Run:
     )
     rounds: int = flag(3, "times everything is measured, in turn")
     steps: int = flag(7, "timed steps of a policy in a round, after one to warm up")
+    busy: int = flag(0, "processes that each keep a core busy, beside which steps are timed too; 0: none")
     peer: str = flag("", "command of a peer to run in turn; it prints JSON lines")
 
     def __post_init__(self):
@@ -50,6 +53,7 @@ class Run:
             require(name in known, f"policies holds {name!r}: choose among {', '.join(known)}")
         for name in ("rounds", "steps"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
+        require(self.busy >= 0, f"busy is {self.busy}, but must be 0 or more processes")
 
 
 def run_peer(command: str) -> list[dict[str, Any]]:
@@ -87,23 +91,30 @@ def main(run: Run, model: ModelShape, train: TrainConfig, mesh: MeshConfig) -> N
     peak_devices = 1 if jax.default_backend() == "cpu" else devices.size
     flops = cost.train_flops(config, batch=train.batch, length=train.length)
     seconds = {name: [] for name in names}  # a list a round
+    crowded = {name: [] for name in names}  # likewise, beside busy processes
     theirs = []
     runs = 1 + run.steps
     ticks = itertools.count(1)
-    total = run.rounds * (len(names) * runs + bool(run.peer))
-    with progress.bar("measuring", total, live=False) as update:
+    turns = {False: seconds} | ({True: crowded} if run.busy else {})
+    total = run.rounds * (len(names) * runs * len(turns) + bool(run.peer))
+    with machine.rivals(run.busy) as beside_rivals, progress.bar("measuring", total, live=False) as update:
         for round_ in range(run.rounds):
             for name, step in steps.items():
-                times = []
-                for took in itertools.islice(step.seconds, runs):
-                    times.append(took)
-                    update(next(ticks))
-                seconds[name].append(times[1:])
+                for busy, kept in turns.items():
+                    beside_rivals(busy)
+                    times = []
+                    for took in itertools.islice(step.seconds, runs):
+                        times.append(took)
+                        update(next(ticks))
+                    kept[name].append(times[1:])
+                beside_rivals(False)
             if run.peer:
                 theirs.append(run_peer(run.peer))
                 update(next(ticks))
             for name, step in steps.items():
-                rates = [tokens / statistics.median(times) for times in seconds[name]]
+                rates, slowed = (
+                    [tokens / statistics.median(times) for times in each[name]] for each in (seconds, crowded)
+                )
                 line = {
                     "name": f"train_{name}",
                     "policy": chosen[name].policy,
@@ -113,7 +124,20 @@ def main(run: Run, model: ModelShape, train: TrainConfig, mesh: MeshConfig) -> N
                     "compile_seconds": round(step.compile_seconds, 2),
                     "peak_bytes": step.peak_bytes,
                 }
-                print(rundir.to_json(line | beside(theirs, name, rates)), flush=True)
+                print(rundir.to_json(line | beside_busy(rates, slowed) | beside(theirs, name, rates)), flush=True)
+
+
+def beside_busy(rates: list[float], slowed: list[float]) -> dict[str, float]:
+    """The rates beside busy processes, and the median of each round's ratio to that without; nothing without them."""
+    if not slowed:
+        return {}
+    ratios = [busy / quiet for busy, quiet in zip(slowed, rates, strict=True)]
+    return {
+        "busy_tokens_per_second": round(statistics.median(slowed), 1),
+        "busy_ratio": round(statistics.median(ratios), 3),
+        "busy_low": round(min(ratios), 3),
+        "busy_high": round(max(ratios), 3),
+    }
 
 
 def beside(theirs: list[list[dict[str, Any]]], policy: str, rates: list[float]) -> dict[str, float]:

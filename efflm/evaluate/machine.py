@@ -1,11 +1,15 @@
 """What this machine can do, measured on the spot: the two numbers of its roofline (Williams 2009), and whether other
-programs use it meanwhile."""
+programs use it meanwhile. Programs that do."""
 
+import contextlib
 import dataclasses
 import os
 import resource
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -138,3 +142,31 @@ def _fastest(fn: Callable[..., Any], *args: Any, repeats: int) -> float:
         jax.block_until_ready(fn(*args))
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+SPIN = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    for _ in range(100_000):\n        pass"
+
+
+@contextlib.contextmanager
+def rivals(count: int) -> Iterator[Callable[[bool], None]]:
+    """`count` processes that each keep a core busy, as long as what this gives was last called with True; at first they
+    do not run.
+
+    Each has a session of its own, as the programs of another user have: Linux shares the cores among sessions first.
+    """
+    processes = []
+
+    def run(on: bool) -> None:
+        for process in processes:
+            process.send_signal(signal.SIGCONT if on else signal.SIGSTOP)
+
+    try:
+        for _ in range(count):
+            command = [sys.executable, "-c", SPIN, str(os.getpid())]
+            processes.append(subprocess.Popen(command, start_new_session=True))
+        run(False)
+        yield run
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()

@@ -1,6 +1,10 @@
 """What speed is measured of: models in every precision, the bytes that a token moves, memory."""
 
+import contextlib
 import dataclasses
+import os
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,6 +69,31 @@ def test_memory_is_the_peak_of_what_runs():
 def test_the_bandwidth_counts_what_is_read(monkeypatch):
     monkeypatch.setattr(machine, "_fastest", lambda read, repeats: read() and 2.0)
     assert machine.read_bandwidth(nbytes=1 << 24) == pytest.approx((1 << 24) / 2, rel=0.2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not tell")
+def test_rivals_keep_cores_busy_while_they_are_told_to():
+    def used(parent):
+        """How many processes this one has started, and the seconds of processor time that they used."""
+        stats = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it has just ended
+                stats.append(path.read_text().rpartition(") ")[2].split())
+        mine = [stat for stat in stats if int(stat[1]) == parent and stat[0] != "Z"]
+        return len(mine), sum(int(stat[11]) + int(stat[12]) for stat in mine) / os.sysconf("SC_CLK_TCK")
+
+    others, _ = used(os.getpid())
+    with machine.rivals(1) as run:
+        run(True)
+        while used(os.getpid())[1] < 0.1:
+            time.sleep(0.01)
+        run(False)
+        time.sleep(0.05)  # a signal takes a moment
+        stopped = used(os.getpid())
+        time.sleep(0.1)
+        assert used(os.getpid()) == stopped
+        assert stopped[0] == others + 1
+    assert used(os.getpid())[0] == others
 
 
 def test_a_shape_must_fit_the_model():

@@ -50,6 +50,19 @@ def peer(tmp_path):
     return f"{sys.executable} {script}"
 
 
+def rivals(monkeypatch, expected):
+    """In place of busy processes: when they are told to run."""
+    turns = []
+
+    @contextlib.contextmanager
+    def stand_in(count):
+        assert count == expected
+        yield turns.append
+
+    monkeypatch.setattr(machine, "rivals", stand_in)
+    return turns
+
+
 def lines(capsys):
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
@@ -76,6 +89,18 @@ def test_each_measurement_is_written_when_it_is_done_and_compared_with_the_peer(
     assert (last["ratio"], last["ratio_min"], last["ratio_max"]) == (0.96, 0.64, 1.28)  # of the peer's int8
     assert found[3]["peer"] == "stand-in int8"
     assert found[3]["ratio"] == pytest.approx((512 + 256) / 2 / 2000)
+
+
+def test_busy_processes_run_in_turn_with_none(stand_ins, capsys, monkeypatch):
+    asked, rounds = stand_ins
+    rounds += [[[1.0]], [[2.0]], [[0.5]], [[2.0]]]  # quiet, busy, quiet, busy
+    turns = rivals(monkeypatch, 3)
+    bench_infer.main(narrow(rounds=2, phases="decode", busy=3))
+    assert [wanted for wanted, _ in asked] == ["warm", *["measure"] * 4]
+    assert turns == [True, False] * 2
+    last = lines(capsys)[-1]
+    assert (last["tokens_per_second"], last["busy_tokens_per_second"]) == (96, 32)
+    assert (last["busy_ratio"], last["busy_low"], last["busy_high"]) == (0.375, 0.25, 0.5)
 
 
 def test_an_interrupt_leaves_what_is_done(stand_ins, capsys, monkeypatch):
@@ -150,6 +175,7 @@ def test_what_is_refused():
         ({"precisions": "int8"}, "precisions holds 'int8': choose among float32"),
         ({"batches": "1,"}, "batches is '1,', but must be positive numbers"),
         ({"rounds": 0}, "rounds is 0"),
+        ({"busy": -1}, "busy is -1"),
     ]:
         with pytest.raises(InputError, match=words):
             narrow(**changes)

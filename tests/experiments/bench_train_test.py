@@ -9,6 +9,7 @@ from efflm.config import InputError, MeshConfig, ModelShape, TrainConfig
 from efflm.evaluate import machine
 from efflm.train.ahead import TimedStep
 from experiments import bench_train
+from tests.experiments.bench_infer_test import rivals
 
 POLICIES = ["float32", "bfloat16"]
 
@@ -44,6 +45,16 @@ def test_each_round_is_written_when_it_is_done(stand_ins, capsys, monkeypatch):
     assert first[0]["tokens_per_second"] == pytest.approx(16 / 2.5, abs=0.05)
     assert second[0]["tokens_per_second"] == pytest.approx((16 / 2.5 + 16 / 5.5) / 2, abs=0.05)
     assert (second[0]["ratio_min"], second[0]["ratio_max"]) == (pytest.approx(16 / 5.5 / 40, abs=1e-3), 0.08)
+
+
+def test_busy_processes_run_in_turn_with_none(stand_ins, capsys, monkeypatch):
+    turns = rivals(monkeypatch, 2)
+    main(bench_train.Run(policies="float32", rounds=2, steps=1, busy=2))
+    assert turns == [False, True, False] * 2
+    first, last = lines(capsys)
+    # Of 16 tokens each a step to warm up, and one of 2 seconds; then, busy, one of 4; 6; 8.
+    assert (first["tokens_per_second"], first["busy_tokens_per_second"], first["busy_ratio"]) == (8, 4, 0.5)
+    assert (last["busy_low"], last["busy_ratio"], last["busy_high"]) == (0.5, 0.625, 0.75)
 
 
 def test_auto_is_measured_as_what_it_picked_and_compared_with_the_peers_best(

@@ -86,7 +86,7 @@ void share_a_helpers_core(const Pool& pool, int core) {
     stay_on(core);
     while (!ended) sched_yield();
   });
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < 2; ++i) {
     require_help(pool, "team: a helper rests for ever");
     const auto caller = std::this_thread::get_id();
     std::atomic<bool> begun{false};
@@ -97,7 +97,7 @@ void share_a_helpers_core(const Pool& pool, int core) {
           while (!begun && Clock::now() < start + milliseconds(50)) sched_yield();
         } else {
           begun = true;
-          for (const auto end = Clock::now() + milliseconds(20) + 3 * (Clock::now() - start); Clock::now() < end;)
+          for (const auto end = Clock::now() + milliseconds(300) + 3 * (Clock::now() - start); Clock::now() < end;)
             sched_yield();
         }
       });
@@ -136,6 +136,11 @@ int main() {
     if (CPU_ISSET(core, &all)) cores.push_back(core);
   on_cores(cores[0], cores[0], [](const Pool& pool) { share_the_callers_core(pool); });
   if (cores.size() == 1) return 0;
+  Threads threads(1);
+  std::thread([&] {  // a helper that may run anywhere moves to another core
+    stay_on(cores[0]);
+    for (int i = 0; i < 20; ++i) require_help(threads.pool(2), "team: nobody moves to help");
+  }).join();
   on_cores(cores[0], cores[1], [&](const Pool& pool) {
     require_help(pool, "team: nobody helps after tasks have thrown");
     const double before = processor_seconds();

@@ -5,9 +5,10 @@
 // work that a helper has begun, so that it never waits for a thread that the pool does not have.
 //
 // Beside other busy processes there are fewer free cores than threads, and a helper does harm in two ways. Woken on the
-// caller's own core it keeps the caller from running: it leaves at once, and no other is woken for a moment. Taken off
-// its core in the middle of a task it lets the caller wait for milliseconds: it leaves when that task is done, and the
-// caller does with one helper less for kPatience times as long, so that it loses a ninth of its time to that at most.
+// caller's own core it keeps the caller from running: it moves to another core while it helps. Where there is none that
+// it may use it leaves, and no other is woken for a moment. Taken off its core in the middle of a task it lets the caller
+// wait for milliseconds: it leaves when that task is done, and the caller does with one helper less for as long as it has
+// waited; for up to kPatience times as long where this happens again and again.
 #pragma once
 
 #include <sched.h>
@@ -75,8 +76,8 @@ class Team {
   static constexpr int64_t kMicrosecond = 1000;
   static constexpr int64_t kIdle = 200 * kMicrosecond;  // for which a helper waits for more work
   static constexpr int64_t kLate = 100 * kMicrosecond;  // for which the caller waits without asking the system why
-  static constexpr int64_t kPatience = 8;
-  // Between a helper that was woken on the caller's core and the next try; doubled as long as the next one is, too.
+  static constexpr int64_t kPatience = 16, kAgain = 20000 * kMicrosecond;  // kAgain: at least between two such waits
+  // Between a helper that had to leave the caller's core and the next try; doubled as long as the next one has to, too.
   static constexpr int64_t kLeastPause = 100 * kMicrosecond, kMostPause = 10000 * kMicrosecond;
 
   struct State {
@@ -89,8 +90,9 @@ class Team {
     std::atomic<bool> failed{false};     // whether a task has thrown
     alignas(64) std::atomic<int> helpers{0};
     alignas(64) std::atomic<bool> busy{false};
-    std::atomic<int> fewer{0};      // helpers that the caller does without
-    std::atomic<int64_t> until{0};  // when they may come back
+    std::atomic<int> fewer{0};                // helpers that the caller does without
+    std::atomic<int64_t> until{0}, span{0};   // when they may come back, and after how long
+    std::atomic<int64_t> patience{1};         // that time in multiples of the one for which it was waited
     std::atomic<int64_t> not_before{0}, pause_between{kLeastPause};  // when the next helper may be woken
 
     // Runs the next task, if there is one; late: `late_since` when that was done. Taking it from this epoch proves that
@@ -154,9 +156,16 @@ class Team {
       return some < most ? some : most;
     }
 
-    void rest(int64_t nanoseconds) {
+    // One helper less, after the caller has waited for it for so long.
+    void rest(int64_t waited) {
+      const int64_t time = now(), back = time - until.load(std::memory_order_relaxed);
+      int64_t times = 2 * patience.load(std::memory_order_relaxed);
+      if (back > kAgain + 4 * span.load(std::memory_order_relaxed)) times = 1;
+      if (times > kPatience) times = kPatience;
+      patience.store(times, std::memory_order_relaxed);
+      span.store(times * waited, std::memory_order_relaxed);
+      until.store(time + times * waited, std::memory_order_relaxed);
       fewer.fetch_add(1, std::memory_order_relaxed);
-      until.store(now() + nanoseconds, std::memory_order_relaxed);
     }
 
     void crowded() {
@@ -176,12 +185,34 @@ class Team {
     (*static_cast<const Task*>(task))(i);
   }
 
+  // The cores that a thread may run on. As they were again at the end.
+  class Cores {
+   public:
+    ~Cores() {
+      if (known_) sched_setaffinity(0, sizeof all_, &all_);
+    }
+    // Moves to another core, if there is one.
+    bool leave(int core) {
+      if (!known_ && sched_getaffinity(0, sizeof all_, &all_) != 0) return false;
+      known_ = true;
+      cpu_set_t others = all_;
+      CPU_CLR(core, &others);
+      return CPU_COUNT(&others) > 0 && sched_setaffinity(0, sizeof others, &others) == 0;
+    }
+
+   private:
+    cpu_set_t all_;
+    bool known_ = false;
+  };
+
   static void help() {
     State& state = shared();
+    Cores cores;
     long switches = taken_off();
     int64_t last = now(), late_since = 0;
     while (true) {
       if (const int core = sched_getcpu(); core >= 0 && core == state.core.load(std::memory_order_relaxed)) {
+        if (cores.leave(core)) continue;
         state.crowded();
         break;
       }
@@ -192,7 +223,7 @@ class Team {
         const long before = switches;
         switches = taken_off();
         if (switches == before) continue;
-        state.rest(kPatience * (last - late_since));
+        state.rest(last - late_since);
         break;
       }
       for (int i = 0; i < 32; ++i) pause();
