@@ -6,9 +6,9 @@
 //
 // Beside other busy processes there are fewer free cores than threads, and a helper does harm in two ways. Woken on the
 // caller's own core it keeps the caller from running: it moves to another core while it helps. Where there is none that
-// it may use it leaves, and no other is woken for a moment. Taken off its core in the middle of a task it lets the caller
-// wait for milliseconds: it leaves when that task is done, and the caller does with one helper less for as long as it has
-// waited; for up to kPatience times as long where this happens again and again.
+// it may use it leaves, and no other is woken for a moment. Taken off its core in the middle of a task it lets the
+// caller wait for milliseconds: it leaves when that task is done, and the caller does with one helper less for as long
+// as it has waited; for up to kPatience times as long where this happens again and again.
 #pragma once
 
 #include <sched.h>
