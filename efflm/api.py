@@ -118,7 +118,7 @@ def measure(
     tokens: int = 512,
     window: int = 0,
     stride: int = 0,
-    held_out: bool = True,
+    held_out: bool | None = None,
     speed: bool = True,
     strict: bool = False,
 ) -> Measured:
@@ -126,7 +126,8 @@ def measure(
     by name, the first of which the others are compared with. Print it for the table; result["name"] is a row.
 
     text: a file or folder, "stdlib" or "enwik8". Scored is its test split, which `compress` and pretraining leave out;
-    held_out=False: all of a file or folder, as --text has it. documents, tokens: how many documents, and tokens of
+    held_out=False: all of a file or folder, as --text has it, which is also the default of a file too short to split
+    (4 KiB) while no model has read text in a step. documents, tokens: how many documents, and tokens of
     each; 0: all. window, stride: as experiments.evaluate has them. speed: time prefill and decode too. Bytes are those
     of the file that `save` writes, to 1%.
     """
@@ -136,6 +137,9 @@ def measure(
     named = {name: fitted.told(model, tokenizer) for name, model in named.items()}
     require(text is not None, f"measuring needs text: give {arguments.TEXT}")
     source, first = arguments.text_of(text), next(iter(named.values()))
+    if held_out is None:
+        read = any(step.get("corpus") for model in named.values() for step in model.about.get("lineage", ()))
+        held_out = read or not corpora.is_short(source)
     as_corpus = held_out or source in (corpora.DEFAULT, enwik8.NAME)
     where = ("", source) if as_corpus else (source, "")
     scored = dataset.to_score(*where, first.about, tokenizer, dataset.cache(), strict)

@@ -177,6 +177,15 @@ def test_what_is_measured_is_not_what_compress_reads(loaded, folder, monkeypatch
     assert not trained_on & {part.name for part in scored[0].parts}
 
 
+def test_a_short_file_is_scored_whole_unless_a_model_has_read_it(loaded, tmp_path):
+    (model, tokenizer), file = loaded, tmp_path / "short.txt"
+    file.write_text("the thing in tin " * 60)
+    assert "1 of" in efflm.measure(model, tokenizer, file, speed=False, tokens=0).facts[0].partition("documents")[0]
+    small = efflm.compress(model, "wanda50", file, tokenizer, calibration_rows=2, calibration_length=16)
+    assert "test documents" in efflm.measure(small, tokenizer, file, speed=False).facts[0]
+    assert "test documents" not in efflm.measure(model, tokenizer, file, speed=False).facts[0]
+
+
 def test_speed_is_measured_unless_it_is_not_asked_for(loaded, folder):
     found = efflm.measure(loaded[0], loaded[1], folder, **SHORT)
     assert found["model"].decode_tokens_per_second > 0

@@ -12,16 +12,33 @@ from efflm.data import dataset
 from efflm.evaluate.windows import Scoring
 from efflm.flags import launch
 from efflm.model import init_params
+from efflm.report.comparison import Limits
 from experiments import calibrated, compress, recovery, sensitivity
 from tests import tiny
 from tests.tokenizer_test import TOKENIZER
 
 LIBRARY = Path(efflm.__file__).parent
 # What only commands with such a flag reach, or what is told of commands.
-OF_COMMANDS = {"flags.py", "helptext.py", "rundir.py", "train/checkpoint.py", "data/dataset.py", "api.py"}
+OF_COMMANDS = {
+    "flags.py",
+    "helptext.py",
+    "rundir.py",
+    "train/checkpoint.py",
+    "train/metrics.py",
+    "data/dataset.py",
+    "api.py",
+}
 COMMANDS = {
-    "compress": (compress, {"calibration": Calibration()} | compress.STEPS, "--recipe=wanda50 --calibration.length=64"),
-    "trained": (compress, {"calibration": Calibration()} | compress.STEPS, "--recipe=magnitude50_trained"),
+    "compress": (
+        compress,
+        {"calibration": Calibration(), "limits": Limits()} | compress.STEPS,
+        "--recipe=wanda50 --calibration.length=64",
+    ),
+    "trained": (
+        compress,
+        {"calibration": Calibration(), "limits": Limits()} | compress.STEPS,
+        "--recipe=magnitude50_trained",
+    ),
     "calibrated": (calibrated, {"calibration": Calibration()}, "--recipes=wanda50 --calibration.length=64"),
     "recovery": (recovery, {"calibration": Calibration(), "distill": recovery.Distill, "adapt": recovery.Adapt}, ""),
     "sensitivity": (sensitivity, {}, ""),
@@ -78,7 +95,7 @@ def test_the_library_names_no_flags():
             lines = [line for line in file.read_text().splitlines() if not line.lstrip().startswith("#")]
             code = "\n".join(line.partition("  # ")[0] for line in lines)
             code = re.sub(r'""".*?"""', "", code, flags=re.S)  # docstrings tell of commands
-            flags = re.findall(r"[^-\w\"](--(?!\w+=|version|quiet|no-|only-|dest|merge)[a-z][\w.]+)", code)
+            flags = re.findall(r"[^-\w\"](--(?!\w+=|version|quiet|no-|only-|dest|merge|remove)[a-z][\w.]+)", code)
             if flags:
                 found[file.name] = flags
     assert not found

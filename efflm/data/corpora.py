@@ -24,6 +24,7 @@ SPLITS = {"test": 0.10, "validation": 0.05}  # of the documents; the rest trains
 LEFT_OUT = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "__pycache__"}
 FEW_FILES = 64  # a corpus of fewer files is cut into pieces, so that every split gets some of it
 PIECE_BYTES = 16 * 1024
+SHORT = FEW_FILES * 64  # bytes: a file below that is one document where it is only scored
 
 READ_AT_A_TIME = 1024  # documents
 
@@ -97,6 +98,12 @@ def split(source: str, strict: bool = False) -> dict[str, Found]:
     return {
         name: dataclasses.replace(found, parts=parts) for name, parts in {"train": by_hash[start:], **splits}.items()
     }
+
+
+def is_short(source: str) -> bool:
+    """Whether it is a file whose pieces would be no documents."""
+    path = Path(source).expanduser()
+    return path.is_file() and path.stat().st_size < SHORT
 
 
 def name_of(source: str) -> str:
