@@ -164,9 +164,9 @@ def test_a_loaded_model_knows_which_ids_have_tokens(tmp_path, capsys):
     assert all(text)
     words.core.add_tokens(["<more>"] * 1)
     words.core.add_tokens([f"<more{i}>" for i in range(60)])  # now beyond the model's 300
-    words = tokenizer.Tokenizer(words.core, words.names)
-    words.save(tmp_path / "model")
-    model, tokens = efflm.load(tmp_path / "model")
+    words = fitted.fit(tokenizer.Tokenizer(words.core, words.names), 300, "a model")
+    efflm.save(tmp_path / "added", tiny.model(), words)
+    model, tokens = efflm.load(tmp_path / "added")
     assert (tokens.vocabulary, model.config.unused) == (300, ())
     assert not capsys.readouterr().err
     assert jax.tree.leaves(model.params)
