@@ -4,12 +4,13 @@ A leaf is anything with a shape: an array, or a weight in another format that kn
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 CHUNK = 1 << 16  # numbers that are looked at at a time: what stays in the cache
 
@@ -78,22 +79,82 @@ def not_finite(tree: Any) -> str:
 
 
 def _count_not_finite(leaf: Any) -> int:
-    if not isinstance(leaf, jax.Array):
-        parts = [leaf]
-    elif leaf.is_fully_addressable and all(device.platform == "cpu" for device in leaf.devices()):
-        parts = [shard.data for shard in leaf.addressable_shards if shard.replica_id == 0]
-    else:
+    parts = _here(leaf)
+    if parts is None:
         return int(_count_on_devices(leaf))
     # In numpy, which compiles nothing, by the bits of the exponent: numpy knows bfloat16 only slowly.
     bits = np.dtype(f"u{leaf.dtype.itemsize}")
-    infinity, count = np.array(np.inf, leaf.dtype).view(bits), 0
+    infinity = np.array(np.inf, leaf.dtype).view(bits)
+    return sum(int(np.count_nonzero((part & infinity) == infinity)) for part in _chunks(parts, bits))
+
+
+def count_nonzero(leaf: Any) -> int:
+    """How many numbers of an array are not zero, counted where they are."""
+    parts = _here(leaf)
+    if parts is None:
+        return int(_count_nonzero_on_devices(leaf))
+    bits = np.dtype(f"u{leaf.dtype.itemsize}")
+    sign = 1 << (8 * bits.itemsize - 1) if jnp.issubdtype(leaf.dtype, jnp.floating) else 0
+    return sum(
+        int(np.count_nonzero(part & bits.type(~sign & (1 << 8 * bits.itemsize) - 1))) for part in _chunks(parts, bits)
+    )
+
+
+def overflowed(before: Any, after: Any) -> bool:
+    """Whether a finite number of an array is infinite in `after`, the same array in another dtype."""
+    narrower = float(jnp.finfo(after.dtype).max) < float(jnp.finfo(before.dtype).max)
+    count = _count_not_finite(after) if narrower else 0
+    return count > 0 and count > _count_not_finite(before)
+
+
+def on_host(leaf: Any) -> np.ndarray:
+    """The whole array as numpy has it, on every process; to go over a model, one leaf at a time.
+
+    What np.asarray(leaf) has fetched from an accelerator lives as long as the leaf; this only as long as it is used.
+    """
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf)
+    if not leaf.is_fully_addressable:
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    parts = [shard.data for shard in leaf.addressable_shards]
+    return np.asarray(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts))
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two arrays have one shape, dtype and values; nothing is fetched from accelerators that lay both alike."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    alike = isinstance(one, jax.Array) and isinstance(other, jax.Array) and one.sharding == other.sharding
+    if alike and _here(one) is None:
+        return bool(_equal_on_devices(one, other))
+    return np.array_equal(on_host(one), on_host(other))
+
+
+def _here(leaf: Any) -> list[Any] | None:
+    """The parts of an array that lies in this process's memory, each once; None for any other."""
+    if not isinstance(leaf, jax.Array):
+        return [leaf]
+    if leaf.is_fully_addressable and all(device.platform == "cpu" for device in leaf.devices()):
+        return [shard.data for shard in leaf.addressable_shards if shard.replica_id == 0]
+    return None
+
+
+def _chunks(parts: list[Any], dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The parts' bits, of as many numbers at a time as stay in the cache."""
     for part in parts:
-        flat = np.asarray(part).reshape(-1).view(bits)
+        flat = np.asarray(part).reshape(-1).view(dtype)
         for start in range(0, flat.size, CHUNK):
-            count += int(np.count_nonzero((flat[start : start + CHUNK] & infinity) == infinity))
-    return count
+            yield flat[start : start + CHUNK]
 
 
 @jax.jit
 def _count_on_devices(x: jax.Array) -> jax.Array:
     return jnp.sum(~jnp.isfinite(x), dtype=jnp.int32)
+
+
+@jax.jit
+def _count_nonzero_on_devices(x: jax.Array) -> jax.Array:
+    return jnp.sum(x != 0, dtype=jnp.int32)
+
+
+_equal_on_devices = jax.jit(jnp.array_equal)

@@ -26,3 +26,18 @@ def test_numbers_of_sharded_arrays_are_counted_once():
     array[0, 0] = array[3, 5] = np.nan
     laid = jax.device_put(array, jax.NamedSharding(mesh, jax.P(None, "tensor")))
     assert trees.not_finite({"w": laid}) == "2 of the numbers in w are infinite or NaN"
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", "float16", "bfloat16", "float32"])
+def test_numbers_that_are_not_zero_are_counted_wherever_they_are(dtype):
+    array = np.zeros((4, 6), jnp.dtype(dtype))
+    array[0, 0] = array[3, 5] = array[1, 2] = 1
+    if dtype not in ("bool", "uint8"):
+        array[1, 2], array[2, 2] = -1, -0.0
+    laid = jax.device_put(array, jax.NamedSharding(sharding.make_mesh(data=2, tensor=2), jax.P(None, "tensor")))
+    assert trees.count_nonzero(array) == trees.count_nonzero(laid) == trees._count_nonzero_on_devices(laid) == 3
+    np.testing.assert_array_equal(trees.on_host(laid), array)
+    assert trees.equal(laid, array)
+    assert trees._equal_on_devices(laid, laid)
+    assert not trees.equal(laid, jnp.zeros_like(array))
+    assert not trees.equal(array, array.astype(np.float64))

@@ -114,7 +114,7 @@ def _same(old: Any, new: Any) -> bool:
         return True
     if old is None or jax.tree.structure(old) != jax.tree.structure(new):
         return False
-    return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new)))
+    return all(map(trees.equal, jax.tree.leaves(old), jax.tree.leaves(new)))
 
 
 def digest(model: LanguageModel) -> str:
@@ -123,7 +123,7 @@ def digest(model: LanguageModel) -> str:
     out = hashlib.sha256(rundir.to_json(model.config.to_dict(), sort_keys=True).encode())
     for path, array in trees.flatten({"params": model.params, "masks": dict(model.masks or {})}, inside=True):
         out.update(f"{path} {array.dtype} {array.shape}".encode())
-        out.update(np.ascontiguousarray(array).view(np.uint8).data)
+        out.update(np.ascontiguousarray(trees.on_host(array)).view(np.uint8).data)
     return out.hexdigest()[:16]
 
 

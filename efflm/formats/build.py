@@ -14,7 +14,7 @@ from efflm import progress, trees
 from efflm.config import InputError, ModelConfig, require
 from efflm.formats import buffers, hf_config
 from efflm.formats.families import FAMILIES, Family, Place
-from efflm.formats.tensors import NAMES, Tensors, place, require_dtype
+from efflm.formats.tensors import FLOATING, Tensors, place, require_dtype
 from efflm.model import LanguageModel, params, sharding
 
 ROWS = 1024  # of two matrices that are compared at a time
@@ -42,16 +42,32 @@ def build(
     for path in progress.shown(wanted, "reading weights", size, lambda path: math.prod(wanted[path])):
         tensor = source.read(names[path])
         require(
-            tensor.dtype in NAMES,
+            tensor.dtype in FLOATING,
             f"{names[path]} is stored as {tensor.dtype}, but only floating-point weights are read",
         )
         array = taken(tensor, family.place(path), _head_dim(config, path))
         where = NamedSharding(mesh, sharding.partition_spec(path, wanted[path], mesh))
-        flat[path] = place(array, dtype, where)
-    named = description.get("torch_dtype") or description.get("dtype")
-    stored = str(dtype or named or flat["embedding"].dtype)
-    config = dataclasses.replace(config, precision="bfloat16" if stored == "bfloat16" else "float32")
-    return LanguageModel(config, trees.unflatten(flat))
+        flat[path] = place(array, dtype, where, names[path])
+    weights = trees.unflatten(flat)
+    named = description.get("torch_dtype") or description.get("dtype") or main_dtype(weights)
+    precision = precision_of(dtype or named)
+    if dtype is None and description.get("efflm_precision") is not None:
+        precision = description["efflm_precision"]
+    return LanguageModel(dataclasses.replace(config, precision=precision), weights)
+
+
+def main_dtype(weights: Any) -> str:
+    """The one dtype that a config.json gives a model's weights: that of most of its numbers, and of float16 and
+    bfloat16 weights in one model, which neither dtype holds all of, float32."""
+    counts: dict[str, int] = {}
+    for _, leaf in trees.flatten(weights):
+        counts[leaf.dtype.name] = counts.get(leaf.dtype.name, 0) + leaf.size
+    return "float32" if {"float16", "bfloat16"} <= counts.keys() else max(counts, key=counts.__getitem__)
+
+
+def precision_of(dtype: Any) -> str:
+    """What the matmuls of a model are computed in whose weights a config.json says to be of this dtype."""
+    return "bfloat16" if str(dtype).removeprefix("torch.") == "bfloat16" else "float32"
 
 
 def describe(config: ModelConfig) -> tuple[str, dict[str, Any]]:
@@ -115,7 +131,7 @@ def taken(tensor: np.ndarray, place: Place, head_dim: int) -> np.ndarray:
 
 def joined(leaves: list[jax.Array], place: Place, head_dim: int, dtype: np.dtype) -> np.ndarray:
     """The tensor that holds one leaf, or queries, keys and values: the inverse of `taken`."""
-    leaves = [np.asarray(leaf, dtype) for leaf in leaves]
+    leaves = [trees.on_host(leaf).astype(dtype, copy=False) for leaf in leaves]
     array = leaves[0]
     if place.part is not None:
         lead = array.shape[:-1]

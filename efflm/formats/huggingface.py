@@ -4,18 +4,17 @@ A directory is a stranger's: nothing is unpickled, no file outside of it is open
 anything is allocated.
 """
 
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 
-import numpy as np
 from jax.sharding import Mesh
 
 from efflm import fitted, tokenizer, trees
 from efflm.config import InputError, require
 from efflm.formats import tensors
-from efflm.formats.build import build, describe, tensors_of
-from efflm.formats.tensors import NAMES, Tensors
+from efflm.formats.build import build, describe, main_dtype, precision_of, tensors_of
+from efflm.formats.tensors import FLOATING, Tensors
 from efflm.model import LanguageModel
 from efflm.model_files import inside, read_object
 from efflm.rundir import write_json
@@ -57,7 +56,7 @@ def save(folder: Path, model: LanguageModel, tokens: Tokenizer) -> None:
         not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
         f"{folder} exists already: give a folder that does not, or remove it",
     )
-    compressed = [path for path, leaf in trees.flatten(model.params) if getattr(leaf, "dtype", None) not in NAMES]
+    compressed = [path for path, leaf in trees.flatten(model.params) if getattr(leaf, "dtype", None) not in FLOATING]
     require(
         not compressed,
         f"{compressed[0] if compressed else ''} is compressed, but a Hugging Face directory holds floats: export the "
@@ -65,17 +64,20 @@ def save(folder: Path, model: LanguageModel, tokens: Tokenizer) -> None:
     )
     _require_fit(model, tokens, folder)
     family, description = describe(model.config)
-    dtype = np.result_type(*(leaf.dtype for _, leaf in trees.flatten(model.params))).name
+    dtype = main_dtype(model.params)
+    described = {"torch_dtype": dtype}
+    if model.config.precision != precision_of(dtype):
+        described["efflm_precision"] = model.config.precision
     ends = {"bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": None}
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+    partial.mkdir()  # readable to whom the umask says, as tempfile's are not
     try:
-        write_json(partial / "config.json", description | ends | {"torch_dtype": dtype})
+        write_json(partial / "config.json", description | ends | described)
         tokens.save(partial / "tokenizer.json")
         stops = [stop for stop in (tokens.eos, *tokens.extra_stops) if stop is not None]
         write_json(partial / "generation_config.json", ends | {"eos_token_id": stops or None})
         tensors.write_safetensors(partial / WEIGHTS, tensors_of(model, family))
-        partial.chmod(0o755)
         partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

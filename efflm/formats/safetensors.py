@@ -6,6 +6,7 @@ ops.storage). The config, the formats of the weights and the lineage of the mode
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors.numpy
 from jax.sharding import Mesh, NamedSharding
-from safetensors import SafetensorError
 
 from efflm import ops, rundir, trees
 from efflm.config import InputError, ModelConfig, require
@@ -35,17 +34,20 @@ def save(path: Path, model: LanguageModel, about: Mapping[str, Any], records: Se
     about: JSON, how it was made; its "lineage" is continued by `records`, those of the steps that made this model of
     the one that `about` speaks of, and the last step gets the bytes of the tensors as they were first written.
     """
-    masks, arrays, sparse = model.masks or {}, {}, []
+    masks, named, sparse = model.masks or {}, [], []
     bases, pairs = lowrank.split(model.params)
     for name, weight in trees.flatten(bases):
-        parts = storage.stored_parts(weight, masks.get(name))
-        sparse += [name] * ("bitmask" in parts)
-        arrays |= {f"{name}/{part}".rstrip("/"): array for part, array in parts.items()}
+        kinds = storage.stored_kinds(weight, masks.get(name))
+        sparse += [name] * ("bitmask" in kinds)
+        part = _parts(weight, masks.get(name))
+        named += [(f"{name}/{key}".rstrip("/"), kind, functools.partial(part, key)) for key, kind in kinds.items()]
     for name, pair in pairs.items():
-        arrays |= {f"{name}/{part}": np.asarray(array) for part, array in zip(PAIR, pair, strict=True)}
+        for key, array in zip(PAIR, pair, strict=True):
+            kind = jax.ShapeDtypeStruct(array.shape, array.dtype)
+            named.append((f"{name}/{key}", kind, functools.partial(trees.on_host, array)))
     lineage = [*map(dict, about.get("lineage", ())), *map(dataclasses.asdict, records)]
     if lineage:
-        lineage[-1].setdefault("actual_bytes", sum(array.nbytes for array in arrays.values()))
+        lineage[-1].setdefault("actual_bytes", sum(kind.size * kind.dtype.itemsize for _, kind, _ in named))
     manifest = {
         "config": model.config.to_dict(),
         "formats": storage.to_flat(bases)[1],
@@ -56,13 +58,24 @@ def save(path: Path, model: LanguageModel, about: Mapping[str, Any], records: Se
     }
     partial = path.with_name(f"{path.name}.partial")
     try:
-        safetensors.numpy.save_file(arrays, partial, metadata={"efflm": rundir.to_json(manifest)})
+        tensors.write_safetensors(partial, named, {"efflm": rundir.to_json(manifest)})
         partial.replace(path)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
     return path.stat().st_size
+
+
+def _parts(weight: Any, mask: Any) -> Callable[[str], np.ndarray]:
+    """A function that gives each of the arrays that a file holds of a weight once. They are fetched with the first and
+    forgotten one by one, so that one weight is on the host at a time."""
+    made: dict[str, np.ndarray] = {}
+
+    def part(name: str) -> np.ndarray:
+        if not made:
+            made.update(storage.stored_parts(weight, mask))
+        return made.pop(name)
+
+    return part
 
 
 def load(file: Path, mesh: Mesh | None = None) -> tuple[LanguageModel, dict[str, Any]]:
@@ -85,7 +98,7 @@ def load(file: Path, mesh: Mesh | None = None) -> tuple[LanguageModel, dict[str,
 
         def laid(name: str, array: np.ndarray) -> jax.Array:
             where = NamedSharding(mesh, sharding.partition_spec(name, array.shape, mesh))
-            return tensors.place(array, None, where)
+            return tensors.place(array, None, where, name)
 
         flat = {}
         for path, param in table.items():

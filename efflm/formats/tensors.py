@@ -3,21 +3,24 @@
 import dataclasses
 import json
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from efflm import rundir
 from efflm.config import InputError, require
+from efflm.model import require_fits
 
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 DTYPES = FLOATS | {"I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
-NAMES = {np.dtype(dtype): name for name, dtype in FLOATS.items()}
+NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+FLOATING = {np.dtype(dtype) for dtype in FLOATS.values()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +62,12 @@ def from_safetensors(path: Path) -> Tensors:
     return Tensors({name: tuple(entry["shape"]) for name, entry in header.items()}, read, metadata)
 
 
-def write_safetensors(path: Path, names: Iterable[tuple[str, Any, Callable[[], np.ndarray]]]) -> None:
-    """Write (name, jax.ShapeDtypeStruct, what gives the array) in this order, holding one array at a time."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+Named = tuple[str, jax.ShapeDtypeStruct, Callable[[], np.ndarray]]  # a tensor: its name, its kind, what gives it
+
+
+def write_safetensors(path: Path, names: Iterable[Named], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors in this order, holding one at a time. metadata: strings beside them."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     start, names = 0, list(names)
     for name, kind, _ in names:
         size = kind.size * kind.dtype.itemsize
@@ -81,18 +87,19 @@ def require_dtype(dtype: str | None) -> None:
     require(dtype in choices, f"dtype is {dtype!r}, but must be float32, bfloat16 or float16")
 
 
-def place(array: np.ndarray, dtype: Any, where: jax.sharding.Sharding) -> jax.Array:
-    """A copy of the array on the devices, each part cut out and cast by itself; dtype None keeps the array's own.
+def place(array: np.ndarray, dtype: Any, where: jax.sharding.Sharding, name: str = "a weight") -> jax.Array:
+    """A copy of the array on the devices, each part cut out and cast by itself; dtype None keeps the array's own, but
+    float64 becomes float32.
 
-    Raises InputError where a finite number does not fit the dtype.
+    Raises InputError, with the array's name, where a finite number does not fit the dtype.
     """
     dtype = np.dtype(dtype or (np.float32 if array.dtype == np.float64 else array.dtype))
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
-        with np.errstate(over="raise"):
-            return np.array(array[index], dtype, order="C", copy=True)
+        with np.errstate(over="ignore"):
+            made = np.array(array[index], dtype, order="C", copy=True)
+        if jnp.issubdtype(dtype, jnp.floating):
+            require_fits(name, np.asarray(array[index]), made)
+        return made
 
-    try:
-        return jax.make_array_from_callback(array.shape, where, part)
-    except FloatingPointError:
-        raise InputError(f"a weight does not fit {dtype.name}: load the model in bfloat16 or float32") from None
+    return jax.make_array_from_callback(array.shape, where, part)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from efflm import ops
+from efflm import ops, trees
 from efflm.config import BlockConfig, ModelConfig, Remat, require
 from efflm.model import sharding
 from efflm.model.attention import Attention, LayerCache
@@ -58,9 +58,29 @@ def require_same_tokenizer(other: LanguageModel, model: LanguageModel, name: str
 
 
 def in_dtype(model: LanguageModel, dtype: str) -> LanguageModel:
-    """The model with its floating-point arrays in `dtype`; its matmuls are in bfloat16 if that is it, else float32."""
+    """The model with its floating-point arrays in `dtype`; its matmuls are in bfloat16 if that is it, else float32.
+
+    Raises InputError where a number does not fit.
+    """
     config = dataclasses.replace(model.config, precision="bfloat16" if dtype == "bfloat16" else "float32")
-    return model.replace(config=config, params=cast(model.params, dtype))
+    made = cast(model.params, dtype)
+    for (path, before), (_, after) in zip(trees.flatten(model.params, inside=True), trees.flatten(made, inside=True)):
+        if after.dtype != before.dtype:
+            require_fits(path, before, after)
+    return model.replace(config=config, params=made)
+
+
+def require_fits(name: str, before: Any, after: Any) -> None:
+    """Raise InputError if a finite number of a weight is infinite in `after`, the same weight in another dtype."""
+    require(
+        not trees.overflowed(before, after),
+        f"{name} has numbers beyond {jnp.finfo(after.dtype).max:.3g}, the largest of {after.dtype.name}: "
+        + (
+            "choose bfloat16 or float32 (--dtype, in Python dtype=)"
+            if after.dtype == jnp.float16
+            else "no dtype that models are held in has them"
+        ),
+    )
 
 
 @flax.struct.dataclass

@@ -95,29 +95,31 @@ def is_dtype_of(dtype: Any, part: str, bits: int) -> bool:
 # --- zeros -----------------------------------------------------------------------------------------------------------
 
 
-def _numbers(weight: Any) -> tuple[np.ndarray, int]:
-    """What is stored for each weight, and its bits: codes of a QArray, floats as they are."""
+def _bits(weight: Any) -> int:
+    """Of what is stored for each weight: codes of a QArray, floats as they are."""
+    return weight.bits if isinstance(_unprepared(weight), QArray) else 8 * weight.dtype.itemsize
+
+
+def _numbers(weight: Any) -> np.ndarray:
+    """What is stored for each weight, on the host."""
     if isinstance(_unprepared(weight), QArray):
-        return unpack(np.asarray(weight.values), weight.bits, weight.size, weight.axis), weight.bits
-    return np.asarray(weight), 8 * weight.dtype.itemsize
+        return unpack(trees.on_host(weight.values), weight.bits, weight.size, weight.axis)
+    return trees.on_host(weight)
+
+
+def _count(weight: Any) -> int:
+    """How many of the stored numbers are not zero, counted where they are; packed ones on the host."""
+    if isinstance(_unprepared(weight), QArray):
+        return trees.count_nonzero(weight.values if weight.bits == 8 else _numbers(weight))
+    return trees.count_nonzero(weight)
 
 
 def nonzeros(params: Any) -> int:
     """Number of weights that are not exactly zero."""
     uneven = lambda leaf: isinstance(leaf, LowRank) or (isinstance(leaf, QArray) and leaf.zeros is not None)
-    numbers = (np.asarray(dequantize(leaf)) if uneven(leaf) else _numbers(leaf)[0] for _, leaf in trees.flatten(params))
-    return sum(int(np.count_nonzero(each)) for each in numbers)
-
-
-def is_sparse(weight: Any, mask: Any) -> bool:
-    """Whether a bitmask and values take fewer bytes than dense values, with the mask beside them if there is one."""
-    numbers, bits = _numbers(weight)
-    if numbers.ndim < 2:
-        return False
-    kept = int(np.count_nonzero(numbers if mask is None else np.asarray(mask)))
-    bitmask = -(-numbers.size // 8)
-    dense = weight.values.size if isinstance(weight, QArray) else numbers.size * numbers.dtype.itemsize
-    return bitmask + _stored_values(kept, bits) < dense + (0 if mask is None else bitmask)
+    return sum(
+        trees.count_nonzero(dequantize(leaf)) if uneven(leaf) else _count(leaf) for _, leaf in trees.flatten(params)
+    )
 
 
 def _stored_values(count: int, bits: int) -> int:
@@ -125,42 +127,48 @@ def _stored_values(count: int, bits: int) -> int:
     return packed_size(count, bits) if bits < 8 else count * bits // 8
 
 
+def stored_kinds(weight: Any, mask: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of each array that a file holds of a weight, by what follows its path; "" for a dense array
+    itself. Where a bitmask and values take fewer bytes than dense values, with the mask beside them if there is one,
+    that is what is stored: only how many numbers are not zero is looked at."""
+    quantized = isinstance(_unprepared(weight), QArray)
+    dense = weight.values if quantized else weight
+    arrays = {"values": dense} | {name: getattr(weight, name) for name in PARTS[1:]} if quantized else {"": dense}
+    kinds = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items() if x is not None}
+    if len(weight.shape) < 2:
+        return kinds
+    bitmask = jax.ShapeDtypeStruct((-(-math.prod(weight.shape) // 8),), np.dtype(np.uint8))
+    bits, count = _bits(weight), _count(weight) if mask is None else trees.count_nonzero(mask)
+    if bitmask.size + _stored_values(count, bits) < trees.nbytes(dense) + (0 if mask is None else bitmask.size):
+        del kinds["values" if quantized else ""]
+        length, dtype = (packed_size(count, bits), np.dtype(np.uint8)) if bits < 8 else (count, dense.dtype)
+        return kinds | {"bitmask": bitmask, "nonzeros": jax.ShapeDtypeStruct((length,), dtype)}
+    return kinds if mask is None else kinds | {"mask": bitmask}
+
+
 def stored_parts(weight: Any, mask: Any) -> dict[str, np.ndarray]:
-    """The arrays that a file holds of a weight, by what follows its path; "" for a dense array itself."""
-    quantized = isinstance(weight, QArray)
-    parts = {"" if not quantized else "values": weight.values if quantized else weight}
-    if quantized:
-        others = {name: getattr(weight, name) for name in PARTS[1:]}
-        parts |= {name: part for name, part in others.items() if part is not None}
-    if is_sparse(weight, mask):
-        numbers, bits = _numbers(weight)
-        kept = numbers != 0 if mask is None else np.asarray(mask)
+    """The arrays of `stored_kinds`, on the host."""
+    kinds, parts = stored_kinds(weight, mask), {}
+    if "bitmask" in kinds:
+        numbers, bits = _numbers(weight), _bits(weight)
+        kept = numbers != 0 if mask is None else trees.on_host(mask)
         values = numbers[kept]
-        del parts["values" if quantized else ""]
-        parts["bitmask"] = np.packbits(kept)
-        parts["nonzeros"] = pack(values, bits) if bits < 8 else values
-    elif mask is not None:
-        parts["mask"] = np.packbits(np.asarray(mask))
-    return {name: np.asarray(part) for name, part in parts.items()}
+        parts = {"bitmask": np.packbits(kept), "nonzeros": pack(values, bits) if bits < 8 else values}
+    elif "mask" in kinds:
+        parts = {"mask": np.packbits(trees.on_host(mask))}
+    others = (name for name in kinds if name not in parts)
+    return parts | {name: trees.on_host(getattr(weight, name) if name else weight) for name in others}
 
 
 def stored_nbytes(params: Any, masks: Masks = None) -> int:
     """Bytes of the tensors in a file that holds these weights."""
     total = 0
     for path, weight in trees.flatten(params):
-        mask = (masks or {}).get(path)
         if isinstance(weight, LowRank):
             total += trees.nbytes((weight.a, weight.b))
             weight = weight.base
-        numbers, bits = _numbers(weight)
-        bitmask = -(-numbers.size // 8)
-        total += trees.nbytes(weight)
-        if is_sparse(weight, mask):
-            dense = weight.values.size if isinstance(weight, QArray) else trees.nbytes(weight)
-            kept = int(np.count_nonzero(numbers if mask is None else np.asarray(mask)))
-            total += bitmask + _stored_values(kept, bits) - dense
-        elif mask is not None:
-            total += bitmask
+        kinds = stored_kinds(weight, (masks or {}).get(path))
+        total += sum(kind.size * kind.dtype.itemsize for kind in kinds.values())
     return total
 
 

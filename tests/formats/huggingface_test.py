@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from efflm import tokenizer, trees
 from efflm.compress.quantize import quantize
 from efflm.config import BlockConfig, InputError, ModelConfig
 from efflm.formats import build, huggingface, tensors
+from efflm.formats import safetensors as own
 from efflm.formats.families import FAMILIES
 from efflm.infer.generate import forward
 from efflm.model import LanguageModel, cost, empty_cache, in_dtype, sharding
@@ -140,10 +142,62 @@ def test_what_does_not_fit_a_dtype_is_not_made_infinite(folder):
     weights = stored(folder)
     weights["model.norm.weight"][3] = 1e6
     safetensors.numpy.save_file(weights, folder / "model.safetensors")
-    with pytest.raises(InputError, match="a weight does not fit float16: load the model in bfloat16 or float32"):
-        huggingface.load_weights(folder, dtype="float16")
+    for kept_as in ("float32", "bfloat16", "float64"):
+        cast = {name: weight.astype(jnp.dtype(kept_as)) for name, weight in weights.items()}
+        safetensors.numpy.save_file(cast, folder / "model.safetensors")
+        with pytest.raises(
+            InputError, match=r"model\.norm\.weight has numbers beyond .* float16: choose bfloat16 or float32"
+        ):
+            huggingface.load_weights(folder, dtype="float16")
+        model = huggingface.load_weights(folder)
+        with pytest.raises(
+            InputError, match=r"final_norm/scale has numbers beyond .* float16: choose bfloat16 or float32"
+        ):
+            in_dtype(model, "float16")
+    weights["model.norm.weight"] = weights["model.norm.weight"].astype(np.float64) * 1e300
+    safetensors.numpy.save_file(weights, folder / "model.safetensors")
+    with pytest.raises(
+        InputError, match=r"model\.norm\.weight has numbers beyond 3\.4e\+38, the largest of float32: no dtype"
+    ):
+        huggingface.load_weights(folder)
     with pytest.raises(InputError, match="dtype is 'int8'"):
         huggingface.load_weights(folder, dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("kept_as", "of_norms", "named"),
+    [
+        ("bfloat16", "float32", "bfloat16"),
+        ("float16", "float32", "float16"),
+        ("float32", "bfloat16", "float32"),
+        ("float16", "bfloat16", "float32"),
+        ("bfloat16", "float16", "float32"),
+    ],
+)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_models_of_several_dtypes_come_back_as_they_were(kept_as, of_norms, named, precision, tmp_path):
+    model = in_dtype(huggingface.load_weights(GOLDENS / "llama"), kept_as)
+    cast = lambda path, leaf: leaf.astype(of_norms) if "norm" in path else leaf
+    config = dataclasses.replace(model.config, precision=precision)
+    model = LanguageModel(config, trees.map_with_path(cast, model.params))
+    huggingface.save(tmp_path / "model", model, small_tokenizer())
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["torch_dtype"] == named
+    require_equal(huggingface.load_weights(tmp_path / "model"), model)
+    own.save(tmp_path / "own.safetensors", model, {})
+    require_equal(own.load(tmp_path / "own.safetensors")[0], model)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_files_and_folders_have_the_mode_that_the_umask_leaves(mask, tmp_path):
+    model, before = huggingface.load_weights(GOLDENS / "llama"), os.umask(mask)
+    try:
+        huggingface.save(tmp_path / "model", model, small_tokenizer())
+        own.save(tmp_path / "own.safetensors", model, {})
+    finally:
+        os.umask(before)
+    for path in [tmp_path / "own.safetensors", *(tmp_path / "model").iterdir()]:
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask, path
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o777 & ~mask
 
 
 @pytest.mark.parametrize("name", ["llama3", "gpt2", "gpt_neox", "qwen3"])
