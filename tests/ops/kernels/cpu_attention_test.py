@@ -192,9 +192,24 @@ print(module.digest(sys.argv[1]))
 
 
 def digest(form):
-    arrays = draw(np.random.default_rng(0), 1, 300, 300, 4, 2, 32)
+    """Of what every kernel computes."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    arrays = draw(rng, 1, 300, 300, 4, 2, 32)
+    q, k, v = draw(rng, 1, 1, 1, 8, 4, 32)[:3]
+    cached = (q, k, v, normal(1, 900, 4, 32), normal(1, 900, 4, 32), jnp.full((1, 1), 899), None)
+    w = [normal(*shape) for shape in ((200, 300), (200, 300), (300, 200))]
+    codes = [ops.quantize_array(each, -2, "int8") for each in w]
     with build.chosen(form):
-        got = jax.jit(with_gradients)(*arrays)
+        got = list(jax.jit(with_gradients)(*arrays))
+        got += ops.cached_attention(*cached, dtype=jnp.float32)
+        for some in (w, codes):
+            gate, up, down = ops.prepare({"w": some}, "cpu")["w"]
+            for x in (normal(1, 200), normal(9, 200)):
+                got += ops.dots(x, (gate, up))
+                got.append(ops.gated_feedforward(x, gate, up, down, x, jnp.float32))
+        table = ops.prepare({"w": normal(500, 200)}, "cpu")["w"]
+        got.append(ops.unembed(normal(1, 200), table))
     return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in got)).hexdigest()
 
 

@@ -2,6 +2,7 @@
 the compiled decode loop is made of."""
 
 import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +185,14 @@ def test_a_decoded_token_takes_four_kernels_a_layer():
     body = max(re.split(r"\n(?=%|ENTRY)", program), key=lambda computation: computation.count(" custom-call("))
     assert body.count(" custom-call(") == 4 * len(model.config.blocks) + 1
     assert "dot(" not in body
+
+
+def test_a_model_that_is_not_used_takes_no_processor_time():
+    model = ops.prepare(tiny.model(), "cpu")
+    generate.generate(model, [[1, 2, 3]], 8)
+    used = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - used < 0.1
 
 
 def test_a_few_tokens_read_at_once_take_as_few_kernels():
