@@ -55,7 +55,7 @@ def load(source: SOURCE, *, dtype: str | None = None, precision: str = "") -> tu
     )
     name = at_home(os.fspath(source))
     loaded = sources.load(name, dtype=dtype, precision=precision)
-    return loaded.model.with_about(loaded.about), loaded.tokenizer
+    return loaded.model.with_about(loaded.about | {"token_ids": loaded.tokenizer.ids_digest}), loaded.tokenizer
 
 
 def compress(

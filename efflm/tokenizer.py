@@ -207,6 +207,13 @@ class Tokenizer:
     def digest(self) -> str:
         return hashlib.sha256(self.core.to_str().encode()).hexdigest()[:16]
 
+    @functools.cached_property
+    def ids_digest(self) -> str:
+        """A hash of the token that each id is. Models whose tokenizers agree in it compare their probabilities, however
+        each of them splits text, and in whatever file it came."""
+        tokens = sorted((index, token) for token, index in self.core.get_vocab().items())
+        return hashlib.sha256(repr(tokens).encode()).hexdigest()[:16]
+
     def same(self, other: "Tokenizer") -> bool:
         """Whether the other one reads, writes and ends all text as this one does."""
         told = lambda each: (each.digest, each.names, each.stops, each.template)

@@ -61,7 +61,7 @@ class Run:
 def main(run: Run) -> None:
     require(bool(run.draft), "--draft is missing: give a smaller model with the same tokenizer")
     target, draft = (sources.load(each, precision=run.precision) for each in (run.model, run.draft))
-    if target.tokenizer.digest != draft.tokenizer.digest:
+    if target.tokenizer.ids_digest != draft.tokenizer.ids_digest:
         raise InputError(f"the tokenizer of {run.draft} is not that of {run.model}: give a draft that has it")
     models = [ops.prepare(each.model, jax.default_backend()) for each in (target, draft)]
     source = dataset.source_of(run.corpus, target.about)

@@ -64,7 +64,7 @@ def main(run: Run, score: Scoring, mesh: MeshConfig, limits: Limits) -> None:
     if run.reference:
         other = sources.load(run.reference, precision=run.precision, mesh=devices)
         require(
-            tokens.digest == other.tokenizer.digest,
+            tokens.ids_digest == other.tokenizer.ids_digest,
             f"{run.model} and {run.reference} have different tokenizers: divergence compares token by token",
         )
         models = {first[0]: other.model} | models

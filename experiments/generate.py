@@ -154,7 +154,7 @@ def main(run: Run) -> None:
 def drafted(run: Run, loaded: Loaded, ids: list[int], how: tuple, note: Callable[[str], None]) -> list[list[list[int]]]:
     """All new ids, as one chunk. Raises InputError for a draft with another tokenizer."""
     draft = sources.load(run.draft, precision=run.precision)
-    ours, theirs = loaded.tokenizer.digest, draft.tokenizer.digest
+    ours, theirs = loaded.tokenizer.ids_digest, draft.tokenizer.ids_digest
     require(
         ours == theirs, f"the tokenizer of --draft={run.draft} is not that of {run.model}: give a draft that has it"
     )

@@ -193,6 +193,19 @@ def test_speed_is_measured_unless_it_is_not_asked_for(loaded, folder):
     assert "Speed: batch 1" in found.facts[1]
 
 
+def test_a_draft_may_have_the_same_tokens_in_another_file(loaded, tmp_path):
+    model, tokenizer = loaded
+    described = json.loads(tokenizer.core.to_str())
+    described["normalizer"] = {"type": "NFC"}
+    other = dataclasses.replace(tokenizer, core=tokenizers.from_description(described, "another file"))
+    assert other.digest != tokenizer.digest
+    efflm.save(tmp_path / "ours", model, tokenizer)
+    efflm.save(tmp_path / "theirs", model, other)
+    (ours, _), (theirs, _) = efflm.load(tmp_path / "ours"), efflm.load(tmp_path / "theirs")
+    one = efflm.generate(ours, tokenizer, "the thing", max_tokens=4)
+    assert efflm.generate(ours, tokenizer, "the thing", max_tokens=4, draft=theirs) == one
+
+
 def test_generate_lays_a_model_out_once(loaded, monkeypatch):
     model, tokenizer = efflm.compress(loaded[0], "w8a8"), loaded[1]
     made, prepare = [], ops.prepare

@@ -48,11 +48,12 @@ class LanguageModel:
 
 
 def require_same_tokenizer(other: LanguageModel, model: LanguageModel, name: str, whose: str) -> None:
-    """Raise InputError if it is known of both models what they were trained with, and it is not the same. name: of the
-    first, as in "teacher"; whose: of the second."""
-    theirs, ours = (each.about.get("tokenizer") for each in (other, model))
+    """Raise InputError if it is known of both models which token each id is, or else which tokenizer they have, and it
+    is not the same. name: of the first, as in "teacher"; whose: of the second."""
+    known = [key for key in ("token_ids", "tokenizer") if other.about.get(key) and model.about.get(key)]
+    theirs, ours = (each.about[known[0]] if known else None for each in (other, model))
     require(
-        theirs == ours or not theirs or not ours,
+        theirs == ours,
         f"the {name}'s tokenizer is {theirs!r:.20}, the {whose}'s {ours!r:.20}: give a {name} that has the {whose}'s",
     )
 
