@@ -62,5 +62,8 @@ def told(model: Any, tokens: Tokenizer) -> Any:
     config = model.config
     if config.unused or tokens.vocabulary >= config.vocabulary:
         return model
-    config = dataclasses.replace(config, unused=unused(tokens, config.vocabulary))
-    return model.replace(config=config).with_about(model.about)
+    kept = vars(model).setdefault("_told", {})  # one value of the model for each tokenizer, which is laid out once
+    if tokens.digest not in kept:
+        config = dataclasses.replace(config, unused=unused(tokens, config.vocabulary))
+        kept[tokens.digest] = model.replace(config=config).with_about(model.about)
+    return kept[tokens.digest]

@@ -148,12 +148,17 @@ def _owner(file: Path) -> str:
 
 def use_compilation_cache(name: str = "compiled") -> None:
     """Keep compiled programs in this folder of the user's cache, for this run and the next, unless
-    JAX_COMPILATION_CACHE_DIR names one. Raises InputError if the cache is not to be had or not to be trusted."""
+    JAX_COMPILATION_CACHE_DIR names one. Where the cache is not to be had or not to be trusted, none are kept."""
     import jax
 
     if jax.config.jax_compilation_cache_dir:
         return
-    jax.config.update("jax_compilation_cache_dir", str(user_cache.folder(name)))
+    try:
+        folder = user_cache.folder(name)
+    except InputError as error:
+        print(f"compiled programs are not kept: {error}", file=sys.stderr)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 

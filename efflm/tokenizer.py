@@ -211,7 +211,7 @@ class Tokenizer:
     def ids_digest(self) -> str:
         """A hash of the token that each id is. Models whose tokenizers agree in it compare their probabilities, however
         each of them splits text, and in whatever file it came."""
-        tokens = sorted((index, token) for token, index in self.core.get_vocab().items())
+        tokens = sorted((index, token) for token, index in self.core.get_vocab().items() if self._has(index))
         return hashlib.sha256(repr(tokens).encode()).hexdigest()[:16]
 
     def same(self, other: "Tokenizer") -> bool:

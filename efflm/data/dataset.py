@@ -99,7 +99,8 @@ def prepare(
         tokenizer = tokenizer or _trained(folder / f"tokenizer-{vocabulary}.json", corpus, vocabulary)
         texts = [text for _, text in corpus.train]
         pack = lambda: packing.pack(_encoded(texts, tokenizer), tokenizer.separator, length)
-        train = packing.load_or_pack(folder / f"rows-{tokenizer.digest}-{tokenizer.separator}-{length}.npy", pack)
+        reads = f"{tokenizer.digest}-{tokenizer.separator}" + (f"-{tokenizer.limit}" if tokenizer.limit else "")
+        train = packing.load_or_pack(folder / f"rows-{reads}-{length}.npy", pack)
     loader.require_one_batch(train, batch, lower)
     return Dataset(
         corpus, tokenizer, train, *(_split(source, part, corpus.parts[part], tokenizer) for part in HELD_OUT)

@@ -84,7 +84,7 @@ class Load:
         if max(self.before, self.during) <= QUIET * count:
             return ""
         return (
-            f" THE MACHINE WAS NOT QUIET: other programs used {self.before:.1f} of {count} processors before these "
+            f" The machine was not quiet: other programs used {self.before:.1f} of {count} processors before these "
             f"measurements and {self.during:.1f} meanwhile, so speeds are lower than alone and ratios less exact."
         )
 
@@ -123,9 +123,8 @@ def _used() -> float:
             user, nice, system, _, _, *interrupts = map(int, file.readline().split()[1:9])
     except (OSError, ValueError):
         return 0.0
-    worked = (user + nice + system + sum(interrupts)) / os.sysconf(
-        "SC_CLK_TCK"
-    )  # with what a hypervisor gave to others
+    ticks = user + nice + system + sum(interrupts)  # the last of these is what a hypervisor gave to others
+    worked = ticks / os.sysconf("SC_CLK_TCK")
     ours = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return worked - sum(each.ru_utime + each.ru_stime for each in ours)
 

@@ -42,6 +42,8 @@ def _is_rotary(found: np.ndarray, config: ModelConfig) -> bool:
     expected = config.rope_base ** (-np.arange(half) / half)
     if config.rope_scaling:
         expected = np.asarray(rotary.scaled(jnp.asarray(expected, jnp.float32), config.rope_scaling))
+    if not jnp.issubdtype(found.dtype, jnp.floating):
+        return False
     kind = jnp.finfo(found.dtype)
     steps = max(float(kind.eps), 1e-6)  # rounded once to what they are stored in, and made in float32
     return found.shape == expected.shape and np.allclose(

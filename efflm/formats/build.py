@@ -170,7 +170,7 @@ def _with_own_head(family: Family, config: ModelConfig, source: Tensors) -> Mode
     same = (
         shape == source.shapes[head]
         and all(  # a part at a time: both are mapped, not held
-            np.array_equal(one[at : at + ROWS], other[at : at + ROWS])
+            np.array_equal(one[at : at + ROWS], other[at : at + ROWS], equal_nan=True)
             for at in range(0, shape[0] if shape else 0, ROWS)
         )
     )

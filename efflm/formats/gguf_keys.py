@@ -20,7 +20,7 @@ _READ = """
     tokenizer.ggml.model tokenizer.ggml.pre tokenizer.ggml.tokens tokenizer.ggml.token_type tokenizer.ggml.scores
     tokenizer.ggml.merges tokenizer.ggml.bos_token_id tokenizer.ggml.eos_token_id tokenizer.ggml.eot_token_id
     tokenizer.ggml.eom_token_id tokenizer.ggml.unknown_token_id tokenizer.ggml.padding_token_id
-    tokenizer.ggml.add_bos_token tokenizer.ggml.add_space_prefix tokenizer.chat_template
+    tokenizer.ggml.add_bos_token tokenizer.ggml.add_eos_token tokenizer.ggml.add_space_prefix tokenizer.chat_template
 """
 READ = frozenset(_READ.split())
 # What a file says of where it comes from and how it was quantized and split; names of tokens that nothing here writes;
@@ -34,7 +34,6 @@ HARMLESS = re.compile(
 # What says that something is not there, or is as the supported architectures have it.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "general.type": ("model",),
-    "tokenizer.ggml.add_eos_token": (False,),
     "tokenizer.ggml.add_sep_token": (False,),
     "tokenizer.ggml.remove_extra_whitespaces": (False,),
     "NAME.use_parallel_residual": (False,),

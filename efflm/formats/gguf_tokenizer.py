@@ -14,7 +14,7 @@ from efflm.config import InputError, require
 from efflm.tokenizer import Tokenizer
 
 # ggml's types of tokens
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
+UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6
 # Tokens that end an answer in one chat format or another, whatever the file calls its end of sequence.
 ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
 LONGEST = 256  # characters of a SentencePiece token; trainers stop at 16, some code tokens at 60
@@ -58,6 +58,8 @@ def from_metadata(metadata: dict[str, Any], where: Path) -> Tokenizer:
         index = next(i for i, token in enumerate(tokens) if vocabulary[token] != i)
         raise InputError(f"{where}: tokens {index} and {vocabulary[tokens[index]]} are both {tokens[index]!r:.80}")
     types = _numbers(metadata, "token_type", len(tokens), where)
+    # llama.cpp's converter gives names to the rows that pad an embedding; no text has them as tokens.
+    vocabulary = {token: index for token, index in vocabulary.items() if types[index] != UNUSED}
     byte_level = kind == "gpt2"
     split = _split(metadata, where) if byte_level else {"adds_bos": True}
     adds = {"bos": split.get("adds_bos", False), "eos": False}
@@ -165,7 +167,9 @@ def _sentencepiece(
     if prefixed:
         written.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     before = [{"type": "Prepend", "prepend": "▁"}] if prefixed else []
-    mergeable = [index for index in range(len(tokens)) if types[index] not in (UNKNOWN, CONTROL, USER_DEFINED, BYTE)]
+    mergeable = [
+        index for index in range(len(tokens)) if types[index] not in (UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE)
+    ]
     return {
         "normalizer": {"type": "Sequence", "normalizers": [*before, space]},
         "decoder": {"type": "Sequence", "decoders": written},

@@ -25,7 +25,7 @@ _HARMLESS = """
     is_decoder n_ctx max_sequence_length max_length min_length do_sample early_stopping num_beams num_beam_groups
     diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids suppress_tokens begin_suppress_tokens exponential_decay_length_penalty
-    num_return_sequences attention_bias mlp_bias
+    num_return_sequences attention_bias mlp_bias n_special predict_special_tokens output_past custom_pipelines
 """
 HARMLESS = frozenset(_HARMLESS.split())
 # Keys of other models, which may say here what a family does anyway.
@@ -74,6 +74,8 @@ def read(family: Described, values: dict[str, Any], layers_at_most: int) -> Mode
     found = dict(family.fixed)
     for key, (name, absent) in family.keys.items():
         found[name] = values.get(key, absent)
+        if found[name] is None and absent is not NEEDED:  # null is nothing, as elsewhere
+            found[name] = absent
         require(found[name] is not NEEDED, f"{key} is missing, so the model's {name} is not known")
         if found[name] is not None or (absent is not None and name != "kv_heads"):
             _check(key, name, found[name], layers_at_most if name == "layers" else MOST)
@@ -228,7 +230,7 @@ def _read_windows(family: Described, values: dict[str, Any], layers: int) -> lis
         used = values.get("use_sliding_window", False)
         require(isinstance(used, bool), f"use_sliding_window is {_shown(used)}, but must be true or false")
         window = window if used else None
-        first = values.get("max_window_layers", 28)
+        first = values.get("max_window_layers", 28) if window is not None and kinds is None else layers
         require(isinstance(first, int), f"max_window_layers is {_shown(first)}, but must be a whole number")
         kinds = kinds or [known[i >= first] for i in range(layers)]
     if window is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from efflm import fitted, tokenizer, trees
+from efflm import tokenizer, trees
 from efflm.config import InputError, require
 from efflm.formats import tensors
 from efflm.formats.build import build, describe, main_dtype, precision_of, tensors_of
@@ -32,8 +32,7 @@ def load(folder: Path, *, dtype: str | None = None, mesh: Mesh | None = None) ->
         "one with transformers (AutoTokenizer.from_pretrained, then save_pretrained)",
     )
     tokens = tokenizer.load(folder)
-    model = load_weights(folder, dtype=dtype, mesh=mesh)
-    return model, fitted.fit(tokens, model.config.vocabulary, folder)
+    return load_weights(folder, dtype=dtype, mesh=mesh), tokens
 
 
 def load_weights(folder: Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> LanguageModel:

@@ -41,7 +41,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, sequence: int = 1, tensor: int = 1, 
 
 def data_parallel(batch: int, accumulate: int = 1) -> Mesh:
     """As many of the devices as divide each of the `accumulate` parts of a batch, along `data`."""
-    return mesh_for(MeshConfig(), batch, 1, accumulate)
+    return make_mesh(data=math.gcd(batch // accumulate, jax.device_count()))
 
 
 def mesh_for(config: MeshConfig, batch: int, length: int, accumulate: int = 1) -> Mesh:
@@ -66,7 +66,7 @@ def mesh_for(config: MeshConfig, batch: int, length: int, accumulate: int = 1) -
         f"rows of {length} tokens are not divisible by twice mesh.sequence {sizes['sequence']}: change one of them",
     )
     used = math.prod(sizes.values())
-    if used < count and config.data == -1:
+    if used < count and config.data == -1 and jax.process_index() == 0:
         print(
             f"note: {count - used} of {count} devices have no work: {_in_parts(batch, accumulate)} cannot be shared by "
             "more; a batch that is a multiple of the devices can",

@@ -37,7 +37,7 @@ def prepare(model: Any, platform: str) -> Any:
 def prepared(model: Any, platform: str) -> Any:
     """`prepare` of a model, once: what it made is kept with this value of the model and goes with it. Until then
     quantized matrices are in memory twice."""
-    made, key = vars(model).setdefault("_prepared", {}), (platform, build.form())
+    made, key = vars(model).setdefault("_prepared", {}), (platform, build.form() if platform == "cpu" else "")
     if key not in made:
         made[key] = prepare(model, platform)
     return made[key]

@@ -1,10 +1,11 @@
 """Two models compared by everything that was measured of both, and which differences count.
 
 `better`: by more standard errors than chance explains in any of all comparisons: each pair of rows, in each of FIGURES.
-They are the two-sided quantile of the normal distribution for 5% divided by the number of comparisons (Bonferroni). It
-must also be by more than LIKE in bytes and speed, by more than limits.same of the first row's loss in loss and
-divergence, and of the tokens in agreement. `worse`: by one standard error, however little: what is said to be no worse
-must not be worse by the figures as they are.
+They are the two-sided quantile of Student's t distribution for 5% divided by the number of comparisons (Bonferroni),
+since errors are estimated from few documents or rounds; of the normal one where only the rows are known. It must also
+be by more than LIKE in bytes and speed, by more than limits.same of the first row's loss in loss and divergence, and of
+the tokens in agreement. `worse`: by one standard error, however little: what is said to be no worse must not be worse
+by the figures as they are.
 
 Errors are those of the difference: of quality paired over documents, of speed paired over rounds where both were
 measured in the same ones. Where they were not, or only the rows are known, both errors are added as independent.
@@ -15,8 +16,11 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+from scipy import special
+
 from efflm.config import flag, require
-from efflm.evaluate import cost, quality
+from efflm.evaluate import quality
 from efflm.evaluate.cost import Rate
 from efflm.evaluate.quality import Quality
 from efflm.report.rows import Row
@@ -61,8 +65,22 @@ class Comparison:
 
     @property
     def errors(self) -> float:
-        """Standard errors beyond which a difference counts."""
-        return statistics.NormalDist().inv_cdf(1 - CHANCE / 2 / max(self.count, 1))
+        """Standard errors beyond which a difference of quality counts."""
+        documents = min((len(each.bits) for each in self.qualities.values()), default=0)
+        return self._quantile(documents)
+
+    def _quantile(self, observations: int) -> float:
+        chance = 1 - CHANCE / 2 / max(self.count, 1)
+        if observations < 2:
+            return statistics.NormalDist().inv_cdf(chance)
+        return float(special.stdtrit(observations - 1, chance))
+
+    def _beyond(self, one: Row, other: Row, figure: str) -> float:
+        """Standard errors beyond which a difference of these rows counts."""
+        if figure not in PHASES:
+            return self.errors
+        found = [self.rates[row.name][0][0].rounds for row in (one, other) if row.name in self.rates]
+        return self._quantile(min(map(len, found), default=0))
 
     @property
     def nats(self) -> float:
@@ -74,7 +92,7 @@ class Comparison:
         if figure == "bytes":
             return one.bytes * (1 + LIKE) < other.bytes
         value, error = self.ahead(one, other, figure)
-        return error is not None and value > max(self.errors * error, self._enough(figure))
+        return error is not None and value > max(self._beyond(one, other, figure) * error, self._enough(figure))
 
     def worse(self, one: Row, other: Row, figure: str) -> bool:
         """Whether `one` may be worse than `other` in this figure."""
@@ -104,13 +122,23 @@ class Comparison:
         return value if figure == "agreement" else -value, error
 
     def _faster(self, one: Row, other: Row, phase: str) -> tuple[float, float | None]:
-        mine, theirs = self.rates.get(one.name), self.rates.get(other.name)
+        mine, theirs, at = self.rates.get(one.name), self.rates.get(other.name), PHASES.index(phase)
         if mine and theirs and mine[1] == theirs[1]:  # the same rounds of the first row
-            ratio, error = cost.ratio(*(pair[0][PHASES.index(phase)] for pair in (mine, theirs)))
-            return math.log(ratio), None if error is None else error / ratio
-        pairs = [times(row, phase) for row in (one, other)]
-        error = None if None in [e for _, e in pairs] else math.hypot(*(e / ratio for ratio, e in pairs))
-        return math.log(pairs[0][0] / pairs[1][0]), error
+            return _mean_log_ratio(mine[0][at], theirs[0][at])
+        parts = []
+        for row in (one, other):
+            own, base = self.rates.get(row.name, (None, None))
+            ratio, error = times(row, phase)
+            apart = math.log(ratio), None if error is None else error / ratio
+            parts.append(_mean_log_ratio(own[at], base[at]) if own else apart)
+        error = None if None in [e for _, e in parts] else math.hypot(*(e for _, e in parts))
+        return parts[0][0] - parts[1][0], error
+
+
+def _mean_log_ratio(rate: Rate, base: Rate) -> tuple[float, float | None]:
+    """Of speeds in the same rounds, and its standard error, None of a single round."""
+    logs = np.log(np.divide(rate.rounds, base.rounds))
+    return float(logs.mean()), float(logs.std(ddof=1) / math.sqrt(len(logs))) if len(logs) > 1 else None
 
 
 def figure_of(row: Row, figure: str) -> tuple[float, float | None]:
@@ -134,8 +162,9 @@ def protocol(compared: Comparison) -> str:
     rounds = "in the same rounds" if firsts and all(base == firsts[0] for base in firsts) else "each beside the first"
     same = f"{100 * compared.limits.same:g}%"
     return (
-        f"Verdicts: a difference counts beyond {compared.errors:.1f} standard errors, the normal distribution's for "
-        f"{CHANCE:.0%} in all of {compared.count} comparisons (Bonferroni): each pair of rows in {', '.join(FIGURES)}; "
+        f"Verdicts: a difference of quality counts beyond {compared.errors:.1f} standard errors, one of speed beyond "
+        f"what Student's distribution gives for as few rounds, each for {CHANCE:.0%} in all of {compared.count} "
+        f"comparisons (Bonferroni): each pair of rows in {', '.join(FIGURES)}; "
         f"and beyond {LIKE:.0%} of bytes and speed, {same} of the first model's loss (divergence: in nats) and {same} "
         f"of the tokens (agreement). No worse is what is not worse by one standard error. Errors of quality are "
         f"{documents}; speeds are ratios to the first model's, measured {rounds}."

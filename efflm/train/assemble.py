@@ -72,8 +72,10 @@ def fit(train: TrainConfig, loss_fn: LossFn, start, frozen, batches: Batches, ru
 
 def init_state(config: ModelConfig, train: TrainConfig, mesh: Mesh, seed: int = 0) -> TrainState:
     """The state that training a fresh model starts from."""
-    start = _trainable(init_params(config, seed, mesh), config, train)
-    return step.init_state(start, optimizer.make(train), mesh, loss_scale_for(POLICIES[train.policy]))
+    init = step.make_init(optimizer.make(train), abstract_state(config, train, mesh))
+    return init(
+        _trainable(init_params(config, seed, mesh), config, train), loss_scale_for(POLICIES[train.policy]), None
+    )
 
 
 def abstract_state(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> TrainState:

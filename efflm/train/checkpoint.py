@@ -160,7 +160,7 @@ class TrainingRun:
         if error and hosts.is_fault(error):
             directory = self.policy.directory
             good = [step for step in _steps(directory) if manifest.exists(directory / str(step))]
-            faults.require_passing(directory / "faults.json", good[-1] if good else -1, error)
+            faults.require_passing(directory / f"faults-{jax.process_index()}.json", good[-1] if good else -1, error)
 
     def resume(self, like: TrainState) -> TrainState | None:
         """The newest good state, laid out as the abstract `like`; None at the start of a run.

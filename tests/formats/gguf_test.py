@@ -1,4 +1,5 @@
 import struct
+from pathlib import Path
 
 import gguf
 import jax
@@ -6,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efflm import fitted
 from efflm.config import InputError
 from efflm.formats import gguf as files
-from efflm.formats import gguf_model, sources
+from efflm.formats import gguf_model, gguf_tokenizer, sources
 from efflm.formats.build import build
 from efflm.formats.tensors import Tensors
 from efflm.infer.generate import forward
@@ -186,7 +188,6 @@ def test_a_window_is_passed_on(tmp_path, rng):
         ({"pooling_type": 1}, "pooling_type is 1"),
         ({"vocab_size": 7}, "vocab_size is 7"),
         ({"general.type": "adapter"}, r"general\.type is 'adapter'"),
-        ({"tokenizer.ggml.add_eos_token": 1}, r"add_eos_token is 1.*gguf-new-metadata --remove-metadata"),
         ({"tokenizer.ggml.precompiled_charsmap": [1]}, "precompiled_charsmap"),
         ({"something.else": 1}, r"something\.else is 1"),
     ],
@@ -282,3 +283,24 @@ def test_what_weights_were_quantized_to_is_said(tmp_path, rng, kind, label):
     path = gguf_files.write(tmp_path / "a.gguf", weights, kind=kind)
     assert gguf_model.quantization(path) == label
     assert sources.load(path).about == ({"dequantized": label} if label else {})
+
+
+def test_rows_that_only_pad_the_embedding_are_no_tokens():
+    """llama.cpp's converter names them [PAD0] and so on, of the type "unused"."""
+
+    def read(padding):
+        metadata = {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "smollm",
+            "tokenizer.ggml.tokens": [*gguf_files.TOKENS, *(f"[PAD{i}]" for i in range(padding))],
+            "tokenizer.ggml.token_type": np.array([3, 3] + [1] * (len(gguf_files.TOKENS) - 2) + [5] * padding),
+            "tokenizer.ggml.merges": gguf_files.MERGES,
+            "tokenizer.ggml.bos_token_id": 0,
+            "tokenizer.ggml.eos_token_id": 1,
+        }
+        return gguf_tokenizer.from_metadata(metadata, Path("a.gguf"))
+
+    plain, padded, count = read(0), read(3), len(gguf_files.TOKENS)
+    assert padded.ids_digest == plain.ids_digest
+    assert padded.encode("[PAD1]") == plain.encode("[PAD1]")
+    assert fitted.unused(padded, count + 3) == ((count, count + 3),)

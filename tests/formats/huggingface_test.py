@@ -370,6 +370,9 @@ def test_what_configs_say_beside_changes_nothing(folder):
         "torchscript": False,
         "pruned_heads": {},
         "tie_encoder_decoder": False,
+        "n_special": 0,
+        "predict_special_tokens": True,
+        "output_past": True,
     }
     neutral = {
         "use_mrope": False,

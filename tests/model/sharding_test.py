@@ -59,8 +59,8 @@ def test_data_parallel_takes_as_many_devices_as_divide_the_batch(batch, devices)
 
 @pytest.mark.parametrize(("batch", "parts", "devices"), [(16, 2, 8), (8, 2, 4), (8, 8, 1)])
 def test_devices_share_each_part_of_a_batch(batch, parts, devices, capsys):
-    assert sharding.mesh_for(MeshConfig(), batch, 16, parts).shape["data"] == devices
     assert sharding.data_parallel(batch, parts).size == devices
+    assert sharding.mesh_for(MeshConfig(), batch, 16, parts).shape["data"] == devices
     idle = f"note: {8 - devices} of 8 devices have no work: a batch of {batch} rows in {parts} parts"
     assert (idle in capsys.readouterr().err) == (devices < 8)
     with pytest.raises(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from efflm.config import InputError
-from efflm.evaluate import quality
+from efflm.evaluate import cost, quality
 from efflm.evaluate.cost import Rate
 from efflm.evaluate.quality import Quality
 from efflm.report import comparison, page, table, verdicts
@@ -86,7 +86,7 @@ def test_speeds_of_different_times_are_compared_through_the_first_model(tmp_path
     rates = {name: tuple((rate(*each), rate(*each)) for each in pair) for name, pair in times.items()}
     rows = [DENSE]
     for name, (own, base) in list(rates.items())[1:]:
-        ratio, error = comparison.cost.ratio(own[0], base[0])
+        ratio, error = cost.ratio(own[0], base[0])
         assert ratio == pytest.approx(2.0, rel=0.02)
         fields = {f"{phase}_over_dense{end}": x for phase in ("prefill", "decode") for end, x in
                   (("", ratio), ("_stderr", error))}  # fmt: skip
@@ -113,12 +113,26 @@ def test_the_ratio_of_the_same_rounds_has_the_noise_of_their_ratios(rng):
     for _ in range(300):
         load = rng.uniform(0.3, 1.0, 11)  # of the machine, the same for both
         pair = 200 * load * rng.normal(1, 0.02, 11), 100 * load * rng.normal(1, 0.02, 11)
-        ratio, error = comparison.cost.ratio(*(rate(*each) for each in pair))
+        ratio, error = cost.ratio(*(rate(*each) for each in pair))
         found.append(ratio)
         errors.append(error)
     assert np.mean(found) == pytest.approx(2.0, rel=0.005)
     assert np.mean(errors) == pytest.approx(np.std(found), rel=0.2)
-    assert comparison.cost.ratio(rate(3.0), rate(2.0)) == (1.5, None)
+    assert cost.ratio(rate(3.0), rate(2.0)) == (1.5, None)
+
+
+@pytest.mark.parametrize("rounds", [5, 11])
+def test_few_rounds_of_equal_speeds_are_not_told_apart(rounds, rng):
+    """Errors from few rounds are often too small: the normal distribution's quantile names one of these pairs in ten
+    (5 rounds) or in a hundred."""
+    rows = [DENSE, row("a", 4.0, 100, 100, 0.0), row("b", 4.0, 100, 100, 0.0), *(TEN * 2)[:10]]
+    wrong = 0
+    for _ in range(500):
+        speeds = {name: rate(*(100 * rng.normal(1, 0.05, rounds))) for name in ("dense", "a", "b")}
+        base = (speeds["dense"],) * 2
+        compared = Comparison(rows, Limits(), {}, {name: ((own, own), base) for name, own in speeds.items()})
+        wrong += compared.better(rows[1], rows[2], "prefill") or compared.better(rows[2], rows[1], "prefill")
+    assert wrong <= 1
 
 
 def test_limits_that_contradict_are_refused():

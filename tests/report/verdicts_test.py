@@ -143,4 +143,6 @@ def test_a_loss_that_is_not_finite_is_worse_than_any():
     assert "the nearest is broken" in positive(DENSE, broken)[0].words
     first = dataclasses.replace(DENSE, bits_per_byte=float("nan"), perplexity=float("inf"))
     assert len(positive(first, broken)) == 1
-    assert comparison.protocol(Comparison([first, broken])).startswith("Verdicts: a difference counts beyond 2.6")
+    assert comparison.protocol(Comparison([first, broken])).startswith(
+        "Verdicts: a difference of quality counts beyond 2.6"
+    )

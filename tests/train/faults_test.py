@@ -45,22 +45,22 @@ def test_a_fault_is_worth_three_lives_from_each_checkpoint(tmp_path):
     assert code == hosts.BUG
     assert "a device failed 3 times without a checkpoint in between" in str(failed)
     assert "illegal memory access" in str(failed)
-    assert str(tmp_path / "faults.json") in str(failed)
-    (tmp_path / "faults.json").unlink()
+    assert str(tmp_path / "faults-0.json") in str(failed)
+    (tmp_path / "faults-0.json").unlink()
     assert life(tmp_path, fault_at=5)[0] == hosts.RETRY
     assert life(tmp_path) == (0, None)
 
 
 def test_a_fault_before_the_first_checkpoint_counts_and_a_damaged_count_is_begun_anew(tmp_path):
     assert [life(tmp_path, fault_at=0)[0] for _ in range(2)] == [hosts.RETRY] * 2
-    (tmp_path / "faults.json").write_text("[")
+    (tmp_path / "faults-0.json").write_text("[")
     assert [life(tmp_path, fault_at=0)[0] for _ in range(3)] == [hosts.RETRY, hosts.RETRY, hosts.BUG]
 
 
 def test_lost_machines_are_not_counted(tmp_path):
     lost = "UNAVAILABLE: Task 1 heartbeat timeout"
     assert [life(tmp_path, fault_at=0, error=lost)[0] for _ in range(4)] == [hosts.RETRY] * 4
-    assert not (tmp_path / "faults.json").exists()
+    assert not (tmp_path / "faults-0.json").exists()
 
 
 def test_a_fault_in_a_save_counts(tmp_path, monkeypatch):
