@@ -89,7 +89,10 @@ def ids_of(described: Mapping[str, Any], where: Any) -> dict[str, int]:
         pieces = enumerate(vocabulary)
         vocabulary = {str(piece[0]): index for index, piece in pieces if isinstance(piece, list) and piece}
     sound = isinstance(vocabulary, dict) and isinstance(added, list)
-    sound = sound and all(isinstance(each, dict) and isinstance(each.get("content"), str) for each in added)
+    sound = sound and all(
+        isinstance(each, dict) and isinstance(each.get("content"), str) and type(each.get("id")) is int
+        for each in added
+    )
     sound = sound and all(type(index) is int for index in vocabulary.values())
     require(sound, f"{where} is not a tokenizer: it has no list of tokens")
     ids, taken = dict(vocabulary), []

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from efflm import api, ops, rundir, trees
+from efflm import api, fitted, ops, rundir, trees
 from efflm.compress import recipe
 from efflm.compress.adapt import Adapt
 from efflm.compress.awq import AWQ
@@ -185,7 +185,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
         unfinished = run_dir / f"{name}{UNFINISHED}"
         slow = recipe.trains(steps) or recipe.calibrates(steps)
         after, records[name] = recipe.run(
-            dense, steps, own, kept_in(unfinished, about, own.mesh, say) if slow else None
+            dense, steps, own, kept_in(unfinished, about, tokens, own.mesh, say) if slow else None
         )
         here = ops.prepare(sharding.on_one_device(after), platform)
         models = {name: here} if measured else {first: dense_here, name: here}
@@ -248,7 +248,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
     say(f"done: open {run_dir / 'report.html'}")
 
 
-def kept_in(file: Path, about: dict[str, Any], mesh: Mesh, say: Callable[[str], None]) -> recipe.Kept:
+def kept_in(file: Path, about: dict[str, Any], tokens: Any, mesh: Mesh, say: Callable[[str], None]) -> recipe.Kept:
     """Keeps the model after each step of a chain in the file."""
 
     def save(model: LanguageModel, records: tuple[Record, ...], key: str) -> None:
@@ -268,7 +268,7 @@ def kept_in(file: Path, about: dict[str, Any], mesh: Mesh, say: Callable[[str], 
         say(
             f"found {file}, the model after {', then '.join(record.step for record in records)}: kept by an earlier run"
         )
-        return model, records, made["chain"]
+        return fitted.told(model, tokens), records, made["chain"]
 
     return recipe.Kept(save, load)
 

@@ -54,9 +54,9 @@ def same(one, other):
 
 
 def test_load_takes_names_and_paths_and_knows_where_a_model_is_from(source, loaded, monkeypatch):
-    model, _ = loaded
+    model, tokenizer = loaded
     assert isinstance(model, LanguageModel)
-    assert model.about == {"dequantized": "Q4_1"}
+    assert model.about == {"dequantized": "Q4_1", "token_ids": tokenizer.ids_digest}
     monkeypatch.setenv("HOME", str(source.parent))
     again, _ = efflm.load(f"~/{source.name}")
     assert same(again, model)
@@ -85,7 +85,7 @@ def test_compress_takes_names_steps_and_both(loaded, steps, name, kinds):
     assert small.about["recipe"] == name
     assert small.about["dequantized"] == "Q4_1"
     assert [step["step"] for step in small.about["lineage"]] == kinds
-    assert loaded[0].about == {"dequantized": "Q4_1"}
+    assert loaded[0].about.keys() == {"dequantized", "token_ids"}
 
 
 def test_compressing_further_continues_the_lineage(loaded):

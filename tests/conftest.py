@@ -2,22 +2,18 @@
 
 Tests compile much and compute little. So LLVM's optimizations are left out and, where it still exists, the emitter of
 fused loops that compiles faster is chosen, unless EFFLM_TEST_OPTIMIZED is set (XLA's own optimizations, which tests
-look at, stay in). Compiled programs are kept for later runs, in a folder for this processor (JAX's own key holds the
-version and the flags); what no run has read for two weeks is removed.
+look at, stay in). The processes of one run share what they have compiled; a later run compiles anew, since a program
+for several devices that XLA's CPU runtime reads back can wait for itself for ever.
 """
 
 # ruff: noqa: E402
-import contextlib
+import atexit
 import gc
-import hashlib
 import os
 import shutil
 import sys
-import time
+import tempfile
 from importlib.metadata import version
-from pathlib import Path
-
-from efflm import user_cache
 
 flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 if not os.environ.get("EFFLM_TEST_OPTIMIZED"):
@@ -27,16 +23,9 @@ if not os.environ.get("EFFLM_TEST_OPTIMIZED"):
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # else the first process has set these two
     os.environ["XLA_FLAGS"] = " ".join(flags)
-    described = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("model", "flags"))]
-    compiled = user_cache.folder("tests")  # which does not import jax
-    compiled /= hashlib.sha256("\n".join(sorted(set(described))).encode()).hexdigest()[:16]
-    compiled.mkdir(parents=True, exist_ok=True)
-    for entry in os.scandir(compiled):
-        with contextlib.suppress(OSError):  # another run has removed it
-            if time.time() - entry.stat().st_atime > 14 * 86400:
-                os.unlink(entry)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
+    compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="efflm-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
 
 import hypothesis
 import jax

@@ -77,7 +77,7 @@ def require_fits(name: str, before: Any, after: Any) -> None:
         not trees.overflowed(before, after),
         f"{name} has numbers beyond {jnp.finfo(after.dtype).max:.3g}, the largest of {after.dtype.name}: "
         + (
-            "choose bfloat16 or float32 (--dtype, in Python dtype=)"
+            "choose the dtype bfloat16 or float32"
             if after.dtype == jnp.float16
             else "no dtype that models are held in has them"
         ),

@@ -72,7 +72,7 @@ def test_the_search_needs_no_compiler(tmp_path, capsys, monkeypatch):
         (["--hardware=v5p:4x4"], "torus of 3 dimensions"),
         (["--train.length=2048"], "longer than the max_length of gpt2, 1024"),
         ([], "the number of devices is not known"),
-        (["--mesh.fsdp=3"], "a batch of 8 rows is not divisible by mesh.data 1 x mesh.fsdp 3"),
+        (["--mesh.fsdp=3"], "a batch of 8 rows cannot be shared by mesh.data 1 x mesh.fsdp 3"),
         (["--hardware=v5p:2x2x1", "--mesh.fsdp=8"], "the mesh has 8 devices, but v5p:2x2x1 has 4"),
         (["--hardware=v5p:2x2x1", "--devices=8"], "devices is 8, but v5p:2x2x1 has 4"),
         (["--int8"], "int8 is for --phase=prefill and decode"),
