@@ -25,8 +25,8 @@ REMEDY = "set XDG_CACHE_HOME to a folder of your own, in which efflm keeps what 
 def folder(name: str = "") -> Path:
     """$XDG_CACHE_HOME/efflm/NAME, or ~/.cache/efflm/NAME; made, with mode 0700, if it is not there.
 
-    Raises InputError if it cannot be made, and if it, the folder above it or a link to one of them is another user's or
-    can be written by others.
+    Raises InputError if it cannot be made, if it, efflm's own folder above it or a link to one of them is another
+    user's or can be written by others, and if everybody may replace what lies in the folder above these.
     """
     asked = Path(os.environ.get("XDG_CACHE_HOME") or "")
     try:
