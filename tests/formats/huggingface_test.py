@@ -146,12 +146,12 @@ def test_what_does_not_fit_a_dtype_is_not_made_infinite(folder):
         cast = {name: weight.astype(jnp.dtype(kept_as)) for name, weight in weights.items()}
         safetensors.numpy.save_file(cast, folder / "model.safetensors")
         with pytest.raises(
-            InputError, match=r"model\.norm\.weight has numbers beyond .* float16: choose bfloat16 or float32"
+            InputError, match=r"model\.norm\.weight has numbers beyond .* float16: choose the dtype bfloat16 or float32"
         ):
             huggingface.load_weights(folder, dtype="float16")
         model = huggingface.load_weights(folder)
         with pytest.raises(
-            InputError, match=r"final_norm/scale has numbers beyond .* float16: choose bfloat16 or float32"
+            InputError, match=r"final_norm/scale has numbers beyond .* float16: choose the dtype bfloat16 or float32"
         ):
             in_dtype(model, "float16")
     weights["model.norm.weight"] = weights["model.norm.weight"].astype(np.float64) * 1e300
