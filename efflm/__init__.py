@@ -6,19 +6,16 @@ load, compress, measure, generate, save
 
 What it consists of:
 
-api         these five functions; arguments, what they are given
+api         these five functions
 config      frozen dataclasses: what a run is told
-flags       the one bridge from them to a command line; helptext, what --help says; streams, stdout and its limits
-hosts       several processes that run one program
-signals     Ctrl-C and SIGTERM
 trees       paths, selection, counting and bytes of trees of weights
-memory      of this process: what is freed given back to the system
 precision   which dtype weights, matmuls and results have
+malloc      freed memory of this process given back to the system
+cli         command lines: flags, --help, standard streams, signals, progress bars, run directories
+text        text to token ids and back, chat templates
+parallel    meshes of devices, attention over split sequences, several processes that run one program
 ops         how a weight is used, whatever its format
-autotune    which precision is the fastest on this machine, measured
-model       the Transformer, and how its weights are sharded over a mesh
-tokenizer   text to token ids and back; encoding, the bytes of text that each stands for; pieces, those it writes;
-            fitted, beside a model with another vocabulary; chat, the templates of conversations
+model       the Transformer, how its weights are sharded over a mesh, and the fastest precision on this machine
 data        corpora, packing, the order of sequences
 train       losses, the optimizer, the step, the loop, checkpoints
 infer       prefill, decode, sampling, speculative decoding
@@ -28,8 +25,7 @@ plan        what a run would need and take on hardware that is not here
 formats     models on disk
 report      the table, the plot, the page
 model_files what is looked at before a file of a model is read
-progress    a bar on the terminal for what takes long
-rundir      what every run does with its directory
+user_cache  the folder of what can be made again
 
 Importing it starts nothing, and is quick: JAX is imported when one of the functions is first asked for.
 """

@@ -19,21 +19,24 @@ from typing import Any, get_args
 
 import jax
 
-from efflm import arguments, fitted, ops
+from efflm import ops
+from efflm.cli import arguments
 from efflm.compress import recipe
 from efflm.compress.step import Calibration, Context, Step
 from efflm.config import AskedPrecision, InputError, at_home, require
 from efflm.data import corpora, dataset, enwik8, loader
-from efflm.encoding import require_characters
 from efflm.evaluate.windows import Scoring
 from efflm.formats import saved, sources
 from efflm.infer import speculative
 from efflm.infer.generate import generate as generate_ids
 from efflm.infer.sampling import Sampling
-from efflm.model import LanguageModel, require_same_tokenizer, sharding
+from efflm.model import LanguageModel, placement, require_same_tokenizer
+from efflm.parallel import meshes, sharding
 from efflm.report import measured, rows, samples
 from efflm.report.measured import Measured
-from efflm.tokenizer import Tokenizer
+from efflm.text import fitted
+from efflm.text.encoding import require_characters
+from efflm.text.tokenizer import Tokenizer
 
 SOURCE = str | os.PathLike
 ARGUMENTS = ("batch or length", "calibration_rows or calibration_length")  # of `compress`, that ask for text
@@ -101,9 +104,9 @@ def compress(
         context = context_for(
             chain, source, dataset.cache(), model, tokenizer, calibration=calibration, lower=ARGUMENTS, **settings
         )
-        model = jax.device_put(model, sharding.shardings(model, context.mesh)).with_about(model.about)
+        model = jax.device_put(model, placement.shardings(model, context.mesh)).with_about(model.about)
     else:
-        context = Context(seed=seed, mesh=sharding.make_mesh())
+        context = Context(seed=seed, mesh=meshes.make_mesh())
     after, records = recipe.run(model, chain, context)
     lineage = [*model.about.get("lineage", ()), *map(dataclasses.asdict, records)]
     return sharding.on_one_device(after).with_about({**model.about, "recipe": name, "lineage": lineage})
@@ -269,7 +272,7 @@ def context_for(
         seed=seed,
         corpus=made.corpus.digest,
         tokenizer=made.tokenizer.digest,
-        mesh=sharding.data_parallel(batch),
+        mesh=meshes.data_parallel(batch),
     )
 
 

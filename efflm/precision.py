@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from efflm.config import InputError, ModelConfig
+from efflm.config import InputError
+from efflm.config.model import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,26 +20,31 @@ import sys
 import time
 from pathlib import Path
 
-from efflm import autotune, progress, rundir
-from efflm.config import ModelConfig, ModelShape, TrainConfig, flag, require
+from efflm.cli import progress, run_directory
+from efflm.cli.flags import command_line, launch
+from efflm.config import flag, require
+from efflm.config.model import ModelConfig, ModelShape
+from efflm.config.train import TrainConfig
 from efflm.evaluate import machine
-from efflm.evaluate.cost import Protocol, rates
 from efflm.evaluate.machine import Roofline
-from efflm.flags import command_line, launch
-from efflm.model import LanguageModel, cost, in_dtype, init_params, sharding
+from efflm.evaluate.throughput import Protocol, rates
+from efflm.model import LanguageModel, autotune, cost, in_dtype, init_params
+from efflm.parallel import meshes
 from efflm.precision import POLICIES, Policy
 from efflm.report import analysis, page, plots, table
 from efflm.report.analysis import Measured, Phase
 from efflm.report.page import Section, Table
 from efflm.report.plots import Chart
-from efflm.train.ahead import timed_step
+from efflm.train.aot import timed_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """The run"""
 
-    run_dir: str = flag(str(rundir.ROOT / "analyze"), "where report.html and results.json are written", path=True)
+    run_dir: str = flag(
+        str(run_directory.ROOT / "analyze"), "where report.html and results.json are written", path=True
+    )
     measure: bool = flag(True, "compile and run the model as well; without it only the machine is measured")
     longest: int = flag(0, "longest sequence in tables and plots; 0: four times model.max_length")
     prompt: int = flag(512, "tokens of the prefill that is measured, at most model.max_length")
@@ -67,7 +72,7 @@ def protocols(run: Run, config: ModelConfig) -> tuple[Protocol, Protocol]:
 def measure(run: Run, shape: ModelShape, train: TrainConfig) -> Measured:
     """A compiled training step on random tokens, then prefill and decode of a fresh model."""
     config, policy = shape.config(), POLICIES[train.policy]
-    mesh = sharding.data_parallel(train.batch, train.accumulate)
+    mesh = meshes.data_parallel(train.batch, train.accumulate)
     timed = timed_step(config, train, mesh)
     batch = 4 * 4 * train.batch * train.length // mesh.size  # four int32 for a token
     state, temporaries = timed.state_bytes, timed.peak_bytes - timed.state_bytes - batch
@@ -84,14 +89,14 @@ def measure(run: Run, shape: ModelShape, train: TrainConfig) -> Measured:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-@rundir.locked
+@run_directory.locked
 def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
     config, run_dir = model.config(), Path(run.run_dir)
     require(
         train.length <= config.max_length or not run.measure,
         f"train.length {train.length} is longer than model.max_length {config.max_length}: raise model.max_length",
     )
-    rundir.require_writable(run_dir, needs=rundir.SMALL_FILES)
+    run_directory.require_writable(run_dir, needs=run_directory.SMALL_FILES)
     train = autotune.training(config, train)
     policy = POLICIES[train.policy]
     inference = POLICIES["bfloat16_pure"] if policy.param == "bfloat16" else POLICIES["float32"]
@@ -106,7 +111,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
     longest = run.longest or 4 * config.max_length
     seen = sorted({max(1, config.max_length // 16), config.max_length, longest})
     tokens = analysis.components(config, seen)
-    devices = sharding.data_parallel(train.batch, train.accumulate).size
+    devices = meshes.data_parallel(train.batch, train.accumulate).size
     held, peak_fact = analysis.holdings(config, train, inference, devices, measured)
     timed = analysis.phases(config, train, inference, protocols(run, config), roofline, measured)
     crossover = cost.crossover_length(config)
@@ -127,8 +132,8 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
     if measured:
         mfu = per_token * timed[0].tokens / measured.step / peak
         facts.append(f"Model FLOP utilization of the training step: {mfu:.1%} of the {policy.compute} peak.")
-    given, command = rundir.machine(), command_line("experiments.analyze", sys.argv)
-    rundir.write_json(
+    given, command = run_directory.machine(), command_line("experiments.analyze", sys.argv)
+    run_directory.write_json(
         run_dir / "results.json",
         {
             "components": [dataclasses.asdict(row) for row in tokens],

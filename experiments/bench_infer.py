@@ -39,11 +39,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from efflm import progress, rundir, trees
-from efflm.config import ModelConfig, flag, require
+from efflm import trees
+from efflm.cli import progress, run_directory
+from efflm.cli.flags import launch
+from efflm.config import flag, require
+from efflm.config.model import ModelConfig
 from efflm.evaluate import machine
 from efflm.evaluate.speed import PRECISIONS, Answer, Ask, Portable, Shape, in_precision, worker
-from efflm.flags import launch
 from efflm.formats import sources
 from efflm.formats.sources import KINDS
 from efflm.model import LanguageModel, params
@@ -111,7 +113,7 @@ def random_params(config: ModelConfig) -> dict[str, Any]:
 
 def loaded(model: str, precision: str) -> LanguageModel:
     """The model in a precision, in the process that measures it."""
-    rundir.use_compilation_cache()
+    run_directory.use_compilation_cache()
     if model in PRESETS:
         return in_precision(LanguageModel(PRESETS[model], random_params(PRESETS[model])), precision)
     return in_precision(sources.load_model(model)[0], precision)
@@ -156,7 +158,7 @@ def main(run: Run) -> None:
                 known = line(shape, name, found, bandwidth) | beside_busy(
                     rounds(shape, found), rounds(shape, crowded[shape, name])
                 )
-                print(rundir.to_json(known | beside(theirs, shape, name, found)), flush=True)
+                print(run_directory.to_json(known | beside(theirs, shape, name, found)), flush=True)
 
 
 def line(shape: Shape, precision: str, found: list[Answer], bandwidth: float) -> dict[str, Any]:

@@ -17,10 +17,11 @@ import time
 import jax
 import numpy as np
 
-from efflm import ops, rundir
+from efflm import ops
+from efflm.cli import run_directory
+from efflm.cli.flags import launch
 from efflm.config import PRECISION, AskedPrecision, InputError, flag, require
 from efflm.data import corpora, dataset
-from efflm.flags import launch
 from efflm.formats import sources
 from efflm.formats.sources import KINDS
 from efflm.infer import generate, speculative
@@ -31,7 +32,7 @@ from efflm.infer.sampling import Sampling
 class Run:
     """The run"""
 
-    model: str = flag(str(rundir.ROOT / "quickstart"), KINDS, path=True)
+    model: str = flag(str(run_directory.ROOT / "quickstart"), KINDS, path=True)
     draft: str = flag("", "a smaller model with the same tokenizer", path=True)
     corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib", path=True)
     strict: bool = flag(False, corpora.STRICT)
@@ -103,10 +104,11 @@ def main(run: Run) -> None:
             "ratio": round(this / alone, 3),
             "quartiles": [round(float(q) / alone, 3) for q in np.quantile(rates[ahead], (0.25, 0.75))],
         }
-        print(rundir.to_json(found), flush=True)
+        print(run_directory.to_json(found), flush=True)
         if found["ratio"] <= 1:
             print(f"  no speedup here with {ahead} tokens at a time", flush=True)
-    print(f"  {len(prompts)} prompts of {run.prompt_tokens} tokens, {run.max_tokens} new, on {rundir.machine()['cpu']}")
+    cpu = run_directory.machine()["cpu"]
+    print(f"  {len(prompts)} prompts of {run.prompt_tokens} tokens, {run.max_tokens} new, on {cpu}")
 
 
 if __name__ == "__main__":

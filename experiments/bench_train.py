@@ -26,13 +26,17 @@ from typing import Any
 
 import jax
 
-from efflm import autotune, progress, rundir
-from efflm.config import HostsConfig, InputError, MeshConfig, ModelShape, TrainConfig, flag, require
+from efflm.cli import progress, run_directory
+from efflm.cli.flags import launch
+from efflm.config import InputError, flag, require
+from efflm.config.model import ModelShape
+from efflm.config.parallel import HostsConfig, MeshConfig
+from efflm.config.train import TrainConfig
 from efflm.evaluate import machine
-from efflm.flags import launch
-from efflm.model import cost, sharding
+from efflm.model import autotune, cost
+from efflm.parallel import meshes
 from efflm.precision import POLICIES
-from efflm.train.ahead import timed_step
+from efflm.train.aot import timed_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +83,7 @@ def peer_rate(lines: list[dict[str, Any]], policy: str) -> float:
 def main(run: Run, model: ModelShape, train: TrainConfig, mesh: MeshConfig) -> None:
     require(not run.peer or jax.process_count() == 1, "a peer is measured on one host only: leave --peer out")
     names = run.policies.split(",")
-    devices = sharding.mesh_for(mesh, train.batch, train.length, train.accumulate)
+    devices = meshes.mesh_for(mesh, train.batch, train.length, train.accumulate)
     config, tokens = model.config(), train.batch * train.length
     say = lambda line: print(line, file=sys.stderr)
     chosen = {name: autotune.training(config, dataclasses.replace(train, policy=name), say) for name in names}
@@ -124,7 +128,9 @@ def main(run: Run, model: ModelShape, train: TrainConfig, mesh: MeshConfig) -> N
                     "compile_seconds": round(step.compile_seconds, 2),
                     "peak_bytes": step.peak_bytes,
                 }
-                print(rundir.to_json(line | beside_busy(rates, slowed) | beside(theirs, name, rates)), flush=True)
+                print(
+                    run_directory.to_json(line | beside_busy(rates, slowed) | beside(theirs, name, rates)), flush=True
+                )
 
 
 def beside_busy(rates: list[float], slowed: list[float]) -> dict[str, float]:

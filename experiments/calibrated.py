@@ -33,7 +33,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from efflm import api, ops, rundir, trees
+from efflm import api, ops, trees
+from efflm.cli import run_directory
+from efflm.cli.flags import command_line, launch
 from efflm.compress import recipe
 from efflm.compress.gptq import GPTQ
 from efflm.compress.prune import Prune
@@ -46,11 +48,11 @@ from efflm.data import corpora, dataset, overlap
 from efflm.evaluate import quality, speed
 from efflm.evaluate.quality import Quality
 from efflm.evaluate.windows import Scoring
-from efflm.flags import command_line, launch
 from efflm.formats import sources
 from efflm.formats.sources import KINDS, Loaded
 from efflm.infer.generate import forward
-from efflm.model import LanguageModel, sharding
+from efflm.model import LanguageModel
+from efflm.parallel import sharding
 from efflm.report import page, rows, scoring, swept, table
 from efflm.report.page import Section, Table
 from efflm.report.swept import Row
@@ -73,14 +75,14 @@ NAMED += ("magnitude24", "wanda24", "sparsegpt24", "wanda50_w8a8")
 class Run:
     """The run"""
 
-    model: str = flag(str(rundir.ROOT / "quickstart"), KINDS, path=True)
+    model: str = flag(str(run_directory.ROOT / "quickstart"), KINDS, path=True)
     corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib", path=True)
     strict: bool = flag(False, corpora.STRICT)
     recipes: str = flag(" ".join((*SWEPT, *NAMED)), "with spaces between them; NAME@SETTING is one of a sweep")
     seeds: int = flag(3, "draws of calibration text")
     domains: str = flag("", 'corpora to calibrate on and to test, as in "wiki=a/ code=stdlib"; empty: none')
     domain_recipes: str = flag("gptq3 wanda50", "recipes of the table of domains")
-    run_dir: str = flag(str(rundir.ROOT / "calibrated"), "where everything is written", path=True)
+    run_dir: str = flag(str(run_directory.ROOT / "calibrated"), "where everything is written", path=True)
 
     def __post_init__(self):
         require(self.seeds > 0, f"seeds is {self.seeds}, but must be positive")
@@ -110,14 +112,14 @@ def steps_of(name: str) -> tuple[Step, ...]:
         raise InputError(f"{name}: {told}") from None
 
 
-@rundir.locked
+@run_directory.locked
 def main(run: Run, calibration: Calibration, score: Scoring) -> None:
     began = time.perf_counter()
     say = lambda words: print(f"[{time.perf_counter() - began:4.0f} s] {words}", flush=True)
     run_dir = Path(run.run_dir)
-    rundir.require_writable(run_dir, needs=rundir.SMALL_FILES)
+    run_directory.require_writable(run_dir, needs=run_directory.SMALL_FILES)
     run_dir.mkdir(parents=True, exist_ok=True)
-    rundir.use_compilation_cache()
+    run_directory.use_compilation_cache()
     loaded = sources.load(run.model)
     dense = loaded.model
     recipe.require_finite(dense)
@@ -134,7 +136,7 @@ def main(run: Run, calibration: Calibration, score: Scoring) -> None:
     results = {
         "protocol": facts,
         "command": command_line("experiments.calibrated", sys.argv),
-        "versions": rundir.machine(),
+        "versions": run_directory.machine(),
         "forward_seconds": forward_seconds,
     }
     for name in run.recipes.split():
@@ -149,14 +151,14 @@ def main(run: Run, calibration: Calibration, score: Scoring) -> None:
             name, before, made, size, ops.stored_nbytes(dense.params), seconds / forward_seconds, memory
         )
         say(f"{name}: {found[name].words()}")
-        rundir.write_json(
+        run_directory.write_json(
             run_dir / "results.json", results | {"rows": [dataclasses.asdict(row) for row in found.values()]}
         )
     first = swept.first(rows.label(loaded.about), before, ops.stored_nbytes(dense.params))
     listed = [first, *found.values()]
     domains = domain_table(run, calibration, loaded, score, say)
     results |= {"rows": [dataclasses.asdict(row) for row in listed], "domains": domains}
-    rundir.write_json(run_dir / "results.json", results)
+    run_directory.write_json(run_dir / "results.json", results)
     table.show(listed, facts, swept.COLUMNS)
     for name, grid in domains.items():
         table.show(
@@ -279,7 +281,7 @@ def write_report(
         title=f"What calibration buys: {run.model}",
         sections=sections,
         facts=facts,
-        made=page.made(rundir.machine(), seeds=run.seeds, total_time=page.duration(time.perf_counter() - began)),
+        made=page.made(run_directory.machine(), seeds=run.seeds, total_time=page.duration(time.perf_counter() - began)),
         command=command_line("experiments.calibrated", sys.argv),
     )
 

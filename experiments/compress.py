@@ -21,7 +21,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from efflm import api, fitted, ops, rundir, trees
+from efflm import api, ops, trees
+from efflm.cli import run_directory
+from efflm.cli.flags import command_line, launch
 from efflm.compress import recipe
 from efflm.compress.adapt import Adapt
 from efflm.compress.awq import AWQ
@@ -43,15 +45,16 @@ from efflm.compress.wanda import Wanda
 from efflm.compress.width import PruneWidth
 from efflm.config import PRECISION, AskedPrecision, InputError, flag, require, require_seed
 from efflm.data import corpora, dataset
-from efflm.evaluate import cost, machine, quality
+from efflm.evaluate import machine, quality, throughput
 from efflm.evaluate.windows import Scoring
-from efflm.flags import command_line, launch
-from efflm.formats import safetensors, saved, sources
+from efflm.formats import efflm_file, saved, sources
 from efflm.formats.saved import Saved
 from efflm.formats.sources import KINDS, Loaded
-from efflm.model import LanguageModel, sharding
+from efflm.model import LanguageModel
+from efflm.parallel import meshes, sharding
 from efflm.report import analysis, compared, numbers, page, rows, samples, scoring, table
 from efflm.report.comparison import Comparison, Limits
+from efflm.text import fitted
 from efflm.train import metrics
 
 KIND, UNFINISHED = ".safetensors", ".unfinished.safetensors"
@@ -70,7 +73,7 @@ STEPS = {
 class Run:
     """The run"""
 
-    model: str = flag(str(rundir.ROOT / "quickstart"), KINDS, path=True)
+    model: str = flag(str(run_directory.ROOT / "quickstart"), KINDS, path=True)
     text: str = flag("", "file or folder of UTF-8 text, scored whole; default: the test split of --corpus", path=True)
     corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib", path=True)
     strict: bool = flag(False, corpora.STRICT)
@@ -81,7 +84,7 @@ class Run:
         "between them are compared. The flags of a step, as --quantize.bits, change one step of a recipe: of several "
         "such steps the one that is not the embeddings'",
     )
-    run_dir: str = flag(str(rundir.ROOT / "compress"), "where everything is written", path=True)
+    run_dir: str = flag(str(run_directory.ROOT / "compress"), "where everything is written", path=True)
     batch: int = flag(8, "sequences in a batch, where a step trains")
     length: int = flag(256, "tokens in a sequence, where a step trains")
     seed: int = flag(0, "seed of what a step draws at random")
@@ -132,7 +135,7 @@ def _differs(before: Sequence[Step], after: Sequence[Step]) -> str:
 def context_for(run: Run, calibration: Calibration, loaded: Loaded, steps: Sequence[Step]) -> Context:
     """What the steps may use; text is prepared only where one of them reads it."""
     if not (recipe.trains(steps) or recipe.calibrates(steps)):
-        return Context(seed=run.seed, mesh=sharding.data_parallel(run.batch))
+        return Context(seed=run.seed, mesh=meshes.data_parallel(run.batch))
     return api.context_for(
         steps,
         dataset.source_of(run.corpus, loaded.about),
@@ -153,28 +156,28 @@ def described(steps: tuple[Step, ...], after: LanguageModel) -> str:
     return "; ".join(filter(None, [", then ".join(map(repr, steps)), rows.zeros(after)]))
 
 
-@rundir.locked
+@run_directory.locked
 def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **steps: dict) -> None:
     began = time.perf_counter()
     say = lambda words: print(f"[{time.perf_counter() - began:4.0f} s] {words}", flush=True)
     changes = {kind: steps[name] for name, kind in STEPS.items()}
     plans, run_dir = chains(run.recipe, changes), Path(run.run_dir)
-    rundir.require_writable(run_dir, needs=rundir.SMALL_FILES)
-    loaded = sources.load(run.model, precision=run.precision, mesh=sharding.data_parallel(run.batch))
+    run_directory.require_writable(run_dir, needs=run_directory.SMALL_FILES)
+    loaded = sources.load(run.model, precision=run.precision, mesh=meshes.data_parallel(run.batch))
     dense, tokens, about = loaded.model, loaded.tokenizer, loaded.about
     recipe.require_finite(dense)
     files = [BEFORE, *(f"{name}{kind}" for name in plans for kind in (KIND, UNFINISHED))]
     saved.require_free(run_dir, files, tokens, "give another --run_dir")
     largest = max(trees.nbytes(dense.params), 2 * trees.count(dense.params))  # of int8, recipe bfloat16 makes that
-    rundir.require_writable(run_dir, needs=(2 + len(plans)) * largest + rundir.SMALL_FILES)
+    run_directory.require_writable(run_dir, needs=(2 + len(plans)) * largest + run_directory.SMALL_FILES)
     say(f"{run.model}: {trees.count(dense.params) / 1e6:.1f} M parameters, {rows.origin(run.model, about)}")
     text = dataset.to_score(run.text, run.corpus, about, tokens, dataset.cache(), run.strict)
     if text.left_out:
         say(text.left_out)
     score = score.within(dense.config.max_length, about.get("train.length", 0), text.unbroken)
     context = context_for(run, calibration, loaded, [step for steps in plans.values() for step in steps])
-    rundir.use_compilation_cache()
-    protocol, kept, qualities, timed, loads = cost.protocol_for(dense), {}, {}, {}, []
+    run_directory.use_compilation_cache()
+    protocol, kept, qualities, timed, loads = throughput.protocol_for(dense), {}, {}, {}, []
     platform, records, sizes, written, measured, phases = jax.default_backend(), {}, {}, {}, [], []
     prompt = api.prompt_ids(tokens, run.prompt, about)
     first = rows.label(about)
@@ -198,7 +201,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
             models_of[BEFORE], before = Saved(dense, about), found[first]
         sizes |= saved.save(run_dir, models_of, tokens)
         unfinished.unlink(missing_ok=True)
-        rates, load = cost.rates({first: dense_here, name: here}, protocol)
+        rates, load = throughput.rates({first: dense_here, name: here}, protocol)
         loads.append(load)
         pairs = [(name, after, sizes[name + KIND], described(steps, after), found[name])]
         if not measured:
@@ -221,8 +224,8 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
     commands = {first: command_line("experiments.evaluate", ["", f"--model={run.model}"])}
     commands |= {name: command_for(name, steps, sys.argv) for name, steps in plans.items()}
     details = compared.details(rows.origin(run.model, about), about, records, written, run.prompt, tokens, commands)
-    versions, command = rundir.machine(), command_line("experiments.compress", sys.argv)
-    rundir.write_json(
+    versions, command = run_directory.machine(), command_line("experiments.compress", sys.argv)
+    run_directory.write_json(
         run_dir / "results.json",
         {
             "rows": [dataclasses.asdict(row) for row in measured],
@@ -253,13 +256,13 @@ def kept_in(file: Path, about: dict[str, Any], tokens: Any, mesh: Mesh, say: Cal
 
     def save(model: LanguageModel, records: tuple[Record, ...], key: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.save(file, model, about | {"lineage": [], "chain": key}, records)
+        efflm_file.save(file, model, about | {"lineage": [], "chain": key}, records)
 
     def load() -> tuple[LanguageModel, tuple[Record, ...], str] | None:
         if not file.exists():
             return None
         try:
-            model, made = safetensors.load(file, mesh)
+            model, made = efflm_file.load(file, mesh)
         except InputError as error:
             say(f"{error}: beginning anew")
             return None

@@ -16,14 +16,15 @@ from pathlib import Path
 
 import jax
 
-from efflm import rundir
-from efflm.config import PRECISION, AskedPrecision, MeshConfig, flag, require
+from efflm.cli import run_directory
+from efflm.cli.flags import command_line, launch
+from efflm.config import PRECISION, AskedPrecision, flag, require
+from efflm.config.parallel import MeshConfig
 from efflm.data import corpora, dataset
 from efflm.evaluate.windows import Scoring
-from efflm.flags import command_line, launch
 from efflm.formats import sources
 from efflm.formats.sources import KINDS
-from efflm.model import sharding
+from efflm.parallel import meshes
 from efflm.report import analysis, compared, measured, page, rows, table
 from efflm.report.comparison import Limits
 from efflm.report.page import Detail
@@ -33,7 +34,7 @@ from efflm.report.page import Detail
 class Run:
     """The run"""
 
-    model: str = flag(str(rundir.ROOT / "quickstart"), KINDS, path=True)
+    model: str = flag(str(run_directory.ROOT / "quickstart"), KINDS, path=True)
     text: str = flag("", "file or folder of UTF-8 text, scored whole; default: the test split of --corpus", path=True)
     corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib", path=True)
     strict: bool = flag(False, corpora.STRICT)
@@ -44,13 +45,13 @@ class Run:
     run_dir: str = flag("", "where to write results.json and report.html; default: nowhere", path=True)
 
 
-@rundir.locked
+@run_directory.locked
 def main(run: Run, score: Scoring, mesh: MeshConfig, limits: Limits) -> None:
     began = time.perf_counter()
     if run.run_dir:
-        rundir.require_writable(Path(run.run_dir), needs=1_000_000)
+        run_directory.require_writable(Path(run.run_dir), needs=1_000_000)
     any_rows = 2 * jax.device_count() * math.prod(abs(size) for size in dataclasses.asdict(mesh).values())
-    devices = sharding.mesh_for(mesh, any_rows, any_rows)
+    devices = meshes.mesh_for(mesh, any_rows, any_rows)
     loaded = sources.load(run.model, precision=run.precision, mesh=devices)
     model = loaded.model
     tokens, about = loaded.tokenizer, loaded.about
@@ -59,7 +60,7 @@ def main(run: Run, score: Scoring, mesh: MeshConfig, limits: Limits) -> None:
     if text.left_out:
         print(text.left_out)
     score = score.within(model.config.max_length, about.get("train.length", 0), text.unbroken)
-    rundir.use_compilation_cache()
+    run_directory.use_compilation_cache()
     models, sizes, notes = {name: model}, {name: loaded.nbytes}, {name: rows.origin(run.model, about)}
     if run.reference:
         other = sources.load(run.reference, precision=run.precision, mesh=devices)
@@ -73,9 +74,9 @@ def main(run: Run, score: Scoring, mesh: MeshConfig, limits: Limits) -> None:
     found = measured.compare(models, sizes, notes, text, tokens, score)
     facts = [*found.facts, *rows.cautions(run.model, about, text.known)]
     if run.run_dir:
-        machine, command = rundir.machine(), command_line("experiments.evaluate", sys.argv)
+        machine, command = run_directory.machine(), command_line("experiments.evaluate", sys.argv)
         given = {"rows": [dataclasses.asdict(row) for row in found], "protocol": facts}
-        rundir.write_json(Path(run.run_dir) / "results.json", given | {"command": command, "versions": machine})
+        run_directory.write_json(Path(run.run_dir) / "results.json", given | {"command": command, "versions": machine})
     table.show(found.rows, facts)
     if run.run_dir:
         abouts = {first: other.about if run.reference else about} | {name: about}

@@ -11,9 +11,10 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from efflm import rundir, trees
+from efflm import trees
+from efflm.cli import run_directory
+from efflm.cli.flags import launch
 from efflm.config import flag
-from efflm.flags import launch
 from efflm.formats import huggingface, sources
 from efflm.formats.sources import KINDS
 
@@ -24,7 +25,7 @@ class Run:
 
     model: str = flag("smollm2", f"{KINDS}; or smollm2", path=True)
     out: str = flag(
-        str(rundir.ROOT / "exported"), "the directory to write, which must not hold anything yet", path=True
+        str(run_directory.ROOT / "exported"), "the directory to write, which must not hold anything yet", path=True
     )
     dtype: Literal["", "float32", "bfloat16", "float16"] = flag("", "of all weights; default: as they are stored")
 
@@ -32,7 +33,7 @@ class Run:
 def main(run: Run) -> None:
     model, tokens = sources.load_model(run.model, dtype=run.dtype or None)
     size, out = trees.nbytes(model.params), Path(run.out)
-    rundir.require_writable(out, needs=size + 10 * rundir.SMALL_FILES, remedy="give another --out")
+    run_directory.require_writable(out, needs=size + 10 * run_directory.SMALL_FILES, remedy="give another --out")
     huggingface.save(out, model, tokens)
     print(f"{run.model}: {trees.count(model.params) / 1e6:.1f} M parameters, {size / 1e6:.1f} MB, now in {out}")
 

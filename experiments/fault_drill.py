@@ -29,12 +29,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from efflm import progress, rundir, trees
-from efflm.config import ModelShape, TrainConfig, flag, require, require_seed
-from efflm.flags import launch
-from efflm.model import init_params, sharding
-from efflm.train import assemble, manifest, metrics
-from efflm.train.ahead import random_rows
+from efflm import trees
+from efflm.cli import progress, run_directory
+from efflm.cli.flags import launch
+from efflm.config import flag, require, require_seed
+from efflm.config.model import ModelShape
+from efflm.config.train import TrainConfig
+from efflm.model import init_params
+from efflm.parallel import meshes
+from efflm.train import manifest, metrics, trainer
+from efflm.train.aot import random_rows
 from efflm.train.checkpoint import Checkpointing, TrainingRun
 
 SHAPE = ModelShape(layers=2, width=64, heads=4, kv_heads=2, mlp_dim=128, vocabulary=512, max_length=32)
@@ -49,7 +53,7 @@ class Run:
     """The drill"""
 
     run_dir: str = flag(
-        str(rundir.ROOT / "fault_drill"),
+        str(run_directory.ROOT / "fault_drill"),
         "where everything is written; what an earlier drill left there is deleted",
         path=True,
     )
@@ -79,19 +83,19 @@ def train(run: Run) -> None:
     """What is killed: the unchanged trainer, on batches that are a function of the step."""
     if run.largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (run.largest_file, run.largest_file))
-    rundir.use_compilation_cache("fault_drill")  # its own: a kill may leave half a program there
+    run_directory.use_compilation_cache("fault_drill")  # its own: a kill may leave half a program there
     config = SHAPE.config()
 
     def batches(step: int) -> dict[str, np.ndarray]:
         time.sleep(PAUSE)
         return random_rows(ROWS, LENGTH, config.vocabulary, seed=step)
 
-    assemble.fit_model(
+    trainer.fit_model(
         config,
         lambda: init_params(config, 0),
         run.train,
         batches,
-        mesh=sharding.make_mesh(),
+        mesh=meshes.make_mesh(),
         metrics_file=Path(run.run_dir) / "metrics.jsonl",
         checkpointing=checkpointing(run),
     )
@@ -127,7 +131,7 @@ def marked(run_dir: Path, step: int) -> tuple[int, ...]:
 
 def final_state(run: Run) -> str:
     """A digest of the newest whole TrainState."""
-    like = assemble.abstract_state(SHAPE.config(), run.train, sharding.make_mesh())
+    like = trainer.abstract_state(SHAPE.config(), run.train, meshes.make_mesh())
     with TrainingRun(checkpointing(run)) as kept:
         state = kept.resume(like)
     digest = hashlib.sha256()
@@ -224,16 +228,16 @@ def damage(run_dir: Path, rng: random.Random) -> tuple[int, str] | None:
 def begin_anew(root: Path) -> None:
     """Delete what an earlier drill has left in `root`, and nothing else. Raises InputError for a folder that holds
     something and that no drill has marked as its own."""
-    held = sorted(path.name for path in root.iterdir() if path.name != rundir.LOCK)
+    held = sorted(path.name for path in root.iterdir() if path.name != run_directory.LOCK)
     require(
         not held or MARK in held,
         f"{root} holds {held and held[0]}, which is not of a drill: give --run_dir a folder that is not there yet",
     )
-    rundir.write_json(root / MARK, {"made": MADE})
-    rundir.discard(root, MADE)
+    run_directory.write_json(root / MARK, {"made": MADE})
+    run_directory.discard(root, MADE)
 
 
-@rundir.locked
+@run_directory.locked
 def main(run: Run) -> None:
     if run.role == "train":
         train(run)

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 import jax
 
-from efflm import api, ops, rundir, streams
+from efflm import api, ops
+from efflm.cli import run_directory, stdio
+from efflm.cli.flags import launch
 from efflm.config import PRECISION, AskedPrecision, InputError, flag, require, require_seed
-from efflm.flags import launch
 from efflm.formats import sources
 from efflm.formats.sources import KINDS, Loaded
 from efflm.infer import speculative
@@ -123,7 +124,7 @@ def main(run: Run) -> None:
     jax.block_until_ready(loaded.model.params)
     note(f"{run.model}: loaded in {time.perf_counter() - began:.1f} s")
     ids = api.prompt_ids(loaded.tokenizer, text, loaded.about, chat=run.chat, system=run.system)
-    rundir.use_compilation_cache()
+    run_directory.use_compilation_cache()
     clock, tokens = compile_clock(), loaded.tokenizer
     # Bad input is refused here, before anything is on stdout.
     how = (run.max_tokens, run.sampling(), tokens.stops, run.seed)
@@ -147,7 +148,7 @@ def main(run: Run) -> None:
         sys.stdout.write("\n")
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of stdout has closed it
-        streams.drop(sys.stdout)
+        stdio.drop(sys.stdout)
     note(timing(times, counts, len(ids), clock))
 
 

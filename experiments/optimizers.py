@@ -24,19 +24,22 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from efflm import autotune, config, rundir
-from efflm.config import InputError, ModelConfig, ModelShape, TrainConfig, flag, require
+from efflm.cli import run_directory
+from efflm.cli.flags import command_line, launch
+from efflm.config import InputError, flag, require
+from efflm.config.model import ModelConfig, ModelShape
+from efflm.config.train import Optimizer, TrainConfig
 from efflm.data import corpora, dataset
 from efflm.data.dataset import Dataset, Text
 from efflm.evaluate import quality
 from efflm.evaluate.quality import Quality
 from efflm.evaluate.windows import Scoring
-from efflm.flags import command_line, launch
-from efflm.model import LanguageModel, init_params, sharding
+from efflm.model import LanguageModel, autotune, init_params
+from efflm.parallel import meshes
 from efflm.report import numbers, page, plots, scoring, table
 from efflm.report.page import Section, Table
 from efflm.report.table import Column
-from efflm.train import assemble, metrics, optimizer
+from efflm.train import metrics, optimizer, trainer
 
 # Untied, since with tied embeddings the seed decides when a small model leaves the loss of token frequencies.
 MODEL = ModelShape(layers=4, width=128, mlp_dim=352, vocabulary=2048, max_length=256, tied=False)
@@ -55,10 +58,10 @@ MOMENTUM = {"muon": 0.95}
 class Run:
     """The run"""
 
-    run_dir: str = flag(str(rundir.ROOT / "optimizers"), "where everything is written", path=True)
+    run_dir: str = flag(str(run_directory.ROOT / "optimizers"), "where everything is written", path=True)
     corpus: str = flag(corpora.DEFAULT, corpora.KINDS, path=True)
     strict: bool = flag(False, corpora.STRICT)
-    optimizers: str = flag(",".join(get_args(config.Optimizer)), "which to compare; adamw is always among them")
+    optimizers: str = flag(",".join(get_args(Optimizer)), "which to compare; adamw is always among them")
     multipliers: str = flag("0.5,1,2", "grid of learning rates, as multiples of each optimizer's usual one")
     widen: int = flag(1, "further rates tried where the best of the grid is at its edge")
     seeds: int = flag(3, "runs at the best rate, over which mean and standard deviation are taken")
@@ -67,7 +70,7 @@ class Run:
     def __post_init__(self):
         require(self.seeds > 0, f"seeds is {self.seeds}, but must be positive")
         require(self.widen >= 0, f"widen is {self.widen}, but must not be negative")
-        known = get_args(config.Optimizer)
+        known = get_args(Optimizer)
         for name in self.names():
             require(name in known, f"unknown optimizer {name!r} in --optimizers: choose from {', '.join(known)}")
         self.grid()
@@ -146,7 +149,7 @@ COLUMNS = (
 )
 
 
-@rundir.locked
+@run_directory.locked
 def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> None:
     began, run_dir = time.perf_counter(), Path(run.run_dir)
     if run.reduced:
@@ -158,7 +161,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
         train.length <= shape.max_length,
         f"train.length {train.length} is longer than model.max_length {shape.max_length}: raise model.max_length",
     )
-    rundir.require_writable(run_dir, needs=2 * rundir.SMALL_FILES)
+    run_directory.require_writable(run_dir, needs=2 * run_directory.SMALL_FILES)
     train = autotune.training(shape, train)
     data = dataset.prepare(
         run.corpus,
@@ -169,8 +172,8 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
         strict=run.strict,
     )
     (run_dir / "curves").mkdir(parents=True, exist_ok=True)
-    rundir.use_compilation_cache()
-    mesh = sharding.data_parallel(train.batch, train.accumulate)
+    run_directory.use_compilation_cache()
+    mesh = meshes.data_parallel(train.batch, train.accumulate)
     print(data.corpus.describe())
 
     score, folder = score.within(shape.max_length, train.length, data.test.unbroken), run_dir / "curves"
@@ -226,8 +229,8 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
         "is at most AdamW's at its end. A run planned to end there might do so sooner, its rate decayed by then.",
         "Seconds and tokens/s: of the fastest run of each optimizer, after its first step, which compiles.",
     ]
-    machine, command = rundir.machine(), command_line("experiments.optimizers", sys.argv)
-    rundir.write_json(
+    machine, command = run_directory.machine(), command_line("experiments.optimizers", sys.argv)
+    run_directory.write_json(
         run_dir / "results.json",
         {
             "rows": [dataclasses.asdict(row) for row in rows],
@@ -316,7 +319,7 @@ def fit(
     """Train at one rate and seed, and score on validation text; the seed is that of the weights and of the batches."""
     file = folder / f"{usual.optimizer}-{rate:.2e}-seed{seed}.jsonl"
     try:
-        model = assemble.fit_model(
+        model = trainer.fit_model(
             shape,
             lambda: init_params(shape, seed),
             usual,

@@ -27,14 +27,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from efflm import progress, rundir
+from efflm.cli import progress, run_directory
+from efflm.cli.flags import command_line, launch
 from efflm.compress.quantize import quantize
-from efflm.config import MeshConfig, ModelConfig, TrainConfig, flag, require
-from efflm.flags import command_line, launch
-from efflm.infer import ahead as infer_ahead
-from efflm.model import LanguageModel, cost, init_params, sharding
+from efflm.config import flag, require
+from efflm.config.model import ModelConfig
+from efflm.config.parallel import MeshConfig
+from efflm.config.train import TrainConfig
+from efflm.infer import aot as infer_ahead
+from efflm.model import LanguageModel, cost, init_params
 from efflm.model.cost import Work
 from efflm.model.presets import preset
+from efflm.parallel import meshes
 from efflm.plan import collectives, hardware, prediction, search
 from efflm.plan.device import abstract_mesh
 from efflm.plan.hardware import Hardware
@@ -44,7 +48,7 @@ from efflm.plan.traffic import train_traffic
 from efflm.precision import POLICIES, cast
 from efflm.report import page, planned, table
 from efflm.report.page import Section, Table
-from efflm.train import ahead as train_ahead
+from efflm.train import aot as train_ahead
 
 BFLOAT16 = POLICIES["bfloat16_pure"]  # of served models
 LIBTPU = "pip install libtpu==0.0.42 (for jax 0.10.2) to ask the TPU's own compiler; no TPU is needed"
@@ -54,7 +58,7 @@ LIBTPU = "pip install libtpu==0.0.42 (for jax 0.10.2) to ask the TPU's own compi
 class Run:
     """The run"""
 
-    run_dir: str = flag(str(rundir.ROOT / "plan"), "where plan.json is written", path=True)
+    run_dir: str = flag(str(run_directory.ROOT / "plan"), "where plan.json is written", path=True)
     model: str = flag("llama3-8b", "a published model by name, such as llama3-70b, llama3.2-1b, smollm2-135m, gpt2-xl")
     hardware: str = flag("v5p", "h100, h200, v5e, v5p or v6e; a TPU with its topology too, as in v5p:4x4x4")
     devices: int = flag(0, "how many; 0: as many as the topology has, or the mesh asks for")
@@ -82,7 +86,7 @@ TRAIN = TrainConfig(batch=512, length=4096, policy="bfloat16", scan=True, remat=
 MESH = MeshConfig(data=1, fsdp=-1)
 
 
-@rundir.locked
+@run_directory.locked
 def main(run: Run, mesh: MeshConfig, train: TrainConfig) -> None:
     began = time.perf_counter()
     config, run_dir = preset(run.model), Path(run.run_dir)
@@ -99,7 +103,7 @@ def main(run: Run, mesh: MeshConfig, train: TrainConfig) -> None:
         f"{name} {length} is longer than the max_length of {run.model}, {config.max_length}: lower {name}",
     )
     devices = how_many(run, mesh, topology)
-    rundir.require_writable(run_dir, needs=rundir.SMALL_FILES)
+    run_directory.require_writable(run_dir, needs=run_directory.SMALL_FILES)
     tables: list[Table] = []
     made: list[Table] = []  # of the compiled step
     facts: list[str] = []
@@ -115,9 +119,9 @@ def main(run: Run, mesh: MeshConfig, train: TrainConfig) -> None:
         result, made = compiled(run, config, train, mesh, chip, topology, devices)
         out, tables, facts = out | result, tables + made, facts + result["facts"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    machine, command = rundir.machine(), command_line("experiments.plan", sys.argv)
+    machine, command = run_directory.machine(), command_line("experiments.plan", sys.argv)
     out |= {"seconds": time.perf_counter() - began, "peak_bytes": peak, "versions": machine}
-    rundir.write_json(run_dir / "plan.json", out | {"command": command})
+    run_directory.write_json(run_dir / "plan.json", out | {"command": command})
     for each in made:
         table.show(each.rows, result["facts"] if each is made[-1] else [], each.columns)
     page.write(
@@ -197,11 +201,11 @@ def compiled(
     start(devices)
     training = run.phase == "train"
     batch, length = (train.batch, train.length) if training else (run.rows, run.cache_length)
-    mesh = sharding.mesh_for(mesh_config, batch, length, train.accumulate if training else 1)
+    mesh = meshes.mesh_for(mesh_config, batch, length, train.accumulate if training else 1)
     by_tpu = bool(topology) and importlib.util.find_spec("libtpu") is not None
     how = f"the CPU's compiler, for {mesh.size} fake devices"
     if by_tpu:
-        mesh = sharding.make_mesh(**mesh.shape, devices=hardware.tpu_devices(chip, topology))
+        mesh = meshes.make_mesh(**mesh.shape, devices=hardware.tpu_devices(chip, topology))
         how = f"the TPU's compiler (libtpu {importlib.metadata.version('libtpu')}), for {chip.name}:{topology}"
     elif chip.torus:
         example = f"--hardware={chip.name}:{'x'.join('4' * chip.torus)}"

@@ -15,28 +15,23 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from efflm import autotune, hosts, rundir, tokenizer
-from efflm.config import (
-    HostsConfig,
-    InputError,
-    MeshConfig,
-    ModelConfig,
-    ModelShape,
-    TrainConfig,
-    flag,
-    require,
-    require_seed,
-)
+from efflm.cli import run_directory
+from efflm.cli.flags import launch
+from efflm.config import InputError, flag, require, require_seed
+from efflm.config.model import ModelConfig, ModelShape
+from efflm.config.parallel import HostsConfig, MeshConfig
+from efflm.config.train import TrainConfig
 from efflm.data import corpora, dataset
 from efflm.data.dataset import Dataset
 from efflm.evaluate import quality
 from efflm.evaluate.windows import Scoring
-from efflm.flags import launch
 from efflm.formats import saved
-from efflm.model import LanguageModel, cost, init_params, sharding
+from efflm.model import LanguageModel, autotune, cost, init_params
+from efflm.parallel import meshes, processes
 from efflm.precision import POLICIES
 from efflm.report import plots, scoring
-from efflm.train import assemble, checkpoint, metrics
+from efflm.text import tokenizer
+from efflm.train import checkpoint, metrics, trainer
 from efflm.train.checkpoint import Checkpointing
 
 LEAF_FILES, METRICS_LINE = 4_000, 1_000  # bytes: what Orbax notes of a weight, and a line in both kinds of metrics
@@ -46,7 +41,7 @@ LEAF_FILES, METRICS_LINE = 4_000, 1_000  # bytes: what Orbax notes of a weight, 
 class Run:
     """The run"""
 
-    run_dir: str = flag(str(rundir.ROOT / "pretrain"), "where everything is written", path=True)
+    run_dir: str = flag(str(run_directory.ROOT / "pretrain"), "where everything is written", path=True)
     corpus: str = flag(corpora.DEFAULT, corpora.KINDS, path=True)
     strict: bool = flag(False, corpora.STRICT)
     seed: int = flag(0, "seed of the weights and of the order of sequences")
@@ -89,7 +84,7 @@ def settled(run: Run, config: ModelConfig, train: TrainConfig) -> TrainConfig:
     names = list(POLICIES)
     folders = [Path(run.run_dir) / name for name in ("checkpoint", "state")]
     begun = next(filter(None, (checkpoint.recorded(folder).get("train.policy") for folder in folders)), "")
-    told = hosts.agree(names.index(begun) if begun in names else -1)
+    told = processes.agree(names.index(begun) if begun in names else -1)
     if told < 0:
         return autotune.training(config, train)
     print(f"train.policy auto: {names[told]}, which this run began with")
@@ -114,8 +109,8 @@ def check(run: Run, config: ModelConfig, train: TrainConfig, models: int = 1) ->
     state = weights + cost.optimizer_bytes(config, train.optimizer) + LEAF_FILES * len(cost.shapes(config))
     lines = METRICS_LINE * train.steps // train.log_every
     checkpoints = run.checkpointing({}).most(train.steps)
-    rundir.require_writable(
-        Path(run.run_dir), needs=checkpoints * state + models * weights + lines + rundir.SMALL_FILES
+    run_directory.require_writable(
+        Path(run.run_dir), needs=checkpoints * state + models * weights + lines + run_directory.SMALL_FILES
     )
     if run.init_from:
         require(
@@ -158,7 +153,7 @@ def trained_model(run: Run, config: ModelConfig, train: TrainConfig, data: Datas
             if name not in ("log_every", "on_nan")  # what may change when a run is resumed
         },
     }
-    if hosts.agree(checkpoint.exists(folder)):
+    if processes.agree(checkpoint.exists(folder)):
         model, found = checkpoint.load(folder, mesh)
         checkpoint.require_same(config.to_dict(), model.config.to_dict(), folder)
         checkpoint.require_same(about, found, folder)
@@ -173,7 +168,7 @@ def trained_model(run: Run, config: ModelConfig, train: TrainConfig, data: Datas
         checkpoint.require_same(config.to_dict(), other.config.to_dict(), Path(run.init_from))
         return other.params
 
-    model = assemble.fit_model(
+    model = trainer.fit_model(
         config,
         start,
         train,
@@ -185,7 +180,7 @@ def trained_model(run: Run, config: ModelConfig, train: TrainConfig, data: Datas
         checkpointing=run.checkpointing(config.to_dict() | about),
         profile=run.profile(),
     )
-    if hosts.is_first():
+    if processes.is_first():
         data.tokenizer.save(run_dir / "tokenizer.json")
     checkpoint.save(folder, train.steps, model, about | {"source": data.corpus.source})
     return model
@@ -197,20 +192,20 @@ def show_curve(run_dir: Path) -> None:
         plots.save(plots.curves({"training": curve}, "steps"), run_dir / "loss.png")
 
 
-@rundir.locked
+@run_directory.locked
 def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring, mesh: MeshConfig) -> None:
     train = settled(run, model.config(), train)
     config = saved_config(model, train)
     check(run, config, train)
     score.within(config.max_length)
-    devices = sharding.mesh_for(mesh, train.batch, train.length, train.accumulate)
-    with hosts.first_alone():
+    devices = meshes.mesh_for(mesh, train.batch, train.length, train.accumulate)
+    with processes.first_alone():
         data = prepare(run, config, train)
     run_dir = Path(run.run_dir)
-    rundir.use_compilation_cache()
+    run_directory.use_compilation_cache()
     print(data.corpus.describe())
     trained = trained_model(run, config, train, data, devices)
-    if hosts.is_first():
+    if processes.is_first():
         show_curve(run_dir)
     for split in ("validation", "test") if run.test else ("validation",):
         text = getattr(data, split)

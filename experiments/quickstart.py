@@ -14,18 +14,20 @@ from pathlib import Path
 
 import jax
 
-from efflm import api, ops, rundir
+from efflm import api, ops
+from efflm.cli import run_directory
+from efflm.cli.flags import command_line, launch
 from efflm.compress import recipe
 from efflm.compress.step import Context
-from efflm.config import ModelShape, TrainConfig
+from efflm.config.model import ModelShape
+from efflm.config.train import TrainConfig
 from efflm.data import loader
-from efflm.evaluate import cost, quality
-from efflm.evaluate.cost import Protocol
+from efflm.evaluate import quality, throughput
+from efflm.evaluate.throughput import Protocol
 from efflm.evaluate.windows import Scoring
-from efflm.flags import command_line, launch
 from efflm.formats import saved
 from efflm.formats.saved import Saved
-from efflm.model import sharding
+from efflm.parallel import meshes, sharding
 from efflm.report import analysis, compared, page, rows, samples, scoring, table
 from efflm.report.comparison import Comparison, Limits
 from efflm.train import metrics
@@ -53,10 +55,10 @@ NOTES = {
 PROMPT = "def main("  # what each model continues, to look at
 MODELS = 10  # of the size of the dense one: the fourteen that are written, most of them smaller, and the checkpoint
 CALIBRATION = 128  # rows of the training text
-RUN = pretrain.Run(run_dir=str(rundir.ROOT / "quickstart"))
+RUN = pretrain.Run(run_dir=str(run_directory.ROOT / "quickstart"))
 
 
-@rundir.locked
+@run_directory.locked
 def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scoring, limits: Limits) -> None:
     began = time.perf_counter()
     train = pretrain.settled(run, model.config(), train)
@@ -67,13 +69,13 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
 
     step(1, f"Text: {run.corpus}")
     data = pretrain.prepare(run, config, train)
-    rundir.use_compilation_cache()
+    run_directory.use_compilation_cache()
     print(f"  {data.corpus.describe()}")
     file = "{}.safetensors".format
     saved.require_free(run_dir / "models", [*map(file, NOTES)], data.tokenizer, "give another --run_dir")
     step(2, f"Tokens: byte-level BPE of {data.tokenizer.vocabulary}, {len(data.train):,} rows of {train.length}")
 
-    mesh = sharding.data_parallel(train.batch, train.accumulate)
+    mesh = meshes.data_parallel(train.batch, train.accumulate)
     step(3, f"Training: {len(config.blocks)} layers x {config.width}, {train.steps} steps of {train.batch} rows")
     dense = pretrain.trained_model(run, config, train, data, mesh)
 
@@ -103,7 +105,7 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     text, score = data.test, score.within(config.max_length, train.length, data.test.unbroken)
     here = {name: ops.prepare(sharding.on_one_device(each), platform) for name, each in models.items()}
     qualities = scoring.measure(here, text, data.tokenizer, score, here["float32"])
-    rates, load = cost.rates(here, protocol)
+    rates, load = throughput.rates(here, protocol)
     measured = rows.collect(models, sizes, notes, qualities, rates)
     phases = analysis.inference(models["float32"], protocol, rates["float32"])
 
@@ -120,9 +122,9 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     about = digests | {"source": data.corpus.source, "seed": run.seed}
     prompt = api.prompt_ids(data.tokenizer, PROMPT, about)
     written = {name: samples.write(each, data.tokenizer, prompt, tokens=48) for name, each in here.items()}
-    machine, command = rundir.machine(), command_line("experiments.quickstart", sys.argv)
+    machine, command = run_directory.machine(), command_line("experiments.quickstart", sys.argv)
     about |= {f"train.{name}": value for name, value in dataclasses.asdict(train).items()}
-    rundir.write_json(
+    run_directory.write_json(
         run_dir / "results.json",
         {
             "rows": [dataclasses.asdict(row) for row in measured],

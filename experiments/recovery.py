@@ -36,7 +36,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from efflm import api, autotune, ops, rundir, trees
+from efflm import api, ops, trees
+from efflm.cli import run_directory
+from efflm.cli.flags import command_line, launch
 from efflm.compress import recipe
 from efflm.compress.adapt import Adapt
 from efflm.compress.distill import Distill
@@ -46,13 +48,13 @@ from efflm.compress.step import Calibration, Context, Step
 from efflm.compress.width import PruneWidth
 from efflm.config import PRECISION, AskedPrecision, flag, require
 from efflm.data import corpora, dataset
-from efflm.evaluate import confidence, cost, machine, quality, speed
+from efflm.evaluate import confidence, machine, quality, speed, throughput
 from efflm.evaluate.quality import Quality
 from efflm.evaluate.windows import Scoring
-from efflm.flags import command_line, launch
 from efflm.formats import sources
 from efflm.formats.sources import KINDS, Loaded
-from efflm.model import LanguageModel, sharding
+from efflm.model import LanguageModel, autotune
+from efflm.parallel import meshes, sharding
 from efflm.report import page, rows, scoring, swept, table
 from efflm.report.page import Section, Table
 from efflm.report.recovered import COLUMNS, Row
@@ -68,7 +70,7 @@ CHAINS += ("depth@0.5", "depth@0.5,text", "depth@0.5,distill")
 class Run:
     """The run"""
 
-    model: str = flag(str(rundir.ROOT / "quickstart"), KINDS, path=True)
+    model: str = flag(str(run_directory.ROOT / "quickstart"), KINDS, path=True)
     corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib", path=True)
     strict: bool = flag(False, corpora.STRICT)
     precision: AskedPrecision = flag("", PRECISION)
@@ -81,7 +83,7 @@ class Run:
     seeds: int = flag(1, "seeds of each chain")
     speed: bool = flag(True, "measure prefill and decode of each shape")
     calibration_error: bool = flag(False, "measure how far the confidence of each model is from its accuracy")
-    run_dir: str = flag(str(rundir.ROOT / "recovery"), "where everything is written", path=True)
+    run_dir: str = flag(str(run_directory.ROOT / "recovery"), "where everything is written", path=True)
 
     def __post_init__(self):
         for name in ("steps", "learning_rate", "batch", "length", "seeds"):
@@ -205,17 +207,17 @@ class Maker:
         return took
 
 
-@rundir.locked
+@run_directory.locked
 def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, Any], adapt: dict[str, Any]) -> None:
     began = time.perf_counter()
     say = lambda words: print(f"[{time.perf_counter() - began:4.0f} s] {words}", flush=True)
     run_dir, changes = Path(run.run_dir), {Distill: distill, Adapt: adapt}
     require_used(run, changes)
-    rundir.require_writable(run_dir, needs=rundir.SMALL_FILES)
+    run_directory.require_writable(run_dir, needs=run_directory.SMALL_FILES)
     run_dir.mkdir(parents=True, exist_ok=True)
-    rundir.use_compilation_cache()
+    run_directory.use_compilation_cache()
     auto = run.precision == autotune.AUTO
-    loaded = sources.load(run.model, precision="" if auto else run.precision, mesh=sharding.data_parallel(run.batch))
+    loaded = sources.load(run.model, precision="" if auto else run.precision, mesh=meshes.data_parallel(run.batch))
     if auto:  # most of the time goes into training
         loaded = dataclasses.replace(loaded, model=autotune.trained(loaded.model, run.batch, run.length, say))
     dense = loaded.model
@@ -237,7 +239,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, 
         bits_per_byte=quality.bits_per_byte(before)[0],
         calibration=error_of(dense) if run.calibration_error else None,
     )}  # fmt: skip
-    protocol, speeds, loads = cost.protocol_for(dense), {}, []
+    protocol, speeds, loads = throughput.protocol_for(dense), {}, []
     timed = f"Speed: {protocol}; the median over the first model's in the same rounds."
     facts = [
         f"Quality: {scoring.protocol(text, score, before)}. Teacher: the first model.",
@@ -249,7 +251,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, 
     shared = {
         "protocol": facts,
         "command": command_line("experiments.recovery", sys.argv),
-        "versions": rundir.machine(),
+        "versions": run_directory.machine(),
     }
     for chain in run.names:
         made: list[Made] = []
@@ -270,7 +272,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, 
             took = f"{made[-1].seconds:.0f} s"
             over, _ = quality.paired_difference(scores[-1], before)
             say(f"{chain}, seed {seed}: {over:+.4f} bits per byte over the first model, {took}")
-            rundir.write_json(
+            run_directory.write_json(
                 run_dir / "results.json", shared | {"rows": [dataclasses.asdict(each) for each in found.values()]}
             )
     listed = list(found.values())
@@ -285,7 +287,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, 
             )
         ],
         facts=facts,
-        made=page.made(rundir.machine(), seeds=run.seeds, total_time=page.duration(time.perf_counter() - began)),
+        made=page.made(run_directory.machine(), seeds=run.seeds, total_time=page.duration(time.perf_counter() - began)),
         command=shared["command"],
     )
     say(f"done: open {run_dir / 'report.html'}")
@@ -303,14 +305,14 @@ def context_for(run: Run, calibration: Calibration, loaded: Loaded, source: str,
     return dataclasses.replace(made, teacher=loaded.model)
 
 
-def speed_of(dense: LanguageModel, model: LanguageModel, protocol: cost.Protocol) -> tuple[tuple, machine.Load]:
+def speed_of(dense: LanguageModel, model: LanguageModel, protocol: throughput.Protocol) -> tuple[tuple, machine.Load]:
     """Prefill and decode of a model over those of the first, and what other programs used meanwhile."""
     here = {
         name: ops.prepare(sharding.on_one_device(each), jax.default_backend())
         for name, each in (("first", dense), ("this", model))
     }
-    rates, load = cost.rates(here, protocol)
-    return tuple(cost.ratio(*pair)[0] for pair in zip(rates["this"], rates["first"], strict=True)), load
+    rates, load = throughput.rates(here, protocol)
+    return tuple(throughput.ratio(*pair)[0] for pair in zip(rates["this"], rates["first"], strict=True)), load
 
 
 def row_of(

@@ -16,17 +16,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from efflm import api, rundir
+from efflm import api
+from efflm.cli import run_directory
+from efflm.cli.flags import command_line, launch
 from efflm.compress import recipe, sensitivity
 from efflm.compress.mixed import MixedPrecision
 from efflm.compress.sensitivity import Format, Row, Unit
 from efflm.compress.step import Calibration
 from efflm.config import PRECISION, AskedPrecision, flag, require, require_seed
 from efflm.data import corpora, dataset
-from efflm.flags import command_line, launch
 from efflm.formats import sources
 from efflm.formats.sources import KINDS
-from efflm.model import sharding
+from efflm.parallel import meshes
 from efflm.report import numbers, page, rows, table
 from efflm.report.page import Section
 from efflm.report.table import Column
@@ -36,7 +37,7 @@ from efflm.report.table import Column
 class Run:
     """The run"""
 
-    model: str = flag(str(rundir.ROOT / "quickstart"), KINDS, path=True)
+    model: str = flag(str(run_directory.ROOT / "quickstart"), KINDS, path=True)
     corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib", path=True)
     strict: bool = flag(False, corpora.STRICT)
     precision: AskedPrecision = flag("", PRECISION)
@@ -49,7 +50,9 @@ class Run:
     length: int = flag(512, "tokens in each; no more than the model reads")
     show: int = flag(40, "rows of the table that are printed; 0: all. The report has them all")
     seed: int = flag(0, "seed of which sequences these are")
-    run_dir: str = flag(str(rundir.ROOT / "sensitivity"), "where results.json and report.html are written", path=True)
+    run_dir: str = flag(
+        str(run_directory.ROOT / "sensitivity"), "where results.json and report.html are written", path=True
+    )
 
     def __post_init__(self):
         require_seed(self.seed)
@@ -106,11 +109,11 @@ def by_layer(found: Sequence[Row], format: Format) -> page.Bars:
     return page.bars(f"{caption} up exactly.", values, "millinats a token", 1e-3)
 
 
-@rundir.locked
+@run_directory.locked
 def main(run: Run) -> None:
     began, run_dir = time.perf_counter(), Path(run.run_dir)
-    rundir.require_writable(run_dir, needs=rundir.SMALL_FILES)
-    mesh = sharding.data_parallel(run.rows)
+    run_directory.require_writable(run_dir, needs=run_directory.SMALL_FILES)
+    mesh = meshes.data_parallel(run.rows)
     loaded = sources.load(run.model, precision=run.precision, mesh=mesh)
     recipe.require_finite(loaded.model)
     context = api.context_for(
@@ -126,7 +129,7 @@ def main(run: Run) -> None:
         lower=("--rows or --length",) * 2,
         strict=run.strict,
     )
-    rundir.use_compilation_cache()
+    run_directory.use_compilation_cache()
     formats = run.step.formats
     found = sensitivity.sensitivity(
         loaded.model, context.calibration, formats, context.mesh, rows=run.rows, unit=run.unit
@@ -139,10 +142,10 @@ def main(run: Run) -> None:
         "what it would be on text as the model expects it. Squared error: of what the matrix gives, for each token.",
         *rows.cautions(run.model, loaded.about, seen=""),
     ]
-    machine, command = rundir.machine(), command_line("experiments.sensitivity", sys.argv)
+    machine, command = run_directory.machine(), command_line("experiments.sensitivity", sys.argv)
     kept = [dataclasses.asdict(each.row) | {"bits_per_token": each.row.bits} for each in shown]
     given = {"loss": found.loss, "tokens": found.tokens, "rows": kept, "protocol": facts}
-    rundir.write_json(run_dir / "results.json", given | {"command": command, "versions": machine})
+    run_directory.write_json(run_dir / "results.json", given | {"command": command, "versions": machine})
     table.show(shown[: run.show or None], facts, COLUMNS)
     if 0 < run.show < len(shown):
         print(f"  {len(shown) - run.show} more rows are in the report.")

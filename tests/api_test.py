@@ -10,19 +10,19 @@ import pytest
 
 import efflm
 from efflm import ops
-from efflm import tokenizer as tokenizers
+from efflm.cli.flags import launch
 from efflm.compress.finetune import Finetune
 from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import digest
-from efflm.config import MeshConfig
+from efflm.config.parallel import MeshConfig
 from efflm.data import dataset
 from efflm.evaluate.windows import Scoring
-from efflm.flags import launch
 from efflm.formats import sources
 from efflm.model import LanguageModel
 from efflm.report.comparison import Limits
 from efflm.report.rows import Row
+from efflm.text import tokenizer as tokenizers
 from experiments import evaluate
 from tests import gguf_files
 

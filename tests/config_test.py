@@ -5,11 +5,15 @@ import typing
 
 import pytest
 
-from efflm import flags, rundir
+from efflm.cli import flags, run_directory
 from efflm.compress.finetune import Finetune
 from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
-from efflm.config import HostsConfig, InputError, Kernels, ModelConfig, ModelShape, RopeScaling, TrainConfig, flag
+from efflm.config import InputError, flag
+from efflm.config.machine import Kernels
+from efflm.config.model import ModelConfig, ModelShape, RopeScaling
+from efflm.config.parallel import HostsConfig
+from efflm.config.train import TrainConfig
 from efflm.ops.kernels.cpu import build
 from experiments import compress, generate, pretrain
 from tests import tiny
@@ -203,13 +207,13 @@ def test_read_only_and_full_directories_are_refused(tmp_path):
     locked.mkdir()
     locked.chmod(0o555)
     with pytest.raises(InputError, match="is read-only"):
-        rundir.require_writable(locked / "run", needs=1)
+        run_directory.require_writable(locked / "run", needs=1)
     with pytest.raises(InputError, match="MB free, but this run needs about"):
-        rundir.require_writable(tmp_path / "run", needs=1 << 60)
+        run_directory.require_writable(tmp_path / "run", needs=1 << 60)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
-        rundir.require_writable(tmp_path / "file", needs=1)
-    rundir.require_writable(tmp_path / "a" / "b", needs=1)
+        run_directory.require_writable(tmp_path / "file", needs=1)
+    run_directory.require_writable(tmp_path / "a" / "b", needs=1)
     assert not (tmp_path / "a").exists()
 
 

@@ -3,7 +3,7 @@
 import gguf
 import numpy as np
 
-from efflm.formats.gguf import KINDS
+from efflm.formats.gguf_file import KINDS
 
 WIDTH, HIDDEN, HEADS, KV_HEADS, LAYERS = 256, 512, 8, 4, 2
 ALPHABET = [*map(chr, [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100), *range(0x100, 0x144)])]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from efflm import hosts
+from efflm.parallel import processes
 from tests.launch_test import FINAL, LAUNCH, ROOT, bash
 
 ENDS = "this process ends with exit code {}\n"
@@ -306,5 +306,5 @@ def test_the_jobset_has_the_shape_of_one():
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     mistake = spec["podFailurePolicy"]["rules"][0]["onExitCodes"]
     assert mistake["containerName"] == container["name"]
-    assert tuple(mistake["values"]) == FINAL == (hosts.BUG, hosts.MISTAKE, hosts.MEMORY)
+    assert tuple(mistake["values"]) == FINAL == (processes.BUG, processes.MISTAKE, processes.MEMORY)
     assert 0 < jobset["spec"]["failurePolicy"]["maxRestarts"] <= 100

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efflm import config, trees
+from efflm import trees
 from efflm.compress import recipe
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
@@ -17,6 +17,9 @@ from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink
 from efflm.compress.smoothquant import SmoothQuant
 from efflm.compress.step import Calibration
+from efflm.config.model import ModelShape
+from efflm.config.parallel import HostsConfig, MeshConfig
+from efflm.config.train import TrainConfig
 from efflm.evaluate.windows import Scoring
 from efflm.formats import load_model
 from efflm.report.comparison import Limits
@@ -26,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 READMES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("[a-z]*/**/README.md"))
 FRONT = (ROOT / "README.md").read_text()
 GROUPS = {
-    "model": config.ModelShape, "train": config.TrainConfig, "mesh": config.MeshConfig, "hosts": config.HostsConfig,
+    "model": ModelShape, "train": TrainConfig, "mesh": MeshConfig, "hosts": HostsConfig,
     "score": Scoring, "calibration": Calibration, "limits": Limits,
     "quantize": Quantize, "prune": Prune, "finetune": Finetune, "distill": Distill, "shrink": Shrink,
     "smoothquant": SmoothQuant,

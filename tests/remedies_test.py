@@ -7,22 +7,22 @@ from pathlib import Path
 import pytest
 
 import efflm
+from efflm.cli.flags import launch
 from efflm.compress.step import Calibration
 from efflm.data import dataset
 from efflm.evaluate.windows import Scoring
-from efflm.flags import launch
 from efflm.model import init_params
 from efflm.report.comparison import Limits
 from experiments import calibrated, compress, recovery, sensitivity
 from tests import tiny
-from tests.tokenizer_test import TOKENIZER
+from tests.text.tokenizer_test import TOKENIZER
 
 LIBRARY = Path(efflm.__file__).parent
 # What only commands with such a flag reach, or what is told of commands.
 OF_COMMANDS = {
-    "flags.py",
-    "helptext.py",
-    "rundir.py",
+    "cli/flags.py",
+    "cli/help_text.py",
+    "cli/run_directory.py",
     "train/checkpoint.py",
     "train/metrics.py",
     "data/dataset.py",

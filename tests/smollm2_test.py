@@ -20,10 +20,10 @@ from efflm.evaluate import quality
 from efflm.evaluate.windows import Scoring, blocks
 from efflm.formats import gguf_model, wheels
 from efflm.infer.generate import forward, generate
-from tests.tokenizer_lines import lines
+from tests.text.tokenizer_lines import lines
 
 DATA = Path(os.environ.get("EFFLM_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
-DIGESTS = json.loads((Path(__file__).parent / "golden_tokenizers" / "digests.json").read_text())
+DIGESTS = json.loads((Path(__file__).parent / "text" / "golden_tokenizers" / "digests.json").read_text())
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from efflm.compress.quantize import quantize
-from efflm.config import BlockConfig, ModelConfig
+from efflm.config.model import BlockConfig, ModelConfig
 from efflm.infer.generate import generate
 from efflm.model import LanguageModel
 

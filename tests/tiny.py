@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efflm.config import BlockConfig, ModelConfig, ModelShape, RopeScaling
+from efflm.config.model import BlockConfig, ModelConfig, ModelShape, RopeScaling
 from efflm.infer.generate import forward
 from efflm.model import LanguageModel, init_params
 

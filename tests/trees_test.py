@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from efflm import trees
-from efflm.model import sharding
+from efflm.parallel import meshes
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
@@ -21,7 +21,7 @@ def test_numbers_that_are_not_finite_are_found_in_every_dtype(dtype):
 
 
 def test_numbers_of_sharded_arrays_are_counted_once():
-    mesh = sharding.make_mesh(data=2, tensor=2)
+    mesh = meshes.make_mesh(data=2, tensor=2)
     array = np.ones((4, 6), np.float32)
     array[0, 0] = array[3, 5] = np.nan
     laid = jax.device_put(array, jax.NamedSharding(mesh, jax.P(None, "tensor")))
@@ -34,7 +34,7 @@ def test_numbers_that_are_not_zero_are_counted_wherever_they_are(dtype):
     array[0, 0] = array[3, 5] = array[1, 2] = 1
     if dtype not in ("bool", "uint8"):
         array[1, 2], array[2, 2] = -1, -0.0
-    laid = jax.device_put(array, jax.NamedSharding(sharding.make_mesh(data=2, tensor=2), jax.P(None, "tensor")))
+    laid = jax.device_put(array, jax.NamedSharding(meshes.make_mesh(data=2, tensor=2), jax.P(None, "tensor")))
     assert trees.count_nonzero(array) == trees.count_nonzero(laid) == trees._count_nonzero_on_devices(laid) == 3
     np.testing.assert_array_equal(trees.on_host(laid), array)
     assert trees.equal(laid, array)

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from efflm import autotune, rundir, user_cache
+from efflm import user_cache
+from efflm.cli import run_directory
 from efflm.config import InputError
 from efflm.data import corpora, dataset
 from efflm.formats import wheels
+from efflm.model import autotune
 from efflm.ops.kernels.cpu import build
 
 ROOT = Path(__file__).parent.parent
@@ -120,7 +122,7 @@ def test_measurements_are_neither_read_nor_kept_where_others_can_write(base):
 
 def test_compiled_programs_are_kept_in_it(base):
     """In a process without JAX_COMPILATION_CACHE_DIR, which names another folder here."""
-    program = "import jax\nfrom efflm import rundir\nrundir.use_compilation_cache()\n"
+    program = "import jax\nfrom efflm.cli import run_directory\nrun_directory.use_compilation_cache()\n"
     program += "print(jax.config.jax_compilation_cache_dir)"
     env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     several, env = env, env | {"XLA_FLAGS": ""}
@@ -133,7 +135,7 @@ def test_compiled_programs_are_kept_in_it(base):
     (base / "efflm" / "compiled").chmod(0o777)
     ended = run()
     assert (ended.returncode, ended.stdout, "chmod -R go-w" in ended.stderr) == (0, "None\n", True)
-    rundir.use_compilation_cache()  # and where it does name one, that counts
+    run_directory.use_compilation_cache()  # and where it does name one, that counts
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] != f"{base}/efflm/compiled"
 
 

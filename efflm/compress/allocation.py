@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from efflm.compress import slicing
-from efflm.config import ModelConfig, require
+from efflm.config import require
+from efflm.config.model import ModelConfig
 from efflm.model.params import table
 
 MULTIPLE = 16  # channels are kept in multiples of it, which kernels are fast at, where there are many

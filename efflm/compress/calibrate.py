@@ -15,9 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from efflm import memory, progress
-from efflm.config import ModelConfig, require
-from efflm.model import LanguageModel, by_block, sharding
+from efflm import malloc
+from efflm.cli import progress
+from efflm.config import require
+from efflm.config.model import ModelConfig
+from efflm.model import LanguageModel, layerwise, placement
+from efflm.parallel import sharding
 
 CHUNK = 4  # rows that are read at a time
 
@@ -62,7 +65,7 @@ class Layer:
         return run(self.config, params, *row)
 
 
-@memory.least()
+@malloc.least()
 def map_blocks(
     model: LanguageModel,
     rows: Mapping[str, Any] | None,
@@ -80,14 +83,14 @@ def map_blocks(
     """
     require(rows is not None, f"{title} needs calibration text: give a corpus")
     if mesh.size > 1:
-        model = jax.device_put(model, sharding.shardings(model, mesh))
+        model = jax.device_put(model, placement.shardings(model, mesh))
     chunks = inputs(model, rows, mesh)
     params, masks = dict(model.params), dict(model.masks or {})
     blocks = list(model.config.blocks)
     packed: dict[str, tuple[int, jax.Array]] = {}  # masks of the layers that are made, eight entries in a byte
     count = len(model.config.blocks)
     for index in progress.shown(range(count), f"{title}: layers", count):
-        name, single = f"block_{index}", by_block.block_config(model.config, index)
+        name, single = f"block_{index}", layerwise.block_config(model.config, index)
         own = {path.removeprefix(f"{name}/"): mask for path, mask in masks.items() if path.startswith(f"{name}/")}
         layer = Layer(params[name], own, chunks, single, index)
         after = fn(layer, gathered(layer, statistics))
@@ -96,7 +99,7 @@ def map_blocks(
         if index + 1 < count:
             for i, row in enumerate(chunks):  # in place: of two lists only one fits beside a large model
                 chunks[i] = (jax.block_until_ready(after(after.params, *row)), *row[1:])
-        memory.trim()
+        malloc.trim()
     del chunks, layer, after
     masks |= {path: _unpacked(mask, size) for path, (size, mask) in packed.items()}
     config = dataclasses.replace(model.config, blocks=tuple(blocks))
@@ -150,14 +153,14 @@ def chunks(rows: Mapping[str, Any], names: Sequence[str], mesh: Mesh) -> list[tu
 @functools.partial(jax.jit, static_argnums=0)
 def _embed(config: ModelConfig, params: Any, tokens: jax.Array, positions: jax.Array) -> jax.Array:
     with sharding.mesh_of(tokens):
-        return by_block.embed(LanguageModel(config, params), tokens, positions)
+        return layerwise.embed(LanguageModel(config, params), tokens, positions)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(config: ModelConfig, params: Any, *row: jax.Array) -> jax.Array:
-    """The output [n, T, D] of the layer of a `by_block.block_config`, for one chunk of rows."""
+    """The output [n, T, D] of the layer of a `layerwise.block_config`, for one chunk of rows."""
     with sharding.mesh_of(row):
-        return by_block.apply_block(config, params, *row)
+        return layerwise.apply_block(config, params, *row)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -173,7 +176,7 @@ def _update(
 ) -> dict[str, tuple[Any, ...]]:
     """{paths that read the same, joined by spaces: a state of each statistic}, after one more chunk."""
     with sharding.mesh_of(x):
-        read = by_block.reads(config, params, x, positions, segments)
+        read = layerwise.reads(config, params, x, positions, segments)
     same: dict[int, list[str]] = {}
     for path, array in read.items():
         same.setdefault(id(array), []).append(path)

@@ -14,7 +14,8 @@ import jax
 from efflm import ops
 from efflm.compress import teacher_cache
 from efflm.compress.step import Context, require_schedule, teacher_of, train_step
-from efflm.config import ModelConfig, flag, require
+from efflm.config import flag, require
+from efflm.config.model import ModelConfig
 from efflm.model import LanguageModel, Transformer
 from efflm.model.params import HEAD_MIXTURE, HIDDEN_PROJECTION
 from efflm.precision import policy_for

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from efflm import ops, trees
-from efflm.config import ModelConfig, require
+from efflm.config import require
+from efflm.config.model import ModelConfig
 from efflm.ops.qarray import QArray
 
 

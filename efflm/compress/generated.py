@@ -16,7 +16,8 @@ from jax import lax
 
 from efflm import ops
 from efflm.compress.step import Context, require_schedule, teacher_of, train_step
-from efflm.config import ModelConfig, flag, require
+from efflm.config import flag, require
+from efflm.config.model import ModelConfig
 from efflm.infer.generate import prefill, start, step
 from efflm.infer.sampling import Sampling
 from efflm.model import LanguageModel, Transformer

@@ -12,13 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from efflm import ops, progress, trees
+from efflm import ops, trees
+from efflm.cli import progress
 from efflm.compress import calibrate, slicing
 from efflm.compress.allocation import Scores
 from efflm.compress.calibrate import Layer
 from efflm.compress.step import masters
-from efflm.config import BlockConfig, ModelConfig, require
-from efflm.model import LanguageModel, sharding
+from efflm.config import require
+from efflm.config.model import BlockConfig, ModelConfig
+from efflm.model import LanguageModel, placement
+from efflm.parallel import sharding
 from efflm.train.losses import language_model_loss
 
 # The matrix that reads the slices of an axis: its rows are theirs. The axis of weights (model.params) it contracts.
@@ -90,7 +93,7 @@ def taylor(model: LanguageModel, rows: Mapping[str, Any] | None, mesh: Mesh, axe
     require(rows is not None, "Taylor importance needs calibration text: give a corpus")
     model = model.replace(params=masters(model), masks=None)
     whole = NamedSharding(mesh, PartitionSpec())
-    params = jax.device_put(model.params, sharding.shardings(model.params, mesh))
+    params = jax.device_put(model.params, placement.shardings(model.params, mesh))
     fields = {name: np.asarray(rows[name], np.int32) for name in ("inputs", "targets", "positions", "segments")}
     blocks, count = model.config.blocks, len(fields["inputs"])
     found = {(i, axis): np.zeros(slicing.sizes(block)[axis]) for i, block in enumerate(blocks) for axis in axes}

@@ -12,7 +12,8 @@ from efflm import ops
 from efflm.config import require
 from efflm.infer.generate import decode, prefill, row_keys, start
 from efflm.infer.sampling import GREEDY
-from efflm.model import LanguageModel, sharding
+from efflm.model import LanguageModel
+from efflm.parallel import sharding
 
 Phase = Literal["both", "prefill", "decode"]
 CONTEXT, NEW = 128, 32  # tokens of the one prompt, and tokens that follow it, for a model that reads so many

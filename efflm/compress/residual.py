@@ -12,8 +12,10 @@ from jax.sharding import Mesh
 from efflm import trees
 from efflm.compress import calibrate, slicing
 from efflm.compress.calibrate import Layer
-from efflm.config import ModelConfig, require
-from efflm.model import LanguageModel, by_block, sharding
+from efflm.config import require
+from efflm.config.model import ModelConfig
+from efflm.model import LanguageModel, layerwise
+from efflm.parallel import sharding
 
 NORMS = {"attention_norm": "attention/query/kernel", "feedforward_norm": "feedforward/up/kernel"}  # and who reads them
 OfNorm = Callable[[jax.Array, Any, jax.Array], jax.Array]  # output [n, D], weights, channels -> [n, ...]
@@ -85,14 +87,14 @@ def _over_norms(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _of_layer(config: ModelConfig, fn: OfNorm, params: Any, kept: jax.Array, *row: jax.Array) -> dict[str, jax.Array]:
     with sharding.mesh_of(row):
-        read = by_block.reads(config, params, *row)
+        read = layerwise.reads(config, params, *row)
     return {name: _total(fn, read[path], params[name], kept, row[-1]) for name, path in NORMS.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _of_last(config: ModelConfig, fn: OfNorm, params: Any, kept: jax.Array, x: jax.Array, segments: jax.Array):
     with sharding.mesh_of(x):
-        return _total(fn, by_block.final_states(config, params, x), params["final_norm"], kept, segments)
+        return _total(fn, layerwise.final_states(config, params, x), params["final_norm"], kept, segments)
 
 
 def _total(fn: OfNorm, y_BTD: jax.Array, norm: Any, kept: jax.Array, segments_BT: jax.Array) -> jax.Array:

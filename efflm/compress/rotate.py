@@ -18,7 +18,7 @@ from efflm import trees
 from efflm.compress import fold
 from efflm.compress.step import Context, record
 from efflm.config import require
-from efflm.model import LanguageModel, by_block, sharding
+from efflm.model import LanguageModel, layerwise, placement
 from efflm.model.params import find
 from efflm.ops.qarray import QArray
 
@@ -67,7 +67,7 @@ def rotated(model: LanguageModel, key: jax.Array) -> Any:
     }
     norms = {"unembedding": "final_norm"}  # {path of a matrix: the norm that it reads}
     for i in range(len(blocks)):
-        for place in fold.places(by_block.block_config(model.config, i)):
+        for place in fold.places(layerwise.block_config(model.config, i)):
             if place.is_norm:
                 norms |= {f"block_{i}/{reader}": f"block_{i}/{place.maker}" for reader in place.readers}
 
@@ -114,5 +114,5 @@ class Rotate:
         )
         apart = untied(model)
         params = rotated(apart, jax.random.key(context.seed))
-        after = apart.replace(params=jax.device_put(params, sharding.shardings(params, context.mesh)))
+        after = apart.replace(params=jax.device_put(params, placement.shardings(params, context.mesh)))
         return after, record(self, model, after, context)

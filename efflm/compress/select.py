@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from efflm import trees
 from efflm.config import require
 from efflm.model.params import in_layer
-from efflm.ops.smallest import smallest
+from efflm.ops.selection import smallest
 
 
 @jax.jit

@@ -18,12 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from efflm import ops, progress, trees
+from efflm import ops, trees
+from efflm.cli import progress
 from efflm.compress import calibrate
 from efflm.compress.calibrate import Layer, States
-from efflm.config import ModelConfig, require
-from efflm.model import LanguageModel, by_block, sharding
+from efflm.config import require
+from efflm.config.model import ModelConfig
+from efflm.model import LanguageModel, layerwise
 from efflm.ops import QArray, qarray
+from efflm.parallel import sharding
 from efflm.train import losses
 
 Unit = Literal["matrix", "input", "layer"]
@@ -109,7 +112,7 @@ def sensitivity(
         """The final states for what layer `index` reads, its weights being `params`."""
         for later in range(index, len(model.config.blocks)):
             own = params if later == index else model.params[f"block_{later}"]
-            x = calibrate.run(by_block.block_config(model.config, later), own, x, *row)
+            x = calibrate.run(layerwise.block_config(model.config, later), own, x, *row)
         return _final_states(model.config, outer, x)
 
     whole = [states(0, model.params["block_0"], *row) for row in calibrate.inputs(model, batch, mesh)]
@@ -174,7 +177,7 @@ def _layers(model: LanguageModel, batch: Mapping[str, Any], mesh: Mesh) -> Itera
     for index in range(len(model.config.blocks)):
         name, masks = f"block_{index}", model.masks or {}
         own = {path.removeprefix(f"{name}/"): mask for path, mask in masks.items() if path.startswith(f"{name}/")}
-        layer = Layer(model.params[name], own, rows, by_block.block_config(model.config, index), index)
+        layer = Layer(model.params[name], own, rows, layerwise.block_config(model.config, index), index)
         yield layer, calibrate.gathered(layer, {"gram": calibrate.GRAM})
         rows = [(layer(layer.params, *row), *row[1:]) for row in rows]
 
@@ -216,7 +219,7 @@ def _squared(w: jax.Array, rounded: QArray, gram: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=0)
 def _final_states(config: ModelConfig, params: Any, x: jax.Array) -> jax.Array:
     with sharding.mesh_of(x):
-        return by_block.final_states(config, params, x)
+        return layerwise.final_states(config, params, x)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from efflm import progress
+from efflm.cli import progress
 from efflm.compress import allocation, calibrate
 from efflm.compress.step import Context, record
 from efflm.compress.target import Target
 from efflm.config import flag, require
-from efflm.model import LanguageModel, by_block, init_params, sharding
+from efflm.model import LanguageModel, init_params, layerwise, placement
 
 
 def evenly_spaced(layers: int, keep: int) -> list[int]:
@@ -31,11 +31,11 @@ def block_influence(model: LanguageModel, rows: Mapping[str, Any] | None, mesh: 
     stream: ShortGPT, section 3. Padding does not count; one layer's inputs are held at a time. Raises InputError."""
     require(rows is not None, "block influence needs calibration text: give a corpus")
     if mesh.size > 1:
-        model = jax.device_put(model, sharding.shardings(model, mesh))
+        model = jax.device_put(model, placement.shardings(model, mesh))
     chunks, found = calibrate.inputs(model, rows, mesh), []
     count = len(model.config.blocks)
     for index in progress.shown(range(count), "block influence: layers", count):
-        single, sums = by_block.block_config(model.config, index), np.zeros(2)
+        single, sums = layerwise.block_config(model.config, index), np.zeros(2)
         for i, (x, positions, segments) in enumerate(chunks):
             after = calibrate.run(single, model.params[f"block_{index}"], x, positions, segments)
             sums += np.asarray(jax.block_until_ready(_distances(x, after, segments)), np.float64)

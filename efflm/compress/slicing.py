@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from efflm import ops, trees
-from efflm.config import BlockConfig, require
+from efflm.config import require
+from efflm.config.model import BlockConfig
 from efflm.model import LanguageModel
 from efflm.model.params import find
 

@@ -13,10 +13,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from efflm import ops, rundir, trees
-from efflm.config import TrainConfig, flag, require
+from efflm import ops, trees
+from efflm.cli import run_directory
+from efflm.config import flag, require
+from efflm.config.train import TrainConfig
 from efflm.model import LanguageModel, require_same_tokenizer
-from efflm.train import assemble, loop, optimizer
+from efflm.train import loop, optimizer, trainer
 from efflm.train.losses import LossFn
 
 
@@ -120,7 +122,7 @@ def _same(old: Any, new: Any) -> bool:
 def digest(model: LanguageModel) -> str:
     """A short SHA-256 of the config and of every array of a model, masks included: two models with the same digest are
     the same, on whatever devices they are."""
-    out = hashlib.sha256(rundir.to_json(model.config.to_dict(), sort_keys=True).encode())
+    out = hashlib.sha256(run_directory.to_json(model.config.to_dict(), sort_keys=True).encode())
     for path, array in trees.flatten({"params": model.params, "masks": dict(model.masks or {})}, inside=True):
         out.update(f"{path} {array.dtype} {array.shape}".encode())
         out.update(np.ascontiguousarray(trees.on_host(array)).view(np.uint8).data)
@@ -214,7 +216,7 @@ def fit(
     masks: of its paths."""
     require(context.batches is not None, f"{step} needs text to train on: give a corpus")
     settings = TrainConfig(steps=step.steps, learning_rate=step.learning_rate, weight_decay=0.0)
-    return assemble.fit(
+    return trainer.fit(
         settings,
         loss_fn,
         start,

@@ -22,10 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from efflm import ops, progress, rundir
+from efflm import ops
+from efflm.cli import progress, run_directory
 from efflm.compress.step import Context, digest
 from efflm.config import require
-from efflm.model import LanguageModel, Transformer, sharding
+from efflm.model import LanguageModel, Transformer
+from efflm.parallel import sharding
 from efflm.precision import policy_for
 from efflm.train.loop import Batches
 from efflm.train.step import place
@@ -110,9 +112,9 @@ def write(folder: Path, teacher: LanguageModel, context: Context, header: Mappin
     """Run the teacher over the batches of all steps. An interrupt leaves nothing that `read` would take."""
     require(jax.process_count() == 1, "a teacher's cache is written by one process: distill without cache on several")
     partial = folder.with_name(f"{folder.name}.partial")
-    rundir.discard(partial, FILES)
+    run_directory.discard(partial, FILES)
     size = header["steps"] * header["rows"] * header["length"] * bytes_per_token(header)
-    rundir.require_writable(partial, needs=size + rundir.SMALL_FILES, remedy="distill without cache")
+    run_directory.require_writable(partial, needs=size + run_directory.SMALL_FILES, remedy="distill without cache")
     partial.mkdir(parents=True, exist_ok=True)
     shape = (header["steps"], header["rows"], header["length"], header["entries"])
     kept = {
@@ -131,8 +133,8 @@ def write(folder: Path, teacher: LanguageModel, context: Context, header: Mappin
     for array in kept.values():
         array.flush()
     np.save(partial / "hashes.npy", hashes)
-    rundir.write_json(partial / HEADER, dict(header))
-    rundir.discard(folder, FILES)
+    run_directory.write_json(partial / HEADER, dict(header))
+    run_directory.discard(folder, FILES)
     partial.replace(folder)
 
 

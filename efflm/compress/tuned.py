@@ -17,10 +17,12 @@ from efflm import ops, trees
 from efflm.compress import calibrate
 from efflm.compress.calibrate import Layer
 from efflm.compress.step import Context, record
-from efflm.config import ModelConfig, flag, require
-from efflm.model import LanguageModel, by_block, sharding
+from efflm.config import flag, require
+from efflm.config.model import ModelConfig
+from efflm.model import LanguageModel, layerwise, placement
 from efflm.model.params import in_layer
 from efflm.ops import qarray
+from efflm.parallel import sharding
 from efflm.train import loop
 from efflm.train.losses import weighted_mean
 
@@ -106,7 +108,7 @@ class BlockError:
                     learned = learned[name]
                 weights[path] = self.rounding(w, learned)
         params, rows = trees.unflatten(weights), (batch[name] for name in ("x", "positions", "segments"))
-        lost = by_block.apply_block(self.config, params, *rows).astype(jnp.float32) - batch["wanted"]
+        lost = layerwise.apply_block(self.config, params, *rows).astype(jnp.float32) - batch["wanted"]
         counted = (batch["segments"] > 0).astype(jnp.float32)
         weight = jnp.sum(counted)
         error = weighted_mean(jnp.sum(counted * jnp.mean(jnp.square(lost), axis=-1)), weight)
@@ -177,7 +179,7 @@ class TunedRounding:
                 {f"{path}/{name}": part for path in matrices for name, part in rounding.start(flat[path]).items()}
             )
             # Where the trainer puts them: so the errors before and after come from one compiled program.
-            start, frozen = (jax.device_put(tree, sharding.shardings(tree, context.mesh)) for tree in (start, frozen))
+            start, frozen = (jax.device_put(tree, placement.shardings(tree, context.mesh)) for tree in (start, frozen))
             rows = [
                 {"x": x, "positions": positions, "segments": segments, "wanted": wanted}
                 for (x, positions, segments), wanted in zip(layer.rows, floats, strict=True)

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from efflm import progress, rundir, user_cache
+from efflm import user_cache
+from efflm.cli import progress, run_directory
 from efflm.config import require
 from efflm.data import files
 from efflm.data.files import Found, Part
@@ -69,7 +70,7 @@ def load(
     every = [part for found in parts.values() for part in found.parts]
     texts = iter([(part.name, part.text()) for part in progress.shown(every, f"reading {name}", len(every))])
     splits = {part: list(itertools.islice(texts, len(found.parts))) for part, found in parts.items()}
-    digest = hashlib.sha256(rundir.to_json(splits).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(run_directory.to_json(splits).encode()).hexdigest()[:16]
     source = source if source == DEFAULT else str(Path(source).absolute())
     with user_cache.alone(cache / digest):
         return Corpus(name, source, digest, parts, **_through_tfds(splits, cache / digest))
@@ -145,7 +146,7 @@ def _through_tfds(splits: dict[str, list[Document]], folder: Path) -> dict[str, 
         shutil.rmtree(folder)  # an interrupted preparation
     if not folder.exists():
         size = sum(len(text.encode()) for documents in splits.values() for _, text in documents)
-        rundir.require_writable(folder, needs=2 * size, remedy=user_cache.REMEDY)
+        run_directory.require_writable(folder, needs=2 * size, remedy=user_cache.REMEDY)
     writing = {split: progress.shown(each, f"preparing the {split} text", len(each)) for split, each in splits.items()}
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         builder = _builder_class()(writing, data_dir=folder, file_format="array_record")

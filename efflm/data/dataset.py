@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from efflm import progress, user_cache
-from efflm import tokenizer as tokenizers
+from efflm import user_cache
+from efflm.cli import progress
 from efflm.config import require
 from efflm.data import corpora, enwik8, loader, packing
 from efflm.data.files import Found
-from efflm.tokenizer import Tokenizer
+from efflm.text import tokenizer as tokenizers
+from efflm.text.tokenizer import Tokenizer
 
 # Of a text without documents: the bytes that count as one, for standard errors, and how much validation text is read.
 STRETCH, VALIDATION = 1 << 16, 1 << 20

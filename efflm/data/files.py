@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from efflm import progress
+from efflm.cli import progress
 from efflm.config import InputError, require
 
 STRETCH = 1 << 18  # bytes of a document that are read and tokenized at a time

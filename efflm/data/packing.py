@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from efflm import rundir, user_cache
+from efflm import user_cache
+from efflm.cli import run_directory
 
 FIELDS = ("inputs", "targets", "segments", "positions")
 
@@ -88,7 +89,7 @@ def load_or_pack(path: Path, make: Callable[[], Rows]) -> Rows:
     """The rows stored at `path`, made and stored there first if there are none; read from the file as they are used."""
     if not path.exists():
         rows = make()
-        rundir.require_writable(
+        run_directory.require_writable(
             path.parent, needs=sum(array.nbytes for array in rows[:].values()), remedy=user_cache.REMEDY
         )
         partial = path.with_suffix(".partial.npy")

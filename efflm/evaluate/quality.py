@@ -19,7 +19,8 @@ from jax.sharding import PartitionSpec
 
 from efflm import ops
 from efflm.config import require
-from efflm.model import LanguageModel, Transformer, sharding
+from efflm.model import LanguageModel, Transformer
+from efflm.parallel import sharding
 from efflm.precision import policy_for
 
 LOGITS = 1 << 25  # logits held at a time, of the model and as many of the reference

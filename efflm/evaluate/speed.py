@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efflm import memory, ops, trees
+from efflm import malloc, ops, trees
 from efflm.config import InputError, require
 from efflm.infer.generate import State, decode, prefill, row_keys
 from efflm.infer.sampling import GREEDY
-from efflm.model import LanguageModel, cost, empty_cache, in_dtype, sharding
+from efflm.model import LanguageModel, cost, empty_cache, in_dtype
 from efflm.model.params import find, in_layer, is_matrix
 from efflm.ops.kernels.cpu import build
 from efflm.ops.qarray import Activations, QArray, quantize_array
+from efflm.parallel import sharding
 from efflm.precision import policy_for
 
 # name -> bits of the weights, how many entries share a scale (0: a whole column), activations
@@ -126,7 +127,7 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 def peak_bytes(run: Callable[[], Any]) -> int | None:
     """The most memory of this process while run() goes on; None where the system is not Linux or does not say."""
-    memory.trim()
+    malloc.trim()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at what is held now
         run()

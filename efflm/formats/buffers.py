@@ -8,7 +8,8 @@ import re
 import jax.numpy as jnp
 import numpy as np
 
-from efflm.config import ModelConfig, require
+from efflm.config import require
+from efflm.config.model import ModelConfig
 from efflm.formats.tensors import Tensors
 from efflm.model import rotary
 

@@ -10,12 +10,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from efflm import progress, trees
-from efflm.config import InputError, ModelConfig, require
+from efflm import trees
+from efflm.cli import progress
+from efflm.config import InputError, require
+from efflm.config.model import ModelConfig
 from efflm.formats import buffers, hf_config
 from efflm.formats.families import FAMILIES, Family, Place
 from efflm.formats.tensors import FLOATING, Tensors, place, require_dtype
-from efflm.model import LanguageModel, params, sharding
+from efflm.model import LanguageModel, params, placement
+from efflm.parallel import meshes
 
 ROWS = 1024  # of two matrices that are compared at a time
 
@@ -36,7 +39,7 @@ def build(
     wanted = {path: param.shape for path, param in params.table(config).items()}
     names, beside = _names(family, config, wanted, source.shapes)
     buffers.require_harmless(beside, source, config)
-    mesh = mesh or sharding.make_mesh()
+    mesh = mesh or meshes.make_mesh()
     flat = {}
     size = sum(map(math.prod, wanted.values()))
     for path in progress.shown(wanted, "reading weights", size, lambda path: math.prod(wanted[path])):
@@ -46,7 +49,7 @@ def build(
             f"{names[path]} is stored as {tensor.dtype}, but only floating-point weights are read",
         )
         array = taken(tensor, family.place(path), _head_dim(config, path))
-        where = NamedSharding(mesh, sharding.partition_spec(path, wanted[path], mesh))
+        where = NamedSharding(mesh, placement.partition_spec(path, wanted[path], mesh))
         flat[path] = place(array, dtype, where, names[path])
     weights = trees.unflatten(flat)
     named = description.get("torch_dtype") or description.get("dtype") or main_dtype(weights)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from efflm.config import require
-from efflm.formats.gguf import Header
+from efflm.formats.gguf_file import Header
 
 _READ = """
     general.architecture general.alignment split.count NAME.context_length NAME.embedding_length NAME.block_count

@@ -12,11 +12,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from efflm.config import InputError, require
-from efflm.formats import gguf, gguf_keys, gguf_tokenizer
+from efflm.formats import gguf_file, gguf_keys, gguf_tokenizer
 from efflm.formats.build import build
 from efflm.formats.tensors import Tensors
 from efflm.model import LanguageModel
-from efflm.tokenizer import Tokenizer
+from efflm.text.tokenizer import Tokenizer
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -43,7 +43,7 @@ def load(path: Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> t
 
     Raises InputError for a file that is damaged or holds what is not supported.
     """
-    header = gguf.read_header(path)
+    header = gguf_file.read_header(path)
     description, names = config_of(header), names_of(header)
     tokens = gguf_tokenizer.from_metadata(header.metadata, path)
     require(
@@ -67,13 +67,13 @@ def quantization(path: Path) -> str:
     again costs nothing. For other weights it would cost something.
     """
     counts: dict[str, int] = {}
-    for tensor in gguf.read_header(path).tensors.values():
+    for tensor in gguf_file.read_header(path).tensors.values():
         if tensor.kind.startswith("Q"):
             counts[tensor.kind] = counts.get(tensor.kind, 0) + math.prod(tensor.shape)
     return max(counts, key=counts.get, default="")
 
 
-def config_of(header: gguf.Header) -> dict[str, Any]:
+def config_of(header: gguf_file.Header) -> dict[str, Any]:
     """The values of a config.json. Raises InputError for what is missing, absurd or not supported."""
     where, metadata = header.path, header.metadata
     architecture = metadata.get("general.architecture")
@@ -134,7 +134,7 @@ def config_of(header: gguf.Header) -> dict[str, Any]:
     return config | ({"rope_scaling": scaling} if scaling else {})
 
 
-def _rope_scaling(header: gguf.Header, head_dim: int, base: float) -> dict[str, Any] | None:
+def _rope_scaling(header: gguf_file.Header, head_dim: int, base: float) -> dict[str, Any] | None:
     """Llama 3's scaling, from the divisors of the rotary frequencies that the file stores in place of its parameters.
 
     Raises InputError for any other.
@@ -150,7 +150,7 @@ def _rope_scaling(header: gguf.Header, head_dim: int, base: float) -> dict[str, 
         return None
     shape = header.tensors[ROPE_FACTORS].shape
     require(shape == (head_dim // 2,), f"{where}: {ROPE_FACTORS} has the shape {shape}, but must have {head_dim // 2}")
-    factors = gguf.read_tensor(header, ROPE_FACTORS)
+    factors = gguf_file.read_tensor(header, ROPE_FACTORS)
     if (factors == 1).all():
         return None
     factor = float(factors.max())
@@ -172,7 +172,7 @@ def llama3_divisors(head_dim: int, base: float, factor: float) -> np.ndarray:
     return 1 / ((1 - share) / factor + share)
 
 
-def names_of(header: gguf.Header) -> dict[str, str]:
+def names_of(header: gguf_file.Header) -> dict[str, str]:
     """Name in a Hugging Face checkpoint -> name in the file. Raises InputError for a tensor that has none there."""
     names = {}
     for name in header.tensors:
@@ -189,9 +189,9 @@ def names_of(header: gguf.Header) -> dict[str, str]:
     return names
 
 
-def read(header: gguf.Header, names: dict[str, str], config: dict[str, Any], name: str) -> np.ndarray:
+def read(header: gguf_file.Header, names: dict[str, str], config: dict[str, Any], name: str) -> np.ndarray:
     """The tensor of that Hugging Face name, float32, laid out as there."""
-    values = gguf.read_tensor(header, names[name])
+    values = gguf_file.read_tensor(header, names[name])
     # For the architecture llama, and no other, the converter reorders the rows of each head of q and k, so that
     # rotary pairs (i, i + H/2) become neighbours.
     part = re.search(r"self_attn\.([qk])_proj\.", name)

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from efflm import tokenizer, tokenizer_files
 from efflm.config import InputError, require
-from efflm.tokenizer import Tokenizer
+from efflm.text import tokenizer, tokenizer_files
+from efflm.text.tokenizer import Tokenizer
 
 # ggml's types of tokens
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6

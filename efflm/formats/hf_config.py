@@ -4,7 +4,8 @@ import dataclasses
 import re
 from typing import Any, Literal
 
-from efflm.config import BlockConfig, ModelConfig, RopeScaling, require
+from efflm.config import require
+from efflm.config.model import BlockConfig, ModelConfig, RopeScaling
 
 NEEDED = object()  # of a key that must be there
 FOREIGN = re.compile(r"expert|moe_|router|softcap|soft_cap|quantization_config")  # keys of what no family here has

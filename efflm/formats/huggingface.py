@@ -10,15 +10,16 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from efflm import tokenizer, trees
+from efflm import trees
+from efflm.cli.run_directory import write_json
 from efflm.config import InputError, require
 from efflm.formats import tensors
 from efflm.formats.build import build, describe, main_dtype, precision_of, tensors_of
 from efflm.formats.tensors import FLOATING, Tensors
 from efflm.model import LanguageModel
 from efflm.model_files import inside, read_object
-from efflm.rundir import write_json
-from efflm.tokenizer import Tokenizer
+from efflm.text import tokenizer
+from efflm.text.tokenizer import Tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from efflm import tokenizer
+from efflm.cli.run_directory import write_together
 from efflm.config import InputError, require
-from efflm.formats import safetensors
+from efflm.formats import efflm_file
 from efflm.model import LanguageModel
-from efflm.rundir import write_together
-from efflm.tokenizer import FILE, Tokenizer
+from efflm.text import tokenizer
+from efflm.text.tokenizer import FILE, Tokenizer
 
 
 class Saved(NamedTuple):
@@ -27,7 +27,7 @@ def save(folder: Path, models: Mapping[str, Saved], tokens: Tokenizer) -> dict[s
     sizes = {}
 
     def write(path: Path, name: str, saved: Saved) -> None:
-        sizes[name] = safetensors.save(path, saved.model, {**saved.about, "tokenizer": tokens.digest}, saved.records)
+        sizes[name] = efflm_file.save(path, saved.model, {**saved.about, "tokenizer": tokens.digest}, saved.records)
 
     writers = {name: functools.partial(write, name=name, saved=saved) for name, saved in models.items()}
     write_together(folder, writers | tokens.files())

@@ -7,12 +7,15 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from efflm import autotune, fitted, hosts, tokenizer, trees
-from efflm.config import MOST, require
-from efflm.formats import gguf_model, hub, huggingface, safetensors, saved, wheels
+from efflm import trees
+from efflm.config import require
+from efflm.config.model import MOST
+from efflm.formats import efflm_file, gguf_model, hub, huggingface, saved, wheels
 from efflm.formats.tensors import require_dtype
-from efflm.model import LanguageModel, in_dtype, sharding
-from efflm.tokenizer import Tokenizer
+from efflm.model import LanguageModel, autotune, in_dtype
+from efflm.parallel import meshes, processes
+from efflm.text import fitted, tokenizer
+from efflm.text.tokenizer import Tokenizer
 from efflm.train import checkpoint
 
 KINDS = (
@@ -50,7 +53,7 @@ def load(source: str | Path, *, dtype: str | None = None, precision: str = "", m
     """
     loaded = _fitted(_load(source, dtype, mesh), source)
     problem = trees.not_finite(loaded.model.params)
-    if problem and hosts.is_first():
+    if problem and processes.is_first():
         print(f"warning: {source}: {problem}, so what it writes is of no use: fetch or train it again", file=sys.stderr)
     if not precision:
         return loaded
@@ -71,7 +74,7 @@ def _fitted(loaded: Loaded, source: str | Path) -> Loaded:
 
 def _load(source: str | Path, dtype: str | None, mesh: Mesh | None) -> Loaded:
     require_dtype(dtype)
-    path, mesh, name = Path(source), mesh or sharding.make_mesh(), str(source)
+    path, mesh, name = Path(source), mesh or meshes.make_mesh(), str(source)
     if name.startswith(hub.PREFIX):
         return _directory(hub.fetch(name), dtype, mesh)
     if path.is_dir():
@@ -115,7 +118,7 @@ def _file(path: Path, dtype: str | None, mesh: Mesh) -> Loaded:
         kind = gguf_model.quantization(path)
         return Loaded(model, tokens, {"dequantized": kind} if kind else {}, path.stat().st_size)
     require(path.suffix == ".safetensors", f"{path} is not a kind of file that is read: give {KINDS}")
-    model, about = safetensors.load(path, mesh)
+    model, about = efflm_file.load(path, mesh)
     tokens = tokenizer.load(path.parent / "tokenizer.json")
     saved.require_own(tokens, about, path)
     return Loaded(_in(model, dtype), tokens, _sound(about, path), path.stat().st_size)

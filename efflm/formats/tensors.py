@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from efflm import rundir
+from efflm.cli import run_directory
 from efflm.config import InputError, require
 from efflm.model import require_fits
 
@@ -73,7 +73,7 @@ def write_safetensors(path: Path, names: Iterable[Named], metadata: Mapping[str,
         size = kind.size * kind.dtype.itemsize
         header[name] = {"dtype": NAMES[kind.dtype], "shape": list(kind.shape), "data_offsets": [start, start + size]}
         start += size
-    text = rundir.to_json(header).encode()
+    text = run_directory.to_json(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)

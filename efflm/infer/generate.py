@@ -17,9 +17,11 @@ import numpy as np
 from jax import lax
 
 from efflm import ops
-from efflm.config import ModelConfig, require
+from efflm.config import require
+from efflm.config.model import ModelConfig
 from efflm.infer.sampling import GREEDY, Sampling, sample
-from efflm.model import Cache, LanguageModel, Transformer, empty_cache, sharding
+from efflm.model import Cache, LanguageModel, Transformer, empty_cache
+from efflm.parallel import sharding
 from efflm.precision import policy_for
 
 PAD_ID = -1  # in place of a token, where a sequence has ended

@@ -23,10 +23,12 @@ import numpy as np
 from jax import lax
 
 from efflm import ops
-from efflm.config import ModelConfig, require
+from efflm.config import require
+from efflm.config.model import ModelConfig
 from efflm.infer.generate import PAD_ID, bucket, forward, padded, prefill, row_keys, start
 from efflm.infer.sampling import GREEDY, Sampling, probabilities
-from efflm.model import Cache, LanguageModel, sharding
+from efflm.model import Cache, LanguageModel
+from efflm.parallel import sharding
 
 DRAW, ACCEPT, REPLACE = range(3)  # what a random key of a position is for
 

@@ -5,10 +5,10 @@ import flax.struct
 import jax
 
 from efflm import ops
-from efflm.config import BlockConfig, ModelConfig
-from efflm.model import per_device, sequence_parallel, sharding
+from efflm.config.model import BlockConfig, ModelConfig
 from efflm.model.linear import PROBABILITIES, Linear, gathers, linears
 from efflm.model.norms import Norm
+from efflm.parallel import per_device, sequence_parallel, sharding
 from efflm.precision import Policy
 
 

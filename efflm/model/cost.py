@@ -20,7 +20,8 @@ import math
 import typing
 from collections.abc import Callable
 
-from efflm.config import BlockConfig, ModelConfig, Optimizer, TrainConfig
+from efflm.config.model import BlockConfig, ModelConfig
+from efflm.config.train import Optimizer, TrainConfig
 from efflm.model import params
 from efflm.ops.attention import BLOCK, spans, unrolled
 from efflm.ops.output_loss import chunk_count

@@ -5,10 +5,10 @@ import flax.linen as nn
 import jax
 
 from efflm import ops
-from efflm.config import ModelConfig
+from efflm.config.model import ModelConfig
 from efflm.model.linear import Linear, gathers, linears
-from efflm.model.sharding import constrain
-from efflm.ops.late import recomputed
+from efflm.ops.recompute import recomputed
+from efflm.parallel.sharding import constrain
 from efflm.precision import Policy
 
 

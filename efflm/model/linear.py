@@ -1,6 +1,6 @@
 """A linear layer, and the one place where modules fetch weights.
 
-Where the collection READ is mutable, linear layers sow what they read into it (see model.by_block), and where OUTPUTS
+Where the collection READ is mutable, linear layers sow what they read into it (see model.layerwise), and where OUTPUTS
 is, a Transformer the outputs of its layers, and where PROBABILITIES is, the weights of attention (see
 transformer.final_states_and_gathered); elsewhere nothing is gathered.
 """
@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 
 from efflm import ops
-from efflm.config import ModelConfig
+from efflm.config.model import ModelConfig
 from efflm.model import params
 
 READ = "read"  # the collection of what linear layers read; their weights have the same names in `params`

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from efflm import ops
-from efflm.config import ModelConfig
+from efflm.config.model import ModelConfig
 from efflm.model.linear import fetch
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 import jax
 from flax import linen as nn
 
-from efflm.config import BlockConfig, ModelConfig
+from efflm.config.model import BlockConfig, ModelConfig
 
 Role = Literal["embedding", "positions", "linear", "unembedding", "norm", "bias", "trained_beside"]
 Component = Literal["embedding", "projections", "feedforward", "norms", "output"]

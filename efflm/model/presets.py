@@ -5,7 +5,8 @@ counts their authors publish: Llama 3 (arXiv 2407.21783, table 3), Llama 3.2, Sm
 2019, table 2; the counts are those of the released weights).
 """
 
-from efflm.config import BlockConfig, InputError, ModelConfig, RopeScaling
+from efflm.config import InputError
+from efflm.config.model import BlockConfig, ModelConfig, RopeScaling
 
 LLAMA_3_2 = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=8192)
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from efflm.config import ModelConfig, RopeScaling
-from efflm.model.sharding import is_whole
+from efflm.config.model import ModelConfig, RopeScaling
+from efflm.parallel.sharding import is_whole
 
 LOOPS, MANY = 2, 64  # a loop of one turn is no loop to the compiler; of fewer positions it costs more than it spares
 

@@ -13,17 +13,19 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from efflm import ops, trees
-from efflm.config import BlockConfig, ModelConfig, Remat, require
-from efflm.model import sharding
+from efflm.config import require
+from efflm.config.model import BlockConfig, ModelConfig
+from efflm.config.train import Remat
+from efflm.model import placement
 from efflm.model.attention import Attention, LayerCache
 from efflm.model.feedforward import FeedForward
 from efflm.model.linear import OUTPUTS, PROBABILITIES, fetch, gathers
 from efflm.model.norms import Norm
 from efflm.model.params import STACK
 from efflm.model.rotary import tables
-from efflm.model.sharding import constrain
 from efflm.ops.dot import MATMUL
-from efflm.ops.late import late
+from efflm.ops.recompute import late
+from efflm.parallel.sharding import constrain
 from efflm.precision import Policy, cast
 
 
@@ -263,7 +265,7 @@ def init_params(config: ModelConfig, seed: int, mesh: Mesh | None = None) -> dic
     """Fresh float32 weights, which depend on config and seed alone; on a mesh each device makes only its own part."""
     make = lambda key: Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
     key = jax.random.key(seed)
-    where = None if mesh is None else sharding.shardings(jax.eval_shape(make, key), mesh)
+    where = None if mesh is None else placement.shardings(jax.eval_shape(make, key), mesh)
     return jax.jit(make, out_shardings=where)(key)
 
 

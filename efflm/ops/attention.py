@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from efflm.ops.dot import transposed
 from efflm.ops.kernels import gpu, tpu
 from efflm.ops.kernels.cpu import attention as cpu
-from efflm.ops.late import late
+from efflm.ops.recompute import late
 
 MASKED = -1e30  # the score of a key that a query may not see: finite, so that a wholly masked block stays finite too
 UNROLLED = 1024  # sequences up to this long are cut into a few blocks written out one by one, each with its own keys

@@ -10,10 +10,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from efflm.ops.kernels.cpu import dot as cpu
-from efflm.ops.late import late
 from efflm.ops.lowrank import LowRank
 from efflm.ops.norm import normalize
 from efflm.ops.qarray import QArray, codes, dequantize, grouped, operands, rounded_rows
+from efflm.ops.recompute import late
 
 MATMUL = "matmul"
 

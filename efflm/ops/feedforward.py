@@ -7,7 +7,7 @@ import jax
 
 from efflm.ops.dot import dot, dots
 from efflm.ops.kernels.cpu import dot as cpu
-from efflm.ops.late import recomputed
+from efflm.ops.recompute import recomputed
 
 
 def swiglu(gate: jax.Array, up: jax.Array, dtype: Any) -> jax.Array:

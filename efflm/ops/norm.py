@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from efflm.ops.late import recomputed
+from efflm.ops.recompute import recomputed
 
 
 @flax.struct.dataclass

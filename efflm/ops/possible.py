@@ -11,7 +11,7 @@ Ranges = tuple[tuple[int, int], ...]  # of ids, (first, one past the last), in o
 
 def possible(logits: jax.Array, unused: Ranges, fill: float = -jnp.inf) -> jax.Array:
     """The logits [..., V] of ids that have a token: without those behind the last such id, so that vocabularies padded
-    to different sizes are one, and with `fill` for others that have none. unused: these (config.ModelConfig)."""
+    to different sizes are one, and with `fill` for others that have none. unused: these (config.model.ModelConfig)."""
     count = logits.shape[-1]
     if unused and unused[-1][1] == count:
         *unused, (count, _) = unused

@@ -10,29 +10,30 @@ import numpy as np
 from jax.sharding import AbstractMesh
 
 from efflm import trees
-from efflm.config import BlockConfig, ModelConfig
-from efflm.model import cost, sharding
+from efflm.config.model import BlockConfig, ModelConfig
+from efflm.model import cost, placement
+from efflm.parallel import meshes
 
 shapes = functools.cache(cost.shapes)  # a search asks the same of many meshes
 
 
 def abstract_mesh(data: int = 1, fsdp: int = 1, sequence: int = 1, tensor: int = 1) -> AbstractMesh:
-    return AbstractMesh((data, fsdp, sequence, tensor), sharding.AXES)
+    return AbstractMesh((data, fsdp, sequence, tensor), meshes.AXES)
 
 
 def group(axes: tuple[str, ...], mesh: AbstractMesh) -> tuple[int, ...]:
     """The devices that share all coordinates with device 0 but those of `axes`."""
-    sides = [mesh.shape[name] for name in sharding.AXES]
-    index = tuple(slice(None) if name in axes else 0 for name in sharding.AXES)
+    sides = [mesh.shape[name] for name in meshes.AXES]
+    index = tuple(slice(None) if name in axes else 0 for name in meshes.AXES)
     return tuple(np.arange(math.prod(sides)).reshape(sides)[index].ravel().tolist())
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def parts(path: str, shape: tuple[int, ...], mesh: AbstractMesh, axes: tuple[str, ...] = sharding.AXES) -> int:
+def parts(path: str, shape: tuple[int, ...], mesh: AbstractMesh, axes: tuple[str, ...] = meshes.AXES) -> int:
     """Into how many parts the mesh axes `axes` cut a leaf; each device holds one."""
-    return math.prod(mesh.shape[axis] for axis in sharding.partition_spec(path, shape, mesh) if axis in axes)
+    return math.prod(mesh.shape[axis] for axis in placement.partition_spec(path, shape, mesh) if axis in axes)
 
 
 @functools.cache

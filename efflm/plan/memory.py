@@ -18,7 +18,8 @@ x, f, a, k are the bytes of a float32 [B, T, D], [B, T, F], [B, T, N, H] and [B,
 import dataclasses
 from typing import NamedTuple
 
-from efflm.config import BlockConfig, ModelConfig, Optimizer, Remat, TrainConfig
+from efflm.config.model import BlockConfig, ModelConfig
+from efflm.config.train import Optimizer, Remat, TrainConfig
 from efflm.model import cost
 from efflm.model.cost import FLOAT, ITEMSIZE
 from efflm.ops.attention import kernel_for, spans, unrolled

@@ -15,7 +15,8 @@ from typing import Any
 
 from jax.sharding import AbstractMesh
 
-from efflm.config import ModelConfig, TrainConfig
+from efflm.config.model import ModelConfig
+from efflm.config.train import TrainConfig
 from efflm.model import cost
 from efflm.model.cost import FLOAT, ITEMSIZE, Work
 from efflm.plan import device, memory

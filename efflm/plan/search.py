@@ -5,9 +5,10 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from efflm import progress
-from efflm.config import ModelConfig, TrainConfig
-from efflm.model import sharding
+from efflm.cli import progress
+from efflm.config.model import ModelConfig
+from efflm.config.train import TrainConfig
+from efflm.parallel import meshes
 from efflm.plan import prediction
 from efflm.plan.device import abstract_mesh
 from efflm.plan.hardware import Hardware
@@ -34,12 +35,12 @@ class Candidate:
         return self.train.batch * self.train.length / self.prediction.seconds
 
 
-def meshes(devices: int) -> Iterator[dict[str, int]]:
+def mesh_sizes(devices: int) -> Iterator[dict[str, int]]:
     """Every way to write the number of devices as a product of the mesh axes."""
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-    for sizes in itertools.product(divisors, repeat=len(sharding.AXES)):
+    for sizes in itertools.product(divisors, repeat=len(meshes.AXES)):
         if math.prod(sizes) == devices:
-            yield dict(zip(sharding.AXES, sizes))
+            yield dict(zip(meshes.AXES, sizes))
 
 
 def possible(config: ModelConfig, batch: int, length: int, sizes: dict[str, int]) -> bool:
@@ -58,7 +59,7 @@ def search(config: ModelConfig, train: TrainConfig, hardware: Hardware, devices:
     """
     out = []
     batches = [batch for batch in (train.batch // 4, train.batch // 2, *(train.batch * n for n in (1, 2, 4))) if batch]
-    ways = list(itertools.product(meshes(devices), batches, REMATS))
+    ways = list(itertools.product(mesh_sizes(devices), batches, REMATS))
     for sizes, batch, remat in progress.shown(ways, "ranking", len(ways)):
         if not possible(config, batch, train.length, sizes) or batch % train.accumulate:
             continue

@@ -7,10 +7,11 @@ and values along sequence.
 
 from jax.sharding import AbstractMesh
 
-from efflm.config import ModelConfig, TrainConfig
-from efflm.model import sharding
+from efflm.config.model import ModelConfig
+from efflm.config.train import TrainConfig
 from efflm.model.cost import FLOAT, ITEMSIZE
 from efflm.ops.output_loss import chunk_count
+from efflm.parallel import meshes
 from efflm.plan import device
 from efflm.plan.collectives import Collective
 from efflm.precision import POLICIES
@@ -20,7 +21,7 @@ def train_traffic(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh) -
     """The collectives that a training step needs, with the bytes that one device receives."""
     low, layers, parts = ITEMSIZE[POLICIES[train.policy].compute], len(config.blocks), train.accumulate
     rows, length = device.rows_and_length(train.batch, train.length, mesh)
-    data, fsdp, sequence, tensor = (mesh.shape[name] for name in sharding.AXES)
+    data, fsdp, sequence, tensor = (mesh.shape[name] for name in meshes.AXES)
     share = lambda n: (n - 1) / n
     # Along fsdp
     cut = device.gathered_along_fsdp(config, mesh)

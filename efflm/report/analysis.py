@@ -7,10 +7,11 @@ import dataclasses
 import math
 
 from efflm import ops, trees
-from efflm.config import ModelConfig, TrainConfig
+from efflm.config.model import ModelConfig
+from efflm.config.train import TrainConfig
 from efflm.evaluate import machine
-from efflm.evaluate.cost import Protocol, Rate
 from efflm.evaluate.machine import Roofline
+from efflm.evaluate.throughput import Protocol, Rate
 from efflm.model import LanguageModel, cost
 from efflm.model.cost import Work
 from efflm.plan import memory

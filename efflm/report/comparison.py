@@ -21,8 +21,8 @@ from scipy import special
 
 from efflm.config import flag, require
 from efflm.evaluate import quality
-from efflm.evaluate.cost import Rate
 from efflm.evaluate.quality import Quality
+from efflm.evaluate.throughput import Rate
 from efflm.report.rows import Row
 
 PHASES = ("prefill", "decode")

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 
 from efflm import ops
-from efflm.evaluate import cost
-from efflm.evaluate.cost import Protocol, Rate
+from efflm.evaluate import throughput
 from efflm.evaluate.quality import Quality
+from efflm.evaluate.throughput import Protocol, Rate
 from efflm.evaluate.windows import Scoring
 from efflm.model import LanguageModel
 from efflm.report import rows, scoring, table
@@ -72,8 +72,8 @@ def compare(
     first = next(iter(models))
     here = {name: ops.prepare(model, jax.default_backend()) for name, model in models.items()}
     found = scoring.measure(here, text, tokenizer, score, here[first])
-    protocol = cost.protocol_for(models[first])
-    rates, load = cost.rates(here, protocol) if speed else (None, "")
+    protocol = throughput.protocol_for(models[first])
+    rates, load = throughput.rates(here, protocol) if speed else (None, "")
     against = f" Divergence: from {first}." if len(models) > 1 else ""
     facts = [f"Quality: {scoring.protocol(text, score, found[first])}.{against}"]
     facts += [f"Speed: {protocol}.{load}"] * speed

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from efflm.cli.run_directory import PACKAGES, write_whole
 from efflm.report import numbers
 from efflm.report.plots import Chart
 from efflm.report.samples import Sample
 from efflm.report.table import Column, Columns
 from efflm.report.verdicts import Verdict
-from efflm.rundir import PACKAGES, write_whole
 
 HERE = Path(__file__).parent
 
@@ -176,7 +176,7 @@ def write(
 
 
 def made(machine: dict[str, str], **more: Any) -> dict[str, str]:
-    """What stands under "how it was made". machine: rundir.machine(); more: a run's seed, steps, time."""
+    """What stands under "how it was made". machine: run_directory.machine(); more: a run's seed, steps, time."""
     named = {"cpu": "processor"}
     found = {named.get(name, name): value for name, value in machine.items() if name not in PACKAGES}
     versions = ", ".join(f"{name} {machine[name]}" for name in PACKAGES)

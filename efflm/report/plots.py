@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from efflm.cli.run_directory import write_whole
 from efflm.report import labels
 from efflm.report.colors import ACCENT, INK, LINE, MUTED, SERIES, VARIABLES
-from efflm.rundir import write_whole
 
 LINEAR = 1e-3  # bits per byte; smaller differences are drawn to a linear scale
 LARGEST = 1e100  # what is beyond has no place on an axis

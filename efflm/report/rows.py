@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from efflm import ops, trees
-from efflm.evaluate import cost, quality
-from efflm.evaluate.cost import Rate
+from efflm.evaluate import quality, throughput
 from efflm.evaluate.quality import Quality
+from efflm.evaluate.throughput import Rate
 from efflm.model import LanguageModel, params
 from efflm.model.params import Component
 from efflm.report import numbers
@@ -23,8 +23,8 @@ class Row:
     Spreads are the quartiles of the repeats. The difference to the dense model is paired over documents, so its
     error is far below that of either alone. Of a single document there is no error: None. Nor is there a difference,
     divergence or agreement of the dense model itself. Speeds are None where they were not measured; over the dense
-    model's they are ratios (see evaluate.cost.ratio) to what it did in the same rounds, which may have been at another
-    time than those of other rows. component_bytes: the bytes of the weights on disk by component.
+    model's they are ratios (see throughput.ratio) to what it did in the same rounds, perhaps at another time than
+    those of other rows. component_bytes: the bytes of the weights on disk by component.
     """
 
     name: str
@@ -141,7 +141,7 @@ def make(
     over, over_error = quality.paired_difference(measured, base[0]) if base else none
     words = [note]
     if base and rates and base[1]:
-        ratios = {phase: cost.ratio(*pair) for phase, *pair in zip(ratios, rates, base[1], strict=True)}
+        ratios = {phase: throughput.ratio(*pair) for phase, *pair in zip(ratios, rates, base[1], strict=True)}
         words += [f"{phase} {' '.join(numbers.times(*found))} the first row's" for phase, found in ratios.items()]
     perplexity, perplexity_error = quality.perplexity(measured)
     kl, kl_error = quality.divergence(measured) if base else none

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from efflm import progress
+from efflm.cli import progress
 from efflm.evaluate import quality, windows
 from efflm.evaluate.quality import Block, Quality
 from efflm.evaluate.windows import Scoring

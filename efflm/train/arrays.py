@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from efflm import hosts, trees
+from efflm import trees
 from efflm.config import InputError, require
+from efflm.parallel import processes
 
 FAILURES = (
     OSError,
@@ -67,10 +68,13 @@ def read(folder: Path, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, 
         with plainly_named(folder.parent) as parent, checkpointer() as reader:
             tree = reader.restore(parent / folder.name, trees.unflatten(leaves))
     except FAILURES as error:
-        if isinstance(error, InputError) or hosts.exit_code(error, began=True) in (hosts.RETRY, hosts.MEMORY):
+        if isinstance(error, InputError) or processes.exit_code(error, began=True) in (
+            processes.RETRY,
+            processes.MEMORY,
+        ):
             raise
         raise InputError(
-            f"the checkpoint {folder.parent} cannot be read ({hosts.reason(error)}): delete it or give another"
+            f"the checkpoint {folder.parent} cannot be read ({processes.reason(error)}): delete it or give another"
         ) from error
     return dict(trees.flatten(tree))
 

@@ -21,11 +21,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from efflm import hosts, rundir, trees
-from efflm.config import InputError, ModelConfig, require
-from efflm.model import LanguageModel, sharding
+from efflm import trees
+from efflm.cli import run_directory
+from efflm.config import InputError, require
+from efflm.config.model import ModelConfig
+from efflm.model import LanguageModel, placement
 from efflm.model_files import read_object
 from efflm.ops.storage import from_flat, to_flat
+from efflm.parallel import processes
 from efflm.train import arrays, faults, manifest
 from efflm.train.described import arrays_of
 from efflm.train.step import TrainState
@@ -85,7 +88,7 @@ def read(folder: Path, mesh: Mesh) -> tuple[LanguageModel, dict[str, Any]]:
         config, formats = ModelConfig.from_dict(about["config"]), about["formats"]
         leaves = {
             path: jax.ShapeDtypeStruct(
-                shape, dtype, sharding=jax.NamedSharding(mesh, sharding.partition_spec(path, shape, mesh))
+                shape, dtype, sharding=jax.NamedSharding(mesh, placement.partition_spec(path, shape, mesh))
             )
             for path, (shape, dtype) in arrays_of(config, formats, about["leaves"]).items()
         }
@@ -157,7 +160,7 @@ class TrainingRun:
 
     def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
         self.writer.__exit__(kind)
-        if error and hosts.is_fault(error):
+        if error and processes.is_fault(error):
             directory = self.policy.directory
             good = [step for step in _steps(directory) if manifest.exists(directory / str(step))]
             faults.require_passing(directory / f"faults-{jax.process_index()}.json", good[-1] if good else -1, error)
@@ -177,7 +180,7 @@ class TrainingRun:
                 "--run_dir",
             )
             return None
-        as_stored = json.loads(rundir.to_json(self.policy.about))
+        as_stored = json.loads(run_directory.to_json(self.policy.about))
         require_same(as_stored, _about(directory, step), directory)
         self.writer.bad = {other for other in _steps(directory) if other > step}
         flat = dict(trees.flatten(like, inside=True))
@@ -190,7 +193,7 @@ class TrainingRun:
         self.writer.write(step, dict(trees.flatten(state, inside=True)), self.policy.about)
 
     def check(self) -> None:
-        """Raise if the last save has failed by now: InputError, or hosts.Interrupted for what another try may mend."""
+        """Raise if the last save has failed by now: InputError, or Interrupted for what another try may mend."""
         self.writer.check()
 
     def wait(self) -> None:
@@ -237,11 +240,11 @@ class _Writer:
         self.wait()
         folder = self.directory / str(step)
         try:
-            if hosts.is_first():
+            if processes.is_first():
                 manifest.remove(folder)  # what an earlier life of this run has left there, half-written or corrupt
                 folder.mkdir(parents=True, exist_ok=True)
                 self._require_room(trees.nbytes(leaves))
-                rundir.write_json(folder / "about.json", about)
+                run_directory.write_json(folder / "about.json", about)
             self.orbax = self.orbax or arrays.checkpointer()
             self.orbax.save(self.named / str(step) / ARRAYS, trees.unflatten(leaves))
         except Exception as error:
@@ -259,7 +262,7 @@ class _Writer:
         folder = self.directory / str(step)
         try:
             self.orbax.wait_until_finished()
-            if hosts.is_first():
+            if processes.is_first():
                 arrays.require_readable(folder / ARRAYS, written)
                 manifest.write(folder)
                 self._drop(step)
@@ -283,15 +286,15 @@ class _Writer:
         """What to raise for an error of a save: our own bug and a lack of memory as they are. Cleans up `folder`."""
         left = []
         with contextlib.suppress(OSError):  # on storage that fails this may fail too; `error` came first
-            if hosts.is_first():
+            if processes.is_first():
                 manifest.remove(folder)
             left = [step for step in _steps(self.directory) if manifest.exists(self.directory / str(step))]
         last = f"the last good one is that of step {left[-1]}" if left else "there is none before it"
-        what = f"the checkpoint {folder} could not be written ({hosts.reason(error)}); {last}"
-        code = hosts.exit_code(error, began=True)
-        if code == hosts.RETRY:
-            return hosts.Interrupted(f"{what}: start again when the machines and the storage work")
-        return InputError(f"{what}: free some space, or give another --run_dir") if code == hosts.MISTAKE else error
+        what = f"the checkpoint {folder} could not be written ({processes.reason(error)}); {last}"
+        code = processes.exit_code(error, began=True)
+        if code == processes.RETRY:
+            return processes.Interrupted(f"{what}: start again when the machines and the storage work")
+        return InputError(f"{what}: free some space, or give another --run_dir") if code == processes.MISTAKE else error
 
 
 def _steps(directory: Path) -> list[int]:
@@ -305,14 +308,14 @@ def _newest_good(directory: Path) -> int | None:
     Process 0 looks, and tells the others: they must not choose differently.
     """
     good = None
-    if hosts.is_first():
+    if processes.is_first():
         for step in reversed(_steps(directory)):
             problem = manifest.problem(directory / str(step))
             if not problem:
                 good = step
                 break
             print(f"warning: passing over the checkpoint {directory / str(step)}: {problem}", file=sys.stderr)
-    told = hosts.agree(-1 if good is None else good)
+    told = processes.agree(-1 if good is None else good)
     return None if told < 0 else told
 
 

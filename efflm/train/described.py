@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from efflm.config import ModelConfig, require
+from efflm.config import require
+from efflm.config.model import ModelConfig
 from efflm.model import params
 from efflm.ops.storage import array_shapes, is_dtype_of
 

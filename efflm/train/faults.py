@@ -8,7 +8,8 @@ import contextlib
 import json
 from pathlib import Path
 
-from efflm import hosts, rundir
+from efflm.cli import run_directory
+from efflm.parallel import processes
 
 MOST = 3  # from one checkpoint on
 
@@ -22,9 +23,9 @@ def require_passing(file: Path, step: int, error: BaseException) -> None:
         before = json.loads(file.read_text())
         times += int(before["times"]) if before["step"] == step else 0
     with contextlib.suppress(OSError):
-        rundir.write_json(file, {"step": step, "times": times, "last": hosts.reason(error)})
+        run_directory.write_json(file, {"step": step, "times": times, "last": processes.reason(error)})
     if times >= MOST:
         raise RuntimeError(
             f"a device failed {times} times without a checkpoint in between, so starting again does not help: "
-            f"{hosts.reason(error)}. {file} counts them: remove it to try again"
+            f"{processes.reason(error)}. {file} counts them: remove it to try again"
         ) from error

@@ -13,9 +13,12 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from efflm import hosts, signals, trees
-from efflm.config import OnNan, Stopped, require
-from efflm.model.sharding import shardings
+from efflm import trees
+from efflm.cli import signals
+from efflm.config import Stopped, require
+from efflm.config.train import OnNan
+from efflm.model.placement import shardings
+from efflm.parallel import processes
 from efflm.precision import LossScale
 from efflm.train.checkpoint import Checkpointing, TrainingRun
 from efflm.train.metrics import Metrics
@@ -70,7 +73,7 @@ def fit(
 
     Raises InputError if the loss or a gradient is not finite, unless the step was skipped: for a lower loss scale, or
     because of on_nan="skip"; and if every step was. These say to do what `remedy` is. Raises it too if a checkpoint
-    cannot be written; the one before is left as it is. Raises hosts.Interrupted for what the last checkpoint survives:
+    cannot be written; the one before is left as it is. Raises Interrupted for what the last checkpoint survives:
     lost machines, storage that fails.
     """
     shapes = jax.eval_shape(start) if shapes is None else shapes
@@ -82,7 +85,7 @@ def fit(
         return on_nan == "skip" or (overflowed and values["loss_scale"] > 1)  # 1 is the lowest that LossScale tries
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(hosts.begun())
+        stack.enter_context(processes.begun())
         # Signals are caught until the last checkpoint is written, so this is the last to be left.
         asked_to_stop = stack.enter_context(signals.stop_requests()) if checkpointing else lambda step: ""
         saved = stack.enter_context(TrainingRun(checkpointing)) if checkpointing else None
@@ -95,7 +98,7 @@ def fit(
         frozen = jax.device_put(frozen, shardings(frozen, mesh))
         report = stack.enter_context(
             _Report(
-                metrics=Metrics(metrics_file if hosts.is_first() else None, tensorboard, first),
+                metrics=Metrics(metrics_file if processes.is_first() else None, tensorboard, first),
                 bar=_Bar(title, first, steps),
                 excused=excused,
                 remedy=remedy,

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from efflm import ops
-from efflm.config import ModelConfig, Remat
-from efflm.model import Gathered, Transformer, final_states_and_gathered, sequence_parallel
+from efflm.config.model import ModelConfig
+from efflm.config.train import Remat
+from efflm.model import Gathered, Transformer, final_states_and_gathered
 from efflm.model.params import HEAD_MIXTURE, HIDDEN_PROJECTION
+from efflm.parallel import sequence_parallel
 from efflm.precision import FLOAT32, Policy
 
 # loss_fn(trainable, frozen, batch, rng) -> (scalar loss, dict of scalars). A loss that is a mean over weighted targets

@@ -9,7 +9,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from efflm import rundir
+from efflm.cli import run_directory
 from efflm.model_files import read_object
 
 NAME = "manifest.json"
@@ -27,7 +27,7 @@ def write(folder: Path) -> None:
         _sync(inner)
     partial = folder / f"{NAME}.partial"
     with partial.open("w") as file:
-        file.write(rundir.to_json({"sha256": hashes}, indent=1))
+        file.write(run_directory.to_json({"sha256": hashes}, indent=1))
         file.flush()
         os.fsync(file.fileno())
     partial.replace(folder / NAME)
@@ -61,7 +61,7 @@ def remove(folder: Path) -> None:
     """Delete a checkpoint, its manifest first: what a crash leaves behind counts as half-written. Other things that
     lie in the folder stay."""
     (folder / NAME).unlink(missing_ok=True)
-    rundir.discard(folder, (f"{NAME}.partial", "about.json", "about.json.partial", "arrays", "arrays.*"))
+    run_directory.discard(folder, (f"{NAME}.partial", "about.json", "about.json.partial", "arrays", "arrays.*"))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from efflm import rundir
+from efflm.cli import run_directory
 from efflm.config import require
 
 OWN = ".efflm"  # how the names of our event files end, so that no others are deleted
@@ -31,7 +31,7 @@ class Metrics:
         _require_own(file)
         kept = [(text, record) for text, record in read(file) if record["step"] <= step]
         self.seconds = kept[-1][1].get("seconds", 0.0) if kept else 0.0
-        rundir.write_whole(file, "".join(text + "\n" for text, _ in kept))
+        run_directory.write_whole(file, "".join(text + "\n" for text, _ in kept))
         self.lines = file.open("a")
         if tensorboard:
             from tensorboardX import SummaryWriter  # here, for its only use: --help must not wait for it
@@ -44,7 +44,7 @@ class Metrics:
 
     def write(self, record: dict[str, Any]) -> None:
         if self.lines:
-            self.lines.write(rundir.to_json(record) + "\n")
+            self.lines.write(run_directory.to_json(record) + "\n")
             self.lines.flush()
         if self.events:
             self._show(record, time.time())

@@ -21,7 +21,7 @@ import optax
 from optax import contrib
 
 from efflm import trees
-from efflm.config import TrainConfig
+from efflm.config.train import TrainConfig
 from efflm.model.params import in_layer, is_stacked
 from efflm.train.adamw8bit import scale_by_adam8bit
 

@@ -12,7 +12,7 @@ from jax import lax
 from efflm import ops, trees
 from efflm.config import require, require_sparsity
 from efflm.model.params import in_layer, is_stacked
-from efflm.ops.smallest import smallest
+from efflm.ops.selection import smallest
 
 
 class GradualState(NamedTuple):

@@ -11,8 +11,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from efflm import ops
-from efflm.config import OnNan
-from efflm.model import sharding
+from efflm.config.train import OnNan
+from efflm.model import placement
+from efflm.parallel import meshes, sharding
 from efflm.precision import LossScale, cast, stochastic_round
 from efflm.train.losses import LossFn, weighted_mean
 
@@ -68,7 +69,7 @@ def abstract_state(
     """The shapes, dtypes and shardings of `init_state`'s, with nothing allocated."""
     shapes = jax.eval_shape(functools.partial(_fresh, optimizer), trainable, loss_scale, masks)
     laid = lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spec)
-    return jax.tree.map(laid, shapes, sharding.shardings(shapes, mesh))
+    return jax.tree.map(laid, shapes, placement.shardings(shapes, mesh))
 
 
 def _fresh(
@@ -157,7 +158,7 @@ def _gradients(loss_fn, trainable, frozen, batch, rng, scale, accumulate):
     if accumulate == 1:
         return part(batch, rng)
     size = jax.tree.leaves(batch)[0].shape[0]
-    sharding.require_shares(size, accumulate, jax.sharding.get_abstract_mesh().shape)
+    meshes.require_shares(size, accumulate, jax.sharding.get_abstract_mesh().shape)
     # Part i has sequences i, i + accumulate, ...: where they are spread over devices, each device keeps its own.
     parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 

@@ -12,8 +12,9 @@ from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context
 from efflm.config import InputError
-from efflm.formats import safetensors
-from efflm.model import sharding
+from efflm.formats import efflm_file
+from efflm.model import placement
+from efflm.parallel import meshes, sharding
 from efflm.train import loop
 from tests import tiny
 
@@ -24,7 +25,7 @@ STEP = Adapt(rank=4, steps=30, learning_rate=1e-2, weight=0.0)
 
 def context(mesh=None, **rest):
     batch = tiny.batch(CONFIG)
-    return Context(mesh=mesh or sharding.make_mesh(), batches=lambda step: batch, **rest)
+    return Context(mesh=mesh or meshes.make_mesh(), batches=lambda step: batch, **rest)
 
 
 def quantized(model=None):
@@ -62,7 +63,7 @@ def test_only_adapters_have_a_state(monkeypatch):
         seen.append((trees.count(jax.eval_shape(start)), trees.nbytes(frozen["model"])))
         return fit(loss_fn, start, frozen, *rest, **named)
 
-    monkeypatch.setattr("efflm.train.assemble.loop.fit", spy)
+    monkeypatch.setattr("efflm.train.trainer.loop.fit", spy)
     dataclasses.replace(STEP, steps=1)(quantized(), context())
     sizes = {"query": (32, 32), "key": (32, 16), "value": (32, 16), "output": (32, 32), "up": (32, 48)}
     expected = 2 * (sum(4 * (K + N) for K, N in sizes.values()) + 2 * 4 * (32 + 48))
@@ -71,9 +72,9 @@ def test_only_adapters_have_a_state(monkeypatch):
 
 def test_what_is_saved_is_what_was_made(recovered, tmp_path):
     after, record, _ = recovered
-    size = safetensors.save(tmp_path / "m.safetensors", after, {}, [record])
+    size = efflm_file.save(tmp_path / "m.safetensors", after, {}, [record])
     assert record.predicted_bytes == pytest.approx(size, rel=0.01, abs=65536)
-    again, _ = safetensors.load(tmp_path / "m.safetensors")
+    again, _ = efflm_file.load(tmp_path / "m.safetensors")
     np.testing.assert_array_equal(tiny.logits(again, TOKENS), tiny.logits(after, TOKENS))
     prepared = ops.prepare(after, jax.default_backend())
     np.testing.assert_allclose(tiny.logits(prepared, TOKENS), tiny.logits(after, TOKENS), atol=1e-3)
@@ -116,9 +117,9 @@ def test_zeros_of_a_pruned_model_stay():
 def test_on_two_devices_as_on_one_and_towards_a_teacher():
     step = dataclasses.replace(STEP, steps=3, weight=0.5)
     made = []
-    for mesh in (sharding.make_mesh(), sharding.make_mesh(fsdp=2), sharding.make_mesh(tensor=2)):
+    for mesh in (meshes.make_mesh(), meshes.make_mesh(fsdp=2), meshes.make_mesh(tensor=2)):
         model = quantized()
-        model = model.replace(params=jax.device_put(model.params, sharding.shardings(model.params, mesh)))
+        model = model.replace(params=jax.device_put(model.params, placement.shardings(model.params, mesh)))
         made.append(step(model, context(mesh, teacher=tiny.model()))[0])
     first, *others = (jax.device_get(tiny.logits(sharding.on_one_device(each), TOKENS)) for each in made)
     for other in others:

@@ -7,7 +7,8 @@ import pytest
 from efflm import ops, trees
 from efflm.compress.calibrate import GRAM, LARGEST, MAGNITUDES, SQUARES, TOKENS, map_blocks
 from efflm.config import InputError
-from efflm.model import Transformer, sharding
+from efflm.model import Transformer, placement
+from efflm.parallel import meshes
 from tests import tiny
 
 dot = importlib.import_module("efflm.ops.dot")  # efflm.ops.dot is the function
@@ -24,7 +25,7 @@ def seen_by(model, batch, statistics=ALL, mesh=None):
             seen[f"block_{layer.index}/{path}"] = jax.tree.map(np.asarray, state)
         return layer
 
-    map_blocks(model, batch, statistics, keep, mesh=mesh or sharding.make_mesh())
+    map_blocks(model, batch, statistics, keep, mesh=mesh or meshes.make_mesh())
     return seen
 
 
@@ -69,7 +70,7 @@ def test_layers_that_are_left_alone_compute_what_the_model_does(name):
         outputs[:] = [layer(layer.params, *row) for row in layer.rows]
         return layer
 
-    after = map_blocks(model, batch, {}, keep, mesh=sharding.make_mesh())
+    after = map_blocks(model, batch, {}, keep, mesh=meshes.make_mesh())
     assert jax.tree.all(jax.tree.map(lambda a, b: a is b, after.params, model.params))
     norm = model.params["final_norm"]
     last = ops.Normed(np.concatenate(outputs)[:11], norm["scale"], norm.get("bias"), epsilon=model.config.norm_epsilon)
@@ -90,7 +91,7 @@ def test_a_layer_is_fed_by_those_already_made():
         half = {"down": {"kernel": down * 0.5}}
         return layer.replace(params={**layer.params, "feedforward": layer.params["feedforward"] | half})
 
-    after = map_blocks(model, batch, {"squares": SQUARES}, halve, mesh=sharding.make_mesh())
+    after = map_blocks(model, batch, {"squares": SQUARES}, halve, mesh=meshes.make_mesh())
     seen = seen_by(after, batch)  # of a model that is as the first pass left it
     np.testing.assert_allclose(first[0], seen["block_0/attention/query/kernel"]["squares"], rtol=1e-5)
     np.testing.assert_allclose(second[0], seen["block_1/attention/query/kernel"]["squares"], rtol=1e-5)
@@ -110,15 +111,15 @@ def test_layers_that_read_the_same_share_a_state():
         return layer
 
     model = tiny.model()
-    map_blocks(model, tiny.batch(model.config), {"gram": GRAM}, keep, mesh=sharding.make_mesh())
+    map_blocks(model, tiny.batch(model.config), {"gram": GRAM}, keep, mesh=meshes.make_mesh())
     assert shared == [(True, True, False)] * 2
 
 
 def test_on_a_mesh_statistics_are_the_same():
     model = tiny.model()
     batch = tiny.batch(model.config, rows=11)
-    mesh = sharding.make_mesh(data=4)
-    spread = jax.device_put(model, sharding.shardings(model, mesh))
+    mesh = meshes.make_mesh(data=4)
+    spread = jax.device_put(model, placement.shardings(model, mesh))
     one, many = seen_by(model, batch), seen_by(spread, batch, mesh=mesh)
     for path, states in one.items():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), states, many[path])
@@ -126,4 +127,4 @@ def test_on_a_mesh_statistics_are_the_same():
 
 def test_without_text_the_error_says_so():
     with pytest.raises(InputError, match="needs calibration text"):
-        map_blocks(tiny.model(), None, {}, lambda layer, _: layer, mesh=sharding.make_mesh(), title="Wanda")
+        map_blocks(tiny.model(), None, {}, lambda layer, _: layer, mesh=meshes.make_mesh(), title="Wanda")

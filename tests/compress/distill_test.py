@@ -14,8 +14,9 @@ from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context, train_masters
 from efflm.config import InputError
-from efflm.model import LanguageModel, Transformer, final_states_and_gathered, init_params, sharding
+from efflm.model import LanguageModel, Transformer, final_states_and_gathered, init_params, placement
 from efflm.model.params import HIDDEN_PROJECTION
+from efflm.parallel import meshes
 from efflm.train import losses
 from efflm.train.losses import distillation_loss, target_weights
 from efflm.train.step import init_state, make_step, place
@@ -64,9 +65,9 @@ def test_the_loss_and_its_gradients_equal_those_from_logits(example):
 def test_parts_of_a_batch_on_eight_devices_train_like_the_whole_on_one(example):
     params, teacher, batch = example
     outcomes = []
-    for devices, parts in ((sharding.make_mesh(), 1), (sharding.make_mesh(fsdp=2, sequence=2, tensor=2), 2)):
+    for devices, parts in ((meshes.make_mesh(), 1), (meshes.make_mesh(fsdp=2, sequence=2, tensor=2), 2)):
         state = init_state(params, optax.sgd(0.1), devices)
-        frozen = jax.device_put(teacher, sharding.shardings(teacher, devices))
+        frozen = jax.device_put(teacher, placement.shardings(teacher, devices))
         step = make_step(chunked(), optax.sgd(0.1), 0, state, parts)
         state, metrics = step(state, frozen, place(batch, devices))
         outcomes.append(jax.device_get((metrics, state.trainable)))
@@ -87,7 +88,7 @@ def test_no_logits_of_a_whole_batch_exist():
 def test_a_student_moves_towards_its_teacher_and_the_teacher_stays():
     student, teacher = tiny.model(seed=1), tiny.model(seed=2)
     context = Context(
-        mesh=sharding.make_mesh(),
+        mesh=meshes.make_mesh(),
         teacher=teacher,
         corpus="the text",
         batches=lambda step: tiny.batch(student.config, seed=step),
@@ -110,7 +111,7 @@ def test_the_divergence_that_the_step_names_is_minimized(name, tmp_path):
     shape = dataclasses.replace(tiny.LLAMA, layers=1)
     student, teacher = tiny.model(shape, seed=1), tiny.model(shape, seed=2)
     batch, file = tiny.batch(student.config), tmp_path / "metrics.jsonl"
-    context = Context(mesh=sharding.make_mesh(), teacher=teacher, batches=lambda step: batch, metrics=file)
+    context = Context(mesh=meshes.make_mesh(), teacher=teacher, batches=lambda step: batch, metrics=file)
     step = Distill(steps=1, learning_rate=1e-2, weight=1.0, temperature=2.0, divergence=name, mix=0.2)
     _, record = step(student, context)
     reported = json.loads(file.read_text().splitlines()[0])["divergence"]
@@ -169,13 +170,13 @@ def compressed(shape, seed):
     """A model whose layers are pruned by half and whose matrices are in int8, as are the other operands of matmuls."""
     model = tiny.model(shape, seed=seed)
     return Quantize(activations="int8")(
-        Prune(sparsity=0.5)(model, Context(mesh=sharding.make_mesh()))[0], context_of(model)
+        Prune(sparsity=0.5)(model, Context(mesh=meshes.make_mesh()))[0], context_of(model)
     )[0]
 
 
 def context_of(teacher, mesh=None, **rest):
     batch = tiny.batch(teacher.config)
-    return Context(mesh=mesh or sharding.make_mesh(), teacher=teacher, batches=lambda step: batch, **rest)
+    return Context(mesh=mesh or meshes.make_mesh(), teacher=teacher, batches=lambda step: batch, **rest)
 
 
 @pytest.mark.parametrize("shape", [NARROW, tiny.LLAMA])
@@ -228,9 +229,9 @@ def test_projections_and_student_learn_to_give_the_teachers_hidden_states(tmp_pa
 
 @pytest.mark.parametrize("axes", [{"data": 2}, {"fsdp": 2}, {"sequence": 2}])
 def test_hidden_states_on_two_devices_teach_like_on_one(axes):
-    student, teacher, mesh = tiny.model(NARROW, seed=1), tiny.model(seed=2), sharding.make_mesh(**axes)
+    student, teacher, mesh = tiny.model(NARROW, seed=1), tiny.model(seed=2), meshes.make_mesh(**axes)
     step = dataclasses.replace(WITH_HIDDEN, steps=3)
-    one, two = (step(student, context_of(teacher, each))[0].params for each in (sharding.make_mesh(), mesh))
+    one, two = (step(student, context_of(teacher, each))[0].params for each in (meshes.make_mesh(), mesh))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), one, two)
 
 
@@ -277,9 +278,9 @@ def test_attention_of_a_student_is_compared_and_learned(shape, tmp_path):
 
 @pytest.mark.parametrize("axes", [{"data": 2}, {"tensor": 2}, {"sequence": 2}])
 def test_attention_on_two_devices_teaches_like_on_one(axes):
-    student, teacher, mesh = tiny.model(FEWER_HEADS, seed=1), tiny.model(seed=2), sharding.make_mesh(**axes)
+    student, teacher, mesh = tiny.model(FEWER_HEADS, seed=1), tiny.model(seed=2), meshes.make_mesh(**axes)
     step = dataclasses.replace(WITH_ATTENTION, steps=2, weight=0.01)
-    one, two = (step(student, context_of(teacher, each))[0].params for each in (sharding.make_mesh(), mesh))
+    one, two = (step(student, context_of(teacher, each))[0].params for each in (meshes.make_mesh(), mesh))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), one, two)
 
 
@@ -293,7 +294,7 @@ def test_without_their_loss_no_hidden_states_are_gathered(monkeypatch, tmp_path)
 
 def test_a_missing_or_foreign_teacher_is_refused():
     model = tiny.model()
-    context = Context(mesh=sharding.make_mesh(), batches=lambda step: tiny.batch(model.config))
+    context = Context(mesh=meshes.make_mesh(), batches=lambda step: tiny.batch(model.config))
     with pytest.raises(InputError, match="needs a teacher"):
         Distill(steps=1)(model, context)
     other = tiny.model(dataclasses.replace(tiny.LLAMA, vocabulary=301))
@@ -303,4 +304,4 @@ def test_a_missing_or_foreign_teacher_is_refused():
     with pytest.raises(InputError, match="teacher's tokenizer is 'theirs', the student's 'ours'"):
         Distill(steps=1)(known, dataclasses.replace(context, teacher=foreign))
     with pytest.raises(InputError, match="needs text"):
-        Distill(steps=1)(model, Context(mesh=sharding.make_mesh(), teacher=model))
+        Distill(steps=1)(model, Context(mesh=meshes.make_mesh(), teacher=model))

@@ -12,7 +12,7 @@ from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context
 from efflm.config import InputError
 from efflm.infer.generate import generate
-from efflm.model import sharding
+from efflm.parallel import meshes
 from efflm.train import losses
 from tests import tiny
 
@@ -31,7 +31,7 @@ def batch_of():
 
 def context(mesh=None, **rest):
     given = {
-        "mesh": mesh or sharding.make_mesh(),
+        "mesh": mesh or meshes.make_mesh(),
         "teacher": tiny.model(SHAPE, seed=2),
         "batches": lambda step: tiny.batch(SHAPE.config()),
     }
@@ -101,7 +101,7 @@ def test_a_pruned_and_rounded_student_learns_to_write_like_its_teacher(by, tempe
 def test_on_two_devices_as_on_one():
     student = tiny.model(SHAPE, seed=1)
     step = dataclasses.replace(STEP, steps=2, temperature=0.0)
-    one, two = (step(student, context(mesh))[0].params for mesh in (sharding.make_mesh(), sharding.make_mesh(data=2)))
+    one, two = (step(student, context(mesh))[0].params for mesh in (meshes.make_mesh(), meshes.make_mesh(data=2)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), one, two)
 
 
@@ -118,4 +118,4 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(InputError, match="together 84 tokens, but the models read at most 64: shorten one of them"):
         DistillGenerated(prompt=80, new=4)(model, context())
     with pytest.raises(InputError, match=r"set mesh\.sequence to 1"):
-        STEP(model, context(sharding.make_mesh(sequence=2)))
+        STEP(model, context(meshes.make_mesh(sequence=2)))

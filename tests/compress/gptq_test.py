@@ -10,8 +10,8 @@ from efflm.compress.gptq import GPTQ, round_matrix
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context
 from efflm.config import InputError
-from efflm.model import sharding
 from efflm.ops import QArray, qarray
+from efflm.parallel import meshes
 from tests import surgeon, tiny
 
 
@@ -97,7 +97,7 @@ def test_a_singular_matrix_is_damped_more():
         obs.inverse(gram.at[0, 1].set(jnp.nan), 0.01, "block_0/attention/query/kernel")
 
 
-CONTEXT = Context(mesh=sharding.make_mesh(), calibration=tiny.batch(tiny.LLAMA.config(), rows=16), corpus="some text")
+CONTEXT = Context(mesh=meshes.make_mesh(), calibration=tiny.batch(tiny.LLAMA.config(), rows=16), corpus="some text")
 
 
 def test_a_model_in_four_bits():
@@ -123,4 +123,4 @@ def test_settings_that_cannot_be():
     with pytest.raises(InputError, match="bits is 5"):
         GPTQ(bits=5)
     with pytest.raises(InputError, match="needs calibration text"):
-        GPTQ()(tiny.model(), Context(mesh=sharding.make_mesh()))
+        GPTQ()(tiny.model(), Context(mesh=meshes.make_mesh()))

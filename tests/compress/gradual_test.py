@@ -9,8 +9,9 @@ from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context
 from efflm.config import InputError
-from efflm.model import sharding
+from efflm.model import placement
 from efflm.model.params import in_layer
+from efflm.parallel import meshes
 from tests import tiny
 
 STEP = PruneGradually(sparsity=0.6, steps=8, every=2, ramp=0.5, learning_rate=1e-2)
@@ -18,7 +19,7 @@ STEP = PruneGradually(sparsity=0.6, steps=8, every=2, ramp=0.5, learning_rate=1e
 
 def context(mesh=None):
     batches = lambda step: tiny.batch(tiny.LLAMA.config(), seed=step)
-    return Context(mesh=mesh or sharding.make_mesh(), batches=batches, corpus="some text")
+    return Context(mesh=mesh or meshes.make_mesh(), batches=batches, corpus="some text")
 
 
 def floats(model):
@@ -65,9 +66,9 @@ def test_a_sparser_model_stays_as_sparse():
 
 
 def test_sharded_equals_unsharded():
-    mesh = sharding.make_mesh(data=2)
+    mesh = meshes.make_mesh(data=2)
     model = tiny.model()
-    spread = model.replace(params=jax.device_put(model.params, sharding.shardings(model.params, mesh)))
+    spread = model.replace(params=jax.device_put(model.params, placement.shardings(model.params, mesh)))
     one, _ = STEP(model, context())
     two, _ = STEP(spread, context(mesh))
     require_pruned(two, 0.6)
@@ -89,4 +90,4 @@ def test_the_recipe_and_settings_that_cannot_be():
     with pytest.raises(InputError, match="last time after 10 steps, but there are only 10"):
         PruneGradually(steps=10)
     with pytest.raises(InputError, match="needs text"):
-        STEP(tiny.model(), Context(mesh=sharding.make_mesh()))
+        STEP(tiny.model(), Context(mesh=meshes.make_mesh()))

@@ -5,11 +5,11 @@ from efflm import trees
 from efflm.compress.importance import READERS, largest, measured, taylor
 from efflm.compress.slicing import features
 from efflm.config import InputError
-from efflm.model import sharding
+from efflm.parallel import meshes
 from tests import reference, tiny
 
 MODEL = tiny.model(seed=3)
-CONFIG, MESH = MODEL.config, sharding.make_mesh()
+CONFIG, MESH = MODEL.config, meshes.make_mesh()
 BATCH = tiny.batch(CONFIG, rows=2, length=12)
 AXES = ("groups", "mlp")
 
@@ -49,7 +49,7 @@ def test_taylor_is_the_derivative_by_a_gate_of_each_slice_of_each_row():
 
 def test_on_a_mesh_taylor_is_the_same():
     alone = taylor(MODEL, BATCH, MESH, ("mlp",))
-    spread = taylor(MODEL, BATCH, sharding.make_mesh(data=2, fsdp=2, tensor=2), ("mlp",))
+    spread = taylor(MODEL, BATCH, meshes.make_mesh(data=2, fsdp=2, tensor=2), ("mlp",))
     for key, each in alone.items():
         np.testing.assert_allclose(spread[key], each, rtol=1e-3, atol=1e-5)
 

@@ -13,8 +13,8 @@ from efflm.compress.mixed import MixedPrecision, allocate
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context
 from efflm.config import InputError
-from efflm.model import sharding
 from efflm.ops import QArray
+from efflm.parallel import meshes
 from tests import tiny
 
 NUMBERS = st.tuples(st.floats(-1, 10, allow_nan=False), st.integers(0, 30))
@@ -80,7 +80,7 @@ def test_a_budget_below_the_least_is_an_error():
         allocate([[np.nan]], [[1]], 2)
 
 
-CONTEXT = Context(mesh=sharding.make_mesh(), calibration=tiny.batch(tiny.LLAMA.config(), rows=16), corpus="some text")
+CONTEXT = Context(mesh=meshes.make_mesh(), calibration=tiny.batch(tiny.LLAMA.config(), rows=16), corpus="some text")
 
 
 def bits_of(model):
@@ -167,4 +167,4 @@ def test_settings_that_cannot_be():
     with pytest.raises(InputError, match="the least that the formats can take"):
         MixedPrecision(average_bits=2.0, rows=4)(tiny.model(), CONTEXT)
     with pytest.raises(InputError, match="needs calibration text"):
-        MixedPrecision()(tiny.model(), Context(mesh=sharding.make_mesh()))
+        MixedPrecision()(tiny.model(), Context(mesh=meshes.make_mesh()))

@@ -29,8 +29,9 @@ from efflm.compress.tuned import TunedRounding
 from efflm.compress.wanda import Wanda
 from efflm.compress.width import PruneWidth
 from efflm.config import InputError
-from efflm.formats import safetensors
-from efflm.model import sharding
+from efflm.formats import efflm_file
+from efflm.model import placement
+from efflm.parallel import meshes, sharding
 from tests import tiny
 
 CONFIG = tiny.LLAMA.config()
@@ -79,10 +80,10 @@ def keeps_what_every_step_keeps(first, second, folder):
     model, steps, message = tiny.model(), (STEPS[first], STEPS[second]), refused(first, second)
     if message:
         with pytest.raises(InputError, match=message):
-            recipe.run(model, steps, context(sharding.make_mesh()))
+            recipe.run(model, steps, context(meshes.make_mesh()))
         return
-    before, _ = recipe.run(model, steps[:1], context(sharding.make_mesh()))
-    after, (*_, record) = recipe.run(model, steps, context(sharding.make_mesh()))
+    before, _ = recipe.run(model, steps[:1], context(meshes.make_mesh()))
+    after, (*_, record) = recipe.run(model, steps, context(meshes.make_mesh()))
 
     params = dict(trees.flatten(after.params))
     assert (after.masks or {}).keys() >= (before.masks or {}).keys() & params.keys()
@@ -90,14 +91,14 @@ def keeps_what_every_step_keeps(first, second, folder):
         assert not np.any(np.asarray(ops.dequantize(params[path]), np.float32)[~np.asarray(mask)]), path
 
     file = folder / f"{first}_{second}.safetensors"
-    size = safetensors.save(file, after, {}, [record])
+    size = efflm_file.save(file, after, {}, [record])
     assert record.predicted_bytes == pytest.approx(size, rel=0.01, abs=65536)
     assert record.predicted_bytes == ops.stored_nbytes(after.params, after.masks)
     logits = np.asarray(tiny.logits(after, TOKENS), np.float32)
-    np.testing.assert_array_equal(np.asarray(tiny.logits(safetensors.load(file)[0], TOKENS), np.float32), logits)
+    np.testing.assert_array_equal(np.asarray(tiny.logits(efflm_file.load(file)[0], TOKENS), np.float32), logits)
 
-    mesh = sharding.make_mesh(data=2)
-    spread = model.replace(params=jax.device_put(model.params, sharding.shardings(model.params, mesh)))
+    mesh = meshes.make_mesh(data=2)
+    spread = model.replace(params=jax.device_put(model.params, placement.shardings(model.params, mesh)))
     other, _ = recipe.run(spread, steps, context(mesh))
     assert other.config == after.config
     gap = np.asarray(tiny.logits(sharding.on_one_device(other), TOKENS), np.float32) - logits

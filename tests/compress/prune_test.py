@@ -14,12 +14,12 @@ from efflm.compress.quantize import Quantize
 from efflm.compress.shrink import Shrink
 from efflm.compress.step import Context
 from efflm.config import InputError
-from efflm.model import sharding
 from efflm.ops import apply_masks, dequantize
 from efflm.ops.qarray import codes
+from efflm.parallel import meshes
 from tests import tiny
 
-CONTEXT = Context(mesh=sharding.make_mesh(), batches=lambda step: tiny.batch(tiny.LLAMA.config(), seed=step))
+CONTEXT = Context(mesh=meshes.make_mesh(), batches=lambda step: tiny.batch(tiny.LLAMA.config(), seed=step))
 PATHS = ("block_0/attention/query/kernel", "block_0/feedforward/up/kernel")
 
 

@@ -13,13 +13,13 @@ from efflm.compress.qat import QAT, rounded
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context
 from efflm.config import InputError
-from efflm.model import sharding
 from efflm.model.params import in_layer
 from efflm.ops import QArray, qarray
+from efflm.parallel import meshes
 from tests import tiny
 
 BATCH = tiny.batch(tiny.LLAMA.config())
-CONTEXT = Context(mesh=sharding.make_mesh(), batches=lambda step: BATCH, corpus="some text")
+CONTEXT = Context(mesh=meshes.make_mesh(), batches=lambda step: BATCH, corpus="some text")
 
 
 def by_reference(w, scale, bits, group, residuals=None):
@@ -121,7 +121,7 @@ def test_dropped_weights_stay_zero_and_other_formats_stay(scales):
 
 
 def test_on_a_mesh_it_trains():
-    mesh = sharding.make_mesh(data=2, fsdp=2)
+    mesh = meshes.make_mesh(data=2, fsdp=2)
     after, _ = QAT(group=16, steps=2, distill=False)(tiny.model(), dataclasses.replace(CONTEXT, mesh=mesh))
     one, _ = QAT(group=16, steps=2, distill=False)(tiny.model(), CONTEXT)
     found, wanted = (dict(trees.flatten(each.params))["block_0/attention/query/kernel"].scale for each in (after, one))
@@ -133,6 +133,6 @@ def test_settings_that_cannot_be():
         with pytest.raises(InputError, match=next(iter(wrong))):
             QAT(**wrong)
     with pytest.raises(InputError, match="needs text to train on"):
-        recipe.run(tiny.model(), (QAT(),), Context(mesh=sharding.make_mesh()))
+        recipe.run(tiny.model(), (QAT(),), Context(mesh=meshes.make_mesh()))
     with pytest.raises(InputError, match="needs a teacher"):
         QAT()(tiny.model(), CONTEXT)

@@ -13,11 +13,12 @@ from efflm.compress.quantize import Cast, Quantize, quantize
 from efflm.compress.step import Context
 from efflm.config import InputError
 from efflm.infer.generate import prefill
-from efflm.model import LanguageModel, sharding
+from efflm.model import LanguageModel
 from efflm.ops import QArray
+from efflm.parallel import meshes
 from tests import tiny
 
-CONTEXT = Context(mesh=sharding.make_mesh())
+CONTEXT = Context(mesh=meshes.make_mesh())
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
@@ -102,7 +103,7 @@ def test_training_with_rounded_activations_beats_rounding_after_training():
     batch = tiny.batch(model.config, rows=4)
     inputs = {name: batch[name] for name in ("segments", "positions")}
     batch["targets"] = np.argmax(tiny.logits(model, batch["inputs"], **inputs), axis=-1).astype(np.int32)
-    context = Context(mesh=sharding.make_mesh(), batches=lambda step: batch)
+    context = Context(mesh=meshes.make_mesh(), batches=lambda step: batch)
     w8a8, w8a16, train = Quantize(activations="int8"), Quantize(), Finetune(steps=15, learning_rate=3e-3)
 
     def loss(*steps) -> float:

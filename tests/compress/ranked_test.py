@@ -7,24 +7,27 @@ import numpy as np
 import pytest
 
 from efflm import api as efflm
-from efflm import ops, tokenizer, trees
+from efflm import ops, trees
 from efflm.compress import importance, latency, recipe, width
 from efflm.compress.finetune import Finetune
 from efflm.compress.prune import Prune
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context
 from efflm.compress.width import PruneWidth
-from efflm.config import InputError, TrainConfig
+from efflm.config import InputError
+from efflm.config.train import TrainConfig
 from efflm.infer.generate import generate
-from efflm.model import sharding
+from efflm.model import placement
 from efflm.model.params import table
-from efflm.train import assemble
+from efflm.parallel import meshes
+from efflm.text import tokenizer
+from efflm.train import trainer
 from tests import tiny
 
 CONFIG = tiny.LLAMA.config()
 MODEL = tiny.model()
 CONTEXT = Context(
-    mesh=sharding.make_mesh(),
+    mesh=meshes.make_mesh(),
     calibration=tiny.batch(CONFIG, rows=4),
     batches=lambda step: tiny.batch(CONFIG, rows=2, seed=step),
 )
@@ -66,7 +69,7 @@ def test_layers_that_differ_train_and_quantize_and_prune(ranked):
     assert after.config == ranked.config
     assert records[-1].predicted_bytes == ops.stored_nbytes(after.params, after.masks)
     looped, scanned = (
-        assemble.fit_model(
+        trainer.fit_model(
             ranked.config,
             tiny.copies(ranked.params),
             TrainConfig(steps=1, scan=scan),
@@ -86,8 +89,8 @@ def test_layers_that_differ_are_stored_and_sharded_as_any(ranked, tmp_path):
     assert again.config.unused == ((tokenizer.BYTES, ranked.config.vocabulary),)
     assert dataclasses.replace(again.config, unused=()) == ranked.config
     np.testing.assert_array_equal(tiny.logits(again, TOKENS), want)
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    spread = jax.device_put(ranked, sharding.shardings(ranked, mesh))
+    mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2)
+    spread = jax.device_put(ranked, placement.shardings(ranked, mesh))
     np.testing.assert_allclose(tiny.logits(spread, TOKENS), want, atol=2e-4)
 
 

@@ -19,13 +19,13 @@ from efflm.compress.shrink import Shrink, evenly_spaced, keep_layers
 from efflm.compress.step import Context, digest, record
 from efflm.compress.tuned import TunedRounding
 from efflm.config import InputError
-from efflm.formats import safetensors
-from efflm.model import sharding
+from efflm.formats import efflm_file
+from efflm.parallel import meshes
 from tests import tiny
 
 CONFIG = tiny.LLAMA.config()
 CONTEXT = Context(
-    mesh=sharding.make_mesh(), batches=lambda step: tiny.batch(CONFIG, seed=step), calibration=tiny.batch(CONFIG)
+    mesh=meshes.make_mesh(), batches=lambda step: tiny.batch(CONFIG, seed=step), calibration=tiny.batch(CONFIG)
 )
 THREE = dataclasses.replace(tiny.LLAMA, layers=3)
 STEPS = (Shrink(layers=1), Prune(sparsity=0.5), Distill(steps=1), Quantize())
@@ -115,7 +115,7 @@ def test_every_named_recipe_is_stored_as_predicted_and_read_back_as_it_was(tmp_p
         assert records[-1].predicted_bytes == ops.stored_nbytes(after.params, after.masks), name
         assert records[-1].leaves, name
         file = tmp_path / f"{name}.safetensors"
-        size = safetensors.save(file, after, {}, records)
+        size = efflm_file.save(file, after, {}, records)
         assert size == file.stat().st_size, name
         assert abs(size - records[-1].predicted_bytes) <= 0.01 * size + 65536, name
         with safe_open(file, "numpy") as stored:
@@ -124,7 +124,7 @@ def test_every_named_recipe_is_stored_as_predicted_and_read_back_as_it_was(tmp_p
             # Of a quantized matrix no float original is in the file, only its scales.
             matrices = {path for path, leaf in trees.flatten(after.params) if isinstance(leaf, ops.QArray)}
             assert {key for key in floats if key in matrices} == set(), name
-        again = safetensors.load(file)[0]
+        again = efflm_file.load(file)[0]
         np.testing.assert_array_equal(tiny.logits(again, tokens), tiny.logits(after, tokens), err_msg=name)
 
 

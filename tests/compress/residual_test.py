@@ -6,10 +6,10 @@ import pytest
 from efflm import trees
 from efflm.compress import residual
 from efflm.config import InputError
-from efflm.model import sharding
+from efflm.parallel import meshes
 from tests import reference, tiny
 
-MESH = sharding.make_mesh()
+MESH = meshes.make_mesh()
 NEOX = tiny.model(tiny.CONFIGS["neox"])  # LayerNorms, and both norms of a layer read the residual stream before it
 BATCH = tiny.batch(NEOX.config, rows=2)
 

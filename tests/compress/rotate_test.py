@@ -14,15 +14,17 @@ from efflm.compress.quantize import Quantize
 from efflm.compress.rotate import Rotate, random_hadamard
 from efflm.compress.shrink import Shrink
 from efflm.compress.step import Context
-from efflm.config import BlockConfig, InputError, ModelConfig
-from efflm.formats import safetensors
-from efflm.model import Transformer, sharding, stack_blocks
+from efflm.config import InputError
+from efflm.config.model import BlockConfig, ModelConfig
+from efflm.formats import efflm_file
+from efflm.model import Transformer, placement, stack_blocks
+from efflm.parallel import meshes
 from tests import tiny
 from tests.compress.calibrate_test import seen_by
 
 CONFIG = tiny.LLAMA.config()
 CONTEXT = Context(
-    mesh=sharding.make_mesh(), batches=lambda step: tiny.batch(CONFIG, seed=step), calibration=tiny.batch(CONFIG)
+    mesh=meshes.make_mesh(), batches=lambda step: tiny.batch(CONFIG, seed=step), calibration=tiny.batch(CONFIG)
 )
 UNEQUAL = (
     BlockConfig(heads=6, kv_heads=2, head_dim=12, mlp_dim=40),
@@ -134,11 +136,11 @@ def test_stacked_layers_compute_the_same():
 
 
 def test_on_eight_devices_it_is_the_same():
-    mesh, model = sharding.make_mesh(data=2, fsdp=2, tensor=2), tiny.model()
-    spread = model.replace(params=jax.device_put(model.params, sharding.shardings(model.params, mesh)))
+    mesh, model = meshes.make_mesh(data=2, fsdp=2, tensor=2), tiny.model()
+    spread = model.replace(params=jax.device_put(model.params, placement.shardings(model.params, mesh)))
     one, _ = Rotate()(model, CONTEXT)
     after, _ = Rotate()(spread, dataclasses.replace(CONTEXT, mesh=mesh))
-    where, wanted = dict(trees.flatten(sharding.shardings(after.params, mesh))), dict(trees.flatten(one.params))
+    where, wanted = dict(trees.flatten(placement.shardings(after.params, mesh))), dict(trees.flatten(one.params))
     for path, leaf in trees.flatten(after.params):
         assert leaf.sharding.is_equivalent_to(where[path], leaf.ndim), path
         np.testing.assert_allclose(leaf, wanted[path], atol=1e-6)
@@ -193,9 +195,9 @@ def test_tied_embeddings_come_apart_and_bytes_are_as_predicted(name, tmp_path):
     assert after.config == dataclasses.replace(model.config, tied=False)
     more = model.params["embedding"].nbytes if model.config.tied else 0
     assert records[0].predicted_bytes == trees.nbytes(model.params) + more
-    size = safetensors.save(tmp_path / "m.safetensors", after, {}, records)
+    size = efflm_file.save(tmp_path / "m.safetensors", after, {}, records)
     assert abs(size - records[0].predicted_bytes) <= 65536
-    back, about = safetensors.load(tmp_path / "m.safetensors")
+    back, about = efflm_file.load(tmp_path / "m.safetensors")
     assert about["lineage"][0]["actual_bytes"] == records[0].predicted_bytes
     assert back.config == after.config
     np.testing.assert_array_equal(logits(back), logits(after))

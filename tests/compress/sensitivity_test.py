@@ -7,7 +7,8 @@ from efflm import ops, trees
 from efflm.compress import sensitivity
 from efflm.compress.sensitivity import Format, estimated
 from efflm.config import InputError
-from efflm.model import sharding
+from efflm.model import placement
+from efflm.parallel import meshes
 from tests import tiny
 
 FORMATS = (Format(bits=8, group=16), Format(bits=3, group=0, clip=False))
@@ -41,7 +42,7 @@ def with_rounded(model, paths, format):
 def test_it_is_what_the_whole_model_loses_with_one_matrix_rounded(name):
     model = tiny.model(tiny.CONFIGS[name])
     batch = batch_of(model)
-    table = sensitivity.sensitivity(model, batch, FORMATS, sharding.make_mesh(), rows=11)
+    table = sensitivity.sensitivity(model, batch, FORMATS, meshes.make_mesh(), rows=11)
     base, _ = loss_and_divergence(model, model, batch)
     assert table.tokens == (batch["segments"] > 0).sum()
     np.testing.assert_allclose(table.loss, base, rtol=1e-5)
@@ -61,10 +62,10 @@ def test_the_rows_are_limited_and_the_mesh_changes_nothing():
     model = tiny.model()
     batch = batch_of(model)
     few = {name: field[:4] for name, field in batch.items()}
-    one = sensitivity.sensitivity(model, batch, FORMATS[1:], sharding.make_mesh(), rows=4)
+    one = sensitivity.sensitivity(model, batch, FORMATS[1:], meshes.make_mesh(), rows=4)
     assert one.tokens == (few["segments"] > 0).sum()
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    spread = model.replace(params=jax.device_put(model.params, sharding.shardings(model.params, mesh)))
+    mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2)
+    spread = model.replace(params=jax.device_put(model.params, placement.shardings(model.params, mesh)))
     other = sensitivity.sensitivity(spread, few, FORMATS[1:], mesh)
     for ours, theirs in zip(one.rows, other.rows, strict=True):
         assert (ours.name, ours.paths, ours.bytes) == (theirs.name, theirs.paths, theirs.bytes)
@@ -76,7 +77,7 @@ def test_the_rows_are_limited_and_the_mesh_changes_nothing():
 def test_the_estimate_is_the_squared_error_of_what_a_matrix_gives(monkeypatch):
     model = tiny.model()
     batch = batch_of(model)
-    table = estimated(model, batch, FORMATS, sharding.make_mesh(), rows=11)
+    table = estimated(model, batch, FORMATS, meshes.make_mesh(), rows=11)
     x = np.asarray(model.params["embedding"], np.float64)[batch["inputs"]][batch["segments"] > 0]
     x = (
         x
@@ -88,7 +89,7 @@ def test_the_estimate_is_the_squared_error_of_what_a_matrix_gives(monkeypatch):
     error = x @ np.asarray(ops.dequantize(row.format(w)) - w, np.float64)
     np.testing.assert_allclose(row.estimate, (error**2).sum(-1).mean(), rtol=1e-3)
     assert row.loss is row.divergence is row.bits is None
-    measured = sensitivity.sensitivity(model, batch, FORMATS, sharding.make_mesh(), rows=11)
+    measured = sensitivity.sensitivity(model, batch, FORMATS, meshes.make_mesh(), rows=11)
     assert [row.estimate for row in measured.rows] == [row.estimate for row in table.rows]
 
 
@@ -97,7 +98,7 @@ def test_bytes_are_those_of_a_file():
     mask = np.random.default_rng(0).random((48, 32)) < 0.3
     path = "block_1/feedforward/down/kernel"
     pruned = model.replace(masks={path: jnp.asarray(mask)}, params=ops.apply_masks(model.params, {path: mask}))
-    table = estimated(pruned, batch_of(model), FORMATS, sharding.make_mesh())
+    table = estimated(pruned, batch_of(model), FORMATS, meshes.make_mesh())
     for row in table.rows:
         (path,) = row.paths
         w = dict(trees.flatten(pruned.params))[path]
@@ -111,7 +112,7 @@ def test_units():
     model = tiny.model()
     names = {}
     for unit in ("input", "layer"):
-        table = sensitivity.sensitivity(model, batch_of(model), FORMATS[1:], sharding.make_mesh(), rows=4, unit=unit)
+        table = sensitivity.sensitivity(model, batch_of(model), FORMATS[1:], meshes.make_mesh(), rows=4, unit=unit)
         names[unit] = {row.name for row in table.rows}
         for row in table.rows:
             low = with_rounded(model, row.paths, row.format)
@@ -126,7 +127,7 @@ def test_units():
 
 
 def test_what_cannot_be_measured():
-    model, mesh = tiny.model(), sharding.make_mesh()
+    model, mesh = tiny.model(), meshes.make_mesh()
     with pytest.raises(InputError, match="needs calibration text"):
         sensitivity.sensitivity(model, None, FORMATS, mesh)
     with pytest.raises(InputError, match="no format"):

@@ -9,10 +9,11 @@ from efflm.compress import recipe
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
 from efflm.compress.step import Context
-from efflm.model import LanguageModel, sharding
+from efflm.model import LanguageModel, placement
+from efflm.parallel import meshes
 from tests import tiny
 
-MESH = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+MESH = meshes.make_mesh(data=2, fsdp=2, tensor=2)
 SHORT = {Finetune: {"steps": 3}, Distill: {"steps": 3}}
 
 
@@ -25,14 +26,14 @@ def test_sharded_equals_unsharded(name):
     steps = recipe.RECIPES[name]
     mine = {kind: fields for kind, fields in SHORT.items() if any(type(step) is kind for step in steps)}
     steps, model = recipe.override(steps, mine), tiny.model()
-    spread = LanguageModel(model.config, jax.device_put(model.params, sharding.shardings(model.params, MESH)))
-    expected, _ = recipe.run(model, steps, context(sharding.make_mesh()))
+    spread = LanguageModel(model.config, jax.device_put(model.params, placement.shardings(model.params, MESH)))
+    expected, _ = recipe.run(model, steps, context(meshes.make_mesh()))
     after, records = recipe.run(spread, steps, context(MESH))
     assert after.config == expected.config
     assert records[-1].predicted_bytes == ops.stored_nbytes(expected.params, expected.masks)
     trains = bool(mine)
     want = dict(trees.flatten(expected.params, inside=True))
-    where = dict(trees.flatten(sharding.shardings(after.params, MESH), inside=True))
+    where = dict(trees.flatten(placement.shardings(after.params, MESH), inside=True))
     for path, leaf in trees.flatten(after.params, inside=True):
         assert leaf.sharding.is_equivalent_to(where[path], leaf.ndim), path
         ours, theirs = np.asarray(leaf, np.float32), np.asarray(want[path], np.float32)

@@ -9,12 +9,12 @@ from efflm.compress import latency, recipe
 from efflm.compress.shrink import Shrink, block_influence
 from efflm.compress.step import Context
 from efflm.config import InputError
-from efflm.model import sharding
+from efflm.parallel import meshes
 from tests import reference, tiny
 
 SHAPE = dataclasses.replace(tiny.LLAMA, layers=4)
 MODEL = tiny.model(SHAPE)
-CONTEXT = Context(mesh=sharding.make_mesh(), calibration=tiny.batch(SHAPE.config(), rows=2), corpus="text")
+CONTEXT = Context(mesh=meshes.make_mesh(), calibration=tiny.batch(SHAPE.config(), rows=2), corpus="text")
 
 
 def expected(model, batch):
@@ -34,7 +34,7 @@ def test_block_influence_is_that_of_the_paper_over_tokens_that_are_no_padding():
     batch = dict(CONTEXT.calibration)
     want = expected(MODEL, batch)
     np.testing.assert_allclose(block_influence(MODEL, batch, CONTEXT.mesh), want, rtol=1e-4)
-    np.testing.assert_allclose(block_influence(MODEL, batch, sharding.data_parallel(2)), want, rtol=1e-4)
+    np.testing.assert_allclose(block_influence(MODEL, batch, meshes.data_parallel(2)), want, rtol=1e-4)
 
 
 def test_the_layers_of_the_least_influence_go():

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from efflm import api as efflm
-from efflm import ops, tokenizer, trees
+from efflm import ops, trees
 from efflm.compress.quantize import quantize
 from efflm.compress.slicing import features, slice_params
 from efflm.config import InputError
 from efflm.model import LanguageModel
 from efflm.model.params import find, table
+from efflm.text import tokenizer
 from tests import reference, tiny
 
 TOKENS = np.random.default_rng(0).integers(0, 300, (2, 12))

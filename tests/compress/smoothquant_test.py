@@ -12,11 +12,12 @@ from efflm.compress.quantize import Quantize
 from efflm.compress.smoothquant import SmoothQuant, scales
 from efflm.compress.step import Context
 from efflm.config import InputError
-from efflm.model import by_block, sharding
+from efflm.model import layerwise
+from efflm.parallel import meshes
 from tests import tiny
 from tests.compress.calibrate_test import MODELS, seen_by
 
-CONTEXT = Context(mesh=sharding.make_mesh(), calibration=tiny.batch(tiny.LLAMA.config(), rows=16))
+CONTEXT = Context(mesh=meshes.make_mesh(), calibration=tiny.batch(tiny.LLAMA.config(), rows=16))
 STATIC = Quantize(activations="int8_static")
 
 
@@ -31,7 +32,7 @@ def with_outliers(model):
     s = jnp.ones(model.config.width).at[jnp.array([3, 11, 30])].set(1 / 60)
     params = dict(model.params)
     for i, _ in enumerate(model.config.blocks):
-        single = by_block.block_config(model.config, i)
+        single = layerwise.block_config(model.config, i)
         for place in fold.places(single):
             if place.is_norm:
                 params[f"block_{i}"] = fold.scale_inputs(single, params[f"block_{i}"], place, s)

@@ -11,11 +11,11 @@ from efflm.compress.sparsegpt import SparseGPT, prune
 from efflm.compress.step import Context
 from efflm.compress.wanda import mask as wanda_mask
 from efflm.config import InputError
-from efflm.model import sharding
+from efflm.parallel import meshes
 from tests import surgeon, tiny
 from tests.compress.gptq_test import layer
 
-CONTEXT = Context(mesh=sharding.make_mesh(), calibration=tiny.batch(tiny.LLAMA.config(), rows=16))
+CONTEXT = Context(mesh=meshes.make_mesh(), calibration=tiny.batch(tiny.LLAMA.config(), rows=16))
 
 
 def pruned(w, x, sparsity, pattern=None, kept=None):

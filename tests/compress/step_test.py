@@ -10,11 +10,12 @@ from efflm import ops, trees
 from efflm.compress.prune import magnitude_masks
 from efflm.compress.quantize import Cast, quantize
 from efflm.compress.step import Context, digest, record
-from efflm.formats import safetensors
-from efflm.model import LanguageModel, sharding
+from efflm.formats import efflm_file
+from efflm.model import LanguageModel, placement
+from efflm.parallel import meshes
 from tests import tiny
 
-MESH = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+MESH = meshes.make_mesh(data=2, fsdp=2, tensor=2)
 
 
 def changed(model):
@@ -54,13 +55,13 @@ def test_what_is_recorded_and_written_of_a_spread_model_is_that_of_one_on_one_de
         (ops.apply_masks(model.params, masks), masks),
     ):
         alone = LanguageModel(model.config, params, kept)
-        spread = jax.tree.map(jax.device_put, params, sharding.shardings(params, MESH))
+        spread = jax.tree.map(jax.device_put, params, placement.shardings(params, MESH))
         laid = {path: jax.device_put(mask, jax.NamedSharding(MESH, jax.P())) for path, mask in (kept or {}).items()}
         spread = LanguageModel(model.config, spread, laid or None)
         assert digest(spread) == digest(alone)
         assert ops.stored_nbytes(spread.params, spread.masks) == ops.stored_nbytes(alone.params, alone.masks)
         for name, each in (("a", alone), ("b", spread)):
-            safetensors.save(tmp_path / name, each, {})
+            efflm_file.save(tmp_path / name, each, {})
         assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 

@@ -11,7 +11,8 @@ from efflm.compress import teacher_cache
 from efflm.compress.distill import Distill
 from efflm.compress.step import Context
 from efflm.config import InputError
-from efflm.model import Transformer, sharding
+from efflm.model import Transformer
+from efflm.parallel import meshes
 from efflm.train import losses
 from tests import tiny
 
@@ -21,7 +22,7 @@ STEP = Distill(steps=2, learning_rate=1e-2, weight=0.6)
 
 def context(**fields):
     batches = lambda step: tiny.batch(SHAPE.config(), seed=step)
-    given = {"mesh": sharding.make_mesh(), "batches": batches, "teacher": tiny.model(SHAPE, seed=2)}
+    given = {"mesh": meshes.make_mesh(), "batches": batches, "teacher": tiny.model(SHAPE, seed=2)}
     return Context(**(given | {"tokenizer": "words", "corpus": "text"} | fields))
 
 
@@ -106,7 +107,7 @@ def test_training_from_disk_writes_once_and_on_two_devices_is_the_same(tmp_path,
     assert "the teacher's cache: 14 bytes a token" in capsys.readouterr().out
     assert record.settings["cache"] == "sampled"
     for axes in ({"data": 2}, {"tensor": 2}):
-        on_two = context(cache=tmp_path / "-".join(axes), mesh=sharding.make_mesh(**axes))
+        on_two = context(cache=tmp_path / "-".join(axes), mesh=meshes.make_mesh(**axes))
         second, _ = step(model, on_two)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), first.params, second.params)
     monkeypatch.setattr(teacher_cache, "write", None)

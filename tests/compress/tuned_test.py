@@ -13,12 +13,13 @@ from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context
 from efflm.compress.tuned import BlockError, Rounding, TunedRounding, signed_descent
 from efflm.config import InputError
-from efflm.model import sharding
+from efflm.model import placement
 from efflm.model.params import in_layer
 from efflm.ops import QArray, qarray
+from efflm.parallel import meshes, sharding
 from tests import tiny
 
-CONTEXT = Context(mesh=sharding.make_mesh(), calibration=tiny.batch(tiny.LLAMA.config(), rows=16), corpus="some text")
+CONTEXT = Context(mesh=meshes.make_mesh(), calibration=tiny.batch(tiny.LLAMA.config(), rows=16), corpus="some text")
 FORMATS = {
     "bits": st.sampled_from([8, 4, 3]),
     "group": st.sampled_from([0, 8, 16]),
@@ -206,8 +207,8 @@ def test_padding_does_not_count():
 
 def test_on_a_mesh_it_is_as_good():
     model, step = tiny.model(), TunedRounding(bits=3, group=16, steps=8)
-    mesh = sharding.make_mesh(data=2, fsdp=2)
-    spread = jax.device_put(model, sharding.shardings(model, mesh))
+    mesh = meshes.make_mesh(data=2, fsdp=2)
+    spread = jax.device_put(model, placement.shardings(model, mesh))
     one, _ = step(model, CONTEXT)
     many, _ = step(spread, dataclasses.replace(CONTEXT, mesh=mesh))
     found = errors(model, [one, sharding.on_one_device(many)])
@@ -219,4 +220,4 @@ def test_settings_that_cannot_be():
         with pytest.raises(InputError, match=next(iter(wrong))):
             TunedRounding(**wrong)
     with pytest.raises(InputError, match="needs calibration text"):
-        TunedRounding()(tiny.model(), Context(mesh=sharding.make_mesh()))
+        TunedRounding()(tiny.model(), Context(mesh=meshes.make_mesh()))

@@ -11,14 +11,14 @@ from efflm.compress.finetune import Finetune
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context
 from efflm.compress.wanda import Wanda, mask
-from efflm.model import sharding
 from efflm.ops.qarray import codes
+from efflm.parallel import meshes
 from tests import tiny
 from tests.compress.calibrate_test import seen_by
 
 CONFIG = tiny.LLAMA.config()
 CONTEXT = Context(
-    mesh=sharding.make_mesh(),
+    mesh=meshes.make_mesh(),
     calibration=tiny.batch(CONFIG, rows=16),
     batches=lambda step: tiny.batch(CONFIG, seed=step),
 )

@@ -13,11 +13,11 @@ from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context
 from efflm.compress.width import PruneWidth, refit
 from efflm.config import InputError
-from efflm.model import sharding
 from efflm.ops import QArray
+from efflm.parallel import meshes, sharding
 from tests import tiny
 
-CONTEXT = Context(mesh=sharding.make_mesh(), calibration=tiny.batch(tiny.LLAMA.config(), rows=16))
+CONTEXT = Context(mesh=meshes.make_mesh(), calibration=tiny.batch(tiny.LLAMA.config(), rows=16))
 
 
 def logits(model):
@@ -121,7 +121,7 @@ def test_masks_and_formats_stay():
 
 def test_on_a_mesh_it_is_the_same():
     model = tiny.model()
-    mesh = sharding.data_parallel(8)
+    mesh = meshes.data_parallel(8)
     assert mesh.size == 8
     alone, _ = PruneWidth(parameters=0.2)(model, CONTEXT)
     spread, _ = PruneWidth(parameters=0.2)(model, dataclasses.replace(CONTEXT, mesh=mesh))

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from efflm import progress
+from efflm.cli import progress
 from efflm.config import InputError
 from efflm.data import dataset, files
 

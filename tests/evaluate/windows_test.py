@@ -13,7 +13,8 @@ from efflm.compress.quantize import quantize
 from efflm.config import InputError
 from efflm.evaluate import quality, windows
 from efflm.evaluate.windows import Scoring
-from efflm.model import LanguageModel, sharding
+from efflm.model import LanguageModel, placement
+from efflm.parallel import meshes
 from tests import reference, tiny
 
 SEPARATOR = 299
@@ -254,8 +255,8 @@ def test_a_model_on_a_mesh_scores_the_same(format):
     model = tiny.model()
     if format == "int8":
         model = LanguageModel(model.config, quantize(model.params, "int8"))
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    spread = model.replace(params=jax.device_put(model.params, sharding.shardings(model.params, mesh)))
+    mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2)
+    spread = model.replace(params=jax.device_put(model.params, placement.shardings(model.params, mesh)))
     rows = list(blocks(documents(20, 30, 7), SEPARATOR, Scoring(window=16, stride=8)))
     one, many = (quality.measure({"": each}, rows, 300, each)[""] for each in (model, spread))
     np.testing.assert_allclose(many.bits, one.bits, rtol=1e-5)

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from efflm.config import ModelShape, TrainConfig
-from efflm.flags import launch
+from efflm.cli.flags import launch
+from efflm.config.model import ModelShape
+from efflm.config.train import TrainConfig
 from experiments import analyze
 
 TINY = [

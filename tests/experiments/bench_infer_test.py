@@ -11,7 +11,7 @@ import pytest
 from efflm.config import InputError
 from efflm.evaluate import machine
 from efflm.evaluate.speed import Answer, Shape
-from efflm.formats import safetensors
+from efflm.formats import efflm_file
 from experiments import bench_infer
 from tests import tiny
 from tests.formats.huggingface_test import small_tokenizer
@@ -189,7 +189,7 @@ def test_a_peer_that_fails_is_named(stand_ins):
 def test_a_tiny_model_in_a_process_of_its_own(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(machine, "read_bandwidth", lambda: 1e9)
     monkeypatch.chdir(tmp_path)  # where the compiled programs are kept
-    safetensors.save(tmp_path / "tiny.safetensors", tiny.model(), {})
+    efflm_file.save(tmp_path / "tiny.safetensors", tiny.model(), {})
     small_tokenizer().save(tmp_path / "tokenizer.json")
     monkeypatch.setattr(bench_infer, "worker", functools.partial(bench_infer.worker, least=0.0))
     small = narrow(model=str(tmp_path / "tiny.safetensors"), precisions="w4a8", prompts="24", batches="2", new=8)

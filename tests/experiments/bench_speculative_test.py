@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from efflm.cli.flags import launch
 from efflm.config import InputError
-from efflm.flags import launch
 from experiments import bench_speculative
 from tests.experiments.calibrated_test import folder  # noqa: F401  (a fixture)
 

@@ -5,9 +5,12 @@ import json
 
 import pytest
 
-from efflm.config import InputError, MeshConfig, ModelShape, TrainConfig
+from efflm.config import InputError
+from efflm.config.model import ModelShape
+from efflm.config.parallel import MeshConfig
+from efflm.config.train import TrainConfig
 from efflm.evaluate import machine
-from efflm.train.ahead import TimedStep
+from efflm.train.aot import TimedStep
 from experiments import bench_train
 from tests.experiments.bench_infer_test import rivals
 

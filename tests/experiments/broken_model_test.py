@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from efflm.cli.flags import launch
 from efflm.compress.step import Calibration
-from efflm.config import MeshConfig
+from efflm.config.parallel import MeshConfig
 from efflm.evaluate.windows import Scoring
-from efflm.flags import launch
 from efflm.report import table
 from efflm.report.comparison import Limits
 from efflm.train.metrics import Metrics, curve

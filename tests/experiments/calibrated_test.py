@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from efflm import tokenizer as tokenizers
+from efflm.cli.flags import launch
 from efflm.compress.step import Calibration
 from efflm.config import InputError
 from efflm.evaluate.windows import Scoring
-from efflm.flags import launch
-from efflm.formats import safetensors
+from efflm.formats import efflm_file
+from efflm.text import tokenizer as tokenizers
 from experiments import calibrated
 from tests import tiny
 
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
         for i in range(30):
             (root / name / f"{i}.txt").write_text(f"the {word} {i * 7919} stands after {i * 7907}\n" * 12)
     (root / "model").mkdir()
-    safetensors.save(root / "model" / "model.safetensors", tiny.model(), {})
+    efflm_file.save(root / "model" / "model.safetensors", tiny.model(), {})
     texts = [file.read_text() for name in ("numbers", "letters") for file in (root / name).iterdir()]
     tokenizers.train(texts, 300).save(root / "model" / "tokenizer.json")
     return root

@@ -5,14 +5,14 @@ import json
 import pytest
 
 import efflm
-from efflm import tokenizer
+from efflm.cli.flags import launch
 from efflm.compress.finetune import Finetune
 from efflm.compress.prune import Prune
 from efflm.compress.step import Calibration
 from efflm.config import InputError
 from efflm.evaluate.windows import Scoring
-from efflm.flags import launch
 from efflm.report.comparison import Limits
+from efflm.text import tokenizer
 from experiments import compress
 from tests import tiny
 

@@ -1,8 +1,8 @@
 import pytest
 
-from efflm import autotune
 from efflm.evaluate import machine
 from efflm.evaluate.machine import Roofline
+from efflm.model import autotune
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -14,18 +14,20 @@ import numpy as np
 import pytest
 
 import efflm
-from efflm import rundir
+from efflm.cli import run_directory
+from efflm.cli.flags import launch
 from efflm.compress import recipe
 from efflm.compress.distill import Distill
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import Calibration
-from efflm.config import MeshConfig, ModelShape, Optimizer, TrainConfig
+from efflm.config.model import ModelShape
+from efflm.config.parallel import MeshConfig
+from efflm.config.train import Optimizer, TrainConfig
 from efflm.evaluate.windows import Scoring
-from efflm.flags import launch
-from efflm.model import sharding
+from efflm.parallel import meshes
 from efflm.report import samples
 from efflm.report.comparison import Limits
-from efflm.train import assemble, checkpoint, loop
+from efflm.train import checkpoint, loop, trainer
 from efflm.train.checkpoint import Checkpointing, TrainingRun
 from experiments import compress, evaluate, pretrain, quickstart
 from tests import tiny
@@ -127,7 +129,7 @@ def written_in(folder):
 def test_the_space_asked_for_is_that_of_the_files(trained, tmp_path, monkeypatch):
     """Of a whole run, which is small, and of the checkpoints of one that is larger."""
     asked = []
-    monkeypatch.setattr(rundir, "require_writable", lambda path, needs: asked.append(needs))
+    monkeypatch.setattr(run_directory, "require_writable", lambda path, needs: asked.append(needs))
     shape = ModelShape(layers=2, width=32, mlp_dim=48, vocabulary=300, max_length=64)
     train = TrainConfig(steps=6, length=16)
     config = pretrain.saved_config(shape, train)
@@ -140,7 +142,7 @@ def test_the_space_asked_for_is_that_of_the_files(trained, tmp_path, monkeypatch
         run = pretrain.Run(run_dir=str(tmp_path / name), checkpoint_every=3)
         rng = np.random.default_rng(0)
         noise = lambda x, rng=rng: (rng.standard_normal(x.shape) * 100).astype(x.dtype)
-        state = jax.device_put(jax.tree.map(noise, assemble.abstract_state(config, train, sharding.make_mesh())))
+        state = jax.device_put(jax.tree.map(noise, trainer.abstract_state(config, train, meshes.make_mesh())))
         with TrainingRun(dataclasses.replace(run.checkpointing({}), keep=9)) as saved:
             for step in (3, 6, 9):  # two that are kept, and the one being written
                 saved.save(step, state)
@@ -158,10 +160,10 @@ def test_the_checkpoints_on_disk_at_once_are_known_before(policy, steps, most):
 
 
 def test_a_second_run_in_the_same_directory_is_refused(trained, corpus, capsys):
-    with rundir.held(trained):
-        lock = json.loads((trained / rundir.LOCK).read_text())
-    (trained / rundir.LOCK).write_text(json.dumps(lock | {"pid": 4711}))
-    with (trained / rundir.LOCK).open() as other:
+    with run_directory.held(trained):
+        lock = json.loads((trained / run_directory.LOCK).read_text())
+    (trained / run_directory.LOCK).write_text(json.dumps(lock | {"pid": 4711}))
+    with (trained / run_directory.LOCK).open() as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         for module, flags in ((quickstart, TINY), (pretrain, TINY), (compress, [f"--model={trained}"])):
             with pytest.raises(SystemExit) as stopped:
@@ -169,7 +171,7 @@ def test_a_second_run_in_the_same_directory_is_refused(trained, corpus, capsys):
             assert stopped.value.code == 2
             (line,) = capsys.readouterr().err.splitlines()
             assert "process 4711" in line
-    (trained / rundir.LOCK).unlink()
+    (trained / run_directory.LOCK).unlink()
 
 
 def test_a_second_quickstart_reuses_the_checkpoint_and_agrees(trained, corpus, capsys):
@@ -255,8 +257,10 @@ def test_scanned_pretraining_leaves_an_unstacked_checkpoint(corpus, tmp_path, fa
 
 
 def test_compress_and_evaluate_a_trained_run(trained, tmp_path, monkeypatch):
-    out, asked, require = tmp_path / "out", [], rundir.require_writable
-    monkeypatch.setattr(rundir, "require_writable", lambda path, needs: asked.append(needs) or require(path, needs))
+    out, asked, require = tmp_path / "out", [], run_directory.require_writable
+    monkeypatch.setattr(
+        run_directory, "require_writable", lambda path, needs: asked.append(needs) or require(path, needs)
+    )
     begun, write = [], samples.write
     monkeypatch.setattr(samples, "write", lambda *given: begun.append(given[2]) or write(*given))
     run(compress, f"--model={trained}", "--recipe=magnitude50,w8a8", "--prune.sparsity=0.25", "--score.window=16",

@@ -11,7 +11,7 @@ import pytest
 
 import efflm
 import experiments
-from efflm import flags
+from efflm.cli import flags
 from efflm.config import InputError
 from experiments import calibrated
 from tests import gguf_files

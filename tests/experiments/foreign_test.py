@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from efflm import rundir
+from efflm.cli import run_directory
+from efflm.cli.flags import launch
 from efflm.compress.step import Calibration
-from efflm.config import MeshConfig
+from efflm.config.parallel import MeshConfig
 from efflm.evaluate.windows import Scoring
-from efflm.flags import launch
 from efflm.formats import sources
 from efflm.report.comparison import Limits
 from experiments import compress, evaluate, export, generate
@@ -88,7 +88,7 @@ def test_without_a_text_of_its_own_it_reads_the_standard_library(model, tmp_path
 
 
 def test_it_writes(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(rundir, "ROOT", tmp_path)
+    monkeypatch.setattr(run_directory, "ROOT", tmp_path)
     launch(generate.main, "", ["x", f"--model={model}", "--prompt=the", "--max_tokens=9"], run=generate.Run())
     out, err = capsys.readouterr()
     assert out.startswith("the")

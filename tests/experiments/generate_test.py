@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from efflm import rundir, tokenizer
-from efflm.flags import launch
-from efflm.formats import safetensors
+from efflm.cli import run_directory
+from efflm.cli.flags import launch
+from efflm.formats import efflm_file
 from efflm.infer.generate import generate as write
 from efflm.model import LanguageModel
+from efflm.text import tokenizer
 from experiments import generate
 from tests import tiny
 
@@ -28,13 +29,13 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     words = tokenizer.train(["the cat sat on the mat, the dog did not ünd 😀 "] * 20, 300)
     words.save(folder / "tokenizer.json")
-    safetensors.save(folder / "model.safetensors", tiny.model(), {})
+    efflm_file.save(folder / "model.safetensors", tiny.model(), {})
     return folder
 
 
 @pytest.fixture
 def loaded(folder):
-    model, _ = safetensors.load(folder / "model.safetensors")
+    model, _ = efflm_file.load(folder / "model.safetensors")
     return LanguageModel(model.config, model.params), tokenizer.load(folder / "tokenizer.json")
 
 
@@ -44,7 +45,7 @@ def stdin(content):
 
 
 def run(folder, monkeypatch, tmp_path, *argv):
-    monkeypatch.setattr(rundir, "ROOT", tmp_path)
+    monkeypatch.setattr(run_directory, "ROOT", tmp_path)
     launch(generate.main, generate.__doc__, ["x", f"--model={folder / 'model.safetensors'}", *argv],
            run=generate.Run())  # fmt: skip
 
@@ -81,7 +82,7 @@ def test_a_draft_changes_no_text_and_its_share_is_told(folder, monkeypatch, tmp_
     other = tmp_path / "other"
     other.mkdir()
     tokenizer.train(["quite other words, of another text "] * 20, 300).save(other / "tokenizer.json")
-    safetensors.save(other / "model.safetensors", tiny.model(), {})
+    efflm_file.save(other / "model.safetensors", tiny.model(), {})
     with pytest.raises(SystemExit):
         run(folder, monkeypatch, tmp_path, *flags, f"--draft={other / 'model.safetensors'}")
     assert "is not that of" in capsys.readouterr().err

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efflm import config
+from efflm.cli.flags import launch
+from efflm.config.train import Optimizer
 from efflm.evaluate.windows import Scoring
-from efflm.flags import launch
-from efflm.model import sharding
+from efflm.parallel import meshes
 from efflm.train.step import init_state, make_step
 from experiments import optimizers
 
@@ -76,10 +76,10 @@ def test_the_best_rate_on_validation_is_the_one_repeated(finished):
         assert len(list((finished / "curves").glob(f"{name}-*-seed0.jsonl"))) == 3
 
 
-@pytest.mark.parametrize("name", typing.get_args(config.Optimizer))
+@pytest.mark.parametrize("name", typing.get_args(Optimizer))
 def test_every_learning_rate_runs_the_same_program(name):
     """The text of the step before it is compiled does not depend on the rate: a sweep compiles once."""
-    usual, mesh = optimizers.settings(name, optimizers.TRAIN), sharding.make_mesh()
+    usual, mesh = optimizers.settings(name, optimizers.TRAIN), meshes.make_mesh()
     params = {"block_0": {"attention": {"query": {"kernel": jnp.ones((4, 8))}}}, "embedding": jnp.ones((8, 4))}
     loss_fn = lambda trainable, *_: (sum(jnp.sum(jnp.square(w)) for w in jax.tree.leaves(trainable)), {})
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from efflm.flags import launch
+from efflm.cli.flags import launch
 from efflm.model.presets import preset
 from experiments import plan
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
+from efflm.cli.flags import launch
 from efflm.compress.adapt import Adapt
 from efflm.compress.distill import Distill
 from efflm.compress.step import Calibration
 from efflm.config import InputError
 from efflm.evaluate.windows import Scoring
-from efflm.flags import launch
 from experiments import recovery
 from tests.experiments.calibrated_test import folder  # noqa: F401  (a fixture)
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import experiments
-from efflm import rundir
+from efflm.cli import run_directory
 from efflm.compress import teacher_cache
 from efflm.config import InputError
-from efflm.model import sharding
+from efflm.parallel import meshes
 from efflm.train.metrics import Metrics
 from experiments import fault_drill
 from tests import tiny
@@ -33,18 +33,21 @@ def test_which_experiments_have_a_run_dir():
 @pytest.mark.parametrize("module", WRITING, ids=lambda module: module.__name__)
 def test_each_has_its_run_directory_for_itself(module, tmp_path):
     run = dataclasses.replace(module.Run(), run_dir=str(tmp_path))
-    with (tmp_path / rundir.LOCK).open("w") as other:
+    with (tmp_path / run_directory.LOCK).open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(InputError, match=f"{tmp_path} is in use by"):
             module.main(run)
-    assert [path.name for path in tmp_path.iterdir()] == [rundir.LOCK]
+    assert [path.name for path in tmp_path.iterdir()] == [run_directory.LOCK]
 
 
 def test_a_file_that_is_no_lock_is_left_alone(tmp_path):
-    (tmp_path / rundir.LOCK).write_text("poetry.lock, by another name")
-    with pytest.raises(InputError, match=r"run\.lock is not a lock that efflm has written"), rundir.held(tmp_path):
+    (tmp_path / run_directory.LOCK).write_text("poetry.lock, by another name")
+    with (
+        pytest.raises(InputError, match=r"run\.lock is not a lock that efflm has written"),
+        run_directory.held(tmp_path),
+    ):
         pass
-    assert (tmp_path / rundir.LOCK).read_text() == "poetry.lock, by another name"
+    assert (tmp_path / run_directory.LOCK).read_text() == "poetry.lock, by another name"
 
 
 def test_the_drill_deletes_only_what_a_drill_has_left(tmp_path, monkeypatch):
@@ -100,7 +103,7 @@ def test_a_teachers_cache_deletes_only_its_own_files(tmp_path):
     (partial / "notes.txt").write_text("mine")
     (partial / "p.npy").write_text("left by an interrupt")
     model = tiny.model()
-    context = Context(batches=lambda step: tiny.batch(model.config, seed=step), mesh=sharding.make_mesh())
+    context = Context(batches=lambda step: tiny.batch(model.config, seed=step), mesh=meshes.make_mesh())
     header = teacher_cache.described(context, model, 1, "top_k", 2)
     teacher_cache.write(tmp_path / "teacher", model, context, header)
     found = next(tmp_path.rglob("notes.txt"))

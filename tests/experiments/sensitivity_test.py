@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from efflm.flags import launch
+from efflm.cli.flags import launch
 from experiments import sensitivity
 from tests import gguf_files
 

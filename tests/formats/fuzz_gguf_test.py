@@ -10,11 +10,11 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from efflm import tokenizer
 from efflm.config import InputError
 from efflm.formats import gguf_model
+from efflm.text import tokenizer
 from tests import gguf_files
-from tests.tokenizer_golden_test import GOLDEN
+from tests.text.tokenizer_golden_test import GOLDEN
 
 NUMBERS = (0, 1, 2, 255, 2**16, 2**31 - 1, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
 ODD = (

@@ -18,10 +18,12 @@ import pytest
 
 from efflm.compress import recipe
 from efflm.compress.step import Context
-from efflm.config import InputError, ModelShape
-from efflm.formats import build, huggingface, safetensors, tensors
+from efflm.config import InputError
+from efflm.config.model import ModelShape
+from efflm.formats import build, efflm_file, huggingface, tensors
 from efflm.formats.sources import load_model
-from efflm.model import LanguageModel, init_params, sharding
+from efflm.model import LanguageModel, init_params
+from efflm.parallel import meshes
 from tests import tiny
 from tests.formats.huggingface_test import small_tokenizer
 
@@ -287,9 +289,9 @@ def test_missing_and_damaged_shards_are_named(shards):
 
 @pytest.mark.parametrize("chain", ["w8a16", "magnitude50"])
 def test_damaged_files_of_our_own(chain, tmp_path):
-    compressed, _ = recipe.run(model(), recipe.named(chain), Context(mesh=sharding.make_mesh()))
+    compressed, _ = recipe.run(model(), recipe.named(chain), Context(mesh=meshes.make_mesh()))
     file, rng = tmp_path / "model.safetensors", np.random.default_rng(3)
-    safetensors.save(file, compressed, {"recipe": chain})
+    efflm_file.save(file, compressed, {"recipe": chain})
     raw = file.read_bytes()
     header, data = safetensors_header(raw)
     text = slice(0, len(raw) - len(data))
@@ -313,15 +315,15 @@ def test_damaged_files_of_our_own(chain, tmp_path):
             broken = with_header(header | {"__metadata__": {"efflm": json.dumps(manifest)}}, data)
         file.write_bytes(broken)
         # A sparse matrix is larger in memory than in its file.
-        results.append(survives(lambda: safetensors.load(file), tmp_path, max(len(raw), whole)))
+        results.append(survives(lambda: efflm_file.load(file), tmp_path, max(len(raw), whole)))
     assert 15 < sum(results) < 150
 
 
 def test_a_shape_beyond_the_file_allocates_nothing(tmp_path):
     """The shape of a sparse weight follows from the config in the metadata, which safetensors does not check."""
-    compressed, _ = recipe.run(tiny.model(), recipe.named("magnitude50"), Context(mesh=sharding.make_mesh()))
+    compressed, _ = recipe.run(tiny.model(), recipe.named("magnitude50"), Context(mesh=meshes.make_mesh()))
     file = tmp_path / "model.safetensors"
-    safetensors.save(file, compressed, {})
+    efflm_file.save(file, compressed, {})
     header, data = safetensors_header(file.read_bytes())
     manifest = json.loads(header["__metadata__"]["efflm"])
     block, config = dict(manifest["config"]["blocks"][0]), dict(manifest["config"])
@@ -329,7 +331,7 @@ def test_a_shape_beyond_the_file_allocates_nothing(tmp_path):
         changed = config | {"width": wide, "blocks": [block | {"mlp_dim": wide}] * 3}
         manifest["config"] = changed
         file.write_bytes(with_header(header | {"__metadata__": {"efflm": json.dumps(manifest)}}, data))
-        assert not survives(lambda: safetensors.load(file), tmp_path, file.stat().st_size)
+        assert not survives(lambda: efflm_file.load(file), tmp_path, file.stat().st_size)
 
 
 def test_a_directory_is_read_and_not_changed(folder):

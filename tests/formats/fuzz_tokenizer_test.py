@@ -10,10 +10,10 @@ import random
 import jax
 import pytest
 
-from efflm import chat, tokenizer
 from efflm.compress.quantize import quantize
-from efflm.formats import safetensors, sources
+from efflm.formats import efflm_file, sources
 from efflm.infer.generate import forward
+from efflm.text import chat, tokenizer
 from efflm.train import checkpoint, manifest
 from tests import tiny
 from tests.formats.fuzz_gguf_test import replaced, require_refused_or_read, small_tokenizer
@@ -229,7 +229,7 @@ def models():
 def test_manifests_that_lie(tmp_path, models, kind):
     characters().save(tmp_path / "tokenizer.json")
     file, draw, refused = tmp_path / "model.safetensors", random.Random(kind), 0
-    safetensors.save(file, models[kind], {"source": "stdlib", "train.length": 64})
+    efflm_file.save(file, models[kind], {"source": "stdlib", "train.length": 64})
     raw = file.read_bytes()
     header, data = safetensors_header(raw)
     told = json.loads(header["__metadata__"]["efflm"])

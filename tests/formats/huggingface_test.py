@@ -15,15 +15,18 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
-from efflm import tokenizer, trees
+from efflm import trees
 from efflm.compress.quantize import quantize
-from efflm.config import BlockConfig, InputError, ModelConfig
+from efflm.config import InputError
+from efflm.config.model import BlockConfig, ModelConfig
 from efflm.formats import build, huggingface, tensors
-from efflm.formats import safetensors as own
+from efflm.formats import efflm_file as own
 from efflm.formats.families import FAMILIES
 from efflm.infer.generate import forward
-from efflm.model import LanguageModel, cost, empty_cache, in_dtype, sharding
-from efflm.tokenizer import Tokenizer
+from efflm.model import LanguageModel, cost, empty_cache, in_dtype, placement
+from efflm.parallel import meshes
+from efflm.text import tokenizer
+from efflm.text.tokenizer import Tokenizer
 from tests import tiny
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -202,10 +205,10 @@ def test_files_and_folders_have_the_mode_that_the_umask_leaves(mask, tmp_path):
 
 @pytest.mark.parametrize("name", ["llama3", "gpt2", "gpt_neox", "qwen3"])
 def test_a_model_spread_over_eight_devices_is_the_same(name):
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2)
     alone, spread = huggingface.load_weights(GOLDENS / name), huggingface.load_weights(GOLDENS / name, mesh=mesh)
     for path, leaf in trees.flatten(spread.params):
-        spec = sharding.partition_spec(path, leaf.shape, mesh)
+        spec = placement.partition_spec(path, leaf.shape, mesh)
         assert leaf.sharding == jax.NamedSharding(mesh, spec), path
         np.testing.assert_array_equal(leaf, dict(trees.flatten(alone.params))[path])
     assert spread.params["block_0"]["attention"]["query"]["kernel"].sharding.shard_shape((16, 16)) == (8, 8)
@@ -215,7 +218,7 @@ def test_a_placed_array_is_a_copy():
     raw = np.zeros(64 * 64 + 16, np.float32)
     start = -raw.ctypes.data % 64 // 4  # at an address that JAX would take over without copying
     array = raw[start : start + 64 * 64].reshape(64, 64)
-    placed = tensors.place(array, None, jax.NamedSharding(sharding.make_mesh(), jax.P()))
+    placed = tensors.place(array, None, jax.NamedSharding(meshes.make_mesh(), jax.P()))
     array[:] = 1
     np.testing.assert_array_equal(placed, np.zeros((64, 64)))
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import efflm
-from efflm import tokenizer
 from efflm.compress.step import digest
 from efflm.config import InputError
-from efflm.formats import huggingface, safetensors, saved
+from efflm.formats import efflm_file, huggingface, saved
 from efflm.formats.saved import Saved
+from efflm.text import tokenizer
 from tests import tiny
 
 ONE = tokenizer.train(["the cat sat on the mat\n" * 50], 290)
@@ -48,7 +48,7 @@ def full_disk(monkeypatch, owner, name, passes):
     monkeypatch.setattr(owner, name, call)
 
 
-PLACES = [(Path, "write_text", count) for count in range(3)] + [(safetensors, "save", 0), (safetensors, "save", 1)]
+PLACES = [(Path, "write_text", count) for count in range(3)] + [(efflm_file, "save", 0), (efflm_file, "save", 1)]
 PLACES += [(Path, "replace", count) for count in range(2, 7)]  # the first two are the weights', within safetensors.save
 
 
@@ -79,7 +79,7 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_new(tmp_path, monkeypatch
 def test_a_full_disk_is_told_by_save_in_one_line_and_the_old_model_can_be_read(tmp_path, monkeypatch):
     efflm.save(tmp_path / "m", tiny.model(), ONE)
     with monkeypatch.context() as patched:
-        full_disk(patched, safetensors, "save", 0)
+        full_disk(patched, efflm_file, "save", 0)
         with pytest.raises(InputError, match=r"cannot write .*No space left on device\): give another path"):
             efflm.save(tmp_path / "m", tiny.model(seed=1), OTHER)
     model, read = efflm.load(tmp_path / "m")

@@ -15,15 +15,16 @@ import pytest
 from efflm import trees
 from efflm.compress.quantize import quantize
 from efflm.config import InputError
-from efflm.formats import gguf_model, hub, huggingface, load_model, safetensors, sources, wheels
+from efflm.formats import efflm_file, gguf_model, hub, huggingface, load_model, sources, wheels
 from efflm.infer.generate import forward
-from efflm.model import in_dtype, sharding
+from efflm.model import in_dtype
+from efflm.parallel import meshes
 from efflm.train import checkpoint, manifest
 from tests import gguf_files, tiny
 from tests.formats.fuzz_test import safetensors_header, with_header
 from tests.formats.huggingface_test import require_equal, small_tokenizer
 
-MESH = sharding.make_mesh(fsdp=2, tensor=2)
+MESH = meshes.make_mesh(fsdp=2, tensor=2)
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_training_runs_and_their_checkpoints(run):
 
 def test_files_of_our_own(tmp_path):
     model = tiny.model().replace(params=quantize(tiny.model().params, "int8"))
-    size = safetensors.save(tmp_path / "w8a8.safetensors", model, {"recipe": "w8a8"})
+    size = efflm_file.save(tmp_path / "w8a8.safetensors", model, {"recipe": "w8a8"})
     with pytest.raises(InputError, match="no tokenizer at"):
         load_model(tmp_path / "w8a8.safetensors")
     small_tokenizer().save(tmp_path / "tokenizer.json")
@@ -90,10 +91,10 @@ def test_weights_that_are_not_finite_are_named(tmp_path, capsys, bits, path, val
     model = model.replace(params=quantize(model.params, "int8")) if bits == "int8" else model
     small_tokenizer().save(tmp_path / "tokenizer.json")
     file = tmp_path / "model.safetensors"
-    safetensors.save(file, model, {})
+    efflm_file.save(file, model, {})
     sources.load(file)
     assert capsys.readouterr().err == ""
-    safetensors.save(file, broken(model, path, value), {})
+    efflm_file.save(file, broken(model, path, value), {})
     sources.load(file)
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"warning: {file}: 2 of the numbers in {path} are infinite or NaN")
@@ -141,7 +142,7 @@ def test_what_our_own_files_say_is_checked(tmp_path, name, change, message):
     model = tiny.model().replace(params=quantize(tiny.model().params, "int8"))
     file, folder = tmp_path / "w8a8.safetensors", tmp_path / "checkpoint" / "3"
     small_tokenizer().save(tmp_path / "tokenizer.json")
-    safetensors.save(file, model, {})
+    efflm_file.save(file, model, {})
     rewritten(file, name, change)
     with pytest.raises(InputError, match=rf"w8a8\.safetensors.*{message}") as error:
         sources.load(file)

@@ -11,7 +11,8 @@ from efflm.config import InputError
 from efflm.infer import generate as module
 from efflm.infer.generate import generate, prefill, start, stream
 from efflm.infer.sampling import GREEDY, Sampling
-from efflm.model import in_dtype, sharding
+from efflm.model import in_dtype, placement
+from efflm.parallel import meshes, sharding
 from tests import tiny
 
 WARM = Sampling(temperature=1.5, top_k=40, top_p=0.95)
@@ -152,16 +153,16 @@ def test_compressed_models_generate(format):
 def test_a_model_on_a_mesh_writes_the_same():
     model = tiny.model()
     some = prompts(model.config, 5, 12)
-    mesh = sharding.make_mesh(fsdp=2, tensor=4)
-    spread = model.replace(params=jax.device_put(model.params, sharding.shardings(model.params, mesh)))
+    mesh = meshes.make_mesh(fsdp=2, tensor=4)
+    spread = model.replace(params=jax.device_put(model.params, placement.shardings(model.params, mesh)))
     assert generate(spread, some, 8) == generate(model, some, 8)
 
 
 def test_every_phase_is_traced_inside_the_mesh_of_the_weights(monkeypatch):
     """What a shard_map inside would find; decoding leaves the layout of activations to the partitioner all the same."""
     model = tiny.model(dataclasses.replace(tiny.LLAMA, mlp_dim=40))  # compiled nowhere else
-    mesh = sharding.make_mesh(fsdp=2, tensor=4)
-    spread = model.replace(params=jax.device_put(model.params, sharding.shardings(model.params, mesh)))
+    mesh = meshes.make_mesh(fsdp=2, tensor=4)
+    spread = model.replace(params=jax.device_put(model.params, placement.shardings(model.params, mesh)))
     attended, constrained, here = [], [], jax.sharding.get_abstract_mesh
     attention, constraint = ops.cached_attention, jax.lax.with_sharding_constraint
 

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from efflm import ops, trees
-from efflm.config import BlockConfig, ModelShape, Optimizer, TrainConfig
+from efflm.config.model import BlockConfig, ModelShape
+from efflm.config.train import Optimizer, TrainConfig
 from efflm.infer import generate
 from efflm.infer.sampling import GREEDY
-from efflm.model import LanguageModel, cost, empty_cache, init_params, sharding
+from efflm.model import LanguageModel, cost, empty_cache, init_params
+from efflm.parallel import meshes
 from efflm.precision import POLICIES
-from efflm.train import ahead, optimizer
+from efflm.train import aot, optimizer
 from tests import tiny
 from tests.flops import matrix_flops
 
@@ -44,7 +46,7 @@ def ids(batch, length):
 
 def training_step(config, train):
     """For one device."""
-    return ahead.training_step(config, train, sharding.make_mesh())
+    return aot.training_step(config, train, meshes.make_mesh())
 
 
 # --- parameters, and what is held between steps ----------------------------------------------------------------------

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from efflm import trees
-from efflm.config import BlockConfig, ModelConfig
+from efflm.config.model import BlockConfig, ModelConfig
 from efflm.model import (
     LanguageModel,
     Transformer,
-    by_block,
     empty_cache,
     final_states_and_gathered,
     init_params,
+    layerwise,
     stack_blocks,
     unstack_blocks,
 )
@@ -125,10 +125,10 @@ def test_the_outputs_of_layers_are_those_of_the_layers_one_at_a_time(name, remat
     named = dict(zip(("positions", "segments"), inputs, strict=True))
     final_BTD, found = final_states_and_gathered(transformer, model.params, batch["inputs"], **named)
     assert found.probabilities == ()
-    x_BTD, want = by_block.embed(model, batch["inputs"], inputs[0]), []
+    x_BTD, want = layerwise.embed(model, batch["inputs"], inputs[0]), []
     for i in range(len(model.config.blocks)):
-        single = by_block.block_config(model.config, i)
-        x_BTD = by_block.apply_block(single, model.params[f"block_{i}"], x_BTD, *inputs)
+        single = layerwise.block_config(model.config, i)
+        x_BTD = layerwise.apply_block(single, model.params[f"block_{i}"], x_BTD, *inputs)
         want.append(x_BTD)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found.outputs, tuple(want))
     alone, _ = transformer.apply({"params": model.params}, batch["inputs"], **named, method="final_states")

@@ -6,12 +6,13 @@ import pytest
 
 from efflm import ops, trees
 from efflm.config import InputError
-from efflm.formats import safetensors
-from efflm.model import sharding
+from efflm.formats import efflm_file
+from efflm.model import placement
 from efflm.model.params import find, is_matrix
 from efflm.ops.kernels.cpu import build
 from efflm.ops.kernels.cpu.dot import Dense, Panels
 from efflm.ops.storage import to_flat
+from efflm.parallel import meshes
 from tests import tiny
 
 FORMATS = {
@@ -49,7 +50,7 @@ def test_a_prepared_model_has_the_same_logits(format):
 
 def test_models_on_several_devices_or_without_kernels_stay_as_they_are():
     model = tiny.model()
-    spread = jax.device_put(model, sharding.shardings(model, sharding.make_mesh(fsdp=8)))
+    spread = jax.device_put(model, placement.shardings(model, meshes.make_mesh(fsdp=8)))
     assert jax.tree.structure(ops.prepare(spread, "cpu")) == jax.tree.structure(spread)
     assert ops.prepare(model, "gpu") is model
     with build.chosen("off"):
@@ -60,7 +61,7 @@ def test_models_on_several_devices_or_without_kernels_stay_as_they_are():
 def test_a_prepared_model_is_not_saved(format, tmp_path):
     prepared = ops.prepare(quantized(tiny.model(), format), "cpu")
     with pytest.raises(InputError, match=r"laid out for the kernels of this machine: give the one that ops\.prepare"):
-        safetensors.save(tmp_path / "model.safetensors", prepared, {})
+        efflm_file.save(tmp_path / "model.safetensors", prepared, {})
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="laid out for the kernels"):  # what checkpoints are made of
         to_flat(prepared.params)

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from efflm.model import sharding
+from efflm.parallel import meshes, sharding
 from efflm.plan.collectives import collectives
 
 LAYERS, WIDTH, ROWS = 5, 64, 16
-MESH = sharding.make_mesh(fsdp=8)
+MESH = meshes.make_mesh(fsdp=8)
 
 
 def arguments(dtype=jnp.float32):

@@ -4,17 +4,18 @@ import dataclasses
 
 import pytest
 
-from efflm.config import ModelShape, TrainConfig
-from efflm.model import sharding
+from efflm.config.model import ModelShape
+from efflm.config.train import TrainConfig
 from efflm.ops.attention import spans
 from efflm.ops.kernels.cpu import build
+from efflm.parallel import meshes
 from efflm.plan import memory
-from efflm.train import ahead
+from efflm.train import aot
 from tests import tiny
 
 
 def temporaries(config, train):
-    step, args = ahead.training_step(config, train, sharding.make_mesh())
+    step, args = aot.training_step(config, train, meshes.make_mesh())
     return step.lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 

@@ -7,18 +7,19 @@ import jax
 import pytest
 
 from efflm.compress.quantize import quantize
-from efflm.config import TrainConfig
-from efflm.infer import ahead as infer_ahead
-from efflm.model import LanguageModel, cost, init_params, sharding
+from efflm.config.train import TrainConfig
+from efflm.infer import aot as infer_ahead
+from efflm.model import LanguageModel, cost, init_params
 from efflm.model.cost import Work
 from efflm.model.presets import preset
+from efflm.parallel import meshes
 from efflm.plan import device, prediction, search
 from efflm.plan.collectives import Collective
 from efflm.plan.device import abstract_mesh
 from efflm.plan.hardware import HARDWARE
 from efflm.plan.traffic import train_traffic
 from efflm.precision import POLICIES, cast
-from efflm.train import ahead
+from efflm.train import aot
 from tests import tiny
 
 TRAIN = TrainConfig(batch=8, length=16, policy="bfloat16", scan=True, remat="full")
@@ -45,9 +46,9 @@ def test_bytes_are_those_of_zero(name, n):
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 3}])
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_bytes_are_those_of_the_state_as_it_lies(name, sizes):
-    config, mesh = tiny.CONFIGS[name], sharding.make_mesh(**sizes)
+    config, mesh = tiny.CONFIGS[name], meshes.make_mesh(**sizes)
     batch = dataclasses.replace(TRAIN, batch=24)
-    _, (state, _, rows) = ahead.training_step(config, batch, mesh)
+    _, (state, _, rows) = aot.training_step(config, batch, mesh)
     part = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     held = prediction.held(config, batch, abstract_mesh(**sizes))
     assert sum(map(part, jax.tree.leaves(state.trainable))) == held.weights
@@ -56,8 +57,8 @@ def test_bytes_are_those_of_the_state_as_it_lies(name, sizes):
 
 
 def test_bytes_are_those_of_the_compiled_arguments():
-    config, mesh = tiny.LLAMA.config(), sharding.make_mesh(fsdp=4, tensor=2)
-    step, arguments = ahead.training_step(config, TRAIN, mesh)
+    config, mesh = tiny.LLAMA.config(), meshes.make_mesh(fsdp=4, tensor=2)
+    step, arguments = aot.training_step(config, TRAIN, mesh)
     stats = step.lower(*arguments).compile().memory_analysis()
     held = prediction.held(config, TRAIN, abstract_mesh(fsdp=4, tensor=2))
     assert 0 <= stats.argument_size_in_bytes - held.arguments <= COUNTERS
@@ -67,7 +68,7 @@ def test_bytes_are_those_of_the_compiled_arguments():
 def test_bytes_of_served_models_are_those_of_the_compiled_arguments(int8):
     config, mesh, policy = (
         dataclasses.replace(tiny.LLAMA.config(), precision="bfloat16"),
-        sharding.make_mesh(data=2, tensor=2),
+        meshes.make_mesh(data=2, tensor=2),
         POLICIES["bfloat16_pure"],
     )
 

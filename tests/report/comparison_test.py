@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from efflm.config import InputError
-from efflm.evaluate import cost, quality
-from efflm.evaluate.cost import Rate
+from efflm.evaluate import quality, throughput
 from efflm.evaluate.quality import Quality
+from efflm.evaluate.throughput import Rate
 from efflm.report import comparison, page, table, verdicts
 from efflm.report.comparison import FIGURES, Comparison, Limits
 from tests.report.example import TEN, row
@@ -86,7 +86,7 @@ def test_speeds_of_different_times_are_compared_through_the_first_model(tmp_path
     rates = {name: tuple((rate(*each), rate(*each)) for each in pair) for name, pair in times.items()}
     rows = [DENSE]
     for name, (own, base) in list(rates.items())[1:]:
-        ratio, error = cost.ratio(own[0], base[0])
+        ratio, error = throughput.ratio(own[0], base[0])
         assert ratio == pytest.approx(2.0, rel=0.02)
         fields = {f"{phase}_over_dense{end}": x for phase in ("prefill", "decode") for end, x in
                   (("", ratio), ("_stderr", error))}  # fmt: skip
@@ -113,12 +113,12 @@ def test_the_ratio_of_the_same_rounds_has_the_noise_of_their_ratios(rng):
     for _ in range(300):
         load = rng.uniform(0.3, 1.0, 11)  # of the machine, the same for both
         pair = 200 * load * rng.normal(1, 0.02, 11), 100 * load * rng.normal(1, 0.02, 11)
-        ratio, error = cost.ratio(*(rate(*each) for each in pair))
+        ratio, error = throughput.ratio(*(rate(*each) for each in pair))
         found.append(ratio)
         errors.append(error)
     assert np.mean(found) == pytest.approx(2.0, rel=0.005)
     assert np.mean(errors) == pytest.approx(np.std(found), rel=0.2)
-    assert cost.ratio(rate(3.0), rate(2.0)) == (1.5, None)
+    assert throughput.ratio(rate(3.0), rate(2.0)) == (1.5, None)
 
 
 @pytest.mark.parametrize("rounds", [5, 11])

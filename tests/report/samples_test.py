@@ -1,8 +1,8 @@
 import tokenizers
 from tokenizers import decoders, models, normalizers, trainers
 
-from efflm import tokenizer
 from efflm.report import samples
+from efflm.text import tokenizer
 
 
 def test_a_sample_keeps_the_space_it_begins_with(tmp_path):

@@ -3,8 +3,8 @@ import json
 
 import numpy as np
 
-from efflm.evaluate.cost import Rate
 from efflm.evaluate.quality import Quality
+from efflm.evaluate.throughput import Rate
 from efflm.report import rows, table
 from tests import tiny
 from tests.report.example import NONE, ROW

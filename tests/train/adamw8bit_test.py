@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from efflm import trees
-from efflm.config import ModelShape, TrainConfig
-from efflm.model import init_params, sharding, stack_blocks
+from efflm.config.model import ModelShape
+from efflm.config.train import TrainConfig
+from efflm.model import init_params, placement, stack_blocks
+from efflm.parallel import meshes
 from efflm.train import adamw8bit, losses, optimizer
 from efflm.train.adamw8bit import BLOCK, Quantized, dequantize, quantize
 from efflm.train.step import init_state, make_step, place
@@ -207,8 +209,8 @@ def trajectory(mesh, stacked):
 
 @pytest.mark.parametrize("stacked", tiny.and_combinations([False, True], [True]))
 def test_eight_devices_keep_a_part_of_the_state_each_and_train_like_one(stacked):
-    one, _ = trajectory(sharding.make_mesh(), stacked)
-    eight, state = trajectory(sharding.make_mesh(data=2, fsdp=2, tensor=2), stacked)
+    one, _ = trajectory(meshes.make_mesh(), stacked)
+    eight, state = trajectory(meshes.make_mesh(data=2, fsdp=2, tensor=2), stacked)
     np.testing.assert_allclose(eight, one, rtol=2e-3)
     assert one[-1] < one[0]
     is_moment = lambda node: isinstance(node, Quantized)
@@ -225,11 +227,11 @@ def test_eight_devices_keep_a_part_of_the_state_each_and_train_like_one(stacked)
 
 
 def test_whole_blocks_on_every_device_need_no_communication():
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2)
     params = {"blocks_0": {"feedforward": {"up": {"kernel": jnp.zeros((3, 64, 512))}}}}
     tx = adamw8bit.scale_by_adam8bit()
     state = jax.eval_shape(tx.init, params)
-    where = sharding.shardings(params, mesh), sharding.shardings(state, mesh)
+    where = placement.shardings(params, mesh), placement.shardings(state, mesh)
     program = jax.jit(tx.update, in_shardings=where, out_shardings=where).lower(params, state).compile().as_text()
     assert "s8[3,32,256]" in program
     for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):

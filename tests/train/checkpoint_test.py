@@ -5,14 +5,15 @@ import pytest
 from efflm.compress import recipe
 from efflm.compress.step import Context
 from efflm.config import InputError
-from efflm.model import sharding
+from efflm.model import placement
+from efflm.parallel import meshes
 from efflm.train import checkpoint
 from tests import tiny
 
 
 @pytest.mark.parametrize("name", ["", "bfloat16", "w8a16", "w8a8", "magnitude50,w8a8"])
 def test_models_come_back_bit_for_bit(tmp_path, name):
-    model, mesh = tiny.model(), sharding.make_mesh()
+    model, mesh = tiny.model(), meshes.make_mesh()
     if name:
         model, _ = recipe.run(model, recipe.named(name), Context(mesh=mesh))
     checkpoint.save(tmp_path / "c", 3, model, {"seed": 1})
@@ -28,14 +29,14 @@ def test_models_come_back_bit_for_bit(tmp_path, name):
 def test_a_checkpoint_lies_on_the_mesh_it_is_asked_for(tmp_path):
     model = tiny.model()
     checkpoint.save(tmp_path, 0, model, {})
-    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    mesh = meshes.make_mesh(fsdp=4, tensor=2)
     back, _ = checkpoint.load(tmp_path, mesh)
-    assert back.params["embedding"].sharding == sharding.shardings(model.params, mesh)["embedding"]
+    assert back.params["embedding"].sharding == placement.shardings(model.params, mesh)["embedding"]
     np.testing.assert_array_equal(back.params["embedding"], model.params["embedding"])
 
 
 def test_missing_and_broken_checkpoints_are_one_clear_line(tmp_path):
-    mesh = sharding.make_mesh()
+    mesh = meshes.make_mesh()
     with pytest.raises(InputError, match="no checkpoint in"):
         checkpoint.load(tmp_path / "none", mesh)
     checkpoint.save(tmp_path, 0, tiny.model(), {})

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from efflm import hosts
-from efflm.model import sharding
+from efflm.parallel import meshes, processes
 from efflm.train import arrays, loop
 from efflm.train.checkpoint import Checkpointing
 
@@ -24,10 +23,10 @@ def life(folder, fault_at=None, steps=6, error=BROKEN, programs={}):  # noqa: B0
     try:
         loop.fit(
             loss, lambda: {"embedding": jnp.ones((8, 4))}, {}, batches, OPTIMIZER, steps=steps,
-            mesh=sharding.make_mesh(), checkpointing=Checkpointing(directory=folder, every=2), programs=programs,
+            mesh=meshes.make_mesh(), checkpointing=Checkpointing(directory=folder, every=2), programs=programs,
         )  # fmt: skip
     except Exception as failed:
-        return hosts.exit_code(failed), failed
+        return processes.exit_code(failed), failed
     return 0, None
 
 
@@ -40,26 +39,26 @@ def loss(tree, frozen, batch, rng):
 
 def test_a_fault_is_worth_three_lives_from_each_checkpoint(tmp_path):
     codes = [life(tmp_path, fault_at=at)[0] for at in (3, 3, 5, 5)]
-    assert codes == [hosts.RETRY] * 4  # the checkpoint of step 2, then that of step 4
+    assert codes == [processes.RETRY] * 4  # the checkpoint of step 2, then that of step 4
     code, failed = life(tmp_path, fault_at=5)
-    assert code == hosts.BUG
+    assert code == processes.BUG
     assert "a device failed 3 times without a checkpoint in between" in str(failed)
     assert "illegal memory access" in str(failed)
     assert str(tmp_path / "faults-0.json") in str(failed)
     (tmp_path / "faults-0.json").unlink()
-    assert life(tmp_path, fault_at=5)[0] == hosts.RETRY
+    assert life(tmp_path, fault_at=5)[0] == processes.RETRY
     assert life(tmp_path) == (0, None)
 
 
 def test_a_fault_before_the_first_checkpoint_counts_and_a_damaged_count_is_begun_anew(tmp_path):
-    assert [life(tmp_path, fault_at=0)[0] for _ in range(2)] == [hosts.RETRY] * 2
+    assert [life(tmp_path, fault_at=0)[0] for _ in range(2)] == [processes.RETRY] * 2
     (tmp_path / "faults-0.json").write_text("[")
-    assert [life(tmp_path, fault_at=0)[0] for _ in range(3)] == [hosts.RETRY, hosts.RETRY, hosts.BUG]
+    assert [life(tmp_path, fault_at=0)[0] for _ in range(3)] == [processes.RETRY, processes.RETRY, processes.BUG]
 
 
 def test_lost_machines_are_not_counted(tmp_path):
     lost = "UNAVAILABLE: Task 1 heartbeat timeout"
-    assert [life(tmp_path, fault_at=0, error=lost)[0] for _ in range(4)] == [hosts.RETRY] * 4
+    assert [life(tmp_path, fault_at=0, error=lost)[0] for _ in range(4)] == [processes.RETRY] * 4
     assert not (tmp_path / "faults-0.json").exists()
 
 
@@ -68,4 +67,4 @@ def test_a_fault_in_a_save_counts(tmp_path, monkeypatch):
         raise jax.errors.JaxRuntimeError(BROKEN)
 
     monkeypatch.setattr(arrays, "checkpointer", broken)
-    assert [life(tmp_path)[0] for _ in range(3)] == [hosts.RETRY, hosts.RETRY, hosts.BUG]
+    assert [life(tmp_path)[0] for _ in range(3)] == [processes.RETRY, processes.RETRY, processes.BUG]

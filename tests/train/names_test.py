@@ -11,7 +11,8 @@ import optax
 import pytest
 
 from efflm.config import InputError
-from efflm.model import sharding
+from efflm.model import placement
+from efflm.parallel import meshes
 from efflm.train import arrays, checkpoint, loop
 from efflm.train.checkpoint import Checkpointing
 from tests import tiny
@@ -42,10 +43,10 @@ def test_models_come_back_from_a_folder_of_any_name(tmp_path, monkeypatch, name)
         checkpoint.save(tmp_path / beside / "checkpoint", 1, other, {})
     folder = tmp_path / name
     checkpoint.save(folder / "checkpoint", 1, started, {"seed": 1})
-    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    mesh = meshes.make_mesh(fsdp=4, tensor=2)
     back, about = checkpoint.load(folder / "checkpoint", mesh)
     assert about == {"seed": 1}
-    assert back.params["embedding"].sharding == sharding.shardings(started.params, mesh)["embedding"]
+    assert back.params["embedding"].sharding == placement.shardings(started.params, mesh)["embedding"]
     jax.tree.map(np.testing.assert_array_equal, back.params, started.params)
     assert not list(tmp_path.glob("efflm-*"))
 
@@ -63,7 +64,7 @@ def test_a_run_goes_on_in_a_folder_of_any_name(tmp_path, name):
             lambda step: seen.append(step) or {"inputs": np.full((8, 4), step, np.float32)},
             optax.adam(0.1),
             steps=steps,
-            mesh=sharding.make_mesh(),
+            mesh=meshes.make_mesh(),
             metrics_file=folder / "metrics.jsonl",
             tensorboard=folder / "tensorboard",
             checkpointing=Checkpointing(directory=folder / "state"),
@@ -130,7 +131,7 @@ def test_a_checkpoint_that_cannot_be_opened_is_not_certified(tmp_path, monkeypat
     with pytest.raises(InputError, match=r"2 could not be written \(it cannot be read again"):
         checkpoint.save(tmp_path, 2, tiny.model(), {"seed": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
-    assert checkpoint.load(tmp_path, sharding.make_mesh())[1] == {"seed": 1}
+    assert checkpoint.load(tmp_path, meshes.make_mesh())[1] == {"seed": 1}
 
 
 def test_a_checkpoint_removes_nothing_that_is_not_of_one(tmp_path):

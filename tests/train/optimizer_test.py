@@ -11,14 +11,15 @@ import pytest
 from jax.sharding import PartitionSpec
 from optax import contrib
 
-from efflm import config, ops, trees
-from efflm.config import TrainConfig
-from efflm.model import init_params, sharding, stack_blocks, unstack_blocks
+from efflm import ops, trees
+from efflm.config.train import Optimizer, Schedule, TrainConfig
+from efflm.model import init_params, stack_blocks, unstack_blocks
+from efflm.parallel import meshes
 from efflm.train import loop, optimizer
 from efflm.train.step import init_state, make_step
 from tests import tiny
 
-OPTIMIZERS = typing.get_args(config.Optimizer)
+OPTIMIZERS = typing.get_args(Optimizer)
 PLAIN = TrainConfig(
     steps=10, warmup=0, learning_rate=0.1, schedule="constant", weight_decay=0.3, beta1=0.9, beta2=0.95, clip=1e9
 )
@@ -190,7 +191,7 @@ def test_stacked_layers_are_updated_as_if_unstacked(name, rng):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_state_lies_on_the_mesh_like_the_weights(name):
     model = tiny.model()
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2)
     params = stack_blocks(model.params, model.config)
     state = init_state(params, optimizer.make(dataclasses.replace(PLAIN, optimizer=name)), mesh)
     kernel = state.trainable["blocks_0"]["attention"]["query"]["kernel"]
@@ -207,7 +208,7 @@ def test_moments_are_float32_of_weights_in_bfloat16(name):
     tx = optimizer.make(dataclasses.replace(PLAIN, optimizer=name))
     loss = lambda params, *_: (sum(jnp.sum(jnp.square(w.astype(jnp.float32))) for w in jax.tree.leaves(params)), {})
     dtypes = lambda tree: {leaf.dtype for leaf in jax.tree.leaves(tree) if leaf.ndim}
-    state = init_state(params, tx, sharding.make_mesh())
+    state = init_state(params, tx, meshes.make_mesh())
     fresh = dtypes(state.optimizer)
     after, _ = make_step(loss, tx, 0, state)(state, {}, {})
     assert dtypes(after.trainable) == {jnp.dtype("bfloat16")}
@@ -226,7 +227,7 @@ def test_masked_weights_stay_and_the_rest_moves_zeros_too(name, rng):
     params, tx = float32({path: w}), optimizer.make(dataclasses.replace(PLAIN, optimizer=name))
     goal = jnp.asarray(rng.standard_normal((8, 8)), jnp.float32)
     loss = lambda params, *_: (jnp.sum(jnp.square(jax.tree.leaves(params)[0] - goal)), {})
-    state = init_state(params, tx, sharding.make_mesh(), masks=ops.mask_tree(params, {path: jnp.asarray(kept)}))
+    state = init_state(params, tx, meshes.make_mesh(), masks=ops.mask_tree(params, {path: jnp.asarray(kept)}))
     step = make_step(loss, tx, 0, state)
     for _ in range(3):
         state, _ = step(state, {}, {})
@@ -267,7 +268,7 @@ def test_fit_returns_the_averaged_parameters():
     quadratic = lambda trainable, *_: (jnp.sum(jnp.square(trainable["final_norm"]["scale"])), {})
     settings = TrainConfig(optimizer="schedule_free", steps=4, warmup=0, learning_rate=0.5, clip=1e9)
     tx = optimizer.make(settings)
-    out = loop.fit(quadratic, tiny.copies(start), {}, batches, tx, steps=4, mesh=sharding.make_mesh())
+    out = loop.fit(quadratic, tiny.copies(start), {}, batches, tx, steps=4, mesh=meshes.make_mesh())
     y, state, iterates = start, tx.init(start), []
     for _ in range(4):
         updates, state = tx.update(jax.tree.map(lambda w: 2 * w, y), state, y)
@@ -324,7 +325,7 @@ CORNERS = {  # rates after 0, 5, 10 (peak), 55 (halfway), 80 and 100 of 100 step
 }
 
 
-@pytest.mark.parametrize("name", typing.get_args(config.Schedule))
+@pytest.mark.parametrize("name", typing.get_args(Schedule))
 def test_schedules_at_their_corners(name):
     settings = TrainConfig(steps=100, warmup=10, learning_rate=2.0, final_fraction=0.1, schedule=name, decay=20)
     rate = optimizer.schedule(settings)
@@ -334,7 +335,7 @@ def test_schedules_at_their_corners(name):
     assert optimizer.schedule(dataclasses.replace(settings, warmup=0))(0) == 2.0
 
 
-@pytest.mark.parametrize("name", typing.get_args(config.Schedule))
+@pytest.mark.parametrize("name", typing.get_args(Schedule))
 @pytest.mark.parametrize("steps", [1, 2, 600])
 def test_every_length_of_training_has_a_finite_schedule(name, steps):
     rate = optimizer.schedule(TrainConfig(steps=steps, schedule=name))

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from efflm import trees
-from efflm.config import InputError, MeshConfig, TrainConfig
-from efflm.model import init_params, sharding
+from efflm.config import InputError
+from efflm.config.parallel import MeshConfig
+from efflm.config.train import TrainConfig
+from efflm.model import init_params, placement
 from efflm.ops.kernels.cpu import build
-from efflm.train import ahead, assemble, losses
+from efflm.parallel import meshes, sharding
+from efflm.train import aot, losses, trainer
 from efflm.train.step import place
 from tests import tiny
 
@@ -28,8 +31,8 @@ MESHES = {
 
 def trained(shape, mesh, train=TRAIN):
     config, out = shape.config(), []
-    state = assemble.init_state(config, train, mesh)
-    step = assemble.make_step(config, train, state)
+    state = trainer.init_state(config, train, mesh)
+    step = trainer.make_step(config, train, state)
     for i in range(train.steps):
         state, metrics = step(
             state, {}, place(tiny.batch(config, rows=train.batch, length=train.length, seed=i % 2), mesh)
@@ -40,18 +43,18 @@ def trained(shape, mesh, train=TRAIN):
 
 @pytest.fixture(scope="module")
 def alone():
-    return {name: trained(shape, sharding.make_mesh())[0] for name, shape in tiny.SHAPES.items() if name != "untied"}
+    return {name: trained(shape, meshes.make_mesh())[0] for name, shape in tiny.SHAPES.items() if name != "untied"}
 
 
 @pytest.mark.parametrize("name", tiny.and_combinations(MESHES, ["fsdp", "data x fsdp x sequence x tensor"]))
 def test_twenty_steps_equal_those_of_one_device(name, alone):
-    mesh = sharding.mesh_for(MeshConfig(**MESHES[name]), TRAIN.batch, TRAIN.length)
+    mesh = meshes.mesh_for(MeshConfig(**MESHES[name]), TRAIN.batch, TRAIN.length)
     assert mesh.size == 8
     losses_on_eight, state = trained(tiny.LLAMA, mesh)
     np.testing.assert_allclose(losses_on_eight, alone["llama"], rtol=1e-3)
     assert losses_on_eight[-1] < losses_on_eight[0] - 0.3
     held = dict(trees.flatten(state, inside=True))
-    for path, spec in trees.flatten(sharding.shardings(state, mesh), inside=True):
+    for path, spec in trees.flatten(placement.shardings(state, mesh), inside=True):
         assert held[path].sharding == spec, path
         part = np.prod(spec.shard_shape(held[path].shape))
         assert held[path].addressable_shards[0].data.size == part
@@ -68,7 +71,7 @@ def test_twenty_steps_equal_those_of_one_device(name, alone):
 )
 def test_spread_rows_train_like_whole_ones_in_every_mode(changes, alone):
     train = dataclasses.replace(TRAIN, **changes)
-    mesh = sharding.make_mesh(data=2, sequence=2, tensor=2)
+    mesh = meshes.make_mesh(data=2, sequence=2, tensor=2)
     np.testing.assert_allclose(trained(tiny.SHAPES["gpt2"], mesh, train)[0], alone["gpt2"], rtol=1e-3)
 
 
@@ -83,7 +86,7 @@ def test_spread_rows_have_the_gradients_of_whole_ones(window, monkeypatch):
     gradient = lambda params, batch: jax.grad(lambda p: loss(p, {}, batch, None)[0])(params)
     with build.chosen("off"):
         whole = jax.jit(gradient)(params, batch)
-    mesh = sharding.make_mesh(sequence=4)
+    mesh = meshes.make_mesh(sequence=4)
 
     def on_mesh(params, batch):
         with sharding.on_mesh(mesh):
@@ -104,17 +107,17 @@ def test_each_device_computes_its_share(shape, accumulate):
     train = dataclasses.replace(TRAIN, batch=16, length=64, accumulate=accumulate)
 
     def flops(mesh):
-        step, arguments = ahead.training_step(tiny.LLAMA.config(), train, mesh)
+        step, arguments = aot.training_step(tiny.LLAMA.config(), train, mesh)
         with build.chosen("off"):
             return step.lower(*arguments).compile().cost_analysis()["flops"]
 
-    assert flops(sharding.make_mesh(**shape)) < 1.25 * flops(sharding.make_mesh()) / 8
+    assert flops(meshes.make_mesh(**shape)) < 1.25 * flops(meshes.make_mesh()) / 8
 
 
 def test_rows_that_the_devices_cannot_share_are_refused():
     """Else XLA gives all rows to every device."""
     train = dataclasses.replace(TRAIN, accumulate=2)
-    step, arguments = ahead.training_step(tiny.LLAMA.config(), train, sharding.make_mesh(data=8))
+    step, arguments = aot.training_step(tiny.LLAMA.config(), train, meshes.make_mesh(data=8))
     with pytest.raises(InputError, match=r"8 rows in 2 parts \(accumulate\) cannot be shared by mesh.data 8"):
         step.lower(*arguments)
 
@@ -123,7 +126,7 @@ def test_weights_are_gathered_a_layer_at_a_time():
     """No array of the compiled program is as large as what all layers' matrices would be together."""
     shape = dataclasses.replace(tiny.LLAMA, layers=8, width=64, mlp_dim=192)
     config, train = shape.config(), dataclasses.replace(TRAIN, scan=True, remat="full")
-    step, arguments = ahead.training_step(config, train, sharding.make_mesh(fsdp=8))
+    step, arguments = aot.training_step(config, train, meshes.make_mesh(fsdp=8))
     text = step.lower(*arguments).compile().as_text()
     gathered = [shape_size(found) for found in re.findall(r"= (\S+) all-gather(?:-start)?\(", text)]
     layer = config.width * max(block.mlp_dim for block in config.blocks)

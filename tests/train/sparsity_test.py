@@ -6,9 +6,10 @@ import pytest
 
 from efflm import trees
 from efflm.config import InputError
-from efflm.model import sharding, stack_blocks
+from efflm.model import stack_blocks
 from efflm.model.params import in_layer
-from efflm.ops.smallest import smallest
+from efflm.ops.selection import smallest
+from efflm.parallel import meshes
 from efflm.train import losses
 from efflm.train.sparsity import cubic, gradual, stages
 from efflm.train.step import init_state, make_step, place
@@ -75,7 +76,7 @@ def test_the_rule_does_not_see_what_is_dropped():
 @pytest.mark.parametrize("scan", [False, True])
 def test_in_the_trainer_on_several_devices(scan):
     """Each layer of a stack has its own count."""
-    model, mesh = tiny.model(), sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    model, mesh = tiny.model(), meshes.make_mesh(data=2, fsdp=2, tensor=2)
     rule = gradual(optax.adamw(1e-2), 0.6, steps=4, every=2)
     start = stack_blocks(model.params, model.config) if scan else model.params
     state = init_state(start, rule, mesh)

@@ -7,8 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from efflm.config import InputError, TrainConfig
-from efflm.model import init_params, sharding, stack_blocks
+from efflm.config import InputError
+from efflm.config.train import TrainConfig
+from efflm.model import init_params, stack_blocks
+from efflm.parallel import meshes
 from efflm.precision import POLICIES, LossScale, cast, loss_scale_for
 from efflm.train import loop, losses, optimizer
 from efflm.train.step import init_state, make_step, place
@@ -31,8 +33,8 @@ def trajectory(mesh, params, config, steps=5, scan=False):
 @pytest.mark.parametrize("shape", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_eight_devices_train_like_one(shape):
     model = tiny.model()
-    one, _, _ = trajectory(sharding.make_mesh(), model.params, model.config)
-    eight, _, state = trajectory(sharding.make_mesh(**shape), model.params, model.config)
+    one, _, _ = trajectory(meshes.make_mesh(), model.params, model.config)
+    eight, _, state = trajectory(meshes.make_mesh(**shape), model.params, model.config)
     np.testing.assert_allclose(eight, one, rtol=2e-4)
     assert one[-1] < one[0]
     assert len(state.trainable["embedding"].sharding.device_set) == 8
@@ -40,14 +42,14 @@ def test_eight_devices_train_like_one(shape):
 
 def test_scanned_training_equals_looped():
     model = tiny.model()
-    looped, _, _ = trajectory(sharding.make_mesh(), model.params, model.config)
-    scanned, _, _ = trajectory(sharding.make_mesh(), model.params, model.config, scan=True)
+    looped, _, _ = trajectory(meshes.make_mesh(), model.params, model.config)
+    scanned, _, _ = trajectory(meshes.make_mesh(), model.params, model.config, scan=True)
     np.testing.assert_allclose(scanned, looped, rtol=2e-4)
 
 
 def test_the_second_step_does_not_compile_again():
     model = tiny.model()
-    _, step, _ = trajectory(sharding.make_mesh(data=2, fsdp=2, tensor=2), model.params, model.config, steps=3)
+    _, step, _ = trajectory(meshes.make_mesh(data=2, fsdp=2, tensor=2), model.params, model.config, steps=3)
     assert step._cache_size() == 1
 
 
@@ -99,7 +101,7 @@ def test_full_rematerialization_halves_the_activations():
 
 def steps_of(loss, params, batch, accumulate=1, loss_scale=None, count=3):
     tx = optimizer.make(CONFIG)
-    state = init_state(params, tx, sharding.make_mesh(), loss_scale)
+    state = init_state(params, tx, meshes.make_mesh(), loss_scale)
     step, out = make_step(loss, tx, 0, state, accumulate), []
     for _ in range(count):
         state, metrics = step(state, {}, batch)
@@ -129,7 +131,7 @@ def test_a_batch_in_parts_on_eight_devices_trains_like_one():
     batch = tiny.batch(model.config, rows=16)
     loss, tx = losses.language_model_loss(model.config), optimizer.make(CONFIG)
     outcomes = []
-    for mesh in (sharding.make_mesh(), sharding.make_mesh(data=8)):
+    for mesh in (meshes.make_mesh(), meshes.make_mesh(data=8)):
         state = init_state(model.params, tx, mesh)
         _, metrics = make_step(loss, tx, 0, state, 2)(state, {}, place(batch, mesh))
         outcomes.append(jax.device_get(metrics))
@@ -145,7 +147,7 @@ def test_rows_that_do_not_divide_are_refused():
 def test_parts_take_less_memory():
     model = tiny.model(dataclasses.replace(tiny.LLAMA, width=64, mlp_dim=192))
     batch, tx = tiny.batch(model.config, rows=64, length=64), optimizer.make(CONFIG)
-    state = init_state(model.params, tx, sharding.make_mesh())
+    state = init_state(model.params, tx, meshes.make_mesh())
     loss = losses.language_model_loss(model.config)
     compiled = [make_step(loss, tx, 0, state, parts).lower(state, {}, batch).compile() for parts in (1, 8)]
     whole, cut = (program.memory_analysis().temp_size_in_bytes for program in compiled)
@@ -172,7 +174,7 @@ def test_an_overflow_skips_the_update_and_halves_the_scale():
     weights = {"scale": jnp.ones(3)}
     loss = lambda trainable, frozen, batch, rng: (jnp.sum(trainable["scale"] * batch["x"]), {})
     tx = optax.adam(0.1)
-    state = init_state(weights, tx, sharding.make_mesh(), LossScale.start(1024.0, interval=2))
+    state = init_state(weights, tx, meshes.make_mesh(), LossScale.start(1024.0, interval=2))
     step, scales, skipped = make_step(loss, tx, 0, state), [], []
     for x in (1.0, np.inf, 1.0, 1.0, 1.0):
         before = jax.device_get((state.trainable, state.optimizer))
@@ -191,7 +193,7 @@ def test_a_skipped_step_does_not_stop_the_run():
     spike = lambda step: {"inputs": np.full((8, 4), np.inf if step == 1 else 1.0), "segments": np.ones((8, 4))}
     loss = lambda trainable, frozen, batch, rng: (jnp.sum(trainable["scale"]) * jnp.mean(batch["inputs"]), {})
     out = loop.fit(
-        loss, lambda: {"scale": jnp.ones(3)}, {}, spike, optax.sgd(0.1), steps=3, mesh=sharding.make_mesh(),
+        loss, lambda: {"scale": jnp.ones(3)}, {}, spike, optax.sgd(0.1), steps=3, mesh=meshes.make_mesh(),
         log_every=1, loss_scale=LossScale.start(),
     )  # fmt: skip
     np.testing.assert_allclose(out["scale"], 0.8, rtol=1e-6)
@@ -205,7 +207,7 @@ def test_float16_needs_its_loss_scale():
     small = lambda *args: (1e-6 * whole(*args)[0], {})
     tx, ends = optax.chain(optax.scale(1e6), optimizer.make(CONFIG)), {}
     for name, scale in (("with", LossScale.start(2.0**20)), ("without", None)):
-        state = init_state(model.params, tx, sharding.make_mesh(), scale)
+        state = init_state(model.params, tx, meshes.make_mesh(), scale)
         step = make_step(small, tx, 0, state)
         for _ in range(12):
             state, metrics = step(state, {}, batch)
@@ -241,7 +243,7 @@ def test_bfloat16_ends_within_two_deviations_of_float32():
     for name in ("float32", "bfloat16"):
         step, ends[name] = None, []
         for seed in range(5):
-            state = init_state(init_params(config, seed), tx, sharding.make_mesh())
+            state = init_state(init_params(config, seed), tx, meshes.make_mesh())
             step = step or make_step(losses.language_model_loss(config, POLICIES[name]), tx, 0, state)
             for i in range(20):
                 state, metrics = step(state, {}, tiny.batch(config, seed=100 * seed + i))
@@ -267,7 +269,7 @@ def test_fit_trains_any_tree_and_writes_each_metric_once(tmp_path):
         batches,
         optax.sgd(0.1),
         steps=7,
-        mesh=sharding.make_mesh(),
+        mesh=meshes.make_mesh(),
         log_every=3,
         metrics_file=tmp_path / "metrics.jsonl",
     )
@@ -286,7 +288,7 @@ def test_a_loss_that_is_not_finite_stops_the_run():
             batches,
             optax.sgd(0.1),
             steps=2,
-            mesh=sharding.make_mesh(),
+            mesh=meshes.make_mesh(),
             log_every=1,
         )
 
@@ -299,7 +301,7 @@ def test_profile_leaves_a_trace_for_tensorboard_and_perfetto(tmp_path):
         batches,
         optax.sgd(0.1),
         steps=4,
-        mesh=sharding.make_mesh(),
+        mesh=meshes.make_mesh(),
         profile=(1, 2, tmp_path),
     )
     assert list(tmp_path.rglob("*.xplane.pb"))
@@ -313,7 +315,7 @@ def test_runs_that_share_programs_compile_once_and_train_the_same():
         traces.append(0)
         return jnp.sum(jnp.square(w["bias"] - frozen["bias"])), {}
 
-    programs, rule, mesh = {}, optax.sgd(0.1), sharding.make_mesh()
+    programs, rule, mesh = {}, optax.sgd(0.1), meshes.make_mesh()
     for shared in (programs, programs, None):
         for target in (1.0, 2.0):
             start, frozen = (lambda: {"bias": jnp.zeros(3)}), {"bias": jnp.full(3, target)}

@@ -18,9 +18,11 @@ import numpy as np
 import optax
 import pytest
 
-from efflm import hosts, rundir
-from efflm.config import InputError, Stopped, TrainConfig
-from efflm.model import sharding, stack_blocks
+from efflm.cli import run_directory
+from efflm.config import InputError, Stopped
+from efflm.config.train import TrainConfig
+from efflm.model import stack_blocks
+from efflm.parallel import meshes, processes
 from efflm.precision import POLICIES, LossScale
 from efflm.train import loop, losses, manifest, optimizer
 from efflm.train.checkpoint import Checkpointing
@@ -56,7 +58,7 @@ def train(folder, *, steps=6, batches=rows, size=3, tensorboard=None, loss=quadr
         batches,
         optax.adam(0.1),
         steps=steps,
-        mesh=sharding.make_mesh(),
+        mesh=meshes.make_mesh(),
         **{"log_every": 1, "metrics_file": folder / "metrics.jsonl"} | settings,
         tensorboard=tensorboard,
         checkpointing=Checkpointing(directory=folder / "state", **{"every": 2, "keep": 9} | kept),
@@ -101,7 +103,7 @@ def test_resumed_is_uninterrupted_to_the_last_bit(tmp_path):
             lambda step: tiny.batch(model.config, seed=step),
             optimizer.make(config),
             steps=config.steps,
-            mesh=sharding.make_mesh(),
+            mesh=meshes.make_mesh(),
             accumulate=config.accumulate,
             loss_scale=LossScale.start(2.0**4, interval=1),
             log_every=1,
@@ -130,10 +132,10 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
             checkpointing=Checkpointing(directory=tmp_path / "state", every=2),
         )  # fmt: skip
 
-    trained(sharding.make_mesh(fsdp=2))
+    trained(meshes.make_mesh(fsdp=2))
     written = metrics(tmp_path)
     shutil.rmtree(tmp_path / "state" / "4")
-    out = trained(sharding.make_mesh(data=2, fsdp=2, tensor=2))
+    out = trained(meshes.make_mesh(data=2, fsdp=2, tensor=2))
     assert tuple(out["embedding"].sharding.spec) == ("tensor", "fsdp")
     for line, before in zip(metrics(tmp_path), written, strict=True):
         assert line == pytest.approx(before, rel=1e-5)
@@ -307,16 +309,18 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, told
 
 
 FAILURES = [
-    (OSError(errno.EIO, "Input/output error"), hosts.Interrupted),
-    (OSError(errno.ESTALE, "Stale file handle"), hosts.Interrupted),
-    (jax.errors.JaxRuntimeError("UNAVAILABLE: Task 1 heartbeat timeout"), hosts.Interrupted),
+    (OSError(errno.EIO, "Input/output error"), processes.Interrupted),
+    (OSError(errno.ESTALE, "Stale file handle"), processes.Interrupted),
+    (jax.errors.JaxRuntimeError("UNAVAILABLE: Task 1 heartbeat timeout"), processes.Interrupted),
     (OSError(errno.EDQUOT, "Disk quota exceeded"), InputError),
     (TypeError("a bug"), TypeError),
 ]
 
 
 @pytest.mark.parametrize(("error", "raised"), FAILURES, ids=lambda value: repr(value)[:30])
-@pytest.mark.parametrize("where", [(rundir, "write_json"), (manifest, "write"), (os, "fsync")], ids=lambda w: w[1])
+@pytest.mark.parametrize(
+    "where", [(run_directory, "write_json"), (manifest, "write"), (os, "fsync")], ids=lambda w: w[1]
+)
 def test_what_fails_in_a_save_is_retryable_or_final_by_its_cause(tmp_path, monkeypatch, error, raised, where):
     """In the main thread, in the thread that commits, and in the metrics that are put on disk before."""
 
@@ -327,8 +331,8 @@ def test_what_fails_in_a_save_is_retryable_or_final_by_its_cause(tmp_path, monke
     kinds = OSError if where[1] == "fsync" and raised is InputError else raised  # flags.launch knows what it is
     with pytest.raises(kinds) as caught:
         train(tmp_path, steps=2)
-    final = {hosts.Interrupted: hosts.RETRY, InputError: hosts.MISTAKE, TypeError: hosts.BUG}[raised]
-    assert hosts.exit_code(caught.value) == final
+    final = {processes.Interrupted: processes.RETRY, InputError: processes.MISTAKE, TypeError: processes.BUG}[raised]
+    assert processes.exit_code(caught.value) == final
     assert "\n" not in str(caught.value)
     assert steps_in(tmp_path) == [] if (tmp_path / "state").exists() else True
 
@@ -366,7 +370,7 @@ def under_way(tmp_path, pause):
     """A training process in whose fifth step we are, which takes `pause` seconds as all others from then on do."""
     program = (
         "import sys, time\n"
-        "from efflm.flags import launch\n"
+        "from efflm.cli.flags import launch\n"
         "from tests.train import survival_test as t\n"
         "from pathlib import Path\n"
         f"slow = lambda step: (print('step', step, flush=True), time.sleep({pause} * (step > 4)), t.rows(step))[2]\n"

@@ -23,7 +23,8 @@ import jax
 import jaxlib
 
 from efflm import user_cache
-from efflm.config import InputError, Kernels, require
+from efflm.config import InputError, require
+from efflm.config.machine import Kernels
 
 SOURCES = Path(__file__).parent / "src"
 HANDLERS = ("efflm_dots", "efflm_feedforward", "efflm_decode", "efflm_attention", "efflm_attention_backward")

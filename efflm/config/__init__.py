@@ -1,0 +1,56 @@
+"""What a run is told: frozen dataclasses, validated when made. `flags` makes command lines of them."""
+
+import dataclasses
+import os
+from typing import Any, Literal
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line: the thing, its value, and the remedy."""
+
+
+class Stopped(Exception):
+    """A run was asked to stop and did so in good order: its message is for the user, and the exit code is 0."""
+
+
+def flag(default: Any, help: str, internal: bool = False, path: bool = False) -> Any:
+    """A dataclass field that the bridge turns into a flag with this default and help text.
+
+    internal: scripts set it, so that --help leaves it out. path: it may name a file or folder, which may begin with ~.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "internal": internal, "path": path})
+
+
+def at_home(path: str) -> str:
+    """A path as the user gave it, with the home folder in place of a ~ or ~user that it begins with.
+
+    Raises InputError if there is no such home: a folder of that name is never meant."""
+    found = os.path.expanduser(path)
+    require(
+        not found.startswith("~"),
+        f"{path} begins with ~, but the home folder it names is not known: write ./{path} for what is here",
+    )
+    return found
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise InputError(message) unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def require_seed(value: int) -> None:
+    """JAX drops what is beyond 32 bits: without this, different seeds would draw the same."""
+    require(0 <= value < 1 << 32, f"seed is {value}, but must be from 0 to {(1 << 32) - 1}")
+
+
+def require_sparsity(value: float) -> None:
+    require(0 <= value < 1, f"sparsity is {value}, but must be in [0, 1): the fraction of weights to remove")
+
+
+Precision = Literal["float32", "bfloat16"]
+AskedPrecision = Literal["", "float32", "bfloat16", "auto"]
+PRECISION = (  # the flag's help
+    "dtype of the operands of matmuls; auto measures for a second which one is faster here; default: what the model "
+    "was saved for"
+)

@@ -1,0 +1,214 @@
+"""A model: its sizes and what it computes, checked for values that no model has."""
+
+import dataclasses
+import functools
+import typing
+from typing import Any, Literal
+
+from efflm.config import InputError, Precision, flag, require
+
+MOST, MOST_LAYERS = 2**31 - 1, 10_000  # of anything that an array or a position counts; of layers
+# From, to: of every field of a model's config that is a float.
+RANGES = {"rope_base": (1, 1e30), "norm_epsilon": (0, 1), "rotary_fraction": (1e-3, 1)} | dict.fromkeys(
+    ("factor", "low_freq_factor", "high_freq_factor"), (1e-3, 1e6)
+)
+_hints = functools.cache(typing.get_type_hints)
+
+
+def _require_types(config: Any, prefix: str = "") -> None:
+    """Raise InputError for a field of a model's config that is not of its type, not finite, or out of its range.
+
+    Whole numbers in place of floats, as JSON has them, become floats.
+    """
+    for name, kind in _hints(type(config)).items():
+        value, good, wanted = getattr(config, name), True, ""
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if kind is int:
+            least, most = int(name != "window"), MOST_LAYERS if name == "layers" else MOST
+            good = number and isinstance(value, int) and least <= value <= most
+            wanted = f", but must be a whole number from {least} to {most:,}" + ("; 0 for none" if least == 0 else "")
+        elif kind is float:
+            least, most = RANGES[name]
+            good, wanted = number and least <= value <= most, f", but must be a number from {least:g} to {most:g}"
+        elif kind is bool:
+            good, wanted = isinstance(value, bool), ", but must be true or false"
+        elif typing.get_origin(kind) is Literal:
+            good, wanted = value in typing.get_args(kind), f": choose from {typing.get_args(kind)}"
+        require(good, f"{prefix}{name} is {value!r:.60}{wanted}")
+        if kind is float:
+            object.__setattr__(config, name, float(value))
+
+
+def _made(kind: type, values: Any, what: str) -> Any:
+    """The dataclass with these fields. Raises InputError for one that it has not, and for one that is missing."""
+    require(isinstance(values, dict), f"{what} is {values!r:.60}, but must be an object")
+    fields = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
+    unknown = [name for name in values if name not in fields]
+    require(not unknown, f"{what} has {unknown[:1]!r:.60}, which this version of efflm does not know: update it")
+    missing = [name for name, needed in fields.items() if needed and name not in values]
+    require(not missing, f"{what} does not say {', '.join(missing)}: write the model again")
+    return kind(**values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """One Transformer layer. Layers may differ, since compressed layers do. A window of 0 attends to all before."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    window: int = 0
+
+    def __post_init__(self):
+        _require_types(self)
+        require(self.heads * self.head_dim <= MOST, f"heads {self.heads} x head_dim {self.head_dim} is over {MOST:,}")
+        require(
+            self.heads % self.kv_heads == 0,
+            f"heads {self.heads} is not divisible by kv_heads {self.kv_heads}: choose a divisor of the heads",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How Llama 3.1 stretches its rotary embedding beyond the length it was trained on first (see model.rotary)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_length: int
+
+    def __post_init__(self):
+        _require_types(self)
+        require(
+            self.high_freq_factor > self.low_freq_factor,
+            f"high_freq_factor is {self.high_freq_factor}, but must be above low_freq_factor {self.low_freq_factor}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only Transformer.
+
+    The Llama family is norm="rms", position="rotary", feedforward="swiglu", no biases; the GPT-2 family is
+    norm="layer", position="learned", feedforward="gelu" (the tanh form), biases, tied embeddings. Other families
+    differ from these by a few of the fields below (see formats.families).
+
+    bias: of every linear layer; qkv_bias: of queries, keys and values alone. qk_norm: the queries and the keys of each
+    head are RMS-normed before they are rotated. parallel: attention and feed-forward part read the same input.
+    rotary_fraction: the share of each head, counted from its start, that is rotated. precision: of the operands of
+    matmuls when the model is run; it does not depend on the dtype of the weights, and can be overridden. unused: ids
+    without a token, as ranges (first, one past the last) in order, which loading a model with its tokenizer finds: they
+    are never drawn, and compared with nothing.
+    """
+
+    vocabulary: int
+    width: int
+    max_length: int
+    blocks: tuple[BlockConfig, ...]
+    norm: Literal["rms", "layer"] = "rms"
+    position: Literal["rotary", "learned"] = "rotary"
+    feedforward: Literal["swiglu", "gelu", "gelu_exact"] = "swiglu"
+    bias: bool = False
+    tied: bool = True
+    rope_base: float = 10000.0
+    norm_epsilon: float = 1e-5
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    parallel: bool = False
+    rotary_fraction: float = 1.0
+    rope_scaling: RopeScaling | None = None
+    precision: Precision = "float32"
+    unused: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self):
+        require(len(self.blocks) > 0, "blocks is empty: a model needs at least one layer")
+        _require_types(self)
+        if self.position == "rotary":
+            for size in {block.head_dim for block in self.blocks}:
+                rotated = int(size * self.rotary_fraction)
+                require(
+                    rotated > 0 and rotated % 2 == 0,
+                    f"{rotated} of head_dim {size} would be rotated, but rotary positions need an even number of them",
+                )
+
+    @property
+    def tokens(self) -> int:
+        """Entries of the vocabulary up to the last id that has a token: those behind it pad the vocabulary."""
+        padded = self.unused and self.unused[-1][1] == self.vocabulary
+        return self.unused[-1][0] if padded else self.vocabulary
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON holds them; without `unused`, which the tokenizer tells."""
+        plain = dataclasses.asdict(self) | {"blocks": [dataclasses.asdict(block) for block in self.blocks]}
+        return {name: value for name, value in plain.items() if name != "unused"}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
+        """The inverse of to_dict. Raises InputError for whatever is not what to_dict writes."""
+        require(isinstance(values, dict), f"the config is {values!r:.60}, but must be an object")
+        blocks, scaling = values.get("blocks"), values.get("rope_scaling")
+        require(
+            isinstance(blocks, list | tuple) and len(blocks) <= MOST_LAYERS,
+            f"blocks is {blocks!r:.60}, but must be a list of at most {MOST_LAYERS:,} layers",
+        )
+        made = {"blocks": tuple(_made(BlockConfig, block, f"blocks[{i}]") for i, block in enumerate(blocks))}
+        made["rope_scaling"] = None if scaling is None else _made(RopeScaling, scaling, "rope_scaling")
+        return _made(cls, values | made, "the config")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The model, whose layers are all alike"""
+
+    family: Literal["llama", "gpt2"] = flag("llama", "RMSNorm, RoPE, SwiGLU; or LayerNorm, learned positions, GELU")
+    layers: int = flag(6, "number of Transformer layers")
+    width: int = flag(256, "width of the residual stream")
+    heads: int = flag(4, "query heads; must divide the width")
+    kv_heads: int = flag(2, "key and value heads; must divide the heads")
+    mlp_dim: int = flag(704, "width of the feed-forward layer")
+    vocabulary: int = flag(4096, "entries of the byte-level BPE vocabulary")
+    max_length: int = flag(1024, "longest sequence the model is asked to read, in tokens")
+    window: int = flag(0, "how many positions back a layer attends, its own included; 0: all of them")
+    tied: bool = flag(True, "share the input and output embeddings")
+
+    def __post_init__(self):
+        require(self.layers != 0, "model.layers is 0: a model needs at least one layer, so set it to 1 or more")
+        _require_types(self, "model.")
+        require(
+            self.width % self.heads == 0,
+            f"model.width {self.width} is not divisible by model.heads {self.heads}: change one of them",
+        )
+        size = self.width // self.heads
+        require(
+            self.family != "llama" or size % 2 == 0,
+            f"model.width {self.width} / model.heads {self.heads} is {size}, but rotary positions need heads of an "
+            "even size: change one of them",
+        )
+        require(
+            self.vocabulary >= 257,
+            f"model.vocabulary is {self.vocabulary}, but 256 bytes and a separator need at least 257",
+        )
+        try:
+            self.config()
+        except InputError as error:  # which begins with the name of a field
+            raise InputError(f"model.{error}") from None
+
+    def config(self) -> ModelConfig:
+        block = BlockConfig(
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.width // self.heads,
+            mlp_dim=self.mlp_dim,
+            window=self.window,
+        )
+        common = {
+            "vocabulary": self.vocabulary,
+            "width": self.width,
+            "max_length": self.max_length,
+            "blocks": (block,) * self.layers,
+            "tied": self.tied,
+        }
+        if self.family == "llama":
+            return ModelConfig(**common)
+        return ModelConfig(**common, norm="layer", position="learned", feedforward="gelu", bias=True)

@@ -1,0 +1,74 @@
+"""A training run: its steps, optimizer, precision and memory."""
+
+import dataclasses
+from typing import Literal
+
+from efflm.config import flag, require
+
+Optimizer = Literal["adamw", "adamw8bit", "adam", "sgd", "lion", "adafactor", "muon", "schedule_free"]
+Schedule = Literal["cosine", "linear", "wsd", "constant"]
+PolicyName = Literal["float32", "bfloat16", "bfloat16_pure", "float16", "auto"]
+Remat = Literal["none", "dots", "full"]
+OnNan = Literal["stop", "skip"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run"""
+
+    steps: int = flag(500, "optimizer steps")
+    batch: int = flag(8, "sequences in a batch, over all devices")
+    length: int = flag(256, "tokens in a sequence")
+    optimizer: Optimizer = flag("adamw", "update rule; adamw8bit keeps both moments in 8 bits")
+    learning_rate: float = flag(2e-3, "peak learning rate")
+    schedule: Schedule = flag(
+        "cosine", "course of the learning rate after the warm-up; wsd holds it and decays at the end"
+    )
+    warmup: int = flag(-1, "steps of linear warm-up; -1: a tenth of all steps, at most 40")
+    decay: int = flag(-1, "steps of the decay that ends the wsd schedule; -1: a fifth of all steps")
+    final_fraction: float = flag(0.1, "learning rate at the end, as a fraction of the peak")
+    weight_decay: float = flag(0.1, "decoupled decay of matrices; norms, biases and embeddings are spared")
+    beta1: float = flag(0.9, "decay of the first moment, or the momentum")
+    beta2: float = flag(0.99, "decay of the second moment")
+    clip: float = flag(1.0, "largest global norm of the gradient")
+    z_loss: float = flag(0.0, "weight of the squared log-normalizer in the loss, which keeps logits small")
+    policy: PolicyName = flag(
+        "float32",
+        "dtype of the matmuls, over float32 weights and moments; bfloat16_pure keeps the weights in bfloat16 too, "
+        "rounded stochastically; float16 scales the loss dynamically; auto measures for a second whether float32 or "
+        "bfloat16 is faster here",
+    )
+    accumulate: int = flag(
+        1, "parts a batch is read in, one after another, for less memory; the devices share each part"
+    )
+    remat: Remat = flag("none", "what the backward pass computes again: nothing, all but the matmuls, or whole layers")
+    scan: bool = flag(False, "one compiled layer looped over (short compile times) in place of unrolled layers")
+    on_nan: OnNan = flag("stop", "at a loss or gradient that is not finite: stop, or skip that update and count it")
+    log_every: int = flag(10, "steps between lines in metrics.jsonl")
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "length", "log_every", "accumulate"):
+            require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}, but must be positive")
+        for name in ("learning_rate", "clip"):
+            require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}, but must be positive")
+        require(
+            -1 <= self.warmup < self.steps,
+            f"train.warmup is {self.warmup}, but must be less than train.steps={self.steps}: shorten the warm-up",
+        )
+        require(
+            self.schedule != "wsd" or (self.decay >= -1 and self.warmup_steps + self.decay_steps <= self.steps),
+            f"the wsd schedule is longer than the training: train.warmup {self.warmup_steps} + train.decay "
+            f"{self.decay_steps} exceed train.steps={self.steps}: shorten one of them",
+        )
+        require(
+            self.batch % self.accumulate == 0,
+            f"train.batch {self.batch} is not divisible by train.accumulate {self.accumulate}: change one of them",
+        )
+
+    @property
+    def warmup_steps(self) -> int:
+        return min(40, self.steps // 10) if self.warmup == -1 else self.warmup
+
+    @property
+    def decay_steps(self) -> int:
+        return self.steps // 5 if self.decay == -1 else self.decay

@@ -1,0 +1,96 @@
+"""Chat templates: the Jinja program a model brings along, which writes a conversation the way the model was taught it.
+
+A template is a stranger's code. Jinja's sandbox keeps it from files and from Python, but neither from looping for ever
+nor from asking for all of the memory. So it runs in a process of its own (render_template.py), which starts in a tenth
+of a second and is stopped at the limits below. Systems that limit no process's memory (macOS, Windows) stop it by
+the time alone.
+"""
+
+import contextlib
+import importlib.util
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from efflm.config import InputError
+from efflm.text.encoding import require_characters
+
+Messages = list[dict[str, str]]
+SECONDS, MEGABYTES = 2, 256
+LONGEST = 10_000_000  # characters: more than any model here reads
+PROBLEMS = {
+    "f": "fails on these messages",
+    "l": f"wrote over {LONGEST:,} characters",
+    "m": f"needed over {MEGABYTES} MB of memory",
+    "s": f"ran for over {SECONDS} s",
+    "d": "ended the process it ran in",
+}
+PROGRAM = Path(__file__).with_name("render_template.py")
+
+
+def render(
+    template: str, messages: Messages, names: dict[str, str], add_generation_prompt: bool, where: str = "this model"
+) -> str:
+    """The conversation as one text. names: bos_token, eos_token and so on, as the template may ask for them. where:
+    what it belongs to, for errors.
+
+    Raises InputError if the template is none, refuses these messages, or exceeds the limits.
+    """
+    given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+    request = {
+        "template": template,
+        "variables": names | {"tools": None, "documents": None} | given,
+        "memory": MEGABYTES * 10**6,
+        "seconds": SECONDS + 1,
+        "longest": LONGEST,
+    }
+    try:
+        sent = json.dumps(request, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"messages must hold what JSON can: {error}") from None
+    require_characters(json.dumps(messages, ensure_ascii=False), "messages")
+    kind, text = _answer(sent)
+    if kind == "t":
+        return text
+    problem = f"{PROBLEMS.get(kind, PROBLEMS['d'])}, so give other messages, or a plain prompt without chat"
+    raise InputError(f"the chat template of {where} {problem}" + (f": {text}" if text else ""))
+
+
+def _answer(request: bytes) -> tuple[str, str]:
+    """The letter and the text that the program answers; `s` if it took too long, `d` if it died."""
+    found = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
+    folders = sorted({str(Path(spec.origin).parents[1]) for spec in found if spec and spec.origin})
+    command = [sys.executable or "python3", "-I", "-S", "-W", "ignore", str(PROGRAM), *folders]
+    pipe, late, largest = subprocess.PIPE, threading.Event(), 4 * LONGEST + 1
+    try:
+        child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+    except OSError as error:
+        raise InputError(f"cannot start {command[0]} to run a chat template in: {error.strerror}") from None
+
+    def stop() -> None:
+        late.set()
+        child.kill()
+
+    timer, said = threading.Timer(SECONDS, stop), bytearray()
+    with child:
+        try:
+            with contextlib.suppress(BrokenPipeError):  # what it died of is on its stderr
+                child.stdin.write(request)
+                child.stdin.close()
+            ready = child.stdout.readline() == b"ready\n"
+            if ready:
+                timer.start()
+            while ready and len(said) <= largest and (part := child.stdout.read1(1 << 16)):
+                said += part
+            ended = ready and len(said) <= largest and child.wait() == 0
+        finally:
+            timer.cancel()
+            child.kill()
+        if not ready:
+            why = " ".join(child.stderr.read().decode(errors="replace").split())[-300:]
+            raise InputError(f"cannot start {command[0]} to run a chat template in: {why or 'it said nothing'}")
+    if ended and said:
+        return said[:1].decode(), said[1:].decode("utf-8", "surrogatepass")
+    return ("s", "") if late.is_set() else ("d", f"exit code {child.returncode}")
