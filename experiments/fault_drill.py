@@ -35,11 +35,12 @@ from efflm.cli.flags import launch
 from efflm.config import flag, require, require_seed
 from efflm.config.model import ModelShape
 from efflm.config.train import TrainConfig
+from efflm.formats import manifest
 from efflm.model import init_params
 from efflm.parallel import meshes
-from efflm.train import manifest, metrics, trainer
+from efflm.train import metrics, trainer
 from efflm.train.aot import random_rows
-from efflm.train.checkpoint import Checkpointing, TrainingRun
+from efflm.train.checkpointing import Checkpointing, TrainingRun
 
 SHAPE = ModelShape(layers=2, width=64, heads=4, kv_heads=2, mlp_dim=128, vocabulary=512, max_length=32)
 ROWS, LENGTH, PAUSE = 4, 32, 0.02  # seconds a step waits for its batch, so that a kill hits the step it is meant for

@@ -25,14 +25,14 @@ from efflm.data import corpora, dataset
 from efflm.data.dataset import Dataset
 from efflm.evaluate import quality
 from efflm.evaluate.windows import Scoring
-from efflm.formats import saved
+from efflm.formats import checkpoint, saved
 from efflm.model import LanguageModel, autotune, cost, init_params
 from efflm.parallel import meshes, processes
 from efflm.precision import POLICIES
 from efflm.report import plots, scoring
 from efflm.text import tokenizer
-from efflm.train import checkpoint, metrics, trainer
-from efflm.train.checkpoint import Checkpointing
+from efflm.train import metrics, trainer
+from efflm.train.checkpointing import Checkpointing
 
 LEAF_FILES, METRICS_LINE = 4_000, 1_000  # bytes: what Orbax notes of a weight, and a line in both kinds of metrics
 

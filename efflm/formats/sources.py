@@ -10,13 +10,12 @@ from jax.sharding import Mesh
 from efflm import trees
 from efflm.config import require
 from efflm.config.model import MOST
-from efflm.formats import efflm_file, gguf_model, hub, huggingface, saved, wheels
+from efflm.formats import checkpoint, efflm_file, gguf_model, hub, huggingface, saved, wheels
 from efflm.formats.tensors import require_dtype
 from efflm.model import LanguageModel, autotune, in_dtype
 from efflm.parallel import meshes, processes
 from efflm.text import fitted, tokenizer
 from efflm.text.tokenizer import Tokenizer
-from efflm.train import checkpoint
 
 KINDS = (
     f"a name ({', '.join(wheels.WHEELS)}), a Hugging Face directory, hf:org/name or hf:org/name@revision of its hub, a "

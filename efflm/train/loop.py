@@ -20,7 +20,7 @@ from efflm.config.train import OnNan
 from efflm.model.placement import shardings
 from efflm.parallel import processes
 from efflm.precision import LossScale
-from efflm.train.checkpoint import Checkpointing, TrainingRun
+from efflm.train.checkpointing import Checkpointing, TrainingRun
 from efflm.train.metrics import Metrics
 from efflm.train.optimizer import evaluation_params
 from efflm.train.step import LossFn, abstract_state, make_init, make_step, place

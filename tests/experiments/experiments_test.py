@@ -24,11 +24,12 @@ from efflm.config.model import ModelShape
 from efflm.config.parallel import MeshConfig
 from efflm.config.train import Optimizer, TrainConfig
 from efflm.evaluate.windows import Scoring
+from efflm.formats import checkpoint
 from efflm.parallel import meshes
 from efflm.report import samples
 from efflm.report.comparison import Limits
-from efflm.train import checkpoint, loop, trainer
-from efflm.train.checkpoint import Checkpointing, TrainingRun
+from efflm.train import loop, trainer
+from efflm.train.checkpointing import Checkpointing, TrainingRun
 from experiments import compress, evaluate, pretrain, quickstart
 from tests import tiny
 

@@ -16,11 +16,10 @@ from efflm.compress.prune import magnitude_masks
 from efflm.compress.step import Context, digest
 from efflm.config import InputError
 from efflm.config.model import ModelShape
-from efflm.formats import efflm_file
+from efflm.formats import checkpoint, efflm_file
 from efflm.model import LanguageModel, init_params, params, placement
 from efflm.ops import quantize_array
 from efflm.parallel import meshes
-from efflm.train import checkpoint
 from tests import tiny
 
 CHAINS = [

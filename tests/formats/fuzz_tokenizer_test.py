@@ -11,10 +11,9 @@ import jax
 import pytest
 
 from efflm.compress.quantize import quantize
-from efflm.formats import efflm_file, sources
+from efflm.formats import checkpoint, efflm_file, manifest, sources
 from efflm.infer.generate import forward
 from efflm.text import chat, tokenizer
-from efflm.train import checkpoint, manifest
 from tests import tiny
 from tests.formats.fuzz_gguf_test import replaced, require_refused_or_read, small_tokenizer
 from tests.formats.fuzz_test import safetensors_header, with_header

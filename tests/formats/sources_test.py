@@ -15,11 +15,10 @@ import pytest
 from efflm import trees
 from efflm.compress.quantize import quantize
 from efflm.config import InputError
-from efflm.formats import efflm_file, gguf_model, hub, huggingface, load_model, sources, wheels
+from efflm.formats import checkpoint, efflm_file, gguf_model, hub, huggingface, load_model, manifest, sources, wheels
 from efflm.infer.generate import forward
 from efflm.model import in_dtype
 from efflm.parallel import meshes
-from efflm.train import checkpoint, manifest
 from tests import gguf_files, tiny
 from tests.formats.fuzz_test import safetensors_header, with_header
 from tests.formats.huggingface_test import require_equal, small_tokenizer

@@ -14,12 +14,11 @@ from efflm.cli import run_directory
 from efflm.compress.quantize import quantize
 from efflm.config import InputError
 from efflm.config.train import TrainConfig
-from efflm.formats import sources
+from efflm.formats import checkpoint, sources
 from efflm.model import LanguageModel, autotune, cost, init_params, placement
 from efflm.ops.kernels.cpu import build
 from efflm.parallel import meshes, processes
 from efflm.precision import POLICIES, cast
-from efflm.train import checkpoint
 from tests import tiny
 from tests.flops import matrix_flops
 from tests.formats.huggingface_test import small_tokenizer

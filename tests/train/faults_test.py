@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from efflm.formats import arrays
 from efflm.parallel import meshes, processes
-from efflm.train import arrays, loop
-from efflm.train.checkpoint import Checkpointing
+from efflm.train import loop
+from efflm.train.checkpointing import Checkpointing
 
 BROKEN = "INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered"
 

@@ -11,10 +11,11 @@ import optax
 import pytest
 
 from efflm.config import InputError
+from efflm.formats import arrays, checkpoint
 from efflm.model import placement
 from efflm.parallel import meshes
-from efflm.train import arrays, checkpoint, loop
-from efflm.train.checkpoint import Checkpointing
+from efflm.train import loop
+from efflm.train.checkpointing import Checkpointing
 from tests import tiny
 
 NAMES = [

@@ -21,11 +21,12 @@ import pytest
 from efflm.cli import run_directory
 from efflm.config import InputError, Stopped
 from efflm.config.train import TrainConfig
+from efflm.formats import manifest
 from efflm.model import stack_blocks
 from efflm.parallel import meshes, processes
 from efflm.precision import POLICIES, LossScale
-from efflm.train import loop, losses, manifest, optimizer
-from efflm.train.checkpoint import Checkpointing
+from efflm.train import loop, losses, optimizer
+from efflm.train.checkpointing import Checkpointing
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent.parent

@@ -14,7 +14,7 @@ from efflm.config.train import TrainConfig
 from efflm.model import init_params, stack_blocks
 from efflm.parallel import meshes
 from efflm.train import aot, trainer
-from efflm.train.checkpoint import Checkpointing
+from efflm.train.checkpointing import Checkpointing
 from efflm.train.step import place
 from tests import tiny
 

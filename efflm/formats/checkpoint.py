@@ -1,16 +1,14 @@
-"""Checkpoints: finished models, and training runs that may die at any moment.
+"""Checkpoints: arrays that are whole or not there at all, of finished models (here) and of training runs (train).
 
     DIRECTORY/STEP/arrays/         every array under its path, by Orbax, each process writing its own parts
     DIRECTORY/STEP/about.json      what the arrays are and how they were made
-    DIRECTORY/STEP/manifest.json   the SHA-256 of each of these files, written last: the commit (train.manifest)
+    DIRECTORY/STEP/manifest.json   the SHA-256 of each of these files, written last: the commit (formats.manifest)
 
 Old checkpoints go only once the new one is committed, which is why Orbax's own manager, which knows no manifest,
 does not do it.
 """
 
 import contextlib
-import dataclasses
-import json
 import shutil
 import sys
 import threading
@@ -25,18 +23,14 @@ from efflm import trees
 from efflm.cli import run_directory
 from efflm.config import InputError, require
 from efflm.config.model import ModelConfig
+from efflm.formats import arrays, manifest
+from efflm.formats.described import arrays_of
 from efflm.model import LanguageModel, placement
 from efflm.model_files import read_object
 from efflm.ops.storage import from_flat, to_flat
 from efflm.parallel import processes
-from efflm.train import arrays, faults, manifest
-from efflm.train.described import arrays_of
-from efflm.train.step import TrainState
 
 ARRAYS = "arrays"  # the folder of a step in which Orbax writes
-
-
-# --- finished models -----------------------------------------------------------------------------------------------
 
 
 def save(directory: Path, step: int, model: LanguageModel, about: dict[str, Any]) -> None:
@@ -45,22 +39,22 @@ def save(directory: Path, step: int, model: LanguageModel, about: dict[str, Any]
     flat |= {f"masks/{path}": mask for path, mask in (model.masks or {}).items()}
     leaves = {path: {"shape": list(leaf.shape), "dtype": leaf.dtype.name} for path, leaf in flat.items()}
     described = {"config": model.config.to_dict(), "formats": formats, "leaves": leaves, "about": about}
-    with _Writer(directory, lambda _: [step]) as writer:
+    with Writer(directory, lambda _: [step]) as writer:
         writer.write(step, flat, described)
 
 
 def exists(directory: Path) -> bool:
     """Whether a whole checkpoint lies there."""
-    return any(manifest.exists(directory / str(step)) for step in _steps(directory))
+    return any(manifest.exists(directory / str(step)) for step in steps_in(directory))
 
 
 def recorded(directory: Path) -> dict[str, Any]:
     """What the newest committed checkpoint there, of a model or of a training run, says of how it was made; {} where
     there is none. Nothing is verified: who reads the arrays does that."""
-    for step in reversed(_steps(directory)):
+    for step in reversed(steps_in(directory)):
         if manifest.exists(directory / str(step)):
             with contextlib.suppress(InputError):
-                found = _about(directory, step)
+                found = about_of(directory, step)
                 return found.get("about", found)
     return {}
 
@@ -72,8 +66,8 @@ def load(directory: Path, mesh: Mesh) -> tuple[LanguageModel, dict[str, Any]]:
 
 def newest(directory: Path) -> Path:
     """The folder of the newest checkpoint under `directory` that is whole. Raises InputError if there is none."""
-    require(bool(_steps(directory)), f"no checkpoint in {directory}: give a directory that a training run has written")
-    step = _newest_good(directory)
+    require(steps_in(directory) != [], f"no checkpoint in {directory}: give the directory of a training run")
+    step = newest_good(directory)
     require(
         step is not None,
         f"no checkpoint is whole: delete the folder {directory.absolute()} and train again, or give another model",
@@ -111,100 +105,10 @@ def require_same(wanted: dict[str, Any], found: dict[str, Any], directory: Path)
         )
 
 
-# --- training runs -------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Checkpointing:
-    """Where a training run keeps its state and how often: every so many steps, and at its end.
-
-    The newest `keep` are kept, and for good those of every `keep_period`-th step (0: none). `about` is any JSON; a
-    checkpoint made with another one is refused.
-    """
-
-    directory: Path
-    every: int = 0
-    keep: int = 2
-    keep_period: int = 0
-    about: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self):
-        require(self.every >= 0, f"checkpoint_every is {self.every}, but must be positive, or 0 for the end only")
-        require(self.keep > 0, f"keep is {self.keep}, but must be positive: one checkpoint at least is kept")
-        require(self.keep_period >= 0, f"keep_period is {self.keep_period}, but must be positive, or 0 for none")
-
-    def kept(self, steps: list[int]) -> list[int]:
-        """Of ascending steps, those to keep."""
-        for_good = [step for step in steps if self.keep_period and step % self.keep_period == 0]
-        return sorted({*steps[-self.keep :], *for_good})
-
-    def most(self, steps: int) -> int:
-        """How many are on disk at once at most, the one being written included, in a run of so many steps."""
-        written = -(-steps // self.every) if self.every else 1
-        return min(written, self.keep + 1 + (steps // self.keep_period if self.keep_period else 0))
-
-
-class TrainingRun:
-    """The checkpoints of one run: `resume` once, then `save` as often as wanted, inside a `with`.
-
-    A checkpoint is the whole TrainState. It holds no more, since the rows a step sees and its randomness are functions
-    of the seed and the step. Training goes on while one is written; leaving the `with` waits for it.
-    """
-
-    def __init__(self, policy: Checkpointing):
-        self.policy = policy
-        self.writer = _Writer(policy.directory, policy.kept)
-
-    def __enter__(self) -> "TrainingRun":
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
-        self.writer.__exit__(kind)
-        if error and processes.is_fault(error):
-            directory = self.policy.directory
-            good = [step for step in _steps(directory) if manifest.exists(directory / str(step))]
-            faults.require_passing(directory / f"faults-{jax.process_index()}.json", good[-1] if good else -1, error)
-
-    def resume(self, like: TrainState) -> TrainState | None:
-        """The newest good state, laid out as the abstract `like`; None at the start of a run.
-
-        One that is corrupt or half-written is passed over with a warning. Raises InputError if every committed one is
-        corrupt, or if the run was started with other settings.
-        """
-        directory = self.policy.directory
-        step = _newest_good(directory)
-        if step is None:
-            require(
-                not exists(directory),
-                f"no checkpoint is whole: delete the folder {directory.absolute()} to start over, or give another "
-                "--run_dir",
-            )
-            return None
-        as_stored = json.loads(run_directory.to_json(self.policy.about))
-        require_same(as_stored, _about(directory, step), directory)
-        self.writer.bad = {other for other in _steps(directory) if other > step}
-        flat = dict(trees.flatten(like, inside=True))
-        restored = arrays.read(directory / str(step) / ARRAYS, flat)
-        return jax.tree.unflatten(jax.tree.structure(like), [restored[path] for path in flat])
-
-    def save(self, step: int, state: TrainState) -> None:
-        """Begin to write the state after `step` steps; on return it may be donated. Raises what `check` does, of
-        this save or the one before it."""
-        self.writer.write(step, dict(trees.flatten(state, inside=True)), self.policy.about)
-
-    def check(self) -> None:
-        """Raise if the last save has failed by now: InputError, or Interrupted for what another try may mend."""
-        self.writer.check()
-
-    def wait(self) -> None:
-        """Return when the last save is committed. Raises what `check` does."""
-        self.writer.wait()
-
-
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-class _Writer:
+class Writer:
     """Writes one checkpoint at a time, in a thread of its own, and then drops the ones that `kept` leaves out."""
 
     def __init__(self, directory: Path, kept: Callable[[list[int]], list[int]]):
@@ -214,7 +118,7 @@ class _Writer:
         self.closing = contextlib.ExitStack()
         self.named = self.closing.enter_context(arrays.plainly_named(self.directory))
 
-    def __enter__(self) -> "_Writer":
+    def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
@@ -272,7 +176,7 @@ class _Writer:
     def _drop(self, newest: int) -> None:
         """Delete what the newest checkpoint makes superfluous, and what is not whole."""
         self.bad.discard(newest)
-        steps = _steps(self.directory)
+        steps = steps_in(self.directory)
         good = [step for step in steps if step not in self.bad and manifest.exists(self.directory / str(step))]
         for step in sorted(set(steps) - set(self.kept(good))):
             manifest.remove(self.directory / str(step))
@@ -288,7 +192,7 @@ class _Writer:
         with contextlib.suppress(OSError):  # on storage that fails this may fail too; `error` came first
             if processes.is_first():
                 manifest.remove(folder)
-            left = [step for step in _steps(self.directory) if manifest.exists(self.directory / str(step))]
+            left = [step for step in steps_in(self.directory) if manifest.exists(self.directory / str(step))]
         last = f"the last good one is that of step {left[-1]}" if left else "there is none before it"
         what = f"the checkpoint {folder} could not be written ({processes.reason(error)}); {last}"
         code = processes.exit_code(error, began=True)
@@ -297,19 +201,19 @@ class _Writer:
         return InputError(f"{what}: free some space, or give another --run_dir") if code == processes.MISTAKE else error
 
 
-def _steps(directory: Path) -> list[int]:
+def steps_in(directory: Path) -> list[int]:
     """The steps of which there is a folder, ascending."""
     return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit()) if directory.is_dir() else []
 
 
-def _newest_good(directory: Path) -> int | None:
+def newest_good(directory: Path) -> int | None:
     """The newest step whose checkpoint is whole, every byte verified, the same on every host; a warning for each newer.
 
     Process 0 looks, and tells the others: they must not choose differently.
     """
     good = None
     if processes.is_first():
-        for step in reversed(_steps(directory)):
+        for step in reversed(steps_in(directory)):
             problem = manifest.problem(directory / str(step))
             if not problem:
                 good = step
@@ -319,5 +223,5 @@ def _newest_good(directory: Path) -> int | None:
     return None if told < 0 else told
 
 
-def _about(directory: Path, step: int) -> dict[str, Any]:
+def about_of(directory: Path, step: int) -> dict[str, Any]:
     return read_object(directory / str(step), "about.json")

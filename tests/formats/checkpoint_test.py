@@ -5,9 +5,9 @@ import pytest
 from efflm.compress import recipe
 from efflm.compress.step import Context
 from efflm.config import InputError
+from efflm.formats import checkpoint
 from efflm.model import placement
 from efflm.parallel import meshes
-from efflm.train import checkpoint
 from tests import tiny
 
 
