@@ -22,7 +22,7 @@ import jax
 from efflm import ops
 from efflm.cli import arguments
 from efflm.compress import recipe
-from efflm.compress.step import Calibration, Context, Step
+from efflm.compress.step import Calibration, Context, Step, calibrates, reads_text, trains
 from efflm.config import AskedPrecision, InputError, at_home, require
 from efflm.data import corpora, dataset, enwik8, loader
 from efflm.evaluate.windows import Scoring
@@ -76,9 +76,10 @@ def compress(
 ) -> LanguageModel:
     """The model after the steps, one after the other.
 
-    steps: the name of a recipe, several joined by commas, steps such as Prune(sparsity=0.3), or a list of both. Where
-    a step trains or is calibrated it needs the model's tokenizer and text, of which the test split is kept apart (see
-    `measure`); default: what the model itself was trained on here. Steps of your own get it where it is given.
+    steps: the name of a recipe, several joined by commas, steps such as Magnitude(sparsity=0.3), or a list of both.
+    Where a step trains or is calibrated it needs the model's tokenizer and text, of which the test split is kept
+    apart (see `measure`); default: what the model itself was trained on here. Steps of your own get it where it is
+    given.
     batch, length: sequences in a training batch and tokens in each; calibration_rows, calibration_length: of the
     calibration text. strict: refuse files that are not UTF-8 text.
     """
@@ -90,9 +91,9 @@ def compress(
             type(value) is int and value > 0, f"{setting} is {arguments.shown(value)}, but must be a positive integer"
         )
     own = {type(step) for steps in recipe.RECIPES.values() for step in steps}
-    reads = recipe.trains(chain) or recipe.calibrates(chain)
+    reads = reads_text(chain)
     if reads or (text is not None and not {type(step) for step in chain} <= own):
-        does = "trains" if recipe.trains(chain) else "is calibrated"
+        does = "trains" if trains(chain) else "is calibrated"
         require(
             text is not None or "source" in model.about,
             f"{name} {does}, which needs text: give text=FOLDER, or any of {arguments.TEXT}",
@@ -260,10 +261,10 @@ def context_for(
         dataset.prepare, source, cache, vocabulary=model.config.vocabulary, tokenizer=tokenizer, strict=strict
     )
     made, batches, rows, longest = None, None, None, model.config.max_length
-    if recipe.calibrates(steps):
+    if calibrates(steps):
         made = prepare(length=min(calibration.length, longest), batch=1, lower=lower[1])
         rows = loader.sample(made.train, calibration.rows, seed, lower[1])
-    if recipe.trains(steps) or made is None:
+    if trains(steps) or made is None:
         made = prepare(length=min(length, longest), batch=batch, lower=lower[0])
         batches = made.batches(batch, seed)
     return Context(

@@ -38,10 +38,10 @@ from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
 from efflm.compress import recipe
 from efflm.compress.gptq import GPTQ
-from efflm.compress.prune import Prune
+from efflm.compress.magnitude import Magnitude
 from efflm.compress.quantize import Quantize
 from efflm.compress.sparsegpt import SparseGPT
-from efflm.compress.step import Calibration, Context, Step
+from efflm.compress.step import Calibration, Context, Step, reads_text
 from efflm.compress.wanda import Wanda
 from efflm.config import InputError, at_home, flag, require
 from efflm.data import corpora, dataset, overlap
@@ -61,7 +61,7 @@ from efflm.report.swept import Row
 FAMILIES = {
     "nearest": lambda bits: (Quantize(bits=int(bits), group=32, where="layers"), recipe.EMBEDDINGS),
     "gptq": lambda bits: (GPTQ(bits=int(bits), group=32), recipe.EMBEDDINGS),
-    "magnitude": lambda share: (Prune(sparsity=share),),
+    "magnitude": lambda share: (Magnitude(sparsity=share),),
     "wanda": lambda share: (Wanda(sparsity=share),),
     "sparsegpt": lambda share: (SparseGPT(sparsity=share),),
 }
@@ -141,7 +141,7 @@ def main(run: Run, calibration: Calibration, score: Scoring) -> None:
     }
     for name in run.recipes.split():
         steps, made = steps_of(name), []
-        for seed in range(run.seeds if recipe.calibrates(steps) or recipe.trains(steps) else 1):
+        for seed in range(run.seeds if reads_text(steps) else 1):
             after, seconds, more = compressed(dense, steps, contexts[seed])
             made.append(measure(after))
             size = ops.stored_nbytes(after.params, after.masks)

@@ -1,11 +1,11 @@
 """Compress a model by one recipe or several, and show before and after side by side.
 
     python -m experiments.compress --model=runs/quickstart --recipe=w8a8
-    python -m experiments.compress --model=runs/quickstart --recipe=magnitude50,w8a16 --prune.sparsity=0.3
+    python -m experiments.compress --model=runs/quickstart --recipe=magnitude50,w8a16 --magnitude.sparsity=0.3
     python -m experiments.compress --model=smollm2 --recipe="w8a16 w8a8 magnitude50" --text=notes.txt
 
 Expect a table of all models, and in the run directory each compressed one as `<recipe>.safetensors`, with what flags
-changed of a recipe in its name (`magnitude50@prune.sparsity=0.3.safetensors`), the tokenizer,
+changed of a recipe in its name (`magnitude50@magnitude.sparsity=0.3.safetensors`), the tokenizer,
 `results.json` and `report.html`. Beside the first model one compressed model is held at a time. A chain that trains or
 is calibrated keeps the model after each step: the same command goes on with the step that was interrupted.
 """
@@ -25,24 +25,7 @@ from efflm import api, ops, trees
 from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
 from efflm.compress import recipe
-from efflm.compress.adapt import Adapt
-from efflm.compress.awq import AWQ
-from efflm.compress.distill import Distill
-from efflm.compress.finetune import Finetune
-from efflm.compress.generated import DistillGenerated
-from efflm.compress.gptq import GPTQ
-from efflm.compress.gradual import PruneGradually
-from efflm.compress.mixed import MixedPrecision
-from efflm.compress.prune import Prune
-from efflm.compress.qat import QAT
-from efflm.compress.quantize import Quantize
-from efflm.compress.shrink import Shrink
-from efflm.compress.smoothquant import SmoothQuant
-from efflm.compress.sparsegpt import SparseGPT
-from efflm.compress.step import Calibration, Context, Record, Step
-from efflm.compress.tuned import TunedRounding
-from efflm.compress.wanda import Wanda
-from efflm.compress.width import PruneWidth
+from efflm.compress.step import Calibration, Context, Record, Step, reads_text
 from efflm.config import PRECISION, AskedPrecision, InputError, flag, require, require_seed
 from efflm.data import corpora, dataset
 from efflm.evaluate import machine, quality, throughput
@@ -59,14 +42,6 @@ from efflm.train import metrics
 
 KIND, UNFINISHED = ".safetensors", ".unfinished.safetensors"
 BEFORE = f"before{KIND}"
-# The steps that flags change, by the name of their flags.
-STEPS = {
-    kind.__name__.lower(): kind
-    for kind in (
-        Quantize, GPTQ, TunedRounding, QAT, AWQ, SmoothQuant, MixedPrecision, Prune, Wanda, SparseGPT, PruneGradually,
-        Finetune, Distill, DistillGenerated, Adapt, Shrink, PruneWidth,
-    )
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +79,7 @@ def chains(names: str, changes: dict[type, dict]) -> dict[str, tuple[Step, ...]]
     """{name: steps} of each recipe, with the changes on those that have such a step: where one of them has another than
     the embeddings', those that have only that stay as they are. Raises InputError if none has such a step.
 
-    What changed is part of a name, so that its file is not that of the recipe: magnitude50@prune.sparsity=0.3.
+    What changed is part of a name, so that its file is not that of the recipe: magnitude50@magnitude.sparsity=0.3.
     """
     plans = {each.replace(",", "+"): recipe.named(each) for each in names.split()}
     for kind, fields in changes.items():
@@ -134,7 +109,7 @@ def _differs(before: Sequence[Step], after: Sequence[Step]) -> str:
 
 def context_for(run: Run, calibration: Calibration, loaded: Loaded, steps: Sequence[Step]) -> Context:
     """What the steps may use; text is prepared only where one of them reads it."""
-    if not (recipe.trains(steps) or recipe.calibrates(steps)):
+    if not reads_text(steps):
         return Context(seed=run.seed, mesh=meshes.data_parallel(run.batch))
     return api.context_for(
         steps,
@@ -160,7 +135,7 @@ def described(steps: tuple[Step, ...], after: LanguageModel) -> str:
 def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **steps: dict) -> None:
     began = time.perf_counter()
     say = lambda words: print(f"[{time.perf_counter() - began:4.0f} s] {words}", flush=True)
-    changes = {kind: steps[name] for name, kind in STEPS.items()}
+    changes = {kind: steps[name] for name, kind in recipe.STEPS.items()}
     plans, run_dir = chains(run.recipe, changes), Path(run.run_dir)
     run_directory.require_writable(run_dir, needs=run_directory.SMALL_FILES)
     loaded = sources.load(run.model, precision=run.precision, mesh=meshes.data_parallel(run.batch))
@@ -186,7 +161,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
         say(f"{name}: {', then '.join(map(repr, steps))}")
         own = dataclasses.replace(context, metrics=curves_of(run_dir, name), cache=run_dir / "teacher" / name)
         unfinished = run_dir / f"{name}{UNFINISHED}"
-        slow = recipe.trains(steps) or recipe.calibrates(steps)
+        slow = reads_text(steps)
         after, records[name] = recipe.run(
             dense, steps, own, kept_in(unfinished, about, tokens, own.mesh, say) if slow else None
         )
@@ -283,7 +258,7 @@ def curves_of(run_dir: Path, name: str) -> Path:
 
 def command_for(name: str, steps: Sequence[Step], argv: list[str]) -> str:
     """The command for one recipe of several, without the settings of steps that only others have."""
-    others = {flags for flags, kind in STEPS.items() if not any(type(step) is kind for step in steps)}
+    others = {flags for flags, kind in recipe.STEPS.items() if not any(type(step) is kind for step in steps)}
     kept, skip = [], False
     for arg in argv[1:]:
         given = arg.lstrip("-").partition("=")[0]
@@ -296,4 +271,4 @@ def command_for(name: str, steps: Sequence[Step], argv: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    launch(main, __doc__, run=Run(), calibration=Calibration(), score=Scoring(), limits=Limits(), **STEPS)
+    launch(main, __doc__, run=Run(), calibration=Calibration(), score=Scoring(), limits=Limits(), **recipe.STEPS)

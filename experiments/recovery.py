@@ -43,9 +43,9 @@ from efflm.compress import recipe
 from efflm.compress.adapt import Adapt
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
-from efflm.compress.shrink import Shrink
-from efflm.compress.step import Calibration, Context, Step
-from efflm.compress.width import PruneWidth
+from efflm.compress.step import Calibration, Context, Step, trains
+from efflm.compress.structured.depth import Depth
+from efflm.compress.structured.width import Width
 from efflm.config import PRECISION, AskedPrecision, flag, require
 from efflm.data import corpora, dataset
 from efflm.evaluate import confidence, machine, quality, speed, throughput
@@ -147,10 +147,10 @@ def steps_of(
         kept = {"cache": CACHED[name]} if name in CACHED else {}
         return (Finetune(**schedule),) if name == "text" else (Distill(**(schedule | changes[Distill] | kept)),)
     if name == "width" and setting:
-        return (PruneWidth(parameters=float(setting)),)
+        return (Width(parameters=float(setting)),)
     if name == "depth" and setting:
-        return (Shrink(layers=max(1, round(layers * (1 - float(setting))))),)
-    return (Shrink(layers=layers, init="random"),) if part == "fresh" else recipe.named(part)
+        return (Depth(layers=max(1, round(layers * (1 - float(setting))))),)
+    return (Depth(layers=layers, init="random"),) if part == "fresh" else recipe.named(part)
 
 
 @dataclasses.dataclass
@@ -184,7 +184,7 @@ class Maker:
             before = ",".join(parts[:index])
             took = [self.seconds.get((f"{before},{kind}".lstrip(","), seed), 1.0) for kind in TRAINED[:2]]
             steps = steps_of(part, self.run, self.changes, made.model, took[1] / took[0])
-            if not recipe.trains(steps):
+            if not trains(steps):
                 made.model, _ = recipe.run(made.model, steps, self.context(seed))
                 if not made.tokens:
                     self.kept[so_far, seed] = made.model
@@ -296,7 +296,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, 
 def context_for(run: Run, calibration: Calibration, loaded: Loaded, source: str, seed: int) -> Context:
     """What the parts of all chains read."""
     made = api.context_for(
-        [PruneWidth(parameters=0.5), Distill(), *(step for chain in run.names for part in chain.split(",")
+        [Width(parameters=0.5), Distill(), *(step for chain in run.names for part in chain.split(",")
                                     if part in recipe.RECIPES for step in recipe.RECIPES[part])],
         source, dataset.cache(), loaded.model, loaded.tokenizer,
         batch=run.batch, length=run.length, calibration=calibration, seed=seed,

@@ -20,7 +20,7 @@ from efflm import api
 from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
 from efflm.compress import recipe, sensitivity
-from efflm.compress.mixed import MixedPrecision
+from efflm.compress.mixed import Mixed
 from efflm.compress.sensitivity import Format, Row, Unit
 from efflm.compress.step import Calibration
 from efflm.config import PRECISION, AskedPrecision, flag, require, require_seed
@@ -60,10 +60,10 @@ class Run:
         self.step  # noqa: B018  (which checks the format)
 
     @property
-    def step(self) -> MixedPrecision:
+    def step(self) -> Mixed:
         """The step that would choose among these formats."""
         names = ("bits", "groups", "symmetric", "clip", "unit", "rows")
-        return MixedPrecision(**{name: getattr(self, name) for name in names})
+        return Mixed(**{name: getattr(self, name) for name in names})
 
 
 @dataclasses.dataclass(frozen=True)

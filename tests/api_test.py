@@ -12,7 +12,7 @@ import efflm
 from efflm import ops
 from efflm.cli.flags import launch
 from efflm.compress.finetune import Finetune
-from efflm.compress.prune import Prune
+from efflm.compress.magnitude import Magnitude
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import digest
 from efflm.config.parallel import MeshConfig
@@ -75,9 +75,9 @@ def test_what_is_known_of_a_model_is_no_part_of_its_value(loaded):
     ("steps", "name", "kinds"),
     [
         ("w8a8", "w8a8", ["Quantize"]),
-        ("magnitude50, w8a16", "magnitude50+w8a16", ["Prune", "Quantize"]),
-        (Prune(sparsity=0.25), "Prune", ["Prune"]),
-        (["magnitude24", Quantize()], "magnitude24+Quantize", ["Prune", "Quantize"]),
+        ("magnitude50, w8a16", "magnitude50+w8a16", ["Magnitude", "Quantize"]),
+        (Magnitude(sparsity=0.25), "Magnitude", ["Magnitude"]),
+        (["magnitude24", Quantize()], "magnitude24+Quantize", ["Magnitude", "Quantize"]),
     ],
 )
 def test_compress_takes_names_steps_and_both(loaded, steps, name, kinds):
@@ -91,7 +91,7 @@ def test_compress_takes_names_steps_and_both(loaded, steps, name, kinds):
 def test_compressing_further_continues_the_lineage(loaded):
     twice = efflm.compress(efflm.compress(loaded[0], "magnitude50"), "w8a16")
     assert same(twice, efflm.compress(loaded[0], "magnitude50,w8a16"))
-    assert [step["step"] for step in twice.about["lineage"]] == ["Prune", "Quantize"]
+    assert [step["step"] for step in twice.about["lineage"]] == ["Magnitude", "Quantize"]
     assert twice.about["lineage"][0]["parent"] == digest(loaded[0])
 
 
@@ -111,7 +111,7 @@ def test_training_keeps_the_masks_and_a_step_of_ones_own_gets_the_text(loaded, f
     model, tokenizer = loaded
     seen = []
 
-    class Own(Prune):
+    class Own(Magnitude):
         def __call__(self, model, context):
             seen.append(context.batches)
             return super().__call__(model, context)
@@ -148,7 +148,7 @@ def test_measure_gives_the_figures_and_the_table_of_the_command(source, loaded, 
     table = str(found)
     assert repr(found) == table
     assert results["protocol"][0].partition("; ")[0] in table
-    for words in ("bits/byte", "Prune(sparsity=0.5", "multiplies its zeros too", "are dequantized Q4_1"):
+    for words in ("bits/byte", "Magnitude(sparsity=0.5", "multiplies its zeros too", "are dequantized Q4_1"):
         assert words in table
     assert ("tok/s" in shown, "tok/s" in table, "Speed:" in table) == (True, False, False)
     assert found["small"].prefill_tokens_per_second is None
@@ -246,7 +246,7 @@ def test_what_is_saved_is_loaded_again(loaded, tmp_path):
     assert its_tokenizer.digest == tokenizer.digest
     assert again.about["recipe"] == "magnitude50+w8a8"
     steps = again.about["lineage"]
-    assert [step["step"] for step in steps] == ["Prune", "Quantize"]
+    assert [step["step"] for step in steps] == ["Magnitude", "Quantize"]
     assert steps[-1]["actual_bytes"] == pytest.approx(steps[-1]["predicted_bytes"], rel=0.01)
     assert sources.load(tmp_path / "new" / "small").about == again.about
     file = efflm.save(tmp_path / "file.safetensors", again, its_tokenizer)

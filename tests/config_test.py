@@ -7,7 +7,7 @@ import pytest
 
 from efflm.cli import flags, run_directory
 from efflm.compress.finetune import Finetune
-from efflm.compress.prune import Prune
+from efflm.compress.magnitude import Magnitude
 from efflm.compress.quantize import Quantize
 from efflm.config import InputError, flag
 from efflm.config.machine import Kernels
@@ -46,8 +46,8 @@ def test_flags_reach_their_dataclass():
 
 
 def test_a_group_given_as_a_class_returns_only_what_was_set():
-    assert parsed("--prune.sparsity=0.5", run=Run(), prune=Prune)["prune"] == {"sparsity": 0.5}
-    assert parsed(run=Run(), prune=Prune)["prune"] == {}
+    assert parsed("--magnitude.sparsity=0.5", run=Run(), magnitude=Magnitude)["magnitude"] == {"sparsity": 0.5}
+    assert parsed(run=Run(), magnitude=Magnitude)["magnitude"] == {}
 
 
 def test_a_choice_among_numbers_is_a_number():
@@ -97,7 +97,7 @@ def test_mistakes_are_one_line(argv, message):
 
 def test_a_bare_name_suggests_every_flag_that_ends_in_it():
     with pytest.raises(InputError, match=r"did you mean --train\.learning_rate or --finetune\.learning_rate\?"):
-        parsed("--learning_rate=1", train=TrainConfig(), finetune=Finetune, prune=Prune)
+        parsed("--learning_rate=1", train=TrainConfig(), finetune=Finetune, magnitude=Magnitude)
 
 
 def test_text_that_is_not_utf8_is_refused_by_the_name_of_its_flag():
@@ -159,14 +159,20 @@ Expect a result.
 
 def helped(monkeypatch, capsys, *argv, columns=80):
     monkeypatch.setenv("COLUMNS", str(columns))
-    groups = {"run": Run(), "model": ModelShape(), "train": TrainConfig(), "prune": Prune, "hosts": HostsConfig()}
+    groups = {
+        "run": Run(),
+        "model": ModelShape(),
+        "train": TrainConfig(),
+        "magnitude": Magnitude,
+        "hosts": HostsConfig(),
+    }
     flags.launch(lambda **_: 1 / 0, DOC, ["x", *argv], **groups)
     return capsys.readouterr().out
 
 
 def test_help_shows_doc_flags_defaults_and_choices(monkeypatch, capsys):
     out = helped(monkeypatch, capsys, "--help")
-    for text in ("What it does", "--seed=0", "--model.family=llama", "[llama, gpt2]", "--prune.sparsity=0.5"):
+    for text in ("What it does", "--seed=0", "--model.family=llama", "[llama, gpt2]", "--magnitude.sparsity=0.5"):
         assert out.count(text) == 1, text
     assert out.count("schedule_free") == 1
 

@@ -10,12 +10,6 @@ import pytest
 
 from efflm import trees
 from efflm.compress import recipe
-from efflm.compress.distill import Distill
-from efflm.compress.finetune import Finetune
-from efflm.compress.prune import Prune
-from efflm.compress.quantize import Quantize
-from efflm.compress.shrink import Shrink
-from efflm.compress.smoothquant import SmoothQuant
 from efflm.compress.step import Calibration
 from efflm.config.model import ModelShape
 from efflm.config.parallel import HostsConfig, MeshConfig
@@ -31,8 +25,7 @@ FRONT = (ROOT / "README.md").read_text()
 GROUPS = {
     "model": ModelShape, "train": TrainConfig, "mesh": MeshConfig, "hosts": HostsConfig,
     "score": Scoring, "calibration": Calibration, "limits": Limits,
-    "quantize": Quantize, "prune": Prune, "finetune": Finetune, "distill": Distill, "shrink": Shrink,
-    "smoothquant": SmoothQuant,
+    **recipe.STEPS,
 }  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def named(models: Any) -> dict[str, LanguageModel]:
 def chain(given: Any) -> tuple[str, tuple[Step, ...]]:
     """The steps, and what they are called together."""
     parts = list(given) if isinstance(given, list | tuple) else [given]
-    choices = f"give one of {', '.join(recipe.RECIPES)}, several joined by commas, or steps such as Prune(sparsity=0.3)"
+    choices = f"give one of {', '.join(recipe.RECIPES)}, several joined by commas, or steps such as Depth(layers=2)"
     names, steps = [], []
     for part in parts:
         if isinstance(part, str):

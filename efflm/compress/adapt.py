@@ -63,6 +63,9 @@ class Adapt:
         "that what is trained is what is merged; pruned weights stay zero. False: they stay beside the weights",
     )
 
+    at = "steps"
+    trains = True
+
     def __post_init__(self):
         require(self.rank > 0, f"rank is {self.rank}, but must be positive")
         require_schedule(self)
@@ -101,7 +104,7 @@ class Adapt:
             to = lambda master, w: ops.requantize(master, w) if isinstance(w, ops.LowRank) else w
             params = jax.tree.map(to, merged(params, model.masks), params, is_leaf=trees.is_leaf)
         after = model.replace(params=params)
-        return after, record(self, model, after, context, uses_text=True)
+        return after, record(self, model, after, context)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

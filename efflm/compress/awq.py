@@ -42,6 +42,7 @@ class AWQ:
     symmetric: bool = flag(True, "codes around zero; false: a zero point for each scale")
     grid: int = flag(20, "exponents that are tried between 0 and 1")
 
+    at = "bits"
     calibrates = True
 
     def __post_init__(self):
@@ -65,7 +66,7 @@ class AWQ:
 
         statistics = {"magnitudes": calibrate.MAGNITUDES, "tokens": calibrate.TOKENS, "gram": calibrate.GRAM}
         after = calibrate.map_blocks(model, context.calibration, statistics, one, mesh=context.mesh, title="AWQ")
-        return after, record(self, model, after, context, uses_text=True)
+        return after, record(self, model, after, context)
 
     def best(self, matrices: Sequence[jax.Array], candidates: Sequence[jax.Array], gram: jax.Array) -> jax.Array:
         """The candidate with the least error, summed over the matrices that read the input."""

@@ -98,6 +98,9 @@ class Distill:
     )
     entries: int = flag(50, "with cache top_k or sampled: how many of a token")
 
+    at = "steps"
+    trains = True
+
     def __post_init__(self):
         require_schedule(self)
         require(self.temperature > 0, f"temperature is {self.temperature}, but must be positive")

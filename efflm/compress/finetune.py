@@ -16,6 +16,9 @@ class Finetune:
     steps: int = flag(150, "optimizer steps")
     learning_rate: float = flag(2e-3, "peak learning rate, reached after a tenth of the steps or 40")
 
+    at = "steps"
+    trains = True
+
     def __post_init__(self):
         require_schedule(self)
 

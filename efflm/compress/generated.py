@@ -72,7 +72,7 @@ def _cut(batch: dict[str, jax.Array], length: int) -> dict[str, jax.Array]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillGenerated:
+class Generated:
     """Train the model on continuations that the teacher writes, or by the teacher's word on those it writes itself."""
 
     steps: int = flag(150, "optimizer steps")
@@ -84,6 +84,9 @@ class DistillGenerated:
     temperature: float = flag(1.0, "of what is drawn; 0 takes the likeliest token")
     divergence: ops.Divergence = flag("reverse", "by=student: of teacher and student; see Distill")
     mix: float = flag(0.5, "share of the teacher in the mixture of jensen_shannon and skew, in (0, 1)")
+
+    at = "steps"
+    trains = True
 
     def __post_init__(self):
         require_schedule(self)

@@ -63,6 +63,7 @@ class GPTQ:
     order: bool = flag(True, "round the inputs with the largest activations first")
     damping: float = flag(0.01, "added to the diagonal of X^T X, as a share of its mean")
 
+    at = "bits"
     calibrates = True
 
     def __post_init__(self):
@@ -89,4 +90,4 @@ class GPTQ:
         after = calibrate.map_blocks(
             model, context.calibration, {"gram": calibrate.GRAM}, one, mesh=context.mesh, title="GPTQ"
         )
-        return after, record(self, model, after, context, uses_text=True)
+        return after, record(self, model, after, context)

@@ -15,7 +15,7 @@ from efflm.train import losses, sparsity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PruneGradually:
+class Gradual:
     """Train on text while the smallest weights of each matrix inside the layers are set to zero, more and more."""
 
     sparsity: float = flag(0.5, "fraction of weights that are zero at the end, in [0, 1)")
@@ -23,6 +23,9 @@ class PruneGradually:
     learning_rate: float = flag(2e-3, "peak learning rate, reached after a tenth of the steps or 40")
     every: int = flag(10, "steps from one rise of the sparsity to the next")
     ramp: float = flag(0.5, "share of the steps over which the sparsity rises; the rest only trains")
+
+    at = "sparsity"
+    trains = True
 
     def __post_init__(self):
         require_schedule(self)
@@ -52,4 +55,4 @@ class PruneGradually:
                 dropped = select.smallest(jnp.abs(w).ravel(), round(self.sparsity * w.size)).reshape(w.shape)
                 masks[path] = ~dropped & masks[path] if path in masks else ~dropped
         after = model.replace(params=in_format(masters, model.params), masks=masks)
-        return after, record(self, model, after, context, uses_text=True)
+        return after, record(self, model, after, context)

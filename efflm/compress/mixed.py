@@ -62,7 +62,7 @@ def _numbers(text: str, name: str) -> tuple[int, ...]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MixedPrecision:
+class Mixed:
     """Matrices inside the layers, each rounded to the nearest in the format that a budget of bytes gives it."""
 
     bits: str = flag("8,4,3", "bits of a weight to choose from")
@@ -79,6 +79,7 @@ class MixedPrecision:
     clip: bool = flag(True, "choose the range of each scale by the least squared error")
     rows: int = flag(8, "sequences of the calibration text over which the loss is measured")
 
+    at = "average_bits"
     calibrates = True
 
     def __post_init__(self):
@@ -107,7 +108,7 @@ class MixedPrecision:
             return formats[path](ops.dequantize(w)) if path in formats else w
 
         after = model.replace(params=trees.map_with_path(one, model.params))
-        return after, record(self, model, after, context, uses_text=True)
+        return after, record(self, model, after, context)
 
     def measured(self, model: LanguageModel, context: Context) -> list[tuple[Row, ...]]:
         """The rows of each unit, a row a format, with the cost that the step asks for."""

@@ -51,6 +51,9 @@ class QAT:
     learning_rate: float = flag(1e-4, "peak learning rate, reached after a tenth of the steps or 40")
     distill: bool = flag(True, "imitate the teacher; false: learn from the text alone")
 
+    at = "bits"
+    trains = True
+
     def __post_init__(self):
         qarray.require_format(self.bits, self.group)
         require_schedule(self)
@@ -66,7 +69,7 @@ class QAT:
             after, _ = train_step(self, rounded_model, context, loss, frozen)
         else:
             after = model.replace(params=self.with_learned_scales(model, context, loss, frozen))
-        return after, record(self, model, after, context, uses_text=True)
+        return after, record(self, model, after, context)
 
     def loss(self, model: LanguageModel, context: Context) -> tuple[losses.LossFn, Any]:
         """The loss of params, and the teacher's params if there is one."""

@@ -49,6 +49,8 @@ class Quantize:
     )
     where: Where = flag("all", "matrices of the layers, of the embeddings, or all")
 
+    at = "bits"
+
     def __post_init__(self):
         qarray.require_format(self.bits, self.group)
 
@@ -67,7 +69,7 @@ class Quantize:
         else:
             params = quantize(model.params, self.activations, self.where, **format)
         after = model.replace(params=params)
-        return after, record(self, model, after, context, uses_text=self.calibrates)
+        return after, record(self, model, after, context)
 
     def with_static_scales(self, model: LanguageModel, context: Context) -> Any:
         """The weights of the layers with the scale of what each reads: its largest magnitude / 127."""
@@ -94,6 +96,8 @@ class Cast:
     """Every floating-point weight in another dtype."""
 
     dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "dtype of the weights, and of their matmuls")
+
+    at = "dtype"
 
     def __call__(self, model: LanguageModel, context: Context):
         after = in_dtype(model, self.dtype)

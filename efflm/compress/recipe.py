@@ -13,24 +13,34 @@ from efflm.compress.adapt import Adapt, Merge
 from efflm.compress.awq import AWQ
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
-from efflm.compress.generated import DistillGenerated
+from efflm.compress.generated import Generated
 from efflm.compress.gptq import GPTQ
-from efflm.compress.gradual import PruneGradually
-from efflm.compress.mixed import MixedPrecision
-from efflm.compress.prune import Prune
+from efflm.compress.gradual import Gradual
+from efflm.compress.magnitude import Magnitude
+from efflm.compress.mixed import Mixed
 from efflm.compress.qat import QAT
 from efflm.compress.quantize import Cast, Quantize
 from efflm.compress.rotate import Rotate
-from efflm.compress.shrink import Shrink
 from efflm.compress.smoothquant import SmoothQuant
 from efflm.compress.sparsegpt import SparseGPT
-from efflm.compress.step import Context, Record, Step, digest
-from efflm.compress.tuned import TunedRounding
+from efflm.compress.step import Context, Record, Step, digest, trains
+from efflm.compress.structured.depth import Depth
+from efflm.compress.structured.width import Width
+from efflm.compress.tuned import Tuned
 from efflm.compress.wanda import Wanda
-from efflm.compress.width import PruneWidth
 from efflm.config import InputError, require
 from efflm.model import LanguageModel
 from efflm.ops import LowRank, QArray
+
+# One more method is one more line here.
+STEPS: dict[str, type] = {
+    kind.__name__.lower(): kind
+    for kind in (
+        Cast, Quantize, SmoothQuant, AWQ, Rotate, GPTQ, Mixed, Tuned, QAT,
+        Magnitude, Gradual, Wanda, SparseGPT, Width, Depth,
+        Finetune, Distill, Generated, Adapt, Merge,
+    )
+}  # fmt: skip
 
 W8A16 = Quantize(activations="float")
 W8A8 = Quantize(activations="int8")
@@ -56,30 +66,30 @@ RECIPES: dict[str, tuple[Step, ...]] = {
     "rotate_smoothquant": (Rotate(), SmoothQuant(), W8A8_STATIC),
     "rotate_gptq4": (Rotate(), GPTQ(bits=4), EMBEDDINGS),
     "awq4": (AWQ(bits=4), W4A16, EMBEDDINGS),
-    "mixed4": (MixedPrecision(average_bits=4.0), EMBEDDINGS),
-    "tuned4": (TunedRounding(bits=4), EMBEDDINGS),
-    "tuned3": (TunedRounding(bits=3), EMBEDDINGS),
+    "mixed4": (Mixed(average_bits=4.0), EMBEDDINGS),
+    "tuned4": (Tuned(bits=4), EMBEDDINGS),
+    "tuned3": (Tuned(bits=3), EMBEDDINGS),
     "qat4": (QAT(bits=4), EMBEDDINGS),
-    "magnitude50": (Prune(sparsity=0.5),),
-    "magnitude50_global": (Prune(sparsity=0.5, scope="global"),),
-    "magnitude70": (Prune(sparsity=0.7),),
-    "magnitude24": (Prune(sparsity=0.5, scope="2:4"),),
-    "magnitude50_trained": (Prune(sparsity=0.5), Finetune(steps=60, learning_rate=2e-4)),
-    "gradual50": (PruneGradually(sparsity=0.5, learning_rate=2e-4),),
+    "magnitude50": (Magnitude(sparsity=0.5),),
+    "magnitude50_global": (Magnitude(sparsity=0.5, scope="global"),),
+    "magnitude70": (Magnitude(sparsity=0.7),),
+    "magnitude24": (Magnitude(sparsity=0.5, scope="2:4"),),
+    "magnitude50_trained": (Magnitude(sparsity=0.5), Finetune(steps=60, learning_rate=2e-4)),
+    "gradual50": (Gradual(sparsity=0.5, learning_rate=2e-4),),
     "wanda50": (Wanda(sparsity=0.5),),
     "wanda24": (Wanda(sparsity=0.5, pattern="2:4"),),
     "wanda50_w8a8": (Wanda(sparsity=0.5), W8A8),
     "sparsegpt50": (SparseGPT(sparsity=0.5),),
     "sparsegpt70": (SparseGPT(sparsity=0.7),),
     "sparsegpt24": (SparseGPT(sparsity=0.5, pattern="2:4"),),
-    "shrink30": (PruneWidth(parameters=0.3),),
-    "shrink30_distill": (PruneWidth(parameters=0.3), Distill(learning_rate=5e-4)),
-    "shrink30_distill_int8": (PruneWidth(parameters=0.3), Distill(learning_rate=5e-4), W8A16),
-    "depth50_distill": (Shrink(), Distill(learning_rate=5e-4)),
-    "depth50_on_policy": (Shrink(), Distill(learning_rate=5e-4), DistillGenerated(steps=50)),
-    "student_scratch": (Shrink(init="random"), Finetune()),
-    "student_distilled": (Shrink(init="random"), Distill()),
-    "shrink_distill_int8": (Shrink(), Distill(), W8A16),
+    "shrink30": (Width(parameters=0.3),),
+    "shrink30_distill": (Width(parameters=0.3), Distill(learning_rate=5e-4)),
+    "shrink30_distill_int8": (Width(parameters=0.3), Distill(learning_rate=5e-4), W8A16),
+    "depth50_distill": (Depth(), Distill(learning_rate=5e-4)),
+    "depth50_on_policy": (Depth(), Distill(learning_rate=5e-4), Generated(steps=50)),
+    "student_scratch": (Depth(init="random"), Finetune()),
+    "student_distilled": (Depth(init="random"), Distill()),
+    "shrink_distill_int8": (Depth(), Distill(), W8A16),
 }
 
 
@@ -91,16 +101,6 @@ def named(names: str) -> tuple[Step, ...]:
             raise InputError(f"unknown recipe {name!r}: choose from {', '.join(RECIPES)}, or several joined by commas")
         steps += RECIPES[name]
     return tuple(steps)
-
-
-def trains(steps: Sequence[Step]) -> bool:
-    """Whether a step of the chain needs text to train on."""
-    return any(isinstance(step, Distill | Finetune | QAT | PruneGradually | Adapt | DistillGenerated) for step in steps)
-
-
-def calibrates(steps: Sequence[Step]) -> bool:
-    """Whether a step of the chain looks at what the model computes of calibration text."""
-    return any(getattr(step, "calibrates", False) for step in steps)
 
 
 def of_embeddings(step: Step) -> bool:

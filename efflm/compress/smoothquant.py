@@ -31,6 +31,7 @@ class SmoothQuant:
 
     alpha: float = flag(0.7, "how much of it, in [0, 1]: 0.5 shares it, 1 makes all inputs equally large")
 
+    at = "alpha"
     calibrates = True
 
     def __post_init__(self):
@@ -52,4 +53,4 @@ class SmoothQuant:
         after = calibrate.map_blocks(
             model, context.calibration, statistics, one, mesh=context.mesh, title="SmoothQuant"
         )
-        return after, record(self, model, after, context, uses_text=True)
+        return after, record(self, model, after, context)

@@ -66,6 +66,7 @@ class SparseGPT:
     pattern: str = flag("", "N:M keeps N of every M inputs of an output, as in 2:4; empty: any weights")
     damping: float = flag(0.01, "added to the diagonal of X^T X, as a share of its mean")
 
+    at = "sparsity"
     calibrates = True
 
     def __post_init__(self):
@@ -95,4 +96,4 @@ class SparseGPT:
         after = calibrate.map_blocks(
             model, context.calibration, {"gram": calibrate.GRAM}, one, mesh=context.mesh, title="SparseGPT"
         )
-        return after, record(self, model, after, context, uses_text=True)
+        return after, record(self, model, after, context)

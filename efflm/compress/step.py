@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -77,9 +77,27 @@ class Record:
 
 
 class Step(Protocol):
-    """A compression: from a model to a model. Steps are frozen dataclasses and chain in any order."""
+    """A compression: from a model to a model. Steps are frozen dataclasses and chain in any order.
+
+    A step says of itself, where it is so: trains = True, it needs text to train on; calibrates = True, it looks at what
+    the model computes of calibration text; at = "bits", the field that a value after its name sets, as in gptq@3.
+    """
 
     def __call__(self, model: LanguageModel, context: Context) -> tuple[LanguageModel, Record]: ...
+
+
+def trains(steps: Sequence[Step]) -> bool:
+    """Whether a step of the chain needs text to train on."""
+    return any(getattr(step, "trains", False) for step in steps)
+
+
+def calibrates(steps: Sequence[Step]) -> bool:
+    """Whether a step of the chain looks at what the model computes of calibration text."""
+    return any(getattr(step, "calibrates", False) for step in steps)
+
+
+def reads_text(steps: Sequence[Step]) -> bool:
+    return trains(steps) or calibrates(steps)
 
 
 def record(
@@ -87,12 +105,12 @@ def record(
     before: LanguageModel,
     after: LanguageModel,
     context: Context,
-    uses_text: bool = False,
     removed: Mapping[str, float] | None = None,
 ) -> Record:
     """The Record of a step. removed: what a search for a target found. Raises InputError if the step changed nothing:
     that is never what was meant."""
     old, new = dict(trees.flatten(before.params)), dict(trees.flatten(after.params))
+    uses_text = reads_text([step])
     changed = tuple(path for path, leaf in new.items() if not _same(old.get(path), leaf))
     same = not changed and old.keys() == new.keys() and before.config == after.config
     require(
@@ -160,7 +178,7 @@ def train_step(
     """`model` after `train_masters`, in the format it is in; what was trained beside it is dropped."""
     trained = train_masters(step, model, context, loss_fn, frozen, beside=beside)
     after = model.replace(params=in_format(trained, model.params))
-    return after, record(step, model, after, context, uses_text=True)
+    return after, record(step, model, after, context)
 
 
 def train_masters(

@@ -130,7 +130,7 @@ def _within(updates: Any, params: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TunedRounding:
+class Tuned:
     """Matrices inside the layers, rounded so that each layer computes what it did. Embeddings are left to Quantize.
 
     What is wanted of a layer is its output where no layer is rounded; it reads what the rounded layers before it made.
@@ -149,6 +149,7 @@ class TunedRounding:
     learning_rate: float = flag(0.0, "of the offsets at the start, in codes; 0: 1 / steps")
     batch: int = flag(4, "sequences in a step")
 
+    at = "bits"
     calibrates = True
 
     def __post_init__(self):
@@ -206,7 +207,7 @@ class TunedRounding:
             return layer.replace(params=trees.unflatten(flat))
 
         after = calibrate.map_blocks(model, context.calibration, {}, one, mesh=context.mesh, title="tuned rounding")
-        return after, record(self, model, after, context, uses_text=True)
+        return after, record(self, model, after, context)
 
 
 def _under_block(flat: dict[str, Any]) -> Any:

@@ -34,6 +34,7 @@ class Wanda:
     sparsity: float = flag(0.5, "fraction of weights to remove, in [0, 1)")
     pattern: str = flag("", "N:M keeps N of every M inputs of an output, as in 2:4; empty: any weights")
 
+    at = "sparsity"
     calibrates = True
 
     def __post_init__(self):
@@ -54,4 +55,4 @@ class Wanda:
 
         statistics = {"squares": calibrate.SQUARES}
         after = calibrate.map_blocks(model, context.calibration, statistics, one, mesh=context.mesh, title="Wanda")
-        return after, record(self, model, after, context, uses_text=True)
+        return after, record(self, model, after, context)

@@ -8,7 +8,7 @@ import pytest
 from efflm import ops, trees
 from efflm.compress import recipe
 from efflm.compress.adapt import Adapt, Merge
-from efflm.compress.prune import Prune
+from efflm.compress.magnitude import Magnitude
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context
 from efflm.config import InputError
@@ -99,14 +99,14 @@ def test_merging_afterwards_keeps_the_format_and_is_asked_for(recovered):
     assert jax.tree.structure(merged.params) == jax.tree.structure(quantized().params)
     gap = np.abs(np.asarray(tiny.logits(merged, TOKENS)) - np.asarray(tiny.logits(after, TOKENS)))
     assert 0 < gap.max() < 0.5 * np.abs(tiny.logits(after, TOKENS)).max()
-    with pytest.raises(InputError, match=r"kernel has an adapter beside it, which Prune cannot change: merge it first"):
-        recipe.run(after, (Prune(sparsity=0.5),), context())
+    with pytest.raises(InputError, match="has an adapter beside it, which Magnitude cannot change: merge it first"):
+        recipe.run(after, (Magnitude(sparsity=0.5),), context())
     with pytest.raises(InputError, match="has an adapter already: merge it first"):
         STEP(after, context())
 
 
 def test_zeros_of_a_pruned_model_stay():
-    pruned = Prune(sparsity=0.5)(tiny.model(), context())[0]
+    pruned = Magnitude(sparsity=0.5)(tiny.model(), context())[0]
     with pytest.raises(InputError, match=r"would fill their zeros: set adapt\.merge"):
         STEP(pruned, context())
     after, _ = dataclasses.replace(STEP, steps=3, merge=True)(pruned, context())

@@ -10,7 +10,7 @@ import pytest
 
 from efflm import ops, trees
 from efflm.compress.distill import Distill, layer_map, mixtures, projections
-from efflm.compress.prune import Prune
+from efflm.compress.magnitude import Magnitude
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context, train_masters
 from efflm.config import InputError
@@ -170,7 +170,7 @@ def compressed(shape, seed):
     """A model whose layers are pruned by half and whose matrices are in int8, as are the other operands of matmuls."""
     model = tiny.model(shape, seed=seed)
     return Quantize(activations="int8")(
-        Prune(sparsity=0.5)(model, Context(mesh=meshes.make_mesh()))[0], context_of(model)
+        Magnitude(sparsity=0.5)(model, Context(mesh=meshes.make_mesh()))[0], context_of(model)
     )[0]
 
 

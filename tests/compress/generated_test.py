@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efflm.compress.generated import DistillGenerated, continued
-from efflm.compress.prune import Prune
+from efflm.compress.generated import Generated, continued
+from efflm.compress.magnitude import Magnitude
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context
 from efflm.config import InputError
@@ -17,7 +17,7 @@ from efflm.train import losses
 from tests import tiny
 
 SHAPE = dataclasses.replace(tiny.LLAMA, layers=1)
-STEP = DistillGenerated(steps=1, learning_rate=1e-2, prompt=6, new=5)
+STEP = Generated(steps=1, learning_rate=1e-2, prompt=6, new=5)
 
 
 def batch_of():
@@ -74,7 +74,7 @@ def test_the_gradient_is_that_of_the_loss_on_the_tokens_written(by):
 
 def test_part_of_the_steps_read_the_text_itself(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    DistillGenerated(steps=40, learning_rate=1e-9, prompt=6, new=5, share=0.5)(
+    Generated(steps=40, learning_rate=1e-9, prompt=6, new=5, share=0.5)(
         tiny.model(SHAPE, seed=1), context(metrics=file)
     )
     read = [json.loads(line)["weight"] for line in file.read_text().splitlines()]
@@ -84,7 +84,7 @@ def test_part_of_the_steps_read_the_text_itself(tmp_path):
 
 @pytest.mark.parametrize(("by", "temperature"), [("student", 1.0), ("teacher", 0.0)])
 def test_a_pruned_and_rounded_student_learns_to_write_like_its_teacher(by, temperature):
-    student, teacher = Prune(sparsity=0.5)(tiny.model(SHAPE, seed=1), context())[0], tiny.model(SHAPE, seed=2)
+    student, teacher = Magnitude(sparsity=0.5)(tiny.model(SHAPE, seed=1), context())[0], tiny.model(SHAPE, seed=2)
     student = Quantize(activations="int8")(student, context())[0]
     step = dataclasses.replace(STEP, steps=30, by=by, temperature=temperature)
     after, record = step(student, context(seed=1))
@@ -113,9 +113,9 @@ def test_what_cannot_be_is_refused():
         ({"divergence": "kl"}, "divergence is 'kl'"),
     ):
         with pytest.raises(InputError, match=words):
-            DistillGenerated(**fields)
+            Generated(**fields)
     model = tiny.model(SHAPE)
     with pytest.raises(InputError, match="together 84 tokens, but the models read at most 64: shorten one of them"):
-        DistillGenerated(prompt=80, new=4)(model, context())
+        Generated(prompt=80, new=4)(model, context())
     with pytest.raises(InputError, match=r"set mesh\.sequence to 1"):
         STEP(model, context(meshes.make_mesh(sequence=2)))

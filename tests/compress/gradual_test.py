@@ -4,17 +4,17 @@ import pytest
 
 from efflm import ops, trees
 from efflm.compress import recipe
-from efflm.compress.gradual import PruneGradually
-from efflm.compress.prune import Prune
+from efflm.compress.gradual import Gradual
+from efflm.compress.magnitude import Magnitude
 from efflm.compress.quantize import Quantize
-from efflm.compress.step import Context
+from efflm.compress.step import Context, trains
 from efflm.config import InputError
 from efflm.model import placement
 from efflm.model.params import in_layer
 from efflm.parallel import meshes
 from tests import tiny
 
-STEP = PruneGradually(sparsity=0.6, steps=8, every=2, ramp=0.5, learning_rate=1e-2)
+STEP = Gradual(sparsity=0.6, steps=8, every=2, ramp=0.5, learning_rate=1e-2)
 
 
 def context(mesh=None):
@@ -51,7 +51,7 @@ def test_half_of_each_matrix_is_zero_and_masked():
 
 
 def test_it_trains_a_quantized_model_and_what_was_pruned_stays_so():
-    model, _ = recipe.run(tiny.model(), (Prune(sparsity=0.3), Quantize(bits=4, group=16)), context())
+    model, _ = recipe.run(tiny.model(), (Magnitude(sparsity=0.3), Quantize(bits=4, group=16)), context())
     after, _ = STEP(model, context())
     require_pruned(after, 0.6, exactly=False)
     for path, mask in model.masks.items():
@@ -60,7 +60,7 @@ def test_it_trains_a_quantized_model_and_what_was_pruned_stays_so():
 
 
 def test_a_sparser_model_stays_as_sparse():
-    model, _ = Prune(sparsity=0.8)(tiny.model(), context())
+    model, _ = Magnitude(sparsity=0.8)(tiny.model(), context())
     after, _ = STEP(model, context())
     require_pruned(after, 0.8)
 
@@ -80,14 +80,14 @@ def test_sharded_equals_unsharded():
 
 
 def test_the_recipe_and_settings_that_cannot_be():
-    assert recipe.trains(recipe.named("gradual50"))
+    assert trains(recipe.named("gradual50"))
     with pytest.raises(InputError, match="sparsity is 1"):
-        PruneGradually(sparsity=1.0)
+        Gradual(sparsity=1.0)
     with pytest.raises(InputError, match="ramp is 0"):
-        PruneGradually(ramp=0.0)
+        Gradual(ramp=0.0)
     with pytest.raises(InputError, match="every is 0"):
-        PruneGradually(every=0)
+        Gradual(every=0)
     with pytest.raises(InputError, match="last time after 10 steps, but there are only 10"):
-        PruneGradually(steps=10)
+        Gradual(steps=10)
     with pytest.raises(InputError, match="needs text"):
         STEP(tiny.model(), Context(mesh=meshes.make_mesh()))

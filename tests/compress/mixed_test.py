@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from efflm import ops, trees
 from efflm.compress import recipe
-from efflm.compress.mixed import MixedPrecision, allocate
+from efflm.compress.mixed import Mixed, allocate
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context
 from efflm.config import InputError
@@ -122,7 +122,7 @@ def test_budgets(cost):
     model = tiny.model()
     matrices = {path: w for path, w in trees.flatten(model.params) if path.endswith("kernel")}
     for settings_ in ({"average_bits": 3.0}, {"average_bits": 8.0}, {"budget": 0.2}):
-        after, _ = MixedPrecision(cost=cost, groups="0", rows=4, **settings_)(model, CONTEXT)
+        after, _ = Mixed(cost=cost, groups="0", rows=4, **settings_)(model, CONTEXT)
         bits = bits_of(after)
         assert bits.keys() == matrices.keys()
         if "budget" in settings_:
@@ -135,15 +135,15 @@ def test_budgets(cost):
 
 def test_pruned_weights_stay_zero_and_quantized_ones_can_be_rounded_again():
     model, _ = recipe.run(tiny.model(), recipe.RECIPES["magnitude50"], CONTEXT)
-    after, _ = MixedPrecision(unit="layer", rows=4)(model, CONTEXT)
+    after, _ = Mixed(unit="layer", rows=4)(model, CONTEXT)
     for path, mask in after.masks.items():
         assert np.all(np.asarray(ops.dequantize(dict(trees.flatten(after.params))[path]))[~np.asarray(mask)] == 0)
-    again, _ = MixedPrecision(bits="3", average_bits=3.0, rows=4)(after, CONTEXT)
+    again, _ = Mixed(bits="3", average_bits=3.0, rows=4)(after, CONTEXT)
     assert set(bits_of(again).values()) == {3}
 
 
 def test_scaled_costs_are_the_divergence_in_the_coarsest_format_and_go_as_the_squared_error():
-    model, step = tiny.model(), MixedPrecision(rows=4, bits="4,3", groups="16,0")
+    model, step = tiny.model(), Mixed(rows=4, bits="4,3", groups="16,0")
     units = step.measured(model, CONTEXT)
     assert [(row.format.bits, row.format.group) for row in units[0]] == [(4, 16), (3, 16), (4, 0), (3, 0)]
     known = dataclasses.replace(step, cost="divergence").measured(model, CONTEXT)
@@ -156,15 +156,15 @@ def test_scaled_costs_are_the_divergence_in_the_coarsest_format_and_go_as_the_sq
 
 def test_settings_that_cannot_be():
     with pytest.raises(InputError, match="groups is"):
-        MixedPrecision(groups="-1")
+        Mixed(groups="-1")
     for bits in ("", "8 4", "4,,3", "four"):
         with pytest.raises(InputError, match=r"bits is .* joined by commas"):
-            MixedPrecision(bits=bits)
+            Mixed(bits=bits)
     with pytest.raises(InputError, match="bits is 5"):
-        MixedPrecision(bits="8,5")
+        Mixed(bits="8,5")
     with pytest.raises(InputError, match=r"budget is 1.5"):
-        MixedPrecision(budget=1.5)
+        Mixed(budget=1.5)
     with pytest.raises(InputError, match="the least that the formats can take"):
-        MixedPrecision(average_bits=2.0, rows=4)(tiny.model(), CONTEXT)
+        Mixed(average_bits=2.0, rows=4)(tiny.model(), CONTEXT)
     with pytest.raises(InputError, match="needs calibration text"):
-        MixedPrecision()(tiny.model(), Context(mesh=meshes.make_mesh()))
+        Mixed()(tiny.model(), Context(mesh=meshes.make_mesh()))

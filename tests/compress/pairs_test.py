@@ -13,21 +13,21 @@ from efflm.compress.adapt import Adapt
 from efflm.compress.awq import AWQ
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
-from efflm.compress.generated import DistillGenerated
+from efflm.compress.generated import Generated
 from efflm.compress.gptq import GPTQ
-from efflm.compress.gradual import PruneGradually
-from efflm.compress.mixed import MixedPrecision
-from efflm.compress.prune import Prune
+from efflm.compress.gradual import Gradual
+from efflm.compress.magnitude import Magnitude
+from efflm.compress.mixed import Mixed
 from efflm.compress.qat import QAT
 from efflm.compress.quantize import Cast, Quantize
 from efflm.compress.rotate import Rotate
-from efflm.compress.shrink import Shrink
 from efflm.compress.smoothquant import SmoothQuant
 from efflm.compress.sparsegpt import SparseGPT
 from efflm.compress.step import Context
-from efflm.compress.tuned import TunedRounding
+from efflm.compress.structured.depth import Depth
+from efflm.compress.structured.width import Width
+from efflm.compress.tuned import Tuned
 from efflm.compress.wanda import Wanda
-from efflm.compress.width import PruneWidth
 from efflm.config import InputError
 from efflm.formats import efflm_file
 from efflm.model import placement
@@ -40,22 +40,22 @@ STEPS = {
     "int8": Quantize(activations="int8"),
     "int4": Quantize(bits=4, group=8, where="layers"),
     "gptq": GPTQ(bits=3, group=8),
-    "tuned": TunedRounding(bits=4, group=8, steps=1),
-    "mixed": MixedPrecision(average_bits=4.0, rows=2),
+    "tuned": Tuned(bits=4, group=8, steps=1),
+    "mixed": Mixed(average_bits=4.0, rows=2),
     "qat": QAT(bits=4, group=8, steps=1),
     "awq": AWQ(bits=4, group=8),
     "smoothquant": SmoothQuant(),
     "rotate": Rotate(),
-    "magnitude": Prune(sparsity=0.7),
+    "magnitude": Magnitude(sparsity=0.7),
     "wanda": Wanda(sparsity=0.5, pattern="2:4"),
     "sparsegpt": SparseGPT(sparsity=0.6),
-    "gradual": PruneGradually(sparsity=0.5, steps=3, every=1),
-    "width": PruneWidth(parameters=0.18),  # to 40 channels, which 2:4 divides
-    "depth": Shrink(layers=1),
+    "gradual": Gradual(sparsity=0.5, steps=3, every=1),
+    "width": Width(parameters=0.18),  # to 40 channels, which 2:4 divides
+    "depth": Depth(layers=1),
     "distill": Distill(steps=1),
     "text": Finetune(steps=1),
     "adapt": Adapt(rank=2, steps=2, learning_rate=0.1, merge=True),
-    "on_policy": DistillGenerated(steps=1, by="teacher", prompt=4, new=4),
+    "on_policy": Generated(steps=1, by="teacher", prompt=4, new=4),
 }
 ROUNDS = ("int8", "int4", "gptq", "tuned", "mixed", "qat")
 PRUNES = ("magnitude", "wanda", "sparsegpt", "gradual")

@@ -10,14 +10,14 @@ from efflm.compress import recipe
 from efflm.compress.adapt import Adapt
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
-from efflm.compress.generated import DistillGenerated
-from efflm.compress.gradual import PruneGradually
-from efflm.compress.prune import Prune
+from efflm.compress.generated import Generated
+from efflm.compress.gradual import Gradual
+from efflm.compress.magnitude import Magnitude
 from efflm.compress.qat import QAT
 from efflm.compress.quantize import Quantize, quantize
-from efflm.compress.shrink import Shrink, evenly_spaced, keep_layers
 from efflm.compress.step import Context, digest, record
-from efflm.compress.tuned import TunedRounding
+from efflm.compress.structured.depth import Depth, evenly_spaced, keep_layers
+from efflm.compress.tuned import Tuned
 from efflm.config import InputError
 from efflm.formats import efflm_file
 from efflm.parallel import meshes
@@ -28,7 +28,7 @@ CONTEXT = Context(
     mesh=meshes.make_mesh(), batches=lambda step: tiny.batch(CONFIG, seed=step), calibration=tiny.batch(CONFIG)
 )
 THREE = dataclasses.replace(tiny.LLAMA, layers=3)
-STEPS = (Shrink(layers=1), Prune(sparsity=0.5), Distill(steps=1), Quantize())
+STEPS = (Depth(layers=1), Magnitude(sparsity=0.5), Distill(steps=1), Quantize())
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[::8])
@@ -48,10 +48,12 @@ def test_named_recipes_join_and_unknown_ones_are_refused():
 
 
 def test_fields_are_overridden_only_where_the_step_is_in_the_chain():
-    steps = recipe.override(recipe.named("magnitude50_trained"), {Prune: {"sparsity": 0.25}, Finetune: {"steps": 3}})
+    steps = recipe.override(
+        recipe.named("magnitude50_trained"), {Magnitude: {"sparsity": 0.25}, Finetune: {"steps": 3}}
+    )
     assert (steps[0].sparsity, steps[1].steps) == (0.25, 3)
-    with pytest.raises(InputError, match="sparsity set for Prune, which is not in this recipe"):
-        recipe.override(recipe.named("w8a8"), {Prune: {"sparsity": 0.25}})
+    with pytest.raises(InputError, match="sparsity set for Magnitude, which is not in this recipe"):
+        recipe.override(recipe.named("w8a8"), {Magnitude: {"sparsity": 0.25}})
 
 
 def test_an_override_changes_one_step():
@@ -62,14 +64,14 @@ def test_an_override_changes_one_step():
     *_, embeddings = recipe.override(recipe.named("gptq4"), {Quantize: {"bits": 3}})  # it has no other
     assert (embeddings.bits, embeddings.where) == (3, "embeddings")
     for names, kind, fields in (
-        ("magnitude50,magnitude70", Prune, {"sparsity": 0.3}),
+        ("magnitude50,magnitude70", Magnitude, {"sparsity": 0.3}),
         ("w4a16,w8a8", Quantize, {"bits": 3}),
         ("depth50_distill,shrink30_distill", Distill, {"steps": 3}),
         ("gptq4,gptq3", Quantize, {"bits": 3}),
     ):
         with pytest.raises(InputError, match=rf"{kind.__name__} would change 2 steps .* by one recipe after the other"):
             recipe.override(recipe.named(names), {kind: fields})
-    assert recipe.override(recipe.named("magnitude50,magnitude70"), {Prune: {}}) == recipe.named(
+    assert recipe.override(recipe.named("magnitude50,magnitude70"), {Magnitude: {}}) == recipe.named(
         "magnitude50,magnitude70"
     )
 
@@ -88,8 +90,8 @@ def test_shrinking_keeps_evenly_spaced_layers_and_the_same_function_of_them():
 
 
 def test_too_many_layers_are_refused():
-    with pytest.raises(InputError, match=r"shrink\.layers is 3, but the model has 2"):
-        Shrink(layers=3)(tiny.model(), CONTEXT)
+    with pytest.raises(InputError, match=r"depth\.layers is 3, but the model has 2"):
+        Depth(layers=3)(tiny.model(), CONTEXT)
 
 
 def of_new_kinds() -> list[str]:
@@ -105,8 +107,8 @@ def of_new_kinds() -> list[str]:
 
 @pytest.mark.parametrize("names", [of_new_kinds(), tiny.combination(sorted({*recipe.RECIPES} - {*of_new_kinds()}))])
 def test_every_named_recipe_is_stored_as_predicted_and_read_back_as_it_was(tmp_path, names):
-    short = {kind: {"steps": 1} for kind in (Finetune, Distill, QAT, TunedRounding, Adapt)}
-    short |= {PruneGradually: {"steps": 3, "every": 1}, DistillGenerated: {"steps": 1, "prompt": 4, "new": 4}}
+    short = {kind: {"steps": 1} for kind in (Finetune, Distill, QAT, Tuned, Adapt)}
+    short |= {Gradual: {"steps": 3, "every": 1}, Generated: {"steps": 1, "prompt": 4, "new": 4}}
     tokens = tiny.tokens(CONFIG, 2, 8)
     for name in names:
         steps = recipe.named(name)
@@ -148,7 +150,7 @@ def test_a_step_that_changes_only_the_config_is_a_change():
 
 def test_records_name_text_and_the_model_before():
     context = dataclasses.replace(CONTEXT, corpus="text", tokenizer="tokens", seed=7)
-    after, (pruned, trained) = recipe.run(tiny.model(), (Prune(sparsity=0.5), Finetune(steps=1)), context)
+    after, (pruned, trained) = recipe.run(tiny.model(), (Magnitude(sparsity=0.5), Finetune(steps=1)), context)
     assert (pruned.corpus, trained.corpus, trained.tokenizer, trained.seed) == ("", "text", "tokens", 7)
     assert pruned.parent == digest(tiny.model()) != trained.parent != digest(after)
     assert trained.settings == {"steps": 1, "learning_rate": 2e-3}
@@ -166,13 +168,13 @@ def test_weights_that_are_not_finite_are_not_compressed():
     kernel = model.params["block_0"]["attention"]["key"]
     kernel["kernel"] = kernel["kernel"].replace(scale=kernel["kernel"].scale.at[0, 1:].set(np.inf))
     with pytest.raises(InputError, match=r"^15 of the numbers in block_0/attention/key/kernel/scale are infinite"):
-        recipe.run(model, (Prune(sparsity=0.5),), CONTEXT)
+        recipe.run(model, (Magnitude(sparsity=0.5),), CONTEXT)
 
 
 def test_a_step_that_rounds_again_says_so(capsys):
     quantized, _ = recipe.run(tiny.model(), (Quantize(),), CONTEXT)
     three, _ = recipe.run(tiny.model(THREE), (Quantize(),), CONTEXT)
-    recipe.run(three, (Shrink(layers=2),), CONTEXT)
+    recipe.run(three, (Depth(layers=2),), CONTEXT)
     assert capsys.readouterr().err == ""
     recipe.run(quantized, (Distill(steps=1),), dataclasses.replace(CONTEXT, teacher=tiny.model(seed=1)))
     told = capsys.readouterr().err
@@ -190,14 +192,14 @@ class Interrupted:
 
 
 def test_an_interrupted_chain_goes_on_with_the_step_it_was_in(monkeypatch):
-    model, first, files = tiny.model(), (Prune(sparsity=0.5), Distill(steps=1)), []
+    model, first, files = tiny.model(), (Magnitude(sparsity=0.5), Distill(steps=1)), []
     kept = recipe.Kept(lambda *made: files.append(made), lambda: files[-1] if files else None)
     with pytest.raises(KeyboardInterrupt):
         recipe.run(model, (*first, Interrupted()), CONTEXT, kept)
     assert [len(records) for _, records, _ in files] == [1, 2]
 
     whole, records = recipe.run(model, (*first, Quantize()), CONTEXT)
-    monkeypatch.setattr(Prune, "__call__", None)
+    monkeypatch.setattr(Magnitude, "__call__", None)
     monkeypatch.setattr(Distill, "__call__", None)
     resumed, same = recipe.run(model, (*first, Quantize()), CONTEXT, kept)
     assert digest(resumed) == digest(whole)
@@ -207,7 +209,7 @@ def test_an_interrupted_chain_goes_on_with_the_step_it_was_in(monkeypatch):
     other_text = dataclasses.replace(CONTEXT, batches=lambda step: tiny.batch(CONFIG, seed=step + 9))
     for change in (
         (tiny.model(seed=5), first, CONTEXT),
-        (model, (Prune(sparsity=0.25), first[1]), CONTEXT),
+        (model, (Magnitude(sparsity=0.25), first[1]), CONTEXT),
         (model, first, dataclasses.replace(CONTEXT, seed=1)),
         (model, first, dataclasses.replace(CONTEXT, teacher=tiny.model(seed=5))),
         (model, first, dataclasses.replace(CONTEXT, calibration=tiny.batch(CONFIG, seed=3))),

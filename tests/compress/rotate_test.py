@@ -9,11 +9,11 @@ from efflm import trees
 from efflm.compress import recipe
 from efflm.compress.calibrate import LARGEST, SQUARES, TOKENS
 from efflm.compress.distill import Distill
-from efflm.compress.prune import Prune
+from efflm.compress.magnitude import Magnitude
 from efflm.compress.quantize import Quantize
 from efflm.compress.rotate import Rotate, random_hadamard
-from efflm.compress.shrink import Shrink
 from efflm.compress.step import Context
+from efflm.compress.structured.depth import Depth
 from efflm.config import InputError
 from efflm.config.model import BlockConfig, ModelConfig
 from efflm.formats import efflm_file
@@ -205,7 +205,7 @@ def test_tied_embeddings_come_apart_and_bytes_are_as_predicted(name, tmp_path):
 
 def test_other_steps_follow():
     small, _ = recipe.run(
-        tiny.model(), (Rotate(), Shrink(), Distill(steps=1), Prune(sparsity=0.5), Quantize()), CONTEXT
+        tiny.model(), (Rotate(), Depth(), Distill(steps=1), Magnitude(sparsity=0.5), Quantize()), CONTEXT
     )
     assert len(small.config.blocks) == 1
     assert set(small.params) == {"embedding", "unembedding", "block_0", "final_norm"}
@@ -218,4 +218,4 @@ def test_what_cannot_be_rotated():
     with pytest.raises(InputError, match="kernel is quantized already: rotate the model before it is rounded"):
         recipe.run(tiny.model(), (*recipe.named("w8a16"), Rotate()), CONTEXT)
     with pytest.raises(InputError, match=r"pruned already, .* rotate the model before it is pruned"):
-        recipe.run(tiny.model(), (Prune(sparsity=0.5), Rotate()), CONTEXT)
+        recipe.run(tiny.model(), (Magnitude(sparsity=0.5), Rotate()), CONTEXT)

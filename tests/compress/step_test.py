@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efflm import ops, trees
-from efflm.compress.prune import magnitude_masks
+from efflm.compress.magnitude import magnitude_masks
 from efflm.compress.quantize import Cast, quantize
 from efflm.compress.step import Context, digest, record
 from efflm.formats import efflm_file

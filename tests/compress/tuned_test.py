@@ -11,7 +11,7 @@ from efflm import ops, trees
 from efflm.compress import recipe
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context
-from efflm.compress.tuned import BlockError, Rounding, TunedRounding, signed_descent
+from efflm.compress.tuned import BlockError, Rounding, Tuned, signed_descent
 from efflm.config import InputError
 from efflm.model import placement
 from efflm.model.params import in_layer
@@ -140,7 +140,7 @@ def test_layers_lose_less_than_with_the_nearest_codes_of_the_same_grid(name):
     symmetric = name != "neox"
     model = tiny.model(tiny.CONFIGS[name])
     format = {"bits": 3, "group": 16, "symmetric": symmetric}
-    after, record = TunedRounding(**format, steps=24)(model, CONTEXT)
+    after, record = Tuned(**format, steps=24)(model, CONTEXT)
     nearest, _ = Quantize(**format, clip=True, where="layers")(model, CONTEXT)
     tuned, plain = errors(model, [after, nearest])
     assert 0 < tuned < 0.7 * plain
@@ -155,7 +155,7 @@ def test_layers_lose_less_than_with_the_nearest_codes_of_the_same_grid(name):
 
 def test_one_step_is_enough_to_run_and_nothing_is_made_worse():
     model = tiny.model()
-    far = TunedRounding(bits=4, group=16, steps=1, learning_rate=0.5)
+    far = Tuned(bits=4, group=16, steps=1, learning_rate=0.5)
     after, _ = far(model, CONTEXT)
     nearest, _ = Quantize(bits=4, group=16, clip=True, where="layers")(model, CONTEXT)
     tuned, plain = errors(model, [after, nearest])
@@ -172,14 +172,14 @@ def test_equal_layers_are_compiled_once(monkeypatch):
     monkeypatch.setattr(BlockError, "__call__", counted)
     config = tiny.LLAMA.config()
     model = tiny.model(dataclasses.replace(config, blocks=config.blocks * 2))
-    TunedRounding(bits=4, group=24, steps=2)(model, CONTEXT)
+    Tuned(bits=4, group=24, steps=2)(model, CONTEXT)
     assert len(model.config.blocks) == 4
     assert len(traces) == 2  # a step, and the error of some rows
 
 
 def test_dropped_weights_stay_zero():
     model, _ = recipe.run(tiny.model(), recipe.named("magnitude50"), CONTEXT)
-    after, _ = TunedRounding(bits=4, group=16, steps=4, symmetric=False)(model, CONTEXT)
+    after, _ = Tuned(bits=4, group=16, steps=4, symmetric=False)(model, CONTEXT)
     for path, leaf in trees.flatten(after.params):
         if path in after.masks:
             assert (np.asarray(ops.dequantize(leaf))[~np.asarray(model.masks[path])] == 0).all(), path
@@ -196,7 +196,7 @@ def test_a_dropped_weight_is_stored_as_zero_whatever_its_offset():
 
 def test_padding_does_not_count():
     batch, model = CONTEXT.calibration, tiny.model()
-    step = TunedRounding(bits=4, group=16, steps=4, batch=4, learning_rate=0.05)
+    step = Tuned(bits=4, group=16, steps=4, batch=4, learning_rate=0.05)
     other = np.where(batch["segments"] > 0, batch["inputs"], 7)
     empty = {name: np.zeros_like(part[:3]) for name, part in batch.items()}  # rows of nothing but padding
     longer = {name: np.concatenate([part, empty[name]]) for name, part in (batch | {"inputs": other}).items()}
@@ -206,7 +206,7 @@ def test_padding_does_not_count():
 
 
 def test_on_a_mesh_it_is_as_good():
-    model, step = tiny.model(), TunedRounding(bits=3, group=16, steps=8)
+    model, step = tiny.model(), Tuned(bits=3, group=16, steps=8)
     mesh = meshes.make_mesh(data=2, fsdp=2)
     spread = jax.device_put(model, placement.shardings(model, mesh))
     one, _ = step(model, CONTEXT)
@@ -218,6 +218,6 @@ def test_on_a_mesh_it_is_as_good():
 def test_settings_that_cannot_be():
     for wrong in ({"steps": 0}, {"batch": 0}, {"bits": 5}, {"learning_rate": -1.0}):
         with pytest.raises(InputError, match=next(iter(wrong))):
-            TunedRounding(**wrong)
+            Tuned(**wrong)
     with pytest.raises(InputError, match="needs calibration text"):
-        TunedRounding()(tiny.model(), Context(mesh=meshes.make_mesh()))
+        Tuned()(tiny.model(), Context(mesh=meshes.make_mesh()))

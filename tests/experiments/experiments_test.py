@@ -264,13 +264,13 @@ def test_compress_and_evaluate_a_trained_run(trained, tmp_path, monkeypatch):
     )
     begun, write = [], samples.write
     monkeypatch.setattr(samples, "write", lambda *given: begun.append(given[2]) or write(*given))
-    run(compress, f"--model={trained}", "--recipe=magnitude50,w8a8", "--prune.sparsity=0.25", "--score.window=16",
+    run(compress, f"--model={trained}", "--recipe=magnitude50,w8a8", "--magnitude.sparsity=0.25", "--score.window=16",
         "--sample=4", f"--run_dir={out}")  # fmt: skip
     before, after = rows_of(out)
     tokenizer = efflm.load(trained)[1]
     assert begun == [[tokenizer.separator, *tokenizer.encode("The capital of France is")]] * 2  # as the text it read
     assert written_in(out) < asked[-1] < 2.5 * written_in(out) + 4e6
-    assert after["name"] == "magnitude50+w8a8@prune.sparsity=0.25"  # another file than that of the recipe itself
+    assert after["name"] == "magnitude50+w8a8@magnitude.sparsity=0.25"  # another file than that of the recipe itself
     layers = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48)
     assert before["nonzeros"] - after["nonzeros"] >= layers // 4
     run(evaluate, f"--model={out / after['name']}.safetensors", f"--reference={trained}", "--score.window=16",
@@ -287,11 +287,11 @@ def test_several_recipes_in_one_report(trained, corpus, tmp_path):
     text.mkdir()
     for i in range(3):
         (text / f"{i}.txt").write_text((corpus / f"{i}.txt").read_text())
-    run(compress, f"--model={trained}", "--recipe=w8a16 magnitude24 student_scratch", "--shrink.layers=1",
+    run(compress, f"--model={trained}", "--recipe=w8a16 magnitude24 student_scratch", "--depth.layers=1",
         f"--text={text}", "--score.window=32", "--score.stride=8", "--length=16", "--sample=4",
         f"--run_dir={out}")  # fmt: skip
     results = json.loads((out / "results.json").read_text())
-    names = ["w8a16", "magnitude24", "student_scratch@shrink.layers=1"]
+    names = ["w8a16", "magnitude24", "student_scratch@depth.layers=1"]
     assert [row["name"] for row in results["rows"]] == ["before", *names]
     before, w8a16, magnitude24, student = results["rows"]
     assert 0 < w8a16["kl_to_dense"] < magnitude24["kl_to_dense"] < student["kl_to_dense"]
@@ -314,7 +314,7 @@ def test_several_recipes_in_one_report(trained, corpus, tmp_path):
         assert row["bytes"] == (out / f"{row['name']}.safetensors").stat().st_size
     with pytest.raises(SystemExit):  # one of several recipes cannot be: nothing is left behind
         run(compress, f"--model={trained}", "--recipe=student_scratch", f"--run_dir={tmp_path / 'not'}",
-            "--shrink.layers=9", "--length=16")  # fmt: skip
+            "--depth.layers=9", "--length=16")  # fmt: skip
     assert not (tmp_path / "not").exists()
 
 
@@ -334,10 +334,10 @@ def test_a_stopped_compression_goes_on_by_the_same_command(trained, tmp_path, mo
     monkeypatch.setattr(Distill, "__call__", stopped)
     capsys.readouterr()
     run(compress, *flags, f"--run_dir={out}")
-    assert "the model after Shrink, then Distill: kept by an earlier run" in capsys.readouterr().out
+    assert "the model after Depth, then Distill: kept by an earlier run" in capsys.readouterr().out
     assert rows_of(out)[1]["bits_per_byte"] == whole["bits_per_byte"]
     records = json.loads((out / "results.json").read_text())["records"]["shrink_distill_int8"]
-    assert [each["step"] for each in records] == ["Shrink", "Distill", "Quantize"]
+    assert [each["step"] for each in records] == ["Depth", "Distill", "Quantize"]
     assert not list(out.glob("*.unfinished*"))
 
 
@@ -428,8 +428,8 @@ def test_a_checkpoint_of_another_config_is_refused(trained, corpus, capsys, flag
     ("flags", "message"),
     [
         (["--recipe=w3a3"], "unknown recipe 'w3a3'"),
-        (["--recipe=magnitude50", "--prune.sparsity=1.0"], "sparsity is 1.0"),
-        (["--recipe=w8a8", "--prune.sparsity=0.3"], "not in this recipe"),
+        (["--recipe=magnitude50", "--magnitude.sparsity=1.0"], "sparsity is 1.0"),
+        (["--recipe=w8a8", "--magnitude.sparsity=0.3"], "not in this recipe"),
         (["--recipe=w8a8 magnitude50", "--distill.steps=3"], "steps set for Distill, which is not in this recipe"),
         (["--recipe= "], "recipe is ' '"),
         (["--model=/nowhere"], "no model at /nowhere"),

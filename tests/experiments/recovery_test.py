@@ -57,7 +57,7 @@ def test_every_chain_has_a_row_and_shares_what_came_before(folder, tmp_path, mon
     assert found["depth@0.5,fresh,text@0.5"]["tokens"] == 2 * 8 * 32
     assert found["depth@0.5,fresh,text@0.5"]["recovered"] is None
     assert found["w8a16,distill"]["bytes"] == found["distill,w8a16"]["bytes"] < first["bytes"] / 2
-    of_width = [steps for steps in ran if type(steps[0]).__name__ == "PruneWidth"]
+    of_width = [steps for steps in ran if type(steps[0]).__name__ == "Width"]
     assert len(of_width) == 2  # one a seed
     assert {steps[0].weight for steps in ran if type(steps[0]) is Distill} == {1.0}
     scaled = [steps[0].steps for steps in ran if type(steps[0]).__name__ == "Finetune"]

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from efflm import ops, trees
 from efflm.compress import recipe
-from efflm.compress.prune import magnitude_masks
+from efflm.compress.magnitude import magnitude_masks
 from efflm.compress.step import Context, digest
 from efflm.config import InputError
 from efflm.config.model import ModelShape
@@ -189,7 +189,7 @@ def test_lineage_is_kept_and_continued(tmp_path):
     efflm_file.save(tmp_path / "n.safetensors", second, about, more)
     _, about = efflm_file.load(tmp_path / "n.safetensors")
     pruned, quantized = about["lineage"]
-    assert (pruned["step"], pruned["settings"]["sparsity"], quantized["step"]) == ("Prune", 0.5, "Quantize")
+    assert (pruned["step"], pruned["settings"]["sparsity"], quantized["step"]) == ("Magnitude", 0.5, "Quantize")
     assert pruned["parent"] == digest(tiny.model())
     assert quantized["parent"] == digest(first) == digest(model)
     for entry in (pruned, quantized):

@@ -37,8 +37,8 @@ def test_the_first_model_is_the_reference_and_has_no_difference_to_itself(capsys
 
 
 def test_notes_with_brackets_are_shown_as_they_are(capsys):
-    table.show([dataclasses.replace(ROW, note="Prune(scope=[bold])")], [])
-    assert "Prune(scope=[bold])" in capsys.readouterr().out
+    table.show([dataclasses.replace(ROW, note="Magnitude(scope=[bold])")], [])
+    assert "Magnitude(scope=[bold])" in capsys.readouterr().out
 
 
 def test_a_note_says_the_ratio_of_the_same_rounds():

@@ -14,9 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from efflm.cli import progress
-from efflm.compress import allocation, calibrate
+from efflm.compress import calibrate
 from efflm.compress.step import Context, record
-from efflm.compress.target import Target
+from efflm.compress.structured import allocation
+from efflm.compress.structured.target import Target
 from efflm.config import flag, require
 from efflm.model import LanguageModel, init_params, layerwise, placement
 
@@ -68,7 +69,7 @@ def keep_layers(model: LanguageModel, indices: list[int]) -> LanguageModel:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shrink(Target):
+class Depth(Target):
     """Fewer layers: evenly spaced over the model's, or those of the largest block influence, found in one pass.
 
     How many is said by `layers`, or by a target, which as many layers meet as come nearest to it; else half stay.
@@ -97,7 +98,7 @@ class Shrink(Target):
     def __call__(self, model: LanguageModel, context: Context):
         have = len(model.config.blocks)
         keep, removed = self.layers or max(1, have // 2), {}
-        require(0 < keep <= have, f"shrink.layers is {keep}, but the model has {have} layers: keep 1 to {have}")
+        require(0 < keep <= have, f"depth.layers is {keep}, but the model has {have} layers: keep 1 to {have}")
         influence = block_influence(model, context.calibration, context.mesh) if self.calibrates else None
 
         def kept(keep: int) -> LanguageModel:
@@ -109,7 +110,7 @@ class Shrink(Target):
         after = kept(keep)
         if self.init == "random":
             after = LanguageModel(after.config, init_params(after.config, context.seed))  # without masks
-        return after, record(self, model, after, context, uses_text=self.calibrates, removed=removed)
+        return after, record(self, model, after, context, removed=removed)
 
     def searched(
         self, model: LanguageModel, kept: Callable[[int], LanguageModel]

@@ -8,12 +8,13 @@ import pytest
 
 from efflm import api as efflm
 from efflm import ops, trees
-from efflm.compress import importance, latency, recipe, width
+from efflm.compress import recipe
 from efflm.compress.finetune import Finetune
-from efflm.compress.prune import Prune
+from efflm.compress.magnitude import Magnitude
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context
-from efflm.compress.width import PruneWidth
+from efflm.compress.structured import importance, latency, width
+from efflm.compress.structured.width import Width
 from efflm.config import InputError
 from efflm.config.train import TrainConfig
 from efflm.infer.generate import generate
@@ -37,14 +38,14 @@ TOKENS = tiny.tokens(CONFIG, 2, 12)
 @pytest.fixture(scope="module")
 def ranked():
     """A model whose two layers differ."""
-    after, _ = PruneWidth(parameters=0.2, importance="taylor", layers="ranked")(MODEL, CONTEXT)
+    after, _ = Width(parameters=0.2, importance="taylor", layers="ranked")(MODEL, CONTEXT)
     assert after.config.blocks[0] != after.config.blocks[1]
     return after
 
 
 def test_the_slices_of_the_largest_scores_stay():
     found = importance.taylor(MODEL, CONTEXT.calibration, CONTEXT.mesh, ("mlp",))
-    step = PruneWidth(parameters=0.2, axes="mlp", importance="taylor", layers="ranked", refit=False)
+    step = Width(parameters=0.2, axes="mlp", importance="taylor", layers="ranked", refit=False)
     after, _ = step(MODEL, CONTEXT)
     assert abs(trees.count(after.params) / trees.count(MODEL.params) - 0.8) <= 96 / trees.count(MODEL.params)
     stays = []
@@ -64,7 +65,7 @@ def test_layers_that_differ_generate_as_they_read(ranked):
 
 
 def test_layers_that_differ_train_and_quantize_and_prune(ranked):
-    steps = (Finetune(steps=2), Prune(sparsity=0.5), Quantize())
+    steps = (Finetune(steps=2), Magnitude(sparsity=0.5), Quantize())
     after, records = recipe.run(ranked, steps, CONTEXT)
     assert after.config == ranked.config
     assert records[-1].predicted_bytes == ops.stored_nbytes(after.params, after.masks)
@@ -95,12 +96,12 @@ def test_layers_that_differ_are_stored_and_sharded_as_any(ranked, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "formats", [(Quantize(bits=4, group=16),), tiny.combination((Prune(sparsity=0.5), Quantize()))]
+    "formats", [(Quantize(bits=4, group=16),), tiny.combination((Magnitude(sparsity=0.5), Quantize()))]
 )
 def test_a_share_of_the_bytes_goes(formats, capsys, monkeypatch):
     monkeypatch.setitem(width.NEAR["bytes"], "candidates", 6)  # each compiles for its shapes
     model, _ = recipe.run(MODEL, formats, CONTEXT)
-    after, record = PruneWidth(bytes=0.2, axes="mlp", refit=False)(model, CONTEXT)
+    after, record = Width(bytes=0.2, axes="mlp", refit=False)(model, CONTEXT)
     stored = [ops.stored_nbytes(each.params, each.masks) for each in (model, after)]
     assert abs(1 - stored[1] / stored[0] - 0.2) < 0.01  # a channel of both layers
     assert record.settings["removed"]["bytes"] == pytest.approx(1 - stored[1] / stored[0], abs=2e-3)
@@ -109,7 +110,7 @@ def test_a_share_of_the_bytes_goes(formats, capsys, monkeypatch):
     )
     assert "fewer parameters save" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"bytes is 0\.99, but the smallest model that can be made saves"):
-        PruneWidth(bytes=0.99, axes="mlp")(model, CONTEXT)
+        Width(bytes=0.99, axes="mlp")(model, CONTEXT)
 
 
 def test_a_share_of_the_time_goes(monkeypatch, capsys):
@@ -117,13 +118,13 @@ def test_a_share_of_the_time_goes(monkeypatch, capsys):
     counted = lambda model, phase: trees.count(model.params)
     monkeypatch.setattr(latency, "runner", counted)
     monkeypatch.setattr(latency, "saved", lambda before, after: 0.8 * (1 - after / before))
-    after, record = PruneWidth(latency=0.2, axes="mlp", refit=False)(MODEL, CONTEXT)
+    after, record = Width(latency=0.2, axes="mlp", refit=False)(MODEL, CONTEXT)
     share = 1 - trees.count(after.params) / trees.count(MODEL.params)
     assert abs(0.8 * share - 0.2) <= 0.02
     assert record.settings["removed"] == {"parameters": pytest.approx(share), "latency": pytest.approx(0.8 * share)}
     assert 1 < capsys.readouterr().out.count("of latency") <= 8
     with pytest.raises(InputError, match=r"latency is 0\.9, but the smallest model that can be made saves"):
-        PruneWidth(latency=0.9, axes="mlp")(MODEL, CONTEXT)
+        Width(latency=0.9, axes="mlp")(MODEL, CONTEXT)
 
 
 def test_the_clock_runs_and_medians_are_compared(monkeypatch):
@@ -140,7 +141,7 @@ def test_the_clock_runs_and_medians_are_compared(monkeypatch):
 
 @pytest.mark.parametrize("axes", [tiny.combination("width"), "groups mlp width"])
 def test_the_model_gets_narrower(axes):
-    after, record = PruneWidth(parameters=0.2, axes=axes, importance="taylor", refit=False)(MODEL, CONTEXT)
+    after, record = Width(parameters=0.2, axes=axes, importance="taylor", refit=False)(MODEL, CONTEXT)
     assert after.config.width < 32
     assert abs(trees.count(after.params) / trees.count(MODEL.params) - 0.8) < 0.02
     assert (after.config.blocks != CONFIG.blocks) == (axes != "width")
@@ -166,4 +167,4 @@ def test_the_model_gets_narrower(axes):
 )
 def test_settings_that_mean_nothing_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
-        PruneWidth(**settings)
+        Width(**settings)

@@ -10,8 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from efflm import trees
-from efflm.compress import calibrate, slicing
+from efflm.compress import calibrate
 from efflm.compress.calibrate import Layer
+from efflm.compress.structured import slicing
 from efflm.config import require
 from efflm.config.model import ModelConfig
 from efflm.model import LanguageModel, layerwise

@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 
 from efflm import trees
-from efflm.compress import allocation, recipe, slicing
-from efflm.compress.allocation import counts
-from efflm.compress.importance import scores
-from efflm.compress.prune import Prune
+from efflm.compress import recipe
+from efflm.compress.magnitude import Magnitude
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context
-from efflm.compress.width import PruneWidth, refit
+from efflm.compress.structured import allocation, slicing
+from efflm.compress.structured.allocation import counts
+from efflm.compress.structured.importance import scores
+from efflm.compress.structured.width import Width, refit
 from efflm.config import InputError
 from efflm.ops import QArray
 from efflm.parallel import meshes, sharding
@@ -55,7 +56,7 @@ def test_inputs_that_are_always_zero_change_nothing():
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_it_removes_the_share_that_was_asked_for(name):
     model = tiny.model(tiny.CONFIGS[name])
-    after, record = PruneWidth(parameters=0.2)(model, CONTEXT)
+    after, record = Width(parameters=0.2)(model, CONTEXT)
     total = trees.count(model.params)
     channel = 2 * 3 * 33  # parameters of one channel of the feed-forward part, in both layers
     assert abs(trees.count(after.params) - 0.8 * total) <= channel
@@ -67,7 +68,7 @@ def test_it_removes_the_share_that_was_asked_for(name):
 def test_the_outputs_are_nearer_where_the_rest_is_fitted_again(name, axes):
     model = tiny.model(tiny.CONFIGS[name])
     share = 0.14 if name == "qwen3" else 0.08  # at least a group of heads, which are large there
-    step = PruneWidth(parameters=share, axes=axes)
+    step = Width(parameters=share, axes=axes)
     lost = [
         np.square(logits(dataclasses.replace(step, refit=fits)(model, CONTEXT)[0]) - logits(model)).mean()
         for fits in (True, False)
@@ -81,7 +82,7 @@ def test_channels_that_do_nothing_go_first_and_cost_nothing():
     kill = lambda path, w: w.at[dead[path]].set(0.0) if path in dead else w
     model = model.replace(params=trees.map_with_path(kill, model.params))
     share = 30 * 96 * 2 / trees.count(model.params)
-    after, _ = PruneWidth(parameters=share, axes="mlp")(model, CONTEXT)
+    after, _ = Width(parameters=share, axes="mlp")(model, CONTEXT)
     assert [block.mlp_dim for block in after.config.blocks] == [18, 18]
     np.testing.assert_allclose(logits(after), logits(model), atol=2e-3)
 
@@ -97,20 +98,20 @@ def test_a_share_that_cannot_be_reached_is_refused():
     with pytest.raises(
         InputError, match=r"parameters is 0\.7, but with the fewest mlp in each layer the model has 35\.9% fewer"
     ):
-        PruneWidth(parameters=0.7, axes="mlp")(tiny.model(), CONTEXT)
+        Width(parameters=0.7, axes="mlp")(tiny.model(), CONTEXT)
     with pytest.raises(InputError, match=r"parameters is 0\.01, but whole groups make it 0\.0%"):
-        PruneWidth(parameters=0.01, axes="groups")(tiny.model(), CONTEXT)
+        Width(parameters=0.01, axes="groups")(tiny.model(), CONTEXT)
     few_channels = dataclasses.replace(tiny.LLAMA, kv_heads=4, mlp_dim=4, vocabulary=257).config()
     share = 0.35 * 2 * (4 * 32 * 32 + 3 * 4 * 32) / trees.count(tiny.model(few_channels).params)
     with pytest.raises(InputError, match="but whole groups and mlp make it"):  # three of four heads, and no channel
         counts(few_channels, share, ("groups", "mlp"))
     with pytest.raises(InputError, match="must be between 0 and 1"):
-        PruneWidth(parameters=1.0)
+        Width(parameters=1.0)
 
 
 def test_masks_and_formats_stay():
-    model, _ = recipe.run(tiny.model(), (Prune(sparsity=0.5), Quantize()), CONTEXT)
-    after, _ = PruneWidth(parameters=0.2)(model, CONTEXT)
+    model, _ = recipe.run(tiny.model(), (Magnitude(sparsity=0.5), Quantize()), CONTEXT)
+    after, _ = Width(parameters=0.2)(model, CONTEXT)
     for path, leaf in trees.flatten(after.params):
         assert isinstance(leaf, QArray) == path.endswith(("kernel", "embedding"))
     for path, mask in after.masks.items():
@@ -123,15 +124,15 @@ def test_on_a_mesh_it_is_the_same():
     model = tiny.model()
     mesh = meshes.data_parallel(8)
     assert mesh.size == 8
-    alone, _ = PruneWidth(parameters=0.2)(model, CONTEXT)
-    spread, _ = PruneWidth(parameters=0.2)(model, dataclasses.replace(CONTEXT, mesh=mesh))
+    alone, _ = Width(parameters=0.2)(model, CONTEXT)
+    spread, _ = Width(parameters=0.2)(model, dataclasses.replace(CONTEXT, mesh=mesh))
     assert spread.config == alone.config
     np.testing.assert_allclose(logits(sharding.on_one_device(spread)), logits(alone), atol=2e-3)
 
 
 def test_the_slices_that_stay_keep_their_order():
     model = tiny.model()
-    after, _ = PruneWidth(parameters=0.2, axes="mlp", refit=False)(model, CONTEXT)
+    after, _ = Width(parameters=0.2, axes="mlp", refit=False)(model, CONTEXT)
     before = np.asarray(model.params["block_0"]["feedforward"]["up"]["kernel"]).T.tolist()
     found = [
         before.index(column) for column in np.asarray(after.params["block_0"]["feedforward"]["up"]["kernel"]).T.tolist()

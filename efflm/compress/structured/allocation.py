@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from efflm.compress import slicing
+from efflm.compress.structured import slicing
 from efflm.config import require
 from efflm.config.model import ModelConfig
 from efflm.model.params import table

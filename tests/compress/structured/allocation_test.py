@@ -5,7 +5,17 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from efflm.compress.allocation import allocate, counts, gone, most, parameters, per_slice, search, sizes, step
+from efflm.compress.structured.allocation import (
+    allocate,
+    counts,
+    gone,
+    most,
+    parameters,
+    per_slice,
+    search,
+    sizes,
+    step,
+)
 from efflm.config import InputError
 from tests import tiny
 

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from efflm import ops, trees
-from efflm.compress import allocation, calibrate, importance, residual, slicing
-from efflm.compress.allocation import Counts, Scores
+from efflm.compress import calibrate
 from efflm.compress.calibrate import Layer
-from efflm.compress.importance import Importance
 from efflm.compress.step import Context, Record, record
-from efflm.compress.target import Target
+from efflm.compress.structured import allocation, importance, residual, slicing
+from efflm.compress.structured.allocation import Counts, Scores
+from efflm.compress.structured.importance import Importance
+from efflm.compress.structured.target import Target
 from efflm.config import flag, require
 from efflm.model import LanguageModel
 
@@ -42,7 +43,7 @@ def refit(w: jax.Array, gram: jax.Array, kept: jax.Array, gone: jax.Array, dampi
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PruneWidth(Target):
+class Width(Target):
     """Remove groups of heads, feed-forward channels, channels of the residual stream; the rest of a layer compensates.
 
     One target is set. By bytes and by latency, models with different shares of the parameters are tried, and the one
@@ -61,6 +62,7 @@ class PruneWidth(Target):
     refit: bool = flag(True, "fit the matrices that read groups and feed-forward channels again")
     damping: float = flag(0.01, "added to the diagonal of X^T X, as a share of its mean, for that")
 
+    at = "parameters"
     calibrates = True
 
     def __post_init__(self):
@@ -103,7 +105,7 @@ class PruneWidth(Target):
             after = residual.narrowed(after, importance.largest(channels, width), rows, mesh)
         if inside:
             after = self.pruned(after, context, keep, scores)
-        return after, record(self, model, after, context, uses_text=True, removed=removed)
+        return after, record(self, model, after, context, removed=removed)
 
     def scores(self, model: LanguageModel, context: Context, inside: tuple[str, ...]) -> Scores | None:
         """Of the slices of the whole model; None where those of each layer are enough, fed by what is made of the ones

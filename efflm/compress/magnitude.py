@@ -91,13 +91,15 @@ def joint(before: Masks, masks: Masks) -> dict[str, jax.Array]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prune:
+class Magnitude:
     """Set the smallest weights of the matrices inside the layers to zero."""
 
     sparsity: float = flag(0.5, "fraction of weights to remove, in [0, 1)")
     scope: str = flag(
         "layer", "layer: of each matrix; global: of all together; 2:4: 2 of every 4 inputs; 16x16: whole tiles"
     )
+
+    at = "sparsity"
 
     def __post_init__(self):
         require_scope(self.sparsity, self.scope)

@@ -14,10 +14,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from efflm import ops, trees
 from efflm.cli import progress
-from efflm.compress import calibrate, slicing
-from efflm.compress.allocation import Scores
+from efflm.compress import calibrate
 from efflm.compress.calibrate import Layer
 from efflm.compress.step import masters
+from efflm.compress.structured import slicing
+from efflm.compress.structured.allocation import Scores
 from efflm.config import require
 from efflm.config.model import BlockConfig, ModelConfig
 from efflm.model import LanguageModel, placement

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from efflm import ops, trees
-from efflm.compress import latency, recipe
-from efflm.compress.shrink import Shrink, block_influence
-from efflm.compress.step import Context
+from efflm.compress.step import Context, calibrates
+from efflm.compress.structured import latency
+from efflm.compress.structured.depth import Depth, block_influence
 from efflm.config import InputError
 from efflm.parallel import meshes
 from tests import reference, tiny
@@ -40,7 +40,7 @@ def test_block_influence_is_that_of_the_paper_over_tokens_that_are_no_padding():
 def test_the_layers_of_the_least_influence_go():
     influence = block_influence(MODEL, CONTEXT.calibration, CONTEXT.mesh)
     for keep in (1, 2, 3):
-        after, record = Shrink(layers=keep, importance="block_influence")(MODEL, CONTEXT)
+        after, record = Depth(layers=keep, importance="block_influence")(MODEL, CONTEXT)
         stay = sorted(np.argsort(influence)[-keep:])
         for new, old in enumerate(stay):
             assert after.params[f"block_{new}"] is MODEL.params[f"block_{old}"]
@@ -49,17 +49,17 @@ def test_the_layers_of_the_least_influence_go():
 
 
 def test_text_is_read_only_where_it_is_needed():
-    assert recipe.calibrates([Shrink(importance="block_influence")])
-    assert not recipe.calibrates([Shrink()])
-    _, record = Shrink()(MODEL, dataclasses.replace(CONTEXT, calibration=None))
+    assert calibrates([Depth(importance="block_influence")])
+    assert not calibrates([Depth()])
+    _, record = Depth()(MODEL, dataclasses.replace(CONTEXT, calibration=None))
     assert record.corpus == ""
     with pytest.raises(InputError, match="block influence needs calibration text: give a corpus"):
-        Shrink(importance="block_influence")(MODEL, dataclasses.replace(CONTEXT, calibration=None))
+        Depth(importance="block_influence")(MODEL, dataclasses.replace(CONTEXT, calibration=None))
     with pytest.raises(InputError, match="importance is block_influence, but with init=random no layer's weights"):
-        Shrink(importance="block_influence", init="random")
+        Depth(importance="block_influence", init="random")
     padding = CONTEXT.calibration | {"segments": np.zeros_like(CONTEXT.calibration["segments"])}
     with pytest.raises(InputError, match="only padding"):
-        Shrink(importance="block_influence")(MODEL, dataclasses.replace(CONTEXT, calibration=padding))
+        Depth(importance="block_influence")(MODEL, dataclasses.replace(CONTEXT, calibration=padding))
 
 
 @pytest.mark.parametrize("name", ["parameters", "bytes"])
@@ -67,7 +67,7 @@ def test_so_many_layers_go_as_come_nearest_to_the_target(name, capsys):
     deep = tiny.model(dataclasses.replace(tiny.LLAMA, layers=7))
     size = lambda model: trees.count(model.params) if name == "parameters" else ops.stored_nbytes(model.params)
     for target in (0.1, 0.3, 0.52):
-        after, record = Shrink(**{name: target})(deep, CONTEXT)
+        after, record = Depth(**{name: target})(deep, CONTEXT)
         models = [shrunk(deep, keep) for keep in range(1, 8)]
         gaps = [abs(1 - size(model) / size(deep) - target) for model in models]
         keep = 1 + int(np.argmin(gaps))
@@ -80,7 +80,7 @@ def test_so_many_layers_go_as_come_nearest_to_the_target(name, capsys):
 
 
 def shrunk(model, keep):
-    return model if keep == len(model.config.blocks) else Shrink(layers=keep)(model, CONTEXT)[0]
+    return model if keep == len(model.config.blocks) else Depth(layers=keep)(model, CONTEXT)[0]
 
 
 def test_by_latency_few_candidates_are_measured(monkeypatch):
@@ -88,7 +88,7 @@ def test_by_latency_few_candidates_are_measured(monkeypatch):
     monkeypatch.setattr(latency, "runner", lambda model, phase: len(model.config.blocks))
     monkeypatch.setattr(latency, "saved", lambda before, after: measured.append(after) or 1 - (after + 1) / before)
     deep = tiny.model(dataclasses.replace(tiny.LLAMA, layers=8))
-    after, record = Shrink(latency=0.35, importance="block_influence")(deep, CONTEXT)
+    after, record = Depth(latency=0.35, importance="block_influence")(deep, CONTEXT)
     assert len(after.config.blocks) == 4
     assert record.settings["removed"] == {"layers": 4, "latency": pytest.approx(1 - 5 / 8)}
     influence = block_influence(deep, CONTEXT.calibration, CONTEXT.mesh)
@@ -109,4 +109,4 @@ def test_by_latency_few_candidates_are_measured(monkeypatch):
 )
 def test_targets_that_cannot_be_met_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
-        Shrink(**settings)(MODEL, CONTEXT)
+        Depth(**settings)(MODEL, CONTEXT)

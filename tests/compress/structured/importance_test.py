@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from efflm import trees
-from efflm.compress.importance import READERS, largest, measured, taylor
-from efflm.compress.slicing import features
+from efflm.compress.structured.importance import READERS, largest, measured, taylor
+from efflm.compress.structured.slicing import features
 from efflm.config import InputError
 from efflm.parallel import meshes
 from tests import reference, tiny

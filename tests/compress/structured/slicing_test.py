@@ -8,7 +8,7 @@ import pytest
 from efflm import api as efflm
 from efflm import ops, trees
 from efflm.compress.quantize import quantize
-from efflm.compress.slicing import features, slice_params
+from efflm.compress.structured.slicing import features, slice_params
 from efflm.config import InputError
 from efflm.model import LanguageModel
 from efflm.model.params import find, table

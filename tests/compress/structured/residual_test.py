@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from efflm import trees
-from efflm.compress import residual
+from efflm.compress.structured import residual
 from efflm.config import InputError
 from efflm.parallel import meshes
 from tests import reference, tiny

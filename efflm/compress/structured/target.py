@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable
 
 from efflm import ops, trees
-from efflm.compress import latency
-from efflm.compress.latency import Phase
+from efflm.compress.structured import latency
+from efflm.compress.structured.latency import Phase
 from efflm.config import flag, require
 from efflm.model import LanguageModel
 

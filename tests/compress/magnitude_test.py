@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from efflm import trees
 from efflm.compress.finetune import Finetune
-from efflm.compress.prune import Prune, magnitude_masks
+from efflm.compress.magnitude import Magnitude, magnitude_masks
 from efflm.compress.quantize import Quantize
-from efflm.compress.shrink import Shrink
 from efflm.compress.step import Context
+from efflm.compress.structured.depth import Depth
 from efflm.config import InputError
 from efflm.ops import apply_masks, dequantize
 from efflm.ops.qarray import codes
@@ -60,7 +60,7 @@ def test_two_of_four_inputs_stay_and_are_the_largest(a, b):
 
 def test_only_matrices_in_the_layers_are_pruned():
     model = tiny.model()
-    after, record = Prune(sparsity=0.5)(model, CONTEXT)
+    after, record = Magnitude(sparsity=0.5)(model, CONTEXT)
     for path, leaf in trees.flatten(after.params):
         zeros = int(jnp.sum(leaf == 0))
         assert zeros == (leaf.size // 2 if path in record.leaves else 0), path
@@ -70,11 +70,11 @@ def test_only_matrices_in_the_layers_are_pruned():
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan")])
 def test_sparsity_outside_its_range_is_refused(sparsity):
     with pytest.raises(InputError, match=r"sparsity is .* \[0, 1\)"):
-        Prune(sparsity=sparsity)
+        Magnitude(sparsity=sparsity)
 
 
 def test_pruning_and_quantizing_keep_each_others_work():
-    pruned, _ = Prune(sparsity=0.5)(tiny.model(), CONTEXT)
+    pruned, _ = Magnitude(sparsity=0.5)(tiny.model(), CONTEXT)
     both, _ = Quantize()(pruned, CONTEXT)
     for path, w in trees.select(pruned.params, "kernel"):
         values = np.asarray(dict(trees.flatten(both.params))[path].values)
@@ -87,7 +87,7 @@ def test_pruning_and_quantizing_keep_each_others_work():
         np.testing.assert_array_equal(dequantize(leaf)[~np.asarray(mask)], 0)
 
 
-@pytest.mark.parametrize("steps", [(Prune(sparsity=0.5),), (Prune(sparsity=0.5, scope="2:4"), Quantize())])
+@pytest.mark.parametrize("steps", [(Magnitude(sparsity=0.5),), (Magnitude(sparsity=0.5, scope="2:4"), Quantize())])
 def test_training_moves_weights_but_none_that_is_pruned(steps):
     model = tiny.model()
     for step in steps:
@@ -118,18 +118,18 @@ def test_weights_that_rounded_to_zero_are_trained_on():
 
 
 def test_pruning_again_keeps_what_was_pruned_before():
-    once, _ = Prune(sparsity=0.3)(tiny.model(), CONTEXT)
-    twice, _ = Prune(sparsity=0.5, scope="2:4")(once, CONTEXT)
+    once, _ = Magnitude(sparsity=0.3)(tiny.model(), CONTEXT)
+    twice, _ = Magnitude(sparsity=0.5, scope="2:4")(once, CONTEXT)
     for path, mask in twice.masks.items():
         assert not np.any(mask & ~once.masks[path])
         assert np.all(np.asarray(dict(trees.flatten(twice.params))[path])[~np.asarray(mask)] == 0)
 
 
 def test_masks_follow_their_layers():
-    pruned, _ = Prune(sparsity=0.5)(tiny.model(dataclasses.replace(tiny.LLAMA, layers=3)), CONTEXT)
-    half, _ = Shrink(layers=2)(pruned, CONTEXT)
+    pruned, _ = Magnitude(sparsity=0.5)(tiny.model(dataclasses.replace(tiny.LLAMA, layers=3)), CONTEXT)
+    half, _ = Depth(layers=2)(pruned, CONTEXT)
     assert half.masks.keys() == {path for path in pruned.masks if not path.startswith("block_2")}
     path = "attention/query/kernel"
     np.testing.assert_array_equal(half.masks[f"block_1/{path}"], pruned.masks[f"block_2/{path}"])
-    fresh, _ = Shrink(layers=2, init="random")(pruned, CONTEXT)
+    fresh, _ = Depth(layers=2, init="random")(pruned, CONTEXT)
     assert fresh.masks is None
