@@ -81,7 +81,7 @@ def not_finite(tree: Any) -> str:
 def _count_not_finite(leaf: Any) -> int:
     parts = _here(leaf)
     if parts is None:
-        return int(_count_on_devices(leaf))
+        return _total(_count_on_devices(leaf))
     # In numpy, which compiles nothing, by the bits of the exponent: numpy knows bfloat16 only slowly.
     bits = np.dtype(f"u{leaf.dtype.itemsize}")
     infinity = np.array(np.inf, leaf.dtype).view(bits)
@@ -92,7 +92,7 @@ def count_nonzero(leaf: Any) -> int:
     """How many numbers of an array are not zero, counted where they are."""
     parts = _here(leaf)
     if parts is None:
-        return int(_count_nonzero_on_devices(leaf))
+        return _total(_count_nonzero_on_devices(leaf))
     bits = np.dtype(f"u{leaf.dtype.itemsize}")
     sign = 1 << (8 * bits.itemsize - 1) if jnp.issubdtype(leaf.dtype, jnp.floating) else 0
     return sum(
@@ -149,12 +149,21 @@ def _chunks(parts: list[Any], dtype: np.dtype) -> Iterator[np.ndarray]:
 
 @jax.jit
 def _count_on_devices(x: jax.Array) -> jax.Array:
-    return jnp.sum(~jnp.isfinite(x), dtype=jnp.int32)
+    return _rows(~jnp.isfinite(x))
 
 
 @jax.jit
 def _count_nonzero_on_devices(x: jax.Array) -> jax.Array:
-    return jnp.sum(x != 0, dtype=jnp.int32)
+    return _rows(x != 0)
+
+
+def _rows(where: jax.Array) -> jax.Array:
+    """How many of each row are true: of all together there may be more than an int32 holds."""
+    return jnp.sum(where, axis=-1 if where.ndim else None, dtype=jnp.int32)
+
+
+def _total(counts: jax.Array) -> int:
+    return int(on_host(counts).sum(dtype=np.int64))
 
 
 _equal_on_devices = jax.jit(jnp.array_equal)

@@ -45,7 +45,7 @@ from efflm.compress.step import Calibration, Context, Step, reads_text
 from efflm.compress.wanda import Wanda
 from efflm.config import InputError, at_home, flag, require
 from efflm.data import corpora, dataset, overlap
-from efflm.evaluate import quality, speed
+from efflm.evaluate import quality, scoring, speed
 from efflm.evaluate.quality import Quality
 from efflm.evaluate.windows import Scoring
 from efflm.formats import sources
@@ -53,7 +53,7 @@ from efflm.formats.sources import KINDS, Loaded
 from efflm.infer.generate import forward
 from efflm.model import LanguageModel
 from efflm.parallel import sharding
-from efflm.report import page, rows, scoring, swept, table
+from efflm.report import page, rows, swept, table
 from efflm.report.page import Section, Table
 from efflm.report.swept import Row
 

@@ -28,14 +28,14 @@ from efflm.compress import recipe
 from efflm.compress.step import Calibration, Context, Record, Step, reads_text
 from efflm.config import PRECISION, AskedPrecision, InputError, flag, require, require_seed
 from efflm.data import corpora, dataset
-from efflm.evaluate import machine, quality, throughput
+from efflm.evaluate import machine, quality, scoring, throughput
 from efflm.evaluate.windows import Scoring
 from efflm.formats import efflm_file, saved, sources
 from efflm.formats.saved import Saved
 from efflm.formats.sources import KINDS, Loaded
 from efflm.model import LanguageModel
 from efflm.parallel import meshes, sharding
-from efflm.report import analysis, compared, numbers, page, rows, samples, scoring, table
+from efflm.report import analysis, compared, numbers, page, rows, samples, table
 from efflm.report.comparison import Comparison, Limits
 from efflm.text import fitted
 from efflm.train import metrics
@@ -186,7 +186,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
             measured.append(rows.make(each, model, nbytes, note, figures, rates[each], base))
             qualities[each], timed[each] = figures, (rates[each], rates[first])
             if run.prompt:
-                written[each] = samples.write(models[each], tokens, prompt, run.sample)
+                written[each] = samples.write(models[each], tokens, prompt, run.sample, protocol)
         phases = phases or analysis.inference(dense, protocol, rates[first])
         del after, here, models, model, pairs, models_of
     facts = [

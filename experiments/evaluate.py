@@ -21,6 +21,7 @@ from efflm.cli.flags import command_line, launch
 from efflm.config import PRECISION, AskedPrecision, flag, require
 from efflm.config.parallel import MeshConfig
 from efflm.data import corpora, dataset
+from efflm.evaluate import side_by_side
 from efflm.evaluate.windows import Scoring
 from efflm.formats import sources
 from efflm.formats.sources import KINDS
@@ -71,7 +72,7 @@ def main(run: Run, score: Scoring, mesh: MeshConfig, limits: Limits) -> None:
         models = {first[0]: other.model} | models
         sizes[first[0]], notes[first[0]] = other.nbytes, rows.origin(run.reference, other.about)
     first = next(iter(models))
-    found = measured.compare(models, sizes, notes, text, tokens, score)
+    found = measured.of(models, sizes, notes, side_by_side.measure(models, text, tokens, score))
     facts = [*found.facts, *rows.cautions(run.model, about, text.known)]
     if run.run_dir:
         machine, command = run_directory.machine(), command_line("experiments.evaluate", sys.argv)
@@ -86,7 +87,7 @@ def main(run: Run, score: Scoring, mesh: MeshConfig, limits: Limits) -> None:
             comparison=found.comparison(limits),
             details={each: Detail(lineage=compared.before(notes[each], abouts[each])) for each in models},
             curves={},
-            phases=analysis.inference(models[first], found.protocol, found.rates[first]),
+            phases=analysis.inference(models[first], found.figures.protocol, found.figures.rates[first]),
             facts=facts,
             made=page.made(machine, total_time=page.duration(time.perf_counter() - began)),
             command=command,

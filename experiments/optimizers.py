@@ -31,12 +31,12 @@ from efflm.config.model import ModelConfig, ModelShape
 from efflm.config.train import Optimizer, TrainConfig
 from efflm.data import corpora, dataset
 from efflm.data.dataset import Dataset, Text
-from efflm.evaluate import quality
+from efflm.evaluate import quality, scoring
 from efflm.evaluate.quality import Quality
 from efflm.evaluate.windows import Scoring
 from efflm.model import LanguageModel, autotune, init_params
 from efflm.parallel import meshes
-from efflm.report import numbers, page, plots, scoring, table
+from efflm.report import numbers, page, plots, table
 from efflm.report.page import Section, Table
 from efflm.report.table import Column
 from efflm.train import metrics, optimizer, trainer

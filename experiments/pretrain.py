@@ -23,13 +23,13 @@ from efflm.config.parallel import HostsConfig, MeshConfig
 from efflm.config.train import TrainConfig
 from efflm.data import corpora, dataset
 from efflm.data.dataset import Dataset
-from efflm.evaluate import quality
+from efflm.evaluate import quality, scoring
 from efflm.evaluate.windows import Scoring
 from efflm.formats import checkpoint, saved
 from efflm.model import LanguageModel, autotune, cost, init_params
 from efflm.parallel import meshes, processes
 from efflm.precision import POLICIES
-from efflm.report import plots, scoring
+from efflm.report import plots
 from efflm.text import tokenizer
 from efflm.train import metrics, trainer
 from efflm.train.checkpointing import Checkpointing

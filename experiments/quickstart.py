@@ -22,13 +22,13 @@ from efflm.compress.step import Context
 from efflm.config.model import ModelShape
 from efflm.config.train import TrainConfig
 from efflm.data import loader
-from efflm.evaluate import quality, throughput
+from efflm.evaluate import quality, scoring, throughput
 from efflm.evaluate.throughput import Protocol
 from efflm.evaluate.windows import Scoring
 from efflm.formats import saved
 from efflm.formats.saved import Saved
 from efflm.parallel import meshes, sharding
-from efflm.report import analysis, compared, page, rows, samples, scoring, table
+from efflm.report import analysis, compared, page, rows, samples, table
 from efflm.report.comparison import Comparison, Limits
 from efflm.train import metrics
 from experiments import pretrain
@@ -121,7 +121,7 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     ]
     about = digests | {"source": data.corpus.source, "seed": run.seed}
     prompt = api.prompt_ids(data.tokenizer, PROMPT, about)
-    written = {name: samples.write(each, data.tokenizer, prompt, tokens=48) for name, each in here.items()}
+    written = {name: samples.write(each, data.tokenizer, prompt, 48, protocol) for name, each in here.items()}
     machine, command = run_directory.machine(), command_line("experiments.quickstart", sys.argv)
     about |= {f"train.{name}": value for name, value in dataclasses.asdict(train).items()}
     run_directory.write_json(

@@ -48,14 +48,14 @@ from efflm.compress.structured.depth import Depth
 from efflm.compress.structured.width import Width
 from efflm.config import PRECISION, AskedPrecision, flag, require
 from efflm.data import corpora, dataset
-from efflm.evaluate import confidence, machine, quality, speed, throughput
+from efflm.evaluate import confidence, machine, quality, scoring, speed, throughput
 from efflm.evaluate.quality import Quality
 from efflm.evaluate.windows import Scoring
 from efflm.formats import sources
 from efflm.formats.sources import KINDS, Loaded
 from efflm.model import LanguageModel, autotune
 from efflm.parallel import meshes, sharding
-from efflm.report import page, rows, scoring, swept, table
+from efflm.report import page, rows, swept, table
 from efflm.report.page import Section, Table
 from efflm.report.recovered import COLUMNS, Row
 

@@ -59,17 +59,27 @@ def _whole(tree: Any) -> Any:
     return jax.lax.with_sharding_constraint(tree, PartitionSpec())
 
 
+def _unembed(model: LanguageModel, x_MD: jax.Array) -> jax.Array:
+    """float32 logits [M, V] of final states."""
+    logits_BMV = _transformer(model).apply({"params": model.params}, x_MD[None], method=Transformer.unembed)
+    return logits_BMV[0].astype(jnp.float32)
+
+
+@jax.jit
+def _expected(reference: LanguageModel, x_MD: jax.Array) -> jax.Array:
+    """The reference's logits [M, V] over the ids that have a token."""
+    return ops.possible(_unembed(reference, x_MD), reference.config.unused, ops.LEAST)
+
+
 @jax.jit
 def _score(
-    reference: LanguageModel | None, expected_MD: jax.Array | None, model: LanguageModel, x_MD, targets_M: jax.Array
+    expected_MV: jax.Array | None, model: LanguageModel, x_MD: jax.Array, targets_M: jax.Array
 ) -> dict[str, jax.Array]:
-    """Without a reference, the model is its own. KL and agreement are over the ids that have a token."""
-    unembed = lambda model, x: _transformer(model).apply({"params": model.params}, x[None], method=Transformer.unembed)
-    possible = lambda logits_MV, model: ops.possible(logits_MV, model.config.unused, ops.LEAST)
-    whole_MV = unembed(model, x_MD)[0].astype(jnp.float32)
-    logits_MV = expected_MV = possible(whole_MV, model)
-    if reference is not None:
-        expected_MV = possible(unembed(reference, expected_MD)[0].astype(jnp.float32), reference)
+    """Without the reference's logits, the model is its own. KL and agreement are over the ids that have a token."""
+    whole_MV = _unembed(model, x_MD)
+    logits_MV = ops.possible(whole_MV, model.config.unused, ops.LEAST)
+    if expected_MV is None:
+        expected_MV = logits_MV
     # From both normalizers, in one pass over the vocabulary: through log-probabilities it takes four times as long.
     normalizer_M, expected_normalizer_M = (jax.nn.logsumexp(x, axis=-1) for x in (logits_MV, expected_MV))
     p_MV = jnp.exp(expected_MV - expected_normalizer_M[:, None])
@@ -103,26 +113,31 @@ def states(model: LanguageModel, block: Block) -> np.ndarray:
 
 
 def score(
-    model: LanguageModel,
-    states_MD: np.ndarray,
-    reference: LanguageModel | None,
-    expected_MD: np.ndarray | None,
+    models: dict[str, LanguageModel],
+    states: dict[str, np.ndarray],
+    reference: LanguageModel,
+    expected_MD: np.ndarray,
     targets_M: np.ndarray,
     most: int,
-) -> dict[str, np.ndarray]:
-    """bits, kl and agreement (see Quality) at each of at most `most` targets. Without a reference, the model is its
-    own."""
-    count = max(1, min(most, LOGITS // model.config.vocabulary))  # not the number of targets: one program for all
-    output, expected_output = _without_layers(model), None if reference is None else _without_layers(reference)
-    parts = []
-    with sharding.mesh_of(model.params):
+) -> dict[str, dict[str, np.ndarray]]:
+    """bits, kl and agreement (see Quality) of each model at each of at most `most` targets. states: what each makes of
+    the text; expected_MD: the reference's, whose logits are computed once for all models."""
+    vocabulary = max(model.config.vocabulary for model in (reference, *models.values()))
+    count = max(1, min(most, LOGITS // vocabulary))  # not the number of targets: one program for all
+    outputs = {name: _without_layers(model) for name, model in models.items()}
+    first, alone = _without_layers(reference), all(model is reference for model in models.values())
+    parts: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in models}
+    with sharding.mesh_of(reference.params):
         for start in range(0, len(targets_M), count):
-            cut = lambda x, start=start: None if x is None else _filled(x[start : start + count], count)
-            got = _score(expected_output, cut(expected_MD), output, cut(states_MD), cut(targets_M))
-            parts.append({name: x[: len(targets_M) - start] for name, x in jax.device_get(got).items()})
-    return {
-        name: np.concatenate([np.zeros(0), *(part[name] for part in parts)]) for name in ("bits", "kl", "agreement")
-    }
+            cut = lambda x, start=start: _filled(x[start : start + count], count)
+            expected_MV = None if alone else _expected(first, cut(expected_MD))
+            for name, model in models.items():
+                given = None if model is reference else expected_MV
+                got = jax.device_get(_score(given, outputs[name], cut(states[name]), cut(targets_M)))
+                parts[name].append({figure: x[: len(targets_M) - start] for figure, x in got.items()})
+    figures = ("bits", "kl", "agreement")
+    joined = lambda found, figure: np.concatenate([np.zeros(0), *(part[figure] for part in found)])
+    return {name: {figure: joined(found, figure) for figure in figures} for name, found in parts.items()}
 
 
 def _filled(x: np.ndarray, count: int) -> np.ndarray:
@@ -157,13 +172,11 @@ def measure(
         expected_MD = kept[index] if kept and index in kept else states(reference, block)
         if kept is not None and sum(x.nbytes for x in kept.values()) + expected_MD.nbytes <= KEPT:
             kept[index] = expected_MD
-        for name, model in models.items():
-            pair = (None, None) if model is reference else (reference, expected_MD)
-            states_MD = expected_MD if model is reference else states(model, block)
-            found = counts | score(model, states_MD, *pair, targets_M, where.size)
+        read = {name: expected_MD if model is reference else states(model, block) for name, model in models.items()}
+        for name, found in score(models, read, reference, expected_MD, targets_M, where.size).items():
             sums[name] = _room_for(documents, sums[name])
             for i, field in enumerate(fields):
-                sums[name][i, first - 1 : documents] += np.bincount(owners_M - first, found[field])
+                sums[name][i, first - 1 : documents] += np.bincount(owners_M - first, (counts | found)[field])
     return {name: Quality(*(of[:, :documents])) for name, of in sums.items()}
 
 

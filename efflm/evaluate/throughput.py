@@ -102,6 +102,19 @@ def _round(model: LanguageModel, protocol: Protocol, clock: Callable[[], float])
     return run
 
 
+def continued(model: LanguageModel, prompt: list[int], protocol: Protocol) -> list[int]:
+    """1 + protocol.new ids that follow a prompt of at most protocol.start tokens, greedily, by the programs of the
+    rounds: after `rates` nothing is compiled."""
+    how, stops = GREEDY.arrays(), np.zeros(0, np.int32)
+    tokens = np.zeros((1, protocol.start), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    lengths, cache_length = np.array([len(prompt)], np.int32), protocol.start + protocol.new
+    state = start(*prefill(model, tokens, lengths, cache_length=cache_length), row_keys(0, 1), how, stops)
+    first = int(state.token_B[0])
+    ids_BS, _ = decode(model, state, how, stops, np.int32(protocol.new), steps=protocol.new)
+    return [first, *map(int, np.asarray(ids_BS)[0])]
+
+
 def _rate(tokens: int, seconds: list[float]) -> Rate:
     fast, median, slow = map(float, np.quantile(seconds, (0.25, 0.5, 0.75)))
     return Rate(tokens / median, tokens / slow, tokens / fast, tuple(tokens / took for took in seconds))

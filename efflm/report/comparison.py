@@ -20,7 +20,7 @@ import numpy as np
 from scipy import special
 
 from efflm.config import flag, require
-from efflm.evaluate import quality
+from efflm.evaluate import quality, throughput
 from efflm.evaluate.quality import Quality
 from efflm.evaluate.throughput import Rate
 from efflm.report.rows import Row
@@ -124,21 +124,23 @@ class Comparison:
     def _faster(self, one: Row, other: Row, phase: str) -> tuple[float, float | None]:
         mine, theirs, at = self.rates.get(one.name), self.rates.get(other.name), PHASES.index(phase)
         if mine and theirs and mine[1] == theirs[1]:  # the same rounds of the first row
-            return _mean_log_ratio(mine[0][at], theirs[0][at])
+            return _log_ratio(mine[0][at], theirs[0][at])
         parts = []
         for row in (one, other):
             own, base = self.rates.get(row.name, (None, None))
             ratio, error = times(row, phase)
             apart = math.log(ratio), None if error is None else error / ratio
-            parts.append(_mean_log_ratio(own[at], base[at]) if own else apart)
+            parts.append(_log_ratio(own[at], base[at]) if own else apart)
         error = None if None in [e for _, e in parts] else math.hypot(*(e for _, e in parts))
         return parts[0][0] - parts[1][0], error
 
 
-def _mean_log_ratio(rate: Rate, base: Rate) -> tuple[float, float | None]:
-    """Of speeds in the same rounds, and its standard error, None of a single round."""
+def _log_ratio(rate: Rate, base: Rate) -> tuple[float, float | None]:
+    """Of the ratio that the table shows (throughput.ratio), and the standard error of such a median, None of a single
+    round: by the deviation, since the quartiles of few rounds are often close together by chance."""
     logs = np.log(np.divide(rate.rounds, base.rounds))
-    return float(logs.mean()), float(logs.std(ddof=1) / math.sqrt(len(logs))) if len(logs) > 1 else None
+    value, count = math.log(throughput.ratio(rate, base)[0]), len(logs)
+    return value, float(logs.std(ddof=1) * math.sqrt(math.pi / 2 / count)) if count > 1 else None
 
 
 def figure_of(row: Row, figure: str) -> tuple[float, float | None]:

@@ -1,34 +1,22 @@
-"""Models measured side by side: their rows, and how they were measured."""
+"""The rows of models that were measured side by side, printed as a table."""
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
-import jax
-
-from efflm import ops
-from efflm.evaluate import throughput
-from efflm.evaluate.quality import Quality
-from efflm.evaluate.throughput import Protocol, Rate
-from efflm.evaluate.windows import Scoring
+from efflm.evaluate.side_by_side import Figures
 from efflm.model import LanguageModel
-from efflm.report import rows, scoring, table
+from efflm.report import rows, table
 from efflm.report.comparison import Comparison, Limits
 from efflm.report.rows import Row
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Measured:
-    """A row for each model, in order, by its index or name; printed, the table with the facts below it.
-
-    rates: prefill and decode by the model's name, by the protocol; None where speed was not measured.
-    """
+    """A row for each model, in order, by its index or name; printed, the table with the facts below it."""
 
     rows: tuple[Row, ...]
     facts: tuple[str, ...]
-    qualities: dict[str, Quality]
-    rates: dict[str, tuple[Rate, Rate]] | None
-    protocol: Protocol
+    figures: Figures
 
     def __getitem__(self, which: int | str) -> Row:
         if isinstance(which, int):
@@ -46,8 +34,9 @@ class Measured:
 
     def comparison(self, limits: Limits) -> Comparison:
         """The rows with what their figures were made of, from which verdicts are made."""
-        rates, first = self.rates or {}, self.rows[0].name
-        return Comparison(self.rows, limits, self.qualities, {name: (own, rates[first]) for name, own in rates.items()})
+        rates, first = self.figures.rates or {}, self.rows[0].name
+        pairs = {name: (own, rates[first]) for name, own in rates.items()}
+        return Comparison(self.rows, limits, self.figures.qualities, pairs)
 
     def __str__(self) -> str:
         return table.text(self.rows, self.facts, table.measured(self.rows))
@@ -55,26 +44,7 @@ class Measured:
     __repr__ = __str__
 
 
-def compare(
-    models: dict[str, LanguageModel],
-    sizes: dict[str, int],
-    notes: dict[str, str],
-    text: Any,
-    tokenizer: Any,
-    score: Scoring,
-    speed: bool = True,
-) -> Measured:
-    """Score a text (see data.dataset.Text) and time prefill and decode, all models in turn.
-
-    models: not prepared for kernels yet. sizes: bytes on disk. notes: what each model is, in words. score: as
-    `Scoring.within` says. Differences are those to the first model.
-    """
-    first = next(iter(models))
-    here = {name: ops.prepare(model, jax.default_backend()) for name, model in models.items()}
-    found = scoring.measure(here, text, tokenizer, score, here[first])
-    protocol = throughput.protocol_for(models[first])
-    rates, load = throughput.rates(here, protocol) if speed else (None, "")
-    against = f" Divergence: from {first}." if len(models) > 1 else ""
-    facts = [f"Quality: {scoring.protocol(text, score, found[first])}.{against}"]
-    facts += [f"Speed: {protocol}.{load}"] * speed
-    return Measured(tuple(rows.collect(models, sizes, notes, found, rates)), tuple(facts), found, rates, protocol)
+def of(models: dict[str, LanguageModel], sizes: dict[str, int], notes: dict[str, str], found: Figures) -> Measured:
+    """sizes: bytes on disk. notes: what each model is, in words."""
+    made = rows.collect(models, sizes, notes, found.qualities, found.rates)
+    return Measured(tuple(made), found.facts, found)

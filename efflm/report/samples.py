@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from efflm.evaluate import throughput
+from efflm.evaluate.throughput import Protocol
 from efflm.infer.generate import generate
 from efflm.model import LanguageModel
 
@@ -18,9 +20,18 @@ class Sample:
     rest: str = ""
 
 
-def write(model: LanguageModel, tokenizer: Any, prompt: list[int], tokens: int) -> list[int]:
-    """The ids of a greedy continuation, as many as the model's length allows."""
+def write(
+    model: LanguageModel, tokenizer: Any, prompt: list[int], tokens: int, protocol: Protocol | None = None
+) -> list[int]:
+    """The ids of a greedy continuation, as many as the model's length allows.
+
+    protocol: of the rounds in which this model's speed was measured, whose programs are used where the prompt and the
+    continuation fit into them.
+    """
     tokens = min(tokens, model.config.max_length - len(prompt))
+    if protocol and len(prompt) <= protocol.start and 0 < tokens <= protocol.new:
+        ids = throughput.continued(model, prompt, protocol)[:tokens]
+        return ids[: next((i for i, token in enumerate(ids) if token in tokenizer.stops), tokens)]
     return generate(model, [prompt], tokens, stops=tokenizer.stops)[0] if tokens > 0 else []
 
 

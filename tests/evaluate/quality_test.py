@@ -40,6 +40,19 @@ def test_sums_by_document_equal_float64(logits, monkeypatch):
     assert 0 <= quality.agreement(got["a"])[0] < 0.5
 
 
+def test_the_reference_reads_and_unembeds_a_text_once_for_all_models(monkeypatch):
+    model, calls = tiny.model(seed=0), []
+    counted = lambda name, fn: lambda *args: calls.append((name, args[0])) or fn(*args)
+    for name in ("states", "_expected"):
+        monkeypatch.setattr(quality, name, counted(name, getattr(quality, name)))
+    rows = tiny.batch(model.config, rows=2, length=12)
+    rows |= {"documents": rows["segments"].astype(np.int32), "bytes": rows["targets"] % 5}
+    others = {str(seed): tiny.model(seed=seed) for seed in (1, 2, 3)}
+    quality.measure(others | {"same": model}, [rows], 300, reference=model)
+    assert [name for name, _ in calls].count("_expected") == 1
+    assert sum(name == "states" and read is model for name, read in calls) == 1
+
+
 def of(bits, sizes):
     bits, sizes = np.asarray(bits, float), np.asarray(sizes, float)
     return Quality(bits, sizes, sizes, sizes, sizes)

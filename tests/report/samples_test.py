@@ -1,8 +1,14 @@
+import types
+
 import tokenizers
 from tokenizers import decoders, models, normalizers, trainers
 
+from efflm.evaluate import throughput
+from efflm.evaluate.throughput import Protocol
+from efflm.infer import generate
 from efflm.report import samples
 from efflm.text import tokenizer
+from tests import tiny
 
 
 def test_a_sample_keeps_the_space_it_begins_with(tmp_path):
@@ -20,3 +26,14 @@ def test_a_sample_keeps_the_space_it_begins_with(tmp_path):
     ids = found.encode("river runs")
     assert found.decode(ids) == "river runs"
     assert samples.text(ids, found) == " river runs"
+
+
+def test_the_programs_of_the_speed_rounds_write_the_same_and_nothing_is_compiled():
+    model, protocol = tiny.model(), Protocol(prompt=8, start=8, new=6, repeats=1)
+    throughput.rates({"": model}, protocol)
+    compiled = [fn._cache_size() for fn in (generate.prefill, generate.start, generate.decode)]
+    found = samples.write(model, types.SimpleNamespace(stops=()), [5, 6, 7], 6, protocol)
+    assert [fn._cache_size() for fn in (generate.prefill, generate.start, generate.decode)] == compiled
+    assert found == samples.write(model, types.SimpleNamespace(stops=()), [5, 6, 7], 6) != []
+    ended = samples.write(model, types.SimpleNamespace(stops=found[2:3]), [5, 6, 7], 6, protocol)
+    assert ended == found[: found.index(found[2])]
