@@ -8,6 +8,7 @@ import pytest
 
 import efflm
 from efflm.cli.flags import launch
+from efflm.compress import recipe
 from efflm.compress.step import Calibration
 from efflm.data import dataset
 from efflm.evaluate.windows import Scoring
@@ -31,12 +32,12 @@ OF_COMMANDS = {
 COMMANDS = {
     "compress": (
         compress,
-        {"calibration": Calibration(), "limits": Limits()} | compress.STEPS,
+        {"calibration": Calibration(), "limits": Limits()} | recipe.STEPS,
         "--recipe=wanda50 --calibration.length=64",
     ),
     "trained": (
         compress,
-        {"calibration": Calibration(), "limits": Limits()} | compress.STEPS,
+        {"calibration": Calibration(), "limits": Limits()} | recipe.STEPS,
         "--recipe=magnitude50_trained",
     ),
     "calibrated": (calibrated, {"calibration": Calibration()}, "--recipes=wanda50 --calibration.length=64"),

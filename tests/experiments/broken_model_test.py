@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from efflm.cli.flags import launch
+from efflm.compress import recipe
 from efflm.compress.step import Calibration
 from efflm.config.parallel import MeshConfig
 from efflm.evaluate.windows import Scoring
@@ -21,7 +22,7 @@ GROUPS = {
         "calibration": Calibration(),
         "score": Scoring(),
         "limits": Limits(),
-        **compress.STEPS,
+        **recipe.STEPS,
     },
     evaluate: {"run": evaluate.Run(), "score": Scoring(), "mesh": MeshConfig(data=1), "limits": Limits()},
 }

@@ -6,6 +6,7 @@ import pytest
 
 import efflm
 from efflm.cli.flags import launch
+from efflm.compress import recipe
 from efflm.compress.finetune import Finetune
 from efflm.compress.magnitude import Magnitude
 from efflm.compress.step import Calibration
@@ -30,7 +31,7 @@ def run(model, out, *flags):
     flags = ["x", f"--model={model}", f"--text={model.parent / 't.txt'}", f"--run_dir={out}", "--score.documents=1",
              "--score.tokens=12", "--prompt=", *flags]  # fmt: skip
     launch(compress.main, "", flags, run=compress.Run(), calibration=Calibration(), score=Scoring(), limits=Limits(),
-           **compress.STEPS)  # fmt: skip
+           **recipe.STEPS)  # fmt: skip
 
 
 def test_a_recipe_with_other_settings_has_another_name():

@@ -59,7 +59,7 @@ def run(module, *argv):
         },
         compress: {
             "run": compress.Run(), "calibration": Calibration(), "score": Scoring(), "limits": Limits(),
-            **compress.STEPS,
+            **recipe.STEPS,
         },
         evaluate: {"run": evaluate.Run(), "score": Scoring(), "mesh": MeshConfig(data=1), "limits": Limits()},
     }[module]  # fmt: skip

@@ -8,6 +8,7 @@ import pytest
 
 from efflm.cli import run_directory
 from efflm.cli.flags import launch
+from efflm.compress import recipe
 from efflm.compress.step import Calibration
 from efflm.config.parallel import MeshConfig
 from efflm.evaluate.windows import Scoring
@@ -44,7 +45,7 @@ def test_compress_refuses_weights_that_are_not_finite(tmp_path, text, capsys):
     model, out = gguf_files.write(tmp_path / "tiny.gguf", weights), tmp_path / "runs" / "out"
     with pytest.raises(SystemExit) as stopped:
         launch(compress.main, "", ["x", f"--model={model}", f"--text={text}", f"--run_dir={out}"],
-               run=compress.Run(), calibration=Calibration(), **SHARED, **compress.STEPS)  # fmt: skip
+               run=compress.Run(), calibration=Calibration(), **SHARED, **recipe.STEPS)  # fmt: skip
     assert stopped.value.code == 2
     warning, error = capsys.readouterr().err.splitlines()
     for line in (warning, error):
@@ -56,7 +57,7 @@ def test_compress_says_what_the_weights_were(model, text, tmp_path, capsys):
     out = tmp_path / "runs" / "out"
     launch(compress.main, "", ["x", f"--model={model}", "--recipe=w8a16 magnitude24", f"--text={text}", "--sample=3",
            f"--run_dir={out}"],
-           run=compress.Run(), calibration=Calibration(), **SHARED, **compress.STEPS)  # fmt: skip
+           run=compress.Run(), calibration=Calibration(), **SHARED, **recipe.STEPS)  # fmt: skip
     before, w8a16, magnitude24 = results(out)["rows"]
     assert before["name"] == "dequantized Q4_1"
     assert before["note"] == f"from {model}, dequantized Q4_1"
