@@ -57,9 +57,7 @@ def load(source: SOURCE, *, dtype: str | None = None, precision: str = "") -> tu
         precision in get_args(AskedPrecision),
         f"precision is {precision!r}: choose float32, bfloat16 or auto, or leave it out",
     )
-    name = at_home(os.fspath(source))
-    loaded = sources.load(name, dtype=dtype, precision=precision)
-    return loaded.model.with_about(loaded.about | {"token_ids": loaded.tokenizer.ids_digest}), loaded.tokenizer
+    return sources.load_model(at_home(os.fspath(source)), dtype=dtype, precision=precision)
 
 
 def compress(

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -121,10 +121,15 @@ def _rate(tokens: int, seconds: list[float]) -> Rate:
 
 
 def ratio(rate: Rate, base: Rate) -> tuple[float, float | None]:
+    """How many times as fast as `base`, and the standard error of that: see `paired`."""
+    return paired(rate.rounds, base.rounds)
+
+
+def paired(rounds: Sequence[float], base: Sequence[float]) -> tuple[float, float | None]:
     """How many times as fast as `base`, and the standard error of that, both measured in the same rounds: the median of
     the rounds' ratios, whose error is that of a median of normal values, by their quartiles (None of one round)."""
-    low, median, high = np.quantile(np.divide(rate.rounds, base.rounds), (0.25, 0.5, 0.75))
-    if len(rate.rounds) < 2:
+    low, median, high = np.quantile(np.divide(rounds, base), (0.25, 0.5, 0.75))
+    if len(rounds) < 2:
         return float(median), None
     deviation = (high - low) / (2 * statistics.NormalDist().inv_cdf(0.75))
-    return float(median), float(math.sqrt(math.pi / 2 / len(rate.rounds)) * deviation)
+    return float(median), float(math.sqrt(math.pi / 2 / len(rounds)) * deviation)

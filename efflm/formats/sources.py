@@ -26,7 +26,8 @@ KINDS = (
 @dataclasses.dataclass(frozen=True)
 class Loaded:
     """about: how efflm made the model; of models from elsewhere at most "dequantized", the type that most weights were
-    quantized to (see gguf_model.quantization). nbytes: of the files that the weights were read from, and no others."""
+    quantized to (see gguf_model.quantization); model.about also says which token each id is (token_ids). nbytes: of the
+    files that the weights were read from, and no others."""
 
     model: LanguageModel
     tokenizer: Tokenizer
@@ -50,25 +51,19 @@ def load(source: str | Path, *, dtype: str | None = None, precision: str = "", m
     one here, which is measured (see autotune); "": what the model was saved for. Weights that are not finite are
     warned of, and what "auto" picked is told, on stderr.
     """
-    loaded = _fitted(_load(source, dtype, mesh), source)
-    problem = trees.not_finite(loaded.model.params)
+    loaded = _load(source, dtype, mesh)
+    model, vocabulary = loaded.model, loaded.model.config.vocabulary
+    tokens = fitted.to_vocabulary(loaded.tokenizer, vocabulary, source)
+    config = dataclasses.replace(model.config, unused=fitted.unused(tokens, vocabulary))
+    if precision and precision != autotune.AUTO:
+        config = dataclasses.replace(config, precision=precision)
+    model = model.replace(config=config).with_about(loaded.about | {"token_ids": tokens.ids_digest})
+    problem = trees.not_finite(model.params)
     if problem and processes.is_first():
         print(f"warning: {source}: {problem}, so what it writes is of no use: fetch or train it again", file=sys.stderr)
-    if not precision:
-        return loaded
     if precision == autotune.AUTO:
-        say = lambda line: print(line, file=sys.stderr)
-        return dataclasses.replace(loaded, model=autotune.inference(loaded.model, say))
-    config = dataclasses.replace(loaded.model.config, precision=precision)
-    return dataclasses.replace(loaded, model=loaded.model.replace(config=config))
-
-
-def _fitted(loaded: Loaded, source: str | Path) -> Loaded:
-    """The model and its tokenizer, each knowing what the other has."""
-    model, vocabulary = loaded.model, loaded.model.config.vocabulary
-    tokens = fitted.fit(loaded.tokenizer, vocabulary, source)
-    config = dataclasses.replace(model.config, unused=fitted.unused(tokens, vocabulary))
-    return dataclasses.replace(loaded, model=model.replace(config=config), tokenizer=tokens)
+        model = autotune.inference(model, lambda line: print(line, file=sys.stderr))
+    return dataclasses.replace(loaded, model=model, tokenizer=tokens)
 
 
 def _load(source: str | Path, dtype: str | None, mesh: Mesh | None) -> Loaded:

@@ -12,7 +12,7 @@ from efflm.text import tokenizer as tokenizers
 from efflm.text.tokenizer import Tokenizer
 
 
-def fit(tokens: Tokenizer, vocabulary: int, where: Any) -> Tokenizer:
+def to_vocabulary(tokens: Tokenizer, vocabulary: int, where: Any) -> Tokenizer:
     """The tokenizer for a model of `vocabulary` entries: tokens that were added to it beyond these are read as plain
     text, with a warning on stderr where one is. where: the model, for errors.
 

@@ -133,7 +133,7 @@ def test_tokens_that_were_added_beyond_the_model_are_read_as_text(tmp_path, caps
     names = {"pad_token": "[PAD]", "bos_token": "<bos>", "add_bos_token": True}
     tokens = tokenizer.load(folder_of(tmp_path, described, tokenizer_config=names))
     assert (tokens.vocabulary, tokens.encode("hi[PAD]")) == (268, [264, 266])
-    short = fitted.fit(tokens, 266, "a model")
+    short = fitted.to_vocabulary(tokens, 266, "a model")
     assert capsys.readouterr().err.count("warning: a model: the bos_token '<bos>' has id 267") == 1
     assert (short.vocabulary, short.bos, short.digest) == (266, None, tokens.digest)
     assert short.encode("hi") == short.prompt("hi") == [264]
@@ -146,9 +146,9 @@ def test_tokens_that_were_added_beyond_the_model_are_read_as_text(tmp_path, caps
     (tmp_path / "saved").mkdir()
     short.save(tmp_path / "saved")
     assert tokenizer.load(tmp_path / "saved").digest == tokens.digest  # nothing of it is lost
-    assert fitted.fit(short, 300, "a model").vocabulary == 268
+    assert fitted.to_vocabulary(short, 300, "a model").vocabulary == 268
     with pytest.raises(InputError, match="a model: the tokenizer has 268 tokens, more than the model's 260"):
-        fitted.fit(tokens, 260, "a model")
+        fitted.to_vocabulary(tokens, 260, "a model")
 
 
 def test_a_loaded_model_knows_which_ids_have_tokens(tmp_path, capsys):
@@ -166,7 +166,7 @@ def test_a_loaded_model_knows_which_ids_have_tokens(tmp_path, capsys):
     assert all(text)
     words.core.add_tokens(["<more>"] * 1)
     words.core.add_tokens([f"<more{i}>" for i in range(60)])  # now beyond the model's 300
-    words = fitted.fit(tokenizer.Tokenizer(words.core, words.names), 300, "a model")
+    words = fitted.to_vocabulary(tokenizer.Tokenizer(words.core, words.names), 300, "a model")
     efflm.save(tmp_path / "added", tiny.model(), words)
     model, tokens = efflm.load(tmp_path / "added")
     assert (tokens.vocabulary, model.config.unused) == (300, ())
