@@ -2,8 +2,8 @@
 
 Tests compile much and compute little. So LLVM's optimizations are left out and, where it still exists, the emitter of
 fused loops that compiles faster is chosen, unless EFFLM_TEST_OPTIMIZED is set (XLA's own optimizations, which tests
-look at, stay in). The processes of one run share what they have compiled; a later run compiles anew, since a program
-for several devices that XLA's CPU runtime reads back can wait for itself for ever.
+look at, stay in). What is compiled is kept for later runs (tests/compiled.py); what programs that tests start compile,
+for this run.
 """
 
 # ruff: noqa: E402
@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from importlib.metadata import version
+from pathlib import Path
 
 flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 if not os.environ.get("EFFLM_TEST_OPTIMIZED"):
@@ -23,21 +24,30 @@ if not os.environ.get("EFFLM_TEST_OPTIMIZED"):
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # else the first process has set these two
     os.environ["XLA_FLAGS"] = " ".join(flags)
-    compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="efflm-tests-")
+    for_this_run = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="efflm-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
-    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+    atexit.register(shutil.rmtree, for_this_run, ignore_errors=True)
 
 import hypothesis
 import jax
 import numpy as np
 import pytest
 
+from efflm.config import InputError
 from efflm.data import dataset
 from efflm.ops.kernels.cpu import build
+from tests import compiled
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("efflm", deadline=None, max_examples=30, derandomize=True)
 hypothesis.settings.load_profile("efflm")
+try:
+    kept = compiled.folder()
+except InputError:  # then for the processes of this run
+    kept = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    compiled.remove_old(kept)
+compiled.keep(kept)
 
 
 @pytest.fixture(autouse=True)

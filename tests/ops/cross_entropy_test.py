@@ -21,6 +21,16 @@ def reference(x, w, targets, weights, z):
     return total, (weights * nll).sum(), slope @ w.T, np.einsum("btd,btv->dv", x, slope)
 
 
+def pulled(fn, *arrays, by):
+    """fn(*arrays), and the gradients of its results, each times a number of `by`; one program."""
+
+    def run(*arrays):
+        values, pull = jax.vjp(fn, *arrays)
+        return values, pull(tuple(map(jnp.float32, by)))
+
+    return jax.jit(run)(*arrays)
+
+
 def draw(rng, B, T, D, V):
     x, w = rng.standard_normal((B, T, D)), rng.standard_normal((D, V)) * 0.5
     return x, w, rng.integers(0, V, (B, T)), rng.random((B, T)) * (rng.random((B, T)) < 0.8)
@@ -34,13 +44,14 @@ def test_sums_and_gradients_equal_float64(rng, tied, z, B, T):
     total, nll, dx, dw = reference(x, w, targets, weights, z)
     stored = jnp.asarray(w.T if tied else w, jnp.float32)
 
+    @jax.jit
     def loss(x, w):
         return ops.cross_entropy(x, w, jnp.asarray(targets), jnp.asarray(weights), tied=tied, z_weight=z)
 
-    (got, got_nll), pull = jax.vjp(loss, jnp.asarray(x, jnp.float32), stored)
+    (got, got_nll), (got_dx, got_dw) = pulled(loss, jnp.asarray(x, jnp.float32), stored, by=(3, 7))
     np.testing.assert_allclose([got, got_nll], [total, nll], rtol=1e-5)
     np.testing.assert_allclose(loss(jnp.asarray(x, jnp.float32), stored)[0], total, rtol=1e-5)
-    got_dx, got_dw = pull((jnp.float32(3), jnp.float32(7)))  # no gradient flows from the second sum
+    # no gradient flows from the second sum
     np.testing.assert_allclose(got_dx, 3 * dx, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(got_dw.T if tied else got_dw, 3 * dw, rtol=1e-4, atol=1e-4)
 
@@ -49,10 +60,11 @@ def test_bfloat16_operands_keep_float32_sums(rng):
     x, w, targets, weights = draw(rng, 4, 300, 32, 64)
     x, w = (jnp.asarray(a, jnp.bfloat16) for a in (x, w))
     exact = reference(np.asarray(x, np.float64), np.asarray(w, np.float64), targets, weights, 0.0)
-    (total, _), pull = jax.vjp(lambda x, w: ops.cross_entropy(x, w, targets, weights, tied=False), x, w)
+    loss = lambda x, w: ops.cross_entropy(x, w, targets, weights, tied=False)
+    (total, _), gradients = pulled(loss, x, w, by=(1, 0))
     assert total.dtype == jnp.float32
     np.testing.assert_allclose(total, exact[0], rtol=1e-5)
-    for got, want in zip(pull((jnp.float32(1), jnp.float32(0))), exact[2:], strict=True):
+    for got, want in zip(gradients, exact[2:], strict=True):
         assert got.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0.05, atol=0.03 * np.abs(want).max())
 

@@ -7,7 +7,7 @@ import pytest
 
 from efflm import ops
 from efflm.ops.qarray import QArray
-from tests.ops.cross_entropy_test import draw
+from tests.ops.cross_entropy_test import draw, pulled
 from tests.programs import largest_array
 
 
@@ -45,9 +45,9 @@ def test_sums_and_gradients_equal_float64(rng, tied, teacher_tied, temperature, 
     def loss(x, w):
         return ops.distillation((x, w, tied), teacher, targets, weights, temperature=temperature, share=share)
 
-    got, pull = jax.vjp(loss, jnp.asarray(x, jnp.float32), stored(w, tied))
+    got, (got_dx, got_dw) = pulled(loss, jnp.asarray(x, jnp.float32), stored(w, tied), by=(3, 7, 5))
     np.testing.assert_allclose(got, sums, rtol=1e-5)
-    got_dx, got_dw = pull((jnp.float32(3), jnp.float32(7), jnp.float32(5)))  # no gradient flows from the other sums
+    # no gradient flows from the other sums
     np.testing.assert_allclose(got_dx, 3 * dx, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(got_dw.T if tied else got_dw, 3 * dw, rtol=1e-4, atol=2e-4)
 
@@ -65,9 +65,9 @@ def test_an_int8_teacher_in_bfloat16_teaches_a_float32_student(rng):
             (x, w, False), (teacher_x, rounded, False), targets, weights, temperature=2.0, share=0.5
         )
 
-    got, pull = jax.vjp(loss, jnp.asarray(x, jnp.float32), stored(w, False))
+    got, gradients = pulled(loss, jnp.asarray(x, jnp.float32), stored(w, False), by=(1, 0, 0))
     np.testing.assert_allclose(got, sums, rtol=1e-5)
-    for gradient, want in zip(pull((jnp.float32(1), jnp.float32(0), jnp.float32(0))), (dx, dw), strict=True):
+    for gradient, want in zip(gradients, (dx, dw), strict=True):
         np.testing.assert_allclose(gradient, want, rtol=1e-4, atol=1e-5)
 
 
@@ -77,8 +77,8 @@ def test_an_int8_student_is_scored(rng):
     assert isinstance(rounded, QArray)
     teacher = jnp.asarray(x, jnp.float32), stored(w, False), False
     want, _, _ = reference(x, np.asarray(ops.dequantize(rounded), np.float64).T, x, w, targets, weights, 1.0, 0.5)
-    student = jnp.asarray(x, jnp.float32), rounded, True
-    got = ops.distillation(student, teacher, targets, weights, temperature=1.0, share=0.5)
+    run = lambda x, w: ops.distillation((x, w, True), teacher, targets, weights, temperature=1.0, share=0.5)
+    got = jax.jit(run)(jnp.asarray(x, jnp.float32), rounded)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
 
@@ -89,8 +89,7 @@ def test_no_gradient_reaches_the_teacher_and_a_model_has_no_divergence_to_itself
     def loss(student, teacher):
         return ops.distillation((*student, False), (*teacher, False), targets, weights, temperature=2.0, share=0.5)
 
-    (_, kl, _), pull = jax.vjp(loss, (x, w), (x, w))
-    to_student, to_teacher = pull((jnp.float32(1), jnp.float32(0), jnp.float32(0)))
+    (_, kl, _), (to_student, to_teacher) = pulled(loss, (x, w), (x, w), by=(1, 0, 0))
     np.testing.assert_allclose(kl, 0, atol=1e-5)
     assert all(np.any(gradient != 0) for gradient in to_student)
     jax.tree.map(lambda gradient: np.testing.assert_array_equal(gradient, 0), to_teacher)
