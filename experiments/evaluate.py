@@ -18,13 +18,14 @@ import jax
 
 from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
-from efflm.config import PRECISION, AskedPrecision, flag, require
+from efflm.config import PRECISION, AskedPrecision, flag
 from efflm.config.parallel import MeshConfig
 from efflm.data import corpora, dataset
 from efflm.evaluate import side_by_side
 from efflm.evaluate.windows import Scoring
 from efflm.formats import sources
 from efflm.formats.sources import KINDS
+from efflm.model import require_same_tokenizer
 from efflm.parallel import meshes
 from efflm.report import analysis, compared, measured, page, rows, table
 from efflm.report.comparison import Limits
@@ -65,10 +66,7 @@ def main(run: Run, score: Scoring, mesh: MeshConfig, limits: Limits) -> None:
     models, sizes, notes = {name: model}, {name: loaded.nbytes}, {name: rows.origin(run.model, about)}
     if run.reference:
         other = sources.load(run.reference, precision=run.precision, mesh=devices)
-        require(
-            tokens.ids_digest == other.tokenizer.ids_digest,
-            f"{run.model} and {run.reference} have different tokenizers: divergence compares token by token",
-        )
+        require_same_tokenizer(other.model, model, "reference", "model")
         models = {first[0]: other.model} | models
         sizes[first[0]], notes[first[0]] = other.nbytes, rows.origin(run.reference, other.about)
     first = next(iter(models))

@@ -12,7 +12,7 @@ import dataclasses
 import io
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -20,11 +20,14 @@ from efflm import api, ops
 from efflm.cli import run_directory, stdio
 from efflm.cli.flags import launch
 from efflm.config import PRECISION, AskedPrecision, InputError, flag, require, require_seed
+from efflm.evaluate import compiling
 from efflm.formats import sources
 from efflm.formats.sources import KINDS, Loaded
 from efflm.infer import speculative
 from efflm.infer.generate import CHUNK, stream
 from efflm.infer.sampling import Sampling
+from efflm.model import LanguageModel, require_same_tokenizer
+from efflm.text import encoding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,47 +62,6 @@ class Run:
         return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
 
 
-def until(texts: Iterable[str], stop: str) -> Iterator[str]:
-    """The texts up to `stop`, which may be split over several of them; a possible beginning of it is held back."""
-    held = ""
-    for text in texts:
-        held += text
-        if stop and stop in held:
-            yield held[: held.index(stop)]
-            return
-        keep = next((n for n in range(min(len(stop) - 1, len(held)), 0, -1) if stop.startswith(held[-n:])), 0)
-        yield held[: len(held) - keep]
-        held = held[len(held) - keep :]
-    yield held
-
-
-Clock = Callable[[float, float], tuple[float, float]]
-
-
-def compile_clock() -> Clock:
-    """Starts to watch JAX compile, tracing included; what it returns splits the seconds between two readings of
-    time.perf_counter into those that compiling took and all others. Neither can be negative."""
-    spans: list[tuple[float, float]] = []
-
-    def listen(event: str, seconds: float, **_) -> None:
-        if event.startswith("/jax/core/compile/"):
-            now = time.perf_counter()
-            while spans and spans[-1][0] >= now - seconds:  # nested in this one
-                spans.pop()
-            spans.append((now - seconds, now))
-
-    def split(since: float, until: float) -> tuple[float, float]:
-        compiling = others = 0.0
-        at = since
-        for start, end in spans:
-            start, end = min(max(start, at), until), min(max(end, at), until)
-            others, compiling, at = others + start - at, compiling + end - start, end
-        return compiling, others + until - at
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    return split
-
-
 def read_prompt() -> str:
     """What comes on stdin, line ends as they are, whatever the locale says of its encoding. Raises InputError."""
     require(
@@ -120,15 +82,15 @@ def main(run: Run) -> None:
     note = lambda words: print(words, file=sys.stderr, flush=True)
     began = time.perf_counter()
     loaded = sources.load(run.model, precision=run.precision)
-    loaded = dataclasses.replace(loaded, model=ops.prepare(loaded.model, jax.default_backend()))
-    jax.block_until_ready(loaded.model.params)
+    model = ops.prepare(loaded.model, jax.default_backend())
+    jax.block_until_ready(model.params)
     note(f"{run.model}: loaded in {time.perf_counter() - began:.1f} s")
     ids = api.prompt_ids(loaded.tokenizer, text, loaded.about, chat=run.chat, system=run.system)
     run_directory.use_compilation_cache()
-    clock, tokens = compile_clock(), loaded.tokenizer
+    clock, tokens = compiling.clock(), loaded.tokenizer
     # Bad input is refused here, before anything is on stdout.
     how = (run.max_tokens, run.sampling(), tokens.stops, run.seed)
-    chunks = drafted(run, loaded, ids, how, note) if run.draft else stream(loaded.model, [ids], *how, CHUNK)
+    chunks = drafted(run, loaded, model, ids, how, note) if run.draft else stream(model, [ids], *how, CHUNK)
     times, counts = [time.perf_counter()], [0]  # after each chunk: the time, and how many tokens there are
 
     def texts() -> Iterator[str]:
@@ -142,7 +104,7 @@ def main(run: Run) -> None:
     try:
         if not run.chat:
             sys.stdout.write(text)
-        for part in until(texts(), run.stop):
+        for part in encoding.until(texts(), run.stop):
             sys.stdout.write(part)
             sys.stdout.flush()
         sys.stdout.write("\n")
@@ -152,15 +114,15 @@ def main(run: Run) -> None:
     note(timing(times, counts, len(ids), clock))
 
 
-def drafted(run: Run, loaded: Loaded, ids: list[int], how: tuple, note: Callable[[str], None]) -> list[list[list[int]]]:
-    """All new ids, as one chunk. Raises InputError for a draft with another tokenizer."""
+def drafted(
+    run: Run, loaded: Loaded, model: LanguageModel, ids: list[int], how: tuple, note: Callable[[str], None]
+) -> list[list[list[int]]]:
+    """All new ids, as one chunk. model: the loaded one, prepared. Raises InputError for a draft with another
+    tokenizer."""
     draft = sources.load(run.draft, precision=run.precision)
-    ours, theirs = loaded.tokenizer.ids_digest, draft.tokenizer.ids_digest
-    require(
-        ours == theirs, f"the tokenizer of --draft={run.draft} is not that of {run.model}: give a draft that has it"
-    )
+    require_same_tokenizer(draft.model, loaded.model, "draft", "model")
     small = ops.prepare(draft.model, jax.default_backend())
-    new, told = speculative.generate(loaded.model, small, [ids], *how, run.ahead)
+    new, told = speculative.generate(model, small, [ids], *how, run.ahead)
     note(
         f"{run.draft}: proposed {told.drafted} tokens, of which {told.accepted} stayed ({told.acceptance:.0%}); "
         f"{told.passes} passes of {run.model}"
@@ -168,7 +130,7 @@ def drafted(run: Run, loaded: Loaded, ids: list[int], how: tuple, note: Callable
     return [new]
 
 
-def timing(times: list[float], counts: list[int], prompt: int, clock: Clock) -> str:
+def timing(times: list[float], counts: list[int], prompt: int, clock: compiling.Clock) -> str:
     """The last line: of `times` the first is when it began, the second when the first token was there."""
     if len(times) < 2:
         return "nothing was written"

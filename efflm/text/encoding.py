@@ -1,4 +1,5 @@
-"""What can be tokenized, and a long text as token ids with the bytes of the text that each of them stands for."""
+"""What can be tokenized, a long text as token ids with the bytes of the text that each of them stands for, and where a
+text that comes in parts ends."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -67,3 +68,17 @@ def _places(text: str) -> np.ndarray:
     codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     sizes = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF).astype(np.int64)
     return np.concatenate([[0], np.cumsum(sizes)])
+
+
+def until(texts: Iterable[str], stop: str) -> Iterator[str]:
+    """The texts up to `stop`, which may be split over several of them; a possible beginning of it is held back."""
+    held = ""
+    for text in texts:
+        held += text
+        if stop and stop in held:
+            yield held[: held.index(stop)]
+            return
+        keep = next((n for n in range(min(len(stop) - 1, len(held)), 0, -1) if stop.startswith(held[-n:])), 0)
+        yield held[: len(held) - keep]
+        held = held[len(held) - keep :]
+    yield held

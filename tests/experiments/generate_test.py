@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from efflm.cli import run_directory
 from efflm.cli.flags import launch
+from efflm.evaluate import compiling
 from efflm.formats import efflm_file
 from efflm.infer.generate import generate as write
 from efflm.model import LanguageModel
-from efflm.text import tokenizer
+from efflm.text import encoding, tokenizer
 from experiments import generate
 from tests import tiny
 
@@ -85,7 +86,7 @@ def test_a_draft_changes_no_text_and_its_share_is_told(folder, monkeypatch, tmp_
     efflm_file.save(other / "model.safetensors", tiny.model(), {})
     with pytest.raises(SystemExit):
         run(folder, monkeypatch, tmp_path, *flags, f"--draft={other / 'model.safetensors'}")
-    assert "is not that of" in capsys.readouterr().err
+    assert "give a draft that has the model's" in capsys.readouterr().err
 
 
 def test_a_seed_draws_the_same_again(folder, monkeypatch, tmp_path, capsys):
@@ -183,7 +184,7 @@ def test_text_ends_before_the_stop_wherever_it_is_cut(text, stop, cuts):
     parts, rest = [], text
     for cut in cuts:
         parts, rest = [*parts, rest[:cut]], rest[cut:]
-    got = list(generate.until([*parts, rest], stop))
+    got = list(encoding.until([*parts, rest], stop))
     assert "".join(got) == (text.split(stop)[0] if stop else text)
     for i in range(min(len(got), len(parts))):  # held back is only what may become the stop
         held = len("".join(parts[: i + 1])) - len("".join(got[: i + 1]))
@@ -192,11 +193,11 @@ def test_text_ends_before_the_stop_wherever_it_is_cut(text, stop, cuts):
 
 def test_times_leave_compiling_out(compiled):
     compiled((9.0, 10.25), (10.5, 12.75), (14.5, 16.5))
-    words = generate.timing([10.0, 13.0, 14.0, 17.0], [0, 1, 9, 17], 5, generate.compile_clock())
+    words = generate.timing([10.0, 13.0, 14.0, 17.0], [0, 1, 9, 17], 5, compiling.clock())
     assert words == (
         "first token after 0.50 s (5 in the prompt); 16 more at 8.0 tokens/s; compiling took 4.5 s beside that"
     )
-    assert generate.timing([10.0], [0], 5, generate.compile_clock()) == "nothing was written"
+    assert generate.timing([10.0], [0], 5, compiling.clock()) == "nothing was written"
 
 
 @pytest.fixture
@@ -206,17 +207,17 @@ def compiled(monkeypatch):
 
     def register(listen):
         for start, end in spans:
-            monkeypatch.setattr(generate.time, "perf_counter", lambda end=end: end)
+            monkeypatch.setattr(compiling.time, "perf_counter", lambda end=end: end)
             listen("/jax/core/compile/backend", end - start)
             listen("/jax/elsewhere", 100.0)
 
-    monkeypatch.setattr(generate.jax.monitoring, "register_event_duration_secs_listener", register)
+    monkeypatch.setattr(compiling.jax.monitoring, "register_event_duration_secs_listener", register)
     return lambda *new: spans.extend(new)
 
 
 def test_nested_compiling_counts_once(compiled):
     compiled((4.0, 5.0), (3.0, 6.0), (7.0, 9.0))  # (4, 5) lies in (3, 6), and (7, 9) is apart
-    clock = generate.compile_clock()
+    clock = compiling.clock()
     assert clock(0.0, 10.0) == (5.0, 5.0)
     assert clock(3.5, 8.0) == (3.5, 1.0)
 
@@ -229,11 +230,11 @@ def test_no_time_is_negative_whatever_was_compiled_and_when(spans, start, second
 
         def register(listen):
             for begin, end in compiled:
-                patch.setattr(generate.time, "perf_counter", lambda end=end: end)
+                patch.setattr(compiling.time, "perf_counter", lambda end=end: end)
                 listen("/jax/core/compile/backend", end - begin)
 
-        patch.setattr(generate.jax.monitoring, "register_event_duration_secs_listener", register)
-        clock = generate.compile_clock()
+        patch.setattr(compiling.jax.monitoring, "register_event_duration_secs_listener", register)
+        clock = compiling.clock()
         assert min(clock(start, start + seconds)) >= 0
         assert sum(clock(start, start + seconds)) == pytest.approx(seconds)
         assert "-" not in generate.timing([start, start + seconds, start + seconds], [0, 1, 9], 3, clock)
