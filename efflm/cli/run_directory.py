@@ -5,16 +5,19 @@ import contextlib
 import datetime
 import fnmatch
 import functools
+import glob
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import secrets
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,11 +25,7 @@ from typing import Any
 from efflm import user_cache
 from efflm.config import InputError, require
 from efflm.parallel import processes
-
-try:
-    import fcntl
-except ImportError:  # a system without it
-    fcntl = None
+from efflm.user_cache import fcntl
 
 ROOT = Path(__file__).resolve().parents[2] / "runs"
 SMALL_FILES = 3_000_000  # bytes: logs, tables, pictures, the page and the tokenizer of a run, at most
@@ -164,15 +163,42 @@ def use_compilation_cache(name: str = "compiled") -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file or a folder that is then at `path`: whole or, on any error, not at all. The place is this
+    writer's own, so that several may write at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(path) as partial:
+        yield partial
+        partial.replace(path)
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A name beside `path` that nobody else has; what is there in the end is deleted, as is what a process that was
+    killed has left under such a name and nobody has written to for an hour."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:
+                _delete(left)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield partial
+    finally:
+        _delete(partial)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with whole(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_together(folder: Path, files: Mapping[str, str | Callable[[Path], Any] | None]) -> None:
@@ -183,34 +209,33 @@ def write_together(folder: Path, files: Mapping[str, str | Callable[[Path], Any]
     killed meanwhile leaves whole files.
     """
     made = [each for each in (folder, *folder.parents) if not each.exists()]
-    partial = folder / f".{next(iter(files))}.partial"
-    old, placed = partial / "old", []
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-        old.mkdir(parents=True)
-        for name, content in files.items():
-            if isinstance(content, str):
-                (partial / name).write_text(content, encoding="utf-8")
-            elif content is not None:
-                content(partial / name)
-        try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _beside(folder / next(iter(files))) as partial:
+            old, placed = partial / "old", []
+            old.mkdir(parents=True)
             for name, content in files.items():
-                placed.append(name)
-                _keep(folder / name, old / name)
-                if content is None:
-                    (folder / name).unlink(missing_ok=True)
-                else:
-                    (partial / name).replace(folder / name)
-        except BaseException:
-            for name in placed:
-                if os.path.lexists(old / name):
-                    (old / name).replace(folder / name)
-                else:
-                    (folder / name).unlink(missing_ok=True)
-            raise
+                if isinstance(content, str):
+                    (partial / name).write_text(content, encoding="utf-8")
+                elif content is not None:
+                    content(partial / name)
+            try:
+                for name, content in files.items():
+                    placed.append(name)
+                    _keep(folder / name, old / name)
+                    if content is None:
+                        (folder / name).unlink(missing_ok=True)
+                    else:
+                        (partial / name).replace(folder / name)
+            except BaseException:
+                for name in placed:
+                    if os.path.lexists(old / name):
+                        (old / name).replace(folder / name)
+                    else:
+                        (folder / name).unlink(missing_ok=True)
+                raise
         made = []
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
         for each in made:
             with contextlib.suppress(OSError):  # it holds something
                 each.rmdir()
@@ -231,10 +256,7 @@ def discard(folder: Path, names: Iterable[str]) -> None:
     with contextlib.suppress(OSError):
         for path in sorted(folder.iterdir()):
             if any(fnmatch.fnmatchcase(path.name, name) for name in names):
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
+                _delete(path)
         folder.rmdir()
 
 
@@ -259,23 +281,30 @@ def machine() -> dict[str, str]:
     """The date, the versions and the hardware that a result was measured with."""
     import jax
 
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    device = jax.devices()[0]
+    (cpu, has), devices = processor(), jax.devices()
+    vectors = ", ".join(each for each in VECTORS if each in has)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    hardware = {"cpu": _processor(), "cores": str(usable), "device": f"{len(jax.devices())} x {device.device_kind}"}
-    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return {"date": date, "commit": _commit(), "python": platform.python_version(), **versions, **hardware}
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        "cpu": f"{cpu} ({vectors})" if vectors else cpu,
+        "cores": str(usable),
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+    }
 
 
-def _processor() -> str:
-    """Its name, and those of its vector instructions that decide what is fast."""
+@functools.cache
+def processor() -> tuple[str, frozenset[str]]:
+    """Its name, and the sets of instructions that it has, as Linux names them (elsewhere none are known)."""
     found: dict[str, str] = {}
-    for line in _lines("/proc/cpuinfo"):
-        name, _, value = line.partition(":")
-        found.setdefault(name.strip(), value.strip())
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            found.setdefault(name.strip(), value.strip())
     name = found.get("model name") or platform.processor() or platform.machine()
-    has = [each for each in VECTORS if each in found.get("flags", "").split()]
-    return f"{name} ({', '.join(has)})" if has else name
+    return name, frozenset((found.get("flags") or found.get("Features", "")).split())
 
 
 def _commit() -> str:
@@ -290,10 +319,3 @@ def _commit() -> str:
         )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []

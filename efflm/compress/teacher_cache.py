@@ -34,7 +34,7 @@ from efflm.train.step import place
 
 Kind = Literal["full", "top_k", "sampled"]
 HEADER = "cache.json"
-FILES = (HEADER, f"{HEADER}.partial", "p.npy", "ids.npy", "hashes.npy")  # all that is written
+FILES = (HEADER, f".{HEADER}.*", "p.npy", "ids.npy", "hashes.npy")  # all that is written
 READ = ("inputs", "targets", "segments", "positions")  # of a batch: what tells it from others
 
 

@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from efflm.cli import run_directory
 from efflm.config import InputError, require
 
 NAME = "enwik8"
@@ -56,17 +57,13 @@ def load(cache: Path) -> Enwik8:
 
 
 def _unpack(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial, digest = path.with_name(f"{NAME}.{os.getpid()}.partial"), hashlib.md5()
-    try:
+    digest = hashlib.md5()
+    with run_directory.whole(path) as partial:
         with _source() as source, partial.open("wb") as sink:
             while chunk := source.read(1 << 20):
                 digest.update(chunk)
                 sink.write(chunk)
         require(digest.hexdigest() == MD5, f"enwik8 has the MD5 {digest.hexdigest()}, but should have {MD5}: get {URL}")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -92,10 +92,9 @@ def load_or_pack(path: Path, make: Callable[[], Rows]) -> Rows:
         run_directory.require_writable(
             path.parent, needs=sum(array.nbytes for array in rows[:].values()), remedy=user_cache.REMEDY
         )
-        partial = path.with_suffix(".partial.npy")
-        stored = np.lib.format.open_memmap(partial, "w+", np.int32, (len(FIELDS), *rows.inputs.shape))
-        for part, name in zip(stored, FIELDS, strict=True):
-            part[:] = getattr(rows, name)
-        stored.flush()
-        partial.replace(path)
+        with run_directory.whole(path) as partial:
+            stored = np.lib.format.open_memmap(partial, "w+", np.int32, (len(FIELDS), *rows.inputs.shape))
+            for part, name in zip(stored, FIELDS, strict=True):
+                part[:] = getattr(rows, name)
+            stored.flush()
     return Rows(*np.load(path, mmap_mode="r"))

@@ -59,12 +59,8 @@ def save(path: Path, model: LanguageModel, about: Mapping[str, Any], records: Se
         "masks": sorted(masks),
         "about": {**about, "lineage": lineage},
     }
-    partial = path.with_name(f"{path.name}.partial")
-    try:
+    with run_directory.whole(path) as partial:
         tensors.write_safetensors(partial, named, {"efflm": run_directory.to_json(manifest)})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path.stat().st_size
 
 

@@ -4,14 +4,12 @@ A directory is a stranger's: nothing is unpickled, no file outside of it is open
 anything is allocated.
 """
 
-import secrets
-import shutil
 from pathlib import Path
 
 from jax.sharding import Mesh
 
 from efflm import trees
-from efflm.cli.run_directory import write_json
+from efflm.cli.run_directory import whole, write_json
 from efflm.config import InputError, require
 from efflm.formats import tensors
 from efflm.formats.build import build, describe, main_dtype, precision_of, tensors_of
@@ -69,18 +67,12 @@ def save(folder: Path, model: LanguageModel, tokens: Tokenizer) -> None:
     if model.config.precision != precision_of(dtype):
         described["efflm_precision"] = model.config.precision
     ends = {"bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": None}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
-    partial.mkdir()  # readable to whom the umask says, as tempfile's are not
-    try:
+    with whole(folder) as partial:
+        partial.mkdir()
         write_json(partial / "config.json", description | ends | described)
         tokens.save(partial / "tokenizer.json")
-        stops = [stop for stop in (tokens.eos, *tokens.extra_stops) if stop is not None]
-        write_json(partial / "generation_config.json", ends | {"eos_token_id": stops or None})
+        write_json(partial / "generation_config.json", ends | {"eos_token_id": tokens.ends or None})
         tensors.write_safetensors(partial / WEIGHTS, tensors_of(model, family))
-        partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _require_fit(model: LanguageModel, tokens: Tokenizer, folder: Path) -> None:

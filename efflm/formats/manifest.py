@@ -61,7 +61,7 @@ def remove(folder: Path) -> None:
     """Delete a checkpoint, its manifest first: what a crash leaves behind counts as half-written. Other things that
     lie in the folder stay."""
     (folder / NAME).unlink(missing_ok=True)
-    run_directory.discard(folder, (f"{NAME}.partial", "about.json", "about.json.partial", "arrays", "arrays.*"))
+    run_directory.discard(folder, (f"{NAME}.partial", "about.json", ".about.json.*", "arrays", "arrays.*"))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -266,11 +266,4 @@ def _sound(seconds: Any) -> bool:
 def _keep(key: str, seconds: Seconds) -> None:
     """Write it down, if that is possible: whole or not at all, beside what other processes write."""
     with contextlib.suppress(OSError, InputError):
-        file = _file()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        try:
-            partial.write_text(run_directory.to_json(_kept() | {key: seconds}, indent=1) + "\n")
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
+        run_directory.write_json(_file(), _kept() | {key: seconds})

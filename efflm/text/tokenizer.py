@@ -25,8 +25,6 @@ from efflm.text import chat, encoding, pieces, tokenizer_files
 from efflm.text.tokenizer_json import require_all_read, require_sound
 
 FILE = "tokenizer.json"
-# What a folder may hold of a tokenizer beside that file and tokenizer_config.json.
-BESIDE = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")
 SEPARATOR = "<|endoftext|>"
 BYTES = 257  # entries of a vocabulary that has a token for each byte, a separator and nothing else
 TRIAL = "Does it read? 12 naïve\n\tcafés 😀\x00 " + SEPARATOR
@@ -65,44 +63,33 @@ class Tokenizer:
     def _has(self, index: int) -> bool:
         return self.limit is None or index < self.limit
 
-    def _id(self, token: str) -> int | None:
-        index = self.core.token_to_id(token)
+    def _id(self, token: str | None) -> int | None:
+        index = None if token is None else self.core.token_to_id(token)
         return index if index is not None and self._has(index) else None
 
     @property
     def bos(self) -> int | None:
-        return self._named("bos_token")
+        return self._id(self.names.get("bos_token"))
 
     @property
     def eos(self) -> int | None:
-        return self._named("eos_token")
-
-    def _named(self, name: str) -> int | None:
-        return self._id(self.names[name]) if name in self.names else None
+        return self._id(self.names.get("eos_token"))
 
     @property
     def before(self) -> tuple[int, ...]:
         """The ids that the model expects before every text."""
-        return self._ends[0]
+        return self._sides[0]
 
     @property
     def after(self) -> tuple[int, ...]:
         """The ids that stand after a whole text. A prompt goes on, so it has none of them."""
-        return self._ends[1]
-
-    @property
-    def adds_bos(self) -> bool:
-        return bool(self.before)
-
-    @property
-    def adds_eos(self) -> bool:
-        return bool(self.after)
+        return self._sides[1]
 
     @functools.cached_property
-    def _ends(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if self.core.post_processor is None:
             return (), ()
-        with _panics_of(self.where, "tokenize a text"):
+        with _panics_of(self.where, "cannot tokenize a text"):
             ids, text = self.core.encode(TRIAL).ids, self.core.encode(TRIAL, add_special_tokens=False).ids
         starts = [start for start in range(len(ids) + 1) if ids[start : start + len(text)] == text]
         require(bool(starts), f"{self.where}: its post_processor leaves out the text: fetch the model again")
@@ -121,17 +108,21 @@ class Tokenizer:
         return found[0]
 
     @property
+    def ends(self) -> list[int]:
+        """The ids that end an answer, `eos` first."""
+        return [end for end in (self.eos, *self.extra_stops) if end is not None]
+
+    @property
     def stops(self) -> tuple[int, ...]:
         """The ids that end an answer or a document."""
-        ends = [self.eos, *self.extra_stops, self._id(SEPARATOR)]
-        return tuple(sorted({end for end in ends if end is not None}))
+        return tuple(sorted({*self.ends, self._id(SEPARATOR)} - {None}))
 
     def encode(self, text: str) -> list[int]:
         return self._encoding(text).ids
 
     def _encoding(self, text: str) -> tokenizers.Encoding:
         self._check(text)
-        with _panics_of(self.where, "tokenize this text"):
+        with _panics_of(self.where, "cannot tokenize this text"):
             return (self.reader or self.core).encode(text, add_special_tokens=False)
 
     def _check(self, text: str) -> None:
@@ -154,7 +145,7 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         for text in texts:
             self._check(text)
-        with _panics_of(self.where, "tokenize this text"):
+        with _panics_of(self.where, "cannot tokenize this text"):
             found = (self.reader or self.core).encode_batch_fast(texts, add_special_tokens=False)
             return [each.ids for each in found]
 
@@ -174,7 +165,7 @@ class Tokenizer:
         return chat.render(self.template, messages, self.names, add_generation_prompt, str(self.where))
 
     def decode(self, ids: Iterable[int]) -> str:
-        with _panics_of(self.where, "decode these ids"):
+        with _panics_of(self.where, "cannot decode these ids"):
             return self.core.decode(list(ids), skip_special_tokens=True)
 
     def stream(self) -> Callable[..., str]:
@@ -231,21 +222,8 @@ class Tokenizer:
 
     def files(self, stem: str = "tokenizer") -> dict[str, str | None]:
         """The text of each file that `save` writes; None for one that may be there of another tokenizer."""
-        # Named transformers classes build a tokenizer of their own kind; this one takes the file as it is, but for
-        # add_prefix_space in version 4. What is not named here would be looked for elsewhere.
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": None, **self.names}
-        config |= {"add_bos_token": self.adds_bos, "add_eos_token": self.adds_eos}
-        config["clean_up_tokenization_spaces"] = False
-        split = pieces.plain(self.core.pre_tokenizer)
-        config |= {name: split[name] for name in ("add_prefix_space",) if name in split}
-        if self.template is not None:
-            config["chat_template"] = self.template
-        of_another = dict.fromkeys(BESIDE if f"{stem}.json" == FILE else ())
-        out = of_another | {f"{stem}_config.json": to_json(config, indent=1) + "\n"}
-        if self.extra_stops:
-            ends = ([] if self.eos is None else [self.eos]) + list(self.extra_stops)
-            out["generation_config.json"] = to_json({"eos_token_id": ends}, indent=1) + "\n"
-        return out | {f"{stem}.json": self.core.to_str(pretty=True)}
+        of_another = dict.fromkeys(tokenizer_files.BESIDE if f"{stem}.json" == FILE else ())
+        return of_another | tokenizer_files.written(self, stem) | {f"{stem}.json": self.core.to_str(pretty=True)}
 
 
 @functools.cache
@@ -255,7 +233,7 @@ def _warn(line: str) -> None:
 
 
 @contextlib.contextmanager
-def _panics_of(where: Any, doing: str) -> Iterator[None]:
+def _panics_of(where: Any, problem: str) -> Iterator[None]:
     """Make an InputError of what the library fails with: bare Exceptions, and panics, which are BaseExceptions. Before
     a panic the library writes a few lines of its own on stderr, which it cannot be told to leave out."""
     try:
@@ -264,7 +242,7 @@ def _panics_of(where: Any, doing: str) -> Iterator[None]:
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         words = " ".join(str(error).split())[:300]
-        raise InputError(f"{where} cannot {doing}: {words}: fetch the model again, or use another tokenizer") from None
+        raise InputError(f"{where} {problem}: {words}: fetch the model again, or use another tokenizer") from None
 
 
 def train(texts: Iterable[str], vocabulary: int) -> Tokenizer:
@@ -285,17 +263,13 @@ def train(texts: Iterable[str], vocabulary: int) -> Tokenizer:
 def from_description(described: dict[str, Any], where: Any) -> tokenizers.Tokenizer:
     """The tokenizer that a tokenizer.json describes, tried out once. `where` names it in errors. Raises InputError."""
     require_sound(described, where)
-    try:
+    with _panics_of(where, "is not a tokenizer"):
         core = tokenizers.Tokenizer.from_str(to_json(described))
         core.no_padding()  # of a length the file asks for
         core.no_truncation()
         core.decode(core.encode(TRIAL).ids)
         highest = max(core.get_vocab().values(), default=-1)
         pieces.stages(core.decoder)
-    except BaseException as error:  # the library raises bare Exceptions, and panics, which are BaseExceptions
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise InputError(f"{where} is not a tokenizer: {' '.join(str(error).split())[:300]}") from None
     require_all_read(described, core, where)
     count = core.get_vocab_size()
     require(highest < 2 * count + 1000, f"{where} is not a tokenizer: id {highest} in a vocabulary of {count} tokens")
@@ -316,7 +290,10 @@ def load(path: Path) -> Tokenizer:
     described, config, names = tokenizer_files.read(beside, file)
     core = from_description(described, file)
     ends = beside("config.json") | beside("generation_config.json")
-    ids = {name: _ids(core, ends.get(f"{name}_id"), f"{folder}: {name}_id") for name in ("bos_token", "eos_token")}
+    ids = {
+        name: tokenizer_files.ids_in(core, ends.get(f"{name}_id"), f"{folder}: {name}_id")
+        for name in ("bos_token", "eos_token")
+    }
     if not config:  # else these are only what the model was trained with
         names |= {name: core.id_to_token(found[0]) for name, found in ids.items() if found}
     eos = core.token_to_id(names["eos_token"]) if "eos_token" in names else None
@@ -324,31 +301,9 @@ def load(path: Path) -> Tokenizer:
         core,
         names,
         extra_stops=tuple(index for index in ids["eos_token"] if index != eos),
-        template=_template(file, config),
+        template=tokenizer_files.template(file, config),
         where=file,
     )
     wrong = [index for index in (*loaded.before, *loaded.after) if core.id_to_token(index) is None]
     require(not wrong, f"{file}: its post_processor adds the id {wrong[:1]}, which no token has: fetch the model again")
     return loaded
-
-
-def _ids(core: tokenizers.Tokenizer, value: Any, what: str) -> list[int]:
-    """The tokens among an id, a list of ids or nothing: small models carry the ids of their family's large ones.
-
-    Raises InputError for what is no whole number.
-    """
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    for index in values:
-        require(type(index) is int, f"{what} is {index!r:.80}, but must be a whole number")
-    return [index for index in values if 0 <= index < 2**32 and core.id_to_token(index) is not None]
-
-
-def _template(file: Path, config: dict[str, Any]) -> str | None:
-    separate = "chat_template.jinja"
-    inside = config.get("chat_template")
-    value = model_files.read_text(file.parent, separate) if model_files.exists(file.parent, separate) else inside
-    if isinstance(value, list):  # several, by name
-        named = [entry for entry in value if isinstance(entry, dict) and entry.get("name") == "default"]
-        value = named[0].get("template") if named else None
-    require(value is None or isinstance(value, str), f"{file}: chat_template must be text")
-    return value

@@ -9,9 +9,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from efflm import model_files
+from efflm.cli.run_directory import to_json
 from efflm.config import InputError, require
+from efflm.text import pieces
 from efflm.text.tokenizer_json import require_sound
 
+# What a folder may hold of a tokenizer beside tokenizer.json and tokenizer_config.json.
+BESIDE = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")
 NEEDED = ("bos_token", "eos_token", "unk_token")
 NAMES = (*NEEDED, "sep_token", "pad_token", "cls_token", "mask_token")  # in the order in which they are added
 LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -86,8 +91,8 @@ def ids_of(described: Mapping[str, Any], where: Any) -> dict[str, int]:
     vocabulary, else the next free one, whatever the file says. Raises InputError."""
     vocabulary, added = described["model"].get("vocab"), described.get("added_tokens") or []
     if isinstance(vocabulary, list):
-        pieces = enumerate(vocabulary)
-        vocabulary = {str(piece[0]): index for index, piece in pieces if isinstance(piece, list) and piece}
+        pairs = enumerate(vocabulary)
+        vocabulary = {str(pair[0]): index for index, pair in pairs if isinstance(pair, list) and pair}
     sound = isinstance(vocabulary, dict) and isinstance(added, list)
     sound = sound and all(
         isinstance(each, dict) and isinstance(each.get("content"), str) and type(each.get("id")) is int
@@ -204,3 +209,43 @@ def _token(value: Any, what: str) -> dict[str, Any]:
     for flag, said in flags.items():
         require(isinstance(said, bool), f"{what}: {flag} of {content!r:.80} is {said!r:.80}, but must be a bool")
     return {"content": content} | flags
+
+
+def ids_in(core: Any, value: Any, what: str) -> list[int]:
+    """The tokens among an id, a list of ids or nothing: small models carry the ids of their family's large ones.
+
+    Raises InputError for what is no whole number.
+    """
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    for index in values:
+        require(type(index) is int, f"{what} is {index!r:.80}, but must be a whole number")
+    return [index for index in values if 0 <= index < 2**32 and core.id_to_token(index) is not None]
+
+
+def template(file: Path, config: dict[str, Any]) -> str | None:
+    separate = "chat_template.jinja"
+    inside = config.get("chat_template")
+    value = model_files.read_text(file.parent, separate) if model_files.exists(file.parent, separate) else inside
+    if isinstance(value, list):  # several, by name
+        named = [entry for entry in value if isinstance(entry, dict) and entry.get("name") == "default"]
+        value = named[0].get("template") if named else None
+    require(value is None or isinstance(value, str), f"{file}: chat_template must be text")
+    return value
+
+
+def written(tokens: Any, stem: str) -> dict[str, str]:
+    """The text of each file that says what the tokenizer.json of a Tokenizer does not hold, as it is read above and by
+    transformers."""
+    # Named transformers classes build a tokenizer of their own kind; this one takes the file as it is, but for
+    # add_prefix_space in version 4. What is not named here would be looked for elsewhere.
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": None, **tokens.names}
+    config |= {"add_bos_token": bool(tokens.before), "add_eos_token": bool(tokens.after)}
+    config["clean_up_tokenization_spaces"] = False
+    split = pieces.plain(tokens.core.pre_tokenizer)
+    config |= {name: split[name] for name in ("add_prefix_space",) if name in split}
+    if tokens.template is not None:
+        config["chat_template"] = tokens.template
+    out = {f"{stem}_config.json": to_json(config, indent=1) + "\n"}
+    if tokens.extra_stops:
+        out["generation_config.json"] = to_json({"eos_token_id": tokens.ends}, indent=1) + "\n"
+    return out

@@ -1,5 +1,6 @@
 """A run has its directory for itself, and says what it needs of the disk."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -8,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -124,3 +126,21 @@ def test_json_has_null_for_what_is_not_finite(tmp_path):
     run_directory.write_json(tmp_path / "x.json", given)
     found = json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail)
     assert found == {"a": [1.5, None, [None, {"b": None}]], "c": None, "d": "NaN", "e": True}
+
+
+def test_two_may_write_at_once_and_what_a_killed_one_left_goes_after_an_hour(tmp_path):
+    file, hour = tmp_path / "a[1].txt", time.time() - 3700
+    old, new = tmp_path / ".a[1].txt.1.partial", tmp_path / ".a[1].txt.2.partial"
+    old.mkdir()
+    new.write_text("under way")
+    os.utime(old, (hour, hour))
+    with run_directory.whole(file) as mine, run_directory.whole(file) as theirs:
+        mine.write_text("mine")
+        theirs.write_text("theirs")
+        assert sorted(tmp_path.iterdir()) == sorted([mine, theirs, new])
+    assert file.read_text() == "mine"
+    with contextlib.suppress(ZeroDivisionError), run_directory.whole(file) as mine:
+        mine.mkdir()
+        (mine / "part").write_text(str(1 / 0))
+    assert file.read_text() == "mine"
+    assert sorted(tmp_path.iterdir()) == sorted([file, new])

@@ -59,7 +59,7 @@ def test_a_byte_level_vocabulary_in_a_gguf_file(pre):
     loaded = gguf_tokenizer.from_metadata(byte_level_metadata(pre=pre), HERE)
     require_same(loaded, DIGESTS[f"gguf_{pre}"])
     assert (loaded.bos, loaded.eos, loaded.stops, loaded.separator) == (1, 2, (0, 2), 1 if pre == "llama-bpe" else 0)
-    assert loaded.adds_bos == (pre == "llama-bpe")
+    assert bool(loaded.before) == (pre == "llama-bpe")
     begins = [1] if pre == "llama-bpe" else []
     assert loaded.core.encode("a").ids == [
         *begins,
@@ -70,7 +70,7 @@ def test_a_byte_level_vocabulary_in_a_gguf_file(pre):
 def test_a_sentencepiece_vocabulary_in_a_gguf_file():
     loaded = gguf_tokenizer.from_metadata(sentencepiece_metadata(), HERE)
     require_same(loaded, DIGESTS["sentencepiece"])
-    assert loaded.adds_bos
+    assert loaded.before
     for line in lines()[::10]:
         ids = loaded.encode(line)
         if not {"<s>", "</s>", "<unk>"} & {loaded.core.id_to_token(index) for index in ids}:

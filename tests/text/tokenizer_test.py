@@ -137,13 +137,13 @@ def test_whether_a_text_begins_with_bos(tmp_path):
     }
     names = {"bos_token": "<s>", "eos_token": "</s>"}
     said = lambda **more: tokenizer.load(folder_of(tmp_path, core, tokenizer_config=names | more))
-    assert said().adds_bos
-    assert said(add_bos_token=False).adds_bos  # what the post-processor says counts
+    assert said().before
+    assert said(add_bos_token=False).before  # what the post-processor says counts
     core["post_processor"] |= {"single": [one], "special_tokens": {}}
-    assert not said(add_bos_token=True).adds_bos
+    assert not said(add_bos_token=True).before
     del core["post_processor"]
     assert said(add_bos_token=True).prompt("hi") == [1, 264]
-    assert not said(add_bos_token=False).adds_bos
+    assert not said(add_bos_token=False).before
     assert said(add_bos_token=False).separator == 2
     assert TOKENIZER.prompt("cat") == TOKENIZER.encode("cat")
 

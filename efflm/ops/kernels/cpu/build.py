@@ -23,6 +23,7 @@ import jax
 import jaxlib
 
 from efflm import user_cache
+from efflm.cli import run_directory
 from efflm.config import InputError, require
 from efflm.config.machine import Kernels
 
@@ -65,17 +66,7 @@ def chosen(form: Kernels) -> Iterator[None]:
 @functools.cache
 def supported() -> tuple[str, ...]:
     """The forms that this processor can run, the best first."""
-    return tuple(form for form, (_, needs) in FORMS.items() if needs <= _processor())
-
-
-@functools.cache
-def _processor() -> frozenset[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return frozenset(flags.partition(":")[2].split())
+    return tuple(form for form, (_, needs) in FORMS.items() if needs <= run_directory.processor()[1])
 
 
 def form() -> str:
