@@ -27,7 +27,7 @@ from efflm.config import AskedPrecision, InputError, at_home, require
 from efflm.data import corpora, dataset, enwik8, loader
 from efflm.evaluate import side_by_side
 from efflm.evaluate.windows import Scoring
-from efflm.formats import saved, sources
+from efflm.formats import huggingface, saved, sources
 from efflm.infer import speculative
 from efflm.infer.generate import generate as generate_ids
 from efflm.infer.sampling import Sampling
@@ -213,30 +213,48 @@ def generate(
     return ended[0] if isinstance(prompt, str) else ended
 
 
-def save(path: SOURCE, model: LanguageModel | None = None, tokenizer: Tokenizer | None = None) -> Path:
-    """Write the model, with what is known of it, and its tokenizer; `load` and every --model read them back.
+def save(
+    path: SOURCE, model: LanguageModel | None = None, tokenizer: Tokenizer | None = None, *, format: str = "efflm"
+) -> Path:
+    """Write the model and its tokenizer, all or nothing; `load` and every --model read them back. Returns the path of
+    the weights.
 
-    path: a folder, in which model.safetensors is written, or a name that ends in .safetensors, with tokenizer.json
-    beside it. An earlier save there is replaced, other things are not. Returns the path of the weights.
+    format: "efflm": weights in their own form, compressed or not, and what is known of the model. path: a folder, in
+    which model.safetensors is written, or a name that ends in .safetensors, with tokenizer.json beside it; an earlier
+    save there is replaced, other things are not. "huggingface": a folder of floats, which transformers and other
+    programs load unchanged. path: must hold nothing yet.
     """
     require(
         arguments.is_path(path),
         f"path is {arguments.shown(path)}, but must be where to write: save(path, model, tokenizer)",
     )
+    require(format in FORMATS, f"format is {arguments.shown(format)}: choose {' or '.join(FORMATS)}")
     arguments.require_model(model)
     arguments.require_tokenizer(tokenizer, model, "saving needs")
     file = Path(at_home(os.fspath(path)))
-    if file.suffix != ".safetensors":
-        require(not (file / "checkpoint").exists(), f"{file} holds another model (checkpoint): give another path")
-        file = file / sources.OWN
-    saved.require_free(file.parent, [file.name], tokenizer, "give another path")
     try:
-        saved.save(file.parent, {file.name: saved.Saved(model, model.about)}, tokenizer)
+        return FORMATS[format](file, model, tokenizer)
     except OSError as error:
         raise InputError(
             f"cannot write {file} ({error.strerror or error}): give another path, or free some space"
         ) from None
+
+
+def _save_own(file: Path, model: LanguageModel, tokenizer: Tokenizer) -> Path:
+    if file.suffix != ".safetensors":
+        require(not (file / "checkpoint").exists(), f"{file} holds another model (checkpoint): give another path")
+        file = file / sources.OWN
+    saved.require_free(file.parent, [file.name], tokenizer, "give another path")
+    saved.save(file.parent, {file.name: saved.Saved(model, model.about)}, tokenizer)
     return file
+
+
+def _save_huggingface(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> Path:
+    huggingface.save(folder, model, tokenizer)
+    return folder / huggingface.WEIGHTS
+
+
+FORMATS = {"efflm": _save_own, "huggingface": _save_huggingface}
 
 
 def context_for(

@@ -255,6 +255,22 @@ def test_what_is_saved_is_loaded_again(loaded, tmp_path):
     assert same(efflm.load(tmp_path / "new" / "small")[0], model)
 
 
+def test_a_model_is_written_as_a_hugging_face_folder(loaded, tmp_path):
+    (model, tokenizer), folder = loaded, tmp_path / "theirs"
+    assert efflm.save(folder, model, tokenizer, format="huggingface") == folder / "model.safetensors"
+    assert (folder / "config.json").exists()
+    again, words = efflm.load(folder)
+    assert again.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    text = "the thing in the tin 1 ünd 😀"
+    assert words.encode(text) == tokenizer.encode(text)
+    with pytest.raises(efflm.InputError, match="exists already"):  # never over what is there
+        efflm.save(folder, model, tokenizer, format="huggingface")
+    with pytest.raises(efflm.InputError, match="is compressed, but a Hugging Face directory holds floats"):
+        efflm.save(tmp_path / "new", efflm.compress(model, "w8a8"), tokenizer, format="huggingface")
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
 def careless(loaded, folder, tmp_path):
     """(call, what its error says)."""
     model, tokenizer = loaded
@@ -300,6 +316,7 @@ def careless(loaded, folder, tmp_path):
         "path and model swapped": (lambda: efflm.save(model, tmp_path / "x"), "path is LanguageModel"),
         "no model to save": (lambda: efflm.save(tmp_path / "x"), "model is None"),
         "no tokenizer to save": (lambda: efflm.save(tmp_path / "x", model), "saving needs the tokenizer"),
+        "no such format": (lambda: efflm.save(tmp_path, model, tokenizer, format="x"), "format is 'x': choose efflm"),
         "a file for a folder": (lambda: efflm.save(folder / "0.txt", model, tokenizer), "cannot write"),
     }  # fmt: skip
 

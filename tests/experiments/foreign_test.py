@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -12,9 +11,8 @@ from efflm.compress import recipe
 from efflm.compress.step import Calibration
 from efflm.config.parallel import MeshConfig
 from efflm.evaluate.windows import Scoring
-from efflm.formats import sources
 from efflm.report.comparison import Limits
-from experiments import compress, evaluate, export, generate
+from experiments import compress, evaluate, generate
 from tests import gguf_files
 
 SHARED = {"score": Scoring(), "limits": Limits()}
@@ -94,18 +92,3 @@ def test_it_writes(model, tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out.startswith("the")
     assert "loaded in" in err
-
-
-def test_export_writes_a_hugging_face_directory_of_the_same_model(model, tmp_path, capsys):
-    out = tmp_path / "out"
-    flags = ["x", f"--model={model}", f"--out={out}"]
-    launch(export.main, "", flags, run=export.Run())
-    (before, tokens), (after, theirs) = sources.load_model(model), sources.load_model(out)
-    assert after.config == before.config
-    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
-    text = "the thing in the tin 1 ünd 😀"
-    assert theirs.encode(text) == tokens.encode(text)
-    assert str(out) in capsys.readouterr().out
-    with pytest.raises(SystemExit):  # never over what is there
-        launch(export.main, "", flags, run=export.Run())
-    assert "exists already" in capsys.readouterr().err
