@@ -14,7 +14,6 @@ from efflm.compress import teacher_cache
 from efflm.config import InputError
 from efflm.parallel import meshes
 from efflm.train.metrics import Metrics
-from experiments import fault_drill
 from tests import tiny
 
 WRITING = [
@@ -26,8 +25,8 @@ WRITING = [
 
 def test_which_experiments_have_a_run_dir():
     names = {module.__name__.partition(".")[2] for module in WRITING}
-    assert {"pretrain", "compress", "evaluate", "fault_drill", "plan", "recovery"} <= names
-    assert len(names) >= 10
+    assert {"pretrain", "compress", "evaluate", "plan", "recovery"} <= names
+    assert len(names) >= 9
 
 
 @pytest.mark.parametrize("module", WRITING, ids=lambda module: module.__name__)
@@ -48,28 +47,6 @@ def test_a_file_that_is_no_lock_is_left_alone(tmp_path):
     ):
         pass
     assert (tmp_path / run_directory.LOCK).read_text() == "poetry.lock, by another name"
-
-
-def test_the_drill_deletes_only_what_a_drill_has_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(fault_drill, "start", lambda *_: 1 / 0)
-    drill = lambda folder: fault_drill.main(fault_drill.Run(run_dir=str(folder)))
-    for name in ("thesis.txt", "calm", "small/important"):  # of the names that a drill uses too
-        folder = tmp_path / name.replace("/", "-")
-        (folder / name).parent.mkdir(parents=True)
-        (folder / name).write_text("mine")
-        with pytest.raises(InputError, match=r"which is not of a drill: give --run_dir a folder"):
-            drill(folder)
-        assert (folder / name).read_text() == "mine"
-        assert [path.name for path in folder.iterdir()] == [name.partition("/")[0]]
-    folder = tmp_path / "drill"
-    with pytest.raises(ZeroDivisionError):
-        drill(folder)
-    (folder / "calm").mkdir()
-    (folder / "calm" / "state").write_text("of the drill")
-    (folder / "notes.txt").write_text("mine")
-    with pytest.raises(ZeroDivisionError):
-        drill(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["fault_drill.json", "notes.txt"]
 
 
 def test_event_files_of_others_stay(tmp_path):

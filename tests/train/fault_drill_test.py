@@ -1,6 +1,6 @@
 """Kill a training run again and again, damage its checkpoints, fill its disk: does it lose or falsify anything?
 
-    python -m experiments.fault_drill --kills=20
+    python -m tests.train.fault_drill_test --kills=20 --folder=FOLDER      # a new one
 
 A tiny model is trained in processes of its own, with a checkpoint every few steps. Some are killed (kill -9) at a
 random step, some while a checkpoint is being written, some while they start; between two lives the newest checkpoint
@@ -13,10 +13,12 @@ one checkpoint interval (apart from the interval whose checkpoint was still bein
 none continued in a wrong state without an error. Exit code 1 otherwise.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import random
 import re
 import resource
@@ -25,14 +27,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+import pytest
 
 from efflm import trees
-from efflm.cli import progress, run_directory
+from efflm.cli import run_directory
 from efflm.cli.flags import launch
-from efflm.config import flag, require, require_seed
+from efflm.config import flag
 from efflm.config.model import ModelShape
 from efflm.config.train import TrainConfig
 from efflm.formats import manifest
@@ -42,44 +45,32 @@ from efflm.train import metrics, trainer
 from efflm.train.aot import random_rows
 from efflm.train.checkpointing import Checkpointing, TrainingRun
 
+ROOT = Path(__file__).parents[2]
 SHAPE = ModelShape(layers=2, width=64, heads=4, kv_heads=2, mlp_dim=128, vocabulary=512, max_length=32)
 ROWS, LENGTH, PAUSE = 4, 32, 0.02  # seconds a step waits for its batch, so that a kill hits the step it is meant for
 KEEP = 2
-MADE, MARK = ("calm", "calm.log", "troubled", "troubled.log", "small"), "fault_drill.json"  # in its run directory
 DAMAGE = ("truncate", "flip", "no manifest")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """The drill"""
+    """One of the processes that get killed"""
 
-    run_dir: str = flag(
-        str(run_directory.ROOT / "fault_drill"),
-        "where everything is written; what an earlier drill left there is deleted",
-        path=True,
-    )
-    kills: int = flag(20, "how often the run is killed")
+    run_dir: str = flag("", "where it trains", path=True)
     every: int = flag(5, "steps between checkpoints")
-    seed: int = flag(0, "seed of when is killed and what is damaged")
-    role: Literal["drill", "train"] = flag("drill", "train: one of the processes that get killed", internal=True)
-    steps: int = flag(0, "steps to train; 0: as many as the kills need", internal=True)
-    largest_file: int = flag(0, "bytes beyond which the system lets no file grow; 0: no limit", internal=True)
-
-    def __post_init__(self):
-        require_seed(self.seed)
-        require(self.kills >= 0, f"kills is {self.kills}, but must not be negative")
-        require(self.every > 0, f"every is {self.every}, but must be positive")
+    steps: int = flag(0, "steps to train")
+    largest_file: int = flag(0, "bytes beyond which the system lets no file grow; 0: no limit")
 
     @property
     def train(self) -> TrainConfig:
-        steps = self.steps or self.every * (3 * self.kills + 10)
-        return TrainConfig(steps=steps, batch=ROWS, length=LENGTH, log_every=1)
+        return TrainConfig(steps=self.steps, batch=ROWS, length=LENGTH, log_every=1)
 
 
 def checkpointing(run: Run) -> Checkpointing:
     return Checkpointing(directory=Path(run.run_dir) / "state", every=run.every, keep=KEEP, about={"seed": 0})
 
 
+@run_directory.locked
 def train(run: Run) -> None:
     """What is killed: the unchanged trainer, on batches that are a function of the step."""
     if run.largest_file:
@@ -145,27 +136,14 @@ def final_state(run: Run) -> str:
 
 
 def start(run: Run, run_dir: Path, largest_file: int = 0) -> subprocess.Popen:
-    """A process that trains in run_dir; what it says goes to run_dir/log."""
+    """A process that trains in run_dir; what it says goes to run_dir.log."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    flags = {
-        "role": "train",
-        "run_dir": run_dir,
-        "every": run.every,
-        "steps": run.train.steps,
-        "largest_file": largest_file,
-    }
-    command = [sys.executable, "-m", "experiments.fault_drill", *(f"--{name}={value}" for name, value in flags.items())]
+    flags = {"run_dir": run_dir, "every": run.every, "steps": run.steps, "largest_file": largest_file}
+    command = [sys.executable, "-m", "tests.train.fault_drill_test", "train"]
+    command += [f"--{name}={value}" for name, value in flags.items()]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device
     with (run_dir.parent / f"{run_dir.name}.log").open("w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-
-
-def finish(process: subprocess.Popen, run: Run, run_dir: Path, title: str) -> int:
-    """Wait for the end of a life that nobody disturbs; its exit code."""
-    with progress.bar(title, run.train.steps) as update:
-        while process.poll() is None:
-            update(last_step(run_dir))
-            time.sleep(0.1)
-    return process.returncode
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
 
 
 def said(run_dir: Path) -> str:
@@ -226,30 +204,11 @@ def damage(run_dir: Path, rng: random.Random) -> tuple[int, str] | None:
     return committed[-1], f"{how} {file.relative_to(folder)}"
 
 
-def begin_anew(root: Path) -> None:
-    """Delete what an earlier drill has left in `root`, and nothing else. Raises InputError for a folder that holds
-    something and that no drill has marked as its own."""
-    held = sorted(path.name for path in root.iterdir() if path.name != run_directory.LOCK)
-    require(
-        not held or MARK in held,
-        f"{root} holds {held and held[0]}, which is not of a drill: give --run_dir a folder that is not there yet",
-    )
-    run_directory.write_json(root / MARK, {"made": MADE})
-    run_directory.discard(root, MADE)
-
-
-@run_directory.locked
-def main(run: Run) -> None:
-    if run.role == "train":
-        train(run)
-        return
-    root = Path(run.run_dir)
-    begin_anew(root)
+def drill(root: Path, kills: int = 20, every: int = 5, seed: int = 0) -> tuple[int, int]:
+    """How many lives lost work beyond one checkpoint interval, and how many continued in a wrong state."""
     calm, troubled = root / "calm", root / "troubled"
-    require(
-        finish(start(run, calm), run, calm, "the undisturbed run") == 0,
-        f"the undisturbed run failed: see {root}/calm.log",
-    )
+    run = Run(every=every, steps=every * (3 * kills + 10))
+    assert start(run, calm).wait() == 0, f"the undisturbed run failed: see {root}/calm.log"
     truth = {line["step"]: line for line in lines(calm)}
     undisturbed = final_state(dataclasses.replace(run, run_dir=str(calm)))
 
@@ -258,17 +217,17 @@ def main(run: Run) -> None:
         written = lines(run_dir)
         return written == [truth[step] for step in range(1, len(written) + 1)]
 
-    rng, beyond, wrong, worst = random.Random(run.seed), 0, 0, 0
+    rng, beyond, wrong, worst = random.Random(seed), 0, 0, 0
     damaged, reached = {}, 0  # the checkpoints that we damaged, and the last step known to be done
-    for life in range(1, run.kills + 2):
+    for life in range(1, kills + 2):
         damaged = {step: mark for step, mark in damaged.items() if marked(troubled, step) == mark}  # not yet rewritten
         intact = [step for step in folders(troubled, committed=True) if step not in damaged]
         expected = intact[-1] if intact else 0
         process = start(run, troubled)
-        if life <= run.kills:
+        if life <= kills:
             how = kill_at_random(process, troubled, run.every, rng)
         else:
-            how = "" if finish(process, run, troubled, "the last life") == 0 else "failed"
+            how = "" if process.wait() == 0 else "failed"
         went_on = restored(troubled)
         lost = reached - expected - run.every * len([step for step in damaged if step > expected])
         # One interval may be under way, and the checkpoint of the one before it still being written.
@@ -282,7 +241,7 @@ def main(run: Run) -> None:
             f"{'; LOST WORK' if bad_loss else ''}{'; WRONG NUMBERS' if false else ''}",
             flush=True,
         )
-        if how and life <= run.kills and rng.random() < 0.5 and not damaged and (hit := damage(troubled, rng)):
+        if how and life <= kills and rng.random() < 0.5 and not damaged and (hit := damage(troubled, rng)):
             damaged[hit[0]] = marked(troubled, hit[0])
             print(f"         checkpoint {hit[0]}: {hit[1]}", flush=True)
         if not how:
@@ -293,11 +252,10 @@ def main(run: Run) -> None:
 
     lost, false = full_disk(run, root / "small", calm, undisturbed, is_true)
     beyond, wrong = beyond + lost, wrong + false
-    print(f"steps done again by one life at most: {worst}, with a checkpoint every {run.every}")
+    print(f"steps done again by one life at most: {worst}, with a checkpoint every {every}")
     print(f"runs that lost work beyond one checkpoint interval: {beyond}")
     print(f"runs that produced a silently wrong state: {wrong}")
-    if beyond or wrong:
-        sys.exit(1)
+    return beyond, wrong
 
 
 def full_disk(run: Run, disk: Path, calm: Path, undisturbed: str, is_true) -> tuple[bool, bool]:
@@ -309,7 +267,7 @@ def full_disk(run: Run, disk: Path, calm: Path, undisturbed: str, is_true) -> tu
     run_dir = disk / "run"
     try:
         if mounted:
-            code = finish(start(run, run_dir), run, run_dir, "on a full disk")
+            code = start(run, run_dir).wait()
         else:  # a life that leaves a checkpoint, then one that may not write files as large as it needs
             process = start(run, run_dir)
             while process.poll() is None and not folders(run_dir, committed=True):
@@ -324,7 +282,7 @@ def full_disk(run: Run, disk: Path, calm: Path, undisturbed: str, is_true) -> tu
         print(f"full disk ({'tmpfs' if mounted else 'limited file size'}): exit code {code}, {' '.join(words)}")
         if mounted:
             mount("-o", f"remount,size={40 * size}")
-        finished = finish(start(run, run_dir), run, run_dir, "with space again") == 0
+        finished = start(run, run_dir).wait() == 0
         same = (
             finished and is_true(run_dir) and final_state(dataclasses.replace(run, run_dir=str(run_dir))) == undisturbed
         )
@@ -335,5 +293,24 @@ def full_disk(run: Run, disk: Path, calm: Path, undisturbed: str, is_true) -> tu
             subprocess.run(["umount", str(disk)], check=False)
 
 
+@pytest.mark.slow
+def test_no_run_loses_work_or_continues_in_a_wrong_state(tmp_path):
+    assert drill(tmp_path) == (0, 0)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["train"]:
+        launch(train, "", [sys.argv[0], *sys.argv[2:]], run=Run())
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="how often the run is killed")
+    parser.add_argument("--every", type=int, default=5, help="steps between checkpoints")
+    parser.add_argument("--seed", type=int, default=0, help="seed of when is killed and what is damaged")
+    parser.add_argument("--folder", type=Path, required=True, help="where everything is written, a new one")
+    asked = parser.parse_args()
+    asked.folder.mkdir(parents=True)
+    sys.exit(any(drill(asked.folder.resolve(), asked.kills, asked.every, asked.seed)))
+
+
 if __name__ == "__main__":
-    launch(main, __doc__, run=Run())
+    main()
