@@ -78,14 +78,14 @@ def test_models_of_another_tokenizer_are_not_written_beside(model, tmp_path, cap
 
 
 def test_a_full_disk_leaves_no_models(model, tmp_path, monkeypatch, capsys):
-    out, save = tmp_path / "out", compress.safetensors.save
+    out, save = tmp_path / "out", compress.efflm_file.save
 
     def full(path, *given):
         if path.name != compress.BEFORE:
             return save(path, *given)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(compress.safetensors, "save", full)
+    monkeypatch.setattr(compress.efflm_file, "save", full)
     with pytest.raises((SystemExit, InputError)):
         run(model, out, "--recipe=w8a16")
     assert "No space left on device" in capsys.readouterr().err
