@@ -21,7 +21,7 @@ import jax
 
 from efflm import ops
 from efflm.cli import arguments
-from efflm.compress import recipe
+from efflm.compress import grammar, recipe
 from efflm.compress.step import Calibration, Context, Step, calibrates, reads_text, trains
 from efflm.config import AskedPrecision, InputError, at_home, require
 from efflm.data import corpora, dataset, enwik8, loader
@@ -75,7 +75,8 @@ def compress(
 ) -> LanguageModel:
     """The model after the steps, one after the other.
 
-    steps: the name of a recipe, several joined by commas, steps such as Magnitude(sparsity=0.3), or a list of both.
+    steps: a chain such as "gptq@3,distill@0.5" or the file of one (see efflm.compress.grammar; the names of recipes are
+    chains too), steps such as Magnitude(sparsity=0.3), or a list of both.
     Where a step trains or is calibrated it needs the model's tokenizer and text, of which the test split is kept
     apart (see `measure`); default: what the model itself was trained on here. Steps of your own get it where it is
     given.
@@ -89,9 +90,7 @@ def compress(
         require(
             type(value) is int and value > 0, f"{setting} is {arguments.shown(value)}, but must be a positive integer"
         )
-    own = {type(step) for steps in recipe.RECIPES.values() for step in steps}
-    reads = reads_text(chain)
-    if reads or (text is not None and not {type(step) for step in chain} <= own):
+    if reads_text(chain) or (text is not None and not {type(step) for step in chain} <= {*recipe.STEPS.values()}):
         does = "trains" if trains(chain) else "is calibrated"
         require(
             text is not None or "source" in model.about,
@@ -309,8 +308,4 @@ def prompt_ids(
 
 def _note(model: LanguageModel) -> str:
     """What was done to a model, in words."""
-    done = ", then ".join(
-        f"{step['step']}({', '.join(f'{name}={value!r}' for name, value in step['settings'].items())})"
-        for step in model.about.get("lineage", ())
-    )
-    return "; ".join(filter(None, [done, rows.zeros(model)]))
+    return "; ".join(filter(None, [grammar.of_lineage(model.about.get("lineage", ())), rows.zeros(model)]))

@@ -14,11 +14,11 @@ Expect a table in the terminal, sorted as the recipes are given, and in the run 
 anew after each recipe, and report.html with perplexity against bits and against sparsity, loss against bytes with its
 Pareto front, and for domains a table of calibration text against test text.
 
-Protocol: recipes are those of experiments.compress, and FAMILY@SETTING names one of a sweep: nearest@3 (bits),
-wanda@0.7 (sparsity). Those that are calibrated run once for each seed, which draws the rows of calibration text from
-the training split; test text is of the test split. Reported is the mean over seeds and the standard deviation, which
-is beside the standard error over test documents. Time is a multiple of one plain forward pass over the calibration
-text. Memory is the model's and what the process held beyond that while it was compressed, over the model's bytes.
+Protocol: recipes are chains (efflm/compress/grammar.py), and NAME@NUMBER are points of a sweep over bits or sparsity.
+Those that are calibrated run once for each seed, which draws the rows of calibration text from the training split; test
+text is of the test split. Reported is the mean over seeds and the standard deviation, which is beside the standard
+error over test documents. Time is a multiple of one plain forward pass over the calibration text. Memory is the model's
+and what the process held beyond that while it was compressed, over the model's bytes.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ import functools
 import itertools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,10 @@ import numpy as np
 from efflm import api, ops, trees
 from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
-from efflm.compress import recipe
+from efflm.compress import grammar, recipe
 from efflm.compress.gptq import GPTQ
-from efflm.compress.magnitude import Magnitude
-from efflm.compress.quantize import Quantize
-from efflm.compress.sparsegpt import SparseGPT
 from efflm.compress.step import Calibration, Context, Step, reads_text
-from efflm.compress.wanda import Wanda
-from efflm.config import InputError, at_home, flag, require
+from efflm.config import at_home, flag, require
 from efflm.data import corpora, dataset, overlap
 from efflm.evaluate import quality, scoring, speed
 from efflm.evaluate.quality import Quality
@@ -57,17 +53,9 @@ from efflm.report import page, rows, swept, table
 from efflm.report.page import Section, Table
 from efflm.report.swept import Row
 
-# One step at each setting of a sweep: bits of the matrices in the layers, or the share of their weights that goes.
-FAMILIES = {
-    "nearest": lambda bits: (Quantize(bits=int(bits), group=32, where="layers"), recipe.EMBEDDINGS),
-    "gptq": lambda bits: (GPTQ(bits=int(bits), group=32), recipe.EMBEDDINGS),
-    "magnitude": lambda share: (Magnitude(sparsity=share),),
-    "wanda": lambda share: (Wanda(sparsity=share),),
-    "sparsegpt": lambda share: (SparseGPT(sparsity=share),),
-}
-SWEPT = [f"{name}@{bits}" for name in ("nearest", "gptq") for bits in (8, 4, 3)]
-SWEPT += [f"{name}@{share}" for name in ("magnitude", "wanda", "sparsegpt") for share in (0.3, 0.5, 0.6, 0.7, 0.8)]
-NAMED = ("w8a16", "w8a8", "w8a8_static", "smoothquant", "smoothquant_w8a8", "awq4")
+SWEPT = [f"{name}@{bits}" for name in swept.BITS for bits in (8, 4, 3)]
+SWEPT += [f"{name}@{share}" for name in swept.SHARES for share in (0.3, 0.5, 0.6, 0.7, 0.8)]
+NAMED = ("w8a16", "w8a8", "w8a8_static", "smoothquant_w8a8_static", "smoothquant_w8a8", "awq4")
 NAMED += ("magnitude24", "wanda24", "sparsegpt24", "wanda50_w8a8")
 
 
@@ -78,7 +66,7 @@ class Run:
     model: str = flag(str(run_directory.ROOT / "quickstart"), KINDS, path=True)
     corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib", path=True)
     strict: bool = flag(False, corpora.STRICT)
-    recipes: str = flag(" ".join((*SWEPT, *NAMED)), "with spaces between them; NAME@SETTING is one of a sweep")
+    recipes: str = flag(" ".join((*SWEPT, *NAMED)), "chains with spaces between them, or a .toml file of them")
     seeds: int = flag(3, "draws of calibration text")
     domains: str = flag("", 'corpora to calibrate on and to test, as in "wiki=a/ code=stdlib"; empty: none')
     domain_recipes: str = flag("gptq3 wanda50", "recipes of the table of domains")
@@ -86,8 +74,8 @@ class Run:
 
     def __post_init__(self):
         require(self.seeds > 0, f"seeds is {self.seeds}, but must be positive")
-        for name in (*self.recipes.split(), *self.domain_recipes.split()):
-            steps_of(name)
+        for text in (self.recipes, self.domain_recipes):
+            grammar.chains(text)
         for pair in self.domains.split():
             require("=" in pair, f"domains holds {pair!r}, but must be NAME=CORPUS, as in code=stdlib")
         self.pairs  # noqa: B018  (which checks the paths)
@@ -97,19 +85,6 @@ class Run:
         """Of the domains, by their names."""
         pairs = (pair.partition("=") for pair in self.domains.split())
         return {name: at_home(corpus) for name, _, corpus in pairs}
-
-
-def steps_of(name: str) -> tuple[Step, ...]:
-    """The steps of a recipe, or of one setting of a family. Raises InputError."""
-    family, at, setting = name.partition("@")
-    if not at:
-        return recipe.named(name)
-    require(family in FAMILIES, f"unknown family {family!r} in {name}: choose from {', '.join(FAMILIES)}")
-    try:
-        return FAMILIES[family](float(setting))
-    except ValueError as error:
-        told = str(error) if isinstance(error, InputError) else "give a number after @"
-        raise InputError(f"{name}: {told}") from None
 
 
 @run_directory.locked
@@ -126,7 +101,8 @@ def main(run: Run, calibration: Calibration, score: Scoring) -> None:
     source = dataset.source_of(run.corpus, loaded.about)
     text = held_out(run, loaded, source)
     score = score.within(dense.config.max_length, loaded.about.get("train.length", 0), text.unbroken)
-    context = functools.partial(context_for, run, calibration, loaded, names=run.recipes.split())
+    chains = grammar.chains(run.recipes)
+    context = functools.partial(context_for, run, calibration, loaded, chains.values())
     contexts = [context(source, seed) for seed in range(run.seeds)]
     measure = functools.partial(measured, text, loaded, score, {})
     before, found = measure(dense), {}
@@ -139,8 +115,8 @@ def main(run: Run, calibration: Calibration, score: Scoring) -> None:
         "versions": run_directory.machine(),
         "forward_seconds": forward_seconds,
     }
-    for name in run.recipes.split():
-        steps, made = steps_of(name), []
+    for name, steps in chains.items():
+        made = []
         for seed in range(run.seeds if reads_text(steps) else 1):
             after, seconds, more = compressed(dense, steps, contexts[seed])
             made.append(measure(after))
@@ -173,10 +149,10 @@ def held_out(run: Run, loaded: Loaded, source: str) -> Any:
 
 
 def context_for(
-    run: Run, calibration: Calibration, loaded: Loaded, source: str, seed: int, names: Sequence[str]
+    run: Run, calibration: Calibration, loaded: Loaded, chains: Iterable[Sequence[Step]], source: str, seed: int
 ) -> Context:
-    """What the steps of all these recipes read."""
-    steps = [step for name in names for step in steps_of(name)]
+    """What the steps of all these chains read."""
+    steps = [step for chain in chains for step in chain]
     return api.context_for(
         [*steps, GPTQ()],  # the text is always drawn: one pass over it is the unit of time
         source, dataset.cache(), loaded.model, loaded.tokenizer,
@@ -246,11 +222,11 @@ def domain_table(
     kept: dict[str, dict] = {name: {} for name in texts}
     before = {name: measured(texts[name], loaded, scores[name], kept[name], loaded.model) for name in texts}
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for name in run.domain_recipes.split() if pairs else ():
+    for name, steps in grammar.chains(run.domain_recipes).items() if pairs else ():
         found[name] = {}
         for domain, source in pairs.items():
-            context = context_for(run, calibration, loaded, source, 0, [name])
-            after, _ = recipe.run(loaded.model, steps_of(name), context)
+            context = context_for(run, calibration, loaded, [steps], source, 0)
+            after, _ = recipe.run(loaded.model, steps, context)
             found[name][domain] = {
                 other: quality.paired_difference(
                     measured(texts[other], loaded, scores[other], kept[other], after), before[other]

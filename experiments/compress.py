@@ -1,17 +1,17 @@
-"""Compress a model by one recipe or several, and show before and after side by side.
+"""Compress a model by one chain of steps or several, and show before and after side by side.
 
     python -m experiments.compress --model=runs/quickstart --recipe=w8a8
-    python -m experiments.compress --model=runs/quickstart --recipe=magnitude50,w8a16 --magnitude.sparsity=0.3
-    python -m experiments.compress --model=smollm2 --recipe="w8a16 w8a8 magnitude50" --text=notes.txt
+    python -m experiments.compress --model=runs/quickstart --recipe=magnitude@0.3,w8a16
+    python -m experiments.compress --model=smollm2 --recipe="w8a16 gptq@3,distill@0.5 wanda@2:4" --text=notes.txt
+    python -m experiments.compress --model=smollm2 --recipe=runs/compress/recipe.toml
 
-Expect a table of all models, and in the run directory each compressed one as `<recipe>.safetensors`, with what flags
-changed of a recipe in its name (`magnitude50@magnitude.sparsity=0.3.safetensors`), the tokenizer,
+How chains are written is said in efflm/compress/grammar.py. Expect a table of all models, and in the run directory each
+compressed one as `<chain>.safetensors`, with + between steps, the tokenizer, `recipe.toml` with the chains,
 `results.json` and `report.html`. Beside the first model one compressed model is held at a time. A chain that trains or
 is calibrated keeps the model after each step: the same command goes on with the step that was interrupted.
 """
 
 import dataclasses
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from efflm import api, ops, trees
 from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
-from efflm.compress import recipe
+from efflm.compress import grammar, recipe
 from efflm.compress.step import Calibration, Context, Record, Step, reads_text
 from efflm.config import PRECISION, AskedPrecision, InputError, flag, require, require_seed
 from efflm.data import corpora, dataset
@@ -55,9 +55,9 @@ class Run:
     precision: AskedPrecision = flag("", PRECISION)
     recipe: str = flag(
         "w8a16",
-        f"one of {', '.join(recipe.RECIPES)}; several joined by commas are one after another, several with spaces "
-        "between them are compared. The flags of a step, as --quantize.bits, change one step of a recipe: of several "
-        "such steps the one that is not the embeddings'",
+        "steps joined by commas, as in gptq@3,distill@0.5; chains with spaces between them are compared. Or a .toml "
+        f"file of chains, or names of chains: {', '.join(recipe.RECIPES)}. The flags of a step, as --quantize.bits, "
+        "change it in the chains that have one",
     )
     run_dir: str = flag(str(run_directory.ROOT / "compress"), "where everything is written", path=True)
     batch: int = flag(8, "sequences in a batch, where a step trains")
@@ -68,43 +68,9 @@ class Run:
 
     def __post_init__(self):
         require_seed(self.seed)
-        require(bool(self.recipe.split()), f"recipe is {self.recipe!r}: give at least one")
-        for names in self.recipe.split():
-            recipe.named(names)
+        require(bool(grammar.chains(self.recipe)), f"recipe is {self.recipe!r}: give at least one step")
         for name in ("batch", "length", "sample"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
-
-
-def chains(names: str, changes: dict[type, dict]) -> dict[str, tuple[Step, ...]]:
-    """{name: steps} of each recipe, with the changes on those that have such a step: where one of them has another than
-    the embeddings', those that have only that stay as they are. Raises InputError if none has such a step.
-
-    What changed is part of a name, so that its file is not that of the recipe: magnitude50@magnitude.sparsity=0.3.
-    """
-    plans = {each.replace(",", "+"): recipe.named(each) for each in names.split()}
-    for kind, fields in changes.items():
-        found = {name: recipe.changed(steps, kind) for name, steps in plans.items()} if fields else {}
-        having = [name for name, index in found.items() if index is not None]
-        if fields and not having:
-            raise InputError(
-                f"{', '.join(fields)} set for {kind.__name__}, which is not in this recipe: choose another recipe"
-            )
-        layers = [name for name in having if not recipe.of_embeddings(plans[name][found[name]])]
-        for name in layers or having:
-            plans[name] = recipe.override(plans[name], {kind: fields})
-    return {name + _differs(recipe.named(name.replace("+", ",")), steps): steps for name, steps in plans.items()}
-
-
-def _differs(before: Sequence[Step], after: Sequence[Step]) -> str:
-    """The settings of steps that were changed, each as @step.field=value; other signs than a file's name may have
-    are -."""
-    changed = [
-        f"@{type(new).__name__.lower()}.{field.name}={getattr(new, field.name)}"
-        for old, new in zip(before, after, strict=True)
-        for field in dataclasses.fields(new)
-        if getattr(old, field.name) != getattr(new, field.name)
-    ]
-    return re.sub(r"[^\w@.=+-]", "-", "".join(changed))
 
 
 def context_for(run: Run, calibration: Calibration, loaded: Loaded, steps: Sequence[Step]) -> Context:
@@ -128,15 +94,18 @@ def context_for(run: Run, calibration: Calibration, loaded: Loaded, steps: Seque
 
 def described(steps: tuple[Step, ...], after: LanguageModel) -> str:
     """What was done; for pruned models, that zeros do not make them faster."""
-    return "; ".join(filter(None, [", then ".join(map(repr, steps)), rows.zeros(after)]))
+    return "; ".join(filter(None, [grammar.write(steps), rows.zeros(after)]))
 
 
 @run_directory.locked
 def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **steps: dict) -> None:
     began = time.perf_counter()
     say = lambda words: print(f"[{time.perf_counter() - began:4.0f} s] {words}", flush=True)
-    changes = {kind: steps[name] for name, kind in recipe.STEPS.items()}
-    plans, run_dir = chains(run.recipe, changes), Path(run.run_dir)
+    chains = grammar.with_settings(
+        grammar.chains(run.recipe), {kind: steps[name] for name, kind in recipe.STEPS.items()}
+    )
+    plans, run_dir = {grammar.file_name(name): steps for name, steps in chains.items()}, Path(run.run_dir)
+    shared = grammar.to_toml({name: grammar.write(steps) for name, steps in chains.items()})
     run_directory.require_writable(run_dir, needs=run_directory.SMALL_FILES)
     loaded = sources.load(run.model, precision=run.precision, mesh=meshes.data_parallel(run.batch))
     dense, tokens, about = loaded.model, loaded.tokenizer, loaded.about
@@ -158,7 +127,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
     first = rows.label(about)
     dense_here = ops.prepare(sharding.on_one_device(dense), platform)
     for name, steps in plans.items():
-        say(f"{name}: {', then '.join(map(repr, steps))}")
+        say(f"{name}: {grammar.write(steps)}")
         own = dataclasses.replace(context, metrics=curves_of(run_dir, name), cache=run_dir / "teacher" / name)
         unfinished = run_dir / f"{name}{UNFINISHED}"
         slow = reads_text(steps)
@@ -194,12 +163,15 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
         f"Speed: {protocol}; each model in turn with the first, whose rounds beside the second are shown: compare the "
         f"ratios, which are those of the same rounds. In brackets the quartiles.{machine.most(loads)}",
         f"Size: an uncompressed safetensors file; the source itself takes {numbers.megabytes(loaded.nbytes)} MB.",
+        f"Chains (recipe.toml): {'; '.join(shared.splitlines())}.",
         *rows.cautions(run.model, about, text.known),
     ]
     commands = {first: command_line("experiments.evaluate", ["", f"--model={run.model}"])}
-    commands |= {name: command_for(name, steps, sys.argv) for name, steps in plans.items()}
+    texts = {grammar.file_name(name): grammar.text_of(name, steps) for name, steps in chains.items()}
+    commands |= {name: command_for(text, sys.argv) for name, text in texts.items()}
     details = compared.details(rows.origin(run.model, about), about, records, written, run.prompt, tokens, commands)
     versions, command = run_directory.machine(), command_line("experiments.compress", sys.argv)
+    run_directory.write_whole(run_dir / "recipe.toml", shared)
     run_directory.write_json(
         run_dir / "results.json",
         {
@@ -214,7 +186,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
     table.show(measured, facts)
     compared.write(
         run_dir / "report.html",
-        title=f"{run.model} by {run.recipe.replace(',', '+').replace(' ', ', ')}: what it saves and what it costs",
+        title=f"{run.model} by {', '.join(plans)}: what it saves and what it costs",
         comparison=Comparison(measured, limits, qualities, timed),
         details=details,
         curves=dict(pair for name in plans for pair in metrics.curves(curves_of(run_dir, name), name)),
@@ -256,18 +228,16 @@ def curves_of(run_dir: Path, name: str) -> Path:
     return run_dir / "curves" / name
 
 
-def command_for(name: str, steps: Sequence[Step], argv: list[str]) -> str:
-    """The command for one recipe of several, without the settings of steps that only others have."""
-    others = {flags for flags, kind in recipe.STEPS.items() if not any(type(step) is kind for step in steps)}
-    kept, skip = [], False
+def command_for(text: str, argv: list[str]) -> str:
+    """The command for one chain of several; its text has what the flags of steps changed."""
+    kept, dropped = [], False
     for arg in argv[1:]:
-        given = arg.lstrip("-").partition("=")[0]
-        drop = arg.startswith("-") and (given == "recipe" or given.partition(".")[0] in others)
-        if not skip and not drop:
+        if arg.startswith("-"):
+            group = arg.lstrip("-").partition("=")[0].partition(".")[0]
+            dropped = group == "recipe" or group.removeprefix("no") in recipe.STEPS
+        if not dropped:  # nor the value that is the next argument
             kept.append(arg)
-        skip = drop and "=" not in arg  # its value is the next argument
-    recipe_of = name.partition("@")[0].replace("+", ",")
-    return command_line("experiments.compress", [argv[0], *kept, f"--recipe={recipe_of}"])
+    return command_line("experiments.compress", [argv[0], *kept, f"--recipe={text}"])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import jax
 from efflm import api, ops
 from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
-from efflm.compress import recipe
+from efflm.compress import grammar, recipe
 from efflm.compress.step import Context
 from efflm.config.model import ModelShape
 from efflm.config.train import TrainConfig
@@ -93,7 +93,7 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     for name in list(NOTES)[1:]:
         print(f"  {name}: {NOTES[name]}", flush=True)
         context = dataclasses.replace(context, metrics=run_dir / "curves" / name)
-        models[name], records[name] = recipe.run(dense, recipe.named(name), context)
+        models[name], records[name] = recipe.run(dense, grammar.chain(name), context)
         notes[name] = "; ".join(filter(None, [notes[name], rows.zeros(models[name])]))
     about = digests | {"source": data.corpus.source, "seed": run.seed, "train.length": train.length}
     files = {file(name): Saved(each, about | {"recipe": name}, records[name]) for name, each in models.items()}

@@ -2,17 +2,15 @@
 
     python -m experiments.recovery --model=runs/pretrain
     python -m experiments.recovery --model=smollm2 --corpus=notes/ --precision=auto --seeds=3 --chains="width@0.3
-      width@0.3,text width@0.3,distill"
+      width@0.3,finetune width@0.3,distill"
     python -m experiments.recovery --model=runs/pretrain --chains= --orders="width@0.3 distill w8a16"
 
-A chain is parts joined by commas: width@SHARE and depth@SHARE remove that share of the parameters or of the layers;
-fresh gives all weights new random values; distill and text train with the first model as teacher, or on the text
-alone, for --steps steps, distill@SHARE and text@SHARE for that share of them, and text@seconds for as many seconds as
-distill took after the same parts; distill_full, distill_top_k and distill_sampled keep the teacher's distributions on
-disk first (efflm.compress.teacher_cache); adapt trains low-rank adapters alone, at a learning rate of their own
-(efflm.compress.adapt); any recipe of experiments.compress is a part too, as it is there: --distill.* and --adapt.* are
-settings of the parts of these names alone. So "width@0.2,distill@0.5,width@0.2,distill@0.5" prunes and distills in
-turn.
+A chain is steps joined by commas (efflm/compress/grammar.py). finetune and distill, which train on the text alone and
+with the first model as teacher, have --steps steps and --learning_rate, adapt has --steps steps; with @ they have a
+share of them: "width@0.2,distill@0.5,width@0.2,distill@0.5" prunes and distills in turn. --distill.* and --adapt.* are
+settings of these steps too. What recipes such as shrink30_distill consist of is as it is there. Two words are of this
+command alone: fresh gives all weights new random values, and finetune@seconds trains for as many seconds as distill
+took after the same steps. distill[cache=top_k] keeps the teacher's distributions on disk first.
 
 Expect a table in the terminal, and in the run directory results.json, which is written anew after each model, and
 report.html with loss against bytes.
@@ -29,7 +27,7 @@ import functools
 import itertools
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +37,12 @@ import numpy as np
 from efflm import api, ops, trees
 from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
-from efflm.compress import recipe
+from efflm.compress import grammar, recipe
 from efflm.compress.adapt import Adapt
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
 from efflm.compress.step import Calibration, Context, Step, trains
 from efflm.compress.structured.depth import Depth
-from efflm.compress.structured.width import Width
 from efflm.config import PRECISION, AskedPrecision, flag, require
 from efflm.data import corpora, dataset
 from efflm.evaluate import confidence, machine, quality, scoring, speed, throughput
@@ -59,11 +56,10 @@ from efflm.report import page, rows, swept, table
 from efflm.report.page import Section, Table
 from efflm.report.recovered import COLUMNS, Row
 
-CACHED = {f"distill_{kind}": kind for kind in ("full", "top_k", "sampled")}
-TRAINED = ("text", "distill", "adapt", *CACHED)
-SECONDS = "text@seconds"
-CHAINS = ("width@0.3", "width@0.3,text", "width@0.3,distill", f"width@0.3,{SECONDS}", "width@0.3,fresh,text")
-CHAINS += ("depth@0.5", "depth@0.5,text", "depth@0.5,distill")
+FRESH, SECONDS = "fresh", "finetune@seconds"
+TIMED = ("finetune", "distill")  # what SECONDS compares
+CHAINS = ("width@0.3", "width@0.3,finetune", "width@0.3,distill", f"width@0.3,{SECONDS}", "width@0.3,fresh,finetune")
+CHAINS += ("depth@0.5", "depth@0.5,finetune", "depth@0.5,distill")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,8 +72,8 @@ class Run:
     precision: AskedPrecision = flag("", PRECISION)
     chains: str = flag(" ".join(CHAINS), "chains of parts, with spaces between them; see above")
     orders: str = flag("", "parts of which every order is a chain, as in 'width@0.3 distill w8a16'; empty: none")
-    steps: int = flag(150, "optimizer steps of distill and text")
-    learning_rate: float = flag(5e-4, "their peak learning rate")
+    steps: int = flag(150, "optimizer steps of distill, finetune and adapt")
+    learning_rate: float = flag(5e-4, "peak learning rate of distill and finetune")
     batch: int = flag(8, "sequences in a training batch")
     length: int = flag(256, "tokens in each")
     seeds: int = flag(1, "seeds of each chain")
@@ -88,69 +84,52 @@ class Run:
     def __post_init__(self):
         for name in ("steps", "learning_rate", "batch", "length", "seeds"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
-        listed = self.names
-        require(bool(listed), "chains and orders are empty: give one of them")
-        for chain in listed:
-            require_known(chain, listed)
+        require(bool(self.names), "chains and orders are empty: give one of them")
+        for chain, parts in self.names.items():
+            for index, part in enumerate(parts):
+                needed = [",".join([*parts[:index], kind]) for kind in TIMED] if part == SECONDS else []
+                missing = [each for each in needed if each not in self.names]
+                require(not missing, f"{chain}: {SECONDS} takes its time from {' and '.join(needed)}: list them too")
+                steps_of(part, {}, 1)
 
     @property
-    def names(self) -> list[str]:
-        """Of all chains."""
-        orders = itertools.permutations(self.orders.split()) if self.orders.split() else ()
-        return list(dict.fromkeys([*self.chains.split(), *map(",".join, orders)]))
+    def names(self) -> dict[str, list[str]]:
+        """{chain: its parts}."""
+        orders = itertools.permutations(grammar.parts(self.orders))
+        return grammar.parts(self.chains) | grammar.parts(" ".join(map(",".join, orders)))
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        return {"steps": self.steps, "learning_rate": self.learning_rate}
 
 
-def require_known(chain: str, listed: list[str]) -> None:
-    """Raise InputError for a part that does not exist."""
-    parts = chain.split(",")
-    for index, part in enumerate(parts):
-        name, at, setting = part.partition("@")
-        if part == SECONDS:
-            needed = [",".join([*parts[:index], kind]) for kind in TRAINED[:2]]
-            missing = [each for each in needed if each not in listed]
-            require(not missing, f"{chain}: {SECONDS} takes its time from {' and '.join(needed)}: list them too")
-        elif name in ("width", "depth", *TRAINED) and (at or name in TRAINED):
-            try:
-                share = float(setting or 1)
-            except ValueError:
-                share = 0.0
-            require(0 < share <= 1, f"{chain}: {part} must end in a share in (0, 1], as in {name}@0.5")
-        elif part != "fresh":
-            recipe.named(part)
-
-
-def require_used(run: Run, changes: Mapping[type, dict[str, Any]]) -> None:
-    """Raise InputError for settings of a step that no part of the chains is, or that a part's own words decide."""
-    for kind, fields in changes.items():
+def defaults_of(run: Run, distill: dict[str, Any], adapt: dict[str, Any]) -> grammar.Defaults:
+    """The fields of the steps that recover a model. Raises InputError for settings of a step that no chain names."""
+    for kind, fields in ((Distill, distill), (Adapt, adapt)):
         name = kind.__name__.lower()
         flags = ", ".join(f"--{name}.{field}" for field in fields)
-        parts = {part.partition("@")[0] for chain in run.names for part in chain.split(",")}
-        used = parts & ({name, *CACHED} if kind is Distill else {name})
-        require(not fields or bool(used), f"{flags} is of the part {name}, which no chain has: list it in --chains")
+        used = any(grammar.kind_of(part) is kind for parts in run.names.values() for part in parts)
+        require(not fields or used, f"{flags} is of the step {name}, which no chain has: list it in --chains")
         require(
             "steps" not in fields,
-            f"--{name}.steps is for experiments.compress: give --steps, or the part a share of them, as in {name}@0.5",
+            f"--{name}.steps is for experiments.compress: give --steps, or the step a share of them, as in {name}@0.5",
         )
+    return {Finetune: run.schedule, Distill: run.schedule | distill, Adapt: {"steps": run.steps} | adapt}
 
 
-def steps_of(
-    part: str, run: Run, changes: Mapping[type, dict[str, Any]], model: LanguageModel, longer: float
-) -> tuple[Step, ...]:
-    """The steps of a part for the model as it is. longer: of text@seconds, how many times the steps."""
-    (name, _, setting), layers = part.partition("@"), len(model.config.blocks)
-    if name in TRAINED:
-        share = longer if part == SECONDS else float(setting or 1)
-        steps = {"steps": max(1, round(share * run.steps))}
-        if name == "adapt":
-            return (Adapt(**(steps | changes[Adapt])),)
-        schedule = steps | {"learning_rate": run.learning_rate}
-        kept = {"cache": CACHED[name]} if name in CACHED else {}
-        return (Finetune(**schedule),) if name == "text" else (Distill(**(schedule | changes[Distill] | kept)),)
-    if name == "width" and setting:
-        return (Width(parameters=float(setting)),)
-    if name == "depth" and setting:
-        return (Depth(layers=max(1, round(layers * (1 - float(setting))))),)
-    return (Depth(layers=layers, init="random"),) if part == "fresh" else recipe.named(part)
+def steps_of(part: str, defaults: grammar.Defaults, layers: int, longer: float = 1.0) -> tuple[Step, ...]:
+    """The steps of a part for a model of so many layers. longer: of SECONDS, how many times the steps."""
+    if part == FRESH:
+        return (Depth(layers=layers, init="random"),)
+    if part != SECONDS:
+        return grammar.steps_of([part], defaults)
+    (step,) = grammar.steps_of([TIMED[0]], defaults)
+    return (dataclasses.replace(step, steps=max(1, round(longer * step.steps))),)
+
+
+def recovers(part: str) -> bool:
+    """Whether it is a step that trains, and not one that takes something away too, as a recipe may."""
+    return getattr(grammar.kind_of(part), "at", "") == "steps"
 
 
 @dataclasses.dataclass
@@ -169,21 +148,21 @@ class Maker:
 
     run: Run
     dense: LanguageModel
-    changes: Mapping[type, dict[str, Any]]
+    defaults: grammar.Defaults
     context: Callable[[int], Context]
     kept: dict[tuple[str, int], LanguageModel] = dataclasses.field(default_factory=dict)
     seconds: dict[tuple[str, int], float] = dataclasses.field(default_factory=dict)
 
-    def __call__(self, chain: str, seed: int) -> Made:
-        made, parts = Made(self.dense), chain.split(",")
+    def __call__(self, parts: list[str], seed: int) -> Made:
+        made = Made(self.dense)
         for index, part in enumerate(parts):
             so_far = ",".join(parts[: index + 1])
             if (so_far, seed) in self.kept:
                 made.model = self.kept[so_far, seed]
                 continue
             before = ",".join(parts[:index])
-            took = [self.seconds.get((f"{before},{kind}".lstrip(","), seed), 1.0) for kind in TRAINED[:2]]
-            steps = steps_of(part, self.run, self.changes, made.model, took[1] / took[0])
+            took = [self.seconds.get((f"{before},{kind}".lstrip(","), seed), 1.0) for kind in TIMED]
+            steps = steps_of(part, self.defaults, len(made.model.config.blocks), took[1] / took[0])
             if not trains(steps):
                 made.model, _ = recipe.run(made.model, steps, self.context(seed))
                 if not made.tokens:
@@ -211,8 +190,7 @@ class Maker:
 def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, Any], adapt: dict[str, Any]) -> None:
     began = time.perf_counter()
     say = lambda words: print(f"[{time.perf_counter() - began:4.0f} s] {words}", flush=True)
-    run_dir, changes = Path(run.run_dir), {Distill: distill, Adapt: adapt}
-    require_used(run, changes)
+    run_dir, defaults = Path(run.run_dir), defaults_of(run, distill, adapt)
     run_directory.require_writable(run_dir, needs=run_directory.SMALL_FILES)
     run_dir.mkdir(parents=True, exist_ok=True)
     run_directory.use_compilation_cache()
@@ -226,7 +204,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, 
     text = dataset.held_out(source, loaded.tokenizer, dataset.cache(), strict=run.strict)
     score = score.within(dense.config.max_length, loaded.about.get("train.length", 0), text.unbroken)
     context = functools.cache(functools.partial(context_for, run, calibration, loaded, source))
-    make, kept = Maker(run, dense, changes, context), {}
+    make, kept = Maker(run, dense, defaults, context), {}
     measure = lambda model: scoring.measure(
         {"": sharding.on_one_device(model)}, text, loaded.tokenizer, score, sharding.on_one_device(dense), kept
     )[""]
@@ -253,11 +231,11 @@ def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, 
         "command": command_line("experiments.recovery", sys.argv),
         "versions": run_directory.machine(),
     }
-    for chain in run.names:
+    for chain, parts in run.names.items():
         made: list[Made] = []
         scores: list[Quality] = []
         for seed in range(run.seeds):
-            made.append(make(chain, seed))
+            made.append(make(parts, seed))
             model = made[-1].model
             scores.append(measure(model))
             shape = (model.config, ops.stored_nbytes(model.params, model.masks))
@@ -265,7 +243,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, 
                 speeds[shape], load = speed_of(dense, model, protocol)
                 loads.append(load)
                 facts[2] = f"{timed}{machine.most(loads)}"
-            row = row_of(chain, made, scores, before, speeds.get(shape, (None, None)), found)
+            row = row_of(parts, made, scores, before, speeds.get(shape, (None, None)), found)
             if run.calibration_error:
                 row = dataclasses.replace(row, calibration=error_of(model))
             found[chain] = row
@@ -296,8 +274,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, 
 def context_for(run: Run, calibration: Calibration, loaded: Loaded, source: str, seed: int) -> Context:
     """What the parts of all chains read."""
     made = api.context_for(
-        [Width(parameters=0.5), Distill(), *(step for chain in run.names for part in chain.split(",")
-                                    if part in recipe.RECIPES for step in recipe.RECIPES[part])],
+        [step for parts in run.names.values() for part in parts for step in steps_of(part, {}, 1)],
         source, dataset.cache(), loaded.model, loaded.tokenizer,
         batch=run.batch, length=run.length, calibration=calibration, seed=seed,
         lower=api.FLAGS, strict=run.strict,
@@ -316,18 +293,17 @@ def speed_of(dense: LanguageModel, model: LanguageModel, protocol: throughput.Pr
 
 
 def row_of(
-    chain: str, made: list[Made], scores: list[Quality], before: Quality, speed: tuple[float | None, float | None],
-    found: dict[str, Row],
+    parts: list[str], made: list[Made], scores: list[Quality], before: Quality,
+    speed: tuple[float | None, float | None], found: dict[str, Row],
 ) -> Row:  # fmt: skip
     """made, scores: of each seed."""
     mean, error, deviation = quality.mean_difference(scores, before)
-    parts = chain.split(",")
-    trained = [part.partition("@")[0] in TRAINED for part in parts]
+    trained = list(map(recovers, parts))
     cut = trained.index(True) if any(trained) else len(parts)
     base = found.get(",".join(parts[:cut])) if 0 < cut < len(parts) and all(trained[cut:]) else None
     model = made[-1].model
     return Row(
-        name=chain,
+        name=",".join(parts),
         parameters=trees.count(model.params),
         bytes=ops.stored_nbytes(model.params, model.masks),
         bits_per_byte=float(np.mean([quality.bits_per_byte(each)[0] for each in scores])),

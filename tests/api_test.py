@@ -76,8 +76,8 @@ def test_what_is_known_of_a_model_is_no_part_of_its_value(loaded):
     [
         ("w8a8", "w8a8", ["Quantize"]),
         ("magnitude50, w8a16", "magnitude50+w8a16", ["Magnitude", "Quantize"]),
-        (Magnitude(sparsity=0.25), "Magnitude", ["Magnitude"]),
-        (["magnitude24", Quantize()], "magnitude24+Quantize", ["Magnitude", "Quantize"]),
+        (Magnitude(sparsity=0.25), "magnitude@0.25", ["Magnitude"]),
+        (["magnitude24", Quantize()], "magnitude24+quantize", ["Magnitude", "Quantize"]),
     ],
 )
 def test_compress_takes_names_steps_and_both(loaded, steps, name, kinds):
@@ -118,7 +118,7 @@ def test_training_keeps_the_masks_and_a_step_of_ones_own_gets_the_text(loaded, f
 
     steps = [Own(sparsity=0.5), Finetune(steps=1)]
     trained = efflm.compress(model, steps, folder, tokenizer, batch=2, length=16)
-    assert trained.about["recipe"] == "Own+Finetune"
+    assert trained.about["recipe"] == "own@0.5+finetune[steps=1]"
     assert trained.masks
     efflm.compress(model, Own(sparsity=0.5), folder, tokenizer, batch=2, length=16)
     efflm.compress(model, Own(sparsity=0.5))
@@ -148,7 +148,8 @@ def test_measure_gives_the_figures_and_the_table_of_the_command(source, loaded, 
     table = str(found)
     assert repr(found) == table
     assert results["protocol"][0].partition("; ")[0] in table
-    for words in ("bits/byte", "Magnitude(sparsity=0.5", "multiplies its zeros too", "are dequantized Q4_1"):
+    done = "magnitude@0.5,quantize[activations=int8]; "
+    for words in ("bits/byte", done, "multiplies its zeros too", "are dequantized Q4_1"):
         assert words in table
     assert ("tok/s" in shown, "tok/s" in table, "Speed:" in table) == (True, False, False)
     assert found["small"].prefill_tokens_per_second is None
@@ -281,9 +282,9 @@ def careless(loaded, folder, tmp_path):
         "no such precision": (lambda: efflm.load(folder, precision="int8"), "precision is 'int8'"),
         "no such dtype": (lambda: efflm.load(folder, dtype="int8"), "int8"),
         "both of what load returns": (lambda: efflm.compress(loaded, "w8a8"), "model, tokenizer = efflm.load"),
-        "no steps": (lambda: efflm.compress(model), "steps is None: give one of bfloat16"),
-        "no step in the list": (lambda: efflm.compress(model, []), "there is no step: give one of bfloat16"),
-        "no such recipe": (lambda: efflm.compress(model, "w8a9"), "unknown recipe 'w8a9'"),
+        "no steps": (lambda: efflm.compress(model), "steps is None: give a chain such as 'gptq@3,distill@0.5'"),
+        "no step in the list": (lambda: efflm.compress(model, []), "there is no step: give a chain such as"),
+        "no such recipe": (lambda: efflm.compress(model, "w8a9"), "there is no step or recipe 'w8a9': did you mean"),
         "a number for steps": (lambda: efflm.compress(model, 8), "steps is 8"),
         "a class for a step": (lambda: efflm.compress(model, Quantize), "class Quantize"),
         "tokenizer for text": (lambda: efflm.compress(model, Finetune(), tokenizer, tokenizer), "text is Tokenizer"),

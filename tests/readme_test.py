@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from efflm import trees
-from efflm.compress import recipe
+from efflm.compress import grammar, recipe
 from efflm.compress.step import Calibration
 from efflm.config.model import ModelShape
 from efflm.config.parallel import HostsConfig, MeshConfig
@@ -114,6 +114,6 @@ def test_what_it_names_exists(file):
         assert (ROOT / "experiments" / f"{module}.py").exists(), module
     for name in re.findall(r"--recipe=\"?([\w ,]+)", text):
         for each in name.split():
-            recipe.named(each)
+            grammar.chain(each)
     for group, field in re.findall(r"--(?:no)?([a-z]+)\.(\w+)", text):
         assert field in GROUPS[group].__dataclass_fields__, f"--{group}.{field}"

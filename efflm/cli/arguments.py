@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from efflm.compress import recipe
+from efflm.compress import grammar
 from efflm.compress.step import Step
 from efflm.config import at_home, require
 from efflm.data import corpora, enwik8
@@ -61,19 +61,19 @@ def named(models: Any) -> dict[str, LanguageModel]:
 def chain(given: Any) -> tuple[str, tuple[Step, ...]]:
     """The steps, and what they are called together."""
     parts = list(given) if isinstance(given, list | tuple) else [given]
-    choices = f"give one of {', '.join(recipe.RECIPES)}, several joined by commas, or steps such as Depth(layers=2)"
+    choices = "give a chain such as 'gptq@3,distill@0.5', or steps such as Depth(layers=2)"
     names, steps = [], []
     for part in parts:
         if isinstance(part, str):
-            names.append(part.replace(" ", "").replace(",", "+") if "," in part else part.strip())
-            steps += recipe.named(",".join(each.strip() for each in part.split(",")))
+            name, own = grammar.only(part)
         else:
             require(not isinstance(part, type), f"steps holds the class {getattr(part, '__name__', '')}: call it first")
             require(callable(part), f"steps is {shown(part)}: {choices}")
-            names.append(type(part).__name__)
-            steps.append(part)
+            name, own = grammar.write([part]), (part,)
+        names.append(name)
+        steps += own
     require(bool(steps), f"there is no step: {choices}")
-    return "+".join(names), tuple(steps)
+    return grammar.file_name(",".join(names)), tuple(steps)
 
 
 def text_of(text: Any) -> str:

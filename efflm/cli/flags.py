@@ -2,18 +2,17 @@
 
 import dataclasses
 import difflib
-import math
 import shlex
 import sys
 import traceback
 import typing
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from absl import flags
 
 from efflm.cli import help_text, signals, stdio
-from efflm.config import InputError, Stopped, at_home, require
+from efflm.config import InputError, Stopped, at_home, require, written
 from efflm.config.machine import MachineConfig
 from efflm.config.parallel import HostsConfig
 from efflm.ops.kernels.cpu import build
@@ -54,7 +53,11 @@ def parse(argv: list[str], **groups: Any) -> dict[str, Any]:
     require(not rest, f"unexpected argument {rest[0] if rest else ''!r}: flags are given as --name=value")
     if values.help or values.helpfull:
         raise HelpWanted([(_prefix(group), default) for group, default in groups.items()], values.helpfull)
-    given = {name: _value(name, kind, values[name].value) for name, kind in kinds.items() if values[name].present}
+    given = {
+        name: written.value(f"--{name}", kind, written.text(values[name].value))
+        for name, kind in kinds.items()
+        if values[name].present
+    }
     given |= {name: _at_home(name, given[name]) for name in paths & given.keys()}
     out = {}
     for group, default in groups.items():
@@ -82,40 +85,6 @@ def _hint(name: str, known: list[str]) -> str:
     close = [one for one in known if one.rpartition(".")[2] == name]
     close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     return f"did you mean {' or '.join(f'--{one}' for one in close)}?" if close else "--help lists the flags"
-
-
-def _value(name: str, kind: Any, given: Any) -> Any:
-    """A flag's value from what was written. Raises InputError."""
-    refuse = lambda must: InputError(f"--{name} is {given!r}, but must {must}")
-    if typing.get_origin(kind) is Literal:
-        choices = {str(choice): choice for choice in typing.get_args(kind)}  # texts, or numbers as they are written
-        if given not in choices:
-            raise refuse(f"be one of {', '.join(filter(None, choices))}")
-        return choices[given]
-    elif kind is int:
-        try:
-            given = int(given)
-        except ValueError:
-            raise refuse("be a whole number") from None
-        if not -(1 << 63) <= given < 1 << 63:
-            raise refuse("lie within 64 bits")
-    elif kind is float:
-        try:
-            number = float(given)
-        except ValueError:
-            raise refuse("be a number") from None
-        if not math.isfinite(number):
-            raise refuse("be a finite number")
-        return number
-    elif kind is str:
-        try:
-            given.encode()
-        except UnicodeEncodeError as error:  # Python has made surrogates of the bytes that it could not decode
-            byte = ord(given[error.start]) & 0xFF
-            raise InputError(
-                f"--{name} is not UTF-8 (byte {byte:#04x} at character {error.start}): give it in UTF-8"
-            ) from None
-    return given
 
 
 def _at_home(name: str, given: str) -> str:

@@ -99,7 +99,7 @@ class Magnitude:
         "layer", "layer: of each matrix; global: of all together; 2:4: 2 of every 4 inputs; 16x16: whole tiles"
     )
 
-    at = "sparsity"
+    at = functools.partial(select.share_or_pattern, field="scope")
 
     def __post_init__(self):
         require_scope(self.sparsity, self.scope)

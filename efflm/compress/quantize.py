@@ -49,7 +49,9 @@ class Quantize:
     )
     where: Where = flag("all", "matrices of the layers, of the embeddings, or all")
 
-    at = "bits"
+    @staticmethod
+    def at(value: str) -> dict[str, str]:
+        return {"bits": value, "group": "32", "where": "layers"}
 
     def __post_init__(self):
         qarray.require_format(self.bits, self.group)

@@ -28,7 +28,7 @@ from efflm.compress.structured.depth import Depth
 from efflm.compress.structured.width import Width
 from efflm.compress.tuned import Tuned
 from efflm.compress.wanda import Wanda
-from efflm.config import InputError, require
+from efflm.config import require
 from efflm.model import LanguageModel
 from efflm.ops import LowRank, QArray
 
@@ -42,65 +42,48 @@ STEPS: dict[str, type] = {
     )
 }  # fmt: skip
 
-W8A16 = Quantize(activations="float")
-W8A8 = Quantize(activations="int8")
-W8A8_STATIC = Quantize(activations="int8_static")
-
-# In 4 and 3 bits the layers are; embeddings, which a low precision hurts most, are in 8.
-EMBEDDINGS = Quantize(where="embeddings")
-W4A16 = Quantize(bits=4, group=32, where="layers")
-W3A16 = dataclasses.replace(W4A16, bits=3)
-
-RECIPES: dict[str, tuple[Step, ...]] = {
-    "bfloat16": (Cast(dtype="bfloat16"),),
-    "w8a16": (W8A16,),
-    "w8a8": (W8A8,),
-    "w8a8_static": (W8A8_STATIC,),
-    "smoothquant": (SmoothQuant(), W8A8_STATIC),
-    "smoothquant_w8a8": (SmoothQuant(), W8A8),
-    "w4a16": (W4A16, EMBEDDINGS),
-    "w3a16": (W3A16, EMBEDDINGS),
-    "gptq4": (GPTQ(bits=4), EMBEDDINGS),
-    "gptq3": (GPTQ(bits=3), EMBEDDINGS),
-    "gptq3_adapted": (GPTQ(bits=3), EMBEDDINGS, Adapt()),
-    "rotate_smoothquant": (Rotate(), SmoothQuant(), W8A8_STATIC),
-    "rotate_gptq4": (Rotate(), GPTQ(bits=4), EMBEDDINGS),
-    "awq4": (AWQ(bits=4), W4A16, EMBEDDINGS),
-    "mixed4": (Mixed(average_bits=4.0), EMBEDDINGS),
-    "tuned4": (Tuned(bits=4), EMBEDDINGS),
-    "tuned3": (Tuned(bits=3), EMBEDDINGS),
-    "qat4": (QAT(bits=4), EMBEDDINGS),
-    "magnitude50": (Magnitude(sparsity=0.5),),
-    "magnitude50_global": (Magnitude(sparsity=0.5, scope="global"),),
-    "magnitude70": (Magnitude(sparsity=0.7),),
-    "magnitude24": (Magnitude(sparsity=0.5, scope="2:4"),),
-    "magnitude50_trained": (Magnitude(sparsity=0.5), Finetune(steps=60, learning_rate=2e-4)),
-    "gradual50": (Gradual(sparsity=0.5, learning_rate=2e-4),),
-    "wanda50": (Wanda(sparsity=0.5),),
-    "wanda24": (Wanda(sparsity=0.5, pattern="2:4"),),
-    "wanda50_w8a8": (Wanda(sparsity=0.5), W8A8),
-    "sparsegpt50": (SparseGPT(sparsity=0.5),),
-    "sparsegpt70": (SparseGPT(sparsity=0.7),),
-    "sparsegpt24": (SparseGPT(sparsity=0.5, pattern="2:4"),),
-    "shrink30": (Width(parameters=0.3),),
-    "shrink30_distill": (Width(parameters=0.3), Distill(learning_rate=5e-4)),
-    "shrink30_distill_int8": (Width(parameters=0.3), Distill(learning_rate=5e-4), W8A16),
-    "depth50_distill": (Depth(), Distill(learning_rate=5e-4)),
-    "depth50_on_policy": (Depth(), Distill(learning_rate=5e-4), Generated(steps=50)),
-    "student_scratch": (Depth(init="random"), Finetune()),
-    "student_distilled": (Depth(init="random"), Distill()),
-    "shrink_distill_int8": (Depth(), Distill(), W8A16),
+_EMBEDDINGS = "quantize[where=embeddings]"
+# Chains in the grammar of compress.grammar, by the names that they have in reports.
+RECIPES: dict[str, str] = {
+    "bfloat16": "cast@bfloat16",
+    "w8a16": "quantize",
+    "w8a8": "quantize[activations=int8]",
+    "w8a8_static": "quantize[activations=int8_static]",
+    "smoothquant_w8a8": "smoothquant,w8a8",
+    "smoothquant_w8a8_static": "smoothquant,w8a8_static",
+    "w4a16": f"quantize@4,{_EMBEDDINGS}",
+    "w3a16": f"quantize@3,{_EMBEDDINGS}",
+    "gptq4": f"gptq@4,{_EMBEDDINGS}",
+    "gptq3": f"gptq@3,{_EMBEDDINGS}",
+    "gptq3_adapted": "gptq3,adapt",
+    "rotate_smoothquant": "rotate,smoothquant,w8a8_static",
+    "rotate_gptq4": "rotate,gptq4",
+    "awq4": "awq@4,w4a16",
+    "mixed4": f"mixed@4,{_EMBEDDINGS}",
+    "tuned4": f"tuned@4,{_EMBEDDINGS}",
+    "tuned3": f"tuned@3,{_EMBEDDINGS}",
+    "qat4": f"qat@4,{_EMBEDDINGS}",
+    "magnitude50": "magnitude@0.5",
+    "magnitude50_global": "magnitude@0.5[scope=global]",
+    "magnitude70": "magnitude@0.7",
+    "magnitude24": "magnitude@2:4",
+    "magnitude50_trained": "magnitude@0.5,finetune[steps=60,learning_rate=2e-4]",
+    "gradual50": "gradual@0.5[learning_rate=2e-4]",
+    "wanda50": "wanda@0.5",
+    "wanda24": "wanda@2:4",
+    "wanda50_w8a8": "wanda@0.5,w8a8",
+    "sparsegpt50": "sparsegpt@0.5",
+    "sparsegpt70": "sparsegpt@0.7",
+    "sparsegpt24": "sparsegpt@2:4",
+    "shrink30": "width@0.3",
+    "shrink30_distill": "width@0.3,distill[learning_rate=5e-4]",
+    "shrink30_distill_int8": "shrink30_distill,w8a16",
+    "depth50_distill": "depth,distill[learning_rate=5e-4]",
+    "depth50_on_policy": "depth50_distill,generated[steps=50]",
+    "student_scratch": "depth[init=random],finetune",
+    "student_distilled": "depth[init=random],distill",
+    "shrink_distill_int8": "depth,distill,w8a16",
 }
-
-
-def named(names: str) -> tuple[Step, ...]:
-    """The steps of one recipe, or of several joined by commas, one after the other, as one chain. Raises InputError."""
-    steps: list[Step] = []
-    for name in names.split(","):
-        if name not in RECIPES:
-            raise InputError(f"unknown recipe {name!r}: choose from {', '.join(RECIPES)}, or several joined by commas")
-        steps += RECIPES[name]
-    return tuple(steps)
 
 
 def of_embeddings(step: Step) -> bool:

@@ -40,6 +40,12 @@ def n_of_m(pattern: str) -> tuple[int, int] | None:
     return n, m
 
 
+def share_or_pattern(value: str, field: str = "pattern") -> dict[str, str]:
+    """The settings that a value after @ sets of a step that prunes: wanda@0.5, wanda@2:4. field: of the pattern."""
+    pattern = n_of_m(value)
+    return {"sparsity": str(1 - pattern[0] / pattern[1]), field: value} if pattern else {"sparsity": value}
+
+
 def require_share(sparsity: float, pattern: tuple[int, int] | None) -> None:
     """Raise InputError where a pattern (n, m) removes another share than `sparsity`."""
     if pattern:

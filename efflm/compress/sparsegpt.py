@@ -66,7 +66,7 @@ class SparseGPT:
     pattern: str = flag("", "N:M keeps N of every M inputs of an output, as in 2:4; empty: any weights")
     damping: float = flag(0.01, "added to the diagonal of X^T X, as a share of its mean")
 
-    at = "sparsity"
+    at = staticmethod(select.share_or_pattern)
     calibrates = True
 
     def __post_init__(self):

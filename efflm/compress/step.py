@@ -80,7 +80,8 @@ class Step(Protocol):
     """A compression: from a model to a model. Steps are frozen dataclasses and chain in any order.
 
     A step says of itself, where it is so: trains = True, it needs text to train on; calibrates = True, it looks at what
-    the model computes of calibration text; at = "bits", the field that a value after its name sets, as in gptq@3.
+    the model computes of calibration text; at = "bits", the field that a value after its name sets, as in gptq@3; or a
+    function from that value to the text of each field that it sets.
     """
 
     def __call__(self, model: LanguageModel, context: Context) -> tuple[LanguageModel, Record]: ...

@@ -34,7 +34,7 @@ class Wanda:
     sparsity: float = flag(0.5, "fraction of weights to remove, in [0, 1)")
     pattern: str = flag("", "N:M keeps N of every M inputs of an output, as in 2:4; empty: any weights")
 
-    at = "sparsity"
+    at = staticmethod(select.share_or_pattern)
     calibrates = True
 
     def __post_init__(self):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from efflm.report import numbers, plots
 from efflm.report.plots import Chart
 from efflm.report.table import Column
 
-BITS, SHARES = ("nearest", "gptq"), ("magnitude", "wanda", "sparsegpt")  # families of the two sweeps
+BITS, SHARES = ("quantize", "gptq"), ("magnitude", "wanda", "sparsegpt")  # families of the two sweeps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,13 +129,13 @@ COLUMNS = (
 
 
 def sweep(rows: Sequence[Row], families: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """{family: (settings, perplexities, deviations)} of the rows FAMILY@SETTING, by ascending setting."""
+    """{family: (settings, perplexities, deviations)} of the rows FAMILY@NUMBER, by ascending number."""
     found = {}
     for family in families:
         points = sorted(
             (float(row.name.partition("@")[2]), row.perplexity, row.perplexity_deviation or 0.0)
             for row in rows
-            if row.name.partition("@")[0] == family and "@" in row.name
+            if re.fullmatch(rf"{family}@[\d.]+", row.name)
         )
         if points:
             found[family] = tuple(np.array(values) for values in zip(*points))

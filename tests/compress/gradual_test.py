@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from efflm import ops, trees
-from efflm.compress import recipe
+from efflm.compress import grammar, recipe
 from efflm.compress.gradual import Gradual
 from efflm.compress.magnitude import Magnitude
 from efflm.compress.quantize import Quantize
@@ -80,7 +80,7 @@ def test_sharded_equals_unsharded():
 
 
 def test_the_recipe_and_settings_that_cannot_be():
-    assert trains(recipe.named("gradual50"))
+    assert trains(grammar.chain("gradual50"))
     with pytest.raises(InputError, match="sparsity is 1"):
         Gradual(sparsity=1.0)
     with pytest.raises(InputError, match="ramp is 0"):

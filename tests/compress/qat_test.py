@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efflm import ops, trees
-from efflm.compress import recipe
+from efflm.compress import grammar, recipe
 from efflm.compress.qat import QAT, rounded
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context
@@ -109,7 +109,7 @@ def test_what_is_stored_is_what_was_trained():
 @pytest.mark.parametrize("scales", ["learned", "running"])
 def test_dropped_weights_stay_zero_and_other_formats_stay(scales):
     steps = (
-        *recipe.named("magnitude50"),
+        *grammar.chain("magnitude50"),
         Quantize(where="embeddings"),
         QAT(group=16, scales=scales, steps=3, learning_rate=0.1),
     )

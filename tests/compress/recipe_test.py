@@ -6,7 +6,7 @@ import pytest
 from safetensors import safe_open
 
 from efflm import ops, trees
-from efflm.compress import recipe
+from efflm.compress import grammar, recipe
 from efflm.compress.adapt import Adapt
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
@@ -41,27 +41,21 @@ def test_steps_chain_in_any_order(order):
     assert [record.step for record in records] == [type(STEPS[i]).__name__ for i in order]
 
 
-def test_named_recipes_join_and_unknown_ones_are_refused():
-    assert recipe.named("magnitude50,w8a8") == (*recipe.RECIPES["magnitude50"], *recipe.RECIPES["w8a8"])
-    with pytest.raises(InputError, match=r"unknown recipe 'w4a4': choose from .*w8a8"):
-        recipe.named("w8a8,w4a4")
-
-
 def test_fields_are_overridden_only_where_the_step_is_in_the_chain():
     steps = recipe.override(
-        recipe.named("magnitude50_trained"), {Magnitude: {"sparsity": 0.25}, Finetune: {"steps": 3}}
+        grammar.chain("magnitude50_trained"), {Magnitude: {"sparsity": 0.25}, Finetune: {"steps": 3}}
     )
     assert (steps[0].sparsity, steps[1].steps) == (0.25, 3)
     with pytest.raises(InputError, match="sparsity set for Magnitude, which is not in this recipe"):
-        recipe.override(recipe.named("w8a8"), {Magnitude: {"sparsity": 0.25}})
+        recipe.override(grammar.chain("w8a8"), {Magnitude: {"sparsity": 0.25}})
 
 
 def test_an_override_changes_one_step():
     for name in ("w4a16", "w3a16", "awq4"):
-        *layers, embeddings = recipe.override(recipe.named(name), {Quantize: {"bits": 3}})
+        *layers, embeddings = recipe.override(grammar.chain(name), {Quantize: {"bits": 3}})
         assert (layers[-1].bits, layers[-1].where) == (3, "layers")
-        assert embeddings == recipe.EMBEDDINGS
-    *_, embeddings = recipe.override(recipe.named("gptq4"), {Quantize: {"bits": 3}})  # it has no other
+        assert embeddings == Quantize(where="embeddings")
+    *_, embeddings = recipe.override(grammar.chain("gptq4"), {Quantize: {"bits": 3}})  # it has no other
     assert (embeddings.bits, embeddings.where) == (3, "embeddings")
     for names, kind, fields in (
         ("magnitude50,magnitude70", Magnitude, {"sparsity": 0.3}),
@@ -70,8 +64,8 @@ def test_an_override_changes_one_step():
         ("gptq4,gptq3", Quantize, {"bits": 3}),
     ):
         with pytest.raises(InputError, match=rf"{kind.__name__} would change 2 steps .* by one recipe after the other"):
-            recipe.override(recipe.named(names), {kind: fields})
-    assert recipe.override(recipe.named("magnitude50,magnitude70"), {Magnitude: {}}) == recipe.named(
+            recipe.override(grammar.chain(names), {kind: fields})
+    assert recipe.override(grammar.chain("magnitude50,magnitude70"), {Magnitude: {}}) == grammar.chain(
         "magnitude50,magnitude70"
     )
 
@@ -98,10 +92,11 @@ def of_new_kinds() -> list[str]:
     """Recipes with a kind of step that no earlier one has; what two kinds do together is in pairs_test.py."""
     seen: set[type] = set()
     found = []
-    for name, steps in recipe.RECIPES.items():
-        if not {*map(type, steps)} <= seen:
+    for name in recipe.RECIPES:
+        kinds = {*map(type, grammar.chain(name))}
+        if not kinds <= seen:
             found.append(name)
-        seen |= {*map(type, steps)}
+        seen |= kinds
     return found
 
 
@@ -111,7 +106,7 @@ def test_every_named_recipe_is_stored_as_predicted_and_read_back_as_it_was(tmp_p
     short |= {Gradual: {"steps": 3, "every": 1}, Generated: {"steps": 1, "prompt": 4, "new": 4}}
     tokens = tiny.tokens(CONFIG, 2, 8)
     for name in names:
-        steps = recipe.named(name)
+        steps = grammar.chain(name)
         mine = {kind: fields for kind, fields in short.items() if any(type(step) is kind for step in steps)}
         after, records = recipe.run(tiny.model(), recipe.override(steps, mine), CONTEXT)
         assert records[-1].predicted_bytes == ops.stored_nbytes(after.params, after.masks), name

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from efflm import trees
-from efflm.compress import recipe
+from efflm.compress import grammar, recipe
 from efflm.compress.calibrate import LARGEST, SQUARES, TOKENS
 from efflm.compress.distill import Distill
 from efflm.compress.magnitude import Magnitude
@@ -121,7 +121,7 @@ def test_seeds_dtypes_and_chains():
     assert np.abs(one.params["embedding"] - other.params["embedding"]).max() > 0.1
     twice, _ = recipe.run(model, (Rotate(), Rotate()), dataclasses.replace(CONTEXT, seed=1))
     assert_same(logits(twice), logits(model))
-    low, _ = recipe.run(model, (*recipe.named("bfloat16"), Rotate()), CONTEXT)
+    low, _ = recipe.run(model, (*grammar.chain("bfloat16"), Rotate()), CONTEXT)
     assert {leaf.dtype.name for _, leaf in trees.flatten(low.params)} == {"bfloat16"}
     assert np.square(logits(low) - logits(model)).mean() < 1e-3 * np.square(logits(model)).mean()
 
@@ -216,6 +216,6 @@ def test_what_cannot_be_rotated():
     with pytest.raises(InputError, match=r"^norm is 'layer', but must be 'rms': .* use SmoothQuant"):
         Rotate()(tiny.model(tiny.GPT2), CONTEXT)
     with pytest.raises(InputError, match="kernel is quantized already: rotate the model before it is rounded"):
-        recipe.run(tiny.model(), (*recipe.named("w8a16"), Rotate()), CONTEXT)
+        recipe.run(tiny.model(), (*grammar.chain("w8a16"), Rotate()), CONTEXT)
     with pytest.raises(InputError, match=r"pruned already, .* rotate the model before it is pruned"):
         recipe.run(tiny.model(), (Magnitude(sparsity=0.5), Rotate()), CONTEXT)

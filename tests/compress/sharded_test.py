@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from efflm import ops, trees
-from efflm.compress import recipe
+from efflm.compress import grammar, recipe
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
 from efflm.compress.step import Context
@@ -23,7 +23,7 @@ def context(mesh):
 
 @pytest.mark.parametrize("name", ["w8a8", "magnitude50_global", "magnitude24", "shrink_distill_int8"])
 def test_sharded_equals_unsharded(name):
-    steps = recipe.RECIPES[name]
+    steps = grammar.chain(name)
     mine = {kind: fields for kind, fields in SHORT.items() if any(type(step) is kind for step in steps)}
     steps, model = recipe.override(steps, mine), tiny.model()
     spread = LanguageModel(model.config, jax.device_put(model.params, placement.shardings(model.params, MESH)))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efflm import ops, trees
-from efflm.compress import recipe
+from efflm.compress import grammar, recipe
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context
 from efflm.compress.tuned import BlockError, Rounding, Tuned, signed_descent
@@ -178,7 +178,7 @@ def test_equal_layers_are_compiled_once(monkeypatch):
 
 
 def test_dropped_weights_stay_zero():
-    model, _ = recipe.run(tiny.model(), recipe.named("magnitude50"), CONTEXT)
+    model, _ = recipe.run(tiny.model(), grammar.chain("magnitude50"), CONTEXT)
     after, _ = Tuned(bits=4, group=16, steps=4, symmetric=False)(model, CONTEXT)
     for path, leaf in trees.flatten(after.params):
         if path in after.masks:

@@ -6,7 +6,7 @@ import pytest
 
 import efflm
 from efflm.cli.flags import launch
-from efflm.compress import recipe
+from efflm.compress import grammar, recipe
 from efflm.compress.finetune import Finetune
 from efflm.compress.magnitude import Magnitude
 from efflm.compress.step import Calibration
@@ -35,23 +35,23 @@ def run(model, out, *flags):
 
 
 def test_a_recipe_with_other_settings_has_another_name():
-    name = lambda recipes, changes: list(compress.chains(recipes, changes))
-    assert name("magnitude50", {Magnitude: {"sparsity": 0.3}}) == ["magnitude50@magnitude.sparsity=0.3"]
+    name = lambda recipes, changes: list(grammar.with_settings(grammar.chains(recipes), changes))
+    assert name("magnitude50", {Magnitude: {"sparsity": 0.3}}) == ["magnitude@0.3"]
     assert name("magnitude50", {Magnitude: {"sparsity": 0.5}}) == ["magnitude50"]  # as the recipe has it
-    assert name("w8a16 magnitude50,w8a16", {Magnitude: {"sparsity": 0.3}}) == [
-        "w8a16",
-        "magnitude50+w8a16@magnitude.sparsity=0.3",
-    ]
+    assert name("w8a16 magnitude50,w8a16", {Magnitude: {"sparsity": 0.3}}) == ["w8a16", "magnitude@0.3,quantize"]
     both = {Magnitude: {"scope": "2:4"}, Finetune: {"steps": 3}}
-    assert name("magnitude50_trained", both) == ["magnitude50_trained@magnitude.scope=2-4@finetune.steps=3"]
+    assert name("magnitude50_trained", both) == ["magnitude@2:4,finetune[steps=3,learning_rate=0.0002]"]
+    with pytest.raises(InputError, match="sparsity set for Magnitude, which is not in this recipe"):
+        name("w8a8", {Magnitude: {"sparsity": 0.25}})
 
 
 def test_the_command_for_one_recipe_of_several_has_the_settings_of_its_own_steps():
     argv = ["x", "--recipe", "w8a16 magnitude50", "--magnitude.sparsity=0.3", "--seed=1", "--magnitude.scope", "2:4"]
-    ((plain, quantize), (name, prune)) = compress.chains("w8a16 magnitude50", {Magnitude: {"sparsity": 0.3}}).items()
-    assert compress.command_for(plain, quantize, argv).endswith("experiments.compress --seed=1 --recipe=w8a16")
-    said = compress.command_for(name, prune, argv)
-    assert said.endswith("--magnitude.sparsity=0.3 --seed=1 --magnitude.scope 2:4 --recipe=magnitude50")
+    assert compress.command_for("w8a16", argv).endswith("experiments.compress --seed=1 --recipe=w8a16")
+    argv = ["x", "--noquantize.symmetric", "--batch", "2", "--recipe=a", "--quantize.clip", "--prompt="]
+    assert compress.command_for("wanda@2:4", argv).endswith(
+        "experiments.compress --batch 2 --prompt= --recipe=wanda@2:4"
+    )
 
 
 def test_changed_settings_do_not_replace_the_recipes_own_model(model, tmp_path):
@@ -60,9 +60,9 @@ def test_changed_settings_do_not_replace_the_recipes_own_model(model, tmp_path):
     own = (out / "magnitude50.safetensors").read_bytes()
     run(model, out, "--recipe=magnitude50", "--magnitude.sparsity=0.3")
     assert (out / "magnitude50.safetensors").read_bytes() == own
-    changed, _ = efflm.load(out / "magnitude50@magnitude.sparsity=0.3.safetensors")
+    changed, _ = efflm.load(out / "magnitude@0.3.safetensors")
     assert changed.about["lineage"][0]["settings"]["sparsity"] == 0.3
-    assert json.loads((out / "results.json").read_text())["rows"][1]["name"] == "magnitude50@magnitude.sparsity=0.3"
+    assert json.loads((out / "results.json").read_text())["rows"][1]["name"] == "magnitude@0.3"
 
 
 def test_models_of_another_tokenizer_are_not_written_beside(model, tmp_path, capsys):

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from efflm.compress import recipe
+from efflm.compress import grammar, recipe
 from efflm.compress.step import Context
 from efflm.config import InputError
 from efflm.formats import checkpoint
@@ -15,7 +15,7 @@ from tests import tiny
 def test_models_come_back_bit_for_bit(tmp_path, name):
     model, mesh = tiny.model(), meshes.make_mesh()
     if name:
-        model, _ = recipe.run(model, recipe.named(name), Context(mesh=mesh))
+        model, _ = recipe.run(model, grammar.chain(name), Context(mesh=mesh))
     checkpoint.save(tmp_path / "c", 3, model, {"seed": 1})
     back, about = checkpoint.load(tmp_path / "c", mesh)
     assert back.config == model.config

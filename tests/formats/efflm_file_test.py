@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from efflm import ops, trees
-from efflm.compress import recipe
+from efflm.compress import grammar, recipe
 from efflm.compress.magnitude import magnitude_masks
 from efflm.compress.step import Context, digest
 from efflm.config import InputError
@@ -36,7 +36,7 @@ CHAINS = [
 
 
 def compressed(model, chain):
-    return recipe.run(model, recipe.named(chain), Context(mesh=meshes.make_mesh())) if chain else (model, ())
+    return recipe.run(model, grammar.chain(chain), Context(mesh=meshes.make_mesh())) if chain else (model, ())
 
 
 def same(a, b):

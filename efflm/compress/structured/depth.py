@@ -72,10 +72,12 @@ def keep_layers(model: LanguageModel, indices: list[int]) -> LanguageModel:
 class Depth(Target):
     """Fewer layers: evenly spaced over the model's, or those of the largest block influence, found in one pass.
 
-    How many is said by `layers`, or by a target, which as many layers meet as come nearest to it; else half stay.
+    How many is said by `layers` or `share`, or by a target, which as many layers meet as come nearest to it; else half
+    stay.
     """
 
     layers: int = flag(0, "layers to keep, in place of a target; without either half stay")
+    share: float = flag(0.0, "in place of it, share of the layers to remove; at least one stays")
     importance: Literal["spaced", "block_influence"] = flag(
         "spaced", "evenly spaced, or the layers whose output differs most in direction from their input"
     )
@@ -83,13 +85,16 @@ class Depth(Target):
 
     def __post_init__(self):
         super().__post_init__()
-        given = ({"layers": self.layers} if self.layers else {}) | self.given
+        given = {name: value for name, value in (("layers", self.layers), ("share", self.share)) if value} | self.given
         found = " and ".join(f"{name} is {value}" for name, value in given.items())
         require(len(given) < 2, f"{found}: set one of them, or none to keep half of the layers")
+        require(0 <= self.share < 1, f"share is {self.share}, but must be in [0, 1)")
         require(
             not self.calibrates or self.init == "teacher",
             "importance is block_influence, but with init=random no layer's weights are kept: choose spaced",
         )
+
+    at = "share"
 
     @property
     def calibrates(self) -> bool:
@@ -97,7 +102,8 @@ class Depth(Target):
 
     def __call__(self, model: LanguageModel, context: Context):
         have = len(model.config.blocks)
-        keep, removed = self.layers or max(1, have // 2), {}
+        stay = round(have * (1 - self.share)) if self.share else have // 2
+        keep, removed = self.layers or max(1, stay), {}
         require(0 < keep <= have, f"depth.layers is {keep}, but the model has {have} layers: keep 1 to {have}")
         influence = block_influence(model, context.calibration, context.mesh) if self.calibrates else None
 
