@@ -112,8 +112,7 @@ def test_what_it_names_exists(file):
         assert (ROOT / script).exists(), script
     for module in re.findall(r"\bexperiments\.([a-z_]+)", text):
         assert (ROOT / "experiments" / f"{module}.py").exists(), module
-    for name in re.findall(r"--recipe=\"?([\w ,]+)", text):
-        for each in name.split():
-            grammar.chain(each)
+    for chains in re.findall(r"--recipes?=\"?((?<=\")[^\"]+|[^\s\"`]+)", text):
+        assert chains.endswith(".toml") or grammar.chains(chains), chains
     for group, field in re.findall(r"--(?:no)?([a-z]+)\.(\w+)", text):
         assert field in GROUPS[group].__dataclass_fields__, f"--{group}.{field}"

@@ -144,7 +144,8 @@ def with_settings(chains: Chains, changes: Mapping[type, Mapping[str, Any]]) -> 
 
 def to_toml(chains: Mapping[str, str]) -> str:
     """The text of a file with chains by name."""
-    return "".join(f"{json.dumps(name)} = {json.dumps(text)}\n" for name, text in chains.items())
+    quoted = lambda text: json.dumps(text, ensure_ascii=False)
+    return "".join(f"{quoted(name)} = {quoted(text)}\n" for name, text in chains.items())
 
 
 def file_name(name: str) -> str:
