@@ -1,4 +1,4 @@
-"""What a model costs and why: FLOPs, bytes and memory in closed form, compared with this machine.
+"""What a model costs and why: FLOPs, bytes and memory, compared with this machine.
 
     bash launch/run.sh experiments.analyze --run_dir=runs/analyze
     bash launch/run.sh experiments.analyze --nomeasure --model.width=2048 --model.layers=24 --model.heads=32 \\
@@ -28,13 +28,15 @@ from efflm.config.train import TrainConfig
 from efflm.evaluate import machine
 from efflm.evaluate.machine import Roofline
 from efflm.evaluate.throughput import Protocol, rates
-from efflm.model import LanguageModel, autotune, cost, in_dtype, init_params
+from efflm.model import LanguageModel, autotune, in_dtype, init_params
 from efflm.parallel import meshes
+from efflm.plan import work
 from efflm.precision import POLICIES, Policy
 from efflm.report import analysis, page, plots, table
-from efflm.report.analysis import Measured, Phase
+from efflm.report.analysis import Measured
 from efflm.report.page import Section, Table
 from efflm.report.plots import Chart
+from efflm.report.rows import Row
 from efflm.train.aot import timed_step
 
 
@@ -112,17 +114,16 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
     seen = sorted({max(1, config.max_length // 16), config.max_length, longest})
     tokens = analysis.components(config, seen)
     devices = meshes.data_parallel(train.batch, train.accumulate).size
-    held, peak_fact = analysis.holdings(config, train, inference, devices, measured)
+    held = analysis.holdings(config, train, inference, devices, measured)
     timed = analysis.phases(config, train, inference, protocols(run, config), roofline, measured)
-    crossover = cost.crossover_length(config)
-    per_token = cost.train_flops(config, train.batch, train.length) / (train.batch * train.length)
+    crossover = work.crossover_length(config)
+    per_token = work.train_flops(config, train.batch, train.length) / (train.batch * train.length)
     peak = roofline.matmul[policy.compute]
     peaks = ", ".join(f"{flops / 1e9:.0f} GFLOP/s in {name}" for name, flops in roofline.matmul.items())
     facts = [
         f"A token of training costs {per_token / 1e6:.1f} MFLOPs (forward and backward, sequences of {train.length}), "
         f"a decoded one at most {tokens[-1].flops[config.max_length] / 1e6:.1f} ({config.max_length:,} seen).",
         analysis.crossover(config),
-        peak_fact,
         f"This machine: {peaks}; {roofline.bandwidth / 1e9:.1f} GB/s. Work of fewer than "
         f"{peak / roofline.bandwidth:.0f} FLOPs a byte ({policy.compute}) waits for memory.",
         "Predicted times are a lower bound: matmuls at this machine's peak, and each operand and result moved "
@@ -136,9 +137,9 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
     run_directory.write_json(
         run_dir / "results.json",
         {
-            "components": [dataclasses.asdict(row) for row in tokens],
-            "memory": [dataclasses.asdict(row) for row in held],
-            "phases": [dataclasses.asdict(row) for row in timed],
+            "components": [row.json() for row in tokens],
+            "memory": [row.json() for row in held],
+            "phases": [row.json() for row in timed],
             "crossover_positions": crossover if math.isfinite(crossover) else None,
             "roofline": dataclasses.asdict(roofline),
             "train_flops_per_token": per_token,
@@ -152,7 +153,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
     table.show(timed, facts, analysis.PHASE_COLUMNS)
     tables = [
         Table(caption="Compute of one token by component.", columns=analysis.token_columns(seen), rows=tokens),
-        Table(caption="Memory, by the closed form and as compiled.", columns=analysis.MEMORY_COLUMNS, rows=held),
+        Table(caption="Memory, predicted and as compiled.", columns=analysis.MEMORY_COLUMNS, rows=held),
         Table(caption="Time, by this machine's roofline and as measured.", columns=analysis.PHASE_COLUMNS, rows=timed),
     ]
     values = {row.name: row.parts for row in timed}
@@ -172,18 +173,18 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
 
 
 def charts(
-    config: ModelConfig, inference: Policy, roofline: Roofline, policy: Policy, timed: list[Phase], longest: int
+    config: ModelConfig, inference: Policy, roofline: Roofline, policy: Policy, timed: list[Row], longest: int
 ) -> list[Chart]:
     """FLOPs and bytes of a token against the positions it sees, and the roofline."""
     lengths = sorted({max(1, round(longest ** (i / 60))) for i in range(61)})
-    work = [cost.token(config, n, inference) for n in lengths]
-    named = {analysis.NAMES.get(name, name): name for name in cost.COMPONENTS}
-    flops = {shown: [each[name].flops / 1e6 for each in work] for shown, name in named.items()}
+    found = [work.token(config, n, inference) for n in lengths]
+    named = {analysis.NAMES.get(name, name): name for name in work.COMPONENTS}
+    flops = {shown: [each[name].flops / 1e6 for each in found] for shown, name in named.items()}
     moved = {
-        "weights": [(cost.total(each).nbytes - each["attention"].nbytes) / 1e6 for each in work],
-        "keys and values": [cost.kv_cache_bytes(config, 1, n, inference) / 1e6 for n in lengths],
+        "weights": [(work.total(each).nbytes - each["attention"].nbytes) / 1e6 for each in found],
+        "keys and values": [work.kv_cache_bytes(config, 1, n, inference) / 1e6 for n in lengths],
     }
-    crossing = cost.crossover_length(config)
+    crossing = work.crossover_length(config)
     mark = (crossing, f"attention = feed-forward\n{crossing:,.0f} positions") if math.isfinite(crossing) else None
     points = {
         row.name: (

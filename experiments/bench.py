@@ -45,9 +45,10 @@ from efflm.formats import sources
 from efflm.formats.sources import KINDS
 from efflm.infer import generate, speculative
 from efflm.infer.sampling import Sampling
-from efflm.model import LanguageModel, autotune, cost, params, require_same_tokenizer
+from efflm.model import LanguageModel, autotune, params, require_same_tokenizer
 from efflm.model.presets import PRESETS
 from efflm.parallel import meshes
+from efflm.plan import work
 from efflm.precision import POLICIES
 from efflm.train.aot import timed_step
 
@@ -173,7 +174,7 @@ def train(run: Train, model: ModelShape, train: TrainConfig, mesh: MeshConfig) -
         peaks = {dtype: machine.matmul_peak(dtype, 2048) for dtype in set(dtypes.values())}
     # Fake devices of a CPU share its cores.
     peak_devices = 1 if jax.default_backend() == "cpu" else devices.size
-    flops = cost.train_flops(config, batch=train.batch, length=train.length) / tokens
+    flops = work.train_flops(config, batch=train.batch, length=train.length) / tokens
 
     def timed(name: str) -> float:
         _, *times = itertools.islice(steps[name].seconds, 1 + run.steps)  # the first warms up

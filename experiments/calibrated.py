@@ -51,7 +51,7 @@ from efflm.model import LanguageModel
 from efflm.parallel import sharding
 from efflm.report import page, rows, swept, table
 from efflm.report.page import Section, Table
-from efflm.report.swept import Row
+from efflm.report.rows import Row
 
 SWEPT = [f"{name}@{bits}" for name in swept.BITS for bits in (8, 4, 3)]
 SWEPT += [f"{name}@{share}" for name in swept.SHARES for share in (0.3, 0.5, 0.6, 0.7, 0.8)]
@@ -126,14 +126,12 @@ def main(run: Run, calibration: Calibration, score: Scoring) -> None:
         found[name] = swept.row(
             name, before, made, size, ops.stored_nbytes(dense.params), seconds / forward_seconds, memory
         )
-        say(f"{name}: {found[name].words()}")
-        run_directory.write_json(
-            run_dir / "results.json", results | {"rows": [dataclasses.asdict(row) for row in found.values()]}
-        )
+        say(f"{name}: {swept.words(found[name])}")
+        run_directory.write_json(run_dir / "results.json", results | {"rows": [row.json() for row in found.values()]})
     first = swept.first(rows.label(loaded.about), before, ops.stored_nbytes(dense.params))
     listed = [first, *found.values()]
     domains = domain_table(run, calibration, loaded, score, say)
-    results |= {"rows": [dataclasses.asdict(row) for row in listed], "domains": domains}
+    results |= {"rows": [row.json() for row in listed], "domains": domains}
     run_directory.write_json(run_dir / "results.json", results)
     table.show(listed, facts, swept.COLUMNS)
     for name, grid in domains.items():

@@ -156,7 +156,8 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
             qualities[each], timed[each] = figures, (rates[each], rates[first])
             if run.prompt:
                 written[each] = samples.write(models[each], tokens, prompt, run.sample, protocol)
-        phases = phases or analysis.inference(dense, protocol, rates[first])
+        if len(loads) == 1:
+            phases = analysis.inference(dense, protocol, rates[first], machine.measure((dense.config.precision,)))
         del after, here, models, model, pairs, models_of
     facts = [
         f"Quality: {scoring.protocol(text, score, before)}. Divergence: from the first model.",
@@ -175,7 +176,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
     run_directory.write_json(
         run_dir / "results.json",
         {
-            "rows": [dataclasses.asdict(row) for row in measured],
+            "rows": [row.json() for row in measured],
             "records": {name: [dataclasses.asdict(record) for record in kept] for name, kept in records.items()},
             "samples": {name: run.prompt + samples.text(ids, tokens) for name, ids in written.items()},
             "protocol": facts,

@@ -21,7 +21,7 @@ from efflm.cli.flags import command_line, launch
 from efflm.config import PRECISION, AskedPrecision, flag
 from efflm.config.parallel import MeshConfig
 from efflm.data import corpora, dataset
-from efflm.evaluate import side_by_side
+from efflm.evaluate import machine, side_by_side
 from efflm.evaluate.windows import Scoring
 from efflm.formats import sources
 from efflm.formats.sources import KINDS
@@ -73,11 +73,12 @@ def main(run: Run, score: Scoring, mesh: MeshConfig, limits: Limits) -> None:
     found = measured.of(models, sizes, notes, side_by_side.measure(models, text, tokens, score))
     facts = [*found.facts, *rows.cautions(run.model, about, text.known)]
     if run.run_dir:
-        machine, command = run_directory.machine(), command_line("experiments.evaluate", sys.argv)
-        given = {"rows": [dataclasses.asdict(row) for row in found], "protocol": facts}
-        run_directory.write_json(Path(run.run_dir) / "results.json", given | {"command": command, "versions": machine})
+        versions, command = run_directory.machine(), command_line("experiments.evaluate", sys.argv)
+        given = {"rows": [row.json() for row in found], "protocol": facts}
+        run_directory.write_json(Path(run.run_dir) / "results.json", given | {"command": command, "versions": versions})
     table.show(found.rows, facts)
     if run.run_dir:
+        roofline = machine.measure((models[first].config.precision,))
         abouts = {first: other.about if run.reference else about} | {name: about}
         compared.write(
             Path(run.run_dir) / "report.html",
@@ -85,9 +86,9 @@ def main(run: Run, score: Scoring, mesh: MeshConfig, limits: Limits) -> None:
             comparison=found.comparison(limits),
             details={each: Detail(lineage=compared.before(notes[each], abouts[each])) for each in models},
             curves={},
-            phases=analysis.inference(models[first], found.figures.protocol, found.figures.rates[first]),
+            phases=analysis.inference(models[first], found.figures.protocol, found.figures.rates[first], roofline),
             facts=facts,
-            made=page.made(machine, total_time=page.duration(time.perf_counter() - began)),
+            made=page.made(versions, total_time=page.duration(time.perf_counter() - began)),
             command=command,
         )
 

@@ -5,19 +5,19 @@
     python -m experiments.plan --model=llama3-8b --hardware=h200 --devices=64 --search
     python -m experiments.plan --model=llama3-70b --hardware=h100 --phase=decode --int8 --mesh.fsdp=1 --mesh.tensor=8
 
-Expect, in about a minute, tables of what each device holds (the closed form beside the compiler's figure), of the
+Expect, in about a minute, tables of what each device holds (what is exact beside the compiler's figure), of the
 collectives in the compiled step, and of the times that compute, memory and network take at the least on the named
 hardware; and whether it fits. The step that is compiled is the one that trains, for the mesh asked for, and no weights
 are allocated. With a TPU topology and libtpu installed (pip install libtpu==0.0.42 for jax 0.10.2; no TPU is needed) it
-is the TPU's compiler that says so, else the CPU's, for as many fake devices; the output says which. --search compiles
-nothing unless told to: it ranks meshes, remat policies and batches by the closed form. In the run directory: plan.json.
+is the TPU's compiler that says so, else the CPU's, for as many fake devices; the output says which. --search ranks
+meshes, remat policies and batches by FLOPs and bytes, then compiles the first ones, at most --tried, until one fits. In
+the run directory: report.html and plan.json.
 """
 
 import dataclasses
 import importlib.metadata
 import importlib.util
 import math
-import resource
 import sys
 import time
 from pathlib import Path
@@ -35,18 +35,15 @@ from efflm.config.model import ModelConfig
 from efflm.config.parallel import MeshConfig
 from efflm.config.train import TrainConfig
 from efflm.infer import aot as infer_ahead
-from efflm.model import LanguageModel, cost, init_params
-from efflm.model.cost import Work
+from efflm.model import LanguageModel, init_params
 from efflm.model.presets import preset
 from efflm.parallel import meshes
-from efflm.plan import collectives, hardware, prediction, search
-from efflm.plan.device import abstract_mesh
+from efflm.plan import collectives, device, hardware, prediction, search, work
+from efflm.plan.device import Held
 from efflm.plan.hardware import Hardware
-from efflm.plan.prediction import Held, Served
-from efflm.plan.search import Candidate
-from efflm.plan.traffic import train_traffic
+from efflm.plan.work import Work
 from efflm.precision import POLICIES, cast
-from efflm.report import page, planned, table
+from efflm.report import numbers, page, planned, table
 from efflm.report.page import Section, Table
 from efflm.train import aot as train_ahead
 
@@ -63,9 +60,10 @@ class Run:
     hardware: str = flag("v5p", "h100, h200, v5e, v5p or v6e; a TPU with its topology too, as in v5p:4x4x4")
     devices: int = flag(0, "how many; 0: as many as the topology has, or the mesh asks for")
     phase: Literal["train", "prefill", "decode"] = flag("train", "what is planned")
-    search: bool = flag(False, "rank meshes, remat policies and batches by the closed form")
-    compile: bool = flag(True, "compile; with --search, the best that fits")
+    search: bool = flag(False, "rank meshes, remat policies and batches by FLOPs and bytes")
+    compile: bool = flag(True, "compile; with --search, the first candidates until one fits")
     shown: int = flag(8, "candidates of the search that are shown")
+    tried: int = flag(3, "candidates of the search that are compiled at most")
     rows: int = flag(64, "sequences that are prefilled or decoded at a time, over all devices")
     cache_length: int = flag(4096, "tokens of the prompt that is prefilled, or positions in the cache while decoding")
     int8: bool = flag(False, "weights in int8 for prefill and decode, in place of bfloat16")
@@ -73,7 +71,7 @@ class Run:
 
     def __post_init__(self):
         require(self.devices >= 0, f"devices is {self.devices}, but must be positive, or 0 for what the mesh asks for")
-        for name in ("shown", "rows", "cache_length"):
+        for name in ("shown", "tried", "rows", "cache_length"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
         require(self.phase == "train" or not self.search, f"search knows training only: leave out --phase={self.phase}")
         require(
@@ -88,54 +86,57 @@ MESH = MeshConfig(data=1, fsdp=-1)
 
 @run_directory.locked
 def main(run: Run, mesh: MeshConfig, train: TrainConfig) -> None:
-    began = time.perf_counter()
-    config, run_dir = preset(run.model), Path(run.run_dir)
+    began, config, run_dir = time.perf_counter(), preset(run.model), Path(run.run_dir)
     require(
         train.policy != "auto",
         "train.policy is auto, which is measured on the machine that trains: to plan for another give float32 or "
         "bfloat16",
     )
     chip, topology = hardware.parse(run.hardware)
-    length = train.length if run.phase == "train" else run.cache_length
-    name = "train.length" if run.phase == "train" else "cache_length"
+    name, length = ("train.length", train.length) if run.phase == "train" else ("cache_length", run.cache_length)
     require(
         length <= config.max_length,
         f"{name} {length} is longer than the max_length of {run.model}, {config.max_length}: lower {name}",
     )
     devices = how_many(run, mesh, topology)
     run_directory.require_writable(run_dir, needs=run_directory.SMALL_FILES)
-    tables: list[Table] = []
-    made: list[Table] = []  # of the compiled step
-    facts: list[str] = []
-    out: dict[str, Any] = {"model": run.model, "hardware": dataclasses.asdict(chip), "devices": devices}
-    if run.search:
-        found, words = ranked(run, config, train, chip, devices)
-        shown = planned.ranked(found)
-        tables.append(Table(caption="The fastest candidates.", columns=planned.SEARCH_COLUMNS, rows=shown))
-        facts += words
-        out["search"] = [dataclasses.asdict(each) for each in found]
-        mesh, train = MeshConfig(**found[0].sizes), found[0].train
     if run.compile:
-        result, made = compiled(run, config, train, mesh, chip, topology, devices)
-        out, tables, facts = out | result, tables + made, facts + result["facts"]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    machine, command = run_directory.machine(), command_line("experiments.plan", sys.argv)
-    out |= {"seconds": time.perf_counter() - began, "peak_bytes": peak, "versions": machine}
-    run_directory.write_json(run_dir / "plan.json", out | {"command": command})
-    for each in made:
-        table.show(each.rows, result["facts"] if each is made[-1] else [], each.columns)
+        start(devices)
+    out: dict[str, Any] = {"model": run.model, "hardware": dataclasses.asdict(chip), "devices": devices}
+    tables, facts, tried = [], [], [(mesh, train)]
+    if run.search:
+        found = searched(run, config, train, chip, devices)
+        shown, fit = found[: run.shown], sum(each.fits for each in found)
+        facts += [
+            f"{len(found)} candidates, {fit} of which fit into the {numbers.size(chip.memory)} of a {chip.name}, as "
+            "far as state, gradients and stored activations tell: a compiler may need more, or less."
+        ]
+        tables.append(
+            Table(caption="The fastest candidates.", columns=planned.SEARCH_COLUMNS, rows=planned.ranked(shown))
+        )
+        table.show(tables[0].rows, facts, planned.SEARCH_COLUMNS)
+        out["search"] = [dataclasses.asdict(each) for each in shown]
+        tried = [(MeshConfig(**each.sizes), each.train) for each in found[: run.tried]]
+    for each, settings in tried if run.compile else []:
+        result, made, words = compiled(run, config, settings, each, chip, topology)
+        for one in made:
+            table.show(one.rows, words if one is made[-1] else [], one.columns)
+        if result["fits"]:
+            break
+    if run.compile:
+        out, tables, facts = out | result, tables + made, facts + words
+    versions, command = run_directory.machine(), command_line("experiments.plan", sys.argv)
+    out |= {"facts": facts, "seconds": time.perf_counter() - began, "versions": versions, "command": command}
+    run_directory.write_json(run_dir / "plan.json", out)
     page.write(
         run_dir / "report.html",
         title=f"{run.model} on {devices} × {chip.name}: memory, collectives and times, predicted",
         sections=[Section("The plan", tables)],
         facts=facts,
-        made=page.made(machine, total_time=page.duration(out["seconds"])),
+        made=page.made(versions, total_time=page.duration(out["seconds"])),
         command=command,
     )
-    print(
-        f"[{out['seconds']:4.0f} s, {planned.size(peak)} of this machine's memory] done: open "
-        f"{run_dir / 'report.html'}, or read plan.json beside it"
-    )
+    print(f"[{out['seconds']:4.0f} s] done: open {run_dir / 'report.html'}, or read plan.json beside it")
 
 
 def how_many(run: Run, mesh: MeshConfig, topology: str) -> int:
@@ -158,22 +159,18 @@ def how_many(run: Run, mesh: MeshConfig, topology: str) -> int:
     return count
 
 
-def ranked(
-    run: Run, config: ModelConfig, train: TrainConfig, chip: Hardware, devices: int
-) -> tuple[list[Candidate], list[str]]:
-    """The best candidates, shown, of which the first one fits, and what is to be said of them."""
+def searched(run: Run, config: ModelConfig, train: TrainConfig, chip: Hardware, devices: int) -> list[search.Candidate]:
+    """The candidates, of which the first one fits."""
     found = search.search(config, train, chip, devices)
     require(
         len(found) > 0,
         f"no mesh of {devices} devices divides a batch of {train.batch} rows of {train.length} and the widths of "
         f"{run.model}: change one of them",
     )
-    fits = sum(each.fits for each in found)
-    facts = [f"{len(found)} candidates, {fits} of which fit into the {chip.memory / 1e9:.0f} GB of a {chip.name}."]
-    facts.append("By the closed form; memory is a guide only (within a quarter where it could be compared).")
-    table.show(planned.ranked(found[: run.shown]), facts, planned.SEARCH_COLUMNS)
-    require(fits > 0, f"nothing fits: more devices than {devices}, or a smaller train.batch than {train.batch}, may")
-    return found[: run.shown], facts
+    require(
+        found[0].fits, f"nothing fits: more devices than {devices}, or a smaller train.batch than {train.batch}, may"
+    )
+    return found
 
 
 # --- compiling -------------------------------------------------------------------------------------------------------
@@ -188,117 +185,106 @@ def start(devices: int) -> None:
         require(jax.device_count() >= devices, f"{devices} devices are asked for, but JAX started with fewer")
 
 
-def compiled(
-    run: Run,
-    config: ModelConfig,
-    train: TrainConfig,
-    mesh_config: MeshConfig,
-    chip: Hardware,
-    topology: str,
-    devices: int,
-) -> tuple[dict[str, Any], list[Table]]:
-    """Compile, and return the results and the tables."""
-    start(devices)
-    training = run.phase == "train"
-    batch, length = (train.batch, train.length) if training else (run.rows, run.cache_length)
-    mesh = meshes.mesh_for(mesh_config, batch, length, train.accumulate if training else 1)
+def mesh_of(run: Run, sizes: MeshConfig, rows: tuple[int, ...], chip: Hardware, topology: str) -> tuple[Mesh, str]:
+    """The mesh to compile for, and who compiles."""
     by_tpu = bool(topology) and importlib.util.find_spec("libtpu") is not None
-    how = f"the CPU's compiler, for {mesh.size} fake devices"
+    mesh = meshes.mesh_for(sizes, *rows)
     if by_tpu:
         mesh = meshes.make_mesh(**mesh.shape, devices=hardware.tpu_devices(chip, topology))
-        how = f"the TPU's compiler (libtpu {importlib.metadata.version('libtpu')}), for {chip.name}:{topology}"
-    elif chip.torus:
-        example = f"--hardware={chip.name}:{'x'.join('4' * chip.torus)}"
-        how += f" ({LIBTPU if topology else f'a topology, as in {example}, asks the TPU compiler'})"
-    began = time.perf_counter()
+        return mesh, f"the TPU's compiler (libtpu {importlib.metadata.version('libtpu')}), for {run.hardware}"
+    how = f"the CPU's compiler, for {mesh.size} fake devices"
+    example = f"--hardware={chip.name}:{'x'.join('4' * chip.torus)}"
+    hint = LIBTPU if topology else f"a topology, as in {example}, asks the TPU compiler"
+    return mesh, f"{how} ({hint})" if chip.torus else how
+
+
+def compiled(
+    run: Run, config: ModelConfig, train: TrainConfig, sizes: MeshConfig, chip: Hardware, topology: str
+) -> tuple[dict[str, Any], list[Table], list[str]]:
+    """Compile, and return the results, the tables and what is to be said."""
+    began, training = time.perf_counter(), run.phase == "train"
+    batch, length = (train.batch, train.length) if training else (run.rows, run.cache_length)
+    mesh, how = mesh_of(run, sizes, (batch, length, train.accumulate if training else 1), chip, topology)
     with progress.bar("tracing the step"):
-        lowered, held, work, dtype = trained(config, train, mesh, chip) if training else served(run, config, mesh)
+        lowered, held, mine, dtype = trained(config, train, mesh) if training else served(run, config, mesh)
     print(f"[{time.perf_counter() - began:4.0f} s] traced", flush=True)
     with progress.bar("compiling the step"):
         program, refused = compile_or_why_not(lowered)
     print(f"[{time.perf_counter() - began:4.0f} s] compiled by {how}", flush=True)
-    stats, found = program and program.memory_analysis(), []
-    if program:
-        found = collectives.collectives(program.as_text())
-    elif training:
-        found = train_traffic(config, train, abstract_mesh(**mesh.shape))
-    predicted = prediction.predict(work, found, chip, dtype, mesh.size)
-    tokens = batch * (1 if run.phase == "decode" else length)
+    stats, found = program and program.memory_analysis(), collectives.collectives(program.as_text()) if program else []
+    if training and not program:
+        found = prediction.train_traffic(config, train, device.abstract_mesh(**mesh.shape))
+    predicted = prediction.predict(mine, found, chip, dtype, mesh.size)
+    rate = batch * (1 if run.phase == "decode" else length) / predicted.seconds
     needed = planned.on_device(stats) if stats else held.total
-    rows, traffic = planned.holdings(held, stats), planned.traffic(found, chip, mesh.size)
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
-    settings = f"{train.policy}, remat {train.remat}, {train.optimizer}" if training else weights_in(run)
+    weights = ("weights in int8" if run.int8 else "weights in bfloat16") + ", activations too" * (
+        run.activations == "int8"
+    )
+    settings = f"{train.policy}, remat {train.remat}, {train.optimizer}" if training else weights
     facts = [
-        f"{run.model}, {sum(cost.parameters(config).values()) / 1e9:.2f} B parameters, on {mesh.size} x {chip.name} "
+        f"{run.model}, {sum(work.parameters(config).values()) / 1e9:.2f} B parameters, on {mesh.size} x {chip.name} "
         f"({axes}): {run.phase}, {batch:,} sequences of {length:,}, {settings}.",
         f"Compiled by {how}.",
-        f"The step takes {planned.seconds(predicted.seconds)} or more, bound by {predicted.bound} "
-        f"({planned.seconds(predicted.unhidden)} if nothing overlaps): at most "
-        f"{tokens / predicted.seconds:,.0f} tokens/s.",
-        planned.fit(needed, chip) if program else f"It does NOT fit: {refused}",
+        f"The step takes {numbers.seconds(predicted.seconds)} or more, bound by {predicted.bound} "
+        f"({numbers.seconds(predicted.unhidden)} if nothing overlaps): at most {rate:,.0f} tokens/s.",
+        planned.fits(needed, chip) if program else f"It does NOT fit: {refused}",
     ]
     if training:
-        used = cost.train_flops(config, train.batch, train.length) / mesh.size / predicted.seconds
+        used = work.train_flops(config, train.batch, train.length) / mesh.size / predicted.seconds
         facts.append(f"Model FLOP utilization: at most {used / chip.peak(dtype):.0%}.")
-        if not by_tpu:
-            facts.append(
-                "The CPU's compiler keeps its loops in float32, and attention's scores in memory where the prediction "
-                f"counts on {chip.name}'s kernel, and so needs more temporaries than an accelerator's."
-            )
+    if how.startswith("the CPU"):
+        facts.append(
+            "The CPU's compiler keeps its loops in float32 and attention's scores in memory, and so needs more "
+            f"temporaries than that of a {chip.name}."
+        )
+    rows, traffic = planned.holdings(held, stats), planned.traffic(found, chip, mesh.size)
     times = planned.times(predicted, chip, dtype)
     tables = [
         Table(caption="Bytes on one device.", columns=planned.BYTES_COLUMNS, rows=rows),
         Table(caption="Collectives of one step.", columns=planned.TRAFFIC_COLUMNS, rows=traffic),
         Table(caption="The least time of one step.", columns=planned.TIME_COLUMNS, rows=times),
     ]
-    analysis = (program and program.cost_analysis()) or {}
     result = {
         "mesh": dict(mesh.shape),
         "train": dataclasses.asdict(train) if training else None,
         "phase": run.phase,
         "compiler": how,
-        "bytes": [dataclasses.asdict(row) for row in rows],
+        "bytes": [row.json() for row in rows],
         "needed_bytes": needed,
         "fits": bool(program) and needed <= chip.memory,
-        "traffic": [dataclasses.asdict(row) for row in traffic],
+        "traffic": [row.json() for row in traffic],
         "collectives": [dataclasses.asdict(each) for each in found],
         "prediction": dataclasses.asdict(predicted) | {"seconds": predicted.seconds, "bound": predicted.bound},
-        "work": dataclasses.asdict(work),
-        "tokens_a_second": tokens / predicted.seconds,
-        # The compiler's own count sees the body of a loop once.
-        "compiler_cost": {
-            key: analysis[key] for key in ("flops", "bytes accessed", "optimal_seconds") if key in analysis
-        },
+        "work": dataclasses.asdict(mine),
+        "tokens_a_second": rate,
         "compile_seconds": time.perf_counter() - began,
-        "facts": facts,
     }
-    return result, tables
+    return result, tables, facts
 
 
-def trained(config: ModelConfig, train: TrainConfig, mesh: Mesh, chip: Hardware) -> tuple[Any, Held, Work, str]:
+def trained(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> tuple[Any, Held, Work, str]:
     """The lowered training step; what a device holds and computes in it; the dtype of its matmuls."""
     step, arguments = train_ahead.training_step(config, train, mesh)
-    abstract, dtype = abstract_mesh(**mesh.shape), POLICIES[train.policy].compute
-    held = prediction.held(config, train, abstract, chip.platform)
-    work = prediction.train_work(config, train, abstract)
-    return step.lower(*arguments), held, work, dtype
+    abstract, dtype = device.abstract_mesh(**mesh.shape), POLICIES[train.policy].compute
+    held, mine = device.held(config, train, abstract), prediction.train_work(config, train, abstract)
+    return step.lower(*arguments), held, mine, dtype
 
 
-def served(run: Run, config: ModelConfig, mesh: Mesh) -> tuple[Any, Served, Work, str]:
+def served(run: Run, config: ModelConfig, mesh: Mesh) -> tuple[Any, Held, Work, str]:
     """The same of prefill or decode, in bfloat16, or in int8 with scales in bfloat16."""
 
     def stored() -> Any:
         params = cast(init_params(config, 0), jnp.bfloat16)
         return quantize(params, run.activations) if run.int8 else params
 
-    served = dataclasses.replace(config, precision=BFLOAT16.compute)
-    model, policy, abstract = LanguageModel(served, jax.eval_shape(stored)), BFLOAT16, abstract_mesh(**mesh.shape)
-    of_call = (run.phase, run.rows, run.cache_length, policy, abstract)
-    held = prediction.served(model.params, config, *of_call)
-    work = prediction.infer_work(config, *of_call, weight_bytes=held.weights)
+    model = LanguageModel(dataclasses.replace(config, precision=BFLOAT16.compute), jax.eval_shape(stored))
+    of_call = (run.phase, run.rows, run.cache_length, BFLOAT16, device.abstract_mesh(**mesh.shape))
+    held = device.served(model.params, config, *of_call)
+    mine = prediction.infer_work(config, *of_call, held.arguments["weights"])
     lower = infer_ahead.prefill if run.phase == "prefill" else infer_ahead.decode
-    dtype = "int8" if run.activations == "int8" else policy.compute
-    return lower(model, run.rows, run.cache_length, mesh), held, work, dtype
+    dtype = "int8" if run.activations == "int8" else BFLOAT16.compute
+    return lower(model, run.rows, run.cache_length, mesh), held, mine, dtype
 
 
 def compile_or_why_not(lowered: Any) -> tuple[Any, str]:
@@ -309,12 +295,6 @@ def compile_or_why_not(lowered: Any) -> tuple[Any, str]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return None, str(error).strip().splitlines()[0]
-
-
-def weights_in(run: Run) -> str:
-    if not run.int8:
-        return "weights in bfloat16"
-    return "weights in int8" + (", activations too" if run.activations == "int8" else "")
 
 
 if __name__ == "__main__":

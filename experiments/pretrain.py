@@ -15,6 +15,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from efflm import trees
 from efflm.cli import run_directory
 from efflm.cli.flags import launch
 from efflm.config import InputError, flag, require, require_seed
@@ -26,8 +27,9 @@ from efflm.data.dataset import Dataset
 from efflm.evaluate import quality, scoring
 from efflm.evaluate.windows import Scoring
 from efflm.formats import checkpoint, saved
-from efflm.model import LanguageModel, autotune, cost, init_params
+from efflm.model import LanguageModel, autotune, init_params, params
 from efflm.parallel import meshes, processes
+from efflm.plan import device, work
 from efflm.precision import POLICIES
 from efflm.report import plots
 from efflm.text import tokenizer
@@ -105,8 +107,8 @@ def check(run: Run, config: ModelConfig, train: TrainConfig, models: int = 1) ->
         profile is None or profile[1] < train.steps,
         f"profile_steps {run.profile_steps} lies beyond the last step: train.steps is {train.steps}",
     )
-    weights = cost.weight_bytes(config, POLICIES[train.policy])
-    state = weights + cost.optimizer_bytes(config, train.optimizer) + LEAF_FILES * len(cost.shapes(config))
+    weights = work.weight_bytes(config, POLICIES[train.policy])
+    state = trees.nbytes(device.state(config, train)) + LEAF_FILES * len(params.table(config))
     lines = METRICS_LINE * train.steps // train.log_every
     checkpoints = run.checkpointing({}).most(train.steps)
     run_directory.require_writable(

@@ -22,7 +22,7 @@ from efflm.compress.step import Context
 from efflm.config.model import ModelShape
 from efflm.config.train import TrainConfig
 from efflm.data import loader
-from efflm.evaluate import quality, scoring, throughput
+from efflm.evaluate import machine, quality, scoring, throughput
 from efflm.evaluate.throughput import Protocol
 from efflm.evaluate.windows import Scoring
 from efflm.formats import saved
@@ -107,7 +107,8 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     qualities = scoring.measure(here, text, data.tokenizer, score, here["float32"])
     rates, load = throughput.rates(here, protocol)
     measured = rows.collect(models, sizes, notes, qualities, rates)
-    phases = analysis.inference(models["float32"], protocol, rates["float32"])
+    roofline = machine.measure((dense.config.precision,))
+    phases = analysis.inference(dense, protocol, rates["float32"], roofline)
 
     step(6, "Report")
     difference, error = quality.paired_difference(qualities["student_distilled"], qualities["student_scratch"])
@@ -122,17 +123,17 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     about = digests | {"source": data.corpus.source, "seed": run.seed}
     prompt = api.prompt_ids(data.tokenizer, PROMPT, about)
     written = {name: samples.write(each, data.tokenizer, prompt, 48, protocol) for name, each in here.items()}
-    machine, command = run_directory.machine(), command_line("experiments.quickstart", sys.argv)
+    versions, command = run_directory.machine(), command_line("experiments.quickstart", sys.argv)
     about |= {f"train.{name}": value for name, value in dataclasses.asdict(train).items()}
     run_directory.write_json(
         run_dir / "results.json",
         {
-            "rows": [dataclasses.asdict(row) for row in measured],
+            "rows": [row.json() for row in measured],
             "distilled_minus_scratch": {"bits_per_byte": difference, "stderr": error},
             "records": {name: [dataclasses.asdict(record) for record in kept] for name, kept in records.items()},
             "facts": facts,
             "command": command,
-            "versions": machine,
+            "versions": versions,
         },
     )
     table.show(measured, facts)
@@ -150,7 +151,7 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
         phases=phases,
         facts=facts,
         made=page.made(
-            machine, seed=run.seed, steps=train.steps, total_time=page.duration(time.perf_counter() - began)
+            versions, seed=run.seed, steps=train.steps, total_time=page.duration(time.perf_counter() - began)
         ),
         command=command,
     )

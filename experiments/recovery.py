@@ -52,9 +52,10 @@ from efflm.formats import sources
 from efflm.formats.sources import KINDS, Loaded
 from efflm.model import LanguageModel, autotune
 from efflm.parallel import meshes, sharding
-from efflm.report import page, rows, swept, table
+from efflm.report import page, recovered, rows, swept, table
 from efflm.report.page import Section, Table
-from efflm.report.recovered import COLUMNS, Row
+from efflm.report.recovered import COLUMNS
+from efflm.report.rows import Row
 
 FRESH, SECONDS = "fresh", "finetune@seconds"
 TIMED = ("finetune", "distill")  # what SECONDS compares
@@ -212,8 +213,8 @@ def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, 
     error_of = lambda model: confidence.of_text(sharding.on_one_device(model), text, loaded.tokenizer, score)
     first = rows.label(loaded.about)
     say(f"{first}: {quality.words(quality.bits_per_byte(before))} bits per byte")
-    found = {first: Row(
-        name=first, parameters=trees.count(dense.params), bytes=ops.stored_nbytes(dense.params, dense.masks),
+    found = {first: recovered.row(
+        first, parameters=trees.count(dense.params), bytes=ops.stored_nbytes(dense.params, dense.masks),
         bits_per_byte=quality.bits_per_byte(before)[0],
         calibration=error_of(dense) if run.calibration_error else None,
     )}  # fmt: skip
@@ -245,13 +246,13 @@ def main(run: Run, calibration: Calibration, score: Scoring, distill: dict[str, 
                 facts[2] = f"{timed}{machine.most(loads)}"
             row = row_of(parts, made, scores, before, speeds.get(shape, (None, None)), found)
             if run.calibration_error:
-                row = dataclasses.replace(row, calibration=error_of(model))
+                row = row.but(calibration=error_of(model))
             found[chain] = row
             took = f"{made[-1].seconds:.0f} s"
             over, _ = quality.paired_difference(scores[-1], before)
             say(f"{chain}, seed {seed}: {over:+.4f} bits per byte over the first model, {took}")
             run_directory.write_json(
-                run_dir / "results.json", shared | {"rows": [dataclasses.asdict(each) for each in found.values()]}
+                run_dir / "results.json", shared | {"rows": [each.json() for each in found.values()]}
             )
     listed = list(found.values())
     table.show(listed, facts, COLUMNS)
@@ -302,8 +303,8 @@ def row_of(
     cut = trained.index(True) if any(trained) else len(parts)
     base = found.get(",".join(parts[:cut])) if 0 < cut < len(parts) and all(trained[cut:]) else None
     model = made[-1].model
-    return Row(
-        name=",".join(parts),
+    return recovered.row(
+        ",".join(parts),
         parameters=trees.count(model.params),
         bytes=ops.stored_nbytes(model.params, model.masks),
         bits_per_byte=float(np.mean([quality.bits_per_byte(each)[0] for each in scores])),

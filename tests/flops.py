@@ -1,4 +1,4 @@
-"""What a program multiplies, counted in its jaxpr: an oracle that shares no code with model.cost.
+"""What a program multiplies, counted in its jaxpr: an oracle that shares no code with plan.work.
 
 XLA's own cost analysis sees the body of a scan once, and knows no trip count of a loop with bounds from data. Here such
 loops are run, without their matrices: only what decides whether they go on.

@@ -8,8 +8,29 @@ from efflm.config import flag, require
 Optimizer = Literal["adamw", "adamw8bit", "adam", "sgd", "lion", "adafactor", "muon", "schedule_free"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 PolicyName = Literal["float32", "bfloat16", "bfloat16_pure", "float16", "auto"]
-Remat = Literal["none", "dots", "full"]
 OnNan = Literal["stop", "skip"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recompute:
+    """A policy of rematerialization: what a layer's forward pass stores for its backward pass, and which share of its
+    matmuls is therefore done again.
+
+    stored: names of arrays (jax.ad_checkpoint.checkpoint_name) beside the layer's input; None: everything.
+    """
+
+    stored: tuple[str, ...] | None
+    projections: float = 0.0
+    attention: float = 0.0
+    feedforward: float = 0.0
+
+
+REMAT = {
+    "none": Recompute(None),
+    "dots": Recompute(("matmul",), attention=1.0),  # results of matmuls with weights; norms and activations again too
+    "full": Recompute((), projections=1.0, attention=1.0, feedforward=1.0),
+}
+Remat = Literal[*REMAT]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

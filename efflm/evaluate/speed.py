@@ -19,11 +19,12 @@ from efflm import malloc, ops, trees
 from efflm.config import InputError, require
 from efflm.infer.generate import State, decode, prefill, row_keys
 from efflm.infer.sampling import GREEDY
-from efflm.model import LanguageModel, cost, empty_cache, in_dtype
+from efflm.model import LanguageModel, empty_cache, in_dtype
 from efflm.model.params import find, in_layer, is_matrix
 from efflm.ops.kernels.cpu import build
 from efflm.ops.qarray import Activations, QArray, quantize_array
 from efflm.parallel import sharding
+from efflm.plan import work
 from efflm.precision import policy_for
 
 # name -> bits of the weights, how many entries share a scale (0: a whole column), activations
@@ -84,16 +85,16 @@ def in_precision(model: LanguageModel, name: str) -> LanguageModel:
 
 
 def bytes_per_token(model: LanguageModel, shape: Shape) -> float:
-    """The least that moves between memory and processor (see model.cost), with the weights as they are held."""
+    """The least that moves between memory and processor (see plan.work), with the weights as they are held."""
     config, policy = model.config, policy_for(model.config)
     if shape.phase == "prefill":
-        work, tokens = cost.prefill(config, shape.batch, shape.context, policy), shape.batch * shape.context
+        found, tokens = work.prefill(config, shape.batch, shape.context, policy), shape.batch * shape.context
     else:
-        work, tokens = cost.decode(config, shape.batch, shape.context + shape.new, policy), shape.batch
+        found, tokens = work.decode(config, shape.batch, shape.context + shape.new, policy), shape.batch
     table = "embedding" if config.tied else "unembedding"  # read whole for the logits; of any other a few rows are
     read = [leaf for path, leaf in trees.flatten(model.params) if in_layer(path) or path == table]
-    plain = trees.count(read) * cost.ITEMSIZE[policy.param]  # what cost has for them
-    return (cost.total(work).nbytes - plain + trees.nbytes(read)) / tokens
+    plain = trees.count(read) * work.ITEMSIZE[policy.param]  # what plan.work has for them
+    return (work.total(found).nbytes - plain + trees.nbytes(read)) / tokens
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from efflm import ops, trees
 from efflm.config import require
 from efflm.config.model import BlockConfig, ModelConfig
-from efflm.config.train import Remat
+from efflm.config.train import REMAT, Remat
 from efflm.model import placement
 from efflm.model.attention import Attention, LayerCache
 from efflm.model.feedforward import FeedForward
@@ -23,7 +23,6 @@ from efflm.model.linear import OUTPUTS, PROBABILITIES, fetch, gathers
 from efflm.model.norms import Norm
 from efflm.model.params import STACK
 from efflm.model.rotary import tables
-from efflm.ops.dot import MATMUL
 from efflm.ops.recompute import late
 from efflm.parallel.sharding import constrain
 from efflm.precision import Policy, cast
@@ -122,15 +121,6 @@ class Block(nn.Module):
         return constrain(x_BTD, "batch", "length", None), cache
 
 
-# What the forward pass stores for the backward pass: everything; the results of the matmuls with weights, so that
-# norms, activations and attention are recomputed; or only the input of each layer.
-REMAT = {
-    "none": None,
-    "dots": jax.checkpoint_policies.save_only_these_names(MATMUL),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
 def _recomputed_late(layer: nn.Module, x_BTD: jax.Array, positions_BT: jax.Array, rotary: Any, segments_BT: Any):
     """layer(x) -> [B, T, D], whose backward pass recomputes the layer only once the gradient is there (see ops.late).
 
@@ -205,7 +195,9 @@ class Transformer(nn.Module):
             size: tables(positions, size, config) if config.position == "rotary" else None
             for size in {block.head_dim for block in config.blocks}
         }
-        block_type = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat])
+        stored = REMAT[self.remat].stored
+        policy_of = jax.checkpoint_policies.save_only_these_names
+        block_type = Block if stored is None else nn.remat(Block, policy=policy_of(*stored))
         if self.scanned:
             for first, count in runs(config):
                 angles = rotary[config.blocks[first].head_dim]
@@ -215,7 +207,7 @@ class Transformer(nn.Module):
             for i, block in enumerate(config.blocks):
                 layer = block_type(config, block, policy, name=f"block_{i}")
                 angles = rotary[block.head_dim]
-                if self.remat == "none":
+                if stored is None:
                     x_BTD, layer_cache = layer(x_BTD, positions, angles, segments, cache.layers[i] if cache else None)
                     layers.append(layer_cache)
                 else:

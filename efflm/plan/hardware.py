@@ -17,9 +17,11 @@ have less.
 import dataclasses
 import math
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from efflm.config import InputError, require
+from efflm.plan.collectives import Collective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +43,6 @@ class Hardware:
     network: float = 0.0
     torus: int = 0
 
-    @property
-    def platform(self) -> str:
-        """JAX's name of the platform that programs are compiled for."""
-        return "tpu" if self.torus else "cuda"
-
     def peak(self, dtype: str) -> float:
         """FLOP/s of matmuls with operands of this dtype; float32 counts as half of bfloat16's, which flatters it."""
         return {"int8": self.int8, "float32": self.bfloat16 / 2}.get(dtype, self.bfloat16)
@@ -62,6 +59,10 @@ class Hardware:
         if self.torus and 1 < len(group) < devices:
             return self.link * math.log(len(group)) / math.log(devices)
         return self.link
+
+    def seconds(self, traffic: Iterable[Collective], devices: int) -> float:
+        """The least that collectives take one after another, all their bytes received at the full speed."""
+        return sum(each.nbytes / self.received_a_second(each.group, devices) for each in traffic)
 
 
 HARDWARE: dict[str, Hardware] = {

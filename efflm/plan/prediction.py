@@ -1,153 +1,85 @@
-"""What one device of a mesh holds, and the least time it needs, in a training step, prefill or decode: closed form.
-
-bytes: of weights, gradients and moments exactly, by the sharding table. Under fsdp=N, a leaf whose width N divides
-costs 1/N, any other costs itself (ZeRO stage 3, Rajbhandari 2019, arXiv 1910.02054, section 5). Activations and
-temporaries by plan.memory, which is written from the CPU's program: an estimate, to be shown beside the compiler's.
-
-time: three bounds, none of which a real step beats: matmuls at the peak, each operand and result moved once through
-HBM, and all bytes received at the links' full speed. `seconds` is the largest of the three, as if the others were
-hidden behind it; a step that overlaps nothing takes their sum.
+"""The least time that one device of a mesh needs for a training step, prefill or decode: three bounds, none of which a
+real step beats. Matmuls at the peak, each operand and result moved once through HBM, and all bytes received at the
+links' full speed. `seconds` is the largest, as if the others were hidden behind it; a step that overlaps nothing takes
+their sum.
 """
 
 import dataclasses
 import functools
-from typing import Any
 
 from jax.sharding import AbstractMesh
 
+from efflm import trees
 from efflm.config.model import ModelConfig
-from efflm.config.train import TrainConfig
-from efflm.model import cost
-from efflm.model.cost import FLOAT, ITEMSIZE, Work
-from efflm.plan import device, memory
+from efflm.config.train import REMAT, TrainConfig
+from efflm.ops.output_loss import chunk_count
+from efflm.parallel import meshes
+from efflm.plan import device, work
 from efflm.plan.collectives import Collective
 from efflm.plan.hardware import Hardware
+from efflm.plan.work import FLOAT, ITEMSIZE, Work
 from efflm.precision import POLICIES, Policy
 
-# A search asks the same of many meshes.
-_parameters = functools.cache(lambda config: sum(cost.parameters(config).values()))
-_optimizer_bytes = functools.cache(cost.optimizer_bytes)
-_train_step = functools.cache(cost.train_step)
-_update = functools.cache(cost.update)
-_moments = functools.cache(memory.moments)
-
-
-# --- bytes -----------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Held:
-    """Bytes on one device in a training step. activations: and all other temporaries, at the peak."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    batch: float
-    activations: float
-
-    @property
-    def arguments(self) -> float:
-        return self.weights + self.optimizer + self.batch
-
-    @property
-    def temporaries(self) -> float:
-        return self.gradients + self.activations
-
-    @property
-    def total(self) -> float:
-        return self.arguments + self.temporaries
-
-
-@dataclasses.dataclass(frozen=True)
-class Served:
-    """Bytes on one device in prefill, which returns the cache, or decode, which is given it; without temporaries."""
-
-    weights: float
-    cache: float
-    decoding: bool
-
-    @property
-    def arguments(self) -> float:
-        return self.weights + self.cache * self.decoding
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.cache
-
-
-def held(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh, platform: str = "cpu") -> Held:
-    """Bytes of a training step on one device; the moments exactly for rules that keep whole ones (adamw, adam, ...).
-
-    platform: as in plan.memory.moments.
-    """
-    count = device.weight_count(config, mesh)
-    gradients, rows = count * FLOAT, train.batch / (mesh.shape["data"] * mesh.shape["fsdp"])
-    return Held(
-        weights=count * ITEMSIZE[POLICIES[train.policy].param],
-        gradients=gradients,
-        optimizer=_optimizer_bytes(config, train.optimizer) * (count / _parameters(config)),
-        batch=4 * 4 * rows * train.length,  # four int32 for each token
-        activations=max(0.0, _temporaries(config, train, mesh, platform) - gradients),
-    )
-
-
-def _temporaries(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh, platform: str) -> float:
-    n, low = mesh.shape["fsdp"], ITEMSIZE[POLICIES[train.policy].compute]
-    rows, length = device.rows_and_length(train.batch, train.length, mesh)
-    found = _moments(device.local(config, mesh), train, rows, length, platform)
-    layers = 2 * device.largest_layer(config, mesh) * low * (n > 1)  # gathered: one in use, one on its way
-    return max(found.update.total(n), *(layers + moment.total(n) for moment in found.passes))
-
-
-def served(
-    params: Any, config: ModelConfig, phase: str, rows: int, length: int, policy: Policy, mesh: AbstractMesh
-) -> Served:
-    """Bytes of prefill or decode on one device, with the abstract weights `params`, which may be compressed."""
-    cache = cache_bytes(config, rows, length, policy, mesh)
-    return Served(device.tree_bytes(params, mesh), cache, phase == "decode")
-
-
-def cache_bytes(config: ModelConfig, rows: int, cache_length: int, policy: Policy, mesh: AbstractMesh) -> float:
-    """Keys and values on one device, as infer.ahead spreads them."""
-    n, (rows, _) = mesh.shape["tensor"], device.rows_and_length(rows, cache_length, mesh)
-    heads = lambda block: block.kv_heads // n if block.kv_heads % n == 0 else block.kv_heads
-    blocks = tuple(dataclasses.replace(block, kv_heads=heads(block)) for block in config.blocks)
-    return cost.kv_cache_bytes(dataclasses.replace(config, blocks=blocks), rows, cache_length, policy)
-
-
-# --- work ------------------------------------------------------------------------------------------------------------
+_train_step = functools.cache(work.train_step)  # a search asks the same of many meshes
 
 
 def train_work(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh) -> Work:
     """The matmuls of one device, padding and rematerialization included, and the bytes they move through its HBM."""
     mine, (rows, length) = device.local(config, mesh), device.rows_and_length(train.batch, train.length, mesh)
-    whole = cost.total(_train_step(mine, train, rows, train.length))  # queries see keys of the whole sequence ...
+    whole = work.total(_train_step(mine, train, rows, train.length))  # queries see keys of the whole sequence ...
     flops = whole.flops / mesh.shape["sequence"]  # ... but are those of a part
-    update = _update(mine, train) * (device.weight_count(config, mesh) / _parameters(mine))
-    return Work(flops, cost.total(_train_step(mine, train, rows, length)).nbytes) + update
+    state = device.state(config, train)
+    share = device.tree_bytes(state.trainable, mesh) / trees.nbytes(state.trainable)
+    update = work.update(config, train, trees.nbytes(state.optimizer)) * share
+    return Work(flops, work.total(_train_step(mine, train, rows, length)).nbytes) + update
 
 
 def infer_work(
-    config: ModelConfig,
-    phase: str,
-    rows: int,
-    cache_length: int,
-    policy: Policy,
-    mesh: AbstractMesh,
-    weight_bytes: float = 0,
+    config: ModelConfig, phase: str, rows: int, cache_length: int, policy: Policy, mesh: AbstractMesh, weights: float
 ) -> Work:
-    """The matmuls of prefill or of one decoded token for each sequence.
-
-    weight_bytes: what one device holds of the weights, where that is not the policy's: compressed ones move less.
-    """
+    """The matmuls of prefill or of one decoded token for each sequence. weights: bytes that one device holds of them,
+    which are read once."""
     mine, (rows, _) = device.local(config, mesh), device.rows_and_length(rows, cache_length, mesh)
-    work = cost.total({"prefill": cost.prefill, "decode": cost.decode}[phase](mine, rows, cache_length, policy))
-    plain = device.weight_count(config, mesh) * ITEMSIZE[policy.param]
-    smaller = weight_bytes / plain if weight_bytes else 1.0
-    return Work(work.flops, work.nbytes - (1 - smaller) * cost.weight_bytes(mine, policy))
+    found = work.total({"prefill": work.prefill, "decode": work.decode}[phase](mine, rows, cache_length, policy))
+    return Work(found.flops, found.nbytes - work.weight_bytes(mine, policy) + weights)
 
 
-# --- time ------------------------------------------------------------------------------------------------------------
+def train_traffic(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh) -> list[Collective]:
+    """The collectives that a training step needs by the sharding table, with the bytes that one device receives.
+
+    Weights are gathered twice (forward and backward) and gradients scattered along fsdp, the output layer's once for
+    each chunk of the loss; gradients are reduced along data; partial sums along tensor; keys and values are gathered
+    along sequence.
+    """
+    low, layers, again = ITEMSIZE[POLICIES[train.policy].compute], len(config.blocks), REMAT[train.remat]
+    rows, length = device.rows_and_length(train.batch, train.length, mesh)
+    data, fsdp, sequence, tensor = (mesh.shape[name] for name in meshes.AXES)
+    share = lambda n: (n - 1) / n
+    cut = device.gathered(config, mesh)
+    passes = train.accumulate * share(fsdp) * sum(cut.values())
+    chunks = train.accumulate * (chunk_count(train.batch // train.accumulate, train.length) - 1)
+    output = chunks * share(fsdp) * cut.get("embedding" if config.tied else "unembedding", 0)
+    of_tokens = FLOAT * rows * length * config.width
+    copies = tuple(name for name, size in (("data", data), ("sequence", sequence)) if size > 1)
+    gradients = device.gradient_bytes(config, train, mesh)
+    sums = 4 + again.projections  # two ahead, two back, and attention's output again
+    pairs = sum(2 * block.kv_heads * block.head_dim for block in device.local(config, mesh).blocks)
+    rounds = 3 + again.attention  # ahead, again, and their gradients back in float32, twice as wide
+    found = (
+        ("all-gather", "weights", ("fsdp",), 2 * low * passes),
+        ("reduce-scatter", "gradients", ("fsdp",), FLOAT * passes),
+        ("all-gather", "weight of the loss", ("fsdp",), low * output),
+        ("reduce-scatter", "gradient of the loss", ("fsdp",), FLOAT * output),
+        ("all-to-all", "embeddings", ("fsdp",), 2 * share(fsdp) * of_tokens),  # of all tokens, by parts of its width
+        ("all-reduce", "gradients", copies, 2 * share(data * sequence) * gradients),
+        ("all-reduce", "partial sums", ("tensor",), sums * 2 * share(tensor) * of_tokens * layers),
+        ("all-gather", "keys and values", ("sequence",), rounds * low * pairs * rows * train.length * share(sequence)),
+    )
+    return [
+        Collective(kind, name, device.group(axes, mesh), "", nbytes, 1)
+        for kind, name, axes, nbytes in found
+        if nbytes > 0
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +103,7 @@ class Prediction:
         return max(("compute", "memory", "network"), key=lambda name: getattr(self, name))
 
 
-def predict(work: Work, traffic: list[Collective], hardware: Hardware, dtype: str, devices: int) -> Prediction:
+def predict(mine: Work, traffic: list[Collective], hardware: Hardware, dtype: str, devices: int) -> Prediction:
     """Of the work and the traffic of one device."""
-    network = sum(each.nbytes / hardware.received_a_second(each.group, devices) for each in traffic)
-    return Prediction(work.flops / hardware.peak(dtype), work.nbytes / hardware.bandwidth, network)
+    compute, memory = mine.flops / hardware.peak(dtype), mine.nbytes / hardware.bandwidth
+    return Prediction(compute, memory, hardware.seconds(traffic, devices))

@@ -1,4 +1,8 @@
-"""Ranking the ways to train a model on so many devices, by the closed form: nothing is compiled."""
+"""Ranking the ways to train a model on so many devices by what is exact: FLOPs, bytes of state and of collectives.
+
+Nothing is compiled. What activations take is what the forward pass stores, so whether a way fits is an estimate, and
+the compiler has the last word.
+"""
 
 import dataclasses
 import itertools
@@ -7,16 +11,14 @@ from collections.abc import Iterator
 
 from efflm.cli import progress
 from efflm.config.model import ModelConfig
-from efflm.config.train import TrainConfig
+from efflm.config.train import REMAT, TrainConfig
 from efflm.parallel import meshes
-from efflm.plan import prediction
-from efflm.plan.device import abstract_mesh
+from efflm.plan import device, prediction
+from efflm.plan.device import Held
 from efflm.plan.hardware import Hardware
-from efflm.plan.prediction import Held, Prediction
-from efflm.plan.traffic import train_traffic
+from efflm.plan.prediction import Prediction
 from efflm.precision import POLICIES
 
-REMATS = ("none", "dots", "full")
 SHORTEST = 1024  # tokens of a sequence that are worth a device of their own
 
 
@@ -43,13 +45,12 @@ def mesh_sizes(devices: int) -> Iterator[dict[str, int]]:
             yield dict(zip(meshes.AXES, sizes))
 
 
-def possible(config: ModelConfig, batch: int, length: int, sizes: dict[str, int]) -> bool:
+def possible(config: ModelConfig, train: TrainConfig, sizes: dict[str, int]) -> bool:
     """Whether the mesh divides all that it splits: sequences, tokens, key-value heads, widths."""
-    tensor = sizes["tensor"]
+    tensor, sequence, rows = sizes["tensor"], sizes["sequence"], train.accumulate * sizes["data"] * sizes["fsdp"]
     blocks = all(block.kv_heads % tensor == 0 and block.mlp_dim % tensor == 0 for block in set(config.blocks))
-    rows = batch % (sizes["data"] * sizes["fsdp"]) == 0 and length % sizes["sequence"] == 0
-    rows = rows and (sizes["sequence"] == 1 or length // sizes["sequence"] >= SHORTEST)
-    return blocks and rows and config.width % sizes["fsdp"] == 0
+    long = train.length % sequence == 0 and (sequence == 1 or train.length // sequence >= SHORTEST)
+    return blocks and long and train.batch % rows == 0 and config.width % sizes["fsdp"] == 0
 
 
 def search(config: ModelConfig, train: TrainConfig, hardware: Hardware, devices: int) -> list[Candidate]:
@@ -57,15 +58,14 @@ def search(config: ModelConfig, train: TrainConfig, hardware: Hardware, devices:
 
     Those that fit come before those that do not; of equals the one that holds less.
     """
-    out = []
-    batches = [batch for batch in (train.batch // 4, train.batch // 2, *(train.batch * n for n in (1, 2, 4))) if batch]
-    ways = list(itertools.product(mesh_sizes(devices), batches, REMATS))
-    for sizes, batch, remat in progress.shown(ways, "ranking", len(ways)):
-        if not possible(config, batch, train.length, sizes) or batch % train.accumulate:
-            continue
-        tried, mesh = dataclasses.replace(train, batch=batch, remat=remat), abstract_mesh(**sizes)
-        held, work = prediction.held(config, tried, mesh, hardware.platform), prediction.train_work(config, tried, mesh)
-        traffic, dtype = train_traffic(config, tried, mesh), POLICIES[train.policy].compute
-        predicted = prediction.predict(work, traffic, hardware, dtype, devices)
-        out.append(Candidate(sizes, tried, held, predicted, held.total <= hardware.memory))
+    parts = train.accumulate
+    batches = {int(train.batch * times) for times in (0.25, 0.5, 1, 2, 4) if train.batch * times % parts == 0} - {0}
+    ways = itertools.product(mesh_sizes(devices), sorted(batches), REMAT)
+    tried = [(sizes, dataclasses.replace(train, batch=batch, remat=remat)) for sizes, batch, remat in ways]
+    tried, out = [(sizes, each) for sizes, each in tried if possible(config, each, sizes)], []
+    for sizes, each in progress.shown(tried, "ranking", len(tried)):
+        mesh, dtype = device.abstract_mesh(**sizes), POLICIES[train.policy].compute
+        held, work = device.held(config, each, mesh), prediction.train_work(config, each, mesh)
+        predicted = prediction.predict(work, prediction.train_traffic(config, each, mesh), hardware, dtype, devices)
+        out.append(Candidate(sizes, each, held, predicted, held.total <= hardware.memory))
     return sorted(out, key=lambda each: (not each.fits, -each.tokens_a_second, each.held.total))

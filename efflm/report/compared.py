@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from efflm.report import numbers, page, plots, samples, table, verdicts
-from efflm.report.analysis import NAMES, Phase
+from efflm.report.analysis import NAMES
 from efflm.report.comparison import Comparison, protocol, times
 from efflm.report.page import Bars, Detail, Section, Step, Table
 from efflm.report.plots import Chart
@@ -27,7 +27,7 @@ def write(
     comparison: Comparison,
     details: dict[str, Detail],
     curves: Curves,
-    phases: Sequence[Phase],
+    phases: Sequence[Row],
     facts: Sequence[str],
     made: dict[str, str],
     command: str,
@@ -107,7 +107,7 @@ def size_bars(rows: Sequence[Row]) -> Bars:
     return page.bars("Bytes on disk, by component", {row.name: named(row.component_bytes) for row in rows}, "MB", 1e6)
 
 
-def time_bars(phases: Sequence[Phase]) -> Bars:
+def time_bars(phases: Sequence[Row]) -> Bars:
     """Each bar is a phase of the first model, measured in all and split as predicted."""
     values = {phase.name: phase.parts for phase in phases}
     measured = "; ".join(

@@ -38,6 +38,11 @@ def with_error(
     return fixed(value, places, sign), small
 
 
+def signed(value: float, error: float | None) -> tuple[str, str]:
+    """A difference and its error."""
+    return with_error(value, error, sign=True)
+
+
 def perplexity(value: float, error: float | None) -> tuple[str, str]:
     """One beyond the largest number is said to be that."""
     if value == math.inf:
@@ -72,3 +77,23 @@ def times(value: float, error: float | None) -> tuple[str, str]:
 def megabytes(count: float) -> str:
     """Bytes in MB: three digits or two places, whatever is more."""
     return fixed(count / 1e6, 2 if count < 1e8 else 1 if count < 1e9 else 0)
+
+
+def millions(count: float) -> str:
+    return f"{fixed(count / 1e6, 2)} M"
+
+
+def size(nbytes: float) -> str:
+    """Bytes in the decimal unit that suits them."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.2f} {name}"
+    return f"{nbytes:.0f} B"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def three_digits(value: float) -> str:
+    return fixed(value, max(0, 2 - math.floor(math.log10(value))) if value else 0)

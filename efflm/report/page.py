@@ -127,18 +127,14 @@ def bars(caption: str, values: dict[str, dict[str, float]], unit: str, scale: fl
         pieces = []
         for part in parts:
             value = found.get(part, 0.0)
-            tip = f"{name}, {part}: {_shown(value / scale)} {unit} ({value / (total or 1.0):.0%})"
+            tip = f"{name}, {part}: {numbers.three_digits(value / scale)} {unit} ({value / (total or 1.0):.0%})"
             pieces.append(Piece(round(100 * value / whole, 3), tip))
-        out.append(Bar(name, f"{_shown(total / scale)} {unit}", pieces))
+        out.append(Bar(name, f"{numbers.three_digits(total / scale)} {unit}", pieces))
     return Bars(caption, parts, out)
 
 
 def _length(value: float) -> float:
     return value if math.isfinite(value) else 0.0
-
-
-def _shown(value: float) -> str:
-    return numbers.fixed(value, max(0, 2 - math.floor(math.log10(value))) if value else 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""The evidence: one row for each model, measured side by side."""
+"""The rows of tables, and those of the evidence: one for each model, measured side by side."""
 
 import dataclasses
 import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +16,30 @@ from efflm.model.params import Component
 from efflm.report import numbers
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Row:
-    """What a model is, what it costs here, and how good it is.
+    """A line of any table: what it is about, its figures by name, and what is said of it below the table.
 
-    Spreads are the quartiles of the repeats. The difference to the dense model is paired over documents, so its
-    error is far below that of either alone. Of a single document there is no error: None. Nor is there a difference,
-    divergence or agreement of the dense model itself. Speeds are None where they were not measured; over the dense
-    model's they are ratios (see throughput.ratio) to what it did in the same rounds, perhaps at another time than
-    those of other rows. component_bytes: the bytes of the weights on disk by component.
+    row.bytes is row.figures["bytes"]. A figure that was not measured, or that a row cannot have, is None.
     """
 
     name: str
-    precision: str
-    parameters: int
-    nonzeros: int
-    bytes: int
-    component_bytes: dict[str, int]
-    prefill_tokens_per_second: float | None
-    prefill_spread: tuple[float, float] | None
-    decode_tokens_per_second: float | None
-    decode_spread: tuple[float, float] | None
-    prefill_over_dense: float | None
-    prefill_over_dense_stderr: float | None
-    decode_over_dense: float | None
-    decode_over_dense_stderr: float | None
-    bits_per_byte: float
-    bits_per_byte_stderr: float | None
-    bits_per_byte_over_dense: float | None
-    bits_per_byte_over_dense_stderr: float | None
-    perplexity: float
-    perplexity_stderr: float | None
-    kl_to_dense: float | None
-    kl_to_dense_stderr: float | None
-    top1_agreement: float | None
-    top1_agreement_stderr: float | None
-    note: str
+    figures: Mapping[str, Any]
+    note: str = ""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "figures":
+            raise AttributeError(name)
+        if name not in self.figures:
+            raise AttributeError(f"the row {self.name!r} has no {name!r}: its figures are {', '.join(self.figures)}")
+        return self.figures[name]
+
+    def but(self, **figures: Any) -> "Row":
+        """The row with other figures."""
+        return dataclasses.replace(self, figures={**self.figures, **figures})
+
+    def json(self) -> dict[str, Any]:
+        return {"name": self.name, **self.figures, "note": self.note}
 
 
 def names(sources: Sequence[str]) -> list[str]:
@@ -133,8 +121,15 @@ def make(
     rates: tuple[Rate, Rate] | None,
     base: tuple[Quality, tuple[Rate, Rate] | None] | None,
 ) -> Row:
-    """One row. rates: prefill and decode; None: not measured. base: the first row's measurements, made in turn with
-    these; None for that row itself."""
+    """What a model is, what it costs here, and how good it is.
+
+    rates: prefill and decode; None: not measured. base: the first row's measurements, made in turn with these; None for
+    that row itself. Of its figures, spreads are the quartiles of the repeats. The difference to the dense model is
+    paired over documents, so its error is far below that of either alone. Of a single document there is no error. Nor
+    is there a difference, divergence or agreement of the dense model itself. Speeds over the dense model's are ratios
+    (see throughput.ratio) to what it did in the same rounds, perhaps at another time than those of other rows.
+    component_bytes: of the weights on disk by component.
+    """
     prefill, decode = rates or (None, None)
     bits, error = quality.bits_per_byte(measured)
     none, ratios = (None, None), dict.fromkeys(("prefill", "decode"), (None, None))
@@ -146,33 +141,32 @@ def make(
     perplexity, perplexity_error = quality.perplexity(measured)
     kl, kl_error = quality.divergence(measured) if base else none
     same, same_error = quality.agreement(measured) if base else none
-    return Row(
-        name=name,
-        precision=model.config.precision,
-        parameters=trees.count(model.params),
-        nonzeros=ops.nonzeros(model.params),
-        bytes=size,
-        component_bytes=component_bytes(model),
-        prefill_tokens_per_second=prefill and round(prefill.median, 1),
-        prefill_spread=prefill and (round(prefill.low, 1), round(prefill.high, 1)),
-        decode_tokens_per_second=decode and round(decode.median, 1),
-        decode_spread=decode and (round(decode.low, 1), round(decode.high, 1)),
-        prefill_over_dense=ratios["prefill"][0],
-        prefill_over_dense_stderr=ratios["prefill"][1],
-        decode_over_dense=ratios["decode"][0],
-        decode_over_dense_stderr=ratios["decode"][1],
-        bits_per_byte=bits,
-        bits_per_byte_stderr=error,
-        bits_per_byte_over_dense=over,
-        bits_per_byte_over_dense_stderr=over_error,
-        perplexity=perplexity,
-        perplexity_stderr=perplexity_error,
-        kl_to_dense=kl,
-        kl_to_dense_stderr=kl_error,
-        top1_agreement=same,
-        top1_agreement_stderr=same_error,
-        note="; ".join(word for word in words if word),
-    )
+    figures = {
+        "precision": model.config.precision,
+        "parameters": trees.count(model.params),
+        "nonzeros": ops.nonzeros(model.params),
+        "bytes": size,
+        "component_bytes": component_bytes(model),
+        "prefill_tokens_per_second": prefill and round(prefill.median, 1),
+        "prefill_spread": prefill and (round(prefill.low, 1), round(prefill.high, 1)),
+        "decode_tokens_per_second": decode and round(decode.median, 1),
+        "decode_spread": decode and (round(decode.low, 1), round(decode.high, 1)),
+        "prefill_over_dense": ratios["prefill"][0],
+        "prefill_over_dense_stderr": ratios["prefill"][1],
+        "decode_over_dense": ratios["decode"][0],
+        "decode_over_dense_stderr": ratios["decode"][1],
+        "bits_per_byte": bits,
+        "bits_per_byte_stderr": error,
+        "bits_per_byte_over_dense": over,
+        "bits_per_byte_over_dense_stderr": over_error,
+        "perplexity": perplexity,
+        "perplexity_stderr": perplexity_error,
+        "kl_to_dense": kl,
+        "kl_to_dense_stderr": kl_error,
+        "top1_agreement": same,
+        "top1_agreement_stderr": same_error,
+    }
+    return Row(name, figures, "; ".join(word for word in words if word))
 
 
 def component_bytes(model: LanguageModel) -> dict[str, int]:

@@ -1,6 +1,5 @@
 """Recipes beside the model they were made of, over several draws of calibration text."""
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,68 +11,33 @@ from efflm.evaluate import quality
 from efflm.evaluate.quality import Quality
 from efflm.report import numbers, plots
 from efflm.report.plots import Chart
-from efflm.report.table import Column
+from efflm.report.rows import Row
+from efflm.report.table import Column, figure
 
 BITS, SHARES = ("quantize", "gptq"), ("magnitude", "wanda", "sparsegpt")  # families of the two sweeps
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """What a recipe made of a model: means over seeds.
-
-    over_dense: bits per byte over the model before, on the same documents; its stderr over documents, its deviation
-    over seeds; None for the model before or one seed. saved: bytes, as a share of the model before. cost: over_dense
-    divided by saved, and its error, of documents and seeds. passes: seconds to make it over those of a plain forward
-    pass over the calibration text. memory: the model and the most held beyond it meanwhile, over the
-    model's bytes.
-    """
-
-    name: str
-    bytes: int
-    seeds: int
-    bits_per_byte: float
-    perplexity: float
-    perplexity_deviation: float | None = None
-    over_dense: float | None = None
-    over_dense_stderr: float | None = None
-    over_dense_deviation: float | None = None
-    kl: float | None = None
-    saved: float = 0.0
-    cost: float | None = None
-    cost_error: float | None = None
-    passes: float | None = None
-    memory: float | None = None
-    note: str = ""
-
-    def words(self) -> str:
-        over = " ".join(filter(None, numbers.with_error(self.over_dense, self.error, sign=True)))
-        return f"{over} bits per byte over the model before, {self.saved:.1%} of its bytes saved"
-
-    @property
-    def error(self) -> float | None:
-        """Of over_dense: of the documents, and of the mean over seeds; None of one document."""
-        if self.over_dense_stderr is None:
-            return None
-        return math.hypot(self.over_dense_stderr, (self.over_dense_deviation or 0.0) / math.sqrt(self.seeds))
-
-
 def first(name: str, before: Quality, nbytes: int) -> Row:
-    """The model before."""
-    return Row(
-        name=name, bytes=nbytes, seeds=1,
-        bits_per_byte=quality.bits_per_byte(before)[0], perplexity=quality.perplexity(before)[0],
-    )  # fmt: skip
+    """The model before: what the other rows say of it is None."""
+    figures = {"bits_per_byte": quality.bits_per_byte(before)[0], "perplexity": quality.perplexity(before)[0]}
+    return _row(name, bytes=nbytes, seeds=1, **figures)
 
 
 def row(
     name: str, before: Quality, made: Sequence[Quality], nbytes: int, dense: int, passes: float, memory: float | None
 ) -> Row:
-    """A recipe's row. made: of each seed."""
+    """What a recipe made of a model. made: of each seed.
+
+    Its figures are means over seeds. over_dense: bits per byte over the model before, on the same documents; its
+    stderr over documents, its deviation over seeds; error: of both, None of one document. saved: bytes, as a share of
+    the model before. cost: over_dense divided by saved. passes: seconds to make it over those of a plain forward pass
+    over the calibration text. memory: the model and the most held beyond it meanwhile, over the model's bytes.
+    """
     over, stderr, deviation = quality.mean_difference(made, before)
-    perplexities = [quality.perplexity(each)[0] for each in made]
-    saved = 1 - nbytes / dense
-    found = Row(
-        name=name,
+    perplexities, saved = [quality.perplexity(each)[0] for each in made], 1 - nbytes / dense
+    error = None if stderr is None else math.hypot(stderr, (deviation or 0.0) / math.sqrt(len(made)))
+    return _row(
+        name,
         bytes=nbytes,
         seeds=len(made),
         bits_per_byte=float(np.mean([quality.bits_per_byte(each)[0] for each in made])),
@@ -82,49 +46,39 @@ def row(
         over_dense=over,
         over_dense_stderr=stderr,
         over_dense_deviation=deviation,
+        error=error,
         kl=float(np.mean([quality.divergence(each)[0] for each in made])),
         saved=saved,
+        cost=over / saved if saved > 0 else None,
+        cost_error=error / saved if saved > 0 and error is not None else None,
         passes=passes,
         memory=memory,
     )
-    if saved <= 0:
-        return found
-    error = None if found.error is None else found.error / saved
-    return dataclasses.replace(found, cost=found.over_dense / saved, cost_error=error)
 
 
-def _optional(value: float | None, form: str) -> str:
-    return "—" if value is None else f"{value:{form}}"
+def _row(name: str, **figures: Any) -> Row:
+    names = ("perplexity_deviation", "over_dense", "over_dense_stderr", "over_dense_deviation", "error", "kl")
+    return Row(name, {**dict.fromkeys((*names, "cost", "cost_error", "passes", "memory")), "saved": 0.0, **figures})
 
 
-def _over(row: Row) -> tuple[str, str]:
-    if row.over_dense is None:
-        return "reference", ""
-    return numbers.with_error(row.over_dense, row.over_dense_stderr, sign=True)
+def words(row: Row) -> str:
+    over = " ".join(filter(None, numbers.signed(row.over_dense, row.error)))
+    return f"{over} bits per byte over the model before, {row.saved:.1%} of its bytes saved"
 
 
+FOUR, TIMES = "{:.4f}".format, "{:.2f}x".format
 COLUMNS = (
-    Column("recipe", lambda row: row.name),
-    Column("MB", lambda row: numbers.megabytes(row.bytes), lambda row: row.bytes),
-    Column("bytes saved", lambda row: f"{row.saved:.1%}", lambda row: row.saved),
-    Column("bits/byte", lambda row: f"{row.bits_per_byte:.4f}", lambda row: row.bits_per_byte),
-    Column("over dense", _over, lambda row: row.over_dense),
-    Column(
-        "s.d. of seeds", lambda row: _optional(row.over_dense_deviation, ".4f"), lambda row: row.over_dense_deviation
-    ),
-    Column(
-        "perplexity ± s.d.",
-        lambda row: numbers.perplexity(row.perplexity, row.perplexity_deviation),
-        lambda row: row.perplexity,
-    ),
-    Column("KL to dense", lambda row: _optional(row.kl, ".4f"), lambda row: row.kl),
-    Column(
-        "bits/byte lost ÷ bytes saved",
-        lambda row: "—" if row.cost is None else numbers.with_error(row.cost, row.cost_error, sign=True),
-        lambda row: row.cost,
-    ),
-    Column("forward passes", lambda row: _optional(row.passes, ".2f"), lambda row: row.passes),
-    Column("peak memory", lambda row: "—" if row.memory is None else f"{row.memory:.2f}x", lambda row: row.memory),
+    figure("recipe", "name", str),
+    figure("MB", "bytes", numbers.megabytes),
+    figure("bytes saved", "saved", "{:.1%}".format),
+    figure("bits/byte", "bits_per_byte", FOUR),
+    figure("over dense", "over_dense", numbers.signed, "over_dense_stderr", "reference"),
+    figure("s.d. of seeds", "over_dense_deviation", FOUR),
+    figure("perplexity ± s.d.", "perplexity", numbers.perplexity, "perplexity_deviation"),
+    figure("KL to dense", "kl", FOUR),
+    figure("bits/byte lost ÷ bytes saved", "cost", numbers.signed, "cost_error"),
+    figure("forward passes", "passes", "{:.2f}".format),
+    figure("peak memory", "memory", TIMES),
 )
 
 
@@ -175,25 +129,14 @@ def front(rows: Sequence[Row]) -> Chart:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class DomainRow:
-    """Bits per byte over the model before on each test text, after calibration on `name`."""
-
-    name: str
-    over: Mapping[str, float]
-    note: str = ""
-
-
 Grid = Mapping[str, Mapping[str, float]]  # {calibration text: {test text: bits per byte over the model before}}
 
 
-def domain_rows(grid: Grid) -> list[DomainRow]:
-    return [DomainRow(name, over) for name, over in grid.items()]
+def domain_rows(grid: Grid) -> list[Row]:
+    return [Row(name, over) for name, over in grid.items()]
 
 
 def domain_columns(grid: Grid) -> tuple[Column, ...]:
-    def column(test: str) -> Column:
-        return Column(f"test: {test}", lambda row: f"{row.over[test]:+.4f}", lambda row: row.over[test])
-
-    tests: dict[str, Any] = {test: None for over in grid.values() for test in over}
-    return (Column("calibrated on", lambda row: row.name), *map(column, tests))
+    tests = dict.fromkeys(test for over in grid.values() for test in over)
+    columns = (figure(f"test: {test}", test, "{:+.4f}".format) for test in tests)
+    return (figure("calibrated on", "name", str), *columns)

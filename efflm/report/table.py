@@ -14,7 +14,7 @@ from efflm.report import comparison, numbers
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One column of a table whose rows are any dataclasses with a name and a note.
+    """One column of a table of rows.Row.
 
     text: a row's figure, or the figure and what stands beside it: its error, range or unit. value: what to sort by;
     None: the text. group: what the column belongs to, named above it. best: which way it is better; such figures are
@@ -37,72 +37,55 @@ class Column:
 Columns = Sequence[Column]
 
 
-def _against_first(value: float | None, error: float | None, **how: Any) -> tuple[str, str]:
-    return ("reference", "") if value is None else numbers.with_error(value, error, **how)
+def figure(
+    heading: str, name: str, form: Callable[..., str | tuple[str, str]], beside: str = "", none: str = "—",
+    least: float | None = None, **more: Any,
+) -> Column:  # fmt: skip
+    """The column of the figure of this name, written by form(figure), or form(figure, its error or range `beside`).
+
+    none: what stands for a figure that a row does not have, which is sorted as `least`, or last. more: of Column.
+    """
+
+    def text(row: Any) -> str | tuple[str, str]:
+        value = getattr(row, name)
+        return none if value is None else form(value, getattr(row, beside)) if beside else form(value)
+
+    def value(row: Any) -> float | None:
+        found = getattr(row, name)
+        return least if found is None else found
+
+    return Column(heading, text, None if form is str else value, **more)
 
 
 def _parameters(row: Any) -> tuple[str, str]:
-    millions = lambda count: f"{numbers.fixed(count / 1e6, 2)} M"
     zeros = row.nonzeros < 0.99 * row.parameters
-    return millions(row.parameters), f"{millions(row.nonzeros)} non-zero" if zeros else ""
+    return numbers.millions(row.parameters), f"{numbers.millions(row.nonzeros)} non-zero" if zeros else ""
 
 
-# The rows are rows.Row
-COLUMNS: Columns = (
-    Column("model", lambda row: row.name),
+def _speed(phase: str) -> Column:
+    figures, ratio = f"{phase}_tokens_per_second", lambda row: comparison.times(row, phase)
+    more = {"group": "speed", "best": "largest", "ratio": ratio}
+    return figure(f"{phase} tok/s", figures, numbers.with_range, f"{phase}_spread", **more)
+
+
+def _quality(heading: str, name: str, form: Callable[..., tuple[str, str]], least: float = 0.0) -> Column:
+    """least: that of the first row, which such figures refer to."""
+    more = {"none": "reference", "least": least, "group": "quality, ± standard error"}
+    return figure(heading, name, form, f"{name}_stderr", **more)
+
+
+COLUMNS: Columns = (  # of the rows of rows.make
+    figure("model", "name", str),
     Column("parameters", _parameters, lambda row: row.parameters, "size"),
-    Column("MB on disk", lambda row: numbers.megabytes(row.bytes), lambda row: row.bytes, "size", "smallest"),
-    Column("matmuls in", lambda row: row.precision, None, "speed"),
-    Column(
-        "prefill tok/s",
-        lambda row: numbers.with_range(row.prefill_tokens_per_second, row.prefill_spread),
-        lambda row: row.prefill_tokens_per_second,
-        "speed",
-        "largest",
-        lambda row: comparison.times(row, "prefill"),
-    ),
-    Column(
-        "decode tok/s",
-        lambda row: numbers.with_range(row.decode_tokens_per_second, row.decode_spread),
-        lambda row: row.decode_tokens_per_second,
-        "speed",
-        "largest",
-        lambda row: comparison.times(row, "decode"),
-    ),
-    Column(
-        "bits/byte",
-        lambda row: numbers.with_error(row.bits_per_byte, row.bits_per_byte_stderr),
-        lambda row: row.bits_per_byte,
-        "quality, ± standard error",
-    ),
-    Column(
-        "over dense",
-        lambda row: _against_first(row.bits_per_byte_over_dense, row.bits_per_byte_over_dense_stderr, sign=True),
-        lambda row: row.bits_per_byte_over_dense or 0.0,
-        "quality, ± standard error",
-    ),
-    Column(
-        "perplexity",
-        lambda row: numbers.perplexity(row.perplexity, row.perplexity_stderr),
-        lambda row: row.perplexity,
-        "quality, ± standard error",
-    ),
-    Column(
-        "KL to dense",
-        lambda row: _against_first(row.kl_to_dense, row.kl_to_dense_stderr),
-        lambda row: row.kl_to_dense or 0.0,
-        "quality, ± standard error",
-    ),
-    Column(
-        "same top-1",
-        lambda row: (
-            ("reference", "")
-            if row.top1_agreement is None
-            else numbers.percent(row.top1_agreement, row.top1_agreement_stderr)
-        ),
-        lambda row: 1.0 if row.top1_agreement is None else row.top1_agreement,
-        "quality, ± standard error",
-    ),
+    figure("MB on disk", "bytes", numbers.megabytes, group="size", best="smallest"),
+    figure("matmuls in", "precision", str, group="speed"),
+    _speed("prefill"),
+    _speed("decode"),
+    _quality("bits/byte", "bits_per_byte", numbers.with_error),
+    _quality("over dense", "bits_per_byte_over_dense", numbers.signed),
+    _quality("perplexity", "perplexity", numbers.perplexity),
+    _quality("KL to dense", "kl_to_dense", numbers.with_error),
+    _quality("same top-1", "top1_agreement", numbers.percent, 1.0),
 )
 
 

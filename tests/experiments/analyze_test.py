@@ -42,7 +42,7 @@ def test_everything_is_predicted_and_measured(tmp_path, capsys):
     shown = capsys.readouterr().out
     for words in (
         "Attention overtakes",
-        "temporaries peak",
+        "stored activations",
         "lower bound",
         "A token of training costs",
         "FLOP utilization",

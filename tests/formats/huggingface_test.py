@@ -23,7 +23,7 @@ from efflm.formats import build, huggingface, tensors
 from efflm.formats import efflm_file as own
 from efflm.formats.families import FAMILIES
 from efflm.infer.generate import forward
-from efflm.model import LanguageModel, cost, empty_cache, in_dtype, placement
+from efflm.model import LanguageModel, empty_cache, in_dtype, params, placement
 from efflm.parallel import meshes
 from efflm.text import tokenizer
 from efflm.text.tokenizer import Tokenizer
@@ -483,9 +483,9 @@ def test_loading_peaks_at_most_at_1_3_times_the_model(kept_as, wanted, tmp_path)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(description))
     named = []
-    for path, shape in cost.shapes(config).items():
+    for path, param in params.table(config).items():
         place = FAMILIES[family].place(path)
-        kind = jax.ShapeDtypeStruct(build.stored_shape(shape, place), dtype)
+        kind = jax.ShapeDtypeStruct(build.stored_shape(param.shape, place), dtype)
         random = lambda kind=kind: np.random.default_rng(0).standard_normal(kind.shape, np.float32).astype(kind.dtype)
         named.append((place.tensor(path), kind, random))
     tensors.write_safetensors(folder / "model.safetensors", named)

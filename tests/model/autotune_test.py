@@ -15,9 +15,10 @@ from efflm.compress.quantize import quantize
 from efflm.config import InputError
 from efflm.config.train import TrainConfig
 from efflm.formats import checkpoint, sources
-from efflm.model import LanguageModel, autotune, cost, init_params, placement
+from efflm.model import LanguageModel, autotune, init_params, placement
 from efflm.ops.kernels.cpu import build
 from efflm.parallel import meshes, processes
+from efflm.plan import work as plan_work
 from efflm.precision import POLICIES, cast
 from tests import tiny
 from tests.flops import matrix_flops
@@ -188,14 +189,14 @@ def test_all_matmuls_with_weights_are_stood_for(name, most, monkeypatch):
     monkeypatch.setattr(autotune, "MOST_COLUMNS", 40)
     config, work = tiny.CONFIGS[name], Work()
     picked(work, config, TRAIN)
-    wanted = cost.forward(config, TRAIN.batch, TRAIN.length)
+    wanted = plan_work.forward(config, TRAIN.batch, TRAIN.length)
     for precision in autotune.CANDIDATES:
         layers = 3 * (wanted["projections"].flops + wanted["feedforward"].flops)
         assert work.flops["layers"][precision] == pytest.approx(layers)
         assert work.flops["output layer"][precision] == pytest.approx(3 * wanted["output"].flops)
     with build.chosen("off"):  # else kernels that are not counted multiply single rows
         autotune.inference(model(config), print, work)
-    prompt, token = cost.forward(config, 1, autotune.PROMPT), cost.token(config, 1)
+    prompt, token = plan_work.forward(config, 1, autotune.PROMPT), plan_work.token(config, 1)
     assert work.flops["prompt"]["float32"] == pytest.approx(prompt["projections"].flops + prompt["feedforward"].flops)
     token = sum(token[part].flops for part in ("projections", "feedforward", "output"))
     assert work.flops["new tokens"]["float32"] == pytest.approx(autotune.NEW * token)
@@ -256,6 +257,6 @@ def test_a_loaded_model_computes_in_what_was_picked(tmp_path, monkeypatch, capsy
 
 def test_a_policy_that_was_not_chosen_cannot_be_computed_with():
     with pytest.raises(InputError, match=r"train.policy is 'auto', but .* needs one of float32, .*autotune.training"):
-        cost.train_step(CONFIG, TRAIN, 4, 16)
+        plan_work.train_step(CONFIG, TRAIN, 4, 16)
     with pytest.raises(InputError, match="'float8', but what is computed here needs one of"):
         POLICIES["float8"]

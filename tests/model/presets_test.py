@@ -3,8 +3,8 @@
 import pytest
 
 from efflm.config import InputError
-from efflm.model import cost
 from efflm.model.presets import PRESETS, preset
+from efflm.plan import work
 
 PUBLISHED = {  # model cards and papers named in the module
     "llama3-8b": 8_030_261_248,
@@ -23,7 +23,7 @@ PUBLISHED = {  # model cards and papers named in the module
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_parameters_are_the_published_ones(name):
-    assert sum(cost.parameters(preset(name)).values()) == PUBLISHED[name]
+    assert sum(work.parameters(preset(name)).values()) == PUBLISHED[name]
 
 
 def test_an_unknown_name_lists_the_choices():

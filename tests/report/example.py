@@ -4,8 +4,8 @@ import dataclasses
 
 from efflm.report import rows
 
-ROW = rows.Row(
-    name="w8a16", precision="float32", parameters=4_000_000, nonzeros=3_990_000, bytes=4_070_000,
+ROW = rows.Row("w8a16", note="<b>bold & free</b>", figures=dict(  # noqa: C408
+    precision="float32", parameters=4_000_000, nonzeros=3_990_000, bytes=4_070_000,
     component_bytes={"embedding": 1_000_000, "feedforward": 3_000_000},
     prefill_tokens_per_second=14000.0,
     prefill_spread=(13000.0, 15000.0), decode_tokens_per_second=1400.0, decode_spread=(1300.0, 1500.0),
@@ -13,8 +13,7 @@ ROW = rows.Row(
     bits_per_byte=2.2, bits_per_byte_stderr=0.07, bits_per_byte_over_dense=0.001,
     bits_per_byte_over_dense_stderr=0.0005, perplexity=12.5, perplexity_stderr=0.25,
     kl_to_dense=0.001, kl_to_dense_stderr=0.0002, top1_agreement=0.995, top1_agreement_stderr=0.001,
-    note="<b>bold & free</b>",
-)  # fmt: skip
+))  # fmt: skip
 OVER = ("bits_per_byte_over_dense", "kl_to_dense", "top1_agreement", "prefill_over_dense", "decode_over_dense")
 NONE = dict.fromkeys(f"{name}{end}" for name in OVER for end in ("", "_stderr"))
 
@@ -29,8 +28,8 @@ def row(
     ratios |= {f"{name}_stderr": 0.01 * ratio for name, ratio in ratios.items()}
     figures = {"bits_per_byte_over_dense": over, "bits_per_byte_over_dense_stderr": error, **ratios, **more}
     figures = NONE if over is None else figures
-    return dataclasses.replace(
-        ROW, name=name, bytes=int(megabytes * 1e6), bits_per_byte=bits, note=f"what {name} is",
+    return dataclasses.replace(ROW, name=name, note=f"what {name} is").but(
+        bytes=int(megabytes * 1e6), bits_per_byte=bits,
         prefill_tokens_per_second=prefill, prefill_spread=(0.97 * prefill, 1.03 * prefill),
         decode_tokens_per_second=decode, decode_spread=(0.97 * decode, 1.03 * decode), **figures,
     )  # fmt: skip

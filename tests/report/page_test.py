@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from efflm.report import compared, page
-from efflm.report.analysis import Phase
 from efflm.report.comparison import Comparison
 from efflm.report.page import Detail, Section, Step, Table
+from efflm.report.rows import Row
 from efflm.report.samples import Sample
 from efflm.report.table import COLUMNS, Column
 from tests.report.browser import look, needs_browser
@@ -18,10 +18,8 @@ MADE = {"date": "2026-01-02 03:04 UTC", "processor": "a processor", "cores": "2"
 
 
 def phase(name):
-    return Phase(
-        name=name, note="", tokens=1, flops=1.0, bytes=1.0, bound="memory", predicted_seconds=0.001,
-        parts={"attention": 0.0004, "feed-forward": 0.0006}, measured_seconds=0.002,
-    )  # fmt: skip
+    parts = {"attention": 0.0004, "feed-forward": 0.0006}
+    return Row(name, {"tokens": 1, "predicted_seconds": 0.001, "measured_seconds": 0.002, "parts": parts})
 
 
 @pytest.fixture(scope="module")

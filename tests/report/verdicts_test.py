@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 
 from efflm.report import comparison, verdicts
@@ -50,7 +49,7 @@ def test_nothing_smaller_or_faster():
     found = said(positive(DENSE, same))
     assert found.keys() == {"Smallest, fastest prefill and fastest decode: the dense model"}
     assert "smaller, faster in prefill or faster in decode than" in next(iter(found.values()))[1]
-    assert "divergence exactly 0 nats a token" in positive(DENSE, dataclasses.replace(same, bytes=1))[0].words
+    assert "divergence exactly 0 nats a token" in positive(DENSE, same.but(bytes=1))[0].words
     assert negative(DENSE, same) == {}  # no worse than the dense model, by the errors
 
 
@@ -141,7 +140,7 @@ def test_a_loss_that_is_not_finite_is_worse_than_any():
     assert negative(DENSE, broken, small).keys() == {"broken"}
     assert positive(DENSE, broken, small)[0].name == "small"
     assert "the nearest is broken" in positive(DENSE, broken)[0].words
-    first = dataclasses.replace(DENSE, bits_per_byte=float("nan"), perplexity=float("inf"))
+    first = DENSE.but(bits_per_byte=float("nan"), perplexity=float("inf"))
     assert len(positive(first, broken)) == 1
     assert comparison.protocol(Comparison([first, broken])).startswith(
         "Verdicts: a difference of quality counts beyond 2.6"

@@ -1,7 +1,6 @@
-"""What a Transformer costs, in closed form: parameters, and the FLOPs and bytes of its phases by component.
+"""What a Transformer costs: parameters, and the FLOPs and bytes of its phases by component.
 
-FLOPs are those of matmuls (elementwise work is left out, as MFU does), a multiplication and an addition being
-two. There are two kinds of them:
+FLOPs are those of matmuls (elementwise work is left out, as MFU does), a multiplication and an addition being two:
 
     model      what the mathematics asks for: a query is multiplied with the keys it sees and no others, so causal
                attention counts half of its square, and the backward pass is twice the forward (Chowdhery 2022, arXiv
@@ -10,9 +9,8 @@ two. There are two kinds of them:
                pass, padding, rematerialization, the optimizer. `train_step`, `update`, `prefill`, `decode`.
 
 Bytes are the least that can move between memory and processor: each operand of a matmul is read once and each result
-written once, attention's scores stay inside; what elementwise operations move besides is not counted. Everything is
-a function of configs and lengths; nothing is traced or allocated. Each document is taken to fill its sequence, and
-weights to be plain arrays. Kernels of attention skip masked blocks, and execute less.
+written once, attention's scores stay inside. Nothing is traced or allocated. Each document is taken to fill its
+sequence, and weights to be plain arrays. Kernels of attention skip masked blocks, and execute less.
 """
 
 import dataclasses
@@ -20,15 +18,17 @@ import math
 import typing
 from collections.abc import Callable
 
+import numpy as np
+
 from efflm.config.model import BlockConfig, ModelConfig
-from efflm.config.train import Optimizer, TrainConfig
+from efflm.config.train import REMAT, TrainConfig
 from efflm.model import params
 from efflm.ops.attention import BLOCK, spans, unrolled
 from efflm.ops.output_loss import chunk_count
 from efflm.precision import FLOAT32, POLICIES, Policy
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-FLOAT = 4  # bytes of a float32, which all results of matmuls, gradients and moments are
+FLOAT = 4  # bytes of a float32, which all results of matmuls and gradients are
 COMPONENTS = ("projections", "attention", "feedforward", "output")  # of a forward pass
 
 
@@ -50,14 +50,6 @@ def total(work: dict[str, Work]) -> Work:
     return sum(work.values(), Work(0, 0))
 
 
-# --- parameters ------------------------------------------------------------------------------------------------------
-
-
-def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of every parameter, with layers unstacked."""
-    return {path: param.shape for path, param in params.table(config).items()}
-
-
 def parameters(config: ModelConfig) -> dict[str, int]:
     """Counts by component: embedding (with positions, and with the output layer where it is tied), projections (of
     attention), feedforward, norms, and output (0 where it is tied)."""
@@ -69,40 +61,6 @@ def parameters(config: ModelConfig) -> dict[str, int]:
 
 def weight_bytes(config: ModelConfig, policy: Policy = FLOAT32) -> int:
     return sum(parameters(config).values()) * ITEMSIZE[policy.param]
-
-
-def gradient_bytes(config: ModelConfig) -> int:
-    """Gradients are float32 under every policy."""
-    return sum(parameters(config).values()) * FLOAT
-
-
-def optimizer_bytes(config: ModelConfig, optimizer: Optimizer) -> int:
-    """What the update rule keeps between steps, but for a few counters: moments in float32 or 8 bits."""
-    full = lambda path, shape: FLOAT * math.prod(shape)
-    rules = {
-        "sgd": full,  # momentum
-        "lion": full,
-        "adam": lambda path, shape: 2 * full(path, shape),  # two moments
-        "adamw": lambda path, shape: 2 * full(path, shape),
-        "schedule_free": lambda path, shape: 2 * full(path, shape),  # the iterates z, and the second moment
-        "adamw8bit": _eight_bit_bytes,
-        "adafactor": _factored_bytes,
-        "muon": lambda path, shape: full(path, shape) if params.in_layer(path) else 2 * full(path, shape),
-    }
-    return sum(rules[optimizer](path, shape) for path, shape in shapes(config).items())
-
-
-def _eight_bit_bytes(path: str, shape: tuple[int, ...]) -> int:
-    """Two moments: a byte an entry, and a float32 scale for each 256 of a row; vectors stay float32."""
-    if len(shape) < 2:
-        return 2 * FLOAT * math.prod(shape)
-    return 2 * (math.prod(shape) + FLOAT * shape[0] * math.ceil(shape[1] / 256))
-
-
-def _factored_bytes(path: str, shape: tuple[int, ...]) -> int:
-    """The row and column sums of a matrix with 128 or more of both; else the second moment; 1 where there is none."""
-    factored = len(shape) == 2 and min(shape) >= 128
-    return FLOAT * (sum(shape) + 1 if factored else math.prod(shape) + 2)
 
 
 def kv_cache_bytes(config: ModelConfig, batch: int, length: int, policy: Policy = FLOAT32) -> int:
@@ -122,20 +80,18 @@ def seen_pairs(length: int, window: int = 0) -> float:
 
 def forward(config: ModelConfig, batch: int, length: int, policy: Policy = FLOAT32) -> dict[str, Work]:
     """One forward pass over `batch` sequences of `length` tokens with all their logits, by component."""
+
     pairs = lambda block: batch * seen_pairs(length, block.window)
     return _forward(config, policy, batch * length, pairs, batch * length, batch * length)
 
 
-def token(config: ModelConfig, seen: int, policy: Policy = FLOAT32) -> dict[str, Work]:
+def token(config: ModelConfig, seen: float, policy: Policy = FLOAT32) -> dict[str, Work]:
     """One token that sees `seen` positions, itself included, and its logits: what decoding needs at batch 1."""
     return _forward(config, policy, 1, lambda block: min(seen, block.window or seen), seen, 1)
 
 
 def train_flops(config: ModelConfig, batch: int, length: int) -> float:
-    """The model FLOPs of a training step, which MFU is defined on: forward and backward, without rematerialization.
-
-    Attention counts only the pairs a causal query sees: half of the square, less with a window.
-    """
+    """The model FLOPs of a training step, which MFU is defined on: forward and backward, without rematerialization."""
     return 3 * total(forward(config, batch, length)).flops
 
 
@@ -145,15 +101,13 @@ def crossover_length(config: ModelConfig) -> float:
     A causal query sees half of its sequence on average: so sequences of about twice this length, without a window.
     Infinity where windows are too short for it.
     """
-    target = sum(work.flops for name, work in token(config, 1).items() if name == "feedforward")
-    reach = lambda block: block.window or math.inf
-    done = low = 0.0
-    for high in sorted({reach(block) for block in config.blocks}):
-        slope = sum(4 * block.heads * block.head_dim for block in config.blocks if reach(block) >= high)
-        if done + slope * (high - low) >= target:
-            return low + (target - done) / slope
-        done, low = done + slope * (high - low), high
-    return math.inf
+    of = lambda seen, name: token(config, seen)[name].flops
+    ends = [0, *sorted({block.window for block in config.blocks if block.window})]  # straight between these, and beyond
+    reached, wanted = [of(seen, "attention") for seen in ends], of(1, "feedforward")
+    if wanted <= reached[-1]:
+        return float(np.interp(wanted, reached, ends))
+    slope = of(ends[-1] + 1, "attention") - reached[-1]
+    return ends[-1] + (wanted - reached[-1]) / slope if slope else math.inf
 
 
 def _forward(
@@ -166,10 +120,10 @@ def _forward(
 ) -> dict[str, Work]:
     """The work of `tokens` new tokens, whose queries meet pairs(block) keys of the `keys` that are there."""
     work = dict.fromkeys(COMPONENTS, Work(0, 0))
-    for path, shape in shapes(config).items():
+    for path, param in params.table(config).items():
         if params.in_layer(path):
             name = "projections" if "/attention/" in path else "feedforward"
-            work[name] += _product(tokens, shape, policy)
+            work[name] += _product(tokens, param.shape, policy)
     for block in config.blocks:
         entries = tokens * block.heads + 2 * keys * block.kv_heads  # queries, keys, values
         moved = block.head_dim * (entries * ITEMSIZE[policy.compute] + tokens * block.heads * FLOAT)
@@ -180,11 +134,8 @@ def _forward(
 
 def _product(rows: float, shape: tuple[int, ...], policy: Policy) -> Work:
     """[rows, in] @ [in, out]. Its two matmuls in the backward pass have the same three matrices, so the same work."""
-    fan_in, fan_out = shape
-    moved = (
-        rows * fan_in * ITEMSIZE[policy.compute] + fan_in * fan_out * ITEMSIZE[policy.param] + rows * fan_out * FLOAT
-    )
-    return Work(2 * rows * fan_in * fan_out, moved)
+    (n, m), weight = shape, math.prod(shape) * ITEMSIZE[policy.param]
+    return Work(2 * rows * n * m, rows * n * ITEMSIZE[policy.compute] + weight + rows * m * FLOAT)
 
 
 # --- the work our programs do ----------------------------------------------------------------------------------------
@@ -201,37 +152,31 @@ def computed_pairs(queries: int, keys: int, window: int = 0, in_order: bool = Tr
     return sum(BLOCK**2 * (last(start) - first(start) + 1) for start in range(0, queries, BLOCK))
 
 
-def loss_tokens(rows: int, length: int) -> int:
-    """Tokens whose logits the loss computes: ops.output_loss pads sequences to a whole number of chunks."""
-    chunks = chunk_count(rows, length)
-    return rows * chunks * math.ceil(length / chunks)
-
-
 def train_step(config: ModelConfig, train: TrainConfig, batch: int, length: int) -> dict[str, Work]:
     """Forward and backward passes of one step over `batch` sequences of `length` tokens, by component; no `update`."""
-    policy, rows = POLICIES[train.policy], batch // train.accumulate
+    policy, rows, again = POLICIES[train.policy], batch // train.accumulate, REMAT[train.remat]
     pairs = lambda block: rows * computed_pairs(length, length, block.window)
-    ahead = _forward(config, policy, rows * length, pairs, rows * length, loss_tokens(rows, length))
+    chunks = chunk_count(rows, length)  # ops.output_loss pads sequences to a whole number of them
+    ahead = _forward(config, policy, rows * length, pairs, rows * length, rows * chunks * math.ceil(length / chunks))
     matmuls = 3 if config.feedforward == "swiglu" else 2
-    again = train.remat == "full"
-    passes = {  # of the forward's work: forward, backward, recomputed
-        "projections": 1 + 2 + again,
-        "attention": 1 + 2.5 + (train.remat != "none"),  # backward: five matmuls to the forward's two, with the scores
-        "feedforward": 1 + 2 + again * (matmuls - 1) / matmuls,  # the last one's result is not needed
+    passes = {  # of the forward's work: forward, backward, computed again
+        "projections": 1 + 2 + again.projections,
+        "attention": 1 + 2.5 + again.attention,  # backward: five matmuls to the forward's two, with the scores
+        "feedforward": 1 + 2 + again.feedforward * (matmuls - 1) / matmuls,  # the last one's result is not needed
         "output": 1 + 2,
     }
     return {name: ahead[name] * (passes[name] * train.accumulate) for name in COMPONENTS}
 
 
-def update(config: ModelConfig, train: TrainConfig) -> Work:
+def update(config: ModelConfig, train: TrainConfig, optimizer_bytes: int) -> Work:
     """Gradients and weights read, weights written, state read and written, gradients summed; and Muon's matmuls."""
-    weights = weight_bytes(config, POLICIES[train.policy])
-    moved = gradient_bytes(config) + 2 * weights + 2 * optimizer_bytes(config, train.optimizer)
-    moved += 3 * gradient_bytes(config) * train.accumulate * (train.accumulate > 1)
+    gradients, weights = weight_bytes(config), weight_bytes(config, POLICIES[train.policy])
+    moved = gradients + 2 * weights + 2 * optimizer_bytes
+    moved += 3 * gradients * train.accumulate * (train.accumulate > 1)
     flops = 0
     if train.optimizer == "muon":
-        for path, shape in shapes(config).items():
-            m, n = sorted(shape) if params.in_layer(path) else (0, 0)
+        for path, param in params.table(config).items():
+            m, n = sorted(param.shape) if params.in_layer(path) else (0, 0)
             flops += 5 * (4 * m * m * n + 2 * m**3)  # a step of Newton-Schulz: x x^T, its square, and times x
     return Work(flops, moved)
 

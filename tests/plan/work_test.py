@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import typing
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +9,16 @@ import numpy as np
 import pytest
 
 from efflm import ops, trees
-from efflm.config.model import BlockConfig, ModelShape
-from efflm.config.train import Optimizer, TrainConfig
+from efflm.config.model import BlockConfig
+from efflm.config.train import TrainConfig
 from efflm.infer import generate
 from efflm.infer.sampling import GREEDY
-from efflm.model import LanguageModel, cost, empty_cache, init_params
+from efflm.model import LanguageModel, empty_cache, init_params
+from efflm.model.params import table
 from efflm.parallel import meshes
+from efflm.plan import work
 from efflm.precision import POLICIES
-from efflm.train import aot, optimizer
+from efflm.train import aot
 from tests import tiny
 from tests.flops import matrix_flops
 
@@ -56,8 +57,9 @@ def training_step(config, train):
 def test_shapes_are_those_of_fresh_parameters(name):
     config = CONFIGS[name]
     params = abstract_model(config).params
-    assert cost.shapes(config) == {path: leaf.shape for path, leaf in trees.flatten(params)}
-    counts = cost.parameters(config)
+    shapes = {path: param.shape for path, param in table(config).items()}
+    assert shapes == {path: leaf.shape for path, leaf in trees.flatten(params)}
+    counts = work.parameters(config)
     assert sum(counts.values()) == trees.count(params)
     patterns = {
         "projections": r"/attention/\w+/(kernel|bias)$",
@@ -67,25 +69,16 @@ def test_shapes_are_those_of_fresh_parameters(name):
     }
     for component, pattern in patterns.items():
         assert counts[component] == sum(leaf.size for _, leaf in trees.select(params, pattern)), component
-    assert cost.weight_bytes(config) == cost.gradient_bytes(config) == trees.nbytes(params)
-    assert cost.weight_bytes(config, POLICIES["bfloat16_pure"]) == trees.nbytes(params) // 2
-
-
-@pytest.mark.parametrize("name", typing.get_args(Optimizer))
-def test_optimizer_bytes_are_those_of_a_fresh_state(name):
-    for shape in (tiny.GPT2, ModelShape(layers=2, width=256, heads=2, kv_heads=1, mlp_dim=300, tied=False)):
-        config = shape.config()
-        state = jax.eval_shape(optimizer.make(TrainConfig(optimizer=name)).init, abstract_model(config).params)
-        counters = trees.nbytes(state) - cost.optimizer_bytes(config, name)
-        assert 0 <= counters <= 64
+    assert work.weight_bytes(config) == trees.nbytes(params)
+    assert work.weight_bytes(config, POLICIES["bfloat16_pure"]) == trees.nbytes(params) // 2
 
 
 def test_cache_bytes_are_those_of_an_empty_cache():
     for policy in (POLICIES["float32"], POLICIES["bfloat16"]):
         cache = jax.eval_shape(lambda policy=policy: empty_cache(UNEQUAL, 3, 40, policy.compute))
-        assert cost.kv_cache_bytes(UNEQUAL, 3, 40, policy) == trees.nbytes(cache.layers)
-    moved = lambda cache_length: cost.total(cost.decode(UNEQUAL, 3, cache_length)).nbytes
-    assert moved(50) - moved(10) == cost.kv_cache_bytes(UNEQUAL, 3, 40)
+        assert work.kv_cache_bytes(UNEQUAL, 3, 40, policy) == trees.nbytes(cache.layers)
+    moved = lambda cache_length: work.total(work.decode(UNEQUAL, 3, cache_length)).nbytes
+    assert moved(50) - moved(10) == work.kv_cache_bytes(UNEQUAL, 3, 40)
 
 
 # --- FLOPs -----------------------------------------------------------------------------------------------------------
@@ -95,7 +88,7 @@ def test_cache_bytes_are_those_of_an_empty_cache():
 def test_seen_pairs_are_those_of_the_causal_mask(length, window):
     query, key = np.arange(length)[:, None], np.arange(length)[None]
     seen = (key <= query) & (key > query - (window or length))
-    assert cost.seen_pairs(length, window) == seen.sum()
+    assert work.seen_pairs(length, window) == seen.sum()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -107,12 +100,12 @@ def test_forward_and_train_flops_count_what_queries_see(name, length):
     )
     unseen = sum(
         2 * 4 * block.heads * block.head_dim
-        * (cost.computed_pairs(length, length, block.window) - cost.seen_pairs(length, block.window))
+        * (work.computed_pairs(length, length, block.window) - work.seen_pairs(length, block.window))
         for block in config.blocks
     )  # fmt: skip
-    assert cost.total(cost.forward(config, 2, length)).flops == pytest.approx(counted - unseen, rel=0.01)
-    assert cost.train_flops(config, 2, length) == pytest.approx(3 * (counted - unseen), rel=0.01)
-    token_by_token = sum(cost.total(cost.token(config, seen + 1)).flops for seen in range(length))
+    assert work.total(work.forward(config, 2, length)).flops == pytest.approx(counted - unseen, rel=0.01)
+    assert work.train_flops(config, 2, length) == pytest.approx(3 * (counted - unseen), rel=0.01)
+    token_by_token = sum(work.total(work.token(config, seen + 1)).flops for seen in range(length))
     assert token_by_token == pytest.approx((counted - unseen) / 2, rel=0.01)
 
 
@@ -135,8 +128,9 @@ TRAINED = [
 def test_train_step_multiplies_what_the_jaxpr_does(name, settings):
     config, train = CONFIGS[name], TrainConfig(**{"batch": 4, "length": 256} | settings)
     step, args = training_step(config, train)
-    work = cost.total(cost.train_step(config, train, train.batch, train.length)) + cost.update(config, train)
-    assert work.flops == pytest.approx(matrix_flops(step, *args), rel=0.01)
+    found = work.total(work.train_step(config, train, train.batch, train.length))
+    found += work.update(config, train, 0)
+    assert found.flops == pytest.approx(matrix_flops(step, *args), rel=0.01)
 
 
 @pytest.mark.parametrize("length", [256, LONG])
@@ -158,14 +152,14 @@ def test_prefill_and_decode_multiply_what_the_jaxpr_does(name, length, cache_len
     model = abstract_model(config)
     prefill = lambda model, tokens, lengths: generate.prefill(model, tokens, lengths, cache_length=cache_length)
     counted = matrix_flops(prefill, model, ids(3, length), jax.ShapeDtypeStruct((3,), jnp.int32))
-    assert cost.total(cost.prefill(config, 3, length, cache_length=cache_length)).flops == pytest.approx(
+    assert work.total(work.prefill(config, 3, length, cache_length=cache_length)).flops == pytest.approx(
         counted, rel=0.01
     )
     cache = jax.eval_shape(lambda: empty_cache(config, 3, cache_length))
     zeros, keys = np.zeros(3, np.int32), generate.row_keys(0, 3)
     state = lambda cache: generate.State(cache, jnp.asarray(zeros), jnp.zeros(3, bool), keys)
     step = lambda model, cache: generate.step(model, state(cache), GREEDY.arrays(), zeros)
-    assert cost.total(cost.decode(config, 3, cache_length)).flops == pytest.approx(
+    assert work.total(work.decode(config, 3, cache_length)).flops == pytest.approx(
         matrix_flops(step, model, cache), rel=0.01
     )
 
@@ -179,7 +173,7 @@ def test_loops_of_attention_multiply_the_predicted_pairs(length, cache_length, w
     q, k = jnp.ones((1, length, 2, 4)), jnp.ones((1, cache_length, 1, 4))
     attend = lambda q, k, v: jnp.sum(ops.attention(q, k, v, slots_BT=slots, window=window))
     forward, both = matrix_flops(attend, q, k, k), matrix_flops(jax.grad(attend, argnums=(0, 1, 2)), q, k, k)
-    of_matmul = 2 * 2 * 4 * cost.computed_pairs(length, cache_length, window, in_order=slots is None)
+    of_matmul = 2 * 2 * 4 * work.computed_pairs(length, cache_length, window, in_order=slots is None)
     assert (forward, both) == (2 * of_matmul, 7 * of_matmul)
 
 
@@ -197,12 +191,12 @@ def test_the_count_follows_loops_whose_trips_are_data():
 
 def test_attention_overtakes_the_feedforward_part_at_the_crossover():
     for config in (CONFIGS["llama"], CONFIGS["gpt2"], dataclasses.replace(UNEQUAL, width=8)):
-        at = cost.crossover_length(config)
-        work = cost.token(config, at)
-        assert work["attention"].flops == pytest.approx(work["feedforward"].flops)
-        longer = cost.token(config, at + 1)
+        at = work.crossover_length(config)
+        found = work.token(config, at)
+        assert found["attention"].flops == pytest.approx(found["feedforward"].flops)
+        longer = work.token(config, at + 1)
         assert longer["attention"].flops > longer["feedforward"].flops
     windowed = dataclasses.replace(tiny.LLAMA, window=4).config()
-    assert cost.crossover_length(windowed) == math.inf
-    work = cost.token(windowed, 10**6)
-    assert work["attention"].flops < work["feedforward"].flops
+    assert work.crossover_length(windowed) == math.inf
+    found = work.token(windowed, 10**6)
+    assert found["attention"].flops < found["feedforward"].flops
