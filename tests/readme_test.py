@@ -1,6 +1,7 @@
 """The code in the READMEs runs, and what they name exists."""
 
 import re
+import sys
 from pathlib import Path
 
 import jax
@@ -97,6 +98,21 @@ def test_the_front_page_lists_every_recipe_and_experiment():
     assert set(re.findall(r"^\| `experiments\.(\w+)` \|", FRONT, re.M)) == there
     listed = re.findall(r"^\| `(\w+)` \| [A-Z].*\?", (ROOT / "experiments" / "README.md").read_text(), re.M)
     assert set(listed) == there
+
+
+def row_of(name, kind):
+    """A step as the README of compress lists it: what its class says of itself, and the papers that its file names."""
+    at, module = getattr(kind, "at", ""), sys.modules[kind.__module__]
+    field = next(iter(at("0.5"))) if callable(at) else {"steps": "share"}.get(at, at)
+    says = " ".join(kind.__doc__.partition("\n\n")[0].split())
+    papers = re.findall(r"((?:\w+ & )?\w+ \d{4}),\s+arXiv\s+(\d{4}\.\d{5})", module.__doc__)
+    told = "; ".join(map(", ".join, papers)) if module.__name__.endswith(f".{name}") else ""
+    return f"| `{name}{'@' * bool(field)}{field}` | {says} | {told} |"
+
+
+def test_the_readme_of_compression_lists_every_step_in_its_own_words():
+    steps = (ROOT / "efflm" / "compress" / "README.md").read_text().partition("\n## Steps")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `.*$", steps, re.M) == [row_of(*each) for each in recipe.STEPS.items()]
 
 
 @pytest.mark.parametrize("file", READMES, ids=name_of)
