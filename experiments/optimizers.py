@@ -38,7 +38,8 @@ from efflm.model import LanguageModel, autotune, init_params
 from efflm.parallel import meshes
 from efflm.report import numbers, page, plots, table
 from efflm.report.page import Section, Table
-from efflm.report.table import Column
+from efflm.report.rows import Row
+from efflm.report.table import Column, figure
 from efflm.train import metrics, optimizer, trainer
 
 # Untied, since with tied embeddings the seed decides when a small model leaves the loss of token frequencies.
@@ -102,50 +103,19 @@ class Trained:
     validation: float
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """What one optimizer reached. Deviations are over seeds, None of one; differences to AdamW are paired by seed."""
-
-    name: str
-    learning_rate: float
-    bits_per_byte: float
-    bits_per_byte_sd: float | None
-    over_adamw: float
-    over_adamw_sd: float | None
-    steps_to_adamw: int | None
-    seconds_to_adamw: float | None
-    tokens_per_second: float
-    state_bytes: float
-    note: str
+def _over(row: Row) -> str | tuple[str, str]:
+    return "reference" if row.name == "adamw" else numbers.signed(row.over_adamw, row.over_adamw_sd)
 
 
 COLUMNS = (
-    Column("optimizer", lambda row: row.name),
-    Column("learning rate", lambda row: f"{row.learning_rate:.1e}", lambda row: row.learning_rate),
-    Column(
-        "test bits/byte ± s.d.",
-        lambda row: numbers.with_error(row.bits_per_byte, row.bits_per_byte_sd),
-        lambda row: row.bits_per_byte,
-    ),
-    Column(
-        "over AdamW ± s.d.",
-        lambda row: (
-            "reference" if row.name == "adamw" else numbers.with_error(row.over_adamw, row.over_adamw_sd, sign=True)
-        ),
-        lambda row: row.over_adamw,
-    ),
-    Column(
-        "steps to AdamW's loss",
-        lambda row: f"{row.steps_to_adamw:,}" if row.steps_to_adamw else "—",
-        lambda row: row.steps_to_adamw,
-    ),
-    Column(
-        "seconds to it",
-        lambda row: f"{row.seconds_to_adamw:.1f}" if row.steps_to_adamw else "—",
-        lambda row: row.seconds_to_adamw,
-    ),
-    Column("tokens/s", lambda row: f"{row.tokens_per_second:,.0f}", lambda row: row.tokens_per_second, best="largest"),
-    Column("state bytes/parameter", lambda row: f"{row.state_bytes:.2f}", lambda row: row.state_bytes, best="smallest"),
+    figure("optimizer", "name", str),
+    figure("learning rate", "learning_rate", "{:.1e}".format),
+    figure("test bits/byte ± s.d.", "bits_per_byte", numbers.with_error, "bits_per_byte_sd"),
+    Column("over AdamW ± s.d.", _over, lambda row: row.over_adamw),
+    figure("steps to AdamW's loss", "steps_to_adamw", "{:,}".format),
+    figure("seconds to it", "seconds_to_adamw", "{:.1f}".format),
+    figure("tokens/s", "tokens_per_second", "{:,.0f}".format, best="largest"),
+    figure("state bytes/parameter", "state_bytes", "{:.2f}".format, best="smallest"),
 )
 
 
@@ -203,21 +173,18 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
         over = test[name] - test["adamw"]
         reached = np.flatnonzero(curves[name][2] <= curves["adamw"][2, -1])
         steps, seconds, _ = curves[name][:, reached[0]] if len(reached) else (None, None, None)
-        rows.append(
-            Row(
-                name=name,
-                learning_rate=group[0].rate,
-                bits_per_byte=float(test[name].mean()),
-                bits_per_byte_sd=quality.deviation(test[name]),
-                over_adamw=float(over.mean()),
-                over_adamw_sd=quality.deviation(over),
-                steps_to_adamw=None if steps is None else int(steps),
-                seconds_to_adamw=seconds,
-                tokens_per_second=fastest[name].tokens_per_second,
-                state_bytes=optimizer.state_bytes(optimizer.make(settings(name, train)), group[0].model.params),
-                note=notes[name],
-            )
-        )
+        figures = {
+            "learning_rate": group[0].rate,
+            "bits_per_byte": float(test[name].mean()),
+            "bits_per_byte_sd": quality.deviation(test[name]),  # over seeds, None of one
+            "over_adamw": float(over.mean()),  # paired by seed
+            "over_adamw_sd": quality.deviation(over),
+            "steps_to_adamw": None if steps is None else int(steps),
+            "seconds_to_adamw": seconds,
+            "tokens_per_second": fastest[name].tokens_per_second,
+            "state_bytes": optimizer.state_bytes(optimizer.make(settings(name, train)), group[0].model.params),
+        }
+        rows.append(Row(name, figures, notes[name]))
     facts = [
         *verdicts({row.name: row for row in rows}),
         f"Trained for {train.steps} steps of {train.batch} x {train.length} tokens, {train.warmup} of them warm-up, "
@@ -233,7 +200,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
     run_directory.write_json(
         run_dir / "results.json",
         {
-            "rows": [dataclasses.asdict(row) for row in rows],
+            "rows": [row.json() for row in rows],
             "test_bits_per_byte": {name: values.tolist() for name, values in test.items()},
             "facts": facts,
             "command": command,

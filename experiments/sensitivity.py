@@ -21,7 +21,7 @@ from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
 from efflm.compress import recipe, sensitivity
 from efflm.compress.mixed import Mixed
-from efflm.compress.sensitivity import Format, Row, Unit
+from efflm.compress.sensitivity import Format, Unit
 from efflm.compress.step import Calibration
 from efflm.config import PRECISION, AskedPrecision, flag, require, require_seed
 from efflm.data import corpora, dataset
@@ -30,7 +30,8 @@ from efflm.formats.sources import KINDS
 from efflm.parallel import meshes
 from efflm.report import numbers, page, rows, table
 from efflm.report.page import Section
-from efflm.report.table import Column
+from efflm.report.rows import Row
+from efflm.report.table import figure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,37 +67,32 @@ class Run:
         return Mixed(**{name: getattr(self, name) for name in names})
 
 
-@dataclasses.dataclass(frozen=True)
-class Shown:
-    """A row as tables show it."""
-
-    name: str
-    row: Row
-    note: str = ""
-
-    @property
-    def per_megabyte(self) -> float:
-        """Nats a token for each MB saved."""
-        return self.row.loss / self.row.saved * 1e6
+def shown_row(row: sensitivity.Row) -> Row:
+    figures = {name: getattr(row, name) for name in ("loss", "bits", "divergence", "estimate", "saved")}
+    return Row(row.name, figures | {"format": str(row.format), "per_megabyte": row.loss / row.saved * 1e6})
 
 
-def six(value: float, sign: bool = False) -> str:
-    return numbers.fixed(value, 6, sign)
+def six(value: float) -> str:
+    return numbers.fixed(value, 6)
+
+
+def six_signed(value: float) -> str:
+    return numbers.fixed(value, 6, sign=True)
 
 
 COLUMNS = (
-    Column("rounded alone", lambda shown: shown.name),
-    Column("format", lambda shown: str(shown.row.format)),
-    Column("loss, nats/token", lambda shown: six(shown.row.loss, sign=True), lambda shown: shown.row.loss),
-    Column("bits/token", lambda shown: six(shown.row.bits, sign=True), lambda shown: shown.row.bits),
-    Column("divergence", lambda shown: six(shown.row.divergence), lambda shown: shown.row.divergence),
-    Column("squared error", lambda shown: f"{shown.row.estimate:.3g}", lambda shown: shown.row.estimate),
-    Column("MB saved", lambda shown: numbers.fixed(shown.row.saved / 1e6, 3), lambda shown: shown.row.saved),
-    Column("nats for a MB", lambda shown: six(shown.per_megabyte, sign=True), lambda shown: shown.per_megabyte),
+    figure("rounded alone", "name", str),
+    figure("format", "format", str),
+    figure("loss, nats/token", "loss", six_signed),
+    figure("bits/token", "bits", six_signed),
+    figure("divergence", "divergence", six),
+    figure("squared error", "estimate", "{:.3g}".format),
+    figure("MB saved", "saved", lambda nbytes: numbers.fixed(nbytes / 1e6, 3)),
+    figure("nats for a MB", "per_megabyte", six_signed),
 )
 
 
-def by_layer(found: Sequence[Row], format: Format) -> page.Bars:
+def by_layer(found: Sequence[sensitivity.Row], format: Format) -> page.Bars:
     """The divergence of each layer's matrices in one format, a bar a layer."""
     values: dict[str, dict[str, float]] = {}
     for row in found:
@@ -134,7 +130,8 @@ def main(run: Run) -> None:
     found = sensitivity.sensitivity(
         loaded.model, context.calibration, formats, context.mesh, rows=run.rows, unit=run.unit
     )
-    shown = sorted((Shown(row.name, row) for row in found.rows), key=lambda each: each.per_megabyte, reverse=True)
+    ordered = sorted(found.rows, key=lambda row: row.loss / row.saved, reverse=True)
+    shown = [shown_row(row) for row in ordered]
     facts = [
         f"Loss of the model as it is: {found.loss:.4f} nats a token, over {found.tokens:,} tokens of the training "
         f"split ({run.rows} sequences, seed {run.seed}). Each row: one {run.unit} alone is rounded.",
@@ -143,7 +140,7 @@ def main(run: Run) -> None:
         *rows.cautions(run.model, loaded.about, seen=""),
     ]
     machine, command = run_directory.machine(), command_line("experiments.sensitivity", sys.argv)
-    kept = [dataclasses.asdict(each.row) | {"bits_per_token": each.row.bits} for each in shown]
+    kept = [dataclasses.asdict(row) | {"bits_per_token": row.bits} for row in ordered]
     given = {"loss": found.loss, "tokens": found.tokens, "rows": kept, "protocol": facts}
     run_directory.write_json(run_dir / "results.json", given | {"command": command, "versions": machine})
     table.show(shown[: run.show or None], facts, COLUMNS)
