@@ -1,17 +1,8 @@
 """What a compiled program sends over the network: the collectives in its HLO text, with their bytes and repetitions.
 
-Bytes are those that one device receives, by the ring algorithms, of a group of g devices (Thakur 2005, "Optimization
-of collective communication operations in MPICH"):
-
-    all-gather           (g - 1) / g of the result
-    reduce-scatter       (g - 1) / g of the operand
-    all-reduce           both of these: 2 (g - 1) / g
-    all-to-all           (g - 1) / g of the operand
-    collective-permute   the result
-
-A collective inside a loop counts once for each trip, where the compiler knows how many there are.
-
-Compilers write all-reduce for other things, too, and what counts here is the least that has to move:
+Bytes are those that one device receives, by the ring algorithms (Thakur 2005, "Optimization of collective communication
+operations in MPICH"): RECEIVED. A collective inside a loop counts once for each trip, where the compiler knows how many
+there are. Compilers write all-reduce for other things, too, and what counts here is the least that has to move:
 
     an all-reduce of which a device reads only its own slice is a reduce-scatter. The CPU's compiler always writes it
     so, and the TPU's on a large 3D torus.
@@ -23,13 +14,20 @@ A combined operation is counted once for each kind in it.
 
 import collections
 import dataclasses
+import itertools
 import math
 import re
 from typing import NamedTuple
 
 import numpy as np
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+RECEIVED = {  # by one of g devices, for each byte of its operand
+    "all-gather": lambda g: g - 1,
+    "reduce-scatter": lambda g: (g - 1) / g,
+    "all-reduce": lambda g: 2 * (g - 1) / g,
+    "all-to-all": lambda g: (g - 1) / g,
+    "collective-permute": lambda g: 1,
+}
 BITS = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32, "s64": 64, "u64": 64,
     "f8e4m3fn": 8, "f8e5m2": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64,
@@ -86,7 +84,7 @@ def collectives(text: str) -> list[Collective]:
     graph, out = _graph(computations), []
     for name, (trips, known) in _repetitions(computations, entry).items():
         for instruction in computations[name]:
-            if instruction.opcode.removesuffix("-start") in KINDS:
+            if instruction.opcode.removesuffix("-start") in RECEIVED:
                 out += _collectives(graph.nodes[instruction.name], graph, trips, known)
     return out
 
@@ -109,24 +107,12 @@ def _collectives(instruction: _Instruction, graph: "_Graph", trips: int, known: 
                 kind = "reduce-scatter"
             elif _own_part(graph, name):
                 kind, given = "all-gather", given / len(group)
-        bytes_of[kind], dtypes[kind] = bytes_of.get(kind, 0) + given * _received(kind, len(group)), dtype
+        bytes_of[kind], dtypes[kind] = bytes_of.get(kind, 0) + given * RECEIVED[kind](len(group)), dtype
     name = instruction.name.partition("/")[2]
     return [
         Collective(kind, name, group, dtypes[kind], nbytes * trips, trips, kind != written, known)
         for kind, nbytes in bytes_of.items()
     ]
-
-
-def _received(kind: str, size: int) -> float:
-    """Bytes that a device receives for each byte of its operand."""
-    share = (size - 1) / size
-    return {
-        "all-gather": size - 1,
-        "reduce-scatter": share,
-        "all-reduce": 2 * share,
-        "all-to-all": share,
-        "collective-permute": 1,
-    }[kind]
 
 
 def _nbytes(array: tuple[str, str]) -> float:
@@ -136,8 +122,7 @@ def _nbytes(array: tuple[str, str]) -> float:
 
 def _parse(text: str) -> tuple[_Computations, str]:
     """{computation: its instructions}, and the name of the one that is run."""
-    computations: _Computations = {}
-    entry, current = "", ""
+    computations, entry, current = {}, "", ""
     for line in text.splitlines():
         if header := _HEADER.match(line):
             current = header[2]
@@ -155,12 +140,9 @@ def _parse(text: str) -> tuple[_Computations, str]:
 
 def _split_arguments(text: str) -> tuple[str, str]:
     """What stands before the parenthesis that closes, and what follows it."""
-    depth = 1
-    for index, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if depth == 0:
-            return text[:index], text[index + 1 :]
-    return text, ""
+    depths = itertools.accumulate((letter == "(") - (letter == ")") for letter in text)
+    end = next((index for index, depth in enumerate(depths) if depth < 0), len(text))
+    return text[:end], text[end + 1 :]
 
 
 def _group(rest: str, kind: str) -> tuple[int, ...]:
@@ -202,7 +184,7 @@ def _group_of_mesh(mesh: str, numbers: str | None, axes: str) -> tuple[int, ...]
         talk += [False, name in parts, False]
     devices = np.arange(math.prod(sides))
     if permuted := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", numbers or ""):
-        devices = _devices(*permuted.groups()).ravel()
+        devices = _devices(*permuted.groups())
     elif numbers:
         devices = np.array([int(number) for number in numbers.split(",")])
     devices = devices.reshape(sides)
@@ -284,9 +266,8 @@ def _only_sliced(graph: _Graph, value: _Instruction, part: int | None = None) ->
         users = [user for user in users if f"index={part}" in re.split(r"[,\s]+", user.rest)]
 
     def slices(user: _Instruction) -> bool:
-        if user.opcode == "dynamic-slice":
-            return user.operands[0] == value.name
-        return user.opcode in PASSING and _only_sliced(graph, user)
+        first = user.opcode == "dynamic-slice" and user.operands[0] == value.name
+        return first or (user.opcode in PASSING and _only_sliced(graph, user))
 
     return bool(users) and not value.root and all(map(slices, users))
 
