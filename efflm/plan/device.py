@@ -115,8 +115,8 @@ def _stored_of_a_row(config: ModelConfig, train: TrainConfig) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """Bytes on one device by kind. arguments: of the program, exactly. besides: what it makes, of which at least the
-    largest is there at once."""
+    """Bytes on one device by kind. arguments: of the program, exactly. besides: what it makes, of which the
+    largest is counted: they are not all there at once."""
 
     arguments: dict[str, float]
     besides: dict[str, float]

@@ -35,7 +35,12 @@ def holdings(held: Held, found: Any) -> list[Row]:
         row("arguments", "all above", arguments, found and found.argument_size_in_bytes),
         *(row(name, NOTES[name], nbytes) for name, nbytes in held.besides.items()),
         row("temporaries", "known to the compiler only", None, found and found.temp_size_in_bytes),
-        row("all", "what must fit; without the compiler, at least", held.total, found and on_device(found)),
+        row(
+            "all",
+            "what must fit: by the compiler, or else arguments and the larger of gradients and stored activations",
+            held.total,
+            found and on_device(found),
+        ),
     ]
 
 

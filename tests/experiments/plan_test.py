@@ -1,5 +1,6 @@
 """The plan from its flags to its file, on fake devices; the TPU's compiler where it is installed."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -62,6 +63,22 @@ def test_the_search_needs_no_compiler(tmp_path, capsys, monkeypatch):
     assert found["search"][0]["fits"]
     assert "bytes" not in found
     assert "candidates" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("fitting", "count"), [(2, 2), (9, 3)])
+def test_the_search_compiles_until_one_fits(tmp_path, monkeypatch, fitting, count):
+    tried = []
+
+    def compiled(run, config, train, sizes, chip, topology):
+        tried.append((sizes, train.batch, train.remat))
+        return {"fits": len(tried) == fitting, "mesh": dataclasses.asdict(sizes)}, [], []
+
+    monkeypatch.setattr(plan, "compiled", compiled)
+    found = run(tmp_path / "out", "--search", "--devices=8", "--hardware=h100", "--shown=1")
+    assert len(tried) == len({str(each) for each in tried}) == count
+    assert found["mesh"] == dataclasses.asdict(tried[-1][0])
+    assert found["fits"] == (fitting == count)
+    assert len(found["search"]) == 1
 
 
 @pytest.mark.parametrize(
