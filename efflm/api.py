@@ -90,7 +90,7 @@ def compress(
         require(
             type(value) is int and value > 0, f"{setting} is {arguments.shown(value)}, but must be a positive integer"
         )
-    if reads_text(chain) or (text is not None and not {type(step) for step in chain} <= {*recipe.STEPS.values()}):
+    if reads_text(chain) or (text is not None and not recipe.known(chain)):
         does = "trains" if trains(chain) else "is calibrated"
         require(
             text is not None or "source" in model.about,
@@ -270,9 +270,11 @@ def context_for(
     lower: tuple[str, str],
     strict: bool = False,
 ) -> Context:
-    """What steps that read text are given, of the training split of `source`: batches of `length` tokens where one of
-    them trains or is not known, and calibration text where one needs it. lower: the caller's names of what makes a
-    batch smaller, and of what makes the calibration text smaller. Raises InputError with these."""
+    """What steps are given. Of the training split of `source`: batches of `length` tokens where one of them trains or
+    is not known, and calibration text where one needs it. lower: the caller's names of what makes a batch smaller, and
+    of what makes the calibration text smaller. Raises InputError with these."""
+    if not reads_text(steps) and recipe.known(steps):
+        return Context(seed=seed, mesh=meshes.data_parallel(batch))
     prepare = functools.partial(
         dataset.prepare, source, cache, vocabulary=model.config.vocabulary, tokenizer=tokenizer, strict=strict
     )
@@ -308,4 +310,4 @@ def prompt_ids(
 
 def _note(model: LanguageModel) -> str:
     """What was done to a model, in words."""
-    return "; ".join(filter(None, [grammar.of_lineage(model.about.get("lineage", ())), rows.zeros(model)]))
+    return rows.note(grammar.of_lineage(model.about.get("lineage", ())), model)

@@ -30,7 +30,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from efflm import api, ops, trees
@@ -46,7 +45,6 @@ from efflm.evaluate.quality import Quality
 from efflm.evaluate.windows import Scoring
 from efflm.formats import sources
 from efflm.formats.sources import KINDS, Loaded
-from efflm.infer.generate import forward
 from efflm.model import LanguageModel
 from efflm.parallel import sharding
 from efflm.report import page, rows, swept, table
@@ -107,7 +105,7 @@ def main(run: Run, calibration: Calibration, score: Scoring) -> None:
     measure = functools.partial(measured, text, loaded, score, {})
     before, found = measure(dense), {}
     say(f"{rows.label(loaded.about)}: {quality.words(quality.bits_per_byte(before))} bits per byte")
-    forward_seconds = plain_pass(dense, contexts[0].calibration)
+    forward_seconds = speed.seconds_to_read(dense, contexts[0].calibration)
     facts = protocol(run, calibration, loaded, text, score, before, contexts, forward_seconds)
     results = {
         "protocol": facts,
@@ -118,7 +116,8 @@ def main(run: Run, calibration: Calibration, score: Scoring) -> None:
     for name, steps in chains.items():
         made = []
         for seed in range(run.seeds if reads_text(steps) else 1):
-            after, seconds, more = compressed(dense, steps, contexts[seed])
+            work = functools.partial(recipe.run, dense, steps, contexts[seed])
+            (after, _), seconds, more = speed.cost_of(work)
             made.append(measure(after))
             size = ops.stored_nbytes(after.params, after.masks)
             memory = None if more is None else 1 + more / trees.nbytes(dense.params)
@@ -162,35 +161,6 @@ def context_for(
 def measured(text: Any, loaded: Loaded, score: Scoring, kept: dict[int, np.ndarray], model: LanguageModel) -> Quality:
     models = {"": sharding.on_one_device(model)}
     return scoring.measure(models, text, loaded.tokenizer, score, loaded.model, kept)[""]
-
-
-def compressed(
-    dense: LanguageModel, steps: Sequence[Step], context: Context
-) -> tuple[LanguageModel, float, int | None]:
-    """The model after the steps, the seconds that took, and the most memory meanwhile above what was held before."""
-    made: list[LanguageModel] = []
-
-    def work() -> None:
-        after, _ = recipe.run(dense, steps, context)
-        made.append(jax.block_until_ready(after))
-
-    start = time.perf_counter()
-    above = speed.peak_bytes_above(work)
-    return made[0], time.perf_counter() - start, above
-
-
-def plain_pass(model: LanguageModel, batch: dict[str, np.ndarray], chunk: int = 8) -> float:
-    """Seconds of one forward pass over all rows, with the logits, after warm-up."""
-    run = jax.jit(lambda model, tokens, positions, segments: forward(
-        model, tokens, positions=positions, segments=segments)[0].max())  # fmt: skip
-    names = ("inputs", "positions", "segments")
-    parts = [[batch[name][start : start + chunk] for name in names] for start in range(0, len(batch["inputs"]), chunk)]
-    whole = [part for part in parts if len(part[0]) == len(parts[0][0])]
-    jax.block_until_ready(run(model, *whole[0]))
-    start = time.perf_counter()
-    for part in whole:
-        jax.block_until_ready(run(model, *part))
-    return (time.perf_counter() - start) * len(batch["inputs"]) / sum(len(part[0]) for part in whole)
 
 
 def protocol(

@@ -14,7 +14,7 @@ is calibrated keeps the model after each step: the same command goes on with the
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,14 @@ from efflm import api, ops, trees
 from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
 from efflm.compress import grammar, recipe
-from efflm.compress.step import Calibration, Context, Record, Step, reads_text
+from efflm.compress.step import Calibration, Record, reads_text
 from efflm.config import PRECISION, AskedPrecision, InputError, flag, require, require_seed
 from efflm.data import corpora, dataset
 from efflm.evaluate import machine, quality, scoring, throughput
 from efflm.evaluate.windows import Scoring
 from efflm.formats import efflm_file, saved, sources
 from efflm.formats.saved import Saved
-from efflm.formats.sources import KINDS, Loaded
+from efflm.formats.sources import KINDS
 from efflm.model import LanguageModel
 from efflm.parallel import meshes, sharding
 from efflm.report import analysis, compared, numbers, page, rows, samples, table
@@ -73,30 +73,6 @@ class Run:
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
 
 
-def context_for(run: Run, calibration: Calibration, loaded: Loaded, steps: Sequence[Step]) -> Context:
-    """What the steps may use; text is prepared only where one of them reads it."""
-    if not reads_text(steps):
-        return Context(seed=run.seed, mesh=meshes.data_parallel(run.batch))
-    return api.context_for(
-        steps,
-        dataset.source_of(run.corpus, loaded.about),
-        dataset.cache(),
-        loaded.model,
-        loaded.tokenizer,
-        batch=run.batch,
-        length=run.length,
-        calibration=calibration,
-        seed=run.seed,
-        lower=api.FLAGS,
-        strict=run.strict,
-    )
-
-
-def described(steps: tuple[Step, ...], after: LanguageModel) -> str:
-    """What was done; for pruned models, that zeros do not make them faster."""
-    return "; ".join(filter(None, [grammar.write(steps), rows.zeros(after)]))
-
-
 @run_directory.locked
 def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **steps: dict) -> None:
     began = time.perf_counter()
@@ -119,7 +95,11 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
     if text.left_out:
         say(text.left_out)
     score = score.within(dense.config.max_length, about.get("train.length", 0), text.unbroken)
-    context = context_for(run, calibration, loaded, [step for steps in plans.values() for step in steps])
+    context = api.context_for(
+        [step for steps in plans.values() for step in steps],
+        dataset.source_of(run.corpus, about), dataset.cache(), dense, tokens,
+        batch=run.batch, length=run.length, calibration=calibration, seed=run.seed, lower=api.FLAGS, strict=run.strict,
+    )  # fmt: skip
     run_directory.use_compilation_cache()
     protocol, kept, qualities, timed, loads = throughput.protocol_for(dense), {}, {}, {}, []
     platform, records, sizes, written, measured, phases = jax.default_backend(), {}, {}, {}, [], []
@@ -147,7 +127,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
         unfinished.unlink(missing_ok=True)
         rates, load = throughput.rates({first: dense_here, name: here}, protocol)
         loads.append(load)
-        pairs = [(name, after, sizes[name + KIND], described(steps, after), found[name])]
+        pairs = [(name, after, sizes[name + KIND], rows.note(grammar.write(steps), after), found[name])]
         if not measured:
             pairs.insert(0, (first, dense, sizes[BEFORE], rows.origin(run.model, about), before))
         for each, model, nbytes, note, figures in pairs:

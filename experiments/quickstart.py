@@ -94,7 +94,7 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
         print(f"  {name}: {NOTES[name]}", flush=True)
         context = dataclasses.replace(context, metrics=run_dir / "curves" / name)
         models[name], records[name] = recipe.run(dense, grammar.chain(name), context)
-        notes[name] = "; ".join(filter(None, [notes[name], rows.zeros(models[name])]))
+        notes[name] = rows.note(notes[name], models[name])
     about = digests | {"source": data.corpus.source, "seed": run.seed, "train.length": train.length}
     files = {file(name): Saved(each, about | {"recipe": name}, records[name]) for name, each in models.items()}
     nbytes = saved.save(run_dir / "models", files, data.tokenizer)

@@ -174,13 +174,8 @@ class Maker:
 
     def _train(self, made: Made, steps: tuple[Step, ...], seed: int) -> float:
         """Changes `made`, and gives the seconds that took."""
-
-        def work() -> None:
-            made.model = jax.block_until_ready(recipe.run(made.model, steps, self.context(seed))[0])
-
-        began = time.perf_counter()
-        above = speed.peak_bytes_above(work)
-        took = time.perf_counter() - began
+        work = functools.partial(recipe.run, made.model, steps, self.context(seed))
+        (made.model, _), took, above = speed.cost_of(work)
         made.seconds += took
         made.memory = max(made.memory, above or 0)
         made.tokens += sum(getattr(step, "steps", 0) for step in steps) * self.run.batch * self.run.length

@@ -86,6 +86,11 @@ RECIPES: dict[str, str] = {
 }
 
 
+def known(steps: Sequence[Step]) -> bool:
+    """Whether all steps are of this library."""
+    return {*map(type, steps)} <= {*STEPS.values()}
+
+
 def of_embeddings(step: Step) -> bool:
     """Whether the step rounds nothing but the embeddings, as EMBEDDINGS does."""
     return getattr(step, "where", "") == "embeddings"

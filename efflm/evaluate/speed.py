@@ -6,7 +6,7 @@ import multiprocessing
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ import numpy as np
 
 from efflm import malloc, ops, trees
 from efflm.config import InputError, require
-from efflm.infer.generate import State, decode, prefill, row_keys
+from efflm.infer.generate import State, decode, forward, prefill, row_keys
 from efflm.infer.sampling import GREEDY
 from efflm.model import LanguageModel, empty_cache, in_dtype
 from efflm.model.params import find, in_layer, is_matrix
@@ -141,6 +141,28 @@ def peak_bytes_above(run: Callable[[], Any]) -> int | None:
     """The most memory of this process while run() goes on, above what it held before; None as in peak_bytes."""
     held, peak = peak_bytes(lambda: None), peak_bytes(run)
     return None if peak is None or held is None else peak - held
+
+
+def cost_of(work: Callable[[], Any]) -> tuple[Any, float, int | None]:
+    """What work() gives once all of it is computed, the seconds that took, and the most memory meanwhile above what was
+    held before (see `peak_bytes_above`)."""
+    made, start = [], time.perf_counter()
+    above = peak_bytes_above(lambda: made.append(jax.block_until_ready(work())))
+    return made[0], time.perf_counter() - start, above
+
+
+def seconds_to_read(model: LanguageModel, batch: Mapping[str, np.ndarray], chunk: int = 8) -> float:
+    """Of one forward pass over all rows of a batch, with the logits, after warm-up."""
+    run = jax.jit(lambda model, tokens, positions, segments: forward(
+        model, tokens, positions=positions, segments=segments)[0].max())  # fmt: skip
+    names = ("inputs", "positions", "segments")
+    parts = [[batch[name][start : start + chunk] for name in names] for start in range(0, len(batch["inputs"]), chunk)]
+    whole = [part for part in parts if len(part[0]) == len(parts[0][0])]
+    jax.block_until_ready(run(model, *whole[0]))
+    start = time.perf_counter()
+    for part in whole:
+        jax.block_until_ready(run(model, *part))
+    return (time.perf_counter() - start) * len(batch["inputs"]) / sum(len(part[0]) for part in whole)
 
 
 # --- a process for each model ----------------------------------------------------------------------------------------

@@ -87,12 +87,13 @@ def cautions(model: str, about: dict[str, Any], seen: str) -> list[str]:
     return out
 
 
-def zeros(model: LanguageModel) -> str:
-    """Of a pruned model, that its zeros do not make it faster; of others nothing."""
+def note(done: str, model: LanguageModel) -> str:
+    """What was done, and of a pruned model that its zeros do not make it faster."""
     if not model.masks:
-        return ""
+        return done
     size = numbers.megabytes(trees.nbytes(model.params))
-    return f"no faster, since a masked dense matrix multiplies its zeros too; {size} MB if dense"
+    zeros = f"no faster, since a masked dense matrix multiplies its zeros too; {size} MB if dense"
+    return "; ".join(filter(None, [done, zeros]))
 
 
 def collect(
