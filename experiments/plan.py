@@ -105,16 +105,22 @@ def main(run: Run, mesh: MeshConfig, train: TrainConfig) -> None:
     out: dict[str, Any] = {"model": run.model, "hardware": dataclasses.asdict(chip), "devices": devices}
     tables, facts, tried = [], [], [(mesh, train)]
     if run.search:
-        found = searched(run, config, train, chip, devices)
+        found = search.search(config, train, chip, devices)
+        require(
+            len(found) > 0,
+            f"no mesh of {devices} devices divides a batch of {train.batch} rows of {train.length} and the widths of "
+            f"{run.model}: change one of them",
+        )
         shown, fit = found[: run.shown], sum(each.fits for each in found)
         facts += [
             f"{len(found)} candidates, {fit} of which fit into the {numbers.size(chip.memory)} of a {chip.name}, as "
             "far as state, gradients and stored activations tell: a compiler may need more, or less."
         ]
-        tables.append(
-            Table(caption="The fastest candidates.", columns=planned.SEARCH_COLUMNS, rows=planned.ranked(shown))
-        )
-        table.show(tables[0].rows, facts, planned.SEARCH_COLUMNS)
+        ranked, columns = planned.ranked(shown), planned.SEARCH_COLUMNS
+        tables.append(Table(caption="The fastest candidates.", columns=columns, rows=ranked))
+        table.show(ranked, facts, columns)
+        more = f"more devices than {devices}, or a smaller train.batch than {train.batch}, may"
+        require(fit > 0, f"nothing fits: {more}")
         out["search"] = [dataclasses.asdict(each) for each in shown]
         tried = [(MeshConfig(**each.sizes), each.train) for each in found[: run.tried]]
     for each, settings in tried if run.compile else []:
@@ -157,20 +163,6 @@ def how_many(run: Run, mesh: MeshConfig, topology: str) -> int:
         f"the mesh has {fixed} devices, but {run.hardware} has {count}: make the product of its axes {count}",
     )
     return count
-
-
-def searched(run: Run, config: ModelConfig, train: TrainConfig, chip: Hardware, devices: int) -> list[search.Candidate]:
-    """The candidates, of which the first one fits."""
-    found = search.search(config, train, chip, devices)
-    require(
-        len(found) > 0,
-        f"no mesh of {devices} devices divides a batch of {train.batch} rows of {train.length} and the widths of "
-        f"{run.model}: change one of them",
-    )
-    require(
-        found[0].fits, f"nothing fits: more devices than {devices}, or a smaller train.batch than {train.batch}, may"
-    )
-    return found
 
 
 # --- compiling -------------------------------------------------------------------------------------------------------
@@ -218,9 +210,8 @@ def compiled(
     rate = batch * (1 if run.phase == "decode" else length) / predicted.seconds
     needed = planned.on_device(stats) if stats else held.total
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
-    weights = ("weights in int8" if run.int8 else "weights in bfloat16") + ", activations too" * (
-        run.activations == "int8"
-    )
+    weights = f"weights in {'int8' if run.int8 else 'bfloat16'}"
+    weights += ", activations too" * (run.activations == "int8")
     settings = f"{train.policy}, remat {train.remat}, {train.optimizer}" if training else weights
     facts = [
         f"{run.model}, {sum(work.parameters(config).values()) / 1e9:.2f} B parameters, on {mesh.size} x {chip.name} "
