@@ -155,7 +155,7 @@ def rivals(count: int) -> Iterator[Callable[[bool], None]]:
     """
     processes = []
 
-    def run(on: bool) -> None:
+    def let_run(on: bool) -> None:
         for process in processes:
             process.send_signal(signal.SIGCONT if on else signal.SIGSTOP)
 
@@ -163,8 +163,8 @@ def rivals(count: int) -> Iterator[Callable[[bool], None]]:
         for _ in range(count):
             command = [sys.executable, "-c", SPIN, str(os.getpid())]
             processes.append(subprocess.Popen(command, start_new_session=True))
-        run(False)
-        yield run
+        let_run(False)
+        yield let_run
     finally:
         for process in processes:
             process.kill()

@@ -88,7 +88,7 @@ def _round(model: LanguageModel, protocol: Protocol, clock: Callable[[], float])
         tokens = np.arange(length, dtype=np.int32)[None] % 251
         return jax.block_until_ready(prefill(model, tokens, np.array([length], np.int32), cache_length=cache_length))
 
-    def run() -> tuple[float, float]:
+    def timed() -> tuple[float, float]:
         began = clock()
         logits, cache = read(protocol.prompt, protocol.prompt + protocol.new * follows)
         reading = clock() - began
@@ -99,7 +99,7 @@ def _round(model: LanguageModel, protocol: Protocol, clock: Callable[[], float])
         jax.block_until_ready(decode(model, state, how, stops, np.int32(protocol.new), steps=protocol.new))
         return reading, clock() - began
 
-    return run
+    return timed
 
 
 def continued(model: LanguageModel, prompt: list[int], protocol: Protocol) -> list[int]:

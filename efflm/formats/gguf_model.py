@@ -1,6 +1,6 @@
 """A GGUF file as a Hugging Face model: its metadata as a config.json's values, its tensors under their names there.
 
-So formats.build makes the model of it, tensor by tensor, as of safetensors shards.
+So formats.translate makes the model of it, tensor by tensor, as of safetensors shards.
 """
 
 import math
@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from efflm.config import InputError, require
 from efflm.formats import gguf_file, gguf_keys, gguf_tokenizer
-from efflm.formats.build import build
 from efflm.formats.tensors import Tensors
+from efflm.formats.translate import to_model
 from efflm.model import LanguageModel
 from efflm.text.tokenizer import Tokenizer
 
@@ -55,7 +55,7 @@ def load(path: Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> t
         lambda name: read(header, names, description, name),
     )
     try:
-        return build(description, source, dtype=dtype, mesh=mesh), tokens
+        return to_model(description, source, dtype=dtype, mesh=mesh), tokens
     except InputError as error:
         raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 

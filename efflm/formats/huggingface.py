@@ -12,8 +12,8 @@ from efflm import trees
 from efflm.cli.run_directory import whole, write_json
 from efflm.config import InputError, require
 from efflm.formats import tensors
-from efflm.formats.build import build, describe, main_dtype, precision_of, tensors_of
 from efflm.formats.tensors import FLOATING, Tensors
+from efflm.formats.translate import describe, main_dtype, precision_of, to_model, to_tensors
 from efflm.model import LanguageModel
 from efflm.model_files import inside, read_object
 from efflm.text import tokenizer
@@ -24,7 +24,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def load(folder: Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> tuple[LanguageModel, Tokenizer]:
-    """The model and its tokenizer, see `build`. Raises InputError."""
+    """The model and its tokenizer, see `translate.to_model`. Raises InputError."""
     require(
         (folder / "tokenizer.json").exists(),
         f"{folder} has no tokenizer.json: fetch it again, or where the model brings another kind of tokenizer, write "
@@ -35,9 +35,9 @@ def load(folder: Path, *, dtype: str | None = None, mesh: Mesh | None = None) ->
 
 
 def load_weights(folder: Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> LanguageModel:
-    """The model without its tokenizer, see `build`. Raises InputError."""
+    """The model without its tokenizer, see `translate.to_model`. Raises InputError."""
     try:
-        return build(read_object(folder, "config.json"), _tensors(folder), dtype=dtype, mesh=mesh)
+        return to_model(read_object(folder, "config.json"), _tensors(folder), dtype=dtype, mesh=mesh)
     except InputError as error:
         named = str(folder) in str(error)
         raise InputError(str(error) if named else f"{folder}: {error}") from None
@@ -72,7 +72,7 @@ def save(folder: Path, model: LanguageModel, tokens: Tokenizer) -> None:
         write_json(partial / "config.json", description | ends | described)
         tokens.save(partial / "tokenizer.json")
         write_json(partial / "generation_config.json", ends | {"eos_token_id": tokens.ends or None})
-        tensors.write_safetensors(partial / WEIGHTS, tensors_of(model, family))
+        tensors.write_safetensors(partial / WEIGHTS, to_tensors(model, family))
 
 
 def _require_fit(model: LanguageModel, tokens: Tokenizer, folder: Path) -> None:

@@ -20,7 +20,7 @@ from efflm.compress import grammar, recipe
 from efflm.compress.step import Context
 from efflm.config import InputError
 from efflm.config.model import ModelShape
-from efflm.formats import build, efflm_file, huggingface, tensors
+from efflm.formats import efflm_file, huggingface, tensors, translate
 from efflm.formats.sources import load_model
 from efflm.model import LanguageModel, init_params
 from efflm.parallel import meshes
@@ -200,8 +200,8 @@ def shards(folder, tmp_path):
     home = Path(shutil.copytree(folder, tmp_path / "model"))
     (home / "model.safetensors").unlink()
     (tmp_path / "secret.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    family, _ = build.describe(SHAPE.config())
-    parts, where = list(build.tensors_of(model(), family)), {}
+    family, _ = translate.describe(SHAPE.config())
+    parts, where = list(translate.to_tensors(model(), family)), {}
     for i in range(3):
         name = f"model-{i + 1:05}-of-00003.safetensors"
         tensors.write_safetensors(home / name, parts[i::3])

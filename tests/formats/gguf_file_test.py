@@ -10,8 +10,8 @@ import pytest
 from efflm.config import InputError
 from efflm.formats import gguf_file as files
 from efflm.formats import gguf_model, gguf_tokenizer, sources
-from efflm.formats.build import build
 from efflm.formats.tensors import Tensors
+from efflm.formats.translate import to_model
 from efflm.infer.generate import forward
 from efflm.text import fitted
 from tests import gguf_files
@@ -87,7 +87,7 @@ def test_it_is_loaded_as_the_same_weights_from_elsewhere(tmp_path, rng, architec
     path = gguf_files.write(tmp_path / "a.gguf", weights, architecture)
     model, tokens = gguf_model.load(path)
     source = Tensors({name: w.shape for name, w in weights.items()}, weights.__getitem__)
-    expected = build(gguf_model.config_of(files.read_header(path)), source)
+    expected = to_model(gguf_model.config_of(files.read_header(path)), source)
     assert model.config == expected.config
     jax.tree.map(np.testing.assert_array_equal, model.params, expected.params)
     ids = tokens.encode("the thin hen")

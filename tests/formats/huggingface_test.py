@@ -19,8 +19,8 @@ from efflm import trees
 from efflm.compress.quantize import quantize
 from efflm.config import InputError
 from efflm.config.model import BlockConfig, ModelConfig
-from efflm.formats import build, huggingface, tensors
 from efflm.formats import efflm_file as own
+from efflm.formats import huggingface, tensors, translate
 from efflm.formats.families import FAMILIES
 from efflm.infer.generate import forward
 from efflm.model import LanguageModel, empty_cache, in_dtype, params, placement
@@ -478,14 +478,14 @@ print((peak() - before) / trees.nbytes(model.params))
 def test_loading_peaks_at_most_at_1_3_times_the_model(kept_as, wanted, tmp_path):
     block = BlockConfig(heads=8, kv_heads=4, head_dim=64, mlp_dim=1536)
     config = ModelConfig(vocabulary=32000, width=512, max_length=64, blocks=(block,) * 12)
-    family, description = build.describe(config)
+    family, description = translate.describe(config)
     dtype, folder = jnp.dtype(kept_as), tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(description))
     named = []
     for path, param in params.table(config).items():
         place = FAMILIES[family].place(path)
-        kind = jax.ShapeDtypeStruct(build.stored_shape(param.shape, place), dtype)
+        kind = jax.ShapeDtypeStruct(translate.stored_shape(param.shape, place), dtype)
         random = lambda kind=kind: np.random.default_rng(0).standard_normal(kind.shape, np.float32).astype(kind.dtype)
         named.append((place.tensor(path), kind, random))
     tensors.write_safetensors(folder / "model.safetensors", named)

@@ -65,10 +65,10 @@ def require_possible(config: ModelConfig, share: float, axes: Sequence[str]) -> 
 
 
 def counts(config: ModelConfig, share: float, axes: Sequence[str], scores: Scores | None = None) -> tuple[int, Counts]:
-    """`allocate`. Raises InputError for a share that cannot be reached, but for half a step in all layers."""
+    """`sizes_within`. Raises InputError for a share that cannot be reached, but for half a step in all layers."""
     require_possible(config, share, axes)
     names = " and ".join(axes)
-    width, keep = allocate(config, share, axes, scores)
+    width, keep = sizes_within(config, share, axes, scores)
     found, last = gone(config, width, keep), axes[-1]
     one_less = [{last: n - step(last, n)} for n in (own.get(last, 0) for own in sizes(config, axes))]
     coarse = (
@@ -83,7 +83,7 @@ def counts(config: ModelConfig, share: float, axes: Sequence[str], scores: Score
     return width, keep
 
 
-def allocate(config: ModelConfig, share: float, axes: Sequence[str], scores: Scores | None) -> tuple[int, Counts]:
+def sizes_within(config: ModelConfig, share: float, axes: Sequence[str], scores: Scores | None) -> tuple[int, Counts]:
     """The width of the model and the slices that each layer keeps, for a model without that share of its parameters, as
     near as whole slices allow. scores: by which the slices of all layers compete; without, layers give the same."""
     width = _width(config, share, axes) if slicing.WIDTH in axes else config.width

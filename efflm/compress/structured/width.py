@@ -99,7 +99,7 @@ class Width(Target):
             width, keep = allocation.counts(model.config, self.parameters, axes, ranks)
         else:
             share, removed = self.searched(model, axes, ranks, candidate)
-            width, keep = allocation.allocate(model.config, share, axes, ranks)
+            width, keep = allocation.sizes_within(model.config, share, axes, ranks)
         after = model
         if WIDTH in axes:
             after = residual.narrowed(after, importance.largest(channels, width), rows, mesh)
@@ -128,7 +128,7 @@ class Width(Target):
         known: dict[str, float] = {}  # several shares can be the same widths
 
         def removed(share: float) -> float:
-            width, keep = allocation.allocate(model.config, share, axes, ranks)
+            width, keep = allocation.sizes_within(model.config, share, axes, ranks)
             widths = f"{width} {keep}"
             if widths not in known:
                 known[widths] = measure(candidate(width, keep))
@@ -138,7 +138,7 @@ class Width(Target):
 
         largest = allocation.most(model.config, axes)
         share, found = allocation.search(removed, target, largest, name, **NEAR[name])
-        fewer = allocation.gone(model.config, *allocation.allocate(model.config, share, axes, ranks))
+        fewer = allocation.gone(model.config, *allocation.sizes_within(model.config, share, axes, ranks))
         require(fewer > 0, f"{name} is {target}, but whole {' and '.join(axes)} make it 0: ask for more")
         return share, {"parameters": fewer, name: found}
 

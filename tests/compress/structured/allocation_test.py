@@ -6,7 +6,6 @@ import pytest
 from hypothesis import strategies as st
 
 from efflm.compress.structured.allocation import (
-    allocate,
     counts,
     gone,
     most,
@@ -14,6 +13,7 @@ from efflm.compress.structured.allocation import (
     per_slice,
     search,
     sizes,
+    sizes_within,
     step,
 )
 from efflm.config import InputError
@@ -36,7 +36,7 @@ def random_scores(config, seed):
 @hypothesis.given(st.floats(0.02, 0.55), st.integers(0, 1000), st.sampled_from([CONFIG, WIDE]))
 def test_ranked_reaches_the_target_to_rounding_and_leaves_each_layer_something(share, seed, config):
     scores = random_scores(config, seed)
-    width, keep = allocate(config, share, AXES, scores)
+    width, keep = sizes_within(config, share, AXES, scores)
     assert width == config.width
     unit = per_slice(config, 0, "mlp") * step("mlp", config.blocks[0].mlp_dim)
     assert abs(gone(config, width, keep) - share) * parameters(config) <= unit / 2 + 1e-6
@@ -49,7 +49,7 @@ def test_ranked_reaches_the_target_to_rounding_and_leaves_each_layer_something(s
 @pytest.mark.parametrize("axis", AXES)
 def test_ranked_removes_what_has_the_least_score_of_all_layers(axis):
     scores = random_scores(CONFIG, 0)
-    _, keep = allocate(CONFIG, 0.25, AXES, scores)
+    _, keep = sizes_within(CONFIG, 0.25, AXES, scores)
     rising = [(np.sort(scores[i, axis]), len(scores[i, axis]) - own[axis]) for i, own in enumerate(keep)]
     assert max(each[:count].max() for each, count in rising if count) <= min(
         each[count:].min() for each, count in rising if count < len(each) - 1

@@ -23,7 +23,7 @@ from efflm.parallel import meshes
 ROWS = 1024  # of two matrices that are compared at a time
 
 
-def build(
+def to_model(
     description: dict[str, Any], source: Tensors, *, dtype: str | None = None, mesh: Mesh | None = None
 ) -> LanguageModel:
     """The model that `description`, what a config.json holds, and the tensors make, laid on the mesh.
@@ -93,7 +93,7 @@ def describe(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     )
 
 
-def tensors_of(
+def to_tensors(
     model: LanguageModel, family: str
 ) -> Iterator[tuple[str, jax.ShapeDtypeStruct, Callable[[], np.ndarray]]]:
     """(name, shape and dtype, what gives the array) of every tensor that a model of the family is on disk."""
