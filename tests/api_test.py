@@ -88,6 +88,15 @@ def test_compress_takes_names_steps_and_both(loaded, steps, name, kinds):
     assert loaded[0].about.keys() == {"dequantized", "token_ids"}
 
 
+def test_compress_takes_a_file_of_a_chain(loaded, tmp_path):
+    (tmp_path / "chain.toml").write_text('small = "magnitude@0.5,quantize"\nother = "w8a8"')
+    small = efflm.compress(loaded[0], f"{tmp_path / 'chain.toml'}:small")
+    assert small.about["recipe"] == "small"
+    assert same(small, efflm.compress(loaded[0], "magnitude50,w8a16"))
+    with pytest.raises(efflm.InputError, match="is 2 chains"):
+        efflm.compress(loaded[0], str(tmp_path / "chain.toml"))
+
+
 def test_compressing_further_continues_the_lineage(loaded):
     twice = efflm.compress(efflm.compress(loaded[0], "magnitude50"), "w8a16")
     assert same(twice, efflm.compress(loaded[0], "magnitude50,w8a16"))

@@ -120,10 +120,10 @@ def test_mistakes_are_one_line(text, message):
 
 def test_defaults_are_those_of_the_steps_that_a_text_names_itself():
     defaults = {Finetune: {"steps": 40, "learning_rate": 1e-3}, Adapt: {"rank": 2}}
-    found = grammar.chains("finetune@0.5,adapt finetune[steps=3] magnitude50_trained", defaults)
+    found = grammar.chains("finetune@0.5,adapt finetune[steps=3] student_scratch", defaults)
     assert found["finetune@0.5,adapt"] == (Finetune(steps=20, learning_rate=1e-3), Adapt(rank=2))
     assert found["finetune[steps=3]"] == (Finetune(steps=3, learning_rate=1e-3),)
-    assert found["magnitude50_trained"] == grammar.chain("magnitude50_trained")
+    assert found["student_scratch"] == grammar.chain("student_scratch")
 
 
 FILE = """

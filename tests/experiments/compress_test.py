@@ -60,6 +60,8 @@ def test_changed_settings_do_not_replace_the_recipes_own_model(model, tmp_path):
     own = (out / "magnitude50.safetensors").read_bytes()
     run(model, out, "--recipe=magnitude50", "--magnitude.sparsity=0.3")
     assert (out / "magnitude50.safetensors").read_bytes() == own
+    assert (out / "recipe.toml").read_text() == '"magnitude@0.3" = "magnitude@0.3"\n'
+    assert "Chains (recipe.toml): " in (out / "report.html").read_text()
     changed, _ = efflm.load(out / "magnitude@0.3.safetensors")
     assert changed.about["lineage"][0]["settings"]["sparsity"] == 0.3
     assert json.loads((out / "results.json").read_text())["rows"][1]["name"] == "magnitude@0.3"
