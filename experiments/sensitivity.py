@@ -21,12 +21,13 @@ from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
 from efflm.compress import recipe, sensitivity
 from efflm.compress.mixed import Mixed
-from efflm.compress.sensitivity import Format, Unit
+from efflm.compress.sensitivity import Unit
 from efflm.compress.step import Calibration
 from efflm.config import PRECISION, AskedPrecision, flag, require, require_seed
 from efflm.data import corpora, dataset
 from efflm.formats import sources
 from efflm.formats.sources import KINDS
+from efflm.ops import Format
 from efflm.parallel import meshes
 from efflm.report import numbers, page, rows, table
 from efflm.report.page import Section

@@ -1,10 +1,9 @@
 """AWQ (Lin 2023, arXiv 2306.00978): before rounding, weights that read large activations are scaled up, so that they
-lose less of themselves, and their inputs down. The model computes the same."""
+lose less of themselves, and their inputs down. What the model computes changes by the rounding alone."""
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,11 @@ import jax.numpy as jnp
 from efflm import ops, trees
 from efflm.compress import calibrate, fold
 from efflm.compress.calibrate import Layer
+from efflm.compress.plan import OF_EMBEDDINGS, OF_PLAN, Embeddings, Plan, nearest, plan_of, require_formats
 from efflm.compress.step import Context, record
 from efflm.config import flag, require
 from efflm.model import LanguageModel
-from efflm.ops import qarray
+from efflm.ops.format import Bits
 
 
 def candidate(magnitudes: jax.Array, exponent: jax.Array | float) -> jax.Array:
@@ -25,51 +25,66 @@ def candidate(magnitudes: jax.Array, exponent: jax.Array | float) -> jax.Array:
     return s / jnp.sqrt(jnp.max(s) * jnp.min(s))
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "group", "symmetric"))
-def error(w: jax.Array, s: jax.Array, gram: jax.Array, *, bits: int, group: int, symmetric: bool) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="format")
+def error(w: jax.Array, s: jax.Array, gram: jax.Array, format: ops.Format) -> jax.Array:
     """The squared error of the outputs x W of all tokens, where gram is X^T X, if s W is rounded and x divided by s."""
-    rounded = ops.dequantize(ops.quantize_array(w * s[:, None], -2, bits=bits, group=group, symmetric=symmetric))
+    rounded = ops.dequantize(ops.quantize_array(w * s[:, None], -2, format))
     lost = rounded / s[:, None] - w
     return jnp.sum(lost * jnp.matmul(gram, lost, precision="highest"))
 
 
+def best(
+    matrices: Sequence[tuple[jax.Array, ops.Format]], candidates: Sequence[jax.Array], gram: jax.Array
+) -> jax.Array:
+    """The candidate with the least error, summed over the matrices that read the input, each in its format."""
+    errors = [float(sum(error(w, s, gram, format) for w, format in matrices)) for s in candidates]
+    return candidates[errors.index(min(errors))]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AWQ:
-    """Scale inputs by the power of their magnitudes that makes rounding lose least. Quantize rounds afterwards."""
+    """Scale inputs by the power of their magnitudes that makes rounding lose least, and round to the nearest."""
 
-    bits: Literal[8, 4, 3] = flag(4, "bits of a weight, as they will be rounded")
-    group: int = flag(32, "inputs that will share a scale; 0: all of an output")
+    bits: Bits = flag(4, "bits of a weight")
+    group: int = flag(32, "inputs that share a scale; 0: all of an output")
     symmetric: bool = flag(True, "codes around zero; false: a zero point for each scale")
+    clip: bool = flag(False, "choose the range of each scale by the least squared error")
     grid: int = flag(20, "exponents that are tried between 0 and 1")
+    embeddings: Embeddings = flag(8, OF_EMBEDDINGS)
+    plan: Plan | None = flag(None, OF_PLAN, internal=True)
 
     at = "bits"
     calibrates = True
 
     def __post_init__(self):
-        qarray.require_format(self.bits, self.group)
+        require_formats(self, plan_of(self), activations=("float", "int8"))
         require(self.grid > 0, f"grid is {self.grid}, but must be positive")
 
     def __call__(self, model: LanguageModel, context: Context):
-        def one(layer: Layer, read: calibrate.States) -> Layer:
+        after = self.scaled(model, context)
+        after = after.replace(params=nearest(after.params, plan_of(self)))
+        return after, record(self, model, after, context)
+
+    def scaled(self, model: LanguageModel, context: Context) -> LanguageModel:
+        """The model before it is rounded, which computes the same as it did."""
+        plan = plan_of(self)
+
+        def one(layer: Layer, read: calibrate.States) -> tuple[Layer, None]:
             params = layer.params
             for place in fold.places(layer.config):
                 states, weights = read[place.readers[0]], dict(trees.flatten(params))
-                matrices = tuple(ops.in_float32(weights[path]) for path in place.readers)
+                formats = {path: plan.of(layer.path(path)) for path in place.readers}
+                rounded = [(ops.in_float32(weights[path]), format) for path, format in formats.items() if format]
+                if not rounded:
+                    continue
                 magnitudes = states["magnitudes"] / states["tokens"]
                 candidates = [
                     fold.shared(layer.config, place, candidate(magnitudes, step / self.grid))
                     for step in range(self.grid)
                 ]
-                s = self.best(matrices, candidates, states["gram"])
+                s = best(rounded, candidates, states["gram"])
                 params = fold.scale_inputs(layer.config, params, place, s)
-            return layer.replace(params=params)
+            return layer.replace(params=params), None
 
         statistics = {"magnitudes": calibrate.MAGNITUDES, "tokens": calibrate.TOKENS, "gram": calibrate.GRAM}
-        after = calibrate.map_blocks(model, context.calibration, statistics, one, mesh=context.mesh, title="AWQ")
-        return after, record(self, model, after, context)
-
-    def best(self, matrices: Sequence[jax.Array], candidates: Sequence[jax.Array], gram: jax.Array) -> jax.Array:
-        """The candidate with the least error, summed over the matrices that read the input."""
-        format = {"bits": self.bits, "group": self.group, "symmetric": self.symmetric}
-        errors = [float(sum(error(w, s, gram, **format) for w in matrices)) for s in candidates]
-        return candidates[errors.index(min(errors))]
+        return calibrate.walk(model, context.calibration, one, statistics, mesh=context.mesh, title="AWQ")[0]

@@ -1,4 +1,4 @@
-"""A model run over calibration text one layer at a time, with statistics of what its linear layers read.
+"""A walk over the layers of a model with calibration text, with statistics of what its linear layers read and give.
 
 Frantar 2022 (arXiv 2210.17323) and Sun 2023 (arXiv 2306.11695) compress a layer from its inputs, and run the compressed
 layer to make the inputs of the next one. One layer's inputs are held at a time.
@@ -7,32 +7,40 @@ layer to make the inputs of the next one. One layer's inputs are held at a time.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from efflm import malloc
+from efflm import malloc, ops, trees
 from efflm.cli import progress
 from efflm.config import require
 from efflm.config.model import ModelConfig
 from efflm.model import LanguageModel, layerwise, placement
+from efflm.model.params import in_layer
 from efflm.parallel import sharding
+from efflm.train.losses import language_model_loss
 
 CHUNK = 4  # rows that are read at a time
 
 
 class Statistic(NamedTuple):
-    """init: number of inputs K -> state. update: state, x float32 [n, K], counted bool [n, 1] -> state.
+    """What is gathered of every matrix of the linear layers: a state, and how it goes on.
 
-    x is zero in the rows that are not counted: padding.
+    of="inputs": of what the matrix reads. init: number of inputs K -> state. update: state, x float32 [n, K], counted
+    bool [n, 1] -> state; x is zero in the rows that are not counted: padding. of="outputs": the same of x W, [n, N].
+    of="pairs": of what it reads here and in the model as it was. update: state, x, reference [n, K], counted -> state.
+    of="gradients": init: path, (K, N) -> state. update: state, w, gradient [K, N] -> state, once for each row of text:
+    the gradient of the cross-entropy of the model as it was, summed over the row's targets, in nats.
     """
 
-    init: Callable[[int], Any]
-    update: Callable[[Any, jax.Array, jax.Array], Any]
+    init: Callable[..., Any]
+    update: Callable[..., Any]
+    of: Literal["inputs", "outputs", "pairs", "gradients"] = "inputs"
 
 
 # Of each input over all tokens, float32 [K]: the largest magnitude, the sum of magnitudes, the sum of squares.
@@ -42,7 +50,16 @@ SQUARES = Statistic(lambda K: jnp.zeros(K), lambda total, x, _: total + jnp.sum(
 # X^T X, float32 [K, K], and how many tokens there were.
 GRAM = Statistic(lambda K: jnp.zeros((K, K)), lambda gram, x, _: gram + jnp.matmul(x.T, x, precision="highest"))
 TOKENS = Statistic(lambda K: jnp.float32(0), lambda count, x, counted: count + jnp.sum(counted))
+# The diagonal of the empirical Fisher information: the sum of squared gradients, float32 [K, N].
+FISHER = Statistic(lambda _, shape: jnp.zeros(shape), lambda total, w, g: total + jnp.square(g), of="gradients")
 
+# The linear layers of a layer in the order in which they compute; those beside each other read the same.
+SUBLAYERS = (
+    ("attention/query", "attention/key", "attention/value"),
+    ("attention/output",),
+    ("feedforward/gate", "feedforward/up"),
+    ("feedforward/down",),
+)
 
 States = dict[str, dict[str, Any]]  # {path in the layer of a weight: {name of a statistic: its state}}
 
@@ -51,14 +68,20 @@ States = dict[str, dict[str, Any]]  # {path in the layer of a weight: {name of a
 class Layer:
     """A layer and what it reads. params: without `block_i`; masks: of them, {path: bool array}, where there are any.
 
-    rows: its inputs, chunk by chunk: x float32 [n, T, D], positions and segments int32 [n, T].
+    rows: its inputs, chunk by chunk: x float32 [n, T, D], positions and segments int32 [n, T]. wanted: where the walk
+    has a reference, what the layer gives in the model as it was, chunk by chunk.
     """
 
     params: Any
     masks: Mapping[str, jax.Array]
     rows: list[tuple[jax.Array, jax.Array, jax.Array]]
+    wanted: list[jax.Array]
     config: ModelConfig = flax.struct.field(pytree_node=False)
     index: int = flax.struct.field(pytree_node=False)
+
+    def path(self, inside: str) -> str:
+        """The path in the model of a weight of the layer."""
+        return f"block_{self.index}/{inside}"
 
     def __call__(self, params: Any, *row: jax.Array) -> jax.Array:
         """The output [n, T, D] with these weights."""
@@ -66,44 +89,63 @@ class Layer:
 
 
 @malloc.least()
-def map_blocks(
+def walk(
     model: LanguageModel,
     rows: Mapping[str, Any] | None,
-    statistics: Mapping[str, Statistic],
-    fn: Callable[[Layer, States], Layer],
+    fn: Callable[[Layer, States], tuple[Layer, Any]],
+    statistics: Mapping[str, Statistic] = MappingProxyType({}),
     *,
     mesh: Mesh,
-    title: str = "calibrating",
-) -> LanguageModel:
-    """The model whose layers `fn` made of its layers, each fed by those already made.
+    title: str | None = "calibrating",
+    sublayers: bool = False,
+    reference: bool = False,
+) -> tuple[LanguageModel, list[Any]]:
+    """The model whose layers `fn` made of its layers, each fed by those already made, and what fn found, call by call.
 
     rows: a batch (data.packing): inputs, positions and segments int32 [N, T]; segment 0 is padding. fn is given a layer
-    and the statistics of what each of its linear layers reads; those that read the same share a state. Of the layer it
-    changes params and masks, and config where they have other shapes. Raises InputError.
+    and the statistics of its linear layers; of inputs those that read the same share a state. Of the layer it changes
+    params and masks, and config where they have other shapes.
+    sublayers: fn is called for each of SUBLAYERS in turn, with their statistics alone, of what they read where those
+    before them are made already. reference: the model as it was runs beside (Layer.wanted), as for pairs. title: of the
+    bar; None: no bar. In memory are one layer's inputs, and with a reference its outputs there. Raises InputError.
     """
     require(rows is not None, f"{title} needs calibration text: give a corpus")
     if mesh.size > 1:
         model = jax.device_put(model, placement.shardings(model, mesh))
+    kinds = {one.of for one in statistics.values()}
+    first = gradients(model, rows, statistics, mesh) if "gradients" in kinds else {}
     chunks = inputs(model, rows, mesh)
+    wanted = [x for x, *_ in chunks] if reference or "pairs" in kinds else []
+    same = bool(wanted)  # whether both models are still the same
     params, masks = dict(model.params), dict(model.masks or {})
-    blocks = list(model.config.blocks)
+    blocks, found = list(model.config.blocks), []
     packed: dict[str, tuple[int, jax.Array]] = {}  # masks of the layers that are made, eight entries in a byte
     count = len(model.config.blocks)
-    for index in progress.shown(range(count), f"{title}: layers", count):
+    for index in progress.shown(range(count), f"{title}: layers", count) if title else range(count):
         name, single = f"block_{index}", layerwise.block_config(model.config, index)
         own = {path.removeprefix(f"{name}/"): mask for path, mask in masks.items() if path.startswith(f"{name}/")}
-        layer = Layer(params[name], own, chunks, single, index)
-        after = fn(layer, gathered(layer, statistics))
-        params[name], (blocks[index],) = after.params, after.config.blocks
-        packed |= {f"{name}/{path}": (mask.shape[-1], _packed(mask)) for path, mask in after.masks.items()}
+        read_there = list(wanted) if "pairs" in kinds else []
+        for i, (x, row) in enumerate(zip(wanted, chunks)):
+            wanted[i] = jax.block_until_ready(run(single, params[name], x, *row[1:]))
+        before = layer = Layer(params[name], own, chunks, wanted, single, index)
+        for paths in SUBLAYERS if sublayers else (sum(SUBLAYERS, ()),):
+            read = _gathered(layer, statistics, paths, before.params, read_there)
+            for path in read:
+                read[path] |= first.get(layer.path(path), {})
+            layer, one = fn(layer, read)
+            found.append(one)
+        params[name], (blocks[index],) = layer.params, layer.config.blocks
+        packed |= {f"{name}/{path}": (mask.shape[-1], _packed(mask)) for path, mask in layer.masks.items()}
+        same = same and layer is before
         if index + 1 < count:
             for i, row in enumerate(chunks):  # in place: of two lists only one fits beside a large model
-                chunks[i] = (jax.block_until_ready(after(after.params, *row)), *row[1:])
+                x = wanted[i] if same else jax.block_until_ready(layer(layer.params, *row))
+                chunks[i] = (x, *row[1:])
         malloc.trim()
-    del chunks, layer, after
+    del chunks, wanted, layer, before
     masks |= {path: _unpacked(mask, size) for path, (size, mask) in packed.items()}
     config = dataclasses.replace(model.config, blocks=tuple(blocks))
-    return model.replace(config=config, params=params, masks=masks or None)
+    return model.replace(config=config, params=params, masks=masks or None), found
 
 
 @jax.jit
@@ -116,16 +158,69 @@ def _unpacked(packed: jax.Array, size: int) -> jax.Array:
     return jnp.unpackbits(packed, axis=-1, count=size).astype(bool)
 
 
-def gathered(layer: Layer, statistics: Mapping[str, Statistic]) -> States:
-    """{path: {name: state}} over all rows of a layer."""
+def _gathered(
+    layer: Layer, statistics: Mapping[str, Statistic], names: Sequence[str], original: Any, read_there: list[jax.Array]
+) -> States:
+    """{path: {name: state}} of these linear layers over all rows of a layer. read_there: with pairs, what the layer
+    reads in the model as it was, where its weights are `original`."""
     if not statistics:
         return {}
-    names, made = tuple(statistics), tuple(statistics.values())
-    states = None
-    for row in layer.rows:
+    made = tuple((name, one) for name, one in statistics.items() if one.of != "gradients")
+    states, paths, found = None, tuple(f"{name}/kernel" for name in names), {}
+    for i, row in enumerate(layer.rows):
+        there = (original, read_there[i]) if read_there else None
         # One program at a time: several at once, each of which waits for all devices, can wait for each other.
-        states = jax.block_until_ready(_update(layer.config, names, made, layer.params, states, *row))
-    return {path: dict(zip(names, states[group])) for group in states for path in group.split(" ")}
+        states = jax.block_until_ready(_update(layer.config, made, paths, layer.params, states, there, *row))
+    for (name, together), state in states.items():
+        for path in together.split(" "):
+            found.setdefault(path, {})[name] = state
+    return found
+
+
+def gradients(
+    model: LanguageModel,
+    rows: Mapping[str, Any],
+    statistics: Mapping[str, Statistic],
+    mesh: Mesh,
+    chosen: Callable[[str], bool] = in_layer,
+    title: str = "gradients",
+) -> States:
+    """{path in the model: {name: state}} of the statistics of gradients, of the chosen matrices.
+
+    A row is read at a time, forward and backward; beside the weights in float32 there are the activations of that row,
+    the gradients of the chosen matrices and the states.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+    params = jax.tree.map(ops.in_float32, model.params, is_leaf=trees.is_leaf)
+    params = jax.device_put(params, placement.shardings(params, mesh))
+    shapes = {path: w.shape for path, w in trees.flatten(params) if chosen(path)}
+    made = tuple((name, one) for name, one in statistics.items() if one.of == "gradients")
+    states = {path: {name: one.init(path, shape) for name, one in made} for path, shape in shapes.items()}
+    fields = {name: np.asarray(rows[name], np.int32) for name in ("inputs", "targets", "positions", "segments")}
+    count = len(fields["inputs"])
+    for index in progress.shown(range(count), f"{title}: rows", count):
+        row = jax.device_put({name: field[index : index + 1] for name, field in fields.items()}, whole)
+        states = jax.block_until_ready(_of_row(model.config, made, params, states, row))
+    return states
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _of_row(
+    config: ModelConfig, made: tuple[tuple[str, Statistic], ...], params: Any, states: States, row: dict[str, jax.Array]
+) -> States:
+    matrices = {path: w for path, w in trees.flatten(params) if path in states}
+
+    def loss(matrices: dict[str, jax.Array]) -> jax.Array:
+        weights = trees.map_with_path(lambda path, w: matrices.get(path, w), params)
+        mean, parts = language_model_loss(config)(weights, {}, row, None)
+        return mean * parts["weight"]
+
+    with sharding.mesh_of(row):
+        found = jax.grad(loss)(matrices)
+    return {
+        path: {name: one.update(states[path][name], w, found[path]) for name, one in made}
+        for path, w in matrices.items()
+    }
 
 
 def inputs(model: LanguageModel, rows: Mapping[str, Any], mesh: Mesh) -> list[tuple[jax.Array, ...]]:
@@ -166,24 +261,34 @@ def run(config: ModelConfig, params: Any, *row: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _update(
     config: ModelConfig,
-    names: tuple[str, ...],
-    statistics: tuple[Statistic, ...],
+    made: tuple[tuple[str, Statistic], ...],
+    paths: tuple[str, ...],
     params: Any,
     states: Any,
+    there: tuple[Any, jax.Array] | None,
     x: jax.Array,
     positions: jax.Array,
     segments: jax.Array,
-) -> dict[str, tuple[Any, ...]]:
-    """{paths that read the same, joined by spaces: a state of each statistic}, after one more chunk."""
+) -> dict[tuple[str, str], Any]:
+    """{(name, paths that share the state, joined by spaces): state}, after one more chunk."""
+    counted, weights = (segments > 0).reshape(-1, 1), dict(trees.flatten(params))
+    flat = lambda x: jnp.where(counted, x.reshape(counted.size, -1).astype(jnp.float32), 0.0)
+    same: dict[int, list[str]] = {}
+    seen: dict[tuple[str, str], tuple[jax.Array, ...]] = {}
     with sharding.mesh_of(x):
         read = layerwise.reads(config, params, x, positions, segments)
-    same: dict[int, list[str]] = {}
-    for path, array in read.items():
-        same.setdefault(id(array), []).append(path)
-    counted, after = (segments > 0).reshape(-1, 1), {}
-    for paths in same.values():
-        group, each = " ".join(paths), read[paths[0]]
-        each = jnp.where(counted, each.reshape(counted.size, -1).astype(jnp.float32), 0.0)
-        before = states[group] if states else tuple(one.init(each.shape[1]) for one in statistics)
-        after[group] = tuple(one.update(state, each, counted) for one, state in zip(statistics, before, strict=True))
+        read_there = layerwise.reads(config, *there, positions, segments) if there else read
+        for path in paths:
+            if path in read:
+                same.setdefault(id(read[path]), []).append(path)
+                seen["outputs", path] = (flat(ops.dot(read[path], weights[path])),)
+    for each in same.values():
+        seen["inputs", " ".join(each)] = (flat(read[each[0]]),)
+        seen["pairs", " ".join(each)] = (flat(read[each[0]]), flat(read_there[each[0]]))
+    after = {}
+    for name, one in made:
+        for (of, together), arrays in seen.items():
+            if of == one.of:
+                state = states[name, together] if states else one.init(arrays[0].shape[1])
+                after[name, together] = one.update(state, *arrays, counted)
     return after

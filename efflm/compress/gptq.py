@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +11,28 @@ import numpy as np
 from efflm import ops, trees
 from efflm.compress import calibrate, obs
 from efflm.compress.calibrate import Layer
+from efflm.compress.plan import OF_EMBEDDINGS, OF_PLAN, Embeddings, Plan, nearest, plan_of, require_formats
 from efflm.compress.step import Context, record
 from efflm.config import flag, require
 from efflm.model import LanguageModel
 from efflm.ops import qarray
+from efflm.ops.format import Bits
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "group"))
+@functools.partial(jax.jit, static_argnames="format")
 def round_matrix(
-    w: jax.Array, inverse: obs.Inverse, kept: jax.Array, grid: qarray.Grid, *, bits: int, group: int = 0
+    w: jax.Array, inverse: obs.Inverse, kept: jax.Array, grid: qarray.Grid, format: ops.Format
 ) -> jax.Array:
     """w float32 [K, N] rounded to the codes of a grid (ops.qarray.grid_of), as floats.
 
     inverse: of what it reads (obs.inverse). kept: False for weights that stay zero. The scales were made before, from
     groups of neighbours, so the order in which inputs are rounded need not be known afterwards.
     """
-    scale, zeros = grid
-    K, most = w.shape[0], 2 ** (bits - 1) - 1
-    each = lambda part: jnp.broadcast_to(qarray.by_entry(part.astype(jnp.float32), 0, group, K), w.shape)
+    (scale, zeros), K = grid, w.shape[0]
+    by_entry = functools.partial(qarray.by_entry, axis=0, group=format.group_in(K), size=K)
+    each = lambda part: jnp.broadcast_to(by_entry(part.astype(jnp.float32)), w.shape)
     offset = jnp.zeros(w.shape) if zeros is None else each(zeros)
-    after = _Round(-most if zeros is None else -most - 1, most)
+    after = _Round(format.low, format.high)
     return obs.compensated(jnp.where(kept, w, 0.0), inverse, (kept, each(scale), offset), _kept, after)[0]
 
 
@@ -54,40 +56,43 @@ class _Round:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPTQ:
-    """Matrices inside the layers, rounded one input after another. Embeddings are left to Quantize."""
+    """Matrices inside the layers, rounded one input after another; embeddings to the nearest."""
 
-    bits: Literal[8, 4, 3] = flag(4, "bits of a weight")
+    bits: Bits = flag(4, "bits of a weight")
     group: int = flag(32, "inputs that share a scale; 0: all of an output")
     symmetric: bool = flag(True, "codes around zero; false: a zero point for each scale")
     clip: bool = flag(True, "choose the range of each scale by the least squared error")
     order: bool = flag(True, "round the inputs with the largest activations first")
     damping: float = flag(0.01, "added to the diagonal of X^T X, as a share of its mean")
+    sublayers: bool = flag(False, "round for what matrices read once those before them in the layer are rounded")
+    embeddings: Embeddings = flag(8, OF_EMBEDDINGS)
+    plan: Plan | None = flag(None, OF_PLAN, internal=True)
 
     at = "bits"
     calibrates = True
 
     def __post_init__(self):
-        qarray.require_format(self.bits, self.group)
+        require_formats(self, plan_of(self), activations=("float", "int8"))
         require(self.damping > 0, f"damping is {self.damping}, but must be positive: 0.01")
 
     def __call__(self, model: LanguageModel, context: Context):
-        format = {"bits": self.bits, "group": self.group, "symmetric": self.symmetric}
+        plan = plan_of(self)
 
-        def one(layer: Layer, read: calibrate.States) -> Layer:
+        def one(layer: Layer, read: calibrate.States) -> tuple[Layer, None]:
             inverse = obs.inverses(layer, read, self.damping, sort=self.order)
 
             def matrix(path: str, leaf: Any) -> Any:
-                if path not in read:
+                format = plan.of(layer.path(path))
+                if path not in read or format is None:
                     return leaf
                 w = ops.in_float32(leaf)
                 kept = layer.masks.get(path, np.ones(w.shape, bool))
-                grid = qarray.grid_of(w, -2, **format, clip=self.clip)
-                rounded = round_matrix(w, inverse(path), kept, grid, bits=self.bits, group=self.group)
-                return ops.quantize_array(rounded, -2, **format, grid=grid)
+                grid = qarray.grid_of(w, -2, format)
+                return ops.quantize_array(round_matrix(w, inverse(path), kept, grid, format), -2, format, grid=grid)
 
-            return layer.replace(params=trees.map_with_path(matrix, layer.params))
+            return layer.replace(params=trees.map_with_path(matrix, layer.params)), None
 
-        after = calibrate.map_blocks(
-            model, context.calibration, {"gram": calibrate.GRAM}, one, mesh=context.mesh, title="GPTQ"
-        )
+        given = {"mesh": context.mesh, "title": "GPTQ", "sublayers": self.sublayers}
+        after, _ = calibrate.walk(model, context.calibration, one, {"gram": calibrate.GRAM}, **given)
+        after = after.replace(params=nearest(after.params, plan, inside=False))
         return after, record(self, model, after, context)

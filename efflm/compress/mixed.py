@@ -15,11 +15,13 @@ import numpy as np
 
 from efflm import ops, trees
 from efflm.compress import sensitivity
-from efflm.compress.sensitivity import Format, Row, Unit
+from efflm.compress.plan import OF_EMBEDDINGS, Embeddings, Plan, for_embeddings, nearest
+from efflm.compress.sensitivity import Row, Unit
 from efflm.compress.step import Context, record
 from efflm.config import flag, require
 from efflm.model import LanguageModel
-from efflm.ops import qarray
+from efflm.model.params import in_layer
+from efflm.ops import Format
 
 
 def allocate(costs: Sequence[Sequence[float]], nbytes: Sequence[Sequence[int]], budget: int) -> list[int]:
@@ -63,7 +65,8 @@ def _numbers(text: str, name: str) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixed:
-    """Matrices inside the layers, each rounded to the nearest in the format that a budget of bytes gives it."""
+    """Matrices inside the layers, each in the format that a budget of bytes gives it, rounded to the nearest unless
+    another rounder is given."""
 
     bits: str = flag("8,4,3", "bits of a weight to choose from")
     groups: str = flag("32,64,128", "inputs that share a scale, to choose from; 0: all of an output")
@@ -78,13 +81,16 @@ class Mixed:
     symmetric: bool = flag(True, "codes around zero; false: a zero point for each scale")
     clip: bool = flag(True, "choose the range of each scale by the least squared error")
     rows: int = flag(8, "sequences of the calibration text over which the loss is measured")
+    embeddings: Embeddings = flag(8, OF_EMBEDDINGS)
+    rounder: Any = flag(None, "a step with a plan, such as GPTQ(), that rounds; None: to the nearest", internal=True)
 
     at = "average_bits"
     calibrates = True
 
     def __post_init__(self):
-        for format in self.formats:
-            qarray.require_format(format.bits, format.group)
+        for_embeddings(self.embeddings, self.formats[0])
+        rounds = self.rounder is None or hasattr(self.rounder, "plan")
+        require(rounds, f"rounder is {self.rounder!s:.60}, but must be a step with a plan, such as GPTQ()")
         require(self.average_bits > 0, f"average_bits is {self.average_bits}, but must be positive")
         require(0 <= self.budget <= 1, f"budget is {self.budget}, but must be a share, or 0 for average_bits")
         require(self.rows > 0, f"rows is {self.rows}, but must be positive")
@@ -99,16 +105,22 @@ class Mixed:
         return min(self.formats, key=lambda format: (format.bits, -(format.group or math.inf)))
 
     def __call__(self, model: LanguageModel, context: Context):
+        plan = self.plan(model, context)
+        if self.rounder is not None:
+            after, _ = dataclasses.replace(self.rounder, plan=plan)(model, context)
+        else:
+            inside = lambda path, w: ops.dequantize(w) if in_layer(path) else w
+            after = model.replace(params=nearest(trees.map_with_path(inside, model.params), plan))
+        return after, record(self, model, after, context)
+
+    def plan(self, model: LanguageModel, context: Context) -> Plan:
+        """The formats with the least sum of costs within the budget."""
         units = self.measured(model, context)
         costs = [[getattr(row, "divergence" if self.cost == "scaled" else self.cost) for row in rows] for rows in units]
         chosen = allocate(costs, [[row.bytes for row in rows] for rows in units], self.allowed(model, units))
-        formats = {path: rows[option].format for rows, option in zip(units, chosen) for path in rows[option].paths}
-
-        def one(path: str, w: Any) -> Any:
-            return formats[path](ops.dequantize(w)) if path in formats else w
-
-        after = model.replace(params=trees.map_with_path(one, model.params))
-        return after, record(self, model, after, context)
+        rows = [rows[option] for rows, option in zip(units, chosen)]
+        rules = [(re.escape(path), row.format) for row in rows for path in row.paths]
+        return Plan((*rules, *for_embeddings(self.embeddings, self.formats[0])))
 
     def measured(self, model: LanguageModel, context: Context) -> list[tuple[Row, ...]]:
         """The rows of each unit, a row a format, with the cost that the step asks for."""
@@ -136,6 +148,6 @@ class Mixed:
         total = 0.0
         for path in paths:
             K, N = weights[path].shape
-            made = dict(trees.flatten(self.formats[0](ops.dequantize(weights[path])), inside=True))
-            total += self.average_bits / 8 * K * N + trees.nbytes(made) - made["values"].nbytes
+            made = ops.quantize_array(ops.dequantize(weights[path]), -2, self.formats[0])
+            total += self.average_bits / 8 * K * N + trees.nbytes(made) - made.values.nbytes
         return int(total)

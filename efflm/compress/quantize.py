@@ -11,35 +11,24 @@ from typing import Any, Literal
 from efflm import trees
 from efflm.compress import calibrate
 from efflm.compress.calibrate import Layer
+from efflm.compress.plan import OF_EMBEDDINGS, OF_PLAN, Embeddings, Plan, nearest, plan_of
 from efflm.compress.step import Context, record
 from efflm.config import flag
 from efflm.model import LanguageModel, in_dtype
-from efflm.model.params import find, in_layer, is_matrix
 from efflm.ops import qarray
-from efflm.ops.qarray import Activations, QArray, quantize_array
-
-Where = Literal["all", "layers", "embeddings"]
+from efflm.ops.format import Activations, Bits, Format
 
 
-def quantize(params: Any, activations: Activations = "float", where: Where = "all", **format: Any) -> Any:
-    """The tree with matrices as QArrays: of the layers, of the embeddings (with the unembedding), or all; of those that
-    are QArrays already only `activations` changes. format: see ops.qarray.quantize_array."""
-
-    def one(path: str, w: Any) -> Any:
-        if not is_matrix(path) or where == ("embeddings" if in_layer(path) else "layers"):
-            return w
-        if isinstance(w, QArray):
-            return w.replace(activations=activations, activation_scale=None)
-        return quantize_array(w, find(path)[0].contracted, activations, **format)
-
-    return trees.map_with_path(one, params)
+def quantize(params: Any, activations: Activations = "float", **format: Any) -> Any:
+    """The tree with all matrices in one format; of those that are QArrays already only the activations change."""
+    return nearest(params, Plan(((".*", Format(activations=activations, **format)),)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantize:
     """Matrices rounded to the nearest code."""
 
-    bits: Literal[8, 4, 3] = flag(8, "bits of a weight")
+    bits: Bits = flag(8, "bits of a weight")
     group: int = flag(0, "inputs that share a scale; 0: all of an output")
     symmetric: bool = flag(True, "codes around zero; false: a zero point for each scale")
     clip: bool = flag(False, "choose the range of each scale by the least squared error")
@@ -47,50 +36,43 @@ class Quantize:
     activations: Activations = flag(
         "float", "int8 also rounds activations, one scale per token (W8A8); int8_static: one per matrix, calibrated"
     )
-    where: Where = flag("all", "matrices of the layers, of the embeddings, or all")
+    embeddings: Embeddings = flag(8, OF_EMBEDDINGS)
+    plan: Plan | None = flag(None, OF_PLAN, internal=True)
 
     @staticmethod
     def at(value: str) -> dict[str, str]:
-        return {"bits": value, "group": "32", "where": "layers"}
+        return {"bits": value, "group": "32"}
 
     def __post_init__(self):
-        qarray.require_format(self.bits, self.group)
+        plan_of(self)
 
     @property
     def calibrates(self) -> bool:
-        return self.activations == "int8_static"
+        return any(format and format.activations == "int8_static" for _, format in plan_of(self).rules)
 
     def __call__(self, model: LanguageModel, context: Context):
-        names = ("bits", "group", "symmetric", "clip", "scales")
-        format = {name: getattr(self, name) for name in names}
-        if self.activations == "int8_static":
-            # Embeddings are no linear layers of a block, whose inputs are calibrated: their scales stay dynamic.
-            params = quantize(model.params, "int8", self.where, **format)
-            if self.where != "embeddings":
-                params = self.with_static_scales(model.replace(params=params), context)
-        else:
-            params = quantize(model.params, self.activations, self.where, **format)
-        after = model.replace(params=params)
+        after = model.replace(params=nearest(model.params, plan_of(self)))
+        if self.calibrates:
+            after = self.with_static_scales(after, context)
         return after, record(self, model, after, context)
 
-    def with_static_scales(self, model: LanguageModel, context: Context) -> Any:
+    def with_static_scales(self, model: LanguageModel, context: Context) -> LanguageModel:
         """The weights of the layers with the scale of what each reads: its largest magnitude / 127."""
+        plan = plan_of(self)
 
-        def one(layer: Layer, read: calibrate.States) -> Layer:
+        def one(layer: Layer, read: calibrate.States) -> tuple[Layer, None]:
             def matrix(path: str, w: Any) -> Any:
-                if path not in read:
+                format = plan.of(layer.path(path))
+                if path not in read or format is None or format.activations != "int8_static":
                     return w
                 most = read[path]["largest"]
                 scale = qarray.symmetric_scale(most.max(), 127).reshape(1, 1)
                 return w.replace(activations="int8_static", activation_scale=scale)
 
-            return layer.replace(params=trees.map_with_path(matrix, layer.params))
+            return layer.replace(params=trees.map_with_path(matrix, layer.params)), None
 
-        statistics = {"largest": calibrate.LARGEST}
-        after = calibrate.map_blocks(
-            model, context.calibration, statistics, one, mesh=context.mesh, title="static activation scales"
-        )
-        return after.params
+        given = {"mesh": context.mesh, "title": "static activation scales"}
+        return calibrate.walk(model, context.calibration, one, {"largest": calibrate.LARGEST}, **given)[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,6 @@ STEPS: dict[str, type] = {
     )
 }  # fmt: skip
 
-_EMBEDDINGS = "quantize[where=embeddings]"
 # Chains in the grammar of compress.grammar, by the names that they have in reports.
 RECIPES: dict[str, str] = {
     "bfloat16": "cast@bfloat16",
@@ -51,18 +50,18 @@ RECIPES: dict[str, str] = {
     "w8a8_static": "quantize[activations=int8_static]",
     "smoothquant_w8a8": "smoothquant,w8a8",
     "smoothquant_w8a8_static": "smoothquant,w8a8_static",
-    "w4a16": f"quantize@4,{_EMBEDDINGS}",
-    "w3a16": f"quantize@3,{_EMBEDDINGS}",
-    "gptq4": f"gptq@4,{_EMBEDDINGS}",
-    "gptq3": f"gptq@3,{_EMBEDDINGS}",
+    "w4a16": "quantize@4",
+    "w3a16": "quantize@3",
+    "gptq4": "gptq@4",
+    "gptq3": "gptq@3",
     "gptq3_adapted": "gptq3,adapt",
     "rotate_smoothquant": "rotate,smoothquant,w8a8_static",
     "rotate_gptq4": "rotate,gptq4",
-    "awq4": "awq@4,w4a16",
-    "mixed4": f"mixed@4,{_EMBEDDINGS}",
-    "tuned4": f"tuned@4,{_EMBEDDINGS}",
-    "tuned3": f"tuned@3,{_EMBEDDINGS}",
-    "qat4": f"qat@4,{_EMBEDDINGS}",
+    "awq4": "awq@4",
+    "mixed4": "mixed@4",
+    "tuned4": "tuned@4",
+    "tuned3": "tuned@3",
+    "qat4": "qat@4",
     "magnitude50": "magnitude@0.5",
     "magnitude50_global": "magnitude@0.5[scope=global]",
     "magnitude70": "magnitude@0.7",
@@ -91,25 +90,16 @@ def known(steps: Sequence[Step]) -> bool:
     return {*map(type, steps)} <= {*STEPS.values()}
 
 
-def of_embeddings(step: Step) -> bool:
-    """Whether the step rounds nothing but the embeddings, as EMBEDDINGS does."""
-    return getattr(step, "where", "") == "embeddings"
-
-
 def changed(steps: Sequence[Step], kind: type) -> int | None:
-    """The index of the step that settings for `kind` change; None if the chain has none of it.
-
-    It is one step: of several of a kind the one that is not the embeddings' (see EMBEDDINGS), which has its bits for a
-    reason of its own. Raises InputError where several are left.
-    """
+    """The index of the step that settings for `kind` change; None if the chain has none of it. Raises InputError where
+    there are several."""
     found = [index for index, step in enumerate(steps) if type(step) is kind]
-    layers = [index for index in found if not of_embeddings(steps[index])]
     require(
-        len(layers or found) < 2,
-        f"settings for {kind.__name__} would change {len(layers or found)} steps of this recipe: compress by one "
-        "recipe after the other, each with its own settings",
+        len(found) < 2,
+        f"settings for {kind.__name__} would change {len(found)} steps of this recipe: compress by one recipe after "
+        "the other, each with its own settings",
     )
-    return next(iter(layers or found), None)
+    return next(iter(found), None)
 
 
 def override(steps: Sequence[Step], changes: dict[type, dict[str, Any]]) -> tuple[Step, ...]:

@@ -9,8 +9,9 @@ and G = X^T X of what it reads.
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -25,31 +26,11 @@ from efflm.compress.calibrate import Layer, States
 from efflm.config import require
 from efflm.config.model import ModelConfig
 from efflm.model import LanguageModel, layerwise
-from efflm.ops import QArray, qarray
+from efflm.ops import Format, QArray
 from efflm.parallel import sharding
 from efflm.train import losses
 
 Unit = Literal["matrix", "input", "layer"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Format:
-    """How a matrix is rounded: see ops.qarray.quantize_array."""
-
-    bits: int = 4
-    group: int = 32
-    symmetric: bool = True
-    clip: bool = True
-
-    def __post_init__(self):
-        qarray.require_format(self.bits, self.group)
-
-    def __call__(self, w: jax.Array) -> QArray:
-        """A float matrix [in, out] in this format."""
-        return ops.quantize_array(w, -2, **dataclasses.asdict(self))
-
-    def __str__(self) -> str:
-        return f"{self.bits} bits" + (f", groups of {self.group}" if self.group else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,16 +98,18 @@ def sensitivity(
 
     whole = [states(0, model.params["block_0"], *row) for row in calibrate.inputs(model, batch, mesh)]
 
-    def measure(layer: Layer, params: Any) -> tuple[float, float]:
+    def means(final: Iterable[jax.Array]) -> tuple[float, float]:
         """The mean loss, and the mean divergence."""
-        chunks = zip(layer.rows, whole, fields, strict=True)
-        sums = [
-            _sums(model.config, outer, states(layer.index, params, *row), reference, *own)
-            for row, reference, own in chunks
-        ]
+        sums = [_sums(model.config, outer, *each, *own) for *each, own in zip(final, whole, fields, strict=True)]
         return tuple(sum(float(each[i]) for each in sums) / count for i in range(2))
 
-    return _table(model, batch, formats, mesh, unit, count, measure)
+    base, _ = means(whole)
+
+    def measure(layer: Layer, params: Any) -> tuple[float, float]:
+        loss, divergence = means(states(layer.index, params, *row) for row in layer.rows)
+        return loss - base, divergence
+
+    return _table(model, batch, formats, mesh, unit, count, measure, base)
 
 
 def estimated(
@@ -140,7 +123,7 @@ def estimated(
 ) -> Table:
     """The same with the estimates alone: one pass over the rows. The loss and the divergence are None."""
     model, batch = _floats(model), _first(batch, rows)
-    return _table(model, batch, formats, mesh, unit, _tokens(batch), None)
+    return _table(model, batch, formats, mesh, unit, _tokens(batch))
 
 
 def _table(
@@ -150,42 +133,32 @@ def _table(
     mesh: Mesh,
     unit: Unit,
     tokens: int,
-    measure: Callable[[Layer, Any], tuple[float, float]] | None,
+    measure: Callable[[Layer, Any], tuple[float, float]] | None = None,
+    base: float = math.nan,
 ) -> Table:
     require(len(formats) > 0, "there is no format to try: give one at least")
     sizes = _work(model)
-    base, found, done = math.nan, [], 0.0
     with progress.bar("sensitivity: matrices", sum(sizes)) as update:
-        for layer, read in _layers(model, batch, mesh):
-            if measure and layer.index == 0:
-                base, _ = measure(layer, layer.params)
-            units = _units(layer, read, unit)
-            for name, paths in units.items():
-                for format in formats:
-                    made = {path: format(w) for path, w in trees.flatten(layer.params) if path in paths}
-                    loss, divergence = measure(layer, _with(layer.params, made)) if measure else (None, None)
-                    increase = None if loss is None else loss - base
-                    found.append(_row(layer, read, name, format, made, (increase, divergence), tokens))
-                    done += sizes[layer.index] / (len(units) * len(formats))
-                    update(done)
-    return Table(base, tokens, tuple(found))
 
+        def one(layer: Layer, read: States) -> tuple[Layer, list[Row]]:
+            found, units = [], _units(layer, read, unit)
+            tried = list(itertools.product(units.items(), formats))
+            for count, ((name, paths), format) in enumerate(tried, 1):
+                own = ((path, w) for path, w in trees.flatten(layer.params) if path in paths)
+                made = {path: ops.quantize_array(w, -2, format) for path, w in own}
+                measured = measure(layer, _with(layer.params, made)) if measure else (None, None)
+                found.append(_row(layer, read, name, format, made, measured, tokens))
+                update(sum(sizes[: layer.index]) + sizes[layer.index] * count / len(tried))
+            return layer, found
 
-def _layers(model: LanguageModel, batch: Mapping[str, Any], mesh: Mesh) -> Iterator[tuple[Layer, States]]:
-    """Each layer with its inputs, and X^T X of what its matrices read."""
-    rows = calibrate.inputs(model, batch, mesh)
-    for index in range(len(model.config.blocks)):
-        name, masks = f"block_{index}", model.masks or {}
-        own = {path.removeprefix(f"{name}/"): mask for path, mask in masks.items() if path.startswith(f"{name}/")}
-        layer = Layer(model.params[name], own, rows, layerwise.block_config(model.config, index), index)
-        yield layer, calibrate.gathered(layer, {"gram": calibrate.GRAM})
-        rows = [(layer(layer.params, *row), *row[1:]) for row in rows]
+        _, found = calibrate.walk(model, batch, one, {"gram": calibrate.GRAM}, mesh=mesh, title=None)
+    return Table(base, tokens, tuple(itertools.chain.from_iterable(found)))
 
 
 def _units(layer: Layer, read: States, unit: Unit) -> dict[str, tuple[str, ...]]:
     """{name: paths in the layer} of what is rounded together."""
     together: dict[Any, list[str]] = {}
-    for path, states in read.items():
+    for path, states in sorted(read.items()):
         together.setdefault({"matrix": path, "input": id(states["gram"]), "layer": 0}[unit], []).append(path)
     block, short = f"block_{layer.index}", lambda path: path.removesuffix("/kernel")
     names = [block if unit == "layer" else f"{block}/{'+'.join(map(short, paths))}" for paths in together.values()]

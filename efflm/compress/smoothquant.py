@@ -38,7 +38,7 @@ class SmoothQuant:
         require(0 <= self.alpha <= 1, f"alpha is {self.alpha}, but must be in [0, 1]")
 
     def __call__(self, model: LanguageModel, context: Context):
-        def one(layer: Layer, read: calibrate.States) -> Layer:
+        def one(layer: Layer, read: calibrate.States) -> tuple[Layer, None]:
             params = layer.params
             for place in fold.places(layer.config):
                 weights = dict(trees.flatten(params))
@@ -47,10 +47,8 @@ class SmoothQuant:
                 most_x = fold.shared(layer.config, place, read[place.readers[0]]["largest"])
                 s = scales(most_x, fold.shared(layer.config, place, most_w), self.alpha)
                 params = fold.scale_inputs(layer.config, params, place, s)
-            return layer.replace(params=params)
+            return layer.replace(params=params), None
 
-        statistics = {"largest": calibrate.LARGEST}
-        after = calibrate.map_blocks(
-            model, context.calibration, statistics, one, mesh=context.mesh, title="SmoothQuant"
-        )
+        given = {"mesh": context.mesh, "title": "SmoothQuant"}
+        after, _ = calibrate.walk(model, context.calibration, one, {"largest": calibrate.LARGEST}, **given)
         return after, record(self, model, after, context)

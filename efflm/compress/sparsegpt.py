@@ -78,7 +78,7 @@ class SparseGPT:
         pattern = select.n_of_m(self.pattern)
         select.require_groups(model.params, pattern)
 
-        def one(layer: Layer, read: calibrate.States) -> Layer:
+        def one(layer: Layer, read: calibrate.States) -> tuple[Layer, None]:
             inverse = obs.inverses(layer, read, self.damping)
             masks = dict(layer.masks)
 
@@ -91,9 +91,8 @@ class SparseGPT:
                 return ops.requantize(w, leaf)
 
             params = trees.map_with_path(matrix, layer.params)
-            return layer.replace(params=params, masks=masks)
+            return layer.replace(params=params, masks=masks), None
 
-        after = calibrate.map_blocks(
-            model, context.calibration, {"gram": calibrate.GRAM}, one, mesh=context.mesh, title="SparseGPT"
-        )
+        given = {"mesh": context.mesh, "title": "SparseGPT"}
+        after, _ = calibrate.walk(model, context.calibration, one, {"gram": calibrate.GRAM}, **given)
         return after, record(self, model, after, context)

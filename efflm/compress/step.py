@@ -120,7 +120,8 @@ def record(
     )
     return Record(
         step=type(step).__name__,
-        settings=dataclasses.asdict(step) | ({"removed": dict(removed)} if removed else {}),
+        settings={name: value for name, value in dataclasses.asdict(step).items() if value is not None}
+        | ({"removed": dict(removed)} if removed else {}),
         leaves=changed,
         seed=context.seed,
         corpus=context.corpus if uses_text else "",

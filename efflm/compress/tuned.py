@@ -6,7 +6,7 @@ each group keeps, are trained until the layer with rounded weights computes what
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,13 @@ import optax
 from efflm import ops, trees
 from efflm.compress import calibrate
 from efflm.compress.calibrate import Layer
+from efflm.compress.plan import OF_EMBEDDINGS, OF_PLAN, Embeddings, Plan, nearest, plan_of, require_formats
 from efflm.compress.step import Context, record
 from efflm.config import flag, require
 from efflm.config.model import ModelConfig
 from efflm.model import LanguageModel, layerwise, placement
-from efflm.model.params import in_layer
-from efflm.ops import qarray
+from efflm.ops import Format, qarray
+from efflm.ops.format import Bits
 from efflm.parallel import sharding
 from efflm.train import loop
 from efflm.train.losses import weighted_mean
@@ -29,53 +30,45 @@ from efflm.train.losses import weighted_mean
 LEAST_RANGE = 0.1  # the least part of its range that a group keeps
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rounding:
-    """How a matrix w [K, N] is rounded, differentiably, with what is learned for it:
+# How a matrix w [K, N] is rounded, differentiably, with what is learned for it: offset V [K, N] in [-1/2, 1/2], of the
+# codes; top [groups, N] in (0, 1], the part of a group's largest magnitude that is its largest code; where the format
+# is not symmetric of its largest value, and bottom of its smallest (equations 2 and 3).
+Learned = dict[str, jax.Array]
 
-    offset V [K, N] in [-1/2, 1/2], of the codes; top [groups, N] in (0, 1], the part of a group's largest magnitude
-    that is its largest code; without `symmetric` of its largest value, and bottom of its smallest (equation 2 and 3).
-    """
 
-    bits: int
-    group: int
-    symmetric: bool
+def start(w: jax.Array, format: Format) -> Learned:
+    """No offset, and the range with the least squared error (see ops.qarray.grid_of) where the format clips."""
+    whole = dataclasses.replace(format, clip=False)
+    ratio = qarray.grid_of(w, -2, format)[0] / qarray.grid_of(w, -2, whole)[0]
+    learned = {"offset": jnp.zeros(w.shape), "top": ratio}
+    return learned if format.symmetric else learned | {"bottom": ratio}
 
-    def start(self, w: jax.Array, clip: bool = True) -> dict[str, jax.Array]:
-        """No offset, and the range with the least squared error (see ops.qarray.grid_of)."""
-        format = {"bits": self.bits, "group": self.group, "symmetric": self.symmetric}
-        ratio = qarray.grid_of(w, -2, clip=clip, **format)[0] / qarray.grid_of(w, -2, **format)[0]
-        learned = {"offset": jnp.zeros(w.shape), "top": ratio}
-        return learned if self.symmetric else learned | {"bottom": ratio}
 
-    def grid(self, w: jax.Array, learned: dict[str, jax.Array]) -> qarray.Grid:
-        """Scales and zeros [groups, N], float32."""
-        most, split = 2 ** (self.bits - 1) - 1, qarray.grouped(w, -2, self._group(w))
-        if self.symmetric:
-            return qarray.symmetric_scale(learned["top"] * jnp.max(jnp.abs(split), axis=-2), most), None
-        top = learned["top"] * jnp.maximum(jnp.max(split, axis=-2), 0.0)
-        bottom = learned["bottom"] * jnp.minimum(jnp.min(split, axis=-2), 0.0)
-        scale = qarray.symmetric_scale(top - bottom, 2**self.bits - 1)
-        return scale, jnp.clip(_rounded(-bottom / scale) - most - 1, -most - 1, most)
+def grid(w: jax.Array, learned: Learned, format: Format) -> qarray.Grid:
+    """Scales and zeros [groups, N], float32."""
+    split = qarray.grouped(w, -2, format.group_in(w.shape[-2]))
+    if format.symmetric:
+        return qarray.symmetric_scale(learned["top"] * jnp.max(jnp.abs(split), axis=-2), format.high), None
+    top = learned["top"] * jnp.maximum(jnp.max(split, axis=-2), 0.0)
+    bottom = learned["bottom"] * jnp.minimum(jnp.min(split, axis=-2), 0.0)
+    scale = qarray.symmetric_scale(top - bottom, format.high - format.low)
+    return scale, jnp.clip(_rounded(-bottom / scale) + format.low, format.low, format.high)
 
-    def __call__(self, w: jax.Array, learned: dict[str, jax.Array]) -> jax.Array:
-        """The rounded matrix, float32; the gradient goes through the rounding as if it were not there."""
-        most, group = 2 ** (self.bits - 1) - 1, self._group(w)
-        each = lambda part: qarray.by_entry(part, -2, group, w.shape[-2])
-        scale, zeros = self.grid(w, learned)
-        scale, zero = each(scale), 0.0 if zeros is None else each(zeros)
-        codes = _rounded(w / scale + learned["offset"]) + zero
-        return (jnp.clip(codes, -most if self.symmetric else -most - 1, most) - zero) * scale
 
-    def stored(self, w: jax.Array, kept: jax.Array | None, learned: dict[str, jax.Array]) -> qarray.QArray:
-        """The matrix with its codes; dropped weights are zero."""
-        scale, zeros = self.grid(w, learned)
-        grid = scale, None if zeros is None else zeros.astype(jnp.int8)
-        found = masked(self(w, learned), kept)
-        return ops.quantize_array(found, -2, bits=self.bits, group=self.group, symmetric=self.symmetric, grid=grid)
+def rounded(w: jax.Array, learned: Learned, format: Format) -> jax.Array:
+    """The rounded matrix, float32; the gradient goes through the rounding as if it were not there."""
+    each = lambda part: qarray.by_entry(part, -2, format.group_in(w.shape[-2]), w.shape[-2])
+    scale, zeros = grid(w, learned, format)
+    scale, zero = each(scale), 0.0 if zeros is None else each(zeros)
+    codes = _rounded(w / scale + learned["offset"]) + zero
+    return (jnp.clip(codes, format.low, format.high) - zero) * scale
 
-    def _group(self, w: jax.Array) -> int:
-        return 0 if self.group >= w.shape[-2] else self.group
+
+def stored(w: jax.Array, kept: jax.Array | None, learned: Learned, format: Format) -> ops.QArray:
+    """The matrix with its codes; dropped weights are zero."""
+    scale, zeros = grid(w, learned, format)
+    found = masked(rounded(w, learned, format), kept)
+    return ops.quantize_array(found, -2, format, grid=(scale, None if zeros is None else zeros.astype(jnp.int8)))
 
 
 def _rounded(x: jax.Array) -> jax.Array:
@@ -92,21 +85,17 @@ class BlockError:
 
     trainable: {"block_0": what is learned for each matrix, under its path}. frozen: {"block_0": the weights}; zero ones
     stay zero, as |V| <= 1/2. batch: x and wanted [B, T, D], positions and segments [B, T]. Equal layers have equal
-    losses, which share a compiled step.
+    losses, which share a compiled step. formats: of the matrices that are rounded, by their paths in the layer.
     """
 
     config: ModelConfig
-    rounding: Rounding
+    formats: tuple[tuple[str, Format], ...]
 
     def __call__(self, trainable: Any, frozen: Any, batch: dict[str, jax.Array], rng: jax.Array | None = None):
         del rng
-        weights = dict(trees.flatten(frozen["block_0"]))
-        for path, w in weights.items():
-            if in_layer(f"block_0/{path}"):
-                learned = trainable["block_0"]
-                for name in path.split("/"):
-                    learned = learned[name]
-                weights[path] = self.rounding(w, learned)
+        weights, learned = (dict(trees.flatten(tree["block_0"])) for tree in (frozen, trainable))
+        for path, format in self.formats:
+            weights[path] = rounded(weights[path], _of(learned, path), format)
         params, rows = trees.unflatten(weights), (batch[name] for name in ("x", "positions", "segments"))
         lost = layerwise.apply_block(self.config, params, *rows).astype(jnp.float32) - batch["wanted"]
         counted = (batch["segments"] > 0).astype(jnp.float32)
@@ -131,7 +120,7 @@ def _within(updates: Any, params: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """Matrices inside the layers, rounded so that each layer computes what it did. Embeddings are left to Quantize.
+    """Matrices inside the layers, rounded so that each layer computes what it did; embeddings to the nearest.
 
     What is wanted of a layer is its output where no layer is rounded; it reads what the rounded layers before it made.
     So it makes up for some of their errors, as in the authors' program. What was learned is kept if its error over all
@@ -142,52 +131,54 @@ class Tuned:
     that are wanted, the errors before and after, and the inputs of the next layer.
     """
 
-    bits: Literal[8, 4, 3] = flag(4, "bits of a weight")
+    bits: Bits = flag(4, "bits of a weight")
     group: int = flag(32, "inputs that share a scale; 0: all of an output")
     symmetric: bool = flag(True, "codes around zero; false: a zero point for each scale")
     steps: int = flag(96, "optimizer steps for each layer")
     learning_rate: float = flag(0.0, "of the offsets at the start, in codes; 0: 1 / steps")
     batch: int = flag(4, "sequences in a step")
+    embeddings: Embeddings = flag(8, OF_EMBEDDINGS)
+    plan: Plan | None = flag(None, OF_PLAN, internal=True)
 
     at = "bits"
     calibrates = True
 
     def __post_init__(self):
-        qarray.require_format(self.bits, self.group)
+        require_formats(self, self._plan, activations=("float", "int8"), scales=("output",), scale_dtype=("",))
         require(self.steps > 0, f"steps is {self.steps}, but must be positive")
         require(self.batch > 0, f"batch is {self.batch}, but must be positive")
         require(
             self.learning_rate >= 0, f"learning_rate is {self.learning_rate}, but must be positive, or 0: 1 / steps"
         )
 
+    @property
+    def _plan(self) -> Plan:
+        return plan_of(self, clip=True)
+
     def __call__(self, model: LanguageModel, context: Context):
-        rounding = Rounding(bits=self.bits, group=self.group, symmetric=self.symmetric)
+        plan = self._plan
         rule = signed_descent(self.steps, self.learning_rate or 1 / self.steps)
         programs: loop.Programs = {}
-        floats: list[jax.Array] = []  # what the layer reads, and then what it makes, where none is rounded
 
-        def one(layer: Layer, _: calibrate.States) -> Layer:
-            floats[:] = floats or [x for x, *_ in layer.rows]
-            floats[:] = [layer(layer.params, x, *row[1:]) for x, row in zip(floats, layer.rows, strict=True)]
-            loss = BlockError(config=layer.config, rounding=rounding)
+        def one(layer: Layer, _: calibrate.States) -> tuple[Layer, None]:
             flat = dict(trees.flatten(layer.params))
-            matrices = [path for path in flat if in_layer(f"block_0/{path}")]
-            kept = {path: layer.masks[path] for path in matrices if path in layer.masks}
-            for path in matrices:
+            planned = {path: plan.of(layer.path(path)) for path in flat}
+            formats = {path: format for path, format in planned.items() if format}
+            loss = BlockError(config=layer.config, formats=tuple(formats.items()))
+            kept = {path: layer.masks[path] for path in formats if path in layer.masks}
+            for path in formats:
                 flat[path] = masked(ops.in_float32(flat[path]), kept.get(path))
-            frozen = _under_block(flat)
-            start = _under_block(
-                {f"{path}/{name}": part for path in matrices for name, part in rounding.start(flat[path]).items()}
-            )
+            frozen, learned = _under_block(flat), {path: start(flat[path], format) for path, format in formats.items()}
+            begin = _under_block({f"{path}/{name}": part for path in learned for name, part in learned[path].items()})
             # Where the trainer puts them: so the errors before and after come from one compiled program.
-            start, frozen = (jax.device_put(tree, placement.shardings(tree, context.mesh)) for tree in (start, frozen))
+            begin, frozen = (jax.device_put(tree, placement.shardings(tree, context.mesh)) for tree in (begin, frozen))
             rows = [
                 {"x": x, "positions": positions, "segments": segments, "wanted": wanted}
-                for (x, positions, segments), wanted in zip(layer.rows, floats, strict=True)
+                for (x, positions, segments), wanted in zip(layer.rows, layer.wanted, strict=True)
             ]
             found = loop.fit(
                 loss,
-                functools.partial(jax.tree.map, jnp.copy, start),
+                functools.partial(jax.tree.map, jnp.copy, begin),
                 frozen,
                 _batches(rows, self.batch, context.mesh.devices.size, context.seed),
                 rule,
@@ -196,18 +187,22 @@ class Tuned:
                 title="",
                 programs=programs,
             )
-            errors = [_error(loss, learned, frozen, rows) for learned in (start, found)]
+            errors = [_error(loss, learned, frozen, rows) for learned in (begin, found)]
 
-            best = dict(trees.flatten((found if errors[1] < errors[0] else start)["block_0"]))
-            for path in matrices:
-                learned = {
-                    name: best[f"{path}/{name}"] for name in ("offset", "top", "bottom") if f"{path}/{name}" in best
-                }
-                flat[path] = rounding.stored(flat[path], kept.get(path), learned)
-            return layer.replace(params=trees.unflatten(flat))
+            best = dict(trees.flatten((found if errors[1] < errors[0] else begin)["block_0"]))
+            for path, format in formats.items():
+                flat[path] = stored(flat[path], kept.get(path), _of(best, path), format)
+            return layer.replace(params=trees.unflatten(flat)), None
 
-        after = calibrate.map_blocks(model, context.calibration, {}, one, mesh=context.mesh, title="tuned rounding")
+        given = {"mesh": context.mesh, "title": "tuned rounding", "reference": True}
+        after, _ = calibrate.walk(model, context.calibration, one, **given)
+        after = after.replace(params=nearest(after.params, plan, inside=False))
         return after, record(self, model, after, context)
+
+
+def _of(learned: dict[str, jax.Array], path: str) -> Learned:
+    """What is learned for one matrix, of what is learned for all."""
+    return {name: learned[f"{path}/{name}"] for name in ("offset", "top", "bottom") if f"{path}/{name}" in learned}
 
 
 def _under_block(flat: dict[str, Any]) -> Any:

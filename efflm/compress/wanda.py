@@ -45,14 +45,14 @@ class Wanda:
         pattern = select.n_of_m(self.pattern)
         select.require_groups(model.params, pattern)
 
-        def one(layer: Layer, read: calibrate.States) -> Layer:
+        def one(layer: Layer, read: calibrate.States) -> tuple[Layer, None]:
             weights, masks = dict(trees.flatten(layer.params)), dict(layer.masks)
             for path, states in read.items():
                 w = jnp.where(masks.get(path, True), ops.in_float32(weights[path]), 0.0)
                 kept = mask(w, states["squares"], self.sparsity, pattern)
                 masks[path] = kept & masks[path] if path in masks else kept
-            return layer.replace(params=ops.apply_masks(layer.params, masks), masks=masks)
+            return layer.replace(params=ops.apply_masks(layer.params, masks), masks=masks), None
 
         statistics = {"squares": calibrate.SQUARES}
-        after = calibrate.map_blocks(model, context.calibration, statistics, one, mesh=context.mesh, title="Wanda")
+        after, _ = calibrate.walk(model, context.calibration, one, statistics, mesh=context.mesh, title="Wanda")
         return after, record(self, model, after, context)

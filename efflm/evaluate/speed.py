@@ -21,18 +21,17 @@ from efflm.infer.generate import State, decode, forward, prefill, row_keys
 from efflm.infer.sampling import GREEDY
 from efflm.model import LanguageModel, empty_cache, in_dtype
 from efflm.model.params import find, in_layer, is_matrix
+from efflm.ops import Format, QArray
 from efflm.ops.kernels.cpu import build
-from efflm.ops.qarray import Activations, QArray, quantize_array
 from efflm.parallel import sharding
 from efflm.plan import work
 from efflm.precision import policy_for
 
-# name -> bits of the weights, how many entries share a scale (0: a whole column), activations
-QUANTIZED: dict[str, tuple[int, int, Activations]] = {
-    "w8a16": (8, 0, "float"),
-    "w8a8": (8, 0, "int8"),
-    "w4a16": (4, 32, "float"),
-    "w4a8": (4, 32, "int8"),
+QUANTIZED = {
+    "w8a16": Format(),
+    "w8a8": Format(activations="int8"),
+    "w4a16": Format(bits=4, group=32),
+    "w4a8": Format(bits=4, group=32, activations="int8"),
 }
 PRECISIONS = ("float32", "bfloat16", *QUANTIZED)
 LEAST = 0.5  # seconds for which what is quick is run again in a turn
@@ -73,12 +72,9 @@ def in_precision(model: LanguageModel, name: str) -> LanguageModel:
     require(not quantized, "the model is quantized already: give the one that it was made from")
     if name not in QUANTIZED:
         return in_dtype(model, name)
-    bits, group, activations = QUANTIZED[name]
 
     def one(path: str, w: Any) -> Any:
-        return (
-            quantize_array(w, find(path)[0].contracted, activations, bits=bits, group=group) if is_matrix(path) else w
-        )
+        return ops.quantize_array(w, find(path)[0].contracted, QUANTIZED[name]) if is_matrix(path) else w
 
     model = in_dtype(model, "float32")
     return model.replace(params=trees.map_with_path(one, model.params))

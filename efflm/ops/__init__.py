@@ -8,6 +8,7 @@ from efflm.ops.divergences import Divergence
 from efflm.ops.dot import dot, dots
 from efflm.ops.embed import embed, unembed
 from efflm.ops.feedforward import gated_feedforward, swiglu
+from efflm.ops.format import Format
 from efflm.ops.lowrank import LowRank
 from efflm.ops.masks import Masks, apply_masks, mask_tree, masked
 from efflm.ops.norm import Normed, normalize
@@ -21,6 +22,7 @@ from efflm.ops.storage import nonzeros, stored_nbytes
 __all__ = [
     "LEAST",
     "Divergence",
+    "Format",
     "LowRank",
     "Masks",
     "Normed",

@@ -8,7 +8,7 @@ code in the lowest bits: two in a byte, or eight in three bytes. Each output cha
 """
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import flax.struct
 import jax
@@ -16,11 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from efflm.config import require
+from efflm.ops.format import INT8, Activations, Format
 from efflm.ops.lowrank import LowRank
 from efflm.ops.packing import pack, unpack
 
-Activations = Literal["float", "int8", "int8_static"]
-BITS = (8, 4, 3)
 RATIOS, LEAST_RATIO = 33, 0.36  # how many parts of a group's range are tried as its clipped range, and the least
 Grid = tuple[jax.Array, jax.Array | None]  # scales, zeros
 
@@ -32,9 +31,8 @@ class QArray:
     values: int8 codes in the shape of the matrix, or uint8 with the contracted axis packed. scale: floating, the shape
     of the matrix with the contracted axis reduced to the number of groups. zeros: int8 like scale, the code of zero;
     None: 0, and codes within +-(2^(bits - 1) - 1). activation_scale: float32 [..., 1, 1] with "int8_static".
-    axis: the contracted axis, counted from the end. group: entries that share a scale; 0: all. size: of the contracted
-    axis. activations: "float" multiplies in floating point (weight-only); "int8" rounds the other operand too, one
-    scale per token, computed in the matmul; "int8_static" with one scale for all, known before.
+    axis: the contracted axis, counted from the end. size: its length. bits, group, activations: see Format; group is 0
+    where one scale is for the whole axis.
 
     For every element |w - dequantize(w)| <= scale / 2, and an exact zero stays one.
     """
@@ -58,6 +56,12 @@ class QArray:
     @property
     def ndim(self) -> int:
         return self.values.ndim
+
+    @property
+    def format(self) -> Format:
+        """How it would be rounded again."""
+        symmetric = self.zeros is None
+        return Format(bits=self.bits, group=self.group, symmetric=symmetric, activations=self.activations)
 
 
 @flax.struct.dataclass
@@ -118,98 +122,57 @@ def symmetric_scale(absmax: jax.Array, most: int) -> jax.Array:
     return jnp.where(absmax > 0, absmax / most, 1.0)
 
 
-def require_format(bits: int, group: int) -> None:
-    require(bits in BITS, f"bits is {bits}, but must be one of {', '.join(map(str, BITS))}")
-    require(group >= 0, f"group is {group}, but must be positive, or 0 for one scale for each output channel")
-
-
 def quantize_array(
-    w: jax.Array,
-    axis: int,
-    activations: Activations = "float",
-    *,
-    bits: int = 8,
-    group: int = 0,
-    symmetric: bool = True,
-    clip: bool = False,
-    scales: Literal["output", "matrix"] = "output",
-    grid: Grid | None = None,
-    activation_scale: jax.Array | None = None,
+    w: jax.Array, axis: int, format: Format = INT8, grid: Grid | None = None, activation_scale: jax.Array | None = None
 ) -> QArray:
-    """A float matrix rounded to the nearest codes; scales have the dtype of w. Raises InputError.
+    """A float matrix [..., in, out] rounded to the nearest codes of a format. Raises InputError.
 
-    axis: the contracted one. symmetric: the largest magnitude of a group is the largest code. Otherwise the range of a
-    group, widened to include 0, fills all 2^bits codes. clip, scales: see `grid_of`. grid: its result, if it is known.
+    axis: the contracted one. grid: the result of `grid_of`, if it is known. activation_scale: with int8_static.
     """
-    require_format(bits, group)
     require(
-        (activation_scale is not None) == (activations == "int8_static"),
-        f"activations is {activations!r}: a static scale goes with int8_static, and with that alone",
+        (activation_scale is not None) == (format.activations == "int8_static"),
+        f"activations is {format.activations!r}: a static scale goes with int8_static, and with that alone",
     )
     axis = axis % w.ndim - w.ndim
     size = w.shape[axis]
-    group = 0 if group >= size else group
-    if grid is None:
-        grid = grid_of(w, axis, bits=bits, group=group, symmetric=symmetric, clip=clip, scales=scales)
-    scale, zeros = grid
-    return QArray(
-        _packed(w, scale, zeros, axis, bits, group),
-        scale,
-        zeros,
-        activation_scale,
-        bits=bits,
-        axis=axis,
-        group=group,
-        size=size,
-        activations=activations,
-    )
+    scale, zeros = grid_of(w, axis, format) if grid is None else grid
+    values = _packed(w, scale, zeros, axis, format)
+    static = {"bits": format.bits, "group": format.group_in(size), "activations": format.activations}
+    return QArray(values, scale, zeros, activation_scale, axis=axis, size=size, **static)
 
 
-@functools.partial(jax.jit, static_argnums=1, static_argnames=("bits", "group", "symmetric", "clip", "scales"))
-def grid_of(
-    w: jax.Array,
-    axis: int,
-    *,
-    bits: int,
-    group: int = 0,
-    symmetric: bool = True,
-    clip: bool = False,
-    scales: Literal["output", "matrix"] = "output",
-) -> Grid:
-    """The scales and zeros of the groups of a float matrix (see `quantize_array`), each with `axis` reduced to groups.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def grid_of(w: jax.Array, axis: int, format: Format) -> Grid:
+    """The scales and zeros of the groups of a float matrix, each with `axis` reduced to groups (see Format).
 
-    scales: "matrix" gives all groups the same, that of the widest range.
-    clip: of RATIOS of each group's range, the one whose rounding errors have the least sum of squares: what is beyond
-    is rounded to the end of the range, and the rest is rounded more finely.
+    Where the format clips, of RATIOS of each group's range the one whose rounding errors have the least sum of squares:
+    what is beyond is rounded to the end of the range, and the rest is rounded more finely.
     """
-    group = 0 if group >= w.shape[axis] else group
-    split, most = grouped(w.astype(jnp.float32), axis, group), 2 ** (bits - 1) - 1
-    if symmetric:  # the entries of a group now lie along `axis`
+    group, dtype = format.group_in(w.shape[axis]), format.scale_dtype or w.dtype
+    split = grouped(w.astype(jnp.float32), axis, group)
+    if format.symmetric:  # the entries of a group now lie along `axis`
         top = jnp.max(jnp.abs(split), axis=axis)
         bottom = -top
     else:
         bottom, top = jnp.minimum(jnp.min(split, axis), 0.0), jnp.maximum(jnp.max(split, axis), 0.0)
-    if scales == "matrix":
+    if format.scales == "matrix":
         bottom, top = jnp.full_like(bottom, jnp.min(bottom)), jnp.full_like(top, jnp.max(top))
 
     def within(ratio: jax.Array | float) -> Grid:
-        if symmetric:
-            return symmetric_scale(ratio * top, most).astype(w.dtype), None
-        span = ratio * (top - bottom)
-        scale = jnp.where(span > 0, span / (2**bits - 1), 1.0).astype(w.dtype)
-        zero = jnp.round(-ratio * bottom / scale.astype(jnp.float32)) - most - 1
-        return scale, jnp.clip(zero, -most - 1, most).astype(jnp.int8)
+        if format.symmetric:
+            return symmetric_scale(ratio * top, format.high).astype(dtype), None
+        scale = symmetric_scale(ratio * (top - bottom), format.high - format.low).astype(dtype)
+        zero = jnp.round(-ratio * bottom / scale.astype(jnp.float32)) + format.low
+        return scale, jnp.clip(zero, format.low, format.high).astype(jnp.int8)
 
-    if not clip:
+    if not format.clip:
         return within(1.0)
 
     def error(ratio: jax.Array) -> jax.Array:
         scale, zeros = within(ratio)
-        found = _round(w, scale, zeros, axis, bits, group).astype(jnp.float32)
-        each = functools.partial(by_entry, axis=axis, group=group, size=w.shape[axis])
-        found = (found - (0.0 if zeros is None else each(zeros.astype(jnp.float32)))) * each(scale.astype(jnp.float32))
+        found = _floats(_round(w, scale, zeros, axis, format), scale, zeros, axis, group)
         squares = jnp.sum(jnp.square(grouped(w.astype(jnp.float32) - found, axis, group)), axis=axis)
-        return squares if scales == "output" else jnp.full_like(squares, jnp.sum(squares))
+        return squares if format.scales == "output" else jnp.full_like(squares, jnp.sum(squares))
 
     def keep_better(best: tuple[jax.Array, jax.Array], ratio: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         least, ratios = best
@@ -221,20 +184,18 @@ def grid_of(
     return within(ratios)
 
 
-def _round(w: jax.Array, scale: jax.Array, zeros: jax.Array | None, axis: int, bits: int, group: int) -> jax.Array:
+def _round(w: jax.Array, scale: jax.Array, zeros: jax.Array | None, axis: int, format: Format) -> jax.Array:
     """int8 codes, not packed."""
-    most = 2 ** (bits - 1) - 1
 
-    def each(per_group: jax.Array) -> jax.Array:
-        return by_entry(per_group.astype(jnp.float32), axis, group, w.shape[axis])
-
+    size = w.shape[axis]
+    each = lambda per_group: by_entry(per_group.astype(jnp.float32), axis, format.group_in(size), size)
     rounded = jnp.round(w.astype(jnp.float32) / each(scale)) + (0.0 if zeros is None else each(zeros))
-    return jnp.clip(rounded, -most if zeros is None else -most - 1, most).astype(jnp.int8)
+    return jnp.clip(rounded, format.low, format.high).astype(jnp.int8)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _packed(w: jax.Array, scale: jax.Array, zeros: jax.Array | None, axis: int, bits: int, group: int) -> jax.Array:
-    return pack(_round(w, scale, zeros, axis, bits, group), bits, axis)
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _packed(w: jax.Array, scale: jax.Array, zeros: jax.Array | None, axis: int, format: Format) -> jax.Array:
+    return pack(_round(w, scale, zeros, axis, format), format.bits, axis)
 
 
 def dequantize(w: Any) -> jax.Array:
@@ -256,11 +217,13 @@ def in_float32(w: Any) -> jax.Array:
 
 @jax.jit
 def _dequantize(w: QArray) -> jax.Array:
-    def each(per_group: jax.Array) -> jax.Array:
-        return by_entry(per_group.astype(jnp.float32), w.axis, w.group, w.size)
+    return _floats(codes(w), w.scale, w.zeros, w.axis, w.group).astype(w.scale.dtype)
 
-    centered = codes(w).astype(jnp.float32) - (0.0 if w.zeros is None else each(w.zeros))
-    return (centered * each(w.scale)).astype(w.scale.dtype)
+
+def _floats(numbers: jax.Array, scale: jax.Array, zeros: jax.Array | None, axis: int, group: int) -> jax.Array:
+    """What codes in the shape of the matrix stand for, float32."""
+    each = lambda per_group: by_entry(per_group.astype(jnp.float32), axis, group, numbers.shape[axis])
+    return (numbers.astype(jnp.float32) - (0.0 if zeros is None else each(zeros))) * each(scale)
 
 
 def requantize(master: jax.Array, like: Any) -> Any:
@@ -268,15 +231,8 @@ def requantize(master: jax.Array, like: Any) -> Any:
     like = like.base if isinstance(like, LowRank) else like
     if not isinstance(like, QArray):
         return master.astype(like.dtype)
-    return quantize_array(
-        master.astype(like.scale.dtype),
-        like.axis,
-        like.activations,
-        bits=like.bits,
-        group=like.group,
-        symmetric=like.zeros is None,
-        activation_scale=like.activation_scale,
-    )
+    master = master.astype(like.scale.dtype)
+    return quantize_array(master, like.axis, like.format, activation_scale=like.activation_scale)
 
 
 def straight_through(master: jax.Array, like: Any) -> Any:
@@ -294,16 +250,12 @@ def straight_through(master: jax.Array, like: Any) -> Any:
     return value
 
 
-def rounded_activations(x: jax.Array, activation_scale: jax.Array | None) -> jax.Array:
-    """x [..., K] as an int8 matmul reads it, in the dtype of x, straight-through; scale: per token, or given."""
-    values, scale = rounded_rows(x, activation_scale)
-    return x + jax.lax.stop_gradient((values.astype(jnp.float32) * scale).astype(x.dtype) - x)
-
-
 def operands(x: jax.Array, w: Any) -> tuple[jax.Array, jax.Array]:
-    """What a float matmul reads to give what `dot` gives: x, rounded where w asks for it, and w as floats."""
+    """What a float matmul reads to give what `dot` gives: x [..., K], rounded straight-through where w asks for it, in
+    its dtype, and w as floats."""
     if isinstance(w, FakeQuantized) or (isinstance(w, QArray) and w.activations != "float"):
-        x = rounded_activations(x, w.activation_scale)
+        values, scale = rounded_rows(x, w.activation_scale)
+        x = x + jax.lax.stop_gradient((values.astype(jnp.float32) * scale).astype(x.dtype) - x)
     return x, dequantize(w)
 
 
@@ -332,12 +284,8 @@ def take(w: Any, axis: int, indices: jax.Array) -> Any:
         return requantize(jnp.take(dequantize(w), indices, axis=axis), w)
     kept = jnp.take(codes(w), indices, axis=axis)
     per_channel = lambda part: part if part is None or axis == w.axis else jnp.take(part, indices, axis=axis)
-    return w.replace(
-        values=pack(kept, w.bits, w.axis),
-        scale=per_channel(w.scale),
-        zeros=per_channel(w.zeros),
-        size=kept.shape[w.axis],
-    )
+    parts = {"scale": per_channel(w.scale), "zeros": per_channel(w.zeros)}
+    return w.replace(values=pack(kept, w.bits, w.axis), size=kept.shape[w.axis], **parts)
 
 
 def apply_mask(w: Any, mask: jax.Array) -> Any:

@@ -15,11 +15,12 @@ import numpy as np
 
 from efflm import trees
 from efflm.config import require
+from efflm.ops.format import Format
 from efflm.ops.kernels.cpu.dot import Dense, Panels
 from efflm.ops.lowrank import LowRank
 from efflm.ops.masks import Masks
 from efflm.ops.packing import pack, packed_size, unpack
-from efflm.ops.qarray import BITS, QArray, dequantize
+from efflm.ops.qarray import QArray, dequantize
 
 STATIC = ("bits", "axis", "group", "size", "activations")
 PARTS = ("values", "scale", "zeros", "activation_scale")
@@ -62,8 +63,8 @@ def part_shapes(shape: tuple[int, int], format_: dict[str, Any]) -> dict[str, tu
     bits, axis, group, size, activations = (format_[name] for name in STATIC)
     for name in ("bits", "axis", "group", "size"):
         require(type(format_[name]) is int, f"{name} is {format_[name]!r:.60}, but must be a whole number")
-    require(bits in BITS and axis in (-1, -2), f"{bits} bits along axis {axis} are unknown")
-    require(activations in ("float", "int8", "int8_static"), f"unknown activations {activations!s:.60}")
+    Format(bits=bits, activations=activations)  # which refuses what is unknown
+    require(axis in (-1, -2), f"axis is {axis}, but must be -1 or -2")
     require(size == shape[axis], f"size is {size}, but the contracted axis has {shape[axis]} entries")
     require(0 <= group < size, f"group is {group}, but must be in [0, {size})")
 

@@ -18,7 +18,7 @@ from efflm.parallel import meshes, sharding
 from efflm.train import loop
 from tests import tiny
 
-CONFIG, FOUR = tiny.LLAMA.config(), Quantize(bits=4, group=8, where="layers")
+CONFIG, FOUR = tiny.LLAMA.config(), Quantize(bits=4, group=8, embeddings=0)
 TOKENS = tiny.tokens(CONFIG, 2, 8)
 STEP = Adapt(rank=4, steps=30, learning_rate=1e-2, weight=0.0)
 

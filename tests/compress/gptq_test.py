@@ -25,9 +25,10 @@ def layer(seed, K, N, tokens=400):
 
 def rounded(w, x, bits, group, symmetric, order, kept=None):
     gram = jnp.asarray(x).T @ jnp.asarray(x)
-    grid = qarray.grid_of(jnp.asarray(w), -2, bits=bits, group=group, symmetric=symmetric)
+    form = ops.Format(bits=bits, group=group, symmetric=symmetric)
+    grid = qarray.grid_of(jnp.asarray(w), -2, form)
     kept = jnp.ones(w.shape, bool) if kept is None else jnp.asarray(kept)
-    found = round_matrix(jnp.asarray(w), obs.inverse(gram, 0.01, "w", order), kept, grid, bits=bits, group=group)
+    found = round_matrix(jnp.asarray(w), obs.inverse(gram, 0.01, "w", order), kept, grid, form)
     return np.asarray(found), grid
 
 
@@ -69,12 +70,14 @@ def test_it_loses_less_than_the_nearest_code_and_dropped_weights_stay_zero():
     x, w = layer(1, 192, 24)
     kept = np.random.default_rng(0).random(w.shape) < 0.5
     for bits, group in ((4, 0), (4, 32), (3, 32)):
-        nearest = ops.dequantize(ops.quantize_array(jnp.asarray(w), -2, bits=bits, group=group))
+        nearest = ops.dequantize(ops.quantize_array(jnp.asarray(w), -2, ops.Format(bits=bits, group=group)))
         found, _ = rounded(w, x, bits, group, True, True)
         assert surgeon.loss(w, found, x) < 0.5 * surgeon.loss(w, nearest, x)
     found, grid = rounded(w, x, 4, 32, True, True, kept)
     assert (found[~kept] == 0).all()
-    plain = np.asarray(ops.dequantize(ops.quantize_array(jnp.where(kept, w, 0.0), -2, bits=4, group=32, grid=grid)))
+    plain = np.asarray(
+        ops.dequantize(ops.quantize_array(jnp.where(kept, w, 0.0), -2, ops.Format(bits=4, group=32), grid))
+    )
     assert surgeon.loss(w * kept, found, x) < 0.8 * surgeon.loss(w * kept, plain, x)
 
 
@@ -82,7 +85,7 @@ def test_inputs_that_are_always_zero_are_rounded_to_the_nearest():
     x, w = layer(2, 40, 8)
     x[:, [0, 7, 39]] = 0
     found, grid = rounded(w, x, 4, 0, True, True)
-    nearest = np.asarray(ops.dequantize(ops.quantize_array(jnp.asarray(w), -2, bits=4, grid=grid)))
+    nearest = np.asarray(ops.dequantize(ops.quantize_array(jnp.asarray(w), -2, ops.Format(bits=4), grid)))
     np.testing.assert_allclose(found[[0, 7, 39]], nearest[[0, 7, 39]], atol=1e-6)
     assert np.isfinite(found).all()
 
@@ -102,14 +105,13 @@ CONTEXT = Context(mesh=meshes.make_mesh(), calibration=tiny.batch(tiny.LLAMA.con
 
 def test_a_model_in_four_bits():
     model = tiny.model()
-    after, records = recipe.run(model, (GPTQ(bits=4, group=16), Quantize(where="embeddings")), CONTEXT)
+    after, records = recipe.run(model, (GPTQ(bits=4, group=16),), CONTEXT)
     for path, leaf in trees.flatten(after.params):
         if len(leaf.shape) == 2:
             assert isinstance(leaf, QArray), path
             assert leaf.bits == (8 if path == "embedding" else 4), path
     assert records[0].corpus == "some text"
-    assert not records[1].corpus
-    nearest, _ = recipe.run(model, (Quantize(bits=4, group=16, where="layers"), Quantize(where="embeddings")), CONTEXT)
+    nearest, _ = recipe.run(model, (Quantize(bits=4, group=16),), CONTEXT)
     batch = CONTEXT.calibration
     inputs = {"segments": batch["segments"], "positions": batch["positions"]}
     full, *low = (tiny.logits(each, batch["inputs"], **inputs) for each in (model, after, nearest))

@@ -102,7 +102,7 @@ def test_the_recipe_takes_the_bytes_of_four_bits_and_diverges_less():
     )
     model = model.replace(params=faint)
     after, records = recipe.run(model, grammar.chain("mixed4"), CONTEXT)
-    plain, _ = recipe.run(model, (Quantize(bits=4, group=32, clip=True, where="layers"), recipe.EMBEDDINGS), CONTEXT)
+    plain, _ = recipe.run(model, (Quantize(bits=4, group=32, clip=True),), CONTEXT)
     _, uniform = recipe.run(model, grammar.chain("w4a16"), CONTEXT)
     assert records[-1].predicted_bytes <= uniform[-1].predicted_bytes
     assert records[0].corpus == "some text"
@@ -122,7 +122,7 @@ def test_budgets(cost):
     model = tiny.model()
     matrices = {path: w for path, w in trees.flatten(model.params) if path.endswith("kernel")}
     for settings_ in ({"average_bits": 3.0}, {"average_bits": 8.0}, {"budget": 0.2}):
-        after, _ = Mixed(cost=cost, groups="0", rows=4, **settings_)(model, CONTEXT)
+        after, _ = Mixed(cost=cost, groups="0", rows=4, embeddings=0, **settings_)(model, CONTEXT)
         bits = bits_of(after)
         assert bits.keys() == matrices.keys()
         if "budget" in settings_:
@@ -135,10 +135,10 @@ def test_budgets(cost):
 
 def test_pruned_weights_stay_zero_and_quantized_ones_can_be_rounded_again():
     model, _ = recipe.run(tiny.model(), grammar.chain("magnitude50"), CONTEXT)
-    after, _ = Mixed(unit="layer", rows=4)(model, CONTEXT)
+    after, _ = Mixed(unit="layer", rows=4, embeddings=0)(model, CONTEXT)
     for path, mask in after.masks.items():
         assert np.all(np.asarray(ops.dequantize(dict(trees.flatten(after.params))[path]))[~np.asarray(mask)] == 0)
-    again, _ = Mixed(bits="3", average_bits=3.0, rows=4)(after, CONTEXT)
+    again, _ = Mixed(bits="3", average_bits=3.0, rows=4, embeddings=0)(after, CONTEXT)
     assert set(bits_of(again).values()) == {3}
 
 

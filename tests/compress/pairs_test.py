@@ -38,7 +38,7 @@ CONFIG = tiny.LLAMA.config()
 STEPS = {
     "cast": Cast(dtype="bfloat16"),
     "int8": Quantize(activations="int8"),
-    "int4": Quantize(bits=4, group=8, where="layers"),
+    "int4": Quantize(bits=4, group=8, embeddings=0),
     "gptq": GPTQ(bits=3, group=8),
     "tuned": Tuned(bits=4, group=8, steps=1),
     "mixed": Mixed(average_bits=4.0, rows=2),
@@ -57,7 +57,7 @@ STEPS = {
     "adapt": Adapt(rank=2, steps=2, learning_rate=0.1, merge=True),
     "on_policy": Generated(steps=1, by="teacher", prompt=4, new=4),
 }
-ROUNDS = ("int8", "int4", "gptq", "tuned", "mixed", "qat")
+ROUNDS = ("int8", "int4", "gptq", "tuned", "mixed", "qat", "awq")
 PRUNES = ("magnitude", "wanda", "sparsegpt", "gradual")
 TOKENS = tiny.tokens(CONFIG, 2, 8)
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from efflm import ops, trees
 from efflm.compress import grammar, recipe
+from efflm.compress.plan import EMBEDDINGS, Plan
 from efflm.compress.qat import QAT, rounded
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context
@@ -44,13 +45,14 @@ def test_values_and_gradients_are_those_of_the_paper(seed, bits, group, K):
     most, count = 2 ** (bits - 1) - 1, group or K
     log = rng.normal(np.log(1.5 / most), 0.3, (-(-K // count), 3))  # some weights are beyond the range
     wanted, added = by_reference(w, np.exp(log), bits, group)
+    form = ops.Format(bits=bits, group=group)
 
     def total(w, log):
-        return jnp.sum(rounded(w, log, bits, group) * toward)
+        return jnp.sum(rounded(w, log, form) * toward)
 
     arrays = jnp.asarray(w, jnp.float32), jnp.asarray(log, jnp.float32)
     sure = np.abs(added) < 0.499
-    np.testing.assert_allclose(np.where(sure, rounded(*arrays, bits, group), wanted), wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.where(sure, rounded(*arrays, form), wanted), wanted, rtol=1e-4, atol=1e-5)
     found = jax.grad(total, argnums=(0, 1))(*arrays)
     step = 1e-6
 
@@ -81,9 +83,9 @@ def divergence(model, after):
 @pytest.mark.parametrize("scales", ["learned", "running"])
 def test_a_trained_model_is_nearer_to_the_teacher_than_the_nearest_codes(scales):
     model = tiny.model()
-    step = QAT(bits=3, group=16, scales=scales, steps=25, learning_rate=2e-3)
+    step = QAT(bits=3, group=16, scales=scales, steps=25, learning_rate=2e-3, embeddings=0)
     after, (record,) = recipe.run(model, (step,), CONTEXT)
-    nearest, _ = Quantize(bits=3, group=16, clip=True, where="layers")(model, CONTEXT)
+    nearest, _ = Quantize(bits=3, group=16, clip=True, embeddings=0)(model, CONTEXT)
     assert divergence(model, after) < 0.6 * divergence(model, nearest)
     for path, leaf in trees.flatten(after.params):
         assert isinstance(leaf, QArray) == in_layer(path), path
@@ -100,9 +102,9 @@ def test_what_is_stored_is_what_was_trained():
     for path, w in trees.flatten(model.params):
         if in_layer(path):
             leaf = dict(trees.flatten(after.params))[path]
-            scale, _ = qarray.grid_of(w, -2, bits=4, group=16, clip=True)
+            scale, _ = qarray.grid_of(w, -2, ops.Format(bits=4, group=16, clip=True))
             np.testing.assert_allclose(leaf.scale, scale, rtol=1e-4)
-            wanted = rounded(w, jnp.log(scale), 4, 16)
+            wanted = rounded(w, jnp.log(scale), ops.Format(bits=4, group=16))
             assert np.mean(~np.isclose(ops.dequantize(leaf), wanted, rtol=1e-4, atol=1e-6)) < 0.01
 
 
@@ -110,12 +112,12 @@ def test_what_is_stored_is_what_was_trained():
 def test_dropped_weights_stay_zero_and_other_formats_stay(scales):
     steps = (
         *grammar.chain("magnitude50"),
-        Quantize(where="embeddings"),
+        Quantize(plan=Plan(((EMBEDDINGS, ops.Format(bits=4)),))),
         QAT(group=16, scales=scales, steps=3, learning_rate=0.1),
     )
     after, _ = recipe.run(tiny.model(), steps, CONTEXT)
     weights = dict(trees.flatten(after.params))
-    assert weights["embedding"].bits == 8
+    assert weights["embedding"].bits == 4
     for path, mask in after.masks.items():
         assert (np.asarray(ops.dequantize(weights[path]))[~np.asarray(mask)] == 0).all(), path
 

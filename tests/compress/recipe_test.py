@@ -8,9 +8,11 @@ from safetensors import safe_open
 from efflm import ops, trees
 from efflm.compress import grammar, recipe
 from efflm.compress.adapt import Adapt
+from efflm.compress.awq import AWQ
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
 from efflm.compress.generated import Generated
+from efflm.compress.gptq import GPTQ
 from efflm.compress.gradual import Gradual
 from efflm.compress.magnitude import Magnitude
 from efflm.compress.qat import QAT
@@ -51,17 +53,14 @@ def test_fields_are_overridden_only_where_the_step_is_in_the_chain():
 
 
 def test_an_override_changes_one_step():
-    for name in ("w4a16", "w3a16", "awq4"):
-        *layers, embeddings = recipe.override(grammar.chain(name), {Quantize: {"bits": 3}})
-        assert (layers[-1].bits, layers[-1].where) == (3, "layers")
-        assert embeddings == Quantize(where="embeddings")
-    *_, embeddings = recipe.override(grammar.chain("gptq4"), {Quantize: {"bits": 3}})  # it has no other
-    assert (embeddings.bits, embeddings.where) == (3, "embeddings")
+    for name, kind in (("w4a16", Quantize), ("gptq4", GPTQ), ("awq4", AWQ), ("qat4", QAT)):
+        (step,) = recipe.override(grammar.chain(name), {kind: {"bits": 3}})
+        assert (step.bits, step.embeddings) == (3, 8)
     for names, kind, fields in (
         ("magnitude50,magnitude70", Magnitude, {"sparsity": 0.3}),
         ("w4a16,w8a8", Quantize, {"bits": 3}),
         ("depth50_distill,shrink30_distill", Distill, {"steps": 3}),
-        ("gptq4,gptq3", Quantize, {"bits": 3}),
+        ("gptq4,gptq3", GPTQ, {"bits": 3}),
     ):
         with pytest.raises(InputError, match=rf"{kind.__name__} would change 2 steps .* by one recipe after the other"):
             recipe.override(grammar.chain(names), {kind: fields})

@@ -177,13 +177,13 @@ def test_no_channel_of_activations_stands_out():
         )
         assert now < 0.8 * before, path
     for activations in ("int8", "int8_static"):
-        before, now = lost(Quantize(activations=activations, where="layers"), model, after)
+        before, now = lost(Quantize(activations=activations, embeddings=0), model, after)
         assert now < 0.4 * before, activations
 
 
 def test_no_row_of_weights_stands_out():
     model = with_outliers(0.1)
-    before, now = lost(Quantize(bits=4, group=32, where="layers"), model, Rotate()(model, CONTEXT)[0])
+    before, now = lost(Quantize(bits=4, group=32, embeddings=0), model, Rotate()(model, CONTEXT)[0])
     assert now < 0.5 * before, (now, before)
 
 

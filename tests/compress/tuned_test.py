@@ -11,7 +11,7 @@ from efflm import ops, trees
 from efflm.compress import grammar, recipe
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context
-from efflm.compress.tuned import BlockError, Rounding, Tuned, signed_descent
+from efflm.compress.tuned import BlockError, Tuned, rounded, signed_descent, stored
 from efflm.config import InputError
 from efflm.model import placement
 from efflm.model.params import in_layer
@@ -76,8 +76,8 @@ def test_it_rounds_as_the_equations_say(seed, bits, group, symmetric, K):
     w = w.astype(np.float32).astype(np.float64)
     group = 0 if group >= K else group
     wanted, codes, added = by_reference(w, V, *ends, bits, symmetric, group)
-    rounding = Rounding(bits=bits, group=group, symmetric=symmetric)
-    found = rounding.stored(jnp.asarray(w, jnp.float32), None, learned_of(V, ends, group, symmetric))
+    form = ops.Format(bits=bits, group=group, symmetric=symmetric)
+    found = stored(jnp.asarray(w, jnp.float32), None, learned_of(V, ends, group, symmetric), form)
     assert (found.bits, found.group, found.shape) == (bits, group, w.shape)
     sure = (np.abs(added) < 0.499).all(axis=0)  # float32 may round a half to the other side
     np.testing.assert_allclose(np.where(sure, ops.dequantize(found), wanted), wanted, rtol=1e-4, atol=1e-6)
@@ -88,13 +88,11 @@ def test_it_rounds_as_the_equations_say(seed, bits, group, symmetric, K):
 @given(seed=st.integers(0, 2**31), **(FORMATS | {"bits": st.sampled_from([4, 3]), "K": st.just(11)}))
 def test_gradients_are_those_of_rounding_that_adds_a_constant(seed, bits, group, symmetric, K):
     w, V, ends = a_matrix(seed, K)
-    rounding, toward = (
-        Rounding(bits=bits, group=group % K, symmetric=symmetric),
-        np.random.default_rng(seed).normal(size=w.shape),
-    )
+    form = ops.Format(bits=bits, group=group % K, symmetric=symmetric)
+    toward = np.random.default_rng(seed).normal(size=w.shape)
     _, _, added = by_reference(w, V, *ends, bits, symmetric, group % K)
     learned = learned_of(V, ends, group % K, symmetric)
-    grads = jax.grad(lambda learned: jnp.sum(rounding(jnp.asarray(w, jnp.float32), learned) * toward))(learned)
+    grads = jax.grad(lambda learned: jnp.sum(rounded(jnp.asarray(w, jnp.float32), learned, form) * toward))(learned)
 
     def surrogate(V, ends):
         return np.sum(by_reference(w, V, *ends, bits, symmetric, group % K, added)[0] * toward)
@@ -140,8 +138,8 @@ def test_layers_lose_less_than_with_the_nearest_codes_of_the_same_grid(name):
     symmetric = name != "neox"
     model = tiny.model(tiny.CONFIGS[name])
     format = {"bits": 3, "group": 16, "symmetric": symmetric}
-    after, record = Tuned(**format, steps=24)(model, CONTEXT)
-    nearest, _ = Quantize(**format, clip=True, where="layers")(model, CONTEXT)
+    after, record = Tuned(**format, steps=24, embeddings=0)(model, CONTEXT)
+    nearest, _ = Quantize(**format, clip=True, embeddings=0)(model, CONTEXT)
     tuned, plain = errors(model, [after, nearest])
     assert 0 < tuned < 0.7 * plain
     for path, leaf in trees.flatten(after.params):
@@ -155,9 +153,9 @@ def test_layers_lose_less_than_with_the_nearest_codes_of_the_same_grid(name):
 
 def test_one_step_is_enough_to_run_and_nothing_is_made_worse():
     model = tiny.model()
-    far = Tuned(bits=4, group=16, steps=1, learning_rate=0.5)
+    far = Tuned(bits=4, group=16, steps=1, learning_rate=0.5, embeddings=0)
     after, _ = far(model, CONTEXT)
-    nearest, _ = Quantize(bits=4, group=16, clip=True, where="layers")(model, CONTEXT)
+    nearest, _ = Quantize(bits=4, group=16, clip=True, embeddings=0)(model, CONTEXT)
     tuned, plain = errors(model, [after, nearest])
     assert tuned < 1.05 * plain
 
@@ -189,8 +187,8 @@ def test_a_dropped_weight_is_stored_as_zero_whatever_its_offset():
     w, V, ends = a_matrix(0, 16)
     kept = np.random.default_rng(0).random(w.shape) < 0.5
     for symmetric in (True, False):
-        rounding = Rounding(bits=4, group=8, symmetric=symmetric)
-        found = rounding.stored(jnp.asarray(w * kept, jnp.float32), kept, learned_of(3 * V, ends, 8, symmetric))
+        form, learned = ops.Format(bits=4, group=8, symmetric=symmetric), learned_of(3 * V, ends, 8, symmetric)
+        found = stored(jnp.asarray(w * kept, jnp.float32), kept, learned, form)
         assert (np.asarray(ops.dequantize(found))[~kept] == 0).all()
 
 

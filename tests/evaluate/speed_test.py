@@ -45,14 +45,14 @@ def test_the_bytes_that_a_decoded_token_moves(precision):
 
 def test_every_matrix_is_in_the_bits_of_the_precision():
     dense = tiny.model()
-    for precision, (bits, group, activations) in speed.QUANTIZED.items():
+    for precision, format in speed.QUANTIZED.items():
         model = speed.in_precision(dense, precision)
         for (path, leaf), (_, was) in zip(trees.flatten(model.params), trees.flatten(dense.params)):
             assert isinstance(leaf, QArray) == is_matrix(path)
             if is_matrix(path):
-                assert (leaf.bits, leaf.activations) == (bits, activations)
-                assert leaf.group in (0, group)
-                largest = np.abs(was).max() / (2 ** (bits - 1) - 1)
+                assert (leaf.bits, leaf.activations) == (format.bits, format.activations)
+                assert leaf.group in (0, format.group)
+                largest = np.abs(was).max() / format.high
                 assert np.abs(np.asarray(dequantize(leaf)) - was).max() <= largest / 2 * 1.001
         with pytest.raises(InputError, match="quantized already"):
             speed.in_precision(model, "float32")

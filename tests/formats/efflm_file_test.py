@@ -133,7 +133,7 @@ def test_files_that_contradict_themselves_are_refused(tmp_path):
     short = lambda tensors, manifest: tensors.update({f"{up}/scale": tensors[f"{up}/scale"][:, :1]})
     refused("w8a16", short, r"up/kernel/scale has shape \(1, 1\), but the config says \(1, 48\)")
     other = lambda tensors, manifest: manifest["formats"][up].update(activations="int3")
-    refused("w8a16", other, "unknown activations int3")
+    refused("w8a16", other, "activations is int3, but must be one of")
     foreign = lambda tensors, manifest: manifest["masks"].append("block_0/mystery")
     refused("magnitude50", foreign, "block_0/mystery is no weight of the config")
 
@@ -144,8 +144,8 @@ def test_every_format_comes_back_from_files_and_checkpoints_as_predicted(bits, g
     """Packed or not, with zero points or not, with masks that pay for a bitmask and masks that do not."""
     model = tiny.model(dataclasses.replace(tiny.LLAMA, layers=1, kv_heads=4, mlp_dim=32))  # few shapes to compile for
     masks = magnitude_masks(model.params, sparsity) if sparsity else None
-    form = {"bits": bits, "group": group, "symmetric": symmetric}
-    quantized = lambda path, w: quantize_array(w, params.find(path)[0].contracted, **form) if w.ndim == 2 else w
+    form = ops.Format(bits=bits, group=group, symmetric=symmetric)
+    quantized = lambda path, w: quantize_array(w, params.find(path)[0].contracted, form) if w.ndim == 2 else w
     weights = ops.apply_masks(trees.map_with_path(quantized, model.params), masks)
     model = LanguageModel(model.config, weights, masks)
     with tempfile.TemporaryDirectory() as folder:

@@ -92,7 +92,7 @@ def test_quantized_matmuls_equal_a_float64_reference(rng, transposed, form):
     x = rng.standard_normal((2, 3, 24)).astype(np.float32)
     w = rng.standard_normal((17, 24) if transposed else (24, 17)).astype(np.float32)
     static = np.full((1, 1), 0.02, np.float32) if form["activations"] == "int8_static" else None
-    q = ops.quantize_array(jnp.asarray(w), axis=1 if transposed else 0, activation_scale=static, **form)
+    q = ops.quantize_array(jnp.asarray(w), 1 if transposed else 0, ops.Format(**form), activation_scale=static)
     read = np.float64(x)
     if form["activations"] != "float":
         scale = np.abs(x).max(-1, keepdims=True) / np.float32(127) if static is None else static
@@ -107,6 +107,6 @@ def test_quantized_matmuls_equal_a_float64_reference(rng, transposed, form):
 def test_a_matrix_quantized_along_its_outputs_is_multiplied_as_floats(rng, transposed):
     x = jnp.asarray(rng.standard_normal((3, 24)), jnp.float32)
     w = jnp.asarray(rng.standard_normal((17, 24) if transposed else (24, 17)), jnp.float32)
-    q = ops.quantize_array(w, axis=0 if transposed else 1, activations="int8", bits=4)
+    q = ops.quantize_array(w, 0 if transposed else 1, ops.Format(activations="int8", bits=4))
     product = dot_transposed if transposed else ops.dot
     np.testing.assert_allclose(product(x, q), product(x, ops.dequantize(q)), rtol=1e-5, atol=1e-5)

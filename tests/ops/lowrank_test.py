@@ -23,7 +23,7 @@ def numbers(*shape, seed=0):
 
 def weight(name, seed=0):
     w = jnp.asarray(numbers(K, N, seed=seed))
-    base = w if FORMATS[name] is None else ops.quantize_array(w, -2, **FORMATS[name])
+    base = w if FORMATS[name] is None else ops.quantize_array(w, -2, ops.Format(**FORMATS[name]))
     return LowRank(base, jnp.asarray(numbers(K, R, seed=seed + 1)), jnp.asarray(numbers(R, N, seed=seed + 2)))
 
 
@@ -80,7 +80,7 @@ def test_slices_masks_and_merging():
 def test_training_never_holds_the_floats_of_all_layers():
     """The forward pass of a layer makes those of its base, the backward pass makes them again."""
     size, layers, rank = 256, 12, 2
-    base = jax.eval_shape(lambda: ops.quantize_array(jnp.ones((size, size)), -2, bits=4, group=32))
+    base = jax.eval_shape(lambda: ops.quantize_array(jnp.ones((size, size)), -2, ops.Format(bits=4, group=32)))
     thin = jax.ShapeDtypeStruct((size, rank), jnp.float32), jax.ShapeDtypeStruct((rank, size), jnp.float32)
 
     def loss(trainable, bases, x):

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("native_kernels")
 
 def quantized(model, format):
     def one(path, leaf):
-        return ops.quantize_array(leaf, find(path)[0].contracted, **format) if is_matrix(path) else leaf
+        return ops.quantize_array(leaf, find(path)[0].contracted, ops.Format(**format)) if is_matrix(path) else leaf
 
     return model if format is None else model.replace(params=trees.map_with_path(one, model.params))
 

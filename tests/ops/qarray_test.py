@@ -1,5 +1,7 @@
 """Every format against float64 numpy: rounding, packing, the parts of a matrix, straight-through gradients."""
 
+import dataclasses
+
 import hypothesis.extra.numpy as arrays
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from efflm import ops
 from efflm.config import InputError
+from efflm.ops import Format
 from efflm.ops.packing import pack, unpack
 from efflm.ops.qarray import apply_mask, codes, dequantize, operands, quantize_array, rows, take
 
@@ -18,14 +21,8 @@ MATRICES = arrays.arrays(  # few shapes: each compiles anew
     st.sampled_from([(1, 1), (5, 9), (12, 7)]),
     elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False),
 )
-FORMATS = st.fixed_dictionaries(
-    {
-        "axis": st.sampled_from([-1, -2]),
-        "bits": st.sampled_from([8, 4, 3]),
-        "group": st.sampled_from([0, 2, 5]),
-        "symmetric": st.booleans(),
-    }
-)
+FORMATS = st.builds(Format, bits=st.sampled_from([8, 4, 3]), group=st.sampled_from([0, 2, 5]), symmetric=st.booleans())
+AXES = st.sampled_from([-1, -2])
 
 
 def by_group(matrix, axis, group):
@@ -34,26 +31,27 @@ def by_group(matrix, axis, group):
     return [slice(start, min(start + (group or size), size)) for start in range(0, size, group or size)]
 
 
-@given(MATRICES, FORMATS)
-def test_error_is_at_most_half_a_step_and_zeros_stay(w, form):
-    q = quantize_array(jnp.asarray(w), **form)
+@given(MATRICES, AXES, FORMATS)
+def test_error_is_at_most_half_a_step_and_zeros_stay(w, axis, form):
+    q = quantize_array(jnp.asarray(w), axis, form)
     assert q.shape == w.shape
     back, numbers = np.float64(dequantize(q)), np.asarray(codes(q))
-    low = -(2 ** (form["bits"] - 1)) + form["symmetric"]
+    low = -(2 ** (form.bits - 1)) + form.symmetric
+    assert (form.low, form.high) == (low, 2 ** (form.bits - 1) - 1)
     assert numbers.min() >= low
-    assert numbers.max() <= 2 ** (form["bits"] - 1) - 1
+    assert numbers.max() <= 2 ** (form.bits - 1) - 1
     assert np.all(back[w == 0] == 0)
-    for i, some in enumerate(by_group(w, form["axis"], form["group"])):
-        at = (slice(None), some) if form["axis"] == -1 else (some, slice(None))
-        step = np.float64(np.take(np.asarray(q.scale), [i], axis=form["axis"]))
+    for i, some in enumerate(by_group(w, axis, form.group)):
+        at = (slice(None), some) if axis == -1 else (some, slice(None))
+        step = np.float64(np.take(np.asarray(q.scale), [i], axis=axis))
         assert np.all(np.abs(np.float64(w[at]) - back[at]) <= step * 0.5 * (1 + 1e-5) + 1e-6 * np.abs(w[at]) + 1e-12)
-        used = np.abs(w[at]).max(form["axis"], keepdims=True) / (2 ** (form["bits"] - 1) - 1)
+        used = np.abs(w[at]).max(axis, keepdims=True) / (2 ** (form.bits - 1) - 1)
         assert np.all(step[used > 0] <= used[used > 0] * (1 + 1e-5))  # no scale is larger than the data asks for
 
 
-@given(MATRICES, FORMATS)
-def test_rounding_twice_changes_nothing(w, form):
-    once = quantize_array(jnp.asarray(w), **form)
+@given(MATRICES, AXES, FORMATS)
+def test_rounding_twice_changes_nothing(w, axis, form):
+    once = quantize_array(jnp.asarray(w), axis, form)
     np.testing.assert_allclose(dequantize(ops.requantize(dequantize(once), once)), dequantize(once), rtol=1e-5)
 
 
@@ -85,18 +83,18 @@ def test_packed_bits_lie_lowest_first():
     np.testing.assert_array_equal(pack(eight, 3), [word & 255, word >> 8 & 255, word >> 16])
 
 
-@given(MATRICES, FORMATS, st.data())
-def test_parts_of_a_matrix_are_those_of_its_floats(w, form, data):
-    q = quantize_array(jnp.asarray(w), **form)
+@given(MATRICES, AXES, FORMATS, st.data())
+def test_parts_of_a_matrix_are_those_of_its_floats(w, axis, form, data):
+    q = quantize_array(jnp.asarray(w), axis, form)
     floats = np.asarray(dequantize(q))
     some = np.array(data.draw(st.lists(st.integers(0, w.shape[0] - 1), min_size=3, max_size=3)))
     np.testing.assert_array_equal(rows(q, jnp.asarray(some)), floats[some])
-    for axis in (0, 1):
-        indices = np.array(data.draw(st.permutations(range(w.shape[axis])))[:3])
-        part = take(q, axis, indices)
+    for along in (0, 1):
+        indices = np.array(data.draw(st.permutations(range(w.shape[along])))[:3])
+        part = take(q, along, indices)
         assert (part.bits, part.axis) == (q.bits, q.axis)
-        expected = np.take(floats, indices, axis=axis)
-        if form["group"] and axis - 2 == form["axis"]:  # new groups: rounded again
+        expected = np.take(floats, indices, axis=along)
+        if form.group and along - 2 == axis:  # new groups: rounded again
             np.testing.assert_allclose(dequantize(part), expected, atol=0.51 * np.max(part.scale))
         else:
             np.testing.assert_array_equal(dequantize(part), expected)
@@ -104,10 +102,10 @@ def test_parts_of_a_matrix_are_those_of_its_floats(w, form, data):
     np.testing.assert_array_equal(dequantize(apply_mask(q, jnp.asarray(mask))), np.where(mask, floats, 0))
 
 
-@given(MATRICES, FORMATS, st.booleans())
-def test_the_flat_form_rebuilds_the_tree_and_its_shapes_are_predicted(w, form, static):
-    activations = {"activations": "int8_static", "activation_scale": jnp.ones((1, 1))} if static else {}
-    q = quantize_array(jnp.asarray(w), **form, **activations)
+@given(MATRICES, AXES, FORMATS, st.booleans())
+def test_the_flat_form_rebuilds_the_tree_and_its_shapes_are_predicted(w, axis, form, static):
+    form = dataclasses.replace(form, activations="int8_static") if static else form
+    q = quantize_array(jnp.asarray(w), axis, form, activation_scale=jnp.ones((1, 1)) if static else None)
     tree = {"a": {"kernel": q}, "scale": jnp.ones(3)}
     flat, formats = ops.storage.to_flat(tree)
     back = ops.storage.from_flat(flat, formats)
@@ -115,12 +113,12 @@ def test_the_flat_form_rebuilds_the_tree_and_its_shapes_are_predicted(w, form, s
     shapes = ops.storage.part_shapes(w.shape, formats["a/kernel"])
     for name, shape in shapes.items():
         assert name == "zeros" or flat[f"a/kernel/{name}"].shape == shape
-    assert ("a/kernel/zeros" in flat) == (not form["symmetric"])
+    assert ("a/kernel/zeros" in flat) == (not form.symmetric)
 
 
 def test_stacked_matrices_are_the_matrices_stacked(rng):
     w = jnp.asarray(rng.standard_normal((3, 10, 6)), jnp.float32)
-    one = lambda w: quantize_array(w, -2, bits=3, group=4, symmetric=False)
+    one = lambda w: quantize_array(w, -2, Format(bits=3, group=4, symmetric=False))
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *map(one, w))
     np.testing.assert_array_equal(dequantize(stacked), jnp.stack([dequantize(one(each)) for each in w]))
     assert stacked.shape == (3, 10, 6)
@@ -144,7 +142,7 @@ def test_training_rounds_activations_as_inference_does(rng, static):
     scale = jnp.full((1, 1), 0.03, jnp.float32)
     how = ("int8_static", scale) if static else ("int8", None)
     x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((4, 24), (24, 5)))
-    like = quantize_array(w, -2, how[0], activation_scale=how[1])
+    like = quantize_array(w, -2, Format(activations=how[0]), activation_scale=how[1])
     trained = lambda x, w: ops.dot(x, ops.straight_through(w, like))
     np.testing.assert_allclose(trained(x, w), ops.dot(x, like), rtol=1e-5, atol=1e-5)
     assert np.abs(trained(x, w) - ops.dot(x, dequantize(like))).max() > 1e-3  # what weights alone would give
@@ -157,12 +155,34 @@ def test_training_rounds_activations_as_inference_does(rng, static):
 def test_what_no_format_has_is_refused():
     w = jnp.ones((4, 4))
     with pytest.raises(InputError, match="bits is 5, but must be one of 8, 4, 3"):
-        quantize_array(w, 0, bits=5)
+        Format(bits=5)
     with pytest.raises(InputError, match="group is -1"):
-        quantize_array(w, 0, group=-1)
+        Format(group=-1)
+    with pytest.raises(InputError, match="activations is int4, but must be one of float, int8, int8_static"):
+        Format(activations="int4")
     with pytest.raises(InputError, match="a static scale goes with int8_static"):
-        quantize_array(w, 0, "int8_static")
+        quantize_array(w, 0, Format(activations="int8_static"))
     good = ops.storage.to_flat({"w": quantize_array(w, 0)})[1]["w"]
     for wrong in ({"bits": 5}, {"axis": 0}, {"size": 3}, {"group": 4}, {"group": 1.0}, {"activations": "int3"}):
         with pytest.raises(InputError):
             ops.storage.part_shapes((4, 4), good | wrong)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_format_says_the_dtype_of_scales(rng, symmetric):
+    """Half the bytes of scales; codes are those of the scales as they are stored."""
+    w = jnp.asarray(rng.standard_normal((64, 5)), jnp.float32)
+    form = Format(bits=4, group=16, symmetric=symmetric, scale_dtype="bfloat16")
+    q = quantize_array(w, -2, form)
+    assert q.scale.dtype == jnp.bfloat16
+    step = np.repeat(np.float64(q.scale.astype(jnp.float32)), 16, axis=0)
+    floats = np.float64(dequantize(q.replace(scale=q.scale.astype(jnp.float32))))
+    assert np.all(np.abs(floats - np.float64(w)) <= step * (0.55 if symmetric else 0.6))
+    assert np.median(np.abs(floats - np.float64(w)) / step) < 0.3
+
+
+def test_a_weight_says_its_format():
+    form = Format(bits=3, group=4, symmetric=False, activations="int8")
+    q = quantize_array(jnp.ones((8, 3)), -2, form)
+    assert q.format == form
+    assert quantize_array(jnp.ones((4, 3)), -2, form).format.group == 0

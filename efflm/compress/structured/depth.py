@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from efflm.cli import progress
 from efflm.compress import calibrate
+from efflm.compress.calibrate import Layer
 from efflm.compress.step import Context, record
 from efflm.compress.structured import allocation
 from efflm.compress.structured.target import Target
 from efflm.config import flag, require
-from efflm.model import LanguageModel, init_params, layerwise, placement
+from efflm.model import LanguageModel, init_params
 
 
 def evenly_spaced(layers: int, keep: int) -> list[int]:
@@ -30,20 +30,15 @@ def evenly_spaced(layers: int, keep: int) -> list[int]:
 def block_influence(model: LanguageModel, rows: Mapping[str, Any] | None, mesh: Mesh) -> np.ndarray:
     """Of each layer, 1 - the mean over tokens of the cosine between its input and its output, both of the residual
     stream: ShortGPT, section 3. Padding does not count; one layer's inputs are held at a time. Raises InputError."""
-    require(rows is not None, "block influence needs calibration text: give a corpus")
-    if mesh.size > 1:
-        model = jax.device_put(model, placement.shardings(model, mesh))
-    chunks, found = calibrate.inputs(model, rows, mesh), []
-    count = len(model.config.blocks)
-    for index in progress.shown(range(count), "block influence: layers", count):
-        single, sums = layerwise.block_config(model.config, index), np.zeros(2)
-        for i, (x, positions, segments) in enumerate(chunks):
-            after = calibrate.run(single, model.params[f"block_{index}"], x, positions, segments)
-            sums += np.asarray(jax.block_until_ready(_distances(x, after, segments)), np.float64)
-            chunks[i] = after, positions, segments
-        require(sums[1] > 0, "the calibration text holds no tokens, only padding: give another corpus")
-        found.append(sums[0] / sums[1])
-    return np.array(found)
+
+    def one(layer: Layer, _: calibrate.States) -> tuple[Layer, float]:
+        chunks = zip(layer.rows, layer.wanted, strict=True)
+        found = [jax.block_until_ready(_distances(x, after, segments)) for (x, _, segments), after in chunks]
+        total, tokens = np.sum(np.asarray(found, np.float64), axis=0)
+        require(tokens > 0, "the calibration text holds no tokens, only padding: give another corpus")
+        return layer, total / tokens
+
+    return np.array(calibrate.walk(model, rows, one, mesh=mesh, title="block influence", reference=True)[1])
 
 
 @jax.jit

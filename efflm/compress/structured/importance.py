@@ -4,26 +4,23 @@ What a slice adds to the residual stream passes through the matrix that reads it
 """
 
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from efflm import ops, trees
-from efflm.cli import progress
 from efflm.compress import calibrate
 from efflm.compress.calibrate import Layer
-from efflm.compress.step import masters
 from efflm.compress.structured import slicing
 from efflm.compress.structured.allocation import Scores
 from efflm.config import require
-from efflm.config.model import BlockConfig, ModelConfig
-from efflm.model import LanguageModel, placement
-from efflm.parallel import sharding
-from efflm.train.losses import language_model_loss
+from efflm.config.model import BlockConfig
+from efflm.model import LanguageModel
 
 # The matrix that reads the slices of an axis: its rows are theirs. The axis of weights (model.params) it contracts.
 READERS = {"groups": ("attention/output/kernel", "heads"), "mlp": ("feedforward/down/kernel", "mlp")}
@@ -62,18 +59,17 @@ def measured(
     """The `scores` of every slice of the whole model. Those by "output" are divided by the sum over tokens of the
     squared length of the layer's output, so that layers compare: what is added to a long residual stream changes less
     of what the next norms give. Those of other kinds compare within a layer alone."""
-    found: dict[tuple[int, str], np.ndarray] = {}
 
-    def one(layer: Layer, read: calibrate.States) -> Layer:
+    def one(layer: Layer, read: calibrate.States) -> tuple[Layer, Scores]:
         squares, energy = {path: states["squares"] for path, states in read.items()}, 1.0
         if importance == "output":
-            energy = sum(float(_energy(layer(layer.params, *row), row[-1])) for row in layer.rows)
-        for axis in axes:
-            found[layer.index, axis] = of_layer(layer, squares, axis, importance) / max(energy, 1e-30)
-        return layer
+            energy = sum(float(_energy(x, row[-1])) for x, row in zip(layer.wanted, layer.rows, strict=True))
+        scores = {axis: of_layer(layer, squares, axis, importance) / max(energy, 1e-30) for axis in axes}
+        return layer, {(layer.index, axis): each for axis, each in scores.items()}
 
-    calibrate.map_blocks(model, rows, {"squares": calibrate.SQUARES}, one, mesh=mesh, title="importance")
-    return found
+    given = {"mesh": mesh, "title": "importance", "reference": importance == "output"}
+    _, found = calibrate.walk(model, rows, one, {"squares": calibrate.SQUARES}, **given)
+    return functools.reduce(operator.or_, found)
 
 
 @jax.jit
@@ -92,31 +88,16 @@ def taylor(model: LanguageModel, rows: Mapping[str, Any] | None, mesh: Mesh, axe
     read slices, not of all weights. Raises InputError.
     """
     require(rows is not None, "Taylor importance needs calibration text: give a corpus")
-    model = model.replace(params=masters(model), masks=None)
-    whole = NamedSharding(mesh, PartitionSpec())
-    params = jax.device_put(model.params, placement.shardings(model.params, mesh))
-    fields = {name: np.asarray(rows[name], np.int32) for name in ("inputs", "targets", "positions", "segments")}
-    blocks, count = model.config.blocks, len(fields["inputs"])
-    found = {(i, axis): np.zeros(slicing.sizes(block)[axis]) for i, block in enumerate(blocks) for axis in axes}
-    for index in progress.shown(range(count), "Taylor importance: rows", count):
-        row = jax.device_put({name: field[index : index + 1] for name, field in fields.items()}, whole)
-        changes = jax.block_until_ready(_changes(model.config, tuple(axes), params, row))
-        for (layer, axis), total in found.items():
-            total += np.abs(by_slice(blocks[layer], axis, changes[f"block_{layer}/{READERS[axis][0]}"]))
-    return found
+    readers = {
+        f"block_{i}/{READERS[axis][0]}": (i, axis, slicing.sizes(block)[axis])
+        for i, block in enumerate(model.config.blocks)
+        for axis in axes
+    }
 
+    def changes(total: jax.Array, w: jax.Array, gradient: jax.Array) -> jax.Array:
+        return total + jnp.abs(jnp.sum(jnp.sum(w * gradient, axis=1).reshape(len(total), -1), axis=1))
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _changes(config: ModelConfig, axes: tuple[str, ...], params: Any, row: dict[str, jax.Array]) -> dict:
-    """{path of a matrix that reads slices: of each of its inputs the sum of w * dL/dw, [K]} for a row."""
-    paths = {f"block_{i}/{READERS[axis][0]}" for i in range(len(config.blocks)) for axis in axes}
-    readers = {path: w for path, w in trees.flatten(params) if path in paths}
-
-    def loss(readers):
-        all_weights = trees.map_with_path(lambda path, w: readers.get(path, w), params)
-        mean, parts = language_model_loss(config)(all_weights, {}, row, None)
-        return mean * parts["weight"]
-
-    with sharding.mesh_of(row):
-        gradients = jax.grad(loss)(readers)
-    return {path: jnp.sum(w * gradients[path], axis=1) for path, w in readers.items()}
+    statistic = calibrate.Statistic(lambda path, _: jnp.zeros(readers[path][-1]), changes, of="gradients")
+    of, title = readers.__contains__, "Taylor importance"
+    found = calibrate.gradients(model, rows, {"taylor": statistic}, mesh, of, title)
+    return {readers[path][:2]: np.asarray(states["taylor"], np.float64) for path, states in found.items()}

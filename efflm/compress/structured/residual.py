@@ -63,26 +63,23 @@ def _over_norms(
     model: LanguageModel, rows: Mapping[str, Any] | None, mesh: Mesh, fn: OfNorm, kept: jax.Array, title: str
 ) -> dict[str, np.ndarray]:
     """{path of a norm: the mean over tokens of fn(its output, its weights, kept)}; padding does not count."""
-    sums: dict[str, Any] = {}
-    count = len(model.config.blocks)
+    last, final = len(model.config.blocks) - 1, {"final_norm": model.params["final_norm"]}
 
-    def one(layer: Layer, _: calibrate.States) -> Layer:
-        for row in layer.rows:
+    def one(layer: Layer, _: calibrate.States) -> tuple[Layer, dict[str, np.ndarray]]:
+        sums: dict[str, Any] = {}
+        for row, x in zip(layer.rows, layer.wanted, strict=True):
             found = _of_layer(layer.config, fn, layer.params, kept, *row)
-            named = {f"block_{layer.index}/{name}": total for name, total in found.items()}
-            if layer.index + 1 == count:
-                x = layer(layer.params, *row)
-                named["final_norm"] = _of_last(
-                    model.config, fn, {"final_norm": model.params["final_norm"]}, kept, x, row[-1]
-                )
+            named = {layer.path(name): total for name, total in found.items()}
+            if layer.index == last:
+                named["final_norm"] = _of_last(model.config, fn, final, kept, x, row[-1])
             for name, total in jax.block_until_ready(named).items():
                 sums[name] = sums.get(name, 0.0) + np.asarray(total, np.float64)
-        return layer
+        return layer, sums
 
-    calibrate.map_blocks(model, rows, {}, one, mesh=mesh, title=title)
+    _, found = calibrate.walk(model, rows, one, mesh=mesh, title=title, reference=True)
     tokens = np.sum(np.asarray(rows["segments"]) > 0)
     require(tokens > 0, "the calibration text holds no tokens, only padding: give another corpus")
-    return {name: total / tokens for name, total in sums.items()}
+    return {name: total / tokens for sums in found for name, total in sums.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -145,7 +145,7 @@ class Width(Target):
     def pruned(self, model: LanguageModel, context: Context, keep: Counts, scores: Scores | None) -> LanguageModel:
         """The model with so many slices in each layer."""
 
-        def one(layer: Layer, read: calibrate.States) -> Layer:
+        def one(layer: Layer, read: calibrate.States) -> tuple[Layer, None]:
             (block,), flat, chosen = layer.config.blocks, dict(trees.flatten(layer.params)), {}
             fitted: dict[str, Any] = {}
             for axis, count in keep[layer.index].items():
@@ -166,8 +166,7 @@ class Width(Target):
             made = lambda path, leaf: ops.requantize(fitted[path], leaf) if path in fitted else leaf
             params = ops.apply_masks(trees.map_with_path(made, params), masks)
             config = dataclasses.replace(layer.config, blocks=(slicing.sliced_block(block, chosen),))
-            return layer.replace(params=params, masks=masks, config=config)
+            return layer.replace(params=params, masks=masks, config=config), None
 
-        return calibrate.map_blocks(
-            model, context.calibration, {"gram": calibrate.GRAM}, one, mesh=context.mesh, title="width pruning"
-        )
+        given = {"mesh": context.mesh, "title": "width pruning"}
+        return calibrate.walk(model, context.calibration, one, {"gram": calibrate.GRAM}, **given)[0]

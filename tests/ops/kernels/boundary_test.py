@@ -15,7 +15,7 @@ places = lambda *shape: jnp.zeros(shape, jnp.int32)
 
 
 def quantized(w, axis=-2, **format):
-    return ops.quantize_array(w, axis, **format)
+    return ops.quantize_array(w, axis, ops.Format(**format))
 
 
 def prepared(w):

@@ -199,7 +199,7 @@ def digest(form):
     q, k, v = draw(rng, 1, 1, 1, 8, 4, 32)[:3]
     cached = (q, k, v, normal(1, 900, 4, 32), normal(1, 900, 4, 32), jnp.full((1, 1), 899), None)
     w = [normal(*shape) for shape in ((200, 300), (200, 300), (300, 200))]
-    codes = [ops.quantize_array(each, -2, "int8") for each in w]
+    codes = [ops.quantize_array(each, -2, ops.Format(activations="int8")) for each in w]
     with build.chosen(form):
         got = list(jax.jit(with_gradients)(*arrays))
         got += ops.cached_attention(*cached, dtype=jnp.float32)

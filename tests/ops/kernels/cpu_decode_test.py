@@ -124,9 +124,9 @@ FORMATS = {
     "float32": lambda w: w,
     "bfloat16": lambda w: w.astype(jnp.bfloat16),
     "w8a16": lambda w: ops.quantize_array(w, -2),
-    "w8a8": lambda w: ops.quantize_array(w, -2, "int8"),
-    "w4a16": lambda w: ops.quantize_array(w, -2, bits=4, group=16),
-    "w4a8": lambda w: ops.quantize_array(w, -2, "int8", bits=4, group=16, symmetric=False),
+    "w8a8": lambda w: ops.quantize_array(w, -2, ops.Format(activations="int8")),
+    "w4a16": lambda w: ops.quantize_array(w, -2, ops.Format(bits=4, group=16)),
+    "w4a8": lambda w: ops.quantize_array(w, -2, ops.Format(activations="int8", bits=4, group=16, symmetric=False)),
 }
 
 

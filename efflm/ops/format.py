@@ -1,0 +1,66 @@
+"""The one description of a number format: how integers and scales (see ops.qarray) stand for a float matrix."""
+
+import dataclasses
+from typing import Literal, get_args
+
+from efflm.config import require
+
+Bits = Literal[8, 4, 3]
+Activations = Literal["float", "int8", "int8_static"]
+ScaleDtype = Literal["", "float32", "bfloat16"]
+BITS = get_args(Bits)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Format:
+    """bits: of a code. group: entries along the contracted axis that share a scale; 0: all of an output.
+
+    symmetric: codes within +-(2^(bits - 1) - 1), and the largest magnitude of a group is the largest code. Otherwise
+    the range of a group, widened to include 0, fills all 2^bits codes, one of which is its zero point. clip: of RATIOS
+    of that range the one with the least squared error (ops.qarray.grid_of), in place of the whole range. scales:
+    "matrix" gives all groups that of the widest range. scale_dtype: of the scales, "": that of the weight; it is also
+    the dtype of what the matrix stands for. activations: "float" multiplies in floating point (weight-only); "int8"
+    rounds the other operand too, one scale per token, computed in the matmul; "int8_static" with one scale for all,
+    known before. Raises InputError.
+    """
+
+    bits: int = 8
+    group: int = 0
+    symmetric: bool = True
+    clip: bool = False
+    scales: Literal["output", "matrix"] = "output"
+    scale_dtype: ScaleDtype = ""
+    activations: Activations = "float"
+
+    def __post_init__(self):
+        for name, choices in (
+            ("bits", BITS),
+            ("scales", ("output", "matrix")),
+            ("scale_dtype", get_args(ScaleDtype)),
+            ("activations", get_args(Activations)),
+        ):
+            value = getattr(self, name)
+            require(value in choices, f"{name} is {value!s:.60}, but must be one of {', '.join(map(str, choices))}")
+        require(
+            self.group >= 0, f"group is {self.group}, but must be positive, or 0 for one scale for each output channel"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits" + (f", groups of {self.group}" if self.group else "")
+
+    @property
+    def high(self) -> int:
+        """The largest code."""
+        return 2 ** (self.bits - 1) - 1
+
+    @property
+    def low(self) -> int:
+        """The least one."""
+        return -self.high if self.symmetric else -self.high - 1
+
+    def group_in(self, size: int) -> int:
+        """Entries that share a scale along an axis of `size`; 0: all."""
+        return 0 if self.group >= size else self.group
+
+
+INT8 = Format()
