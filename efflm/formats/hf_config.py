@@ -14,7 +14,7 @@ MOST = 2**31 - 1  # of any number that counts something
 # tensors themselves say (biases), and how transformers computes the same numbers.
 _HARMLESS = """
     architectures model_type auto_map _name_or_path name_or_path transformers_version torch_dtype dtype efflm_precision
-    transformers.js_config unsloth_version unsloth_fixed is_llama_config tokenizer_class prefix finetuning_task
+    transformers.js_config is_llama_config tokenizer_class prefix finetuning_task
     problem_type id2label label2id _num_labels num_labels task_specific_params bos_token_id eos_token_id pad_token_id
     sep_token_id unk_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id initializer_range
     initializer_factor attention_dropout attention_probs_dropout_prob hidden_dropout hidden_dropout_prob attn_pdrop
@@ -27,13 +27,18 @@ _HARMLESS = """
     diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids suppress_tokens begin_suppress_tokens exponential_decay_length_penalty
     num_return_sequences attention_bias mlp_bias n_special predict_special_tokens output_past custom_pipelines
+    _commit_hash base_model_name_or_path trust_remote_code padding_side model_max_length seq_length max_new_tokens
+    cache_implementation use_flash_attn use_flash_attn_2 num_logits_to_keep activation_dropout dropout embedding_dropout
+    residual_dropout layerdrop label_smoothing loss_type gradient_checkpointing_kwargs
 """
 HARMLESS = frozenset(_HARMLESS.split())
+MADE_BY = "unsloth_"  # what begins all keys of a program that trains models of these families
 # Keys of other models, which may say here what a family does anyway.
 NEUTRAL = dict.fromkeys(
     ("is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder", "rope_interleaved", "use_mrope"), False
 ) | {"use_sliding_window": False, "pruned_heads": {}}
-ROTARY = ("rope_scaling", "rope_parameters", "rope_theta", "partial_rotary_factor")
+ORIGINAL = "original_max_position_embeddings"
+ROTARY = ("rope_scaling", "rope_parameters", "rope_theta", "partial_rotary_factor", ORIGINAL)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,7 @@ def read(family: Described, values: dict[str, Any], layers_at_most: int) -> Mode
     _require_known(family, values)
     for key, value in family.only.items():
         found = values.get(key, value)
+        found = False if found is None and value is False else found
         require(found == value, f"{key} is {_shown(found)}, but only {_shown(value)} is supported")
     custom = values.get("auto_map")
     require(
@@ -154,7 +160,7 @@ def _require_known(family: Described, values: dict[str, Any]) -> None:
     for key, value in values.items():
         off = FOREIGN.search(key) or (key in NEUTRAL and value == NEUTRAL[key])
         require(
-            key in used or key in HARMLESS or value is None or bool(off),
+            key in used or key in HARMLESS or key.startswith(MADE_BY) or value is None or bool(off),
             f"{key:.80} is {_shown(value)}, which is not known of models of this family, so that it may change what is "
             "computed: if it does not, remove it from the config",
         )
@@ -186,16 +192,21 @@ def _read_rotary(family: Described, values: dict[str, Any], found: dict[str, Any
     )
     factors = ("factor", "low_freq_factor", "high_freq_factor")
     known = {"rope_theta", "partial_rotary_factor", "rope_type", "type"}
-    known |= {*factors, "original_max_position_embeddings"} if kind == "llama3" else set()
+    known |= {*factors, ORIGINAL} if kind == "llama3" else set()
     other = next((key for key, value in rope.items() if key not in known and value is not None), None)
     require(
         other is None,
         f"{name}.{other} is {_shown(rope.get(other))}, which is not supported with the rope_type {kind}",
     )
-    scaling = None
+    scaling, original = None, rope.get(ORIGINAL, found["max_length"])
+    _check(ORIGINAL, "max_length", original)
+    beside = values.get(ORIGINAL)
+    require(
+        beside is None or beside == original,
+        f"{ORIGINAL} is {_shown(beside)}, but {original} is what counts with the rope_type {kind}: remove the one that "
+        "is wrong",
+    )
     if kind == "llama3":
-        original = rope.get("original_max_position_embeddings", found["max_length"])
-        _check("original_max_position_embeddings", "max_length", original)
         for key in factors:
             _check(f"{name}.{key}", "rope_base", rope.get(key))
         scaling = RopeScaling(**{key: float(rope[key]) for key in factors}, original_max_length=original)

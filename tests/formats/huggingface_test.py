@@ -353,6 +353,8 @@ SCALED = {"rope_theta": 1e4, "factor": 2.0}
         ({"rope_parameters": [1]}, "rope_parameters is"),
         ({"layer_types": ["sliding_attention"] * 2}, "layer_types has sliding_attention, but the model has no window"),
         ({"layer_types": ["full_attention"]}, "layer_types is"),
+        ({"original_max_position_embeddings": 7}, "original_max_position_embeddings is 7, but 32 is what counts"),
+        ({"original_max_position_embeddings": "16"}, "original_max_position_embeddings is '16'"),
         ({"num_attention_heads": 8}, "has shape"),
     ],
 )
@@ -384,7 +386,11 @@ def test_what_configs_say_beside_changes_nothing(folder):
         "unknown": None,
         "sliding_window": None,
     }
-    change_config(folder, smollm2 | older | neutral)
+    trained = {
+        "unsloth_version": "2024.9", "unsloth_tied": 1, "_commit_hash": "4e20", "trust_remote_code": False,
+        "dropout": 0.1, "attention_bias": None, "quantization_config": None, "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    change_config(folder, smollm2 | older | neutral | trained)
     require_equal(huggingface.load_weights(folder), huggingface.load_weights(GOLDENS / "llama3"))
 
 
