@@ -123,7 +123,7 @@ def of_lineage(records: Sequence[Mapping[str, Any]]) -> str:
         try:
             out.append(_written(recipe.STEPS[name](**given)))
         except (KeyError, TypeError, InputError):
-            out.append(f"{name}[{','.join(f'{field}={written.text(value)}' for field, value in given.items())}]")
+            out.append(f"{name}[{','.join(f'{field}={_text(value)}' for field, value in given.items())}]")
     return ",".join(out)
 
 
@@ -132,12 +132,12 @@ def with_settings(chains: Chains, changes: Mapping[type, Mapping[str, Any]]) -> 
     `write` has it. Raises InputError where none has such a step, or one has several."""
     for kind, fields in changes.items():
         require(
-            not fields or any(recipe.changed(steps, kind) is not None for steps in chains.values()),
+            not fields or any(type(step) is kind for steps in chains.values() for step in steps),
             f"{', '.join(fields)} set for {kind.__name__}, which is not in this recipe: choose another recipe",
         )
     out: Chains = {}
     for name, steps in chains.items():
-        after = recipe.override(steps, {k: v for k, v in changes.items() if v and recipe.changed(steps, k) is not None})
+        after = recipe.override(steps, changes)
         out[name if after == steps else write(after)] = after
     return out
 
@@ -233,8 +233,8 @@ def _written(step: Any) -> str:
     if not dataclasses.is_dataclass(step):
         return name
     fields = dataclasses.fields(step)
-    texts = {field.name: written.text(getattr(step, field.name)) for field in fields}
-    usual = {field.name: written.text(field.default) for field in fields}
+    texts = {field.name: _text(getattr(step, field.name)) for field in fields}
+    usual = {field.name: _text(field.default) for field in fields}
     differ = lambda base: {field: text for field, text in texts.items() if text != base[field]}
     value, rest, at = "", differ(usual), getattr(kind, "at", "steps")
     for each in texts.values() if at != "steps" else ():
@@ -246,6 +246,11 @@ def _written(step: Any) -> str:
                 value, rest = f"@{each}", left
     inside = ",".join(f"{field}={text}" for field, text in rest.items())
     return f"{name}{value}" + (f"[{inside}]" if inside else "")
+
+
+def _text(value: Any) -> str:
+    """Of what no text can say, as a plan that a program made, the name of its type."""
+    return written.text(value) if isinstance(value, str | int | float | None) else type(value).__name__
 
 
 def _of_file(file: Path, name: str) -> dict[str, list[str]]:

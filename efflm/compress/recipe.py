@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,34 +90,16 @@ def known(steps: Sequence[Step]) -> bool:
     return {*map(type, steps)} <= {*STEPS.values()}
 
 
-def changed(steps: Sequence[Step], kind: type) -> int | None:
-    """The index of the step that settings for `kind` change; None if the chain has none of it. Raises InputError where
-    there are several."""
-    found = [index for index, step in enumerate(steps) if type(step) is kind]
-    require(
-        len(found) < 2,
-        f"settings for {kind.__name__} would change {len(found)} steps of this recipe: compress by one recipe after "
-        "the other, each with its own settings",
-    )
-    return next(iter(found), None)
-
-
-def override(steps: Sequence[Step], changes: dict[type, dict[str, Any]]) -> tuple[Step, ...]:
-    """The steps with the fields that `changes` names for a type of step, each in the one step that `changed` finds.
-
-    Raises InputError for a type that is not in the chain, or that several of its steps have.
-    """
-    out = list(steps)
+def override(steps: Sequence[Step], changes: Mapping[type, Mapping[str, Any]]) -> tuple[Step, ...]:
+    """The steps with the fields that `changes` names for a type of step. Raises InputError where several have it."""
     for kind, fields in changes.items():
-        if not fields:
-            continue
-        index = changed(steps, kind)
+        count = sum(type(step) is kind for step in steps)
         require(
-            index is not None,
-            f"{', '.join(fields)} set for {kind.__name__}, which is not in this recipe: choose another recipe",
+            not fields or count < 2,
+            f"settings for {kind.__name__} would change {count} steps of this recipe: compress by one recipe after the "
+            "other, each with its own settings",
         )
-        out[index] = dataclasses.replace(out[index], **fields)
-    return tuple(out)
+    return tuple(dataclasses.replace(step, **changes[type(step)]) if type(step) in changes else step for step in steps)
 
 
 def require_finite(model: LanguageModel) -> None:

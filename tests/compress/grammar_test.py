@@ -14,11 +14,13 @@ from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
 from efflm.compress.gptq import GPTQ
 from efflm.compress.magnitude import Magnitude
+from efflm.compress.plan import LAYERS, Plan
 from efflm.compress.quantize import Quantize
 from efflm.compress.structured.depth import Depth
 from efflm.compress.structured.width import Width
 from efflm.compress.wanda import Wanda
 from efflm.config import InputError
+from efflm.ops import Format
 
 # Of fields that are texts, what they may be.
 TEXTS = {"pattern": ("", "2:4", "1:4"), "scope": ("layer", "global", "2:4", "16x16"), "groups": ("0", "32,64"),
@@ -78,6 +80,8 @@ def test_what_is_written_is_short():
         assert grammar.write(grammar.chain(text)) == text
     for name in recipe.RECIPES:
         assert grammar.text_of(name, grammar.chain(name)) == name
+    of_a_program = GPTQ(bits=3, plan=Plan(((LAYERS, Format(bits=4)),)))
+    assert grammar.write([of_a_program]) == "gptq@3[plan=Plan]"
     assert grammar.text_of("small", grammar.chain("w8a16")) == grammar.text_of("w8a8", (Quantize(),)) == "quantize"
 
 
@@ -92,6 +96,7 @@ def test_no_recipe_has_the_name_of_a_step():
         ("w8a8,gptqq@3", r"there is no step or recipe 'gptqq' \(in gptqq@3\): did you mean gptq"),
         ("best", "there is no step or recipe 'best': steps are cast, .*; recipes are bfloat16, "),
         ("quantize[bit=4]", r"quantize\[bit=4\]: quantize has no setting 'bit': did you mean bits\?"),
+        ("gptq@3[plan=Plan]", "gptq has no setting 'plan': its settings are bits, group"),
         ("rotate[x=1]", "rotate has no setting 'x': its settings are none"),
         ("quantize[bits=5]", "bits is '5', but must be one of 8, 4, 3"),
         ("quantize[symmetric=no]", "symmetric is 'no', but must be true or false"),

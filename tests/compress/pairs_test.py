@@ -8,26 +8,8 @@ import pytest
 from hypothesis import strategies
 
 from efflm import ops, trees
-from efflm.compress import recipe
-from efflm.compress.adapt import Adapt
-from efflm.compress.awq import AWQ
-from efflm.compress.distill import Distill
-from efflm.compress.finetune import Finetune
-from efflm.compress.generated import Generated
-from efflm.compress.gptq import GPTQ
-from efflm.compress.gradual import Gradual
-from efflm.compress.magnitude import Magnitude
-from efflm.compress.mixed import Mixed
-from efflm.compress.qat import QAT
-from efflm.compress.quantize import Cast, Quantize
-from efflm.compress.rotate import Rotate
-from efflm.compress.smoothquant import SmoothQuant
-from efflm.compress.sparsegpt import SparseGPT
+from efflm.compress import grammar, recipe
 from efflm.compress.step import Context
-from efflm.compress.structured.depth import Depth
-from efflm.compress.structured.width import Width
-from efflm.compress.tuned import Tuned
-from efflm.compress.wanda import Wanda
 from efflm.config import InputError
 from efflm.formats import efflm_file
 from efflm.model import placement
@@ -35,28 +17,30 @@ from efflm.parallel import meshes, sharding
 from tests import tiny
 
 CONFIG = tiny.LLAMA.config()
+# A step of every kind, in the grammar of chains. One more method is one more entry.
 STEPS = {
-    "cast": Cast(dtype="bfloat16"),
-    "int8": Quantize(activations="int8"),
-    "int4": Quantize(bits=4, group=8, embeddings=0),
-    "gptq": GPTQ(bits=3, group=8),
-    "tuned": Tuned(bits=4, group=8, steps=1),
-    "mixed": Mixed(average_bits=4.0, rows=2),
-    "qat": QAT(bits=4, group=8, steps=1),
-    "awq": AWQ(bits=4, group=8),
-    "smoothquant": SmoothQuant(),
-    "rotate": Rotate(),
-    "magnitude": Magnitude(sparsity=0.7),
-    "wanda": Wanda(sparsity=0.5, pattern="2:4"),
-    "sparsegpt": SparseGPT(sparsity=0.6),
-    "gradual": Gradual(sparsity=0.5, steps=3, every=1),
-    "width": Width(parameters=0.18),  # to 40 channels, which 2:4 divides
-    "depth": Depth(layers=1),
-    "distill": Distill(steps=1),
-    "text": Finetune(steps=1),
-    "adapt": Adapt(rank=2, steps=2, learning_rate=0.1, merge=True),
-    "on_policy": Generated(steps=1, by="teacher", prompt=4, new=4),
+    "cast": "cast@bfloat16",
+    "int8": "quantize[activations=int8]",
+    "int4": "quantize[bits=4,group=8,embeddings=0]",
+    "gptq": "gptq@3[group=8]",
+    "tuned": "tuned@4[group=8,steps=1]",
+    "mixed": "mixed@4[rows=2]",
+    "qat": "qat@4[group=8,steps=1]",
+    "awq": "awq@4[group=8]",
+    "smoothquant": "smoothquant",
+    "rotate": "rotate",
+    "magnitude": "magnitude@0.7",
+    "wanda": "wanda@2:4",
+    "sparsegpt": "sparsegpt@0.6",
+    "gradual": "gradual@0.5[steps=3,every=1]",
+    "width": "width@0.18",  # to 40 channels, which 2:4 divides
+    "depth": "depth[layers=1]",
+    "distill": "distill[steps=1]",
+    "finetune": "finetune[steps=1]",
+    "adapt": "adapt[rank=2,steps=2,learning_rate=0.1,merge=true]",
+    "generated": "generated[steps=1,by=teacher,prompt=4,new=4]",
 }
+STEPS = {name: grammar.chain(text)[0] for name, text in STEPS.items()}
 ROUNDS = ("int8", "int4", "gptq", "tuned", "mixed", "qat", "awq")
 PRUNES = ("magnitude", "wanda", "sparsegpt", "gradual")
 TOKENS = tiny.tokens(CONFIG, 2, 8)
@@ -104,6 +88,10 @@ def keeps_what_every_step_keeps(first, second, folder):
     gap = np.asarray(tiny.logits(sharding.on_one_device(other), TOKENS), np.float32) - logits
     rounds = first in ROUNDS or second in ROUNDS or "cast" in (first, second)
     assert np.abs(gap).max() < (0.1 if rounds else 1e-3) * np.abs(logits).max()  # a code may fall to either side
+
+
+def test_every_step_has_an_entry():
+    assert {*map(type, STEPS.values())} == {*recipe.STEPS.values()} - {recipe.STEPS["merge"]}  # which needs adapters
 
 
 # A pair with itself is left out: a step that changes nothing more is refused.

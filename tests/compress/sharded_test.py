@@ -8,7 +8,7 @@ from efflm import ops, trees
 from efflm.compress import grammar, recipe
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
-from efflm.compress.step import Context
+from efflm.compress.step import Context, trains
 from efflm.model import LanguageModel, placement
 from efflm.parallel import meshes
 from tests import tiny
@@ -24,20 +24,18 @@ def context(mesh):
 @pytest.mark.parametrize("name", ["w8a8", "magnitude50_global", "magnitude24", "shrink_distill_int8"])
 def test_sharded_equals_unsharded(name):
     steps = grammar.chain(name)
-    mine = {kind: fields for kind, fields in SHORT.items() if any(type(step) is kind for step in steps)}
-    steps, model = recipe.override(steps, mine), tiny.model()
+    steps, model = recipe.override(steps, SHORT), tiny.model()
     spread = LanguageModel(model.config, jax.device_put(model.params, placement.shardings(model.params, MESH)))
     expected, _ = recipe.run(model, steps, context(meshes.make_mesh()))
     after, records = recipe.run(spread, steps, context(MESH))
     assert after.config == expected.config
     assert records[-1].predicted_bytes == ops.stored_nbytes(expected.params, expected.masks)
-    trains = bool(mine)
     want = dict(trees.flatten(expected.params, inside=True))
     where = dict(trees.flatten(placement.shardings(after.params, MESH), inside=True))
     for path, leaf in trees.flatten(after.params, inside=True):
         assert leaf.sharding.is_equivalent_to(where[path], leaf.ndim), path
         ours, theirs = np.asarray(leaf, np.float32), np.asarray(want[path], np.float32)
-        if not trains:
+        if not trains(steps):
             np.testing.assert_array_equal(ours, theirs, err_msg=path)
         elif leaf.dtype == np.int8:
             assert np.abs(ours - theirs).max() <= 1, path  # a value at the middle of two may fall to either
