@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from efflm.compress.quantize import quantize
-from efflm.config.train import REMAT, TrainConfig
+from efflm.config.train import REMAT, Recompute, TrainConfig
 from efflm.infer import aot as infer_ahead
 from efflm.model import LanguageModel, init_params, params
 from efflm.model.presets import preset
@@ -104,6 +104,15 @@ def test_what_is_stored_grows_with_rows_alone_and_is_what_the_policy_keeps(name,
     inputs = 4 * length * config.width * len(config.blocks)
     assert inputs <= stored["full"] < stored["dots"] < stored["none"]
     assert stored["full"] <= inputs + 4 * length * (3 * config.width + 4 * 16)  # final states, twice; rotary tables
+
+
+def test_a_new_policy_of_rematerialization_is_one_entry(monkeypatch):
+    monkeypatch.setitem(REMAT, "inputs", Recompute((), projections=1.0, attention=1.0, feedforward=1.0))
+    config, train = tiny.CONFIGS["llama"], dataclasses.replace(TRAIN, remat="full")
+    named = dataclasses.replace(train, remat="inputs")
+    for fn in (prediction.train_work, prediction.train_traffic, device.held):
+        assert fn(config, named, abstract_mesh(fsdp=2)) == fn(config, train, abstract_mesh(fsdp=2))
+    assert "inputs" in {each.train.remat for each in search.search(config, train, HARDWARE["h100"], 1)}
 
 
 def test_a_compiled_step_needs_at_least_what_is_held():

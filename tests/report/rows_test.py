@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import pytest
 
 from efflm.report import rows
@@ -24,3 +27,12 @@ def test_a_folder_is_called_what_it_is_called(tmp_path, monkeypatch):
     (tmp_path / "Llama-3.2").mkdir()
     monkeypatch.chdir(tmp_path / "Llama-3.2")
     assert rows.names(["."]) == rows.names([f"{tmp_path}/Llama-3.2/."]) == ["Llama-3.2"]
+
+
+def test_a_row_has_its_figures_by_name_and_says_which_they_are():
+    row = rows.Row("a", {"bytes": 3, "loss": None}, "small")
+    assert (row.bytes, row.loss, row.but(bytes=4).bytes) == (3, None, 4)
+    assert row.json() == {"name": "a", "bytes": 3, "loss": None, "note": "small"}
+    assert pickle.loads(pickle.dumps(row)) == copy.deepcopy(row) == row
+    with pytest.raises(AttributeError, match="the row 'a' has no 'byte': its figures are bytes, loss"):
+        _ = row.byte
