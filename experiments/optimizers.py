@@ -133,14 +133,8 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
     )
     run_directory.require_writable(run_dir, needs=2 * run_directory.SMALL_FILES)
     train = autotune.training(shape, train)
-    data = dataset.prepare(
-        run.corpus,
-        dataset.cache(),
-        vocabulary=shape.vocabulary,
-        length=train.length,
-        batch=train.batch,
-        strict=run.strict,
-    )
+    sizes = {"vocabulary": shape.vocabulary, "length": train.length, "batch": train.batch}
+    data = dataset.prepare(run.corpus, dataset.cache(), **sizes, strict=run.strict)
     (run_dir / "curves").mkdir(parents=True, exist_ok=True)
     run_directory.use_compilation_cache()
     mesh = meshes.data_parallel(train.batch, train.accumulate)
@@ -150,7 +144,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
     runs, fastest, notes = {}, {}, {}
     for name in run.names():
         usual = settings(name, train)
-        at = lambda rate, seed=0, usual=usual: fit(usual, rate, seed, shape, data, score, mesh, folder)
+        at = lambda rate, seed=0, usual=usual: trained(usual, rate, seed, shape, data, score, mesh, folder)
         swept = sweep(at, [usual.learning_rate * factor for factor in run.grid()], run.widen)
         best = min(swept, key=lambda one: one.validation)
         runs[name] = [best, *(at(best.rate, seed) for seed in range(1, run.seeds))]
@@ -208,10 +202,8 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
         },
     )
     table.show(rows, facts, COLUMNS)
-    label, ends = (
-        "training loss, nats a token",
-        "; ".join(f"{name} {curve[2][-1]:.3f}" for name, curve in curves.items()),
-    )
+    label = "training loss, nats a token"
+    ends = "; ".join(f"{name} {curve[2][-1]:.3f}" for name, curve in curves.items())
     charts = [
         plots.chart(
             plots.curves({name: (curve[index], curve[2]) for name, curve in curves.items()}, across, label),
@@ -273,7 +265,7 @@ def sweep(at, rates: list[float], widen: int) -> list[Trained]:
     return swept
 
 
-def fit(
+def trained(
     usual: TrainConfig,
     rate: float,
     seed: int,
@@ -300,10 +292,8 @@ def fit(
     except InputError as error:  # it diverged, which is an answer too
         print(f"  {error}")
         model, validation = None, math.inf
-    steps, losses = metrics.curve(file)
-    _, seconds = metrics.curve(file, "seconds")
-    _, speeds = metrics.curve(file, "tokens_per_second")
-    curve, speed = np.stack([steps, seconds, losses]), float(speeds[-1]) if len(speeds) else 0.0
+    (steps, losses), seconds, speeds = (metrics.curve(file, name) for name in ("loss", "seconds", "tokens_per_second"))
+    curve, speed = np.stack([steps, seconds[1], losses]), float(speeds[1][-1]) if len(steps) else 0.0
     return Trained(rate=rate, curve=curve, tokens_per_second=speed, model=model, validation=validation)
 
 

@@ -73,7 +73,7 @@ def parse(argv: list[str], **groups: Any) -> dict[str, Any]:
 
 
 class HelpWanted(Exception):
-    """--help or --helpfull was given; the arguments are those of helptext.text."""
+    """--help or --helpfull was given; the arguments are those of help_text.text."""
 
 
 def _prefix(group: str) -> str:

@@ -14,7 +14,7 @@ from efflm.text.tokenizer import FILE, Tokenizer
 
 
 class Saved(NamedTuple):
-    """What a file is to hold: see safetensors.save."""
+    """What a file is to hold: see efflm_file.save."""
 
     model: LanguageModel
     about: Mapping[str, Any]

@@ -49,7 +49,7 @@ def full_disk(monkeypatch, owner, name, passes):
 
 
 PLACES = [(Path, "write_text", count) for count in range(3)] + [(efflm_file, "save", 0), (efflm_file, "save", 1)]
-PLACES += [(Path, "replace", count) for count in range(2, 7)]  # the first two are the weights', within safetensors.save
+PLACES += [(Path, "replace", count) for count in range(2, 7)]  # the first two are the weights', within efflm_file.save
 
 
 @pytest.mark.parametrize(("owner", "name", "passes"), PLACES)
