@@ -122,7 +122,7 @@ class Block(nn.Module):
 
 
 def _recomputed_late(layer: nn.Module, x_BTD: jax.Array, positions_BT: jax.Array, rotary: Any, segments_BT: Any):
-    """layer(x) -> [B, T, D], whose backward pass recomputes the layer only once the gradient is there (see recompute.late).
+    """layer(x) -> [B, T, D], whose backward pass recomputes the layer once the gradient is there (see recompute.late).
 
     jax.checkpoint alone uses optimization barriers, which XLA's CPU compiler drops: it would store everything.
     """

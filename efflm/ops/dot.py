@@ -122,7 +122,7 @@ def _frozen_backward(residuals, gradients):
 
 
 def _late(w: Any, x: jax.Array) -> Any:
-    """A weight whose floats are not made before x is there: else XLA makes those of all layers at once (recompute.late)."""
+    """A weight whose floats are not made before x is there: else XLA makes those of all layers at once (see `late`)."""
     return w.replace(values=late(w.values, x)) if isinstance(w, QArray) else w
 
 
