@@ -89,10 +89,14 @@ def test_the_rounding_method_of_ones_own_works(tmp_path):
     assert len(code.strip().splitlines()) < 60
     weights = gguf_files.weights(np.random.default_rng(0), width=64, hidden=64)
     model, tokenizer = efflm.load(gguf_files.write(tmp_path / "tiny.gguf", weights, kind="F32"))
-    text = {"calibration_rows": 16, "calibration_length": 32, "text": ROOT / "efflm" / "compress"}
+    (tmp_path / "text").mkdir()
+    numbers = [f"number {i * i * 7919 % 10007} stands after {i * 104729 % 9973}\n" for i in range(2000)]
+    for i in range(20):
+        (tmp_path / "text" / f"{i}.txt").write_text("".join(numbers[i * 100 :][:100]))
+    text = {"calibration_rows": 64, "calibration_length": 64, "text": tmp_path / "text"}
     after = efflm.compress(model, [run(code)["Refit"](bits=3)], tokenizer=tokenizer, **text)
     nearest = efflm.compress(model, Quantize(bits=3, group=32))
-    tokens = tokenizer.encode((ROOT / "efflm" / "compress" / "gptq.py").read_text())[:64]
+    tokens = tokenizer.encode("".join(numbers[::91]))[:128]
     logits = [np.asarray(tiny.logits(each, jnp.asarray([tokens]))) for each in (model, after, nearest)]
     errors = [np.square(each - logits[0]).mean() for each in logits[1:]]
     assert 0 < errors[0] < 0.98 * errors[1]
