@@ -111,12 +111,19 @@ def test_a_model_in_four_bits():
             assert isinstance(leaf, QArray), path
             assert leaf.bits == (8 if path == "embedding" else 4), path
     assert records[0].corpus == "some text"
+    turns, _ = recipe.run(model, (GPTQ(bits=4, group=16, sublayers=True),), CONTEXT)
     nearest, _ = recipe.run(model, (Quantize(bits=4, group=16),), CONTEXT)
     batch = CONTEXT.calibration
     inputs = {"segments": batch["segments"], "positions": batch["positions"]}
-    full, *low = (tiny.logits(each, batch["inputs"], **inputs) for each in (model, after, nearest))
+    full, *low = (tiny.logits(each, batch["inputs"], **inputs) for each in (model, after, turns, nearest))
     errors = [np.square(np.asarray(each - full))[batch["segments"] > 0].mean() for each in low]
-    assert 0 < errors[0] < errors[1]
+    assert 0 < max(errors[:2]) < errors[2]
+    kernels = [dict(trees.flatten(each.params, inside=True)) for each in (after, turns)]
+    differs = {path for path in kernels[0] if np.any(kernels[0][path] != kernels[1][path])}
+    first = {path for path in differs if path.startswith("block_0/")}
+    # In the first layer these read what is not rounded yet.
+    assert not [path for path in first if path.split("/")[2] in ("query", "key", "value")]
+    assert "block_0/attention/output/kernel/values" in first
 
 
 def test_settings_that_cannot_be():
