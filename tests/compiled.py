@@ -20,7 +20,7 @@ from jax._src import compilation_cache, compiler, lru_cache
 from efflm import user_cache
 
 DAYS = 7  # after which what was not used is removed
-SECONDS = 0.03  # of compilation, above which a program is kept
+SECONDS = 0.01  # of compilation, above which a program is kept
 SEVERAL = 64  # programs for several devices that a process holds at most
 
 
