@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from efflm import ops
 from efflm.config import InputError
-from efflm.ops import Format
+from efflm.ops import Format, qarray
 from efflm.ops.packing import pack, unpack
-from efflm.ops.qarray import apply_mask, codes, dequantize, operands, quantize_array, rows, take
+from efflm.ops.qarray import operands, quantize_array, take
 
+# one program each, not one an operation
+apply_mask, codes, dequantize, rows = map(jax.jit, (qarray.apply_mask, qarray.codes, qarray.dequantize, qarray.rows))
 MATRICES = arrays.arrays(  # few shapes: each compiles anew
     np.float32,
     st.sampled_from([(1, 1), (5, 9), (12, 7)]),

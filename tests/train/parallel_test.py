@@ -1,24 +1,28 @@
 """On eight devices: every way of dividing the work trains like one device, and each device holds its part."""
 
+import collections
 import dataclasses
+import functools
 import re
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from efflm import trees
 from efflm.config import InputError
 from efflm.config.parallel import MeshConfig
 from efflm.config.train import TrainConfig
-from efflm.model import init_params, placement
+from efflm.model import init_params, placement, unstack_blocks
 from efflm.ops.kernels.cpu import build
 from efflm.parallel import meshes, sharding
+from efflm.plan.collectives import collectives
 from efflm.train import aot, losses, trainer
 from efflm.train.step import place
 from tests import tiny
 
-TRAIN = TrainConfig(steps=20, warmup=2, batch=8, length=16, learning_rate=1e-2)
+TRAIN = TrainConfig(steps=4, warmup=1, batch=8, length=16, learning_rate=1e-2)
 MESHES = {
     "data": {"data": 8},
     "fsdp": {"data": 1, "fsdp": 8},
@@ -30,7 +34,8 @@ MESHES = {
 
 
 def trained(shape, mesh, train=TRAIN):
-    config, out = shape.config(), []
+    """The losses, the gradients of the first step (as AdamW's first moments hold them), the last state."""
+    config, out, gradients = shape.config(), [], None
     state = trainer.init_state(config, train, mesh)
     step = trainer.make_step(config, train, state)
     for i in range(train.steps):
@@ -38,20 +43,29 @@ def trained(shape, mesh, train=TRAIN):
             state, {}, place(tiny.batch(config, rows=train.batch, length=train.length, seed=i % 2), mesh)
         )
         out.append(float(metrics["loss"]))
-    return np.array(out), state
+        if gradients is None:  # the next step gives the state away
+            gradients = jax.device_get(optax.tree_utils.tree_get(state.optimizer, "mu"))
+    return np.array(out), unstack_blocks(gradients, config) if train.scan else gradients, state
+
+
+def assert_alike(got, want):
+    """That two runs have the same losses and, weight by weight, the same gradients."""
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-3)
+    for (path, ours), (_, theirs) in zip(trees.flatten(got[1]), trees.flatten(want[1]), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max() + 1e-7, err_msg=path)
 
 
 @pytest.fixture(scope="module")
 def alone():
-    return {name: trained(shape, meshes.make_mesh())[0] for name, shape in tiny.SHAPES.items() if name != "untied"}
+    return {name: trained(shape, meshes.make_mesh()) for name, shape in tiny.SHAPES.items() if name != "untied"}
 
 
 @pytest.mark.parametrize("name", tiny.and_combinations(MESHES, ["fsdp", "data x fsdp x sequence x tensor"]))
-def test_twenty_steps_equal_those_of_one_device(name, alone):
+def test_steps_and_gradients_equal_those_of_one_device(name, alone):
     mesh = meshes.mesh_for(MeshConfig(**MESHES[name]), TRAIN.batch, TRAIN.length)
     assert mesh.size == 8
-    losses_on_eight, state = trained(tiny.LLAMA, mesh)
-    np.testing.assert_allclose(losses_on_eight, alone["llama"], rtol=1e-3)
+    on_eight = losses_on_eight, _, state = trained(tiny.LLAMA, mesh)
+    assert_alike(on_eight, alone["llama"])
     assert losses_on_eight[-1] < losses_on_eight[0] - 0.3
     held = dict(trees.flatten(state, inside=True))
     for path, spec in trees.flatten(placement.shardings(state, mesh), inside=True):
@@ -72,7 +86,7 @@ def test_twenty_steps_equal_those_of_one_device(name, alone):
 def test_spread_rows_train_like_whole_ones_in_every_mode(changes, alone):
     train = dataclasses.replace(TRAIN, **changes)
     mesh = meshes.make_mesh(data=2, sequence=2, tensor=2)
-    np.testing.assert_allclose(trained(tiny.SHAPES["gpt2"], mesh, train)[0], alone["gpt2"], rtol=1e-3)
+    assert_alike(trained(tiny.SHAPES["gpt2"], mesh, train), alone["gpt2"])
 
 
 @pytest.mark.parametrize("window", tiny.and_combinations([0, 5], [5]))
@@ -100,18 +114,40 @@ def test_spread_rows_have_the_gradients_of_whole_ones(window, monkeypatch):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), ours, whole)
 
 
+@functools.cache
+def compiled_step(accumulate=1, **shape):
+    """Of 16 rows of 64 tokens, without native kernels."""
+    train = dataclasses.replace(TRAIN, batch=16, length=64, accumulate=accumulate)
+    step, arguments = aot.training_step(tiny.LLAMA.config(), train, meshes.make_mesh(**shape))
+    with build.chosen("off"):
+        return step.lower(*arguments).compile()
+
+
+# What one step sends, of more than a few numbers: at most so often. A device alone sends nothing.
+SENT = {
+    (): {},
+    (("data", 8),): {"all-reduce": 3},
+    (("data", 2), ("fsdp", 4)): {"all-gather": 16, "all-reduce": 4, "reduce-scatter": 4},
+    (("data", 4), ("tensor", 2)): {"all-reduce": 15},
+    (("data", 2), ("sequence", 4)): {"all-gather": 16, "all-reduce": 3, "all-to-all": 4, "reduce-scatter": 4},
+}
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("shape", [{"data": 8}, {"data": 2, "fsdp": 4}, {"data": 4, "tensor": 2}])
+@pytest.mark.parametrize("shape", [shape for shape in SENT if shape])
 def test_each_device_computes_its_share(shape, accumulate):
     """XLA's FLOPs of a device's program, in which the parts of a batch are a loop that is counted once."""
-    train = dataclasses.replace(TRAIN, batch=16, length=64, accumulate=accumulate)
+    flops = lambda **shape: compiled_step(accumulate, **shape).cost_analysis()["flops"]
+    assert flops() / 8 <= flops(**dict(shape)) < 1.25 * flops() / 8
 
-    def flops(mesh):
-        step, arguments = aot.training_step(tiny.LLAMA.config(), train, mesh)
-        with build.chosen("off"):
-            return step.lower(*arguments).compile().cost_analysis()["flops"]
 
-    assert flops(meshes.make_mesh(**shape)) < 1.25 * flops(meshes.make_mesh()) / 8
+@pytest.mark.parametrize("shape", SENT)
+def test_a_step_sends_what_its_mesh_needs_and_no_more(shape):
+    """A weight that is gathered twice, or a gradient summed alone, is one more collective."""
+    found = collectives(compiled_step(**dict(shape)).as_text())
+    counts = collections.Counter(each.kind for each in found if each.nbytes > 256)
+    assert counts.keys() == SENT[shape].keys()
+    assert all(counts[kind] <= most for kind, most in SENT[shape].items()), counts
 
 
 def test_rows_that_the_devices_cannot_share_are_refused():

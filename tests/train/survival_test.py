@@ -370,7 +370,8 @@ def test_a_signal_ends_the_run_after_the_step_in_flight(tmp_path, number, name):
 def under_way(tmp_path, pause):
     """A training process in whose fifth step we are, which takes `pause` seconds as all others from then on do."""
     program = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a shell's background processes ignore
         "from efflm.cli.flags import launch\n"
         "from tests.train import survival_test as t\n"
         "from pathlib import Path\n"
