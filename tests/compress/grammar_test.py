@@ -38,10 +38,10 @@ def steps(draw):
         if typing.get_origin(hints[name]) is Literal:
             given[name] = draw(strategies.sampled_from(typing.get_args(hints[name])))
         elif hints[name] is str:
-            given[name] = draw(strategies.sampled_from(TEXTS[name]))
+            given[name] = draw(strategies.sampled_from(TEXTS.get(name, (getattr(kind, name),))))
         else:
-            ranges = {bool: strategies.booleans(), int: strategies.integers(0, 500)}
-            given[name] = draw(ranges.get(hints[name], strategies.floats(0, 8)))
+            ranges = {bool: strategies.booleans(), int: strategies.integers(0, 500), float: strategies.floats(0, 8)}
+            given[name] = draw(ranges[hints[name]])
     try:
         return kind(**given)
     except InputError:  # not everything goes together
