@@ -24,6 +24,7 @@ OF_COMMANDS = {
     "cli/flags.py",
     "cli/help_text.py",
     "cli/run_directory.py",
+    "formats/checkpoint.py",
     "train/checkpointing.py",
     "train/metrics.py",
     "data/dataset.py",
