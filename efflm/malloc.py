@@ -6,12 +6,20 @@ import gc
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 # Numbers of malloc.h. Blocks of at least the first are given back to the system as soon as they are freed, and the end
 # of the heap as soon as it has as much free as the second. glibc begins with 128 KiB for both and lets them grow to 32
 # and 64 MiB with the blocks that a program frees, until one of them is set: then it changes neither again.
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 LEAST, GROWN = 1 << 20, {"mmap_threshold": 32 << 20, "trim_threshold": 64 << 20}
+
+
+def resident() -> int | None:
+    """Bytes of physical memory that this process has; None where the system does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 def trim() -> None:

@@ -40,7 +40,7 @@ from efflm.report import numbers, page, plots, table
 from efflm.report.page import Section, Table
 from efflm.report.rows import Row
 from efflm.report.table import Column, figure
-from efflm.train import metrics, optimizer, trainer
+from efflm.train import callbacks, metrics, optimizer, trainer
 
 # Untied, since with tied embeddings the seed decides when a small model leaves the loss of token frequencies.
 MODEL = ModelShape(layers=4, width=128, mlp_dim=352, vocabulary=2048, max_length=256, tied=False)
@@ -278,22 +278,19 @@ def trained(
     """Train at one rate and seed, and score on validation text; the seed is that of the weights and of the batches."""
     file = folder / f"{usual.optimizer}-{rate:.2e}-seed{seed}.jsonl"
     try:
-        model = trainer.fit_model(
-            shape,
-            lambda: init_params(shape, seed),
-            usual,
-            data.batches(usual.batch, seed),
-            rule=at_rate(usual, rate),
+        start, batches = (lambda: init_params(shape, seed)), data.batches(usual.batch, seed)
+        model = trainer.fit(
+            trainer.model_task(shape, usual, start, batches, rule=at_rate(usual, rate)),
             mesh=mesh,
             title=f"{usual.optimizer}, rate {rate:.1e}, seed {seed}",
-            metrics_file=file,
+            watched=[callbacks.lines(file)],
         )
         validation = quality.bits_per_byte(held_out(model, data.validation, data, score))[0]
     except InputError as error:  # it diverged, which is an answer too
         print(f"  {error}")
         model, validation = None, math.inf
     (steps, losses), seconds, speeds = (metrics.curve(file, name) for name in ("loss", "seconds", "tokens_per_second"))
-    curve, speed = np.stack([steps, seconds[1], losses]), float(speeds[1][-1]) if len(steps) else 0.0
+    curve, speed = np.stack([steps, seconds[1], losses]), float(np.median(speeds[1])) if len(steps) else 0.0
     return Trained(rate=rate, curve=curve, tokens_per_second=speed, model=model, validation=validation)
 
 

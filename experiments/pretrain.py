@@ -24,7 +24,7 @@ from efflm.config.parallel import HostsConfig, MeshConfig
 from efflm.config.train import TrainConfig
 from efflm.data import corpora, dataset
 from efflm.data.dataset import Dataset
-from efflm.evaluate import quality, scoring
+from efflm.evaluate import machine, quality, scoring
 from efflm.evaluate.windows import Scoring
 from efflm.formats import checkpoint, saved
 from efflm.model import LanguageModel, autotune, init_params, params
@@ -33,10 +33,15 @@ from efflm.plan import device, work
 from efflm.precision import POLICIES
 from efflm.report import plots
 from efflm.text import tokenizer
-from efflm.train import metrics, trainer
+from efflm.train import callbacks, metrics, trainer
+from efflm.train.callbacks import Callback
 from efflm.train.checkpointing import Checkpointing
 
 LEAF_FILES, METRICS_LINE = 4_000, 1_000  # bytes: what Orbax notes of a weight, and a line in both kinds of metrics
+VALIDATION_ROWS = 16  # at most, in one batch at least
+# What may change when a run is resumed, and beside that when another one branches from it: not the text nor the model.
+RESUMED = {f"train.{name}" for name in ("steps", "decay", "remat", "accumulate", "scan", "log_every", "on_nan")}
+RESCHEDULED = {f"train.{name}" for name in ("schedule", "learning_rate", "warmup", "final_fraction")} | {"init_from"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,24 +54,39 @@ class Run:
     seed: int = flag(0, "seed of the weights and of the order of sequences")
     test: bool = flag(False, "score the test text too: once, when all choices are made")
     init_from: str = flag("", "run directory of an earlier training run to start the weights from", path=True)
+    branch_from: str = flag("", "RUN_DIR:STEP of a run to go on from, in another schedule", path=True)
     checkpoint_every: int = flag(200, "steps between checkpoints of the running training; 0: only at its end")
     keep: int = flag(2, "how many of the newest of these checkpoints to keep")
     keep_period: int = flag(0, "keep those of every so many steps for good; 0: none")
     profile_steps: str = flag("", "FIRST,LAST: trace these steps into run_dir/profile, for TensorBoard and Perfetto")
+    validate_every: int = flag(-1, "steps between losses on validation text; -1: about ten in the run; 0: none")
+    wandb: str = flag("", "project of Weights & Biases to send the metrics to, where wandb is installed")
 
     def __post_init__(self):
         require_seed(self.seed)
         self.profile()
+        self.branch()
         self.checkpointing({})
+        require(self.validate_every >= -1, f"validate_every is {self.validate_every}, but must be positive, 0 or -1")
 
     def checkpointing(self, about: dict[str, Any]) -> Checkpointing:
+        branch = self.branch()
+        kept = {name: value for name, value in about.items() if name not in RESCHEDULED}
         return Checkpointing(
             directory=Path(self.run_dir) / "state",
             every=self.checkpoint_every,
             keep=self.keep,
             keep_period=self.keep_period,
-            about=about,
+            about=about | ({"branch_from": self.branch_from} if branch else {}),
+            branch=branch and (branch, kept),
         )
+
+    def branch(self) -> Path | None:
+        """The folder of the checkpoint to branch from."""
+        run, _, step = self.branch_from.rpartition(":")
+        good = not self.branch_from or (run and step.isdigit() and not self.init_from)
+        require(good, f"branch_from is {self.branch_from!r}: give RUN_DIR:STEP, as in runs/long:8000, and no init_from")
+        return Path(run) / "state" / step if self.branch_from else None
 
     def profile(self) -> tuple[int, int, Path] | None:
         if not self.profile_steps:
@@ -144,21 +164,19 @@ def trained_model(run: Run, config: ModelConfig, train: TrainConfig, data: Datas
     was stopped, and checkpointed."""
     run_dir = Path(run.run_dir)
     folder = run_dir / "checkpoint"
-    about: dict[str, Any] = {
+    settings = {f"train.{name}": value for name, value in dataclasses.asdict(train).items()}
+    about = {
         "corpus": data.corpus.digest,
         "tokenizer": data.tokenizer.digest,
         "seed": run.seed,
         "init_from": run.init_from,
-        **{
-            f"train.{name}": value
-            for name, value in dataclasses.asdict(train).items()
-            if name not in ("log_every", "on_nan")  # what may change when a run is resumed
-        },
+        **{name: value for name, value in settings.items() if name not in RESUMED},
     }
-    if processes.agree(checkpoint.exists(folder)):
+    if processes.agree(checkpoint.recorded(folder).get("train.steps", -1)) >= train.steps:
         model, found = checkpoint.load(folder, mesh)
+        schedule = {name: settings[name] for name in ("train.steps", "train.decay")}
         checkpoint.require_same(config.to_dict(), model.config.to_dict(), folder)
-        checkpoint.require_same(about, found, folder)
+        checkpoint.require_same(about | schedule, found, folder)
         print(f"  found the trained model in {folder}: not training again")
         return model
     saved.require_free(run_dir, [], data.tokenizer, "give another --run_dir")
@@ -170,28 +188,44 @@ def trained_model(run: Run, config: ModelConfig, train: TrainConfig, data: Datas
         checkpoint.require_same(config.to_dict(), other.config.to_dict(), Path(run.init_from))
         return other.params
 
-    model = trainer.fit_model(
-        config,
-        start,
-        train,
-        data.batches(train.batch, run.seed),
+    model = trainer.fit(
+        trainer.model_task(config, train, start, data.batches(train.batch, run.seed)),
         mesh=mesh,
         seed=run.seed,
-        metrics_file=run_dir / "metrics.jsonl",
-        tensorboard=run_dir / "tensorboard",
+        watched=watched(run, config, train, data, mesh),
         checkpointing=run.checkpointing(config.to_dict() | about),
-        profile=run.profile(),
     )
     if processes.is_first():
         data.tokenizer.save(run_dir / "tokenizer.json")
-    checkpoint.save(folder, train.steps, model, about | {"source": data.corpus.source})
+    checkpoint.save(folder, train.steps, model, settings | about | {"source": data.corpus.source})
     return model
 
 
+def watched(run: Run, config: ModelConfig, train: TrainConfig, data: Dataset, mesh: Mesh) -> list[Callback]:
+    """The callbacks that the flags ask for; what adds to lines of metrics before what writes them."""
+    run_dir, flops = Path(run.run_dir), work.train_flops(config, train.batch, train.length)
+    out = [callbacks.utilization(flops, machine.peak(POLICIES[train.policy].compute, mesh.devices.size))]
+    every = run.validate_every
+    if every < 0:  # at steps that have a line anyway
+        every = -(-train.steps // 10 // train.log_every) * train.log_every
+    if every:
+        rows = train.batch // train.accumulate
+        held_out = data.validation_batches(rows, -(-VALIDATION_ROWS // rows))
+        out.append(callbacks.validation(held_out, every))
+    if run.profile():
+        out.append(callbacks.profile(*run.profile()))
+    out.append(callbacks.lines(run_dir / "metrics.jsonl", run_dir / "tensorboard"))
+    if run.wandb:
+        out.append(callbacks.wandb(run.wandb, run_dir, dataclasses.asdict(train) | config.to_dict()))
+    return out
+
+
 def show_curve(run_dir: Path) -> None:
-    curve = metrics.curve(run_dir / "metrics.jsonl")
-    if len(curve[0]):
-        plots.save(plots.curves({"training": curve}, "steps"), run_dir / "loss.png")
+    file = run_dir / "metrics.jsonl"
+    found = {"training": metrics.curve(file), "validation": metrics.curve(file, "validation_loss")}
+    found = {name: curve for name, curve in found.items() if len(curve[0])}
+    if found:
+        plots.save(plots.curves(found, "steps", "loss, nats a token"), run_dir / "loss.png")
 
 
 @run_directory.locked

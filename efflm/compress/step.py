@@ -18,7 +18,7 @@ from efflm.cli import run_directory
 from efflm.config import flag, require
 from efflm.config.train import TrainConfig
 from efflm.model import LanguageModel, require_same_tokenizer
-from efflm.train import loop, optimizer, trainer
+from efflm.train import callbacks, optimizer, trainer
 from efflm.train.losses import LossFn
 
 
@@ -45,7 +45,7 @@ class Context:
     cache: the folder that a teacher's cache is kept in; None: one that is removed after use.
     """
 
-    batches: loop.Batches | None = None
+    batches: trainer.Batches | None = None
     calibration: dict[str, np.ndarray] | None = None
     teacher: LanguageModel | None = None
     seed: int = 0
@@ -232,20 +232,18 @@ def fit(
     masks: ops.Masks,
     wrap: Wrap | None = None,
 ) -> Any:
-    """What `start` makes, trained on the text of the context with `step`'s steps and learning_rate (see loop.fit).
+    """What `start` makes, trained on the text of the context with `step`'s steps and learning_rate (see trainer.fit).
     masks: of its paths."""
     require(context.batches is not None, f"{step} needs text to train on: give a corpus")
     settings = TrainConfig(steps=step.steps, learning_rate=step.learning_rate, weight_decay=0.0)
-    return trainer.fit(
-        settings,
-        loss_fn,
-        start,
-        frozen,
-        context.batches,
-        wrap and wrap(optimizer.make(settings)),
+    task = trainer.Task(
+        train=settings,
+        loss_fn=loss_fn,
+        start=start,
+        frozen=frozen,
+        batches=context.batches,
+        rule=wrap and wrap(optimizer.make(settings)),
         masks=ops.mask_tree(jax.eval_shape(start), masks),
-        mesh=context.mesh,
-        seed=context.seed,
-        title=type(step).__name__.lower(),
-        metrics_file=context.metrics,
     )
+    title, watched = type(step).__name__.lower(), [callbacks.lines(context.metrics)]
+    return trainer.fit(task, mesh=context.mesh, seed=context.seed, title=title, watched=watched)

@@ -29,8 +29,8 @@ from efflm.config import require
 from efflm.model import LanguageModel, Transformer
 from efflm.parallel import sharding
 from efflm.precision import policy_for
-from efflm.train.loop import Batches
 from efflm.train.step import place
+from efflm.train.trainer import Batches
 
 Kind = Literal["full", "top_k", "sampled"]
 HEADER = "cache.json"

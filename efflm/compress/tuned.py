@@ -20,11 +20,12 @@ from efflm.compress.plan import OF_EMBEDDINGS, OF_PLAN, Embeddings, Plan, neares
 from efflm.compress.step import Context, record
 from efflm.config import flag, require
 from efflm.config.model import ModelConfig
+from efflm.config.train import TrainConfig
 from efflm.model import LanguageModel, layerwise, placement
 from efflm.ops import Format, qarray
 from efflm.ops.format import Bits
 from efflm.parallel import sharding
-from efflm.train import loop
+from efflm.train import trainer
 from efflm.train.losses import weighted_mean
 
 LEAST_RANGE = 0.1  # the least part of its range that a group keeps
@@ -158,7 +159,7 @@ class Tuned:
     def __call__(self, model: LanguageModel, context: Context):
         plan = self._plan
         rule = signed_descent(self.steps, self.learning_rate or 1 / self.steps)
-        programs: loop.Programs = {}
+        programs: trainer.Programs = {}
 
         def one(layer: Layer, _: calibrate.States) -> tuple[Layer, None]:
             flat = dict(trees.flatten(layer.params))
@@ -176,17 +177,15 @@ class Tuned:
                 {"x": x, "positions": positions, "segments": segments, "wanted": wanted}
                 for (x, positions, segments), wanted in zip(layer.rows, layer.wanted, strict=True)
             ]
-            found = loop.fit(
-                loss,
-                functools.partial(jax.tree.map, jnp.copy, begin),
-                frozen,
-                _batches(rows, self.batch, context.mesh.devices.size, context.seed),
-                rule,
-                steps=self.steps,
-                mesh=context.mesh,
-                title="",
-                programs=programs,
+            task = trainer.Task(
+                train=TrainConfig(steps=self.steps),
+                loss_fn=loss,
+                start=functools.partial(jax.tree.map, jnp.copy, begin),
+                batches=_batches(rows, self.batch, context.mesh.devices.size, context.seed),
+                frozen=frozen,
+                rule=rule,
             )
+            found = trainer.fit(task, mesh=context.mesh, title="", programs=programs)
             errors = [_error(loss, learned, frozen, rows) for learned in (begin, found)]
 
             best = dict(trees.flatten((found if errors[1] < errors[0] else begin)["block_0"]))
@@ -210,7 +209,7 @@ def _under_block(flat: dict[str, Any]) -> Any:
     return trees.unflatten({f"block_0/{path}": leaf for path, leaf in flat.items()})
 
 
-def _batches(rows: list[dict[str, jax.Array]], batch: int, devices: int, seed: int) -> loop.Batches:
+def _batches(rows: list[dict[str, jax.Array]], batch: int, devices: int, seed: int) -> trainer.Batches:
     """step -> `batch` rows, rounded up to a number that the devices share; each row once in turn, in random orders."""
     pool = {name: [row for part in rows for row in np.asarray(part[name])] for name in rows[0]}  # on a CPU no copies
     with_text = np.flatnonzero([np.any(segments > 0) for segments in pool["segments"]])

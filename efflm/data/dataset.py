@@ -66,6 +66,17 @@ class Dataset:
     def batches(self, batch: int, seed: int):
         return loader.batches(self.train, batch, seed)
 
+    def validation_batches(self, batch: int, count: int) -> list[dict[str, np.ndarray]]:
+        """The beginning of the validation text in rows like those to train on, again from its start if it is short."""
+        left, documents = count * batch * self.train.length, []
+        for document in self.validation:
+            documents.append(list(itertools.islice(document, left)))
+            left -= len(documents[-1])
+            if left <= 0:
+                break
+        rows = packing.pack(documents, self.tokenizer.separator, self.train.length)
+        return [rows[np.arange(i * batch, (i + 1) * batch) % len(rows)] for i in range(count)]
+
 
 def prepare(
     source: str,

@@ -3,6 +3,7 @@ programs use it meanwhile. Programs that do."""
 
 import contextlib
 import dataclasses
+import functools
 import os
 import resource
 import signal
@@ -41,6 +42,13 @@ def matmul_peak(dtype: Any, size: int, repeats: int = 7) -> float:
     """FLOP/s of [size, size] @ [size, size] with operands of `dtype`, accumulated in float32."""
     x = jnp.ones((size, size), dtype)
     return 2 * size**3 / _fastest(jax.jit(ops.dot), x, x, repeats=repeats)
+
+
+@functools.cache
+def peak(dtype: str, devices: int) -> float:
+    """FLOP/s of this many devices together, measured briefly on one; those of a CPU share its cores."""
+    on_cpu = jax.default_backend() == "cpu"
+    return matmul_peak(dtype, 1024 if on_cpu else 8192, repeats=3) * (1 if on_cpu else devices)
 
 
 def bandwidth(repeats: int = 7, nbytes: int = 1 << 29) -> float:

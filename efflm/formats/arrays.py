@@ -83,10 +83,16 @@ def require_readable(folder: Path, written: Mapping[str, jax.ShapeDtypeStruct]) 
     """Open every array in `folder` as a restore does, and raise InputError if one is not what was written.
 
     Bytes are not compared: the manifest's hashes are of what is on disk."""
-    with plainly_named(folder.parent) as parent, checkpointer() as reader:
-        found = reader.metadata(parent / folder.name).item_metadata  # None if one cannot be opened
-    tree = {} if found is None else dict(trees.flatten(found.tree))
+    tree = described(folder)
     for path, leaf in written.items():
         there = tree.get(path)
-        same = there is not None and tuple(there.shape) == tuple(leaf.shape) and np.dtype(there.dtype) == leaf.dtype
+        same = there is not None and (there.shape, there.dtype) == (leaf.shape, leaf.dtype)
         require(same, f"it cannot be read again: {path} is not in it as it was written")
+
+
+def described(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the arrays in `folder` by path; none if one of them cannot be opened."""
+    with plainly_named(folder.parent) as parent, checkpointer() as reader:
+        found = reader.metadata(parent / folder.name).item_metadata
+    leaves = [] if found is None else trees.flatten(found.tree)
+    return {path: jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in leaves}

@@ -40,8 +40,12 @@ def transposed(x: jax.Array) -> jax.Array:
 
 def matmul(x: jax.Array, w: jax.Array, transpose: bool = False) -> jax.Array:
     """x [..., K] @ w [K, N], or with `transpose` @ w.T for w [N, K], in their own dtype -> float32 [..., N]."""
-    dimensions = (((x.ndim - 1,), (int(transpose),)), ((), ()))
-    return lax.dot_general(x, w, dimensions, preferred_element_type=jnp.float32)
+    return lax.dot_general(x, w, _last_axis_and(int(transpose), x), preferred_element_type=jnp.float32)
+
+
+def _last_axis_and(axis: int, x: jax.Array) -> Any:
+    """What lax.dot_general is told to multiply the last axis of x with an axis of the other operand."""
+    return ((x.ndim - 1,), (axis,)), ((), ())
 
 
 def weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
@@ -51,11 +55,12 @@ def weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _float_matmul(x: jax.Array, w: jax.Array, transpose: bool) -> jax.Array:
-    return matmul(x, w.astype(x.dtype), transpose)
+    return _float_matmul_forward(x, w, transpose)[0]
 
 
 def _float_matmul_forward(x, w, transpose):
-    return _float_matmul(x, w, transpose), (x, w)
+    along = _last_axis_and(int(transpose), x)
+    return lax.dot_general(x, w.astype(x.dtype), along, preferred_element_type=jnp.float32), (x, w)
 
 
 def _float_matmul_backward(transpose, residuals, g):
@@ -85,11 +90,14 @@ def dots(x: Any, weights: Sequence[Any], residual: jax.Array | None = None) -> l
     out = cpu.dots(x, weights, residual)
     if out is not None:
         return out
-    x = normalize(x)
-    if len(weights) > 1:  # some may still have a kernel
-        return [dot(x, w, residual) for w in weights]
-    out = [_product(x, w, transpose=False) for w in weights]
-    return out if residual is None else [residual + each for each in out]
+    x, outs = normalize(x), []
+    for w in weights:
+        out = cpu.dots(x, (w,), residual) if len(weights) > 1 else None  # some may still have a kernel
+        if out is None:
+            product = _product(x, w, transpose=False)
+            out = [product if residual is None else residual + product]
+        outs += out
+    return outs
 
 
 def _low_rank(x: jax.Array, weights: Sequence[Any], residual: jax.Array | None) -> list[jax.Array]:
@@ -166,8 +174,7 @@ def _quantized(x: jax.Array, w: QArray, transpose: bool) -> jax.Array:
     rounded, row_scale = rounded_rows(x, w.activation_scale)
     if w.group:
         return _grouped_int8_matmul(rounded, w) * row_scale
-    dimensions = (((x.ndim - 1,), (int(transpose),)), ((), ()))
-    total = lax.dot_general(rounded, codes(w), dimensions, preferred_element_type=jnp.int32)
+    total = lax.dot_general(rounded, codes(w), _last_axis_and(int(transpose), x), preferred_element_type=jnp.int32)
     return _scaled(total.astype(jnp.float32) * row_scale, rounded.astype(jnp.float32) * row_scale, w)
 
 

@@ -1,7 +1,7 @@
 """Sequence parallelism: every sequence is split over the devices of the mesh axis `sequence`; attention is exact.
 
 Everything but attention acts on one token at a time, so each device computes on its own tokens as if they were whole
-sequences (`sum_over_shards`). For attention, each device all-gathers keys and values, and its own queries attend to
+sequences (`summed_over_shards`). For attention, each device all-gathers keys and values, and its own queries attend to
 those up to their positions (Llama 3, Dubey 2024, arXiv 2407.21783, section 3.3.2): grouped heads make these small.
 A later causal query attends to more keys. So that all devices have the same number of pairs, a sequence is cut into 2C
 chunks for C devices, and device i has chunks i and 2C - 1 - i.
@@ -25,30 +25,37 @@ HIDDEN = -1  # a segment that no token is in
 
 
 def is_sharded() -> bool:
-    """Whether the computation being traced is that of one device along the axis, inside `sum_over_shards`."""
+    """Whether the computation being traced is that of one device along the axis, inside `summed_over_shards`."""
     return AXIS in jax.sharding.get_abstract_mesh().manual_axes
 
 
-def sum_over_shards(sums: Callable[[Any, Any], Any], params: Any, batch: dict[str, jax.Array]) -> Any:
-    """sums(params, batch), a tree of sums over the tokens of batch arrays [B, T]: each device sums over its own tokens.
+def summed_over_shards(sums: Callable[[Any, Any, Any, jax.Array], Any]) -> Callable[[Any, Any, Any, jax.Array], Any]:
+    """sums(trainable, frozen, batch, weights_BT), a tree of sums over the tokens of a batch of arrays [B, T], as a
+    function in which each device sums over its own tokens; `sums` itself where sequences are whole.
 
     The batch must hold positions and segments, since a device's tokens are not contiguous. T must be a multiple of 2C.
     """
     shards = sharding.sequence_shards()
     if shards == 1:
-        return sums(params, batch)
+        return sums
 
-    def of_one(params, batch):
-        return jax.tree.map(lambda total: total[None], sums(params, batch))
+    def of_one(*given):
+        return jax.tree.map(lambda total: total[None], sums(*given))
 
-    each = jax.shard_map(
+    tokens = PartitionSpec(None, AXIS)
+    of_each = jax.shard_map(
         of_one,
-        in_specs=(PartitionSpec(), PartitionSpec(None, AXIS)),
+        in_specs=(PartitionSpec(), PartitionSpec(), tokens, tokens),
         out_specs=PartitionSpec(AXIS),
         axis_names={AXIS},
         check_vma=False,
-    )(params, jax.tree.map(lambda x: _reordered(x, _chunk_order(shards)), batch))
-    return jax.tree.map(lambda totals: jnp.sum(totals, axis=0), each)
+    )
+
+    def summed(trainable, frozen, *of_tokens):
+        each = of_each(trainable, frozen, *jax.tree.map(lambda x: _reordered(x, _chunk_order(shards)), of_tokens))
+        return jax.tree.map(lambda totals: jnp.sum(totals, axis=0), each)
+
+    return summed
 
 
 def _chunk_order(shards: int) -> list[int]:

@@ -20,9 +20,11 @@ ACTIVATIONS = {"batch": ("data", "fsdp"), "length": "sequence", None: None} | di
 )
 
 
-def on_mesh(mesh: Mesh):
-    """A `with` in which what is traced knows the mesh: `constrain` and `sequence_shards` read it."""
-    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh) -> Iterator[None]:
+    """A `with`, or a decorator, in which what is traced knows the mesh: `constrain` and `sequence_shards` read it."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield
 
 
 def on_one_device(tree: Any) -> Any:

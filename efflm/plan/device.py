@@ -81,7 +81,7 @@ def state(config: ModelConfig, train: TrainConfig) -> TrainState:
 
 @functools.cache
 def _state(config: ModelConfig, train: TrainConfig) -> TrainState:
-    return trainer.abstract_state(config, train, abstract_mesh())
+    return trainer.prepared(aot.random_task(config, train), abstract_mesh())[0]
 
 
 def gradient_bytes(config: ModelConfig, train: TrainConfig, mesh: AbstractMesh) -> float:
@@ -98,7 +98,7 @@ def stored_bytes(config: ModelConfig, train: TrainConfig, rows: int, length: int
 
 @functools.cache
 def _stored_of_a_row(config: ModelConfig, train: TrainConfig) -> float:
-    loss_fn = trainer.language_model_loss(config, train)
+    loss_fn = aot.random_task(config, train).loss_fn
 
     def kept(rows: int) -> int:
         tokens = jax.ShapeDtypeStruct((rows, train.length), jnp.int32)

@@ -14,20 +14,26 @@ from efflm import trees
 from efflm.cli import progress
 from efflm.config.model import ModelConfig
 from efflm.config.train import TrainConfig
+from efflm.model import init_params
 from efflm.parallel import sharding
 from efflm.train import trainer
 from efflm.train.step import place
 
 
+def random_task(config: ModelConfig, train: TrainConfig, mesh: Mesh | None = None, seed: int = 0) -> trainer.Task:
+    """Training a fresh model on random tokens."""
+    batches = lambda step: random_rows(train.batch, train.length, config.vocabulary, step)
+    return trainer.model_task(config, train, lambda: init_params(config, seed, mesh), batches)
+
+
 def training_step(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
-    """The jitted step that train.loop runs, and its arguments (state, frozen, batch) without their values.
+    """The jitted step that trainer.fit runs, and its arguments (state, frozen, batch) without their values.
 
     `step.lower(*arguments).compile()` is the program; the mesh's devices may be ones that are not attached.
     """
-    state = trainer.abstract_state(config, train, mesh)
+    state, _, step = trainer.prepared(random_task(config, train), mesh)
     rows = jax.ShapeDtypeStruct((train.batch, train.length), jnp.int32, sharding=NamedSharding(mesh, sharding.BATCH))
-    batch = dict.fromkeys(random_rows(1, 1, config.vocabulary), rows)
-    return trainer.make_step(config, train, state), (state, {}, batch)
+    return step, (state, {}, dict.fromkeys(random_rows(1, 1, config.vocabulary), rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +51,16 @@ class TimedStep:
 
 def timed_step(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> TimedStep:
     """The step of a fresh model on one batch of random tokens, ready to be timed."""
+    task = random_task(config, train, mesh)
+    _, init, _ = trainer.prepared(task, mesh)
     step, arguments = training_step(config, train, mesh)
     start = time.perf_counter()
     with progress.bar(f"compiling the training step in {train.policy}"):
         compiled = step.lower(*arguments).compile()
     compile_seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
     peak_bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    batch = place(random_rows(train.batch, train.length, config.vocabulary), mesh)
-    state = trainer.init_state(config, train, mesh)
+    state = init(task.start())
+    batch = place(task.batches(0), mesh)
     return TimedStep(compile_seconds, peak_bytes, trees.nbytes(state), _seconds(compiled, state, batch))
 
 

@@ -1,18 +1,26 @@
 """The checkpoints of a training run that may die at any moment (formats.checkpoint says how they lie on disk)."""
 
+import contextlib
 import dataclasses
+import functools
 import json
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from efflm import trees
 from efflm.cli import run_directory
-from efflm.config import require
+from efflm.config import Stopped, require
 from efflm.formats import arrays, checkpoint, manifest
+from efflm.model.params import STACK
+from efflm.model.placement import shardings
 from efflm.parallel import processes
 from efflm.train import faults
+from efflm.train.callbacks import Callback, Training
 from efflm.train.step import TrainState
 
 
@@ -21,7 +29,8 @@ class Checkpointing:
     """Where a training run keeps its state and how often: every so many steps, and at its end.
 
     The newest `keep` are kept, and for good those of every `keep_period`-th step (0: none). `about` is any JSON; a
-    checkpoint made with another one is refused.
+    checkpoint made with another one is refused. branch: the folder of a checkpoint of another run that this one begins
+    with, and what of `about` must be the same there.
     """
 
     directory: Path
@@ -29,6 +38,7 @@ class Checkpointing:
     keep: int = 2
     keep_period: int = 0
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    branch: tuple[Path, dict[str, Any]] | None = None
 
     def __post_init__(self):
         require(self.every >= 0, f"checkpoint_every is {self.every}, but must be positive, or 0 for the end only")
@@ -68,7 +78,7 @@ class TrainingRun:
             faults.require_passing(directory / f"faults-{jax.process_index()}.json", good[-1] if good else -1, error)
 
     def resume(self, like: TrainState) -> TrainState | None:
-        """The newest good state, laid out as the abstract `like`; None at the start of a run.
+        """The newest good state, laid out as the abstract `like`, layers stacked or not; None at the start of a run.
 
         One that is corrupt or half-written is passed over with a warning. Raises InputError if every committed one is
         corrupt, or if the run was started with other settings.
@@ -81,23 +91,82 @@ class TrainingRun:
                 f"no checkpoint is whole: delete the folder {directory.absolute()} to start over, or give another "
                 "--run_dir",
             )
-            return None
-        as_stored = json.loads(run_directory.to_json(self.policy.about))
-        checkpoint.require_same(as_stored, checkpoint.about_of(directory, step), directory)
+            return self.policy.branch and _branched(*self.policy.branch, like)
         self.writer.bad = {other for other in checkpoint.steps_in(directory) if other > step}
-        flat = dict(trees.flatten(like, inside=True))
-        restored = arrays.read(directory / str(step) / checkpoint.ARRAYS, flat)
-        return jax.tree.unflatten(jax.tree.structure(like), [restored[path] for path in flat])
+        return _restored(directory / str(step), self.policy.about, like)
 
     def save(self, step: int, state: TrainState) -> None:
         """Begin to write the state after `step` steps; on return it may be donated. Raises what `check` does, of
         this save or the one before it."""
         self.writer.write(step, dict(trees.flatten(state, inside=True)), self.policy.about)
 
-    def check(self) -> None:
-        """Raise if the last save has failed by now: InputError, or Interrupted for what another try may mend."""
-        self.writer.check()
+    def saving(self, asked_to_stop: Callable[[int], str]) -> Callback:
+        """Checkpoints as often as the policy says, and when the run is told to stop; then it raises Stopped."""
 
-    def wait(self) -> None:
-        """Return when the last save is committed. Raises what `check` does."""
-        self.writer.wait()
+        @contextlib.contextmanager
+        def callback(training: Training) -> Iterator[Callable[[], None]]:
+            def after() -> None:
+                stop = "" if training.last else asked_to_stop(training.step)
+                if stop or training.last or (self.policy.every and training.step % self.policy.every == 0):
+                    training.fetch()
+                    for flush in training.before_save:
+                        flush()
+                    self.save(training.step, training.state)
+                self.writer.check()
+                if stop:
+                    self.writer.wait()
+                    raise Stopped(
+                        f"stopped at step {training.step} of {training.train.steps}, as told by {stop}: the same "
+                        f"command goes on from the checkpoint in {self.policy.directory}"
+                    )
+
+            yield after
+
+        return callback
+
+
+def _branched(folder: Path, about: dict[str, Any], like: TrainState) -> TrainState:
+    """The state in the folder of a checkpoint of another run. Raises InputError."""
+    problem = manifest.problem(folder)
+    there = ", ".join(map(str, checkpoint.steps_in(folder.parent))) or "none"
+    require(not problem, f"no checkpoint to branch from in {folder}: {problem}; those of {folder.parent}: {there}")
+    return _restored(folder, about, like)
+
+
+def _restored(folder: Path, about: dict[str, Any], like: TrainState) -> TrainState:
+    as_stored = json.loads(run_directory.to_json(about))
+    checkpoint.require_same(as_stored, checkpoint.about_of(folder.parent, int(folder.name)), folder.parent)
+    flat, inside = dict(trees.flatten(like, inside=True)), folder / checkpoint.ARRAYS
+    stored = arrays.described(inside)
+    if flat.keys() <= stored.keys():
+        restored = arrays.read(inside, flat)
+    else:
+        where = shardings(trees.unflatten(stored), jax.tree.leaves(like)[0].sharding.mesh)
+        laid = lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spec)
+        read = arrays.read(inside, dict(trees.flatten(jax.tree.map(laid, trees.unflatten(stored), where))))
+        out = {path: leaf.sharding for path, leaf in flat.items()}
+        restored = jax.jit(functools.partial(_restacked, like=flat), out_shardings=out)(read)
+    return jax.tree.unflatten(jax.tree.structure(like), [restored[path] for path in flat])
+
+
+def _restacked(stored: dict[str, jax.Array], like: dict[str, Any]) -> dict[str, jax.Array]:
+    """Leaves by path, their layers stacked (blocks_0: a leading axis) or not (block_0, block_1, ...) as in `like`. Of a
+    leaf that has no such axis where layers are stacked, as placeholders of optimizers have none, all layers are alike.
+    """
+    runs = sorted({int(n) for path in (*stored, *like) for n in re.findall(rf"{STACK}(\d+)/", path)})
+    layers = len({name for path in (*stored, *like) for name in re.findall(r"\bblock_\d+", path)})
+    out = {}
+    for path, leaf in like.items():
+        if path in stored:
+            out[path] = stored[path]
+            continue
+        head, kind, number, tail = re.fullmatch(rf"(.*?)({STACK}|block_)(\d+)(/.*)", path).groups()
+        first = max(n for n in runs if n <= int(number))
+        if kind == STACK:
+            end = min((n for n in runs if n > first), default=layers)
+            each = [stored[f"{head}block_{i}{tail}"] for i in range(first, end)]
+            out[path] = each[0] if each[0].shape == leaf.shape else jnp.stack(each)
+        else:
+            stack = stored[f"{head}{STACK}{first}{tail}"]
+            out[path] = stack if stack.shape == leaf.shape else stack[int(number) - first]
+    return out

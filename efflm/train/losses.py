@@ -34,7 +34,8 @@ def language_model_loss(
 
     def sums(params, frozen, batch, weights_BT):
         del frozen
-        x_BTD, w, tied = _final_states(model, params, batch)
+        x_BTD, _ = model.apply({"params": params}, **_inputs(batch), method=Transformer.final_states)
+        _, w, tied = _read_by(model, params, x_BTD)
         total, nll = ops.cross_entropy(x_BTD, w, batch["targets"], weights_BT, tied=tied, z_weight=z_loss)
         return {"loss": total} | ({"cross_entropy": nll} if z_loss else {})
 
@@ -206,14 +207,12 @@ def _read_by(model: Transformer, params: Any, x_BTD: jax.Array) -> tuple[jax.Arr
 def _mean_over_tokens(sums: Callable[..., dict[str, jax.Array]]) -> LossFn:
     """The loss whose weighted sums are sums(trainable, frozen, batch, weights_BT): "loss", and what else it reports."""
 
-    def weighted(models, batch):
-        weights_BT = target_weights(batch)
-        return sums(*models, batch, weights_BT), jnp.sum(weights_BT)
-
     def loss_fn(trainable: Any, frozen: Any, batch: dict[str, jax.Array], rng: jax.Array):
         del rng
-        totals, weight = sequence_parallel.sum_over_shards(weighted, (trainable, frozen), batch)
-        means = weighted_mean(totals, weight)
+        weights_BT = target_weights(batch)
+        weight = jnp.sum(weights_BT)
+        summed = sequence_parallel.summed_over_shards(sums)
+        means = weighted_mean(summed(trainable, frozen, batch, weights_BT), weight)
         return means.pop("loss"), means | {"weight": weight}
 
     return loss_fn

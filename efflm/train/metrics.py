@@ -12,6 +12,7 @@ import numpy as np
 from efflm.cli import run_directory
 from efflm.config import require
 
+MEASURED = {"seconds", "tokens_per_second", "step_seconds", "flop_utilization", "process_bytes", "device_bytes"}
 OWN = ".efflm"  # how the names of our event files end, so that no others are deleted
 
 
@@ -89,9 +90,14 @@ def read(file: Path) -> list[tuple[str, dict[str, Any]]]:
     return out
 
 
+def repeatable(record: dict[str, Any]) -> dict[str, Any]:
+    """What the same run on the same devices writes again: not what the clock and the memory say."""
+    return {name: value for name, value in record.items() if name not in MEASURED}
+
+
 def curve(file: Path, name: str = "loss") -> tuple[np.ndarray, np.ndarray]:
-    """The steps and the values of one metric; NaN where it was not finite."""
-    records = [record for _, record in read(file)]
+    """The steps and the values of one metric, where a line has it; NaN where it was not finite."""
+    records = [record for _, record in read(file) if name in record]
     return tuple(np.array([record[key] for record in records], np.float64) for key in ("step", name))
 
 

@@ -36,17 +36,7 @@ def make(config: TrainConfig, learning_rate: jax.Array | float | None = None) ->
     compiled step serves any rate. Moments have the dtype of the parameters, float32 where train.step calls it.
     """
     peak = config.learning_rate if learning_rate is None else learning_rate
-    rules = {
-        "sgd": sgd,
-        "adam": adam,
-        "adamw": adamw,
-        "adamw8bit": adamw8bit,
-        "lion": lion,
-        "adafactor": adafactor,
-        "muon": muon,
-        "schedule_free": schedule_free,
-    }
-    return optax.chain(optax.clip_by_global_norm(config.clip), rules[config.optimizer](config, peak))
+    return optax.chain(optax.clip_by_global_norm(config.clip), RULES[config.optimizer](config, peak))
 
 
 def decay_mask(params: Any) -> Any:
@@ -80,6 +70,13 @@ def schedule(config: TrainConfig, peak: jax.Array | float | None = None) -> opta
 def warmed_up(after: optax.Schedule, peak: jax.Array | float, steps: int) -> optax.Schedule:
     """`after`, preceded by `steps` steps of a rate that rises linearly from 0 to the peak."""
     return optax.join_schedules([optax.linear_schedule(0.0, peak, steps), after], [steps]) if steps else after
+
+
+def rate(config: TrainConfig) -> optax.Schedule:
+    """step -> the learning rate that `make(config)` has, counted from 0."""
+    if config.optimizer != "schedule_free":
+        return schedule(config)
+    return warmed_up(optax.constant_schedule(config.learning_rate), config.learning_rate, config.warmup_steps)
 
 
 # --- update rules: (config, peak learning rate) -> transformation --------------------------------------------------
@@ -178,6 +175,18 @@ def schedule_free(config: TrainConfig, peak) -> optax.GradientTransformation:
         optax.scale_by_learning_rate(rate),
     )
     return contrib.schedule_free(base, rate, b1=config.beta1)
+
+
+RULES = {
+    "sgd": sgd,
+    "adam": adam,
+    "adamw": adamw,
+    "adamw8bit": adamw8bit,
+    "lion": lion,
+    "adafactor": adafactor,
+    "muon": muon,
+    "schedule_free": schedule_free,
+}
 
 
 def evaluation_params(state: Any, trainable: Any) -> Any:

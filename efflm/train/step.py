@@ -97,11 +97,21 @@ def make_step(
 
     The new state has the shardings of `state`: if the partitioner chose them, the second step could compile again.
     """
+    where = jax.tree.map(lambda array: array.sharding, state)
 
+    @sharding.on_mesh(jax.tree.leaves(where)[0].mesh)
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         scale = state.loss_scale.scale if state.loss_scale else None
-        loss, aux, grads = _gradients(loss_fn, state.trainable, frozen, batch, rng, scale, accumulate)
+        objective = loss_fn if scale is None else functools.partial(_scaled, loss_fn, scale)
+        gradients = jax.value_and_grad(objective, has_aux=True)
+        if accumulate > 1:
+            gradients = functools.partial(_accumulated, gradients, accumulate)
+        (loss, aux), grads = gradients(state.trainable, frozen, batch, rng)
+        grads = cast(grads, jnp.float32)
+        if scale is not None:
+            loss = aux.pop("loss")
+            grads = jax.tree.map(lambda g: g / scale, grads)
         # Gradients of dropped weights do not reach the optimizer: they would count in its clipping and moments.
         grads = ops.masked(grads, state.masks)
         masters = cast(state.trainable, jnp.float32)
@@ -131,32 +141,17 @@ def make_step(
                 metrics["skipped"] = new.skipped
         return new, metrics
 
-    where = jax.tree.map(lambda array: array.sharding, state)
-    mesh = jax.tree.leaves(where)[0].mesh
-
-    def step_on_mesh(state, frozen, batch):
-        with sharding.on_mesh(mesh):
-            return step(state, frozen, batch)
-
-    return jax.jit(step_on_mesh, donate_argnums=0, out_shardings=(where, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
 
 
-def _gradients(loss_fn, trainable, frozen, batch, rng, scale, accumulate):
-    """Loss, its parts, and float32 gradients of the whole batch."""
+def _scaled(loss_fn: LossFn, scale: jax.Array, *given: Any) -> tuple[jax.Array, Any]:
+    """The loss times the scale, and beside its parts itself."""
+    loss, aux = loss_fn(*given)
+    return loss * scale, aux | {"loss": loss}
 
-    def part(rows, rng):
-        def scaled_loss(trainable):
-            loss, aux = loss_fn(trainable, frozen, rows, rng)
-            return (loss if scale is None else loss * scale), (loss, aux)
 
-        grads, (loss, aux) = jax.grad(scaled_loss, has_aux=True)(trainable)
-        grads = cast(grads, jnp.float32)
-        if scale is not None:
-            grads = jax.tree.map(lambda g: g / scale, grads)
-        return loss, aux, grads
-
-    if accumulate == 1:
-        return part(batch, rng)
+def _accumulated(gradients, accumulate, trainable, frozen, batch, rng):
+    """What `gradients`, a jax.value_and_grad, gives for the whole batch, read in parts."""
     size = jax.tree.leaves(batch)[0].shape[0]
     meshes.require_shares(size, accumulate, jax.sharding.get_abstract_mesh().shape)
     # Part i has sequences i, i + accumulate, ...: where they are spread over devices, each device keeps its own.
@@ -164,16 +159,16 @@ def _gradients(loss_fn, trainable, frozen, batch, rng, scale, accumulate):
 
     def add(carry, rows_and_index):
         rows, index = rows_and_index
-        values = part(rows, jax.random.fold_in(rng, index))
+        values = gradients(trainable, frozen, rows, jax.random.fold_in(rng, index))
         sums, weight = carry
-        share = values[1].get("weight", jnp.float32(1))
+        share = values[0][1].get("weight", jnp.float32(1))
         return (jax.tree.map(lambda total, mean: total + mean * share, sums, values), weight + share), None
 
-    shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], parts), rng)
+    shapes = jax.eval_shape(gradients, trainable, frozen, jax.tree.map(lambda x: x[0], parts), rng)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
     (sums, weight), _ = lax.scan(add, (zeros, jnp.float32(0)), (parts, jnp.arange(accumulate)))
-    loss, aux, grads = weighted_mean(sums, weight)
-    return loss, aux | ({"weight": weight} if "weight" in aux else {}), grads
+    (loss, aux), grads = weighted_mean(sums, weight)
+    return (loss, aux | ({"weight": weight} if "weight" in aux else {})), grads
 
 
 def _apply(trainable, masters, updates, rng):

@@ -15,7 +15,7 @@ from efflm.config import InputError
 from efflm.formats import efflm_file
 from efflm.model import placement
 from efflm.parallel import meshes, sharding
-from efflm.train import loop
+from efflm.train import trainer
 from tests import tiny
 
 CONFIG, FOUR = tiny.LLAMA.config(), Quantize(bits=4, group=8, embeddings=0)
@@ -57,13 +57,13 @@ def test_adapters_learn_beside_a_base_that_stays(recovered):
 
 
 def test_only_adapters_have_a_state(monkeypatch):
-    seen, fit = [], loop.fit
+    seen, fit = [], trainer.fit
 
-    def spy(loss_fn, start, frozen, *rest, **named):
-        seen.append((trees.count(jax.eval_shape(start)), trees.nbytes(frozen["model"])))
-        return fit(loss_fn, start, frozen, *rest, **named)
+    def spy(task, **named):
+        seen.append((trees.count(jax.eval_shape(task.start)), trees.nbytes(task.frozen["model"])))
+        return fit(task, **named)
 
-    monkeypatch.setattr("efflm.train.trainer.loop.fit", spy)
+    monkeypatch.setattr(trainer, "fit", spy)
     dataclasses.replace(STEP, steps=1)(quantized(), context())
     sizes = {"query": (32, 32), "key": (32, 16), "value": (32, 16), "output": (32, 32), "up": (32, 48)}
     expected = 2 * (sum(4 * (K + N) for K, N in sizes.values()) + 2 * 4 * (32 + 48))

@@ -5,8 +5,10 @@ import fcntl
 import html
 import json
 import os
+import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -29,8 +31,9 @@ from efflm.formats import checkpoint
 from efflm.parallel import meshes
 from efflm.report import samples
 from efflm.report.comparison import Limits
-from efflm.train import loop, trainer
+from efflm.train import aot, trainer
 from efflm.train.checkpointing import Checkpointing, TrainingRun
+from efflm.train.metrics import repeatable
 from experiments import compress, evaluate, pretrain, quickstart
 from tests import tiny
 
@@ -142,7 +145,7 @@ def test_the_space_asked_for_is_that_of_the_files(trained, tmp_path, monkeypatch
         run = pretrain.Run(run_dir=str(tmp_path / name), checkpoint_every=3)
         rng = np.random.default_rng(0)
         noise = lambda x, rng=rng: (rng.standard_normal(x.shape) * 100).astype(x.dtype)
-        state = jax.device_put(jax.tree.map(noise, trainer.abstract_state(config, train, meshes.make_mesh())))
+        state = jax.device_put(jax.tree.map(noise, aot.training_step(config, train, meshes.make_mesh())[1][0]))
         with TrainingRun(dataclasses.replace(run.checkpointing({}), keep=9)) as saved:
             for step in (3, 6, 9):  # two that are kept, and the one being written
                 saved.save(step, state)
@@ -194,15 +197,14 @@ def test_a_fresh_run_with_the_same_seed_gives_the_same_model(trained, corpus, tm
 def test_a_stopped_run_goes_on_by_the_same_command(corpus, tmp_path, monkeypatch, capsys):
     flags = [f"--corpus={corpus}", *TINY, "--checkpoint_every=2", "--train.log_every=1"]
     metrics = lambda name: [
-        {key: value for key, value in json.loads(line).items() if "second" not in key}
-        for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        repeatable(json.loads(line)) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
     ]
     run(pretrain, f"--run_dir={tmp_path / 'calm'}", *flags)
     calm, placed = capsys.readouterr().out.splitlines()[-2], []
     with monkeypatch.context() as patched:
-        place = loop.place
+        place = trainer.place
         told = lambda batch, mesh: (placed.append(0), len(placed) == 3 and os.kill(os.getpid(), signal.SIGTERM))
-        patched.setattr(loop, "place", lambda batch, mesh: told(batch, mesh) and place(batch, mesh))
+        patched.setattr(trainer, "place", lambda batch, mesh: told(batch, mesh) and place(batch, mesh))
         run(pretrain, f"--run_dir={tmp_path / 'stopped'}", *flags)  # no SystemExit: exit code 0
     assert "stopped at step 3 of 6" in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -443,3 +445,28 @@ def test_bad_recipes_are_refused(trained, tmp_path, capsys, flags, message):
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_from_main_to_the_first_matmul_of_a_step_are_at_most_twelve_calls(corpus, tmp_path, monkeypatch):
+    """The functions of ours on the stack, but for comprehensions: what someone reads who follows a step."""
+
+    class Reached(Exception):
+        pass
+
+    def reached(*given, dot_general=jax.lax.dot_general, **named):
+        ours, frame = [], sys._getframe(1)
+        while frame.f_code is not pretrain.main.__wrapped__.__code__:
+            if re.search("/(efflm|experiments)/", frame.f_code.co_filename) and "comp>" not in frame.f_code.co_name:
+                ours.append(f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_qualname}")
+            frame = frame.f_back
+        if any(name.startswith("step.make_step") for name in ours):
+            raise Reached(ours)
+        return dot_general(*given, **named)
+
+    monkeypatch.setattr(jax.lax, "dot_general", reached)
+    shape, train = ModelShape(layers=1, width=32, mlp_dim=48, vocabulary=300, max_length=64), TrainConfig(length=16)
+    with pytest.raises(Reached) as end:
+        pretrain.main(
+            pretrain.Run(run_dir=str(tmp_path), corpus=str(corpus)), shape, train, score=Scoring(), mesh=MeshConfig()
+        )
+    assert len(end.value.args[0]) <= 12, end.value.args[0]

@@ -41,8 +41,8 @@ from efflm.config.train import TrainConfig
 from efflm.formats import manifest
 from efflm.model import init_params
 from efflm.parallel import meshes
-from efflm.train import metrics, trainer
-from efflm.train.aot import random_rows
+from efflm.train import callbacks, metrics, trainer
+from efflm.train.aot import random_rows, training_step
 from efflm.train.checkpointing import Checkpointing, TrainingRun
 
 ROOT = Path(__file__).parents[2]
@@ -82,13 +82,10 @@ def train(run: Run) -> None:
         time.sleep(PAUSE)
         return random_rows(ROWS, LENGTH, config.vocabulary, seed=step)
 
-    trainer.fit_model(
-        config,
-        lambda: init_params(config, 0),
-        run.train,
-        batches,
+    trainer.fit(
+        trainer.model_task(config, run.train, lambda: init_params(config, 0), batches),
         mesh=meshes.make_mesh(),
-        metrics_file=Path(run.run_dir) / "metrics.jsonl",
+        watched=[callbacks.lines(Path(run.run_dir) / "metrics.jsonl")],
         checkpointing=checkpointing(run),
     )
 
@@ -97,9 +94,8 @@ def train(run: Run) -> None:
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
-    """The metrics, without what the clock says; a line that a kill cut off ends them."""
-    records = [record for _, record in metrics.read(run_dir / "metrics.jsonl")]
-    return [{name: value for name, value in record.items() if "second" not in name} for record in records]
+    """The metrics that do not differ from run to run; a line that a kill cut off ends them."""
+    return [metrics.repeatable(record) for _, record in metrics.read(run_dir / "metrics.jsonl")]
 
 
 def last_step(run_dir: Path) -> int:
@@ -123,7 +119,7 @@ def marked(run_dir: Path, step: int) -> tuple[int, ...]:
 
 def final_state(run: Run) -> str:
     """A digest of the newest whole TrainState."""
-    like = trainer.abstract_state(SHAPE.config(), run.train, meshes.make_mesh())
+    _, (like, *_) = training_step(SHAPE.config(), run.train, meshes.make_mesh())
     with TrainingRun(checkpointing(run)) as kept:
         state = kept.resume(like)
     digest = hashlib.sha256()

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from efflm.config.train import TrainConfig
 from efflm.formats import arrays
 from efflm.parallel import meshes, processes
-from efflm.train import loop
+from efflm.train import trainer
 from efflm.train.checkpointing import Checkpointing
 
 BROKEN = "INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered"
@@ -22,10 +23,10 @@ def life(folder, fault_at=None, steps=6, error=BROKEN, programs={}):  # noqa: B0
         return {"inputs": np.ones((8, 4), np.float32)}
 
     try:
-        loop.fit(
-            loss, lambda: {"embedding": jnp.ones((8, 4))}, {}, batches, OPTIMIZER, steps=steps,
-            mesh=meshes.make_mesh(), checkpointing=Checkpointing(directory=folder, every=2), programs=programs,
-        )  # fmt: skip
+        train, start = TrainConfig(steps=steps), lambda: {"embedding": jnp.ones((8, 4))}
+        task = trainer.Task(train=train, loss_fn=loss, start=start, batches=batches, rule=OPTIMIZER)
+        kept = Checkpointing(directory=folder, every=2)
+        trainer.fit(task, mesh=meshes.make_mesh(), checkpointing=kept, programs=programs)
     except Exception as failed:
         return processes.exit_code(failed), failed
     return 0, None

@@ -11,10 +11,11 @@ import optax
 import pytest
 
 from efflm.config import InputError
+from efflm.config.train import TrainConfig
 from efflm.formats import arrays, checkpoint
 from efflm.model import placement
 from efflm.parallel import meshes
-from efflm.train import loop
+from efflm.train import callbacks, trainer
 from efflm.train.checkpointing import Checkpointing
 from tests import tiny
 
@@ -58,18 +59,16 @@ def test_a_run_goes_on_in_a_folder_of_any_name(tmp_path, name):
 
     def trained(steps):
         seen = []
-        loop.fit(
-            lambda tree, frozen, batch, rng: (jnp.mean((tree["w"][None] - batch["inputs"]) ** 2), {}),
-            lambda: {"w": jnp.ones(4)},
-            {},
-            lambda step: seen.append(step) or {"inputs": np.full((8, 4), step, np.float32)},
-            optax.adam(0.1),
-            steps=steps,
-            mesh=meshes.make_mesh(),
-            metrics_file=folder / "metrics.jsonl",
-            tensorboard=folder / "tensorboard",
-            checkpointing=Checkpointing(directory=folder / "state"),
+        task = trainer.Task(
+            train=TrainConfig(steps=steps),
+            loss_fn=lambda tree, frozen, batch, rng: (jnp.mean((tree["w"][None] - batch["inputs"]) ** 2), {}),
+            start=lambda: {"w": jnp.ones(4)},
+            batches=lambda step: seen.append(step) or {"inputs": np.full((8, 4), step, np.float32)},
+            rule=optax.adam(0.1),
         )
+        watched = [callbacks.lines(folder / "metrics.jsonl", folder / "tensorboard")]
+        kept = Checkpointing(directory=folder / "state")
+        trainer.fit(task, mesh=meshes.make_mesh(), watched=watched, checkpointing=kept)
         return seen
 
     assert trained(2) == [0, 1]

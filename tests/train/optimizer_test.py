@@ -15,7 +15,7 @@ from efflm import ops, trees
 from efflm.config.train import Optimizer, Schedule, TrainConfig
 from efflm.model import init_params, stack_blocks, unstack_blocks
 from efflm.parallel import meshes
-from efflm.train import loop, optimizer
+from efflm.train import optimizer, trainer
 from efflm.train.step import init_state, make_step
 from tests import tiny
 
@@ -268,7 +268,8 @@ def test_fit_returns_the_averaged_parameters():
     quadratic = lambda trainable, *_: (jnp.sum(jnp.square(trainable["final_norm"]["scale"])), {})
     settings = TrainConfig(optimizer="schedule_free", steps=4, warmup=0, learning_rate=0.5, clip=1e9)
     tx = optimizer.make(settings)
-    out = loop.fit(quadratic, tiny.copies(start), {}, batches, tx, steps=4, mesh=meshes.make_mesh())
+    task = trainer.Task(train=settings, loss_fn=quadratic, start=tiny.copies(start), batches=batches)
+    out = trainer.fit(task, mesh=meshes.make_mesh())
     y, state, iterates = start, tx.init(start), []
     for _ in range(4):
         updates, state = tx.update(jax.tree.map(lambda w: 2 * w, y), state, y)

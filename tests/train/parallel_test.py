@@ -36,8 +36,9 @@ MESHES = {
 def trained(shape, mesh, train=TRAIN):
     """The losses, the gradients of the first step (as AdamW's first moments hold them), the last state."""
     config, out, gradients = shape.config(), [], None
-    state = trainer.init_state(config, train, mesh)
-    step = trainer.make_step(config, train, state)
+    task = aot.random_task(config, train, mesh)
+    _, init, step = trainer.prepared(task, mesh)
+    state = init(task.start())
     for i in range(train.steps):
         state, metrics = step(
             state, {}, place(tiny.batch(config, rows=train.batch, length=train.length, seed=i % 2), mesh)

@@ -12,7 +12,7 @@ from efflm.config.train import TrainConfig
 from efflm.model import init_params, stack_blocks
 from efflm.parallel import meshes
 from efflm.precision import POLICIES, LossScale, cast, loss_scale_for
-from efflm.train import loop, losses, optimizer
+from efflm.train import callbacks, losses, optimizer, trainer
 from efflm.train.step import init_state, make_step, place
 from tests import tiny
 
@@ -189,13 +189,19 @@ def test_an_overflow_skips_the_update_and_halves_the_scale():
     np.testing.assert_allclose(metrics["gradient_norm"], 3**0.5, rtol=1e-6)  # as if there were no scale
 
 
+def fitted(loss=None, rows=None, *, steps=2, log_every=1, watched=(), loss_scale=None):
+    """A vector that is trained for a few steps; by default to 0."""
+    task = trainer.Task(
+        train=TrainConfig(steps=steps, log_every=log_every), loss_fn=loss or quadratic, rule=optax.sgd(0.1),
+        start=lambda: {"scale": jnp.ones(3)}, batches=rows or batches, loss_scale=loss_scale,
+    )  # fmt: skip
+    return trainer.fit(task, mesh=meshes.make_mesh(), watched=watched)
+
+
 def test_a_skipped_step_does_not_stop_the_run():
     spike = lambda step: {"inputs": np.full((8, 4), np.inf if step == 1 else 1.0), "segments": np.ones((8, 4))}
     loss = lambda trainable, frozen, batch, rng: (jnp.sum(trainable["scale"]) * jnp.mean(batch["inputs"]), {})
-    out = loop.fit(
-        loss, lambda: {"scale": jnp.ones(3)}, {}, spike, optax.sgd(0.1), steps=3, mesh=meshes.make_mesh(),
-        log_every=1, loss_scale=LossScale.start(),
-    )  # fmt: skip
+    out = fitted(loss, spike, steps=3, loss_scale=LossScale.start())
     np.testing.assert_allclose(out["scale"], 0.8, rtol=1e-6)
 
 
@@ -262,17 +268,7 @@ def quadratic(trainable, frozen, batch, rng):
 
 
 def test_fit_trains_any_tree_and_writes_each_metric_once(tmp_path):
-    out = loop.fit(
-        quadratic,
-        lambda: {"scale": jnp.ones(3)},
-        {},
-        batches,
-        optax.sgd(0.1),
-        steps=7,
-        mesh=meshes.make_mesh(),
-        log_every=3,
-        metrics_file=tmp_path / "metrics.jsonl",
-    )
+    out = fitted(steps=7, log_every=3, watched=[callbacks.lines(tmp_path / "metrics.jsonl")])
     np.testing.assert_allclose(out["scale"], 0.8**7, rtol=1e-5)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [3, 6, 7]
@@ -281,31 +277,7 @@ def test_fit_trains_any_tree_and_writes_each_metric_once(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run():
     diverging = lambda *args: (quadratic(*args)[0] * jnp.inf, {})
     with pytest.raises(InputError, match="loss is inf at step 1"):
-        loop.fit(
-            diverging,
-            lambda: {"scale": jnp.ones(3)},
-            {},
-            batches,
-            optax.sgd(0.1),
-            steps=2,
-            mesh=meshes.make_mesh(),
-            log_every=1,
-        )
-
-
-def test_profile_leaves_a_trace_for_tensorboard_and_perfetto(tmp_path):
-    loop.fit(
-        quadratic,
-        lambda: {"scale": jnp.ones(3)},
-        {},
-        batches,
-        optax.sgd(0.1),
-        steps=4,
-        mesh=meshes.make_mesh(),
-        profile=(1, 2, tmp_path),
-    )
-    assert list(tmp_path.rglob("*.xplane.pb"))
-    assert list(tmp_path.rglob("perfetto_trace.json.gz"))
+        fitted(diverging)
 
 
 def test_runs_that_share_programs_compile_once_and_train_the_same():
@@ -316,12 +288,15 @@ def test_runs_that_share_programs_compile_once_and_train_the_same():
         return jnp.sum(jnp.square(w["bias"] - frozen["bias"])), {}
 
     programs, rule, mesh = {}, optax.sgd(0.1), meshes.make_mesh()
+    task = lambda start, frozen: trainer.Task(
+        train=TrainConfig(steps=2), loss_fn=loss, start=start, frozen=frozen, batches=lambda step: {}, rule=rule
+    )
     for shared in (programs, programs, None):
         for target in (1.0, 2.0):
             start, frozen = (lambda: {"bias": jnp.zeros(3)}), {"bias": jnp.full(3, target)}
-            out = loop.fit(loss, start, frozen, lambda step: {}, rule, steps=2, mesh=mesh, title="", programs=shared)
+            out = trainer.fit(task(start, frozen), mesh=mesh, title="", programs=shared)
             np.testing.assert_allclose(out["bias"], 0.36 * target, rtol=1e-6)
     assert len(traces) == 1 + 2  # the runs without `programs` compile each
     wider = lambda: {"bias": jnp.zeros(4)}
-    loop.fit(loss, wider, wider(), lambda step: {}, rule, steps=1, mesh=mesh, title="", programs=programs)
+    trainer.fit(task(wider, wider()), mesh=mesh, title="", programs=programs)
     assert len(programs) == 2

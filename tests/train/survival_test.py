@@ -1,5 +1,6 @@
 """A run that is killed, stopped, out of disk or fed nonsense goes on as if nothing had happened, or says why not."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -22,11 +23,11 @@ from efflm.cli import run_directory
 from efflm.config import InputError, Stopped
 from efflm.config.train import TrainConfig
 from efflm.formats import manifest
-from efflm.model import stack_blocks
 from efflm.parallel import meshes, processes
-from efflm.precision import POLICIES, LossScale
-from efflm.train import loop, losses, optimizer
+from efflm.precision import LossScale
+from efflm.train import callbacks, trainer
 from efflm.train.checkpointing import Checkpointing
+from efflm.train.metrics import repeatable
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent.parent
@@ -46,24 +47,25 @@ def quadratic(trainable, frozen, batch, rng):
     return jnp.mean(jnp.square(trainable["scale"] - batch["inputs"][0, 0] + 0.1 * noise)), {}
 
 
-def train(folder, *, steps=6, batches=rows, size=3, tensorboard=None, loss=quadratic, **settings):
+def train(
+    folder, *, steps=6, batches=rows, size=3, tensorboard=None, loss=quadratic, log_every=1, on_nan="stop",
+    loss_scale=None, lines=True, **kept,
+):  # fmt: skip
     """A quick run with a checkpoint every two steps and a line each step, in `folder`."""
-    kept = {name: settings.pop(name) for name in ("every", "keep", "keep_period", "about") if name in settings}
-    return loop.fit(
-        loss,
-        lambda: {
+    task = trainer.Task(
+        train=TrainConfig(steps=steps, log_every=log_every, on_nan=on_nan),
+        loss_fn=loss,
+        start=lambda: {
             "bias": jnp.zeros(2),
             "scale": jnp.asarray(np.random.default_rng(0).standard_normal(size), jnp.float32),
         },
-        {},
-        batches,
-        optax.adam(0.1),
-        steps=steps,
-        mesh=meshes.make_mesh(),
-        **{"log_every": 1, "metrics_file": folder / "metrics.jsonl"} | settings,
-        tensorboard=tensorboard,
-        checkpointing=Checkpointing(directory=folder / "state", **{"every": 2, "keep": 9} | kept),
+        batches=batches,
+        rule=optax.adam(0.1),
+        loss_scale=loss_scale,
     )
+    watched = [callbacks.lines(folder / "metrics.jsonl", tensorboard)] if lines else []
+    saved = Checkpointing(directory=folder / "state", **{"every": 2, "keep": 9} | kept)
+    return trainer.fit(task, mesh=meshes.make_mesh(), watched=watched, checkpointing=saved)
 
 
 def dying_at(fatal, before=rows):
@@ -76,9 +78,9 @@ def dying_at(fatal, before=rows):
 
 
 def metrics(folder):
-    """The lines, without what the clock says."""
+    """The lines, without what the clock and the memory say."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
+    return [repeatable(line) for line in lines]
 
 
 def steps_in(folder):
@@ -95,22 +97,17 @@ def same(a, b):
 def test_resumed_is_uninterrupted_to_the_last_bit(tmp_path):
     """With all that a state may hold: 8-bit moments, a loss scale that grows, stacked layers, a batch in parts."""
     model, config = tiny.model(), TrainConfig(steps=4, optimizer="adamw8bit", policy="float16", scan=True, accumulate=2)
+    config = dataclasses.replace(config, log_every=1)
+    batches = lambda step: tiny.batch(model.config, seed=step)
+    task = trainer.model_task(model.config, config, tiny.copies(model.params), batches)
+    task = dataclasses.replace(task, loss_scale=LossScale.start(2.0**4, interval=1))
 
     def trained():
-        return loop.fit(
-            losses.language_model_loss(model.config, POLICIES[config.policy], scanned=True),
-            lambda: stack_blocks(tiny.copies(model.params)(), model.config),
-            {},
-            lambda step: tiny.batch(model.config, seed=step),
-            optimizer.make(config),
-            steps=config.steps,
-            mesh=meshes.make_mesh(),
-            accumulate=config.accumulate,
-            loss_scale=LossScale.start(2.0**4, interval=1),
-            log_every=1,
-            metrics_file=tmp_path / "metrics.jsonl",
-            checkpointing=Checkpointing(directory=tmp_path / "state", every=2),
+        watched, kept = (
+            [callbacks.lines(tmp_path / "metrics.jsonl")],
+            Checkpointing(directory=tmp_path / "state", every=2),
         )
+        return trainer.fit(task, mesh=meshes.make_mesh(), watched=watched, checkpointing=kept).params
 
     whole, written = trained(), metrics(tmp_path)
     assert [line["loss_scale"] for line in written] == [16, 32, 64, 128]
@@ -127,11 +124,15 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
     )
 
     def trained(mesh):
-        return loop.fit(
-            loss, tiny.copies(start), {}, rows, optax.adam(0.1), steps=4, mesh=mesh, log_every=1,
-            metrics_file=tmp_path / "metrics.jsonl",
-            checkpointing=Checkpointing(directory=tmp_path / "state", every=2),
+        task = trainer.Task(
+            train=TrainConfig(steps=4, log_every=1), loss_fn=loss, start=tiny.copies(start), batches=rows,
+            rule=optax.adam(0.1),
         )  # fmt: skip
+        watched, kept = (
+            [callbacks.lines(tmp_path / "metrics.jsonl")],
+            Checkpointing(directory=tmp_path / "state", every=2),
+        )
+        return trainer.fit(task, mesh=mesh, watched=watched, checkpointing=kept)
 
     trained(meshes.make_mesh(fsdp=2))
     written = metrics(tmp_path)
@@ -296,7 +297,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, told
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
         return rows(step)
 
-    settings = {"steps": 30, "size": 100_000, "metrics_file": None}
+    settings = {"steps": 30, "size": 100_000, "lines": False}
     try:
         with pytest.raises(
             InputError, match=r"/4 could not be written .* the last good one is that of step 2"

@@ -70,15 +70,10 @@ def test_layers_that_differ_train_and_quantize_and_prune(ranked):
     assert after.config == ranked.config
     assert records[-1].predicted_bytes == ops.stored_nbytes(after.params, after.masks)
     looped, scanned = (
-        trainer.fit_model(
-            ranked.config,
-            tiny.copies(ranked.params),
-            TrainConfig(steps=1, scan=scan),
-            CONTEXT.batches,
-            mesh=CONTEXT.mesh,
-            seed=0,
+        trainer.fit(
+            trainer.model_task(ranked.config, train, tiny.copies(ranked.params), CONTEXT.batches), mesh=CONTEXT.mesh
         )
-        for scan in (False, True)
+        for train in (TrainConfig(steps=1), TrainConfig(steps=1, scan=True))
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), scanned.params, looped.params)
 
