@@ -86,7 +86,7 @@ def test_a_draft_changes_no_text_and_its_share_is_told(folder, monkeypatch, tmp_
     efflm_file.save(other / "model.safetensors", tiny.model(), {})
     with pytest.raises(SystemExit):
         run(folder, monkeypatch, tmp_path, *flags, f"--draft={other / 'model.safetensors'}")
-    assert "give a draft that has the model's" in capsys.readouterr().err
+    assert "the draft's tokenizer is" in capsys.readouterr().err
 
 
 def test_a_seed_draws_the_same_again(folder, monkeypatch, tmp_path, capsys):
