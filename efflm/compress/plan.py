@@ -8,9 +8,10 @@ from efflm import ops, trees
 from efflm.config import require
 from efflm.model.params import find, in_layer, is_matrix
 from efflm.ops import Format, QArray
+from efflm.ops.format import Bits
 
 LAYERS, EMBEDDINGS = "layers", "embeddings"  # matrices inside the layers; embeddings and the output layer
-Embeddings = Literal[8, 4, 3, 0]
+Embeddings = Literal[Bits, 0]
 Rule = tuple[str, Format | None]
 # The help of two fields that every rounder has.
 OF_EMBEDDINGS = "bits of embeddings and the output layer: 8, a scale each; fewer, in the layers' format; 0: left alone"
