@@ -1,6 +1,7 @@
 """A training run: its steps, optimizer, precision and memory."""
 
 import dataclasses
+import typing
 from typing import Literal
 
 from efflm.config import flag, require
@@ -34,12 +35,10 @@ Remat = Literal[*REMAT]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """One training run"""
+class Training:
+    """What every training is told: a run of its own (TrainConfig), and one inside a step of compression."""
 
-    steps: int = flag(500, "optimizer steps")
-    batch: int = flag(8, "sequences in a batch, over all devices")
-    length: int = flag(256, "tokens in a sequence")
+    steps: int = flag(150, "optimizer steps")
     optimizer: Optimizer = flag("adamw", "update rule; adamw8bit keeps both moments in 8 bits")
     learning_rate: float = flag(2e-3, "peak learning rate")
     schedule: Schedule = flag(
@@ -48,42 +47,36 @@ class TrainConfig:
     warmup: int = flag(-1, "steps of linear warm-up; -1: a tenth of all steps, at most 40")
     decay: int = flag(-1, "steps of the decay that ends the wsd schedule; -1: a fifth of all steps")
     final_fraction: float = flag(0.1, "learning rate at the end, as a fraction of the peak")
-    weight_decay: float = flag(0.1, "decoupled decay of matrices; norms, biases and embeddings are spared")
+    weight_decay: float = flag(0.0, "decoupled decay of matrices; norms, biases and embeddings are spared")
     beta1: float = flag(0.9, "decay of the first moment, or the momentum")
     beta2: float = flag(0.99, "decay of the second moment")
     clip: float = flag(1.0, "largest global norm of the gradient")
-    z_loss: float = flag(0.0, "weight of the squared log-normalizer in the loss, which keeps logits small")
-    policy: PolicyName = flag(
-        "float32",
-        "dtype of the matmuls, over float32 weights and moments; bfloat16_pure keeps the weights in bfloat16 too, "
-        "rounded stochastically; float16 scales the loss dynamically; auto measures for a second whether float32 or "
-        "bfloat16 is faster here",
+    z_loss: float = flag(0.0, "weight of the squared log-normalizer in the loss on text, which keeps logits small")
+    policy: Literal["", "float32", "bfloat16", "bfloat16_pure", "float16"] = flag(
+        "", "dtype of the matmuls, of a teacher's too (see train.policy); empty: that which each model is run in"
     )
     accumulate: int = flag(
         1, "parts a batch is read in, one after another, for less memory; the devices share each part"
     )
     remat: Remat = flag("none", "what the backward pass computes again: nothing, all but the matmuls, or whole layers")
-    scan: bool = flag(False, "one compiled layer looped over (short compile times) in place of unrolled layers")
     on_nan: OnNan = flag("stop", "at a loss or gradient that is not finite: stop, or skip that update and count it")
-    log_every: int = flag(10, "steps between lines in metrics.jsonl")
+    log_every: int = flag(10, "steps between lines in the file of metrics")
 
     def __post_init__(self):
-        for name in ("steps", "batch", "length", "log_every", "accumulate"):
-            require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}, but must be positive")
-        for name in ("learning_rate", "clip"):
-            require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}, but must be positive")
+        for name, kind in typing.get_type_hints(type(self)).items():
+            value, choices = getattr(self, name), typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+            known = ", ".join(str(choice) for choice in choices if choice)
+            require(not choices or value in choices, f"{name} is {value!r}: choose from {known}")
+        for name in ("steps", "learning_rate", "clip", "accumulate", "log_every"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
         require(
             -1 <= self.warmup < self.steps,
-            f"train.warmup is {self.warmup}, but must be less than train.steps={self.steps}: shorten the warm-up",
+            f"warmup is {self.warmup}, but must be less than steps, which is {self.steps}: shorten the warm-up",
         )
         require(
             self.schedule != "wsd" or (self.decay >= -1 and self.warmup_steps + self.decay_steps <= self.steps),
-            f"the wsd schedule is longer than the training: train.warmup {self.warmup_steps} + train.decay "
-            f"{self.decay_steps} exceed train.steps={self.steps}: shorten one of them",
-        )
-        require(
-            self.batch % self.accumulate == 0,
-            f"train.batch {self.batch} is not divisible by train.accumulate {self.accumulate}: change one of them",
+            f"schedule is wsd, which is longer than the training: warmup {self.warmup_steps} + decay "
+            f"{self.decay_steps} exceed {self.steps} steps: shorten one of them",
         )
 
     @property
@@ -93,3 +86,30 @@ class TrainConfig:
     @property
     def decay_steps(self) -> int:
         return self.steps // 5 if self.decay == -1 else self.decay
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(Training):
+    """One training run"""
+
+    steps: int = flag(500, "optimizer steps")
+    batch: int = flag(8, "sequences in a batch, over all devices")
+    length: int = flag(256, "tokens in a sequence")
+    weight_decay: float = flag(0.1, "decoupled decay of matrices; norms, biases and embeddings are spared")
+    policy: PolicyName = flag(
+        "float32",
+        "dtype of the matmuls, over float32 weights and moments; bfloat16_pure keeps the weights in bfloat16 too, "
+        "rounded stochastically; float16 scales the loss dynamically; auto measures for a second whether float32 or "
+        "bfloat16 is faster here",
+    )
+    scan: bool = flag(False, "one compiled layer looped over (short compile times) in place of unrolled layers")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("batch", "length"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
+        require(
+            self.batch % self.accumulate == 0,
+            f"batch is {self.batch}, but must be divisible by accumulate, which is {self.accumulate}: change one of "
+            "them",
+        )
