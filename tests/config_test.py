@@ -78,14 +78,17 @@ def test_a_choice_among_numbers_is_a_number():
         (["--model.layers=0"], "at least one layer"),
         (["--model.vocabulary=100"], "at least 257"),
         (["--train.steps=0"], "--train.steps is 0, but must be positive"),
-        (["--train.steps=10", "--train.warmup=10"], "train.warmup is 10, but must be less than train.steps=10"),
+        (["--train.steps=10", "--train.warmup=10"], "--train.warmup is 10, but must be less than steps, which is 10"),
         (["--train.optimizer=adagrad"], "adamw8bit"),
         (["--train.schedule=step"], "cosine"),
         (
             ["--train.schedule=wsd", "--train.steps=10", "--train.warmup=4", "--train.decay=7"],
-            "the wsd schedule is longer than the training: train.warmup 4 + train.decay 7 exceed train.steps=10",
+            "--train.schedule is wsd, which is longer than the training: warmup 4 + decay 7 exceed 10 steps",
         ),
-        (["--train.batch=8", "--train.accumulate=3"], "train.batch 8 is not divisible by train.accumulate 3"),
+        (
+            ["--train.batch=8", "--train.accumulate=3"],
+            "--train.batch is 8, but must be divisible by accumulate, which is 3",
+        ),
     ],
 )
 def test_mistakes_are_one_line(argv, message):

@@ -87,7 +87,7 @@ def test_imports_follow_the_arrows(path):
 
 
 def test_methods_of_compression_know_only_what_they_share():
-    shared = {"step", "calibrate", "plan", "fold", "obs", "select", "sensitivity", "teacher_cache"}
+    shared = {"step", "calibrate", "plan", "fold", "obs", "select", "sensitivity", "teacher_cache", "training"}
     parts = {f"structured.{name}" for name in ("allocation", "importance", "latency", "residual", "slicing", "target")}
     home = ROOT / "efflm" / "compress"
     for path in home.rglob("*.py"):

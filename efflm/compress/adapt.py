@@ -5,25 +5,26 @@ have gradients and an optimizer state.
 """
 
 import dataclasses
-import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from efflm import ops, trees
-from efflm.compress.step import Context, fit, record, require_schedule, teacher_of
+from efflm.compress import training
+from efflm.compress.step import Context, record
 from efflm.config import flag, require
-from efflm.model import LanguageModel, Transformer
+from efflm.config.train import TrainSettings
+from efflm.model import LanguageModel
 from efflm.model.params import in_layer
-from efflm.precision import policy_for
-from efflm.train import losses
+from efflm.ops import lowrank
 
 
 def fresh(model: LanguageModel, rank: int, seed: int) -> Any:
-    """{a, b} float32 for every matrix inside the layers, in the tree of the weights: a random with the variance 1 / K
-    of its K inputs, b zero, so that nothing is changed yet (Hu 2021, section 4.1)."""
+    """{"a": matrices [K, rank], "b": [rank, N]}, each under the path of a matrix [K, N] inside the layers, float32: a
+    random with the variance 1 / K of its K inputs, b zero, so that nothing is changed yet (Hu 2021, section 4.1)."""
     paths = [(path, leaf.shape) for path, leaf in trees.flatten(model.params) if in_layer(path)]
     keys = jax.random.split(jax.random.key(seed), len(paths))
     made = {}
@@ -31,31 +32,50 @@ def fresh(model: LanguageModel, rank: int, seed: int) -> Any:
         require(
             rank <= min(K, N), f"rank is {rank}, but {path} has the shape {(K, N)}: give at most the smaller of the two"
         )
-        made[f"{path}/a"] = jax.random.normal(key, (K, rank)) / math.sqrt(K)
-        made[f"{path}/b"] = jnp.zeros((rank, N))
+        made[f"a/{path}"] = jax.random.normal(key, (K, rank)) / math.sqrt(K)
+        made[f"b/{path}"] = jnp.zeros((rank, N))
     return trees.unflatten(made)
 
 
 def adapted(params: Any, adapters: Any) -> Any:
     """The weights with their adapters beside them."""
-    flat = dict(trees.flatten(adapters))
-    beside = lambda path, w: ops.LowRank(w, flat[f"{path}/a"], flat[f"{path}/b"]) if f"{path}/a" in flat else w
-    return trees.map_with_path(beside, params)
+    a, b = (dict(trees.flatten(adapters[name])) for name in ("a", "b"))
+    return lowrank.join(params, {path: (a[path], b[path]) for path in a})
 
 
-def merged(params: Any, masks: ops.Masks) -> Any:
-    """Adapted weights as float matrices, with zeros where masks drop weights."""
-    plain = lambda _, w: ops.in_float32(w) if isinstance(w, ops.LowRank) else w
-    return ops.apply_masks(trees.map_with_path(plain, params), masks)
+def merged(fn: Callable[[jax.Array, Any], Any], params: Any, masks: ops.Masks) -> Any:
+    """In place of each adapted weight w fn(w as a float matrix, with zeros where masks drop weights; w)."""
+    masks = masks or {}
+
+    def one(path: str, w: Any) -> Any:
+        if not isinstance(w, ops.LowRank):
+            return w
+        whole = ops.in_float32(w)
+        return fn(jnp.where(masks[path], whole, 0.0) if path in masks else whole, w)
+
+    return trees.map_with_path(one, params)
+
+
+def low_rank(model: LanguageModel, rank: int, seed: int, merge: bool) -> training.Parametrization:
+    """Adapters beside weights that stay. merge: the loss is of the sums, as the weights' formats round them."""
+
+    def finish(fn: Callable[[jax.Array, Any], Any], adapters: Any, params: Any) -> Any:
+        beside = adapted(params, adapters)
+        return merged(fn, beside, model.masks) if merge else beside
+
+    return training.Parametrization(
+        start=lambda: fresh(model, rank, seed),
+        seen=lambda adapters, params: finish(ops.straight_through, adapters, params),
+        finished=lambda adapters: model.replace(params=finish(ops.requantize, adapters, model.params)),
+        frozen=model.params,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Adapt:
+class Adapt(TrainSettings):
     """Train adapters of low rank beside the weights, against the teacher and on text."""
 
     rank: int = flag(16, "rank of each adapter")
-    steps: int = flag(150, "optimizer steps")
-    learning_rate: float = flag(2e-3, "peak learning rate, reached after a tenth of the steps or 40")
     weight: float = flag(0.7, "share of the teacher's part in the loss, in [0, 1]; 0: text alone, and no teacher")
     merge: bool = flag(
         False,
@@ -64,11 +84,10 @@ class Adapt:
     )
 
     at = "steps"
-    trains = True
 
     def __post_init__(self):
+        super().__post_init__()
         require(self.rank > 0, f"rank is {self.rank}, but must be positive")
-        require_schedule(self)
         require(0 <= self.weight <= 1, f"weight is {self.weight}, but must be in [0, 1]")
 
     def __call__(self, model: LanguageModel, context: Context):
@@ -78,33 +97,10 @@ class Adapt:
             self.merge or not model.masks,
             "the model is pruned, and adapters beside its weights would fill their zeros: set adapt.merge",
         )
-        policy = policy_for(model.config)
-        if self.weight:
-            teacher = teacher_of(context, model)
-            models = Transformer(model.config, policy), Transformer(teacher.config, policy_for(teacher.config))
-            loss, frozen = losses.distillation_loss(*models, temperature=1.0, weight=self.weight), teacher.params
-        else:
-            loss, frozen = losses.language_model_loss(model.config, policy), {}
-
-        def of_adapters(adapters: Any, given: Any, batch: Any, rng: jax.Array):
-            params = adapted(given["model"], adapters)
-            if self.merge:
-                params = jax.tree.map(
-                    lambda master, like: ops.straight_through(master, like) if isinstance(like, ops.LowRank) else like,
-                    merged(params, model.masks),
-                    params,
-                    is_leaf=trees.is_leaf,
-                )
-            return loss(params, given["teacher"], batch, rng)
-
-        begin = functools.partial(fresh, model, self.rank, context.seed)
-        trained = fit(self, context, of_adapters, begin, {"model": model.params, "teacher": frozen}, None)
-        params = adapted(model.params, trained)
-        if self.merge:
-            to = lambda master, w: ops.requantize(master, w) if isinstance(w, ops.LowRank) else w
-            params = jax.tree.map(to, merged(params, model.masks), params, is_leaf=trees.is_leaf)
-        after = model.replace(params=params)
-        return after, record(self, model, after, context)
+        teacher = training.teacher_of(self, context, model) if self.weight else None
+        objective = training.objective(self, model, teacher, **({"weight": self.weight} if teacher else {}))
+        adapters = low_rank(model, self.rank, context.seed, self.merge)
+        return training.train(self, model, context, adapters, objective)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ attention."""
 import dataclasses
 import math
 import re
-import typing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -12,13 +11,13 @@ from typing import Literal
 import jax
 
 from efflm import ops
-from efflm.compress import teacher_cache
-from efflm.compress.step import Context, require_schedule, teacher_of, train_step
+from efflm.compress import teacher_cache, training
+from efflm.compress.step import Context
 from efflm.config import flag, require
 from efflm.config.model import ModelConfig
-from efflm.model import LanguageModel, Transformer
+from efflm.config.train import TrainSettings
+from efflm.model import LanguageModel
 from efflm.model.params import HEAD_MIXTURE, HIDDEN_PROJECTION
-from efflm.precision import policy_for
 from efflm.train import losses
 
 
@@ -71,11 +70,9 @@ def mixtures(layers: losses.Layers, student: ModelConfig, teacher: ModelConfig, 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Distill:
+class Distill(TrainSettings):
     """Train the model to imitate the teacher; pruned weights stay zero."""
 
-    steps: int = flag(150, "optimizer steps")
-    learning_rate: float = flag(2e-3, "peak learning rate, reached after a tenth of the steps or 40")
     temperature: float = flag(1.0, "softens both distributions")
     weight: float = flag(0.7, "share of the teacher's part in the loss, in (0, 1]")
     divergence: ops.Divergence = flag(
@@ -99,17 +96,11 @@ class Distill:
     entries: int = flag(50, "with cache top_k or sampled: how many of a token")
 
     at = "steps"
-    trains = True
 
     def __post_init__(self):
-        require_schedule(self)
+        super().__post_init__()
         require(self.temperature > 0, f"temperature is {self.temperature}, but must be positive")
         require(0 < self.weight <= 1, f"weight is {self.weight}, but must be in (0, 1]")
-        known = typing.get_args(ops.Divergence)
-        require(self.divergence in known, f"divergence is {self.divergence!r}: choose from {', '.join(known)}")
-        require(
-            self.cache in ("", "full", "top_k", "sampled"), f"unknown cache {self.cache!r}: choose full, top_k, sampled"
-        )
         plain = self.temperature == 1 and self.divergence == "forward" and not self.hidden and not self.attention
         require(
             plain or not self.cache,
@@ -133,7 +124,7 @@ class Distill:
         )
 
     def __call__(self, model: LanguageModel, context: Context):
-        teacher = teacher_of(context, model)
+        teacher = training.teacher_of(self, context, model)
         if self.cache:
             return self._from_cache(model, teacher, context)
         configs = model.config, teacher.config
@@ -143,20 +134,16 @@ class Distill:
             beside[HEAD_MIXTURE] = mixtures(layers, *configs, context.seed)
         if self.hidden:
             beside[HIDDEN_PROJECTION] = projections(layers, *(config.width for config in configs), context.seed)
-        models = (Transformer(config, policy_for(config)) for config in configs)
-        same = {
-            name: getattr(self, name) for name in ("temperature", "weight", "divergence", "mix", "hidden", "attention")
-        }
-        loss = losses.distillation_loss(*models, **same, layers=layers)
-        return train_step(self, model, context, loss, teacher.params, beside)
+        told = ("temperature", "weight", "divergence", "mix", "hidden", "attention")
+        how = {name: getattr(self, name) for name in told} | {"layers": layers}
+        objective = training.objective(self, model, teacher, **how)
+        return training.train(self, model, context, training.full(model, beside), objective)
 
     def _from_cache(self, model: LanguageModel, teacher: LanguageModel, context: Context):
-        require(context.batches is not None, f"{self} needs text to train on: give a corpus")
+        training.text_of(self, context)
+        objective = training.objective(self, model, cached=True, weight=self.weight)
         with TemporaryDirectory() as folder:
             where = context.cache or Path(folder) / "teacher"
             batches, size = teacher_cache.batches_with(where, teacher, context, self.steps, self.cache, self.entries)
             print(f"  the teacher's cache: {size:,} bytes a token", flush=True)
-            loss = losses.cached_distillation_loss(
-                Transformer(model.config, policy_for(model.config)), weight=self.weight
-            )
-            return train_step(self, model, dataclasses.replace(context, batches=batches), loss, {})
+            return training.train(self, model, context, training.full(model), objective, batches)

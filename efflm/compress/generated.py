@@ -7,7 +7,6 @@ writes, so that the student learns where its own mistakes lead.
 """
 
 import dataclasses
-import typing
 from typing import Any, Literal
 
 import jax
@@ -15,15 +14,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from efflm import ops
-from efflm.compress.step import Context, require_schedule, teacher_of, train_step
+from efflm.compress import training
+from efflm.compress.step import Context
 from efflm.config import flag, require
-from efflm.config.model import ModelConfig
+from efflm.config.train import TrainSettings
 from efflm.infer.generate import prefill, start, step
 from efflm.infer.sampling import Sampling
-from efflm.model import LanguageModel, Transformer
-from efflm.precision import policy_for
+from efflm.model import LanguageModel
 from efflm.train import losses
-from efflm.train.losses import LossFn
 
 
 def continued(
@@ -72,11 +70,10 @@ def _cut(batch: dict[str, jax.Array], length: int) -> dict[str, jax.Array]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Generated:
+class Generated(TrainSettings):
     """Train the model on continuations that the teacher writes, or by the teacher's word on those it writes itself."""
 
-    steps: int = flag(150, "optimizer steps")
-    learning_rate: float = flag(5e-4, "peak learning rate, reached after a tenth of the steps or 40")
+    learning_rate: float = flag(5e-4, "peak learning rate")
     by: Literal["student", "teacher"] = flag("student", "who writes: on-policy, or sequence-level distillation")
     share: float = flag(1.0, "of the steps, on average, that read what was written; the others read the text itself")
     prompt: int = flag(32, "tokens of a row of text that are gone on from; of its first document at most")
@@ -86,21 +83,17 @@ class Generated:
     mix: float = flag(0.5, "share of the teacher in the mixture of jensen_shannon and skew, in (0, 1)")
 
     at = "steps"
-    trains = True
 
     def __post_init__(self):
-        require_schedule(self)
-        require(self.by in ("student", "teacher"), f"by is {self.by!r}: choose student or teacher")
+        super().__post_init__()
         require(0 < self.share <= 1, f"share is {self.share}, but must be in (0, 1]")
         for name in ("prompt", "new"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
         Sampling(temperature=self.temperature)
-        known = typing.get_args(ops.Divergence)
-        require(self.divergence in known, f"divergence is {self.divergence!r}: choose from {', '.join(known)}")
         require(0 < self.mix < 1, f"mix is {self.mix}, but must be in (0, 1)")
 
     def __call__(self, model: LanguageModel, context: Context):
-        teacher = teacher_of(context, model)
+        teacher = training.teacher_of(self, context, model)
         longest = min(model.config.max_length, teacher.config.max_length)
         require(
             self.prompt + self.new <= longest,
@@ -108,25 +101,21 @@ class Generated:
             f"read at most {longest}: shorten one of them",
         )
         require(context.mesh.shape["sequence"] == 1, "text is written by whole sequences: set mesh.sequence to 1")
-        return train_step(self, model, context, self.loss(model.config, teacher.config), teacher.params)
+        return training.train(self, model, context, training.full(model), self.objective(model, teacher))
 
-    def loss(self, student: ModelConfig, teacher: ModelConfig) -> LossFn:
-        """Of the student's params, the teacher's, a batch and the step's random key."""
-        models = [Transformer(config, policy_for(config)) for config in (student, teacher)]
-        if self.by == "student":
-            divergence = {"divergence": self.divergence, "mix": self.mix}
-            base, writer = losses.distillation_loss(*models, temperature=1.0, weight=1.0, **divergence), student
-        else:
-            text, writer = losses.language_model_loss(student, policy_for(student)), teacher
-            base = lambda params, frozen, batch, rng: text(params, {}, batch, rng)
+    def objective(self, model: LanguageModel, teacher: LanguageModel) -> training.Objective:
+        by_student = self.by == "student"
+        how = {"teacher": teacher, "divergence": self.divergence, "mix": self.mix} if by_student else {}
+        loss, _ = training.objective(self, model, **how)
+        writer = (training.in_policy(self, model) if by_student else teacher).config
 
         def of_generated(params: Any, frozen: Any, batch: Any, rng: jax.Array):
             keys = jax.random.split(rng, len(batch["inputs"]) + 1)
-            by = LanguageModel(writer, params if self.by == "student" else frozen)
+            by = LanguageModel(writer, params if by_student else frozen)
             made = continued(by, batch, keys[1:], self.prompt, self.new, self.temperature)
             if self.share < 1:
                 own, use = _cut(batch, made["inputs"].shape[1]), jax.random.uniform(keys[0]) < self.share
                 made = {name: jnp.where(use, made[name], own[name]) for name in made}
-            return base(params, frozen, made, rng)
+            return loss(params, frozen if by_student else {}, made, rng)
 
-        return of_generated
+        return of_generated, teacher.params

@@ -6,21 +6,22 @@ arXiv 1902.08153).
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from efflm import ops, trees
+from efflm.compress import training
 from efflm.compress.plan import OF_EMBEDDINGS, OF_PLAN, Embeddings, Plan, nearest, plan_of, require_formats
-from efflm.compress.step import Context, fit, masters, record, require_schedule, teacher_of, train_step
+from efflm.compress.step import Context
 from efflm.config import flag
-from efflm.model import LanguageModel, Transformer
-from efflm.model.params import in_layer
+from efflm.config.train import TrainSettings
+from efflm.model import LanguageModel
+from efflm.model.params import LOG_SCALE, in_layer
 from efflm.ops import qarray
 from efflm.ops.format import Bits
-from efflm.precision import policy_for
-from efflm.train import losses
 
 
 def rounded(w: jax.Array, log_scale: jax.Array, format: ops.Format) -> jax.Array:
@@ -39,8 +40,31 @@ def rounded(w: jax.Array, log_scale: jax.Array, format: ops.Format) -> jax.Array
     return (clipped + jax.lax.stop_gradient(jnp.round(clipped) - clipped)) * scale
 
 
+def learned_scales(model: LanguageModel, of: Callable[[str], ops.Format | None]) -> training.Parametrization:
+    """All weights, and the scales of those that `of` gives a format, by which they are rounded. Others keep theirs."""
+    weights = training.full(model)
+
+    def start():
+        params = weights.start()
+        scale = lambda path, w: jnp.log(qarray.grid_of(w, -2, of(path))[0])
+        return params | {LOG_SCALE: trees.unflatten({p: scale(p, w) for p, w in trees.flatten(params) if of(p)})}
+
+    def each(rounding: Callable[..., Any], elsewhere: Callable[..., Any], trainable: Any) -> Any:
+        scales = dict(trees.flatten(trainable[LOG_SCALE]))
+        one = lambda path, like, w: rounding(w, scales[path], of(path)) if path in scales else elsewhere(w, like)
+        return training.of_weights(one, model, trainable)
+
+    stored = lambda w, log_scale, format: ops.quantize_array(w, -2, format, grid=(jnp.exp(log_scale), None))
+    return training.Parametrization(
+        start=start,
+        seen=lambda trainable, _: each(rounded, ops.straight_through, trainable),
+        finished=lambda trained: model.replace(params=each(stored, ops.requantize, trained)),
+        masks=model.masks,
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QAT:
+class QAT(TrainSettings):
     """Round the matrices inside the layers and train all weights with that; then round embeddings to the nearest."""
 
     bits: Bits = flag(4, "bits of a weight")
@@ -48,18 +72,16 @@ class QAT:
     scales: Literal["learned", "running"] = flag(
         "learned", "trained like weights (LSQ); running: always that of the largest weight of the group"
     )
-    steps: int = flag(150, "optimizer steps")
-    learning_rate: float = flag(1e-4, "peak learning rate, reached after a tenth of the steps or 40")
+    learning_rate: float = flag(1e-4, "peak learning rate")
     distill: bool = flag(True, "imitate the teacher; false: learn from the text alone")
     embeddings: Embeddings = flag(8, OF_EMBEDDINGS)
     plan: Plan | None = flag(None, OF_PLAN, internal=True)
 
     at = "bits"
-    trains = True
 
     def __post_init__(self):
+        super().__post_init__()
         require_formats(self, self._plan, activations=("float",), symmetric=(True,), scales=("output",))
-        require_schedule(self)
 
     @property
     def _plan(self) -> Plan:
@@ -67,55 +89,25 @@ class QAT:
         return plan_of(self, scales="output", clip=self.scales == "learned")
 
     def __call__(self, model: LanguageModel, context: Context):
-        loss, frozen = self.loss(model, context)
-        if self.scales == "running":
-
-            def of_layers(path: str, w: Any) -> Any:
-                format = self.inside(path)
-                return ops.quantize_array(ops.dequantize(w), -2, format) if format else w
-
-            rounded_model = model.replace(params=trees.map_with_path(of_layers, model.params))
-            after, _ = train_step(self, rounded_model, context, loss, frozen)
-        else:
-            after = model.replace(params=self.with_learned_scales(model, context, loss, frozen))
-        after = after.replace(params=nearest(after.params, self._plan, inside=False))
-        return after, record(self, model, after, context)
-
-    def loss(self, model: LanguageModel, context: Context) -> tuple[losses.LossFn, Any]:
-        """The loss of params, and the teacher's params if there is one."""
-        if not self.distill:
-            return losses.language_model_loss(model.config, policy_for(model.config)), {}
-        teacher = teacher_of(context, model)
-        models = (Transformer(each.config, policy_for(each.config)) for each in (model, teacher))
-        return losses.distillation_loss(*models, temperature=1.0, weight=1.0), teacher.params
+        objective = training.objective(self, model, training.teacher_of(self, context, model) if self.distill else None)
+        return training.train(self, model, context, self.parametrization(model), objective)
 
     def inside(self, path: str) -> ops.Format | None:
         """The format of a matrix that is rounded while it is trained."""
         return self._plan.of(path) if in_layer(path) else None
 
-    def with_learned_scales(self, model: LanguageModel, context: Context, loss: losses.LossFn, frozen: Any) -> Any:
-        """The weights after training. Those that are not rounded here keep their formats."""
-
-        def start(path: str, w: jax.Array) -> Any:
+    def parametrization(self, model: LanguageModel) -> training.Parametrization:
+        def of_layers(path: str, w: Any) -> Any:
             format = self.inside(path)
-            return {"master": w, "log_scale": jnp.log(qarray.grid_of(w, -2, format)[0])} if format else w
+            return ops.quantize_array(ops.dequantize(w), -2, format) if format else w
 
-        def in_forward(path: str, like: Any, node: Any) -> Any:
-            format = self.inside(path)
-            if not format:
-                return ops.straight_through(node, like)
-            return rounded(node["master"], node["log_scale"], format)
+        if self.scales == "learned":
+            weights = learned_scales(model, self.inside)
+        else:
+            weights = training.full(model.replace(params=trees.map_with_path(of_layers, model.params)))
 
-        def at_the_end(path: str, like: Any, node: Any) -> Any:
-            format = self.inside(path)
-            if not format:
-                return ops.requantize(node, like)
-            return ops.quantize_array(node["master"], -2, format, grid=(jnp.exp(node["log_scale"]), None))
+        def finished(trained: Any) -> LanguageModel:
+            after = weights.finished(trained)
+            return after.replace(params=nearest(after.params, self._plan, inside=False))
 
-        def rounded_loss(trainable: Any, *rest: Any):
-            return loss(trees.map_with_path(in_forward, model.params, trainable), *rest)
-
-        masks = {f"{path}/master" if self.inside(path) else path: mask for path, mask in (model.masks or {}).items()}
-        begin = lambda: trees.map_with_path(start, masters(model))
-        trained = fit(self, context, rounded_loss, begin, frozen, masks)
-        return trees.map_with_path(at_the_end, model.params, trained)
+        return dataclasses.replace(weights, finished=finished)

@@ -1,25 +1,21 @@
-"""What every compression shares: the context it runs in, the record it leaves, and training inside a step."""
+"""What every compression shares: the context it runs in and the record it leaves."""
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from efflm import ops, trees
 from efflm.cli import run_directory
 from efflm.config import flag, require
-from efflm.config.train import TrainConfig
-from efflm.model import LanguageModel, require_same_tokenizer
-from efflm.train import callbacks, optimizer, trainer
-from efflm.train.losses import LossFn
+from efflm.config.train import TrainSettings
+from efflm.model import LanguageModel
+from efflm.train.trainer import Batches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +41,7 @@ class Context:
     cache: the folder that a teacher's cache is kept in; None: one that is removed after use.
     """
 
-    batches: trainer.Batches | None = None
+    batches: Batches | None = None
     calibration: dict[str, np.ndarray] | None = None
     teacher: LanguageModel | None = None
     seed: int = 0
@@ -60,8 +56,8 @@ class Context:
 class Record:
     """What a step did, for the lineage of a model.
 
-    step: its name; settings: its fields, and under "removed" what a search for a target found. leaves: the weights it
-    changed. seed: of the context. corpus, tokenizer: digests of the text it used, "" where it used none.
+    step: its name; settings: as `settings` gives them, and under "removed" what a search for a target found. leaves:
+    the weights it changed. seed: of the context. corpus, tokenizer: digests of the text it used, "" where it used none.
     predicted_bytes: of the tensors of the model it made, as a file holds them. parent: the digest of the model it was
     applied to.
     """
@@ -120,8 +116,7 @@ def record(
     )
     return Record(
         step=type(step).__name__,
-        settings={name: value for name, value in dataclasses.asdict(step).items() if value is not None}
-        | ({"removed": dict(removed)} if removed else {}),
+        settings=settings(step) | ({"removed": dict(removed)} if removed else {}),
         leaves=changed,
         seed=context.seed,
         corpus=context.corpus if uses_text else "",
@@ -129,6 +124,15 @@ def record(
         predicted_bytes=ops.stored_nbytes(after.params, after.masks),
         parent=digest(before),
     )
+
+
+def settings(step: Step) -> dict[str, Any]:
+    """Its fields but those that are None; of those that every training has, beyond steps and learning rate, only what
+    is not the default."""
+    usual = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
+    usual = {name: usual.get(name) for name in usual.keys() - type(step).__annotations__.keys()}
+    usual |= dict.fromkeys(("steps", "learning_rate"))
+    return {name: value for name, value in dataclasses.asdict(step).items() if value != usual.get(name)}
 
 
 def _same(old: Any, new: Any) -> bool:
@@ -147,103 +151,3 @@ def digest(model: LanguageModel) -> str:
         out.update(f"{path} {array.dtype} {array.shape}".encode())
         out.update(np.ascontiguousarray(trees.on_host(array)).view(np.uint8).data)
     return out.hexdigest()[:16]
-
-
-Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
-Beside = Mapping[str, Any]
-NOTHING: Beside = MappingProxyType({})
-
-
-def require_schedule(step: Any) -> None:
-    """Check the settings that every training step has."""
-    require(step.steps > 0, f"steps is {step.steps}, but must be positive")
-    require(step.learning_rate > 0, f"learning_rate is {step.learning_rate}, but must be positive")
-
-
-def teacher_of(context: Context, model: LanguageModel) -> LanguageModel:
-    """The teacher. Raises InputError if there is none, or one with other tokens, or with another tokenizer where
-    it is known of both models what they were trained with."""
-    teacher = context.teacher
-    require(teacher is not None, "distillation needs a teacher: set context.teacher")
-    require(
-        teacher.config.tokens == model.config.tokens,
-        f"the teacher's vocabulary is {teacher.config.tokens}, the student's {model.config.tokens}, without padding: "
-        "give a teacher that has the student's tokenizer",
-    )
-    require_same_tokenizer(teacher, model, "teacher", "student")
-    return teacher
-
-
-def train_step(
-    step: Any, model: LanguageModel, context: Context, loss_fn: LossFn, frozen: Any, beside: Beside = NOTHING
-) -> tuple[LanguageModel, Record]:
-    """`model` after `train_masters`, in the format it is in; what was trained beside it is dropped."""
-    trained = train_masters(step, model, context, loss_fn, frozen, beside=beside)
-    after = model.replace(params=in_format(trained, model.params))
-    return after, record(step, model, after, context)
-
-
-def train_masters(
-    step: Any,
-    model: LanguageModel,
-    context: Context,
-    loss_fn: LossFn,
-    frozen: Any,
-    wrap: Wrap | None = None,
-    beside: Beside = NOTHING,
-) -> Any:
-    """The float32 weights of `model` trained with `step`'s steps and learning_rate, as its format will round them.
-
-    Pruned weights stay zero. Quantized weights are rounded straight-through in every forward pass: the loss sees the
-    parameters as `ops.straight_through` makes them. wrap: of the update rule. beside: trees that are trained with the
-    weights, by their names (see params.BESIDE): in what the loss sees and in the result, they are beside the weights.
-    """
-
-    def loss(trainable: Any, *rest: Any):
-        return loss_fn(trainable | _on_weights(ops.straight_through, trainable, model.params), *rest)
-
-    def start():
-        return masters(model) | jax.tree.map(jnp.copy, dict(beside))
-
-    return fit(step, context, loss, start, frozen, model.masks, wrap)
-
-
-def masters(model: LanguageModel) -> Any:
-    """The weights as float32, in arrays of their own."""
-    return jax.tree.map(lambda w: jnp.array(ops.dequantize(w), jnp.float32), model.params, is_leaf=trees.is_leaf)
-
-
-def in_format(trained: Any, like: Any) -> Any:
-    """Float masters, each in the format of its weight in `like`, and nothing that is no weight in it."""
-    return _on_weights(ops.requantize, trained, like)
-
-
-def _on_weights(fn: Callable[[Any, Any], Any], tree: Any, like: Any) -> Any:
-    weights = {name: tree[name] for name in like}
-    return jax.tree.map(lambda weight, w: fn(w, weight), like, weights, is_leaf=trees.is_leaf)
-
-
-def fit(
-    step: Any,
-    context: Context,
-    loss_fn: LossFn,
-    start: Callable[[], Any],
-    frozen: Any,
-    masks: ops.Masks,
-    wrap: Wrap | None = None,
-) -> Any:
-    """What `start` makes, trained on the text of the context with `step`'s steps and learning_rate (see trainer.fit).
-    masks: of its paths."""
-    require(context.batches is not None, f"{step} needs text to train on: give a corpus")
-    settings = TrainConfig(steps=step.steps, learning_rate=step.learning_rate, weight_decay=0.0)
-    task = trainer.Task(
-        train=settings,
-        loss_fn=loss_fn,
-        start=start,
-        frozen=frozen,
-        batches=context.batches,
-        rule=wrap and wrap(optimizer.make(settings)),
-        masks=ops.mask_tree(jax.eval_shape(start), masks),
-    )
-    title, watched = type(step).__name__.lower(), [callbacks.lines(context.metrics)]
-    return trainer.fit(task, mesh=context.mesh, seed=context.seed, title=title, watched=watched)

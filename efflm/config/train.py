@@ -35,7 +35,7 @@ Remat = Literal[*REMAT]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training:
+class TrainSettings:
     """What every training is told: a run of its own (TrainConfig), and one inside a step of compression."""
 
     steps: int = flag(150, "optimizer steps")
@@ -62,10 +62,12 @@ class Training:
     on_nan: OnNan = flag("stop", "at a loss or gradient that is not finite: stop, or skip that update and count it")
     log_every: int = flag(10, "steps between lines in the file of metrics")
 
+    trains = True  # of a step of compression: it needs text to train on
+
     def __post_init__(self):
         for name, kind in typing.get_type_hints(type(self)).items():
             value, choices = getattr(self, name), typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-            known = ", ".join(str(choice) for choice in choices if choice)
+            known = ", ".join(str(choice) for choice in choices if choice != "")
             require(not choices or value in choices, f"{name} is {value!r}: choose from {known}")
         for name in ("steps", "learning_rate", "clip", "accumulate", "log_every"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
@@ -89,7 +91,7 @@ class Training:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(Training):
+class TrainConfig(TrainSettings):
     """One training run"""
 
     steps: int = flag(500, "optimizer steps")

@@ -93,12 +93,14 @@ WEIGHTS: dict[str, Param] = {
 STACK = "blocks_"  # before the number of the first layer: the name of a stack of equal layers, one after the other
 
 # What is trained beside the weights and is in no model: matrices from a student's hidden states, and from its heads, to
-# its teacher's.
+# its teacher's; logarithms of the scales of weights that are rounded.
 HIDDEN_PROJECTION = "hidden_projection"
 HEAD_MIXTURE = "head_mixture"
+LOG_SCALE = "log_scale"
 BESIDE: dict[str, Param] = {
     HIDDEN_PROJECTION: Param(axes=("width", "teacher_width"), role="trained_beside", component="projections"),
     HEAD_MIXTURE: Param(axes=("student_heads", "teacher_heads"), role="trained_beside", component="projections"),
+    LOG_SCALE: Param(axes=("groups", "outputs"), role="trained_beside", component="projections"),
 }
 _RECORDS = WEIGHTS | BESIDE
 

@@ -207,7 +207,8 @@ class Transformer(nn.Module):
             for i, block in enumerate(config.blocks):
                 layer = block_type(config, block, policy, name=f"block_{i}")
                 angles = rotary[block.head_dim]
-                if stored is None:
+                # A derivative of our own has none of what a layer sows.
+                if stored is None or gathers(self, PROBABILITIES):
                     x_BTD, layer_cache = layer(x_BTD, positions, angles, segments, cache.layers[i] if cache else None)
                     layers.append(layer_cache)
                 else:

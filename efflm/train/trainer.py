@@ -14,7 +14,7 @@ from efflm import ops, trees
 from efflm.cli import signals
 from efflm.config import require
 from efflm.config.model import ModelConfig
-from efflm.config.train import TrainConfig
+from efflm.config.train import TrainConfig, TrainSettings
 from efflm.model import LanguageModel, init_params, stack_blocks, unstack_blocks
 from efflm.model.placement import shardings
 from efflm.parallel import processes
@@ -44,7 +44,7 @@ class Task:
     they drop stays as it is. remedy: what to do where it diverges. finish: what is made of the trained tree.
     """
 
-    train: TrainConfig
+    train: TrainSettings
     loss_fn: LossFn
     start: Callable[[], Any]
     batches: Batches

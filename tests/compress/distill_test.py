@@ -9,10 +9,11 @@ import optax
 import pytest
 
 from efflm import ops, trees
+from efflm.compress import training
 from efflm.compress.distill import Distill, layer_map, mixtures, projections
 from efflm.compress.magnitude import Magnitude
 from efflm.compress.quantize import Quantize
-from efflm.compress.step import Context, train_masters
+from efflm.compress.step import Context
 from efflm.config import InputError
 from efflm.model import LanguageModel, Transformer, final_states_and_gathered, init_params, placement
 from efflm.model.params import HIDDEN_PROJECTION
@@ -219,7 +220,10 @@ def test_projections_and_student_learn_to_give_the_teachers_hidden_states(tmp_pa
     start = {HIDDEN_PROJECTION: projections(((0, 0), (1, 1)), 24, 32, seed=0)}
     models = Transformer(student.config), Transformer(teacher.config)
     loss = distillation_loss(*models, temperature=1.0, weight=0.7, hidden=3.0, layers=((0, 0), (1, 1)))
-    trained = train_masters(step, student, context_of(teacher), loss, teacher.params, beside=start)
+    weights, kept = training.full(student, start), []
+    keeping = dataclasses.replace(weights, finished=lambda found: kept.append(found) or weights.finished(found))
+    training.train(step, student, context_of(teacher), keeping, (loss, teacher.params))
+    (trained,) = kept
     batch = tiny.batch(student.config)
     error = jax.jit(lambda params: loss(params, teacher.params, batch, None)[1]["hidden"])
     learned = {HIDDEN_PROJECTION: trained[HIDDEN_PROJECTION]}

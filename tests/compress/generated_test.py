@@ -64,7 +64,7 @@ def test_the_gradient_is_that_of_the_loss_on_the_tokens_written(by):
     of = lambda loss, batch: jax.jit(jax.value_and_grad(lambda params: loss(params, teacher.params, batch, rng)[0]))(
         student.params
     )
-    got = of(step.loss(student.config, teacher.config), batch)
+    got = of(step.objective(student, teacher)[0], batch)
     models = losses.Transformer(student.config), losses.Transformer(teacher.config)
     fixed = losses.distillation_loss(*models, temperature=1.0, weight=1.0, divergence="reverse")
     text = losses.language_model_loss(student.config)
@@ -107,7 +107,7 @@ def test_on_two_devices_as_on_one():
 
 def test_what_cannot_be_is_refused():
     for fields, words in (
-        ({"by": "both"}, "by is 'both': choose student or teacher"),
+        ({"by": "both"}, "by is 'both': choose from student, teacher"),
         ({"share": 0}, "share is 0"),
         ({"new": 0}, "new is 0"),
         ({"divergence": "kl"}, "divergence is 'kl'"),

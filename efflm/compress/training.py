@@ -1,0 +1,145 @@
+"""Training inside a step: what is trained of the model (a Parametrization), by which loss (an Objective), on which
+batches. `train` brings them together; how it runs is told by the step's own fields of config.train.TrainSettings."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from efflm import ops, trees
+from efflm.compress.step import Context, Record, record
+from efflm.config import require
+from efflm.config.train import TrainSettings
+from efflm.model import LanguageModel, Transformer, require_same_tokenizer
+from efflm.precision import POLICIES, cast, policy_for
+from efflm.train import callbacks, losses, optimizer, trainer
+from efflm.train.losses import LossFn
+from efflm.train.trainer import Batches
+
+# The loss of (params that are trained, the teacher's params, batch, rng), and the teacher's params.
+Objective = tuple[LossFn, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parametrization:
+    """What of a model is trained, and what the loss sees of it.
+
+    start() makes what is trained, float32 in arrays of its own, in a tree whose paths hold those of the weights.
+    seen(trainable, frozen) -> the params that the loss is of; frozen: arrays that it reads and that stay as they are.
+    finished(trained) -> the model, of float32. masks: of pruned weights, by paths of what is trained. wrap: of the
+    update rule.
+    """
+
+    start: Callable[[], Any]
+    seen: Callable[[Any, Any], Any]
+    finished: Callable[[Any], LanguageModel]
+    frozen: Any = dataclasses.field(default_factory=dict)
+    masks: ops.Masks = None
+    wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] | None = None
+
+
+def masters(model: LanguageModel) -> Any:
+    """The weights as float32, in arrays of their own."""
+    return jax.tree.map(lambda w: jnp.array(ops.dequantize(w), jnp.float32), model.params, is_leaf=trees.is_leaf)
+
+
+def full(model: LanguageModel, beside: Mapping[str, Any] | None = None) -> Parametrization:
+    """All weights. Quantized ones are rounded straight-through in every forward pass, and for good at the end.
+
+    beside: trees that are trained with the weights, by their names (see params.BESIDE): in what the loss sees they are
+    beside the weights; at the end they are dropped.
+    """
+
+    rounded = lambda _, like, w: ops.straight_through(w, like)
+    stored = lambda _, like, w: ops.requantize(w, like)
+    return Parametrization(
+        start=lambda: masters(model) | jax.tree.map(jnp.copy, dict(beside or {})),
+        seen=lambda trainable, _: trainable | of_weights(rounded, model, trainable),
+        finished=lambda trained: model.replace(params=of_weights(stored, model, trained)),
+        masks=model.masks,
+    )
+
+
+def of_weights(fn: Callable[[str, Any, jax.Array], Any], model: LanguageModel, trainable: Any) -> Any:
+    """fn(path, weight of the model, what is trained for it) of each weight, without what is trained beside them."""
+    return trees.map_with_path(fn, model.params, {name: trainable[name] for name in model.params})
+
+
+def teacher_of(step: TrainSettings, context: Context, model: LanguageModel) -> LanguageModel:
+    """The teacher, run as the step says. Raises InputError if there is none, or one with other tokens, or with another
+    tokenizer where it is known of both models what they were trained with."""
+    teacher = context.teacher
+    require(teacher is not None, "distillation needs a teacher: set context.teacher")
+    require(
+        teacher.config.tokens == model.config.tokens,
+        f"the teacher's vocabulary is {teacher.config.tokens}, the student's {model.config.tokens}, without padding: "
+        "give a teacher that has the student's tokenizer",
+    )
+    require_same_tokenizer(teacher, model, "teacher", "student")
+    return in_policy(step, teacher)
+
+
+def text_of(step: TrainSettings, context: Context) -> Batches:
+    """The batches to train on. Raises InputError if there are none."""
+    require(context.batches is not None, f"{type(step).__name__} needs text to train on: give a corpus")
+    return context.batches
+
+
+def in_policy(step: TrainSettings, model: LanguageModel) -> LanguageModel:
+    """The model, run with the step's policy where that names one."""
+    if not step.policy:
+        return model
+    return model.replace(config=dataclasses.replace(model.config, precision=POLICIES[step.policy].compute))
+
+
+def objective(
+    step: TrainSettings, model: LanguageModel, teacher: LanguageModel | None = None, *, cached: bool = False, **how: Any
+) -> Objective:
+    """The cross-entropy of the text; with a teacher losses.distillation_loss, `cached` losses.cached_distillation_loss.
+    how: their settings. Raises InputError."""
+    config, (policy, remat) = model.config, (policy_for(in_policy(step, model).config), step.remat)
+    if not (teacher or cached):
+        return losses.language_model_loss(config, policy, remat=remat, z_loss=step.z_loss), {}
+    require(step.z_loss == 0, f"z_loss is {step.z_loss}, but is part of the loss on text alone: leave it out")
+    student = Transformer(config, policy, remat=remat)
+    if cached:
+        return losses.cached_distillation_loss(student, **how), {}
+    imitated = Transformer(teacher.config, policy_for(teacher.config))
+    return losses.distillation_loss(student, imitated, **{"temperature": 1.0, "weight": 1.0} | how), teacher.params
+
+
+def train(
+    step: TrainSettings,
+    model: LanguageModel,
+    context: Context,
+    parametrization: Parametrization,
+    objective: Objective,
+    batches: Batches | None = None,
+) -> tuple[LanguageModel, Record]:
+    """The model after training. batches: in place of the context's."""
+    batches = batches or text_of(step, context)
+    loss_fn, teacher = objective
+    settings = dataclasses.replace(step, policy=step.policy or model.config.precision)
+
+    def loss(trainable: Any, frozen: Any, batch: Any, rng: jax.Array):
+        return loss_fn(parametrization.seen(trainable, frozen["model"]), frozen["teacher"], batch, rng)
+
+    def start():
+        return cast(parametrization.start(), POLICIES[settings.policy].param)
+
+    task = trainer.Task(
+        train=settings,
+        loss_fn=loss,
+        start=start,
+        frozen={"model": parametrization.frozen, "teacher": teacher},
+        batches=batches,
+        rule=parametrization.wrap and parametrization.wrap(optimizer.make(settings)),
+        masks=ops.mask_tree(jax.eval_shape(start), parametrization.masks),
+        finish=lambda trained: parametrization.finished(cast(trained, jnp.float32)),
+    )
+    title, watched = type(step).__name__.lower(), [callbacks.lines(context.metrics)]
+    after = trainer.fit(task, mesh=context.mesh, seed=context.seed, title=title, watched=watched)
+    return after, record(step, model, after, context)

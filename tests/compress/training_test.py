@@ -1,0 +1,140 @@
+"""Every step that trains has all settings of training, and hands them to the one trainer."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from efflm.compress import recipe
+from efflm.compress.step import Context, settings
+from efflm.config import InputError
+from efflm.config.train import TrainSettings
+from efflm.model import Transformer
+from efflm.parallel import meshes, sharding
+from efflm.train import trainer
+from efflm.train.optimizer import decay_mask
+from efflm.train.step import _gradients
+from tests import tiny
+
+SHAPE = dataclasses.replace(tiny.LLAMA, layers=1)
+# Of each step that trains, the ways it does so.
+WAYS = {
+    "finetune": {"text": {}},
+    "distill": {
+        "outputs": {},
+        "layers": {"hidden": 1.0, "attention": 1.0},
+        "cache": {"cache": "top_k", "entries": 5},
+    },
+    "qat": {"learned": {"group": 16}, "running": {"group": 16, "scales": "running", "distill": False}},
+    "adapt": {"beside": {"rank": 2}, "merge": {"rank": 2, "merge": True, "weight": 0.0}},
+    "gradual": {"text": {"every": 1}},
+    "generated": {
+        "student": {"prompt": 6, "new": 4, "temperature": 0.0},
+        "teacher": {"prompt": 6, "new": 4, "temperature": 0.0, "by": "teacher"},
+    },
+}
+CASES = [(name, fields) for name, ways in WAYS.items() for fields in ways.values()]
+cases = pytest.mark.parametrize(
+    ("name", "fields"), CASES, ids=[f"{name}-{way}" for name, ways in WAYS.items() for way in ways]
+)
+
+
+def context(mesh=None):
+    batch = tiny.batch(SHAPE.config())
+    return Context(mesh=mesh or meshes.make_mesh(), batches=lambda step: batch, teacher=tiny.model(SHAPE, seed=2))
+
+
+class Caught(Exception):
+    """The task that a step gives the trainer."""
+
+
+def asked(monkeypatch, step):
+    def fit(task, **_):
+        raise Caught(task)
+
+    monkeypatch.setattr(trainer, "fit", fit)
+    with pytest.raises(Caught) as caught:
+        step(tiny.model(SHAPE, seed=1), context())
+    return caught.value.args[0]
+
+
+def program(task):
+    """The jaxpr of the gradient, in words."""
+    grad = jax.grad(lambda trainable, batch: task.loss_fn(trainable, task.frozen, batch, jax.random.key(0))[0])
+    return str(jax.make_jaxpr(grad)(jax.eval_shape(task.start), task.batches(0)))
+
+
+def test_the_ways_are_those_of_all_steps_that_train():
+    training = {name for name, kind in recipe.STEPS.items() if issubclass(kind, TrainSettings)}
+    assert set(WAYS) == training == {name for name, kind in recipe.STEPS.items() if getattr(kind, "trains", False)}
+
+
+@cases
+def test_the_trainer_and_the_models_are_told_everything(name, fields, monkeypatch):
+    made, own = [], Transformer.__post_init__
+    monkeypatch.setattr(Transformer, "__post_init__", lambda self: made.append(self) or own(self))
+    step = recipe.STEPS[name](steps=4, **fields)
+    plain = asked(monkeypatch, step)
+    assert dataclasses.replace(plain.train, policy="") == step
+    assert plain.train.policy == "float32"
+    assert not re.search("bf16|remat", program(plain))
+    assert {(model.policy.compute, model.remat) for model in made} == {("float32", "none")}
+
+    told = {"optimizer": "muon", "schedule": "wsd", "warmup": 1, "weight_decay": 0.3, "accumulate": 2, "clip": 0.5}
+    told |= {"policy": "bfloat16_pure", "remat": "full", "on_nan": "skip", "beta1": 0.5, "log_every": 3}
+    made.clear()
+    found = asked(monkeypatch, dataclasses.replace(step, **told))
+    assert found.train == dataclasses.replace(step, **told)
+    shapes = jax.eval_shape(found.start)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(shapes)} == {"bfloat16"}
+    assert "remat" in program(found)
+    assert {model.policy.compute for model in made} == {"bfloat16"}  # the teacher too, and one that writes
+    assert "full" in {model.remat for model in made}
+    # What is decayed, and made orthogonal: the matrices in the layer, or their two adapters, and nothing beside them.
+    assert sum(jax.tree.leaves(decay_mask(shapes))) == (14 if name == "adapt" else 7)
+
+
+@cases
+def test_parts_and_rematerialization_change_no_gradient(name, fields, monkeypatch):
+    step = recipe.STEPS[name](steps=4, **fields)
+    whole, parts = (
+        gradient(asked(monkeypatch, each)) for each in (step, dataclasses.replace(step, accumulate=2, remat="full"))
+    )
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(whole))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * largest), parts, whole)
+
+
+def gradient(task):
+    def of(*given):
+        with sharding.on_mesh(meshes.make_mesh()):
+            return _gradients(task.loss_fn, *given, jax.random.key(0), None, task.train.accumulate)[2]
+
+    return jax.device_get(jax.jit(of)(task.start(), task.frozen, task.batches(0)))
+
+
+def test_a_step_trains_by_what_it_is_told_and_its_record_says_so():
+    step = recipe.STEPS["qat"](group=16, steps=3, distill=False, policy="bfloat16_pure", optimizer="muon")
+    made, record = step(tiny.model(SHAPE, seed=1), context())
+    assert (record.settings["policy"], record.settings["optimizer"]) == ("bfloat16_pure", "muon")
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(made.params)} == {"float32", "uint8"}
+
+
+def test_settings_are_checked_and_only_those_that_were_given_are_recorded():
+    step = recipe.STEPS["finetune"]
+    assert settings(step(accumulate=3)) == {"steps": 150, "learning_rate": 2e-3, "accumulate": 3}
+    for fields, words in (
+        ({"optimizer": "adamx"}, "optimizer is 'adamx': choose from adamw, adamw8bit"),
+        ({"policy": "auto"}, "policy is 'auto': choose from float32, bfloat16, bfloat16_pure, float16"),
+        ({"warmup": 200}, "warmup is 200, but must be less than steps, which is 150"),
+        ({"accumulate": 0}, "accumulate is 0, but must be positive"),
+    ):
+        with pytest.raises(InputError, match=words):
+            step(**fields)
+    with pytest.raises(InputError, match="optimizer is schedule_free, whose averages hold what was dropped"):
+        recipe.STEPS["gradual"](optimizer="schedule_free")
+    with pytest.raises(InputError, match=r"z_loss is 0\.1, but is part of the loss on text alone"):
+        recipe.STEPS["distill"](z_loss=0.1)(tiny.model(SHAPE), context())
+    with pytest.raises(InputError, match=r"a batch of 8 rows in 3 parts \(accumulate\) cannot be shared"):
+        step(accumulate=3, steps=1)(tiny.model(SHAPE), context())
