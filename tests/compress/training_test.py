@@ -1,6 +1,7 @@
 """Every step that trains has all settings of training, and hands them to the one trainer."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -15,7 +16,7 @@ from efflm.model import Transformer
 from efflm.parallel import meshes, sharding
 from efflm.train import trainer
 from efflm.train.optimizer import decay_mask
-from efflm.train.step import _gradients
+from efflm.train.step import _accumulated
 from tests import tiny
 
 SHAPE = dataclasses.replace(tiny.LLAMA, layers=1)
@@ -107,9 +108,13 @@ def test_parts_and_rematerialization_change_no_gradient(name, fields, monkeypatc
 
 
 def gradient(task):
+    gradients = jax.value_and_grad(task.loss_fn, has_aux=True)
+    if task.train.accumulate > 1:
+        gradients = functools.partial(_accumulated, gradients, task.train.accumulate)
+
     def of(*given):
         with sharding.on_mesh(meshes.make_mesh()):
-            return _gradients(task.loss_fn, *given, jax.random.key(0), None, task.train.accumulate)[2]
+            return gradients(*given, jax.random.key(0))[1]
 
     return jax.device_get(jax.jit(of)(task.start(), task.frozen, task.batches(0)))
 
@@ -118,7 +123,7 @@ def test_a_step_trains_by_what_it_is_told_and_its_record_says_so():
     step = recipe.STEPS["qat"](group=16, steps=3, distill=False, policy="bfloat16_pure", optimizer="muon")
     made, record = step(tiny.model(SHAPE, seed=1), context())
     assert (record.settings["policy"], record.settings["optimizer"]) == ("bfloat16_pure", "muon")
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(made.params)} == {"float32", "uint8"}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(made.params)} == {"float32", "uint8", "int8"}
 
 
 def test_settings_are_checked_and_only_those_that_were_given_are_recorded():
