@@ -16,7 +16,8 @@ HOW = "Flags are given as --name=value; those that are true or false also as --n
 def text(doc: str, groups: list[tuple[str, Any]], everything: bool = False) -> str:
     """The help of a command. groups: (prefix of the flags, dataclass or an instance that holds the defaults) of each.
 
-    Flags that scripts set are left out unless `everything` is asked for.
+    Flags that scripts set, and those that a step has like every step that trains, are left out unless `everything` is
+    asked for.
     """
     width = min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns)
     titles, entries, hidden = [], {}, 0
@@ -24,7 +25,8 @@ def text(doc: str, groups: list[tuple[str, Any]], everything: bool = False) -> s
         kind = default if isinstance(default, type) else type(default)
         titles.append(kind.__doc__.splitlines()[0].rstrip("."))
         for field in dataclasses.fields(default):
-            if field.metadata.get("internal") and not everything:
+            of_all = isinstance(default, type) and field.name not in {*kind.__annotations__, "steps", "learning_rate"}
+            if (field.metadata.get("internal") or of_all) and not everything:
                 hidden += 1
                 continue
             entries[prefix + field.name] = (titles[-1], _entry(prefix, field, default, kind, width))
@@ -39,7 +41,7 @@ def text(doc: str, groups: list[tuple[str, Any]], everything: bool = False) -> s
         of_group = [entry for group, entry in entries.values() if group == title]
         if of_group:
             lines += ["", _filled(title, width), "", *of_group]
-    more = f" --helpfull shows {hidden} more, which scripts set." if hidden else ""
+    more = f" --helpfull shows {hidden} more, which scripts set or every step that trains has." if hidden else ""
     return "\n".join([*lines, "", _filled(HOW + more, width)])
 
 
