@@ -20,7 +20,7 @@ from tests import gguf_files
 WORDS = {
     "recipe", "recipes", "domain_recipes", "chains", "orders", "optimizers", "multipliers", "profile_steps",  # names
     "phases", "precisions", "prompts", "batches", "contexts", "policies", "bits", "groups", "layers", "ahead",  # lists
-    "prompt", "system", "stop", "peer", "scope", "pattern", "hardware", "coordinator",
+    "prompt", "system", "stop", "peer", "scope", "pattern", "hardware", "coordinator", "wandb",
     "domains",  # pairs that hold paths: see below
 }  # fmt: skip
 

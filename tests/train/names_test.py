@@ -16,7 +16,7 @@ from efflm.formats import arrays, checkpoint
 from efflm.model import placement
 from efflm.parallel import meshes
 from efflm.train import callbacks, trainer
-from efflm.train.checkpointing import Checkpointing
+from efflm.train.checkpointing import Checkpointing, TrainingRun
 from tests import tiny
 
 NAMES = [
@@ -89,10 +89,10 @@ def test_what_orbax_would_misread_goes_by_another_name(path):
 def test_a_name_that_cannot_work_is_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "[t]"))
     with pytest.raises(InputError, match=r"\[run\].*set TMPDIR"):
-        checkpoint.TrainingRun(Checkpointing(directory=tmp_path / "[run]"))
+        TrainingRun(Checkpointing(directory=tmp_path / "[run]"))
     (tmp_path / "[t]").mkdir()
     with pytest.raises(InputError, match=r"\[run\].*set TMPDIR"):
-        checkpoint.TrainingRun(Checkpointing(directory=tmp_path / "[run]"))
+        TrainingRun(Checkpointing(directory=tmp_path / "[run]"))
     assert not (tmp_path / "[run]").exists()
     assert list((tmp_path / "[t]").iterdir()) == []
 
