@@ -19,7 +19,6 @@ from efflm.config import flag, require
 from efflm.config.train import TrainSettings
 from efflm.model import LanguageModel
 from efflm.model.params import in_layer
-from efflm.ops import lowrank
 
 
 def fresh(model: LanguageModel, rank: int, seed: int) -> Any:
@@ -37,31 +36,24 @@ def fresh(model: LanguageModel, rank: int, seed: int) -> Any:
     return trees.unflatten(made)
 
 
-def adapted(params: Any, adapters: Any) -> Any:
-    """The weights with their adapters beside them."""
-    a, b = (dict(trees.flatten(adapters[name])) for name in ("a", "b"))
-    return lowrank.join(params, {path: (a[path], b[path]) for path in a})
-
-
-def merged(fn: Callable[[jax.Array, Any], Any], params: Any, masks: ops.Masks) -> Any:
-    """In place of each adapted weight w fn(w as a float matrix, with zeros where masks drop weights; w)."""
-    masks = masks or {}
-
-    def one(path: str, w: Any) -> Any:
-        if not isinstance(w, ops.LowRank):
-            return w
-        whole = ops.in_float32(w)
-        return fn(jnp.where(masks[path], whole, 0.0) if path in masks else whole, w)
-
-    return trees.map_with_path(one, params)
-
-
 def low_rank(model: LanguageModel, rank: int, seed: int, merge: bool) -> training.Parametrization:
-    """Adapters beside weights that stay. merge: the loss is of the sums, as the weights' formats round them."""
+    """Adapters beside weights that stay. merge: the loss is of the sums, as the weights' formats round them, with zeros
+    where masks drop weights."""
+    masks = model.masks or {}
 
     def finish(fn: Callable[[jax.Array, Any], Any], adapters: Any, params: Any) -> Any:
-        beside = adapted(params, adapters)
-        return merged(fn, beside, model.masks) if merge else beside
+        a, b = (dict(trees.flatten(adapters[name])) for name in ("a", "b"))
+
+        def one(path: str, w: Any) -> Any:
+            if path not in a:
+                return w
+            beside = ops.LowRank(w, a[path], b[path])
+            if not merge:
+                return beside
+            whole = ops.in_float32(beside)
+            return fn(jnp.where(masks[path], whole, 0.0) if path in masks else whole, beside)
+
+        return trees.map_with_path(one, params)
 
     return training.Parametrization(
         start=lambda: fresh(model, rank, seed),
@@ -98,7 +90,7 @@ class Adapt(TrainSettings):
             "the model is pruned, and adapters beside its weights would fill their zeros: set adapt.merge",
         )
         teacher = training.teacher_of(self, context, model) if self.weight else None
-        objective = training.objective(self, model, teacher, **({"weight": self.weight} if teacher else {}))
+        objective = training.objective(self, model, teacher, weight=self.weight)
         adapters = low_rank(model, self.rank, context.seed, self.merge)
         return training.train(self, model, context, adapters, objective)
 

@@ -6,7 +6,7 @@ arXiv 1902.08153).
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -40,27 +40,24 @@ def rounded(w: jax.Array, log_scale: jax.Array, format: ops.Format) -> jax.Array
     return (clipped + jax.lax.stop_gradient(jnp.round(clipped) - clipped)) * scale
 
 
-def learned_scales(model: LanguageModel, of: Callable[[str], ops.Format | None]) -> training.Parametrization:
-    """All weights, and the scales of those that `of` gives a format, by which they are rounded. Others keep theirs."""
+def learned_scales(model: LanguageModel, formats: Mapping[str, ops.Format]) -> training.Parametrization:
+    """All weights, and the scales of those that have a format here, by which they are rounded. Others keep theirs."""
     weights = training.full(model)
 
     def start():
         params = weights.start()
-        scale = lambda path, w: jnp.log(qarray.grid_of(w, -2, of(path))[0])
-        return params | {LOG_SCALE: trees.unflatten({p: scale(p, w) for p, w in trees.flatten(params) if of(p)})}
+        scales = {p: jnp.log(qarray.grid_of(w, -2, formats[p])[0]) for p, w in trees.flatten(params) if p in formats}
+        return params | {LOG_SCALE: trees.unflatten(scales)}
 
     def each(rounding: Callable[..., Any], elsewhere: Callable[..., Any], trainable: Any) -> Any:
         scales = dict(trees.flatten(trainable[LOG_SCALE]))
-        one = lambda path, like, w: rounding(w, scales[path], of(path)) if path in scales else elsewhere(w, like)
+        one = lambda path, like, w: rounding(w, scales[path], formats[path]) if path in formats else elsewhere(w, like)
         return training.of_weights(one, model, trainable)
 
     stored = lambda w, log_scale, format: ops.quantize_array(w, -2, format, grid=(jnp.exp(log_scale), None))
-    return training.Parametrization(
-        start=start,
-        seen=lambda trainable, _: each(rounded, ops.straight_through, trainable),
-        finished=lambda trained: model.replace(params=each(stored, ops.requantize, trained)),
-        masks=model.masks,
-    )
+    seen = lambda trainable, _: each(rounded, ops.straight_through, trainable)
+    finished = lambda trained: model.replace(params=each(stored, ops.requantize, trained))
+    return dataclasses.replace(weights, start=start, seen=seen, finished=finished)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,24 +87,16 @@ class QAT(TrainSettings):
 
     def __call__(self, model: LanguageModel, context: Context):
         objective = training.objective(self, model, training.teacher_of(self, context, model) if self.distill else None)
-        return training.train(self, model, context, self.parametrization(model), objective)
-
-    def inside(self, path: str) -> ops.Format | None:
-        """The format of a matrix that is rounded while it is trained."""
-        return self._plan.of(path) if in_layer(path) else None
-
-    def parametrization(self, model: LanguageModel) -> training.Parametrization:
-        def of_layers(path: str, w: Any) -> Any:
-            format = self.inside(path)
-            return ops.quantize_array(ops.dequantize(w), -2, format) if format else w
-
+        paths = [path for path, _ in trees.flatten(model.params) if in_layer(path)]
+        formats = {path: format for path in paths if (format := self._plan.of(path))}
         if self.scales == "learned":
-            weights = learned_scales(model, self.inside)
+            weights = learned_scales(model, formats)
         else:
-            weights = training.full(model.replace(params=trees.map_with_path(of_layers, model.params)))
+            one = lambda p, w: ops.quantize_array(ops.dequantize(w), -2, formats[p]) if p in formats else w
+            weights = training.full(model.replace(params=trees.map_with_path(one, model.params)))
 
         def finished(trained: Any) -> LanguageModel:
             after = weights.finished(trained)
             return after.replace(params=nearest(after.params, self._plan, inside=False))
 
-        return dataclasses.replace(weights, finished=finished)
+        return training.train(self, model, context, dataclasses.replace(weights, finished=finished), objective)

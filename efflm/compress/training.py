@@ -99,7 +99,7 @@ def objective(
     step: TrainSettings, model: LanguageModel, teacher: LanguageModel | None = None, *, cached: bool = False, **how: Any
 ) -> Objective:
     """The cross-entropy of the text; with a teacher losses.distillation_loss, `cached` losses.cached_distillation_loss.
-    how: their settings. Raises InputError."""
+    how: the settings of these two, which text alone has none of. Raises InputError."""
     config, (policy, remat) = model.config, (policy_for(in_policy(step, model).config), step.remat)
     if not (teacher or cached):
         return losses.language_model_loss(config, policy, remat=remat, z_loss=step.z_loss), {}
