@@ -57,6 +57,18 @@ def left_to_later_collections():
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs_leave_room():
+    """A process may map 65,530 pieces of memory on most systems, and a compiled program needs several: XLA ends in a
+    segmentation fault when it is refused one."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 30_000:
+        jax.clear_caches()
+        gc.unfreeze()
+        gc.collect()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def corpora_of_the_tests(tmp_path_factory):
     """What the experiments prepare of text is not left in the user's cache."""

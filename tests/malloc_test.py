@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="the system does not
 
 def in_a_fresh_process(name: str, **environment: str) -> None:
     """Where nothing else takes and frees memory."""
-    program = f"from tests import memory_test; memory_test.{name}()"
+    program = f"from tests import malloc_test; malloc_test.{name}()"
     root, asked = Path(__file__).parent.parent, os.environ | {"GLIBC_TUNABLES": ""} | environment
     subprocess.run([sys.executable, "-c", program], check=True, cwd=root, timeout=120, env=asked)
 

@@ -147,8 +147,8 @@ def fit(
         first = int(state.step)
         require(
             first <= steps,
-            f"the checkpoint is that of step {first}, but this run asks for train.steps={steps}: raise it, or give "
-            "another --run_dir",
+            f"the checkpoint is that of step {first}, but this run asks for train.steps={steps}: raise it, or "
+            "give another folder",
         )
         if first and title:
             print(f"  {title}: going on from step {first} of {steps}", flush=True)

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+from typing import Literal
 
 import jax
 import pytest
 
 from efflm.compress.quantize import quantize
-from efflm.config.train import REMAT, Recompute, TrainConfig
+from efflm.config.train import REMAT, Recompute, TrainConfig, TrainSettings
 from efflm.infer import aot as infer_ahead
 from efflm.model import LanguageModel, init_params, params
 from efflm.model.presets import preset
@@ -108,6 +109,7 @@ def test_what_is_stored_grows_with_rows_alone_and_is_what_the_policy_keeps(name,
 
 def test_a_new_policy_of_rematerialization_is_one_entry(monkeypatch):
     monkeypatch.setitem(REMAT, "inputs", Recompute((), projections=1.0, attention=1.0, feedforward=1.0))
+    monkeypatch.setitem(TrainSettings.__annotations__, "remat", Literal[*REMAT])  # which an edit of the entries makes
     config, train = tiny.CONFIGS["llama"], dataclasses.replace(TRAIN, remat="full")
     named = dataclasses.replace(train, remat="inputs")
     for fn in (prediction.train_work, prediction.train_traffic, device.held):
