@@ -81,7 +81,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
         grammar.chains(run.recipe), {kind: steps[name] for name, kind in recipe.STEPS.items()}
     )
     plans, run_dir = {grammar.file_name(name): steps for name, steps in chains.items()}, Path(run.run_dir)
-    shared = grammar.to_toml({name: grammar.write(steps) for name, steps in chains.items()})
+    shared = {name: grammar.write(steps) for name, steps in chains.items()}
     run_directory.require_writable(run_dir, needs=run_directory.SMALL_FILES)
     loaded = sources.load(run.model, precision=run.precision, mesh=meshes.data_parallel(run.batch))
     dense, tokens, about = loaded.model, loaded.tokenizer, loaded.about
@@ -139,12 +139,13 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
         if len(loads) == 1:
             phases = analysis.inference(dense, protocol, rates[first], machine.measure((dense.config.precision,)))
         del after, here, models, model, pairs, models_of
+    listed = [text if name == text else f"{name} = {text}" for name, text in shared.items()]
     facts = [
         f"Quality: {scoring.protocol(text, score, before)}. Divergence: from the first model.",
         f"Speed: {protocol}; each model in turn with the first, whose rounds beside the second are shown: compare the "
         f"ratios, which are those of the same rounds. In brackets the quartiles.{machine.most(loads)}",
         f"Size: an uncompressed safetensors file; the source itself takes {numbers.megabytes(loaded.nbytes)} MB.",
-        f"Chains (recipe.toml): {'; '.join(shared.splitlines())}.",
+        f"Chains (recipe.toml): {'; '.join(listed)}.",
         *rows.cautions(run.model, about, text.known),
     ]
     commands = {first: command_line("experiments.evaluate", ["", f"--model={run.model}"])}
@@ -152,7 +153,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
     commands |= {name: command_for(text, sys.argv) for name, text in texts.items()}
     details = compared.details(rows.origin(run.model, about), about, records, written, run.prompt, tokens, commands)
     versions, command = run_directory.machine(), command_line("experiments.compress", sys.argv)
-    run_directory.write_whole(run_dir / "recipe.toml", shared)
+    run_directory.write_whole(run_dir / "recipe.toml", grammar.to_toml(shared))
     run_directory.write_json(
         run_dir / "results.json",
         {

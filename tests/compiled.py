@@ -41,7 +41,7 @@ def remove_old(kept: Path) -> None:
 
 
 class Kept(lru_cache.LRUCache):
-    """Files that are there whole or not at all, whoever else writes; the time of a file is that of its last use."""
+    """Files that are there whole or not at all, also where others write; the time of a file is that of its last use."""
 
     def get(self, key: str) -> bytes | None:
         value = super().get(key)

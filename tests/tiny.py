@@ -99,3 +99,11 @@ def batch(config: ModelConfig, rows: int = 8, length: int = 16, seed: int = 0) -
         "segments": segments,
         "positions": np.tile(positions, (rows, 1)).astype(np.int32),
     }
+
+
+MEASURED = {"seconds", "tokens_per_second", "step_seconds", "flop_utilization", "process_bytes", "device_bytes"}
+
+
+def repeatable(line):
+    """What of a line of metrics the same run writes again: not what the clock and the memory say."""
+    return {name: value for name, value in line.items() if name not in MEASURED}

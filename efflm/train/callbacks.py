@@ -177,6 +177,8 @@ def bar(training: Training) -> Iterator[Callable[[], None]]:
     def after() -> None:
         nonlocal shown
         step = training.step
+        if training.last:  # so that the last words are those of the last line
+            training.fetch()
         drawn.update(task, completed=step)
         if not console.is_terminal and (training.last or step * 5 // steps > shown):
             shown = step * 5 // steps

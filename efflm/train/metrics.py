@@ -12,7 +12,6 @@ import numpy as np
 from efflm.cli import run_directory
 from efflm.config import require
 
-MEASURED = {"seconds", "tokens_per_second", "step_seconds", "flop_utilization", "process_bytes", "device_bytes"}
 OWN = ".efflm"  # how the names of our event files end, so that no others are deleted
 
 
@@ -88,11 +87,6 @@ def read(file: Path) -> list[tuple[str, dict[str, Any]]]:
             break
         out.append((text, record))
     return out
-
-
-def repeatable(record: dict[str, Any]) -> dict[str, Any]:
-    """What the same run on the same devices writes again: not what the clock and the memory say."""
-    return {name: value for name, value in record.items() if name not in MEASURED}
 
 
 def curve(file: Path, name: str = "loss") -> tuple[np.ndarray, np.ndarray]:

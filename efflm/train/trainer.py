@@ -25,7 +25,7 @@ from efflm.train.checkpointing import Checkpointing, TrainingRun
 from efflm.train.losses import LossFn
 from efflm.train.step import TrainState, abstract_state, make_init, make_step, place
 
-Batches = Callable[[int], dict[str, Any]]  # step -> the rows of that step (see `place`), whoever asks and whenever
+Batches = Callable[[int], dict[str, Any]]  # step -> its rows (see `place`), a function of the step alone
 Programs = dict[Hashable, tuple[Callable, Callable]]  # by all that they depend on: the jitted init and step
 REMEDY = (  # where the training of a model diverges
     "lower train.learning_rate, lengthen train.warmup, set train.policy to bfloat16, or leave such steps out with "
@@ -165,14 +165,14 @@ def fit(
             scaled=like.loss_scale is not None,
             leaves=[path for path, _ in trees.flatten(like.trainable, inside=True)],
         )
-        usual = [callbacks.bar, callbacks.watchdog] if title and processes.is_first() else []
+        usual = [callbacks.watchdog, callbacks.bar] if title and processes.is_first() else []
         last = [saved.saving(asked_to_stop)] if saved else []
         after_step = [stack.enter_context(each(training)) for each in (*watched, *usual, *last)]
         for step in range(first, steps):
             state, metrics = step_fn(state, frozen, place(task.batches(step), mesh))
             training.add(state, metrics)
             if step == first and programs is None:  # what lives until the end is not looked through again and again
-                if not gc.get_freeze_count():  # else whoever has frozen keeps it so
+                if not gc.get_freeze_count():  # else what was frozen before stays frozen
                     stack.callback(gc.unfreeze)
                 gc.collect()
                 gc.freeze()

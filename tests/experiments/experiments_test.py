@@ -33,7 +33,6 @@ from efflm.report import samples
 from efflm.report.comparison import Limits
 from efflm.train import aot, trainer
 from efflm.train.checkpointing import Checkpointing, TrainingRun
-from efflm.train.metrics import repeatable
 from experiments import compress, evaluate, pretrain, quickstart
 from tests import tiny
 
@@ -197,7 +196,7 @@ def test_a_fresh_run_with_the_same_seed_gives_the_same_model(trained, corpus, tm
 def test_a_stopped_run_goes_on_by_the_same_command(corpus, tmp_path, monkeypatch, capsys):
     flags = [f"--corpus={corpus}", *TINY, "--checkpoint_every=2", "--train.log_every=1"]
     metrics = lambda name: [
-        repeatable(json.loads(line)) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        tiny.repeatable(json.loads(line)) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
     ]
     run(pretrain, f"--run_dir={tmp_path / 'calm'}", *flags)
     calm, placed = capsys.readouterr().out.splitlines()[-2], []

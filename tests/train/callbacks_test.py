@@ -86,6 +86,12 @@ def test_lines_say_rate_memory_and_the_speed_since_the_line_before(tmp_path, mon
     assert all(line["process_bytes"] > 1e7 for line in lines)
 
 
+def test_the_last_words_of_a_bar_are_those_of_the_last_line(tmp_path, capsys):
+    train(callbacks.lines(tmp_path / "lines.jsonl"), title="training")
+    loss = written(tmp_path / "lines.jsonl")[-1]["loss"]
+    assert f"step 6/6  loss {loss:.3f}" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_a_step_that_does_not_end_is_told_once(capsys):
     """Steps of some milliseconds, one that takes a second."""
 

@@ -44,6 +44,7 @@ from efflm.parallel import meshes
 from efflm.train import callbacks, metrics, trainer
 from efflm.train.aot import random_rows, training_step
 from efflm.train.checkpointing import Checkpointing, TrainingRun
+from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 SHAPE = ModelShape(layers=2, width=64, heads=4, kv_heads=2, mlp_dim=128, vocabulary=512, max_length=32)
@@ -95,7 +96,7 @@ def train(run: Run) -> None:
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
     """The metrics that do not differ from run to run; a line that a kill cut off ends them."""
-    return [metrics.repeatable(record) for _, record in metrics.read(run_dir / "metrics.jsonl")]
+    return [tiny.repeatable(record) for _, record in metrics.read(run_dir / "metrics.jsonl")]
 
 
 def last_step(run_dir: Path) -> int:

@@ -27,7 +27,6 @@ from efflm.parallel import meshes, processes
 from efflm.precision import LossScale
 from efflm.train import callbacks, trainer
 from efflm.train.checkpointing import Checkpointing
-from efflm.train.metrics import repeatable
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent.parent
@@ -80,7 +79,7 @@ def dying_at(fatal, before=rows):
 def metrics(folder):
     """The lines, without what the clock and the memory say."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [repeatable(line) for line in lines]
+    return [tiny.repeatable(line) for line in lines]
 
 
 def steps_in(folder):
