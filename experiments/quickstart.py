@@ -3,7 +3,7 @@
     bash launch/quickstart.sh
     bash launch/quickstart.sh --corpus=FOLDER --run_dir=runs/mine --train.steps=300 --seed=1
 
-Expect, in 6 to 9 minutes on two cores, a table in the terminal and in runs/quickstart: report.html, results.json,
+Expect, in 5 to 9 minutes on two cores, a table in the terminal and in runs/quickstart: report.html, results.json,
 metrics.jsonl and curves/, the trained model in checkpoint/ and every compressed one in models/.
 """
 
