@@ -11,8 +11,8 @@ import numpy as np
 from efflm.report import numbers, page, plots, samples, table, verdicts
 from efflm.report.analysis import NAMES
 from efflm.report.comparison import Comparison, protocol, times
-from efflm.report.page import Bars, Detail, Section, Step, Table
-from efflm.report.plots import Chart
+from efflm.report.page import Bars, Detail, Section, Table
+from efflm.report.plots import Chart, Point
 from efflm.report.rows import Row
 
 Record = Any  # compress.step.Record, which is not imported here
@@ -72,27 +72,29 @@ def write(
 
 def tradeoffs(rows: Sequence[Row]) -> list[Chart]:
     """Loss over the first row against bytes, and against the time of decode and of prefill as a share of its time."""
-    drawn = [_tradeoff(rows, [row.bytes / 1e6 for row in rows], None, "MB on disk", "MB")]
+    drawn = [_tradeoff(rows, [(row.bytes / 1e6, None) for row in rows], "MB on disk", "MB")]
     for phase, label in (("decode", "a decoded token"), ("prefill", "a token of prefill")):
-        found = [times(row, phase) for row in rows]
-        ranges = [(1 / (ratio + (error or 0.0)), 1 / max(ratio - (error or 0.0), ratio / 2)) for ratio, error in found]
-        label = f"time of {label}, batch 1, over that of {rows[0].name}"
-        drawn.append(_tradeoff(rows, [1 / ratio for ratio, _ in found], ranges, label, "times the time"))
+        costs = []
+        for ratio, error in (times(row, phase) for row in rows):
+            error = error or 0.0
+            costs.append((1 / ratio, (1 / (ratio + error), 1 / max(ratio - error, ratio / 2))))
+        drawn.append(_tradeoff(rows, costs, f"time of {label}, batch 1, over that of {rows[0].name}", "times the time"))
     return drawn
 
 
-def _tradeoff(
-    rows: Sequence[Row], costs: list[float], ranges: list[tuple[float, float]] | None, label: str, unit: str
-) -> Chart:
-    names = [row.name for row in rows]
-    losses = [row.bits_per_byte_over_dense or 0.0 for row in rows]
-    errors = [row.bits_per_byte_over_dense_stderr or 0.0 for row in rows]
-    shown = [f"{cost:.3g} {unit}, {_loss(row)}" for cost, row in zip(costs, rows)]
-    tips = [f"{name}: {words}" for name, words in zip(names, shown)]
-    figure, _, front = plots.tradeoff(names, costs, ranges, losses, errors, label, tips)
-    best = "; ".join(tips[i] for i in front)
-    alt = f"Loss over {names[0]} against {label}, {len(rows)} models. Not beaten: {best}."
-    return plots.chart(figure, alt, f"Not beaten, by the medians: {', '.join(names[i] for i in front)}.")
+def _tradeoff(rows: Sequence[Row], costs: Sequence[tuple[float, Any]], label: str, unit: str) -> Chart:
+    """costs: of each row, and what it may be."""
+    points = [
+        Point(
+            row.name, cost, row.bits_per_byte_over_dense or 0.0, row.bits_per_byte_over_dense_stderr,
+            f"{row.name}: {cost:.3g} {unit}, {_loss(row)}", span,
+        )
+        for row, (cost, span) in zip(rows, costs, strict=True)
+    ]  # fmt: skip
+    figure, front = plots.tradeoff(points, label)
+    best = "; ".join(each.tip for each in front)
+    alt = f"Loss over {rows[0].name} against {label}, {len(rows)} models. Not beaten: {best}."
+    return plots.chart(figure, alt, f"Not beaten, by the medians: {', '.join(each.name for each in front)}.")
 
 
 def _loss(row: Row) -> str:
@@ -149,23 +151,23 @@ def details(
     return found
 
 
-def before(origin: str, about: dict[str, Any]) -> list[Step]:
+def before(origin: str, about: dict[str, Any]) -> list[tuple[str, str]]:
     """How the first model was made, as far as it is known. about: see formats.sources.Loaded."""
     if "train.steps" not in about:
-        return [Step("loaded", origin), *map(_step, about.get("lineage", ()))]
+        return [("loaded", origin), *map(_step, about.get("lineage", ()))]
     words = (
         f"{about['train.steps']} steps of {about['train.batch']} × {about['train.length']} tokens of "
         f"{about['source']}, {about['train.optimizer']}, learning rate {about['train.learning_rate']}, "
         f"{about['train.policy']}; seed {about['seed']}, text {about['corpus'][:12]}, tokenizer "
         f"{about['tokenizer'][:12]}"
     )
-    return [Step("trained", words), *map(_step, about.get("lineage", ()))]
+    return [("trained", words), *map(_step, about.get("lineage", ()))]
 
 
-def _step(record: dict[str, Any]) -> Step:
+def _step(record: dict[str, Any]) -> tuple[str, str]:
     """A step of a model's lineage (the fields of compress.step.Record) in words."""
     given = ", ".join(f"{name}={value}" for name, value in record["settings"].items())
     text = f", text {record['corpus'][:12]}, tokenizer {record['tokenizer'][:12]}" if record["corpus"] else ""
     changed = f"{len(record['leaves'])} weight{'s' * (len(record['leaves']) != 1)}"
     words = f"({given}) changed {changed}; seed {record['seed']}{text}; made from model {record['parent']}"
-    return Step(record["step"], words)
+    return record["step"], words

@@ -23,9 +23,8 @@ from efflm.config import flag, require
 from efflm.evaluate import quality, throughput
 from efflm.evaluate.quality import Quality
 from efflm.evaluate.throughput import Rate
-from efflm.report.rows import Row
+from efflm.report.rows import PHASES, Row
 
-PHASES = ("prefill", "decode")
 QUALITIES = {"loss": "bits_per_byte_over_dense", "divergence": "kl_to_dense", "agreement": "top1_agreement"}
 FIGURES = (*PHASES, *QUALITIES)  # those that have errors: bytes have none
 CHANCE = 0.05  # that any of the differences that count is chance

@@ -8,14 +8,14 @@ import numpy as np
 from efflm.report.colors import MUTED, PAPER
 
 
-def beside(axis: Any, xs: np.ndarray, ys: np.ndarray, names: Sequence[str]) -> list[Any]:
+def beside(axis: Any, xs: np.ndarray, ys: np.ndarray, names: Sequence[str]) -> None:
     """A name beside each point, where it covers no point and no other name; a thin line leads to it from afar.
 
     Points whose name is empty have none.
     """
     renderer = axis.figure.canvas.get_renderer()
     points = axis.transData.transform(np.stack([xs, ys], axis=1))
-    inside, taken, labels = axis.get_window_extent(renderer), [], []
+    inside, taken = axis.get_window_extent(renderer), []
     scale = axis.figure.dpi / 72
     for name, (px, py) in _grouped(names, points, near=3 * scale):
         text = axis.annotate(
@@ -27,20 +27,12 @@ def beside(axis: Any, xs: np.ndarray, ys: np.ndarray, names: Sequence[str]) -> l
         box = text.get_window_extent(renderer)
         width, height = box.width + 4, box.height + 2
         for dx, dy in _offsets(width, height):
-            left, bottom = px + dx, py + dy - height / 2
-            edges = (left, bottom, left + width, bottom + height)
-            free = not any(_overlap(edges, other) for other in taken)
-            clear = not np.any(
-                (points[:, 0] > edges[0] - 5) & (points[:, 0] < edges[2] + 5)
-                & (points[:, 1] > edges[1] - 4) & (points[:, 1] < edges[3] + 4)
-            )  # fmt: skip
-            within = edges[0] > inside.x0 and edges[2] < inside.x1 and edges[1] > inside.y0 and edges[3] < inside.y1
-            if free and clear and within:
+            place = box.from_bounds(px + dx, py + dy - height / 2, width, height)
+            within = np.all(inside.min < place.min) and np.all(place.max < inside.max)
+            if within and not place.count_overlaps(taken) and not place.padded(5, 4).count_contains(points):
                 break
-        taken.append(edges)
+        taken.append(place)
         text.set_position(((dx + 2) / scale, dy / scale))
-        labels.append(text)
-    return labels
 
 
 def _grouped(names: Sequence[str], points: np.ndarray, near: float) -> list[tuple[str, np.ndarray]]:
@@ -66,7 +58,3 @@ def _offsets(width: float, height: float) -> list[tuple[float, float]]:
         for dy in dict.fromkeys((rise, -rise)):
             found += [(aside, dy), (-width - aside, dy), (-width / 2, dy + np.sign(dy) * (height / 2 + 3))]
     return found
-
-
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

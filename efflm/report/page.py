@@ -1,6 +1,7 @@
 """The report: one HTML page that stands by itself. Style and script are in it, nothing is requested from elsewhere."""
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -17,19 +18,12 @@ from efflm.report.verdicts import Verdict
 HERE = Path(__file__).parent
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One step of how a model was made."""
-
-    name: str
-    words: str
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Detail:
-    """What a row opens to. samples: {model: what it writes}, the first row's first; command: makes just this row."""
+    """What a row opens to. lineage: the steps by which the model was made, by name and in words; samples: {model: what
+    it writes}, the first row's first; command: makes just this row."""
 
-    lineage: Sequence[Step] = ()
+    lineage: Sequence[tuple[str, str]] = ()
     samples: dict[str, Sample] = dataclasses.field(default_factory=dict)
     agreement: str = ""
     command: str = ""
@@ -59,12 +53,8 @@ class Table:
     @property
     def groups(self) -> list[tuple[str, int]]:
         """(name, how many columns), left to right; empty where no column belongs to one."""
-        found: list[tuple[str, int]] = []
-        for column in self.columns:
-            if found and found[-1][0] == column.group:
-                found[-1] = (column.group, found[-1][1] + 1)
-            else:
-                found.append((column.group, 1))
+        groups = itertools.groupby(column.group for column in self.columns)
+        found = [(name, len(list(columns))) for name, columns in groups]
         return found if any(name for name, _ in found) else []
 
     def detail(self, row: Any) -> Detail | None:
@@ -93,16 +83,12 @@ def _key(value: float | None) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    share: float
-    tip: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Bar:
+    """pieces: how much of the track's width each takes, in percent, and what pointing at it shows."""
+
     name: str
     total: str
-    pieces: Sequence[Piece]
+    pieces: Sequence[tuple[float, str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +103,8 @@ class Bars:
 def bars(caption: str, values: dict[str, dict[str, float]], unit: str, scale: float, each_whole: bool = False) -> Bars:
     """values: {name: {part: value}}, shown as value / scale in `unit`; each_whole: every bar is as long as the others,
     where the totals are no measure of each other. A value that is not finite has no length."""
-    values = {name: {part: _length(value) for part, value in found.items()} for name, found in values.items()}
+    finite = lambda value: value if math.isfinite(value) else 0.0
+    values = {name: {part: finite(value) for part, value in found.items()} for name, found in values.items()}
     parts = list(dict.fromkeys(part for found in values.values() for part in found))
     totals = {name: sum(found.values()) for name, found in values.items()}
     longest, out = max(totals.values()), []
@@ -128,13 +115,9 @@ def bars(caption: str, values: dict[str, dict[str, float]], unit: str, scale: fl
         for part in parts:
             value = found.get(part, 0.0)
             tip = f"{name}, {part}: {numbers.three_digits(value / scale)} {unit} ({value / (total or 1.0):.0%})"
-            pieces.append(Piece(round(100 * value / whole, 3), tip))
+            pieces.append((round(100 * value / whole, 3), tip))
         out.append(Bar(name, f"{numbers.three_digits(total / scale)} {unit}", pieces))
     return Bars(caption, parts, out)
-
-
-def _length(value: float) -> float:
-    return value if math.isfinite(value) else 0.0
 
 
 @dataclasses.dataclass(frozen=True)

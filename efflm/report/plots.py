@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,12 @@ from efflm.report.colors import ACCENT, INK, LINE, MUTED, SERIES, VARIABLES
 LINEAR = 1e-3  # bits per byte; smaller differences are drawn to a linear scale
 LARGEST = 1e100  # what is beyond has no place on an axis
 MOST_NAMES = 16  # beside points: more would cover the plot
+STYLE = {
+    "svg.fonttype": "none", "svg.hashsalt": "efflm", "font.size": 9, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.color": LINE, "grid.linewidth": 0.5, "axes.axisbelow": True,
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED,
+    "legend.labelcolor": INK,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,37 +35,34 @@ class Chart:
     caption: str
 
 
-def tradeoff(
-    names: Sequence[str],
-    costs: Sequence[float],
-    ranges: Sequence[tuple[float, float]] | None,
-    losses: Sequence[float],
-    errors: Sequence[float],
-    label: str,
-    tips: Sequence[str],
-) -> tuple[Any, list[Any], list[int]]:
-    """Loss over the first model against a cost: a figure, its labels, which do not overlap, and the Pareto front.
+class Point(NamedTuple):
+    """A model in a plot of loss against a cost. error: of the loss; span: what the cost may be; tip: what pointing at
+    it shows."""
+
+    name: str
+    cost: float
+    loss: float
+    error: float | None
+    tip: str
+    span: tuple[float, float] | None = None
+
+
+def tradeoff(models: Sequence[Point], label: str) -> tuple[Any, list[Point]]:
+    """Loss over the first model against a cost: a figure, and the Pareto front.
 
     Lower left is better; the line joins the models that no other one beats in both. Vertical bars are standard errors,
-    horizontal ones the `ranges` of the cost. The vertical axis is linear up to LINEAR and logarithmic beyond. Models
-    whose points coincide share a label. Of more than MOST_NAMES models only the first and the front are named. tips:
-    what pointing at each shows. A model whose loss is not finite, or beyond LARGEST, has no
-    point.
+    horizontal ones the spans of the cost, where all have one. The vertical axis is linear up to LINEAR and logarithmic
+    beyond. Models whose points coincide share a label. Of more than MOST_NAMES models only the first and the front are
+    named. A model whose loss or cost is not finite, or beyond LARGEST, has no point.
     """
-    shown = [index for index, pair in enumerate(zip(costs, losses)) if np.all(_drawn(pair))]
-    if len(shown) < len(names):
-        part = lambda values: [values[index] for index in shown]
-        few = None if ranges is None else part(ranges)
-        given = (part(names), part(costs), few, part(losses), part(errors), label, part(tips))
-        figure, texts, front = tradeoff(*given)
-        return figure, texts, [shown[index] for index in front]
-    with _style() as pyplot:
-        figure, axis = pyplot.subplots(figsize=(4.7, 3.9), layout="constrained")
-        xs, ys, error = (np.array(values, np.float64) for values in (costs, losses, errors))
+    first, models = models[0].name, [each for each in models if np.all(_drawn((each.cost, each.loss)))]
+    with _panel(3.9, layout="constrained") as axis:
+        if not models:
+            return axis.figure, []
+        column = lambda name: np.array([getattr(each, name) for each in models], np.float64)
+        xs, ys, error = column("cost"), column("loss"), column("error")
         error[~_drawn(error)] = 0.0
-        if not shown:
-            return figure, [], []
-        ends = None if ranges is None else np.abs(np.array(ranges) - xs[:, None]).T
+        ends = np.abs(column("span") - xs[:, None]).T if all(each.span for each in models) else None
         axis.set_yscale("symlog", linthresh=LINEAR, linscale=0.6)
         axis.axhline(0, color=LINE, linewidth=1, zorder=0)
         front = _front(xs, ys)
@@ -73,14 +76,14 @@ def tradeoff(
         low, high = (ys - error).min(), (ys + error).max()
         axis.set_ylim(min(-2 * LINEAR, 1.6 * low), max(2 * LINEAR, 2.2 * high))
         axis.set_xlabel(label)
-        axis.set_ylabel(f"bits per byte over {names[0]}", parse_math=False)
-        for index, (x, y) in enumerate(zip(xs, ys)):  # what reacts to the pointer: larger than what is seen
-            axis.plot(x, y, "o", markersize=17, color=ACCENT, alpha=0, zorder=5, gid=_gid(tips[index], names[index]))
-        figure.canvas.draw()
-        figure.set_layout_engine("none")  # as it was laid out without the labels, which are placed in its pixels
-        named = {0, *front} if len(names) > MOST_NAMES else range(len(names))
-        shown = [name if index in named else "" for index, name in enumerate(names)]
-        return figure, labels.beside(axis, xs, ys, shown), front
+        axis.set_ylabel(f"bits per byte over {first}", parse_math=False)
+        for x, y, each in zip(xs, ys, models):  # what reacts to the pointer: larger than what is seen
+            axis.plot(x, y, "o", markersize=17, color=ACCENT, alpha=0, zorder=5, gid=_gid(each.tip, each.name))
+        axis.figure.canvas.draw()
+        axis.figure.set_layout_engine("none")  # as it was laid out without the labels, which are placed in its pixels
+        named = {0, *front} if len(models) > MOST_NAMES else range(len(models))
+        labels.beside(axis, xs, ys, [each.name if index in named else "" for index, each in enumerate(models)])
+        return axis.figure, [models[index] for index in front]
 
 
 def _front(xs: np.ndarray, ys: np.ndarray) -> list[int]:
@@ -99,8 +102,7 @@ def curves(
     that are not finite, or beyond LARGEST, are left out.
     """
     found = _drawable(found)
-    with _style() as pyplot:
-        figure, axis = pyplot.subplots(figsize=(4.7, 3.7))
+    with _panel() as axis:
         for index, (name, (xs, losses)) in enumerate(found.items()):
             tip = f"{name}: {losses[-1]:.3f} after {xs[-1]:,.0f} {across.split()[0]}"
             axis.plot(xs, losses, color=SERIES[index % len(SERIES)], linewidth=1.3)
@@ -112,7 +114,7 @@ def curves(
         if high > low:
             axis.set_ylim(low - 0.05 * (high - low), high)
         _name_ends(axis, found)
-        return figure
+        return axis.figure
 
 
 def sweeps(found: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], across: str, label: str, least: float) -> Any:
@@ -122,8 +124,7 @@ def sweeps(found: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], across: 
     or beyond LARGEST, are left out.
     """
     found = _drawable(found)
-    with _style() as pyplot:
-        figure, axis = pyplot.subplots(figsize=(4.7, 3.7))
+    with _panel() as axis:
         axis.set_yscale("log")
         if _drawn(least):
             axis.axhline(least, color=MUTED, linewidth=1, linestyle=":")
@@ -139,7 +140,7 @@ def sweeps(found: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], across: 
         axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if top < 10 * bottom else "")
         axis.set_xticks(sorted({float(x) for xs, _, _ in found.values() for x in xs}))
         _name_ends(axis, {name: (xs, values) for name, (xs, values, _) in found.items()})
-        return figure
+        return axis.figure
 
 
 def _drawn(values: Any) -> np.ndarray:
@@ -175,8 +176,7 @@ def components(
     lengths: list[int], parts: dict[str, list[float]], label: str, mark: tuple[float, str] | None = None
 ) -> Any:
     """A figure of what each component adds, against the positions a token sees; mark: a position, and its words."""
-    with _style() as pyplot:
-        figure, axis = pyplot.subplots(figsize=(4.7, 3.7))
+    with _panel() as axis:
         for index, (name, values) in enumerate(parts.items()):
             axis.plot(
                 lengths, values, color=SERIES[index], gid=_gid(f"{name}: {values[-1]:,.1f} at {lengths[-1]:,}", name)
@@ -194,14 +194,13 @@ def components(
                 mark[1], place, xytext=(-4, 8), textcoords="offset points", ha="right", color=MUTED, fontsize=8
             )
         _name_ends(axis, {name: (np.array(lengths), np.array(values)) for name, values in parts.items()})
-        return figure
+        return axis.figure
 
 
 def roofline(points: dict[str, tuple[float, float, float | None]], roof: tuple[str, float, float]) -> Any:
     """A figure of FLOP/s against FLOPs a byte. points: {phase: (FLOPs a byte, FLOP/s predicted and measured)}; roof:
     (name, FLOP/s, bytes/s)."""
-    with _style() as pyplot:
-        figure, axis = pyplot.subplots(figsize=(4.7, 3.7))
+    with _panel() as axis:
         name, peak, bandwidth = roof
         xs = [x for x, _, _ in points.values()]
         span = np.geomspace(min([*xs, peak / bandwidth]) / 3, max([*xs, peak / bandwidth]) * 3, 200)
@@ -213,28 +212,21 @@ def roofline(points: dict[str, tuple[float, float, float | None]], roof: tuple[s
             axis.plot(x, shown / 1e9, marker if measured else "", color=color, markersize=7, label=phase, gid=tip)
         axis.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="GFLOP/s")
         axis.legend(frameon=False, title="open: predicted, filled: measured", loc="lower right", fontsize=8)
-        return figure
+        return axis.figure
 
 
 # --- from figures to files and pages ---------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _style() -> Iterator[Any]:
+def _panel(height: float = 3.7, **how: Any) -> Iterator[Any]:
+    """The axes of a new figure, while what is drawn has STYLE."""
     import matplotlib  # here, for its only use: it is slow to import
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    how = {
-        "svg.fonttype": "none", "svg.hashsalt": "efflm", "font.size": 9, "axes.spines.top": False,
-        "axes.spines.right": False, "axes.grid": True, "grid.color": LINE, "grid.linewidth": 0.5,
-        "axes.axisbelow": True,
-        "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED,
-        "legend.labelcolor": INK,
-    }  # fmt: skip
-    with matplotlib.rc_context(how):
-        yield pyplot
+    with matplotlib.rc_context(STYLE):
+        yield FigureCanvasAgg(Figure(figsize=(4.7, height), **how)).figure.subplots()
 
 
 def _gid(tip: str, name: str) -> str:
@@ -272,13 +264,10 @@ def _mark(found: re.Match) -> str:
 
 
 def _written(figure: Any, kind: str) -> bytes:
-    from matplotlib import pyplot
+    import matplotlib
 
-    buffer = io.BytesIO()
-    none = {"png": {"Software": None}, "svg": {"Date": None}}[kind]
-    with _style():
-        figure.savefig(
-            buffer, format=kind, dpi=130, metadata=none, bbox_inches="tight", transparent=kind == "svg", pad_inches=0.05
-        )
-    pyplot.close(figure)
+    buffer, none = io.BytesIO(), {"png": {"Software": None}, "svg": {"Date": None}}[kind]
+    how = {"dpi": 130, "bbox_inches": "tight", "pad_inches": 0.05, "transparent": kind == "svg"}
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format=kind, metadata=none, **how)
     return buffer.getvalue()

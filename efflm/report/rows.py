@@ -15,6 +15,8 @@ from efflm.model import LanguageModel, params
 from efflm.model.params import Component
 from efflm.report import numbers
 
+PHASES = ("prefill", "decode")
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -131,42 +133,33 @@ def make(
     (see throughput.ratio) to what it did in the same rounds, perhaps at another time than those of other rows.
     component_bytes: of the weights on disk by component.
     """
-    prefill, decode = rates or (None, None)
-    bits, error = quality.bits_per_byte(measured)
-    none, ratios = (None, None), dict.fromkeys(("prefill", "decode"), (None, None))
-    over, over_error = quality.paired_difference(measured, base[0]) if base else none
-    words = [note]
-    if base and rates and base[1]:
-        ratios = {phase: throughput.ratio(*pair) for phase, *pair in zip(ratios, rates, base[1], strict=True)}
-        words += [f"{phase} {' '.join(numbers.times(*found))} the first row's" for phase, found in ratios.items()]
-    perplexity, perplexity_error = quality.perplexity(measured)
-    kl, kl_error = quality.divergence(measured) if base else none
-    same, same_error = quality.agreement(measured) if base else none
+    other, base_rates = base or (None, None)
+    none, words, speeds = (None, None), [note], {}
+    ratios = {f"{phase}_over_dense": none for phase in PHASES}
+    if rates and base_rates:
+        ratios = {name: throughput.ratio(*pair) for name, *pair in zip(ratios, rates, base_rates, strict=True)}
+        shown = zip(PHASES, ratios.values(), strict=True)
+        words += [f"{phase} {' '.join(numbers.times(*ratio))} the first row's" for phase, ratio in shown]
+    for phase, rate in zip(PHASES, rates or none, strict=True):
+        speeds[f"{phase}_tokens_per_second"] = rate and round(rate.median, 1)
+        speeds[f"{phase}_spread"] = rate and (round(rate.low, 1), round(rate.high, 1))
+    with_errors = ratios | {
+        "bits_per_byte": quality.bits_per_byte(measured),
+        "bits_per_byte_over_dense": quality.paired_difference(measured, other) if other else none,
+        "perplexity": quality.perplexity(measured),
+        "kl_to_dense": quality.divergence(measured) if other else none,
+        "top1_agreement": quality.agreement(measured) if other else none,
+    }
     figures = {
         "precision": model.config.precision,
         "parameters": trees.count(model.params),
         "nonzeros": ops.nonzeros(model.params),
         "bytes": size,
         "component_bytes": component_bytes(model),
-        "prefill_tokens_per_second": prefill and round(prefill.median, 1),
-        "prefill_spread": prefill and (round(prefill.low, 1), round(prefill.high, 1)),
-        "decode_tokens_per_second": decode and round(decode.median, 1),
-        "decode_spread": decode and (round(decode.low, 1), round(decode.high, 1)),
-        "prefill_over_dense": ratios["prefill"][0],
-        "prefill_over_dense_stderr": ratios["prefill"][1],
-        "decode_over_dense": ratios["decode"][0],
-        "decode_over_dense_stderr": ratios["decode"][1],
-        "bits_per_byte": bits,
-        "bits_per_byte_stderr": error,
-        "bits_per_byte_over_dense": over,
-        "bits_per_byte_over_dense_stderr": over_error,
-        "perplexity": perplexity,
-        "perplexity_stderr": perplexity_error,
-        "kl_to_dense": kl,
-        "kl_to_dense_stderr": kl_error,
-        "top1_agreement": same,
-        "top1_agreement_stderr": same_error,
+        **speeds,
     }
+    for figure, (value, error) in with_errors.items():
+        figures |= {figure: value, f"{figure}_stderr": error}
     return Row(name, figures, "; ".join(word for word in words if word))
 
 

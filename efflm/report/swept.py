@@ -10,7 +10,7 @@ import numpy as np
 from efflm.evaluate import quality
 from efflm.evaluate.quality import Quality
 from efflm.report import numbers, plots
-from efflm.report.plots import Chart
+from efflm.report.plots import Chart, Point
 from efflm.report.rows import Row
 from efflm.report.table import Column, figure
 
@@ -119,14 +119,13 @@ def charts(rows: Sequence[Row]) -> list[Chart]:
 
 def front(rows: Sequence[Row]) -> Chart:
     """Loss against bytes, and the recipes that no other one beats in both."""
-    names, costs = [row.name for row in rows], [row.bytes / 1e6 for row in rows]
-    losses, errors = [row.over_dense or 0.0 for row in rows], [row.error for row in rows]
-    tips = [f"{row.name}: {row.bytes / 1e6:.4g} MB, {row.over_dense or 0.0:+.4f} bits/byte" for row in rows]
-    figure, _, best = plots.tradeoff(names, costs, None, losses, errors, "MB on disk", tips)
-    listed = ", ".join(names[i] for i in best)
-    return plots.chart(
-        figure, f"Loss against bytes, {len(rows)} models. Not beaten: {listed}.", f"Not beaten: {listed}."
-    )
+    points = []
+    for row in rows:
+        cost, loss = row.bytes / 1e6, row.over_dense or 0.0
+        points.append(Point(row.name, cost, loss, row.error, f"{row.name}: {cost:.4g} MB, {loss:+.4f} bits/byte"))
+    figure, best = plots.tradeoff(points, "MB on disk")
+    listed = f"Not beaten: {', '.join(each.name for each in best)}."
+    return plots.chart(figure, f"Loss against bytes, {len(rows)} models. {listed}", listed)
 
 
 Grid = Mapping[str, Mapping[str, float]]  # {calibration text: {test text: bits per byte over the model before}}

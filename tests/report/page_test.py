@@ -6,7 +6,7 @@ import pytest
 
 from efflm.report import compared, page
 from efflm.report.comparison import Comparison
-from efflm.report.page import Detail, Section, Step, Table
+from efflm.report.page import Detail, Section, Table
 from efflm.report.rows import Row
 from efflm.report.samples import Sample
 from efflm.report.table import COLUMNS, Column
@@ -29,7 +29,7 @@ def report(tmp_path_factory):
     first = Sample("def f", "(x):\n    return 1")
     details = {
         row.name: Detail(
-            lineage=[Step("trained", HOSTILE)],
+            lineage=[("trained", HOSTILE)],
             samples={"float32": first, row.name: Sample("def f", "(x):", " pass", HOSTILE)},
             agreement="The first 3 tokens are those of float32.",
             command=f"run --recipe={row.name}",
@@ -78,14 +78,14 @@ def test_what_is_not_finite_sorts_as_a_number_or_comes_last():
 
 def test_a_bar_of_nothing_or_of_what_is_not_finite_has_no_length():
     bars = page.bars("c", {"one": {"a": float("nan"), "b": 0.0}}, "MB", 1e6)
-    assert [piece.share for piece in bars.bars[0].pieces] == [0.0, 0.0]
+    assert [share for share, _ in bars.bars[0].pieces] == [0.0, 0.0]
 
 
 def test_a_bar_s_pieces_are_its_parts():
     bars = page.bars("c", {"one": {"a": 3e6, "b": 1e6}, "two": {"b": 2e6}}, "MB", 1e6)
     assert bars.parts == ["a", "b"]
-    assert [[piece.share for piece in bar.pieces] for bar in bars.bars] == [[75, 25], [0, 50]]
-    assert bars.bars[0].pieces[0].tip == "one, a: 3.00 MB (75%)"
+    assert [[share for share, _ in bar.pieces] for bar in bars.bars] == [[75, 25], [0, 50]]
+    assert bars.bars[0].pieces[0][1] == "one, a: 3.00 MB (75%)"
     assert [bar.total for bar in bars.bars] == ["4.00 MB", "2.00 MB"]
 
 

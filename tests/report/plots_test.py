@@ -6,6 +6,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from efflm.report import colors, plots
+from efflm.report.plots import Point
 
 
 def drawn(count, seed, names=None):
@@ -14,12 +15,14 @@ def drawn(count, seed, names=None):
     names = names or [f"model_number_{index}" for index in range(count)]
     sizes = rng.choice([4.0, 4.1, 10.0, 16.0], count)
     losses = rng.choice([0, 1e-5, 0.01], count) * np.arange(count)
-    return plots.tradeoff(names, sizes, [(0.9 * x, 1.1 * x) for x in sizes], losses, 0.1 * losses, "MB", names)
+    given = zip(names, sizes, losses, 0.1 * losses, names, [(0.9 * x, 1.1 * x) for x in sizes], strict=True)
+    return plots.tradeoff([Point(*each) for each in given], "MB")
 
 
 @pytest.mark.parametrize(("count", "seed"), [(1, 0), (10, 1), (12, 2)])
 def test_no_label_covers_another_or_leaves_its_panel(count, seed):
-    _, labels, _ = drawn(count, seed)
+    figure, _ = drawn(count, seed)
+    labels = figure.axes[0].texts
     shown = [name for label in labels for name in label.get_text().split("\n")]
     assert sorted(shown) == sorted(f"model_number_{i}" for i in range(count))
     renderer = FigureCanvasAgg(labels[0].figure).get_renderer()
@@ -37,9 +40,9 @@ def test_no_label_covers_another_or_leaves_its_panel(count, seed):
 
 
 def test_of_many_models_the_first_and_the_front_are_named():
-    _, labels, front = drawn(plots.MOST_NAMES + 4, 1)
-    shown = {name for label in labels for name in label.get_text().split("\n")}
-    assert shown == {f"model_number_{index}" for index in {0, *front}}
+    figure, front = drawn(plots.MOST_NAMES + 4, 1)
+    shown = {name for label in figure.axes[0].texts for name in label.get_text().split("\n")}
+    assert shown == {"model_number_0", *(each.name for each in front)}
 
 
 @pytest.mark.parametrize(("values", "named"), [([3.0, 9.0], True), ([3.0, 3000.0], False)])
@@ -65,7 +68,8 @@ def test_the_picture_has_the_error_of_the_difference(monkeypatch):
     monkeypatch.setattr(
         Axes, "errorbar", lambda axis, *args, **how: given.append((args, how)) or plain(axis, *args, **how)
     )
-    plots.tradeoff(["a", "b"], [1.0, 2.0], [(0.9, 1.2), (1.9, 2.2)], [0.0, 0.001], [0.0, 0.0005], "MB", ["a", "b"])
+    first, second = Point("a", 1.0, 0.0, 0.0, "a", (0.9, 1.2)), Point("b", 2.0, 0.001, 0.0005, "b", (1.9, 2.2))
+    plots.tradeoff([first, second], "MB")
     ((_, ys), how) = given[0]
     assert ys.tolist() == [0.0, 0.001]
     assert how["yerr"].tolist() == [0.0, 0.0005]
@@ -87,10 +91,10 @@ def test_the_svg_takes_the_page_s_colors_and_escapes_names():
 
 def test_what_is_not_finite_is_not_drawn():
     nan, inf, xs = float("nan"), float("inf"), np.arange(5.0)
-    for ranges in (None, [(1.0, 2.0)] * 4):
-        given = ([1.0, 2.0, 3.0, 4.0], ranges, [0.0, nan, -0.1, inf], [0.0, nan, 0.01, inf])
-        figure, _, front = plots.tradeoff(list("abcd"), *given, "MB", list("abcd"))
-        assert front == [0, 2]
+    for span in (None, (1.0, 2.0)):
+        given = zip("abcd", [1.0, 2.0, 3.0, 4.0], [0.0, nan, -0.1, inf], [0.0, nan, 0.01, inf], "abcd", strict=True)
+        figure, front = plots.tradeoff([Point(*each, span) for each in given], "MB")
+        assert [each.name for each in front] == ["a", "c"]
         assert plots.svg(figure).count('class="mark"') == 2
     for losses in ([3.0, 2.0, nan, nan, nan], [nan] * 5):
         plots.svg(plots.curves({"a": (xs, np.array(losses)), "b": (xs, xs)}, "steps"))
