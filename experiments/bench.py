@@ -34,11 +34,12 @@ import numpy as np
 from efflm import ops, trees
 from efflm.cli import progress, run_directory
 from efflm.cli.flags import launch
-from efflm.config import PRECISION, AskedPrecision, InputError, flag, require
+from efflm.cli.subject import Subject
+from efflm.config import InputError, flag, require
 from efflm.config.model import ModelShape
 from efflm.config.parallel import HostsConfig, MeshConfig
 from efflm.config.train import TrainConfig
-from efflm.data import corpora, dataset
+from efflm.data import dataset
 from efflm.evaluate import machine, turns
 from efflm.evaluate.speed import PRECISIONS, Answer, Portable, Shape, in_precision, worker
 from efflm.formats import sources
@@ -115,14 +116,10 @@ class Infer(Bench):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Speculative(Bench):
+class Speculative(Subject, Bench):
     """The benchmark of decoding with a draft"""
 
-    model: str = flag(str(run_directory.ROOT / "quickstart"), KINDS, path=True)
     draft: str = flag("", "a smaller model with the same tokenizer", path=True)
-    corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib", path=True)
-    strict: bool = flag(False, corpora.STRICT)
-    precision: AskedPrecision = flag("", PRECISION)
     ahead: str = flag("2 4 8", "tokens that the draft proposes at a time, with spaces between them")
     prompts: int = flag(4, "test documents that are gone on from")
     prompt_tokens: int = flag(32, "tokens of each that are the prompt")

@@ -24,15 +24,15 @@ from jax.sharding import Mesh
 from efflm import api, ops, trees
 from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
+from efflm.cli.subject import Subject
 from efflm.compress import grammar, recipe
 from efflm.compress.step import Calibration, Record, reads_text
-from efflm.config import PRECISION, AskedPrecision, InputError, flag, require, require_seed
-from efflm.data import corpora, dataset
+from efflm.config import InputError, flag, require, require_seed
+from efflm.data import dataset
 from efflm.evaluate import machine, quality, scoring, throughput
 from efflm.evaluate.windows import Scoring
 from efflm.formats import efflm_file, saved, sources
 from efflm.formats.saved import Saved
-from efflm.formats.sources import KINDS
 from efflm.model import LanguageModel
 from efflm.parallel import meshes, sharding
 from efflm.report import analysis, compared, numbers, page, rows, samples, table
@@ -45,14 +45,10 @@ BEFORE = f"before{KIND}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(Subject):
     """The run"""
 
-    model: str = flag(str(run_directory.ROOT / "quickstart"), KINDS, path=True)
     text: str = flag("", "file or folder of UTF-8 text, scored whole; default: the test split of --corpus", path=True)
-    corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib", path=True)
-    strict: bool = flag(False, corpora.STRICT)
-    precision: AskedPrecision = flag("", PRECISION)
     recipe: str = flag(
         "w8a16",
         "steps joined by commas, as in gptq@3,distill@0.5; chains with spaces between them are compared. Or a .toml "

@@ -18,13 +18,13 @@ import jax
 
 from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
-from efflm.config import PRECISION, AskedPrecision, flag
+from efflm.cli.subject import Subject
+from efflm.config import flag
 from efflm.config.parallel import MeshConfig
-from efflm.data import corpora, dataset
+from efflm.data import dataset
 from efflm.evaluate import machine, side_by_side
 from efflm.evaluate.windows import Scoring
 from efflm.formats import sources
-from efflm.formats.sources import KINDS
 from efflm.model import require_same_tokenizer
 from efflm.parallel import meshes
 from efflm.report import analysis, compared, measured, page, rows, table
@@ -33,17 +33,13 @@ from efflm.report.page import Detail
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(Subject):
     """The run"""
 
-    model: str = flag(str(run_directory.ROOT / "quickstart"), KINDS, path=True)
     text: str = flag("", "file or folder of UTF-8 text, scored whole; default: the test split of --corpus", path=True)
-    corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib", path=True)
-    strict: bool = flag(False, corpora.STRICT)
     reference: str = flag(
         "", "what divergence is measured against, given like --model; default: the model itself", path=True
     )
-    precision: AskedPrecision = flag("", PRECISION)
     run_dir: str = flag("", "where to write results.json and report.html; default: nowhere", path=True)
 
 

@@ -19,14 +19,14 @@ from pathlib import Path
 from efflm import api
 from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
+from efflm.cli.subject import Subject
 from efflm.compress import recipe, sensitivity
 from efflm.compress.mixed import Mixed
 from efflm.compress.sensitivity import Unit
 from efflm.compress.step import Calibration
-from efflm.config import PRECISION, AskedPrecision, flag, require, require_seed
-from efflm.data import corpora, dataset
+from efflm.config import flag, require, require_seed
+from efflm.data import dataset
 from efflm.formats import sources
-from efflm.formats.sources import KINDS
 from efflm.ops import Format
 from efflm.parallel import meshes
 from efflm.report import numbers, page, rows, table
@@ -36,13 +36,9 @@ from efflm.report.table import figure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(Subject):
     """The run"""
 
-    model: str = flag(str(run_directory.ROOT / "quickstart"), KINDS, path=True)
-    corpus: str = flag("", f"{corpora.KINDS}; default: what the model was trained on, else stdlib", path=True)
-    strict: bool = flag(False, corpora.STRICT)
-    precision: AskedPrecision = flag("", PRECISION)
     bits: str = flag("8,4,3", "bits of a weight to try")
     groups: str = flag("32", "inputs that share a scale, to try; 0: all of an output")
     symmetric: bool = flag(True, "codes around zero; false: a zero point for each scale")

@@ -36,7 +36,10 @@ ALLOWED = {
     "api": BASE
     | {"cli", "parallel", "text", "ops", "model", "data", "infer", "compress", "evaluate", "formats", "report"},
 }
-ALLOWED_MODULES = {"cli.arguments": {"config", "model", "text", "data", "compress"}}
+ALLOWED_MODULES = {
+    "cli.arguments": {"config", "model", "text", "data", "compress"},
+    "cli.subject": {"config", "data", "formats"},
+}
 ONE_PLACE = {
     "absl": ("cli/flags.py",),
     "tensorflow_datasets": ("data/corpora.py",),

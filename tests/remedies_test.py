@@ -14,7 +14,7 @@ from efflm.data import dataset
 from efflm.evaluate.windows import Scoring
 from efflm.model import init_params
 from efflm.report.comparison import Limits
-from experiments import calibrated, compress, recovery, sensitivity
+from experiments import compress, sensitivity, sweep
 from tests import tiny
 from tests.text.tokenizer_test import TOKENIZER
 
@@ -41,8 +41,8 @@ COMMANDS = {
         {"calibration": Calibration(), "limits": Limits()} | recipe.STEPS,
         "--recipe=magnitude50_trained",
     ),
-    "calibrated": (calibrated, {"calibration": Calibration()}, "--recipes=wanda50 --calibration.length=64"),
-    "recovery": (recovery, {"calibration": Calibration(), "distill": recovery.Distill, "adapt": recovery.Adapt}, ""),
+    "calibrated": (sweep, {"calibration": Calibration()} | recipe.STEPS, "--chains=wanda50 --calibration.length=64"),
+    "recovery": (sweep, {"calibration": Calibration()} | recipe.STEPS, ""),
     "sensitivity": (sensitivity, {}, ""),
 }
 

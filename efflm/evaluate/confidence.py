@@ -10,6 +10,7 @@ from efflm import ops
 from efflm.evaluate import quality, windows
 from efflm.evaluate.windows import Scoring
 from efflm.model import LanguageModel, Transformer
+from efflm.parallel import sharding
 from efflm.precision import policy_for
 
 BINS = 15
@@ -36,7 +37,7 @@ def _likeliest(model: LanguageModel, x_MD: jax.Array, targets_M: jax.Array) -> t
 
 def of_text(model: LanguageModel, text: Any, tokenizer: Any, scoring: Scoring) -> float:
     """The expected calibration error of the likeliest next token over a text (see quality.measure)."""
-    confidence, correct = [], []
+    model, confidence, correct = sharding.on_one_device(model), [], []
     for block in windows.blocks(text.sized(), tokenizer.separator, scoring, text.unbroken):
         where = block["documents"] > 0
         if not where.any():

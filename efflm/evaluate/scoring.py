@@ -1,6 +1,6 @@
 """Text scored by the one protocol (evaluate.windows), with a bar on stderr that says how far it has come."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from efflm.evaluate import quality, windows
 from efflm.evaluate.quality import Block, Quality
 from efflm.evaluate.windows import Scoring
 from efflm.model import LanguageModel
+from efflm.parallel import sharding
 
 
 def measure(
@@ -24,6 +25,13 @@ def measure(
     blocks = windows.blocks(text.sized(), tokenizer.separator, scoring, text.unbroken)
     blocks = _shown(blocks, f"reading {text.name}", text.sizes, scoring)
     return quality.measure(models, blocks, tokenizer.vocabulary, reference, kept)
+
+
+def against(first: LanguageModel, text: Any, tokenizer: Any, scoring: Scoring) -> Callable[[LanguageModel], Quality]:
+    """A function that measures a model against the first one, of which what a text needs is computed once."""
+    kept: dict[int, np.ndarray] = {}
+    here = sharding.on_one_device
+    return lambda model: measure({"": here(model)}, text, tokenizer, scoring, here(first), kept)[""]
 
 
 def protocol(text: Any, scoring: Scoring, measured: Quality) -> str:

@@ -1,4 +1,4 @@
-"""Recipes beside the model they were made of, over several draws of calibration text."""
+"""Chains of steps beside the model they were made of: means over seeds."""
 
 import math
 import re
@@ -7,42 +7,50 @@ from typing import Any
 
 import numpy as np
 
+from efflm import ops, trees
 from efflm.evaluate import quality
 from efflm.evaluate.quality import Quality
-from efflm.report import numbers, plots
+from efflm.model import LanguageModel
+from efflm.report import numbers, page, plots, table
 from efflm.report.plots import Chart, Point
 from efflm.report.rows import Row
-from efflm.report.table import Column, figure
+from efflm.report.table import figure
 
 BITS, SHARES = ("quantize", "gptq"), ("magnitude", "wanda", "sparsegpt")  # families of the two sweeps
+OVER = ("over_dense", "over_dense_stderr", "over_dense_deviation", "error", "kl", "cost", "cost_error")
+TOOK = ("recovered", "calibration", "passes", "memory", "prefill", "decode")
 
 
-def first(name: str, before: Quality, nbytes: int) -> Row:
-    """The model before: what the other rows say of it is None."""
-    figures = {"bits_per_byte": quality.bits_per_byte(before)[0], "perplexity": quality.perplexity(before)[0]}
-    return _row(name, bytes=nbytes, seeds=1, **figures)
+def alone(name: str, model: LanguageModel, made: Sequence[Quality], **figures: Any) -> Row:
+    """The row of the first model: what the others say beside it is None. made: as in `row`."""
+    perplexities = [quality.perplexity(each)[0] for each in made]
+    own = {
+        "parameters": trees.count(model.params),
+        "bytes": ops.stored_nbytes(model.params, model.masks),
+        "seeds": len(made),
+        "bits_per_byte": float(np.mean([quality.bits_per_byte(each)[0] for each in made])),
+        "perplexity": float(np.mean(perplexities)),
+        "perplexity_deviation": quality.deviation(perplexities),
+    }
+    none = dict.fromkeys((*OVER, *TOOK)) | {"saved": 0.0, "tokens": 0, "seconds": 0.0}
+    return Row(name, own | none | figures)
 
 
-def row(
-    name: str, before: Quality, made: Sequence[Quality], nbytes: int, dense: int, passes: float, memory: float | None
-) -> Row:
-    """What a recipe made of a model. made: of each seed.
+def row(name: str, model: LanguageModel, made: Sequence[Quality], before: Quality, first: Row, **figures: Any) -> Row:
+    """What a chain made of the first model. model: of the last seed; made: of each.
 
-    Its figures are means over seeds. over_dense: bits per byte over the model before, on the same documents; its
-    stderr over documents, its deviation over seeds; error: of both, None of one document. saved: bytes, as a share of
-    the model before. cost: over_dense divided by saved. passes: seconds to make it over those of a plain forward pass
-    over the calibration text. memory: the model and the most held beyond it meanwhile, over the model's bytes.
+    Figures are means over seeds. over_dense: bits per byte over the first model, on the same documents; its stderr over
+    documents, its deviation over seeds; error: of both, None of one document. saved: bytes, as a share of the first
+    model's. cost: over_dense divided by saved. recovered: the share that training took away of the loss that what came
+    before it had brought. tokens, seconds: of the steps that train. passes: seconds to make the model over those of a
+    plain forward pass over the calibration text. memory: the most bytes held meanwhile beyond what was held before.
+    calibration: the expected calibration error (evaluate.confidence). prefill, decode: speed over the first model's.
     """
     over, stderr, deviation = quality.mean_difference(made, before)
-    perplexities, saved = [quality.perplexity(each)[0] for each in made], 1 - nbytes / dense
     error = None if stderr is None else math.hypot(stderr, (deviation or 0.0) / math.sqrt(len(made)))
-    return _row(
-        name,
-        bytes=nbytes,
-        seeds=len(made),
-        bits_per_byte=float(np.mean([quality.bits_per_byte(each)[0] for each in made])),
-        perplexity=float(np.mean(perplexities)),
-        perplexity_deviation=quality.deviation(perplexities),
+    own = alone(name, model, made, **figures)
+    saved = 1 - own.bytes / first.bytes
+    return own.but(
         over_dense=over,
         over_dense_stderr=stderr,
         over_dense_deviation=deviation,
@@ -51,34 +59,43 @@ def row(
         saved=saved,
         cost=over / saved if saved > 0 else None,
         cost_error=error / saved if saved > 0 and error is not None else None,
-        passes=passes,
-        memory=memory,
     )
 
 
-def _row(name: str, **figures: Any) -> Row:
-    names = ("perplexity_deviation", "over_dense", "over_dense_stderr", "over_dense_deviation", "error", "kl")
-    return Row(name, {**dict.fromkeys((*names, "cost", "cost_error", "passes", "memory")), "saved": 0.0, **figures})
+def recovered(parts: Sequence[str], train: Sequence[bool], row: Row, found: Mapping[str, Row]) -> float | None:
+    """The share that the parts which train, after all that do not, took away of the loss before them. found: of each
+    chain so far."""
+    cut = train.index(True) if any(train) else len(parts)
+    base = found.get(",".join(parts[:cut])) if 0 < cut < len(parts) and all(train[cut:]) else None
+    return 1 - row.over_dense / base.over_dense if base and base.over_dense > 0 else None
 
 
 def words(row: Row) -> str:
     over = " ".join(filter(None, numbers.signed(row.over_dense, row.error)))
-    return f"{over} bits per byte over the model before, {row.saved:.1%} of its bytes saved"
+    return f"{over} bits per byte over the first model, {row.saved:.1%} of its bytes saved"
 
 
 FOUR, TIMES = "{:.4f}".format, "{:.2f}x".format
+some = lambda form: lambda value: form(value) if value else table.NONE  # of what there is nothing of without training
 COLUMNS = (
-    figure("recipe", "name", str),
+    figure("chain", "name", str),
+    figure("parameters", "parameters", numbers.millions),
     figure("MB", "bytes", numbers.megabytes),
     figure("bytes saved", "saved", "{:.1%}".format),
     figure("bits/byte", "bits_per_byte", FOUR),
-    figure("over dense", "over_dense", numbers.signed, "over_dense_stderr", "reference"),
+    figure("over dense", "over_dense", numbers.signed, "over_dense_stderr", "reference", 0.0),
     figure("s.d. of seeds", "over_dense_deviation", FOUR),
     figure("perplexity ± s.d.", "perplexity", numbers.perplexity, "perplexity_deviation"),
     figure("KL to dense", "kl", FOUR),
     figure("bits/byte lost ÷ bytes saved", "cost", numbers.signed, "cost_error"),
+    figure("recovered", "recovered", "{:.0%}".format),
+    figure("tokens trained on", "tokens", some("{:,}".format)),
+    figure("seconds to train", "seconds", some("{:.0f}".format)),
+    figure("calibration error", "calibration", FOUR),
     figure("forward passes", "passes", "{:.2f}".format),
-    figure("peak memory", "memory", TIMES),
+    figure("MB to make it", "memory", numbers.megabytes, least=0.0),
+    figure("prefill", "prefill", TIMES),
+    figure("decode", "decode", TIMES),
 )
 
 
@@ -128,14 +145,13 @@ def front(rows: Sequence[Row]) -> Chart:
     return plots.chart(figure, f"Loss against bytes, {len(rows)} models. {listed}", listed)
 
 
-Grid = Mapping[str, Mapping[str, float]]  # {calibration text: {test text: bits per byte over the model before}}
+Grid = Mapping[str, Mapping[str, float]]  # {calibration text: {test text: bits per byte over the first model}}
 
 
-def domain_rows(grid: Grid) -> list[Row]:
-    return [Row(name, over) for name, over in grid.items()]
-
-
-def domain_columns(grid: Grid) -> tuple[Column, ...]:
+def domains(chain: str, grid: Grid) -> page.Table:
+    """Rows: what was calibrated on; columns: what was tested on."""
     tests = dict.fromkeys(test for over in grid.values() for test in over)
-    columns = (figure(f"test: {test}", test, "{:+.4f}".format) for test in tests)
-    return (figure("calibrated on", "name", str), *columns)
+    columns = [figure(f"test: {test}", test, "{:+.4f}".format) for test in tests]
+    caption = f"{chain}: bits per byte over the first model, by calibration text and test text."
+    rows = [Row(name, over) for name, over in grid.items()]
+    return page.Table(caption=caption, columns=[figure("calibrated on", "name", str), *columns], rows=rows)

@@ -11,6 +11,8 @@ from rich.text import Text
 
 from efflm.report import comparison, numbers
 
+NONE = "—"  # what stands for a figure that was not measured
+
 
 @dataclasses.dataclass(frozen=True)
 class Column:
@@ -38,7 +40,7 @@ Columns = Sequence[Column]
 
 
 def figure(
-    heading: str, name: str, form: Callable[..., str | tuple[str, str]], beside: str = "", none: str = "—",
+    heading: str, name: str, form: Callable[..., str | tuple[str, str]], beside: str = "", none: str = NONE,
     least: float | None = None, **more: Any,
 ) -> Column:  # fmt: skip
     """The column of the figure of this name, written by form(figure), or form(figure, its error or range `beside`).
@@ -89,10 +91,9 @@ COLUMNS: Columns = (  # of the rows of rows.make
 )
 
 
-def measured(rows: Sequence[Any]) -> Columns:
-    """COLUMNS, without the speed where it was not measured."""
-    timed = all(row.prefill_tokens_per_second is not None for row in rows)
-    return tuple(column for column in COLUMNS if timed or not column.heading.endswith("tok/s"))
+def known(rows: Sequence[Any], columns: Columns = COLUMNS) -> Columns:
+    """The columns in which a row has a figure."""
+    return tuple(column for column in columns if any(column.text(row) != NONE for row in rows))
 
 
 def show(rows: Sequence[Any], facts: Sequence[str], columns: Columns = COLUMNS) -> None:

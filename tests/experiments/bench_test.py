@@ -19,7 +19,6 @@ from efflm.formats import efflm_file
 from efflm.train.aot import TimedStep
 from experiments import bench
 from tests import tiny
-from tests.experiments.calibrated_test import folder  # noqa: F401  (a fixture)
 from tests.formats.huggingface_test import small_tokenizer
 
 PEER = """
@@ -283,7 +282,7 @@ def test_an_interrupt_leaves_the_rounds_that_are_done(stand_in_steps, capsys, mo
 # --- a draft that proposes tokens ------------------------------------------------------------------------------------
 
 
-def test_a_draft_has_an_acceptance_and_a_ratio(folder, capsys):  # noqa: F811
+def test_a_draft_has_an_acceptance_and_a_ratio(folder, capsys):
     model = folder / "model"
     bench.main([
         "x", "--what=speculative", f"--model={model}", f"--draft={model}", f"--corpus={folder / 'numbers'}",

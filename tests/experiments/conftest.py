@@ -2,7 +2,10 @@ import pytest
 
 from efflm.evaluate import machine
 from efflm.evaluate.machine import Roofline
+from efflm.formats import efflm_file
 from efflm.model import autotune
+from efflm.text import tokenizer as tokenizers
+from tests import tiny
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -23,3 +26,18 @@ def auto_picks(tmp_path, monkeypatch):
         monkeypatch.setattr(autotune, "_file", lambda: tmp_path / f"autotune-{name}.json")
 
     return pick
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A model, and two corpora of which it knows nothing."""
+    root = tmp_path_factory.mktemp("models")
+    for name, word in (("numbers", "number"), ("letters", "letter")):
+        (root / name).mkdir()
+        for i in range(30):
+            (root / name / f"{i}.txt").write_text(f"the {word} {i * 7919} stands after {i * 7907}\n" * 12)
+    (root / "model").mkdir()
+    efflm_file.save(root / "model" / "model.safetensors", tiny.model(), {})
+    texts = [file.read_text() for name in ("numbers", "letters") for file in (root / name).iterdir()]
+    tokenizers.train(texts, 300).save(root / "model" / "tokenizer.json")
+    return root
