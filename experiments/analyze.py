@@ -17,7 +17,6 @@ import itertools
 import math
 import statistics
 import sys
-import time
 from pathlib import Path
 
 from efflm.cli import progress, run_directory
@@ -34,6 +33,7 @@ from efflm.plan import work
 from efflm.precision import POLICIES, Policy
 from efflm.report import analysis, page, plots, table
 from efflm.report.analysis import Measured
+from efflm.report.journal import Journal
 from efflm.report.page import Section, Table
 from efflm.report.plots import Chart
 from efflm.report.rows import Row
@@ -93,22 +93,22 @@ def measure(run: Run, shape: ModelShape, train: TrainConfig) -> Measured:
 
 @run_directory.locked
 def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
-    config, run_dir = model.config(), Path(run.run_dir)
+    config = model.config()
     require(
         train.length <= config.max_length or not run.measure,
         f"train.length {train.length} is longer than model.max_length {config.max_length}: raise model.max_length",
     )
-    run_directory.require_writable(run_dir, needs=run_directory.SMALL_FILES)
+    run_directory.require_writable(Path(run.run_dir), needs=run_directory.SMALL_FILES)
     train = autotune.training(config, train)
     policy = POLICIES[train.policy]
     inference = POLICIES["bfloat16_pure"] if policy.param == "bfloat16" else POLICIES["float32"]
-    began = time.perf_counter()
+    log = Journal(run.run_dir, command_line("experiments.analyze", sys.argv))
     with progress.bar("measuring the machine", live=False):
         roofline = machine.measure(tuple(sorted({policy.compute, inference.compute})))
-    print(f"[{time.perf_counter() - began:4.0f} s] measured the machine", flush=True)
+    log.say("measured the machine")
     measured = measure(run, model, train) if run.measure else None
     if measured:
-        print(f"[{time.perf_counter() - began:4.0f} s] compiled and ran the model", flush=True)
+        log.say("compiled and ran the model")
 
     longest = run.longest or 4 * config.max_length
     seen = sorted({max(1, config.max_length // 16), config.max_length, longest})
@@ -133,20 +133,14 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
     if measured:
         mfu = per_token * timed[0].tokens / measured.step / peak
         facts.append(f"Model FLOP utilization of the training step: {mfu:.1%} of the {policy.compute} peak.")
-    given, command = run_directory.machine(), command_line("experiments.analyze", sys.argv)
-    run_directory.write_json(
-        run_dir / "results.json",
-        {
-            "components": [row.json() for row in tokens],
-            "memory": [row.json() for row in held],
-            "phases": [row.json() for row in timed],
-            "crossover_positions": crossover if math.isfinite(crossover) else None,
-            "roofline": dataclasses.asdict(roofline),
-            "train_flops_per_token": per_token,
-            "facts": facts,
-            "command": command,
-            "versions": given,
-        },
+    log.results(
+        facts,
+        components=tokens,
+        memory=held,
+        phases=timed,
+        crossover_positions=crossover if math.isfinite(crossover) else None,
+        roofline=roofline,
+        train_flops_per_token=per_token,
     )
     table.show(tokens, [], analysis.token_columns(seen))
     table.show(held, [], analysis.MEMORY_COLUMNS)
@@ -158,18 +152,14 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
     ]
     values = {row.name: row.parts for row in timed}
     split = page.bars("Predicted time of each phase by component.", values, "ms", 1e-3, each_whole=True)
-    page.write(
-        run_dir / "report.html",
+    log.report(
+        facts,
         title=f"What a {model.family} model of {tokens[-1].parameters / 1e6:.1f} M parameters costs, and why",
         sections=[
             Section("The costs", tables),
             Section("Where they come from", [split, *charts(config, inference, roofline, policy, timed, longest)]),
         ],
-        facts=facts,
-        made=page.made(given, total_time=page.duration(time.perf_counter() - began)),
-        command=command,
     )
-    print(f"[{time.perf_counter() - began:4.0f} s] done: open {run_dir / 'report.html'}")
 
 
 def charts(

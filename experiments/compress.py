@@ -13,7 +13,6 @@ is calibrated keeps the model after each step: the same command goes on with the
 
 import dataclasses
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,9 @@ from efflm.formats import efflm_file, saved, sources
 from efflm.formats.saved import Saved
 from efflm.model import LanguageModel
 from efflm.parallel import meshes, sharding
-from efflm.report import analysis, compared, numbers, page, rows, samples, table
+from efflm.report import analysis, compared, numbers, rows, samples, table
 from efflm.report.comparison import Comparison, Limits
+from efflm.report.journal import Journal
 from efflm.text import fitted
 from efflm.train import metrics
 
@@ -71,12 +71,12 @@ class Run(Subject):
 
 @run_directory.locked
 def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **steps: dict) -> None:
-    began = time.perf_counter()
-    say = lambda words: print(f"[{time.perf_counter() - began:4.0f} s] {words}", flush=True)
+    log = Journal(run.run_dir, command_line("experiments.compress", sys.argv))
+    say, run_dir = log.say, log.folder
     chains = grammar.with_settings(
         grammar.chains(run.recipe), {kind: steps[name] for name, kind in recipe.STEPS.items()}
     )
-    plans, run_dir = {grammar.file_name(name): steps for name, steps in chains.items()}, Path(run.run_dir)
+    plans = {grammar.file_name(name): steps for name, steps in chains.items()}
     shared = {name: grammar.write(steps) for name, steps in chains.items()}
     run_directory.require_writable(run_dir, needs=run_directory.SMALL_FILES)
     loaded = sources.load(run.model, precision=run.precision, mesh=meshes.data_parallel(run.batch))
@@ -148,32 +148,24 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
     texts = {grammar.file_name(name): grammar.text_of(name, steps) for name, steps in chains.items()}
     commands |= {name: command_for(text, sys.argv) for name, text in texts.items()}
     details = compared.details(rows.origin(run.model, about), about, records, written, run.prompt, tokens, commands)
-    versions, command = run_directory.machine(), command_line("experiments.compress", sys.argv)
     run_directory.write_whole(run_dir / "recipe.toml", grammar.to_toml(shared))
-    run_directory.write_json(
-        run_dir / "results.json",
-        {
-            "rows": [row.json() for row in measured],
-            "records": {name: [dataclasses.asdict(record) for record in kept] for name, kept in records.items()},
-            "samples": {name: run.prompt + samples.text(ids, tokens) for name, ids in written.items()},
-            "protocol": facts,
-            "command": command,
-            "versions": versions,
-        },
+    log.results(
+        facts,
+        rows=measured,
+        records=records,
+        samples={name: run.prompt + samples.text(ids, tokens) for name, ids in written.items()},
     )
     table.show(measured, facts)
-    compared.write(
-        run_dir / "report.html",
+    log.report(
+        facts,
+        compared.write,
         title=f"{run.model} by {', '.join(plans)}: what it saves and what it costs",
         comparison=Comparison(measured, limits, qualities, timed),
         details=details,
         curves=dict(pair for name in plans for pair in metrics.curves(curves_of(run_dir, name), name)),
         phases=phases,
-        facts=facts,
-        made=page.made(versions, seed=run.seed, total_time=page.duration(time.perf_counter() - began)),
-        command=command,
+        made={"seed": run.seed},
     )
-    say(f"done: open {run_dir / 'report.html'}")
 
 
 def kept_in(file: Path, about: dict[str, Any], tokens: Any, mesh: Mesh, say: Callable[[str], None]) -> recipe.Kept:

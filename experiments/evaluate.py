@@ -11,8 +11,6 @@ as a stream: memory does not grow with it.
 import dataclasses
 import math
 import sys
-import time
-from pathlib import Path
 
 import jax
 
@@ -27,8 +25,9 @@ from efflm.evaluate.windows import Scoring
 from efflm.formats import sources
 from efflm.model import require_same_tokenizer
 from efflm.parallel import meshes
-from efflm.report import analysis, compared, measured, page, rows, table
+from efflm.report import analysis, compared, measured, rows, table
 from efflm.report.comparison import Limits
+from efflm.report.journal import Journal
 from efflm.report.page import Detail
 
 
@@ -45,9 +44,9 @@ class Run(Subject):
 
 @run_directory.locked
 def main(run: Run, score: Scoring, mesh: MeshConfig, limits: Limits) -> None:
-    began = time.perf_counter()
+    log = Journal(run.run_dir, command_line("experiments.evaluate", sys.argv))
     if run.run_dir:
-        run_directory.require_writable(Path(run.run_dir), needs=1_000_000)
+        run_directory.require_writable(log.folder, needs=1_000_000)
     any_rows = 2 * jax.device_count() * math.prod(abs(size) for size in dataclasses.asdict(mesh).values())
     devices = meshes.mesh_for(mesh, any_rows, any_rows)
     loaded = sources.load(run.model, precision=run.precision, mesh=devices)
@@ -69,23 +68,19 @@ def main(run: Run, score: Scoring, mesh: MeshConfig, limits: Limits) -> None:
     found = measured.of(models, sizes, notes, side_by_side.measure(models, text, tokens, score))
     facts = [*found.facts, *rows.cautions(run.model, about, text.known)]
     if run.run_dir:
-        versions, command = run_directory.machine(), command_line("experiments.evaluate", sys.argv)
-        given = {"rows": [row.json() for row in found], "protocol": facts}
-        run_directory.write_json(Path(run.run_dir) / "results.json", given | {"command": command, "versions": versions})
+        log.results(facts, rows=found.rows)
     table.show(found.rows, facts)
     if run.run_dir:
         roofline = machine.measure((models[first].config.precision,))
         abouts = {first: other.about if run.reference else about} | {name: about}
-        compared.write(
-            Path(run.run_dir) / "report.html",
+        log.report(
+            facts,
+            compared.write,
             title=f"{run.model} measured" + (f" beside {run.reference}" if run.reference else ""),
             comparison=found.comparison(limits),
             details={each: Detail(lineage=compared.before(notes[each], abouts[each])) for each in models},
             curves={},
             phases=analysis.inference(models[first], found.figures.protocol, found.figures.rates[first], roofline),
-            facts=facts,
-            made=page.made(versions, total_time=page.duration(time.perf_counter() - began)),
-            command=command,
         )
 
 

@@ -16,7 +16,6 @@ which selected nothing. The same seed has the same weights and batches under eve
 import dataclasses
 import math
 import sys
-import time
 from pathlib import Path
 from typing import get_args
 
@@ -36,7 +35,8 @@ from efflm.evaluate.quality import Quality
 from efflm.evaluate.windows import Scoring
 from efflm.model import LanguageModel, autotune, init_params
 from efflm.parallel import meshes
-from efflm.report import numbers, page, plots, table
+from efflm.report import numbers, plots, table
+from efflm.report.journal import Journal
 from efflm.report.page import Section, Table
 from efflm.report.rows import Row
 from efflm.report.table import Column, figure
@@ -121,7 +121,7 @@ COLUMNS = (
 
 @run_directory.locked
 def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> None:
-    began, run_dir = time.perf_counter(), Path(run.run_dir)
+    log = Journal(run.run_dir, command_line("experiments.optimizers", sys.argv))
     if run.reduced:
         model, train = replace_defaults(model, MODEL, REDUCED_MODEL), replace_defaults(train, TRAIN, REDUCED_TRAIN)
     if train.warmup == -1:  # a quarter: of small models, some have not recovered from a shorter one by the end
@@ -131,16 +131,15 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
         train.length <= shape.max_length,
         f"train.length {train.length} is longer than model.max_length {shape.max_length}: raise model.max_length",
     )
-    run_directory.require_writable(run_dir, needs=2 * run_directory.SMALL_FILES)
+    run_directory.require_writable(log.folder, needs=2 * run_directory.SMALL_FILES)
     train = autotune.training(shape, train)
     sizes = {"vocabulary": shape.vocabulary, "length": train.length, "batch": train.batch}
     data = dataset.prepare(run.corpus, dataset.cache(), **sizes, strict=run.strict)
-    (run_dir / "curves").mkdir(parents=True, exist_ok=True)
     run_directory.use_compilation_cache()
     mesh = meshes.data_parallel(train.batch, train.accumulate)
     print(data.corpus.describe())
 
-    score, folder = score.within(shape.max_length, train.length, data.test.unbroken), run_dir / "curves"
+    score, folder = score.within(shape.max_length, train.length, data.test.unbroken), log.folder / "curves"
     runs, fastest, notes = {}, {}, {}
     for name in run.names():
         usual = settings(name, train)
@@ -154,7 +153,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
         tried = ", ".join(f"{one.rate:.1e}: {one.validation:.4f}" for one in swept)
         edge = "; the best is the last tried" if len(swept) > 1 and best in (swept[0], swept[-1]) else ""
         notes[name] = f"validation bits per byte by learning rate {tried}{edge}"
-        print(f"[{time.perf_counter() - began:4.0f} s] {name}: {notes[name]}", flush=True)
+        log.say(f"{name}: {notes[name]}")
 
     found = {name: [held_out(one.model, data.test, data, score) for one in group] for name, group in runs.items()}
     test = {name: np.array([quality.bits_per_byte(one)[0] for one in group]) for name, group in found.items()}
@@ -190,17 +189,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
         "is at most AdamW's at its end. A run planned to end there might do so sooner, its rate decayed by then.",
         "Seconds and tokens/s: of the fastest run of each optimizer, after its first step, which compiles.",
     ]
-    machine, command = run_directory.machine(), command_line("experiments.optimizers", sys.argv)
-    run_directory.write_json(
-        run_dir / "results.json",
-        {
-            "rows": [row.json() for row in rows],
-            "test_bits_per_byte": {name: values.tolist() for name, values in test.items()},
-            "facts": facts,
-            "command": command,
-            "versions": machine,
-        },
-    )
+    log.results(facts, rows=rows, test_bits_per_byte={name: values.tolist() for name, values in test.items()})
     table.show(rows, facts, COLUMNS)
     label = "training loss, nats a token"
     ends = "; ".join(f"{name} {curve[2][-1]:.3f}" for name, curve in curves.items())
@@ -212,23 +201,16 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
         )
         for index, across in enumerate(("steps", "seconds after the first step"))
     ]
-    page.write(
-        run_dir / "report.html",
+    caption = "Each beside AdamW; × is the ratio to it."
+    log.report(
+        facts,
         title="What adaptive optimization buys: each optimizer at its own best learning rate",
         sections=[
-            Section(
-                "The optimizers",
-                [Table(caption="Each beside AdamW; × is the ratio to it.", columns=COLUMNS, rows=rows)],
-            ),
+            Section("The optimizers", [Table(caption=caption, columns=COLUMNS, rows=rows)]),
             Section("Training loss", charts),
         ],
-        facts=facts,
-        made=page.made(
-            machine, seeds=run.seeds, steps=train.steps, total_time=page.duration(time.perf_counter() - began)
-        ),
-        command=command,
+        made={"seeds": run.seeds, "steps": train.steps},
     )
-    print(f"[{time.perf_counter() - began:4.0f} s] done: open {run_dir / 'report.html'}")
 
 
 def replace_defaults(given, usual, values: dict):

@@ -9,7 +9,6 @@ metrics.jsonl and curves/, the trained model in checkpoint/ and every compressed
 
 import dataclasses
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -28,8 +27,9 @@ from efflm.evaluate.windows import Scoring
 from efflm.formats import saved
 from efflm.formats.saved import Saved
 from efflm.parallel import meshes, sharding
-from efflm.report import analysis, compared, page, rows, samples, table
+from efflm.report import analysis, compared, rows, samples, table
 from efflm.report.comparison import Comparison, Limits
+from efflm.report.journal import Journal
 from efflm.train import metrics
 from experiments import pretrain
 
@@ -60,12 +60,12 @@ RUN = pretrain.Run(run_dir=str(run_directory.ROOT / "quickstart"))
 
 @run_directory.locked
 def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scoring, limits: Limits) -> None:
-    began = time.perf_counter()
+    log = Journal(run.run_dir, command_line("experiments.quickstart", sys.argv))
     train = pretrain.settled(run, model.config(), train)
     run_dir, config = Path(run.run_dir), pretrain.saved_config(model, train)
     pretrain.check(run, config, train, MODELS)
     score.within(config.max_length)
-    step = lambda number, words: print(f"[{time.perf_counter() - began:4.0f} s] {number}/6 {words}", flush=True)
+    step = lambda number, words: log.say(f"{number}/6 {words}")
 
     step(1, f"Text: {run.corpus}")
     data = pretrain.prepare(run, config, train)
@@ -123,39 +123,27 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     about = digests | {"source": data.corpus.source, "seed": run.seed}
     prompt = api.prompt_ids(data.tokenizer, PROMPT, about)
     written = {name: samples.write(each, data.tokenizer, prompt, 48, protocol) for name, each in here.items()}
-    versions, command = run_directory.machine(), command_line("experiments.quickstart", sys.argv)
     about |= {f"train.{name}": value for name, value in dataclasses.asdict(train).items()}
-    run_directory.write_json(
-        run_dir / "results.json",
-        {
-            "rows": [row.json() for row in measured],
-            "distilled_minus_scratch": {"bits_per_byte": difference, "stderr": error},
-            "records": {name: [dataclasses.asdict(record) for record in kept] for name, kept in records.items()},
-            "facts": facts,
-            "command": command,
-            "versions": versions,
-        },
+    log.results(
+        facts,
+        rows=measured,
+        distilled_minus_scratch={"bits_per_byte": difference, "stderr": error},
+        records=records,
     )
     table.show(measured, facts)
     trained = {"float32": metrics.curve(run_dir / "metrics.jsonl")}
-    compared.write(
-        run_dir / "report.html",
+    pairs = {name: (own, rates["float32"]) for name, own in rates.items()}
+    again = commands(run, train, list(models), log.command)
+    log.report(
+        facts,
+        compared.write,
         title="What each way of making a language model cheaper buys, and what it costs",
-        comparison=Comparison(
-            measured, limits, qualities, {name: (own, rates["float32"]) for name, own in rates.items()}
-        ),
-        details=compared.details(
-            "", about, records, written, PROMPT, data.tokenizer, commands(run, train, list(models), command)
-        ),
+        comparison=Comparison(measured, limits, qualities, pairs),
+        details=compared.details("", about, records, written, PROMPT, data.tokenizer, again),
         curves=trained | dict(pair for name in models for pair in metrics.curves(run_dir / "curves" / name, name)),
         phases=phases,
-        facts=facts,
-        made=page.made(
-            versions, seed=run.seed, steps=train.steps, total_time=page.duration(time.perf_counter() - began)
-        ),
-        command=command,
+        made={"seed": run.seed, "steps": train.steps},
     )
-    print(f"[{time.perf_counter() - began:4.0f} s] done: open {run_dir / 'report.html'}")
 
 
 def verdict(difference: float, error: float | None) -> str:

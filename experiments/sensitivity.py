@@ -12,9 +12,7 @@ The recipe mixed4 gives each matrix its bits by the same measurement.
 
 import dataclasses
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from efflm import api
 from efflm.cli import run_directory
@@ -30,6 +28,7 @@ from efflm.formats import sources
 from efflm.ops import Format
 from efflm.parallel import meshes
 from efflm.report import numbers, page, rows, table
+from efflm.report.journal import Journal
 from efflm.report.page import Section
 from efflm.report.rows import Row
 from efflm.report.table import figure
@@ -104,8 +103,8 @@ def by_layer(found: Sequence[sensitivity.Row], format: Format) -> page.Bars:
 
 @run_directory.locked
 def main(run: Run) -> None:
-    began, run_dir = time.perf_counter(), Path(run.run_dir)
-    run_directory.require_writable(run_dir, needs=run_directory.SMALL_FILES)
+    log = Journal(run.run_dir, command_line("experiments.sensitivity", sys.argv))
+    run_directory.require_writable(log.folder, needs=run_directory.SMALL_FILES)
     mesh = meshes.data_parallel(run.rows)
     loaded = sources.load(run.model, precision=run.precision, mesh=mesh)
     recipe.require_finite(loaded.model)
@@ -136,26 +135,20 @@ def main(run: Run) -> None:
         "what it would be on text as the model expects it. Squared error: of what the matrix gives, for each token.",
         *rows.cautions(run.model, loaded.about, seen=""),
     ]
-    machine, command = run_directory.machine(), command_line("experiments.sensitivity", sys.argv)
     kept = [dataclasses.asdict(row) | {"bits_per_token": row.bits} for row in ordered]
-    given = {"loss": found.loss, "tokens": found.tokens, "rows": kept, "protocol": facts}
-    run_directory.write_json(run_dir / "results.json", given | {"command": command, "versions": machine})
+    log.results(facts, loss=found.loss, tokens=found.tokens, rows=kept)
     table.show(shown[: run.show or None], facts, COLUMNS)
     if 0 < run.show < len(shown):
         print(f"  {len(shown) - run.show} more rows are in the report.")
-    coarsest = run.step.coarsest
-    page.write(
-        run_dir / "report.html",
+    log.report(
+        facts,
         title=f"{run.model}: which matrices need their bits",
         sections=[
-            Section("Where it hurts", [by_layer(found.rows, coarsest)]),
+            Section("Where it hurts", [by_layer(found.rows, run.step.coarsest)]),
             Section("Each alone", [page.Table(caption="Most loss for a byte first.", columns=COLUMNS, rows=shown)]),
         ],
-        facts=facts,
-        made=page.made(machine, seed=run.seed, total_time=page.duration(time.perf_counter() - began)),
-        command=command,
+        made={"seed": run.seed},
     )
-    print(f"[{time.perf_counter() - began:4.0f} s] done: open {run_dir / 'report.html'}")
 
 
 if __name__ == "__main__":

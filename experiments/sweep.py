@@ -9,9 +9,8 @@
 
 A chain is steps or recipes joined by commas (efflm/compress/grammar.py). finetune, distill and adapt train for --steps,
 with @ for a share of them: "width@0.2,distill@0.5,width@0.2,distill@0.5" prunes and distills in turn. Flags such as
---distill.weight are settings of the steps that chains name; recipes are as they are. Two words are of this command
-alone: fresh gives all weights new random values, and finetune@seconds trains for as many seconds as distill took after
-the same steps.
+--distill.weight are settings of the steps that chains name; recipes are as they are. Of this command alone is
+finetune@seconds, which trains for as many seconds as distill took after the same steps.
 
 Expect a table in the terminal, and in the run directory recipe.toml with the chains, results.json, which is written
 anew after each model, and report.html with loss against bytes and its Pareto front, with perplexity against bits and
@@ -42,7 +41,6 @@ from efflm.compress.adapt import Adapt
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
 from efflm.compress.step import Calibration, Context, Step, reads_text, trains
-from efflm.compress.structured.depth import Depth
 from efflm.config import at_home, flag, require
 from efflm.data import dataset, overlap
 from efflm.evaluate import confidence, machine, quality, scoring, speed, throughput
@@ -56,13 +54,14 @@ from efflm.report import rows, swept, table
 from efflm.report.journal import Journal
 from efflm.report.page import Section, Table
 
-FRESH, SECONDS = "fresh", "finetune@seconds"
+SECONDS = "finetune@seconds"  # as many as distill took
 TIMED = ("finetune", "distill")  # what SECONDS compares
 METHODS = [f"{name}@{bits}" for name in swept.BITS for bits in (8, 4, 3)]
 METHODS += [f"{name}@{share}" for name in swept.SHARES for share in (0.3, 0.5, 0.6, 0.7, 0.8)]
 METHODS += ["w8a16", "w8a8", "w8a8_static", "smoothquant_w8a8_static", "smoothquant_w8a8", "awq4"]
 METHODS += ["magnitude24", "wanda24", "sparsegpt24", "wanda50_w8a8"]
-RECOVERY = ["width@0.3", "width@0.3,finetune", "width@0.3,distill", f"width@0.3,{SECONDS}", "width@0.3,fresh,finetune"]
+RECOVERY = ["width@0.3", "width@0.3,finetune", "width@0.3,distill", f"width@0.3,{SECONDS}"]
+RECOVERY += ["width@0.3,depth@0.001[init=random],finetune"]  # all layers stay, with fresh weights
 RECOVERY += ["depth@0.5", "depth@0.5,finetune", "depth@0.5,distill"]
 Measure = Callable[[LanguageModel], Quality]
 CHAINS = {"methods": " ".join(METHODS), "recovery": " ".join(RECOVERY)}
@@ -127,10 +126,8 @@ def defaults_of(run: Run, given: dict[str, dict[str, Any]]) -> grammar.Defaults:
     return {kind: usual.get(kind, {}) | given.get(name, {}) for name, kind in recipe.STEPS.items()}
 
 
-def steps_of(part: str, defaults: grammar.Defaults, layers: int, longer: float = 1.0) -> tuple[Step, ...]:
-    """The steps of a part for a model of so many layers. longer: of SECONDS, how many times the steps."""
-    if part == FRESH:
-        return (Depth(layers=layers, init="random"),)
+def steps_of(part: str, defaults: grammar.Defaults = grammar.NONE, longer: float = 1.0) -> tuple[Step, ...]:
+    """longer: of SECONDS, how many times the steps."""
     if part != SECONDS:
         return grammar.steps_of([part], defaults)
     (step,) = grammar.steps_of([TIMED[0]], defaults)
@@ -139,7 +136,7 @@ def steps_of(part: str, defaults: grammar.Defaults, layers: int, longer: float =
 
 def steps_in(chains: Iterable[list[str]]) -> list[Step]:
     """All steps of chains, as they are by default."""
-    return [step for parts in chains for part in parts for step in steps_of(part, {}, 1)]
+    return [step for parts in chains for part in parts for step in steps_of(part)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +171,7 @@ class Maker:
             return self.kept[mine]
         before = self(parts[:-1], source, seed)
         text, teacher = (self.seconds.get(key(kind), 1.0) for kind in TIMED)
-        steps = steps_of(parts[-1], self.defaults, len(before.model.config.blocks), teacher / text)
+        steps = steps_of(parts[-1], self.defaults, teacher / text)
         work = functools.partial(recipe.run, before.model, steps, self.context(source, seed))
         (model, _), took, above = speed.cost_of(work)
         self.seconds[mine], training = took, before.training + took * trains(steps)
@@ -243,15 +240,14 @@ def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict[str, 
             found[chain] = row.but(recovered=share, **speeds.get(shape, {}))
             texts[chain] = grammar.write(made[-1].steps)
             log.say(f"{chain}, seed {seed}: {swept.words(found[chain])}")
-            results = {"rows": [each.json() for each in found.values()], "protocol": facts, "forward_seconds": one_pass}
-            log.results(**results)
+            log.results(facts, rows=[*found.values()], forward_seconds=one_pass)
             run_directory.write_whole(log.folder / "recipe.toml", grammar.to_toml(texts))
     grids = domains(run, score, loaded, make, log.say)
     if loads:
         timed = throughput.protocol_for(dense)
         facts.append(f"Speed: {timed}; the median over the first model's in the same rounds.{machine.most(loads)}")
-    log.results(**results, domains=grids)
     listed = list(found.values())
+    log.results(facts, rows=listed, domains=grids, forward_seconds=one_pass)
     whole = Table(caption="Each beside the first model.", columns=table.known(listed, swept.COLUMNS), rows=listed)
     domain_tables = [swept.domains(chain, grid) for chain, grid in grids.items()]
     for each, words in ((whole, facts), *((each, [each.caption]) for each in domain_tables)):
@@ -259,7 +255,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict[str, 
     sections = [Section("Chains of steps", [whole, *swept.charts(listed), swept.front(listed)])]
     sections += [Section("Calibration text and test text", domain_tables)] * bool(domain_tables)
     title = f"What steps cost, and what recovers it: {run.model}"
-    log.report(title=title, sections=sections, facts=facts, made={"seeds": run.seeds})
+    log.report(facts, title=title, sections=sections, made={"seeds": run.seeds})
 
 
 def speed_of(dense: LanguageModel, model: LanguageModel) -> tuple[dict[str, float], machine.Load]:

@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from efflm.cli import run_directory
 from efflm.report import page
+from efflm.report.rows import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,26 +20,36 @@ class Journal:
     command: str
     began: float = dataclasses.field(default_factory=time.perf_counter)
 
-    @functools.cached_property
-    def versions(self) -> dict[str, str]:
-        return run_directory.machine()
-
     @property
     def folder(self) -> Path:
         return Path(self.run_dir)
 
+    @functools.cached_property
+    def versions(self) -> dict[str, str]:
+        return run_directory.machine()
+
     def say(self, words: str) -> None:
         print(f"[{time.perf_counter() - self.began:4.0f} s] {words}", flush=True)
 
-    def results(self, **found: Any) -> None:
-        """Write results.json, in place of what it holds: `found`, the command and the versions."""
-        given = {"command": self.command, "versions": self.versions}
-        run_directory.write_json(self.folder / "results.json", found | given)
+    def results(self, facts: Sequence[str], **found: Any) -> None:
+        """Write results.json, in place of what it holds. found: rows, other dataclasses, and what JSON has."""
+        how = {"protocol": facts, "command": self.command, "versions": self.versions}
+        run_directory.write_json(self.folder / "results.json", _plain(found | how))
 
-    def report(self, write: Callable[..., None] = page.write, *, made: dict[str, Any] | None = None, **shown: Any):
+    def report(self, facts: Sequence[str], write: Callable[..., None] = page.write, made: Any = None, **shown: Any):
         """Write report.html and say where it is. write, shown: page.write or what has its arguments; made: what stands
         under "how it was made" beside the versions and the time."""
         took = page.duration(time.perf_counter() - self.began)
         how = page.made(self.versions, **(made or {}), total_time=took)
-        write(self.folder / "report.html", **shown, made=how, command=self.command)
+        write(self.folder / "report.html", facts=facts, made=how, command=self.command, **shown)
         self.say(f"done: open {self.folder / 'report.html'}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Row):
+        return value.json()
+    if dataclasses.is_dataclass(value):
+        return dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return list(map(_plain, value)) if isinstance(value, list | tuple) else value

@@ -59,7 +59,7 @@ def test_rows_curves_and_plot_are_written(finished):
         assert row["bits_per_byte"] == pytest.approx(np.mean(losses))
         assert row["bits_per_byte_sd"] == pytest.approx(np.std(losses, ddof=1))
         assert losses[0] != losses[1]
-    assert any("8-bit moments" in fact and "within 1%" in fact for fact in results["facts"])
+    assert any("8-bit moments" in fact and "within 1%" in fact for fact in results["protocol"])
 
 
 def test_the_best_rate_on_validation_is_the_one_repeated(finished):

@@ -66,7 +66,8 @@ def test_chains_share_what_they_begin_with_and_say_what_recovers_them(
         folder, tmp_path / "out", "--seeds=2", "--steps=4", "--length=32", "--learning_rate=3e-3",
         "--distill.weight=1.0", "--distill.entries=9", "--adapt.rank=3", "--calibration_error", "--precision=auto",
         "--chains=width@0.2 width@0.2,finetune width@0.2,distill width@0.2,finetune@seconds "
-        "width@0.2,distill[cache=top_k] depth@0.5,fresh,finetune@0.5 w3a16 w3a16,adapt", "--orders=w8a16 distill",
+        "width@0.2,distill[cache=top_k] depth@0.5,depth@0.001[init=random],finetune@0.5 w3a16 w3a16,adapt",
+        "--orders=w8a16 distill",
     )  # fmt: skip
     first, *_ = rows.values()
     assert list(rows)[-2:] == ["w8a16,distill", "distill,w8a16"]
@@ -88,7 +89,7 @@ def test_chains_share_what_they_begin_with_and_say_what_recovers_them(
     assert {steps[0].rank for steps in ran if type(steps[0]) is Adapt} == {3}
     assert all(0 < row["calibration"] < 1 for row in rows.values())
     assert rows["width@0.2,distill[cache=top_k]"]["tokens"] == text["tokens"]
-    fresh = rows["depth@0.5,fresh,finetune@0.5"]
+    fresh = rows["depth@0.5,depth@0.001[init=random],finetune@0.5"]
     assert (fresh["tokens"], fresh["recovered"]) == (2 * 8 * 32, None)
     assert rows["w8a16,distill"]["bytes"] == rows["distill,w8a16"]["bytes"] < first["bytes"] / 2
     assert sum(type(steps[0]).__name__ == "Width" for steps in ran) == 2  # one a seed
@@ -97,8 +98,8 @@ def test_chains_share_what_they_begin_with_and_say_what_recovers_them(
     assert (scaled[:2], scaled[4:]) == ([4, 4], [2, 2])  # those between are of @seconds, which measures how many
     chains = grammar.chains(str(tmp_path / "out" / "recipe.toml"))
     assert list(chains) == list(rows)[1:]
-    made = "depth@0.5,depth[layers=1,init=random],finetune[steps=2,learning_rate=0.003]"
-    assert grammar.write(chains["depth@0.5,fresh,finetune@0.5"]) == made
+    made = "depth@0.5,depth@0.001[init=random],finetune[steps=2,learning_rate=0.003]"
+    assert grammar.write(chains["depth@0.5,depth@0.001[init=random],finetune@0.5"]) == made
     said = capsys.readouterr().out
     for words in (
         "precision auto: bfloat16; the matmuls of a training step are 2.00x",
