@@ -6,12 +6,11 @@ of a second and is stopped at the limits below. Systems that limit no process's 
 the time alone.
 """
 
-import contextlib
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 from efflm.config import InputError
@@ -19,6 +18,7 @@ from efflm.text.encoding import require_characters
 
 Messages = list[dict[str, str]]
 SECONDS, MEGABYTES = 2, 256
+STARTED = 60  # seconds, the start included, after which it is stopped where the system has no alarms
 LONGEST = 10_000_000  # characters: more than any model here reads
 PROBLEMS = {
     "f": "fails on these messages",
@@ -43,7 +43,7 @@ def render(
         "template": template,
         "variables": names | {"tools": None, "documents": None} | given,
         "memory": MEGABYTES * 10**6,
-        "seconds": SECONDS + 1,
+        "seconds": SECONDS,
         "longest": LONGEST,
     }
     try:
@@ -63,34 +63,16 @@ def _answer(request: bytes) -> tuple[str, str]:
     found = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
     folders = sorted({str(Path(spec.origin).parents[1]) for spec in found if spec and spec.origin})
     command = [sys.executable or "python3", "-I", "-S", "-W", "ignore", str(PROGRAM), *folders]
-    pipe, late, largest = subprocess.PIPE, threading.Event(), 4 * LONGEST + 1
     try:
-        child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+        done = subprocess.run(command, input=request, capture_output=True, timeout=STARTED)
+    except subprocess.TimeoutExpired:
+        return "s", ""
     except OSError as error:
         raise InputError(f"cannot start {command[0]} to run a chat template in: {error.strerror}") from None
-
-    def stop() -> None:
-        late.set()
-        child.kill()
-
-    timer, said = threading.Timer(SECONDS, stop), bytearray()
-    with child:
-        try:
-            with contextlib.suppress(BrokenPipeError):  # what it died of is on its stderr
-                child.stdin.write(request)
-                child.stdin.close()
-            ready = child.stdout.readline() == b"ready\n"
-            if ready:
-                timer.start()
-            while ready and len(said) <= largest and (part := child.stdout.read1(1 << 16)):
-                said += part
-            ended = ready and len(said) <= largest and child.wait() == 0
-        finally:
-            timer.cancel()
-            child.kill()
-        if not ready:
-            why = " ".join(child.stderr.read().decode(errors="replace").split())[-300:]
-            raise InputError(f"cannot start {command[0]} to run a chat template in: {why or 'it said nothing'}")
-    if ended and said:
-        return said[:1].decode(), said[1:].decode("utf-8", "surrogatepass")
-    return ("s", "") if late.is_set() else ("d", f"exit code {child.returncode}")
+    if done.returncode > 0:
+        why = " ".join(done.stderr.decode(errors="replace").split())[-300:]
+        raise InputError(f"cannot start {command[0]} to run a chat template in: {why or 'it said nothing'}")
+    if done.returncode == 0 and done.stdout:
+        return done.stdout[:1].decode(), done.stdout[1:].decode("utf-8", "surrogatepass")
+    late = done.returncode == -getattr(signal, "SIGALRM", 0)
+    return ("s", "") if late else ("d", f"exit code {done.returncode}")

@@ -26,17 +26,14 @@ def require_characters(text: str, what: str) -> None:
         ) from None
 
 
-def sized(
-    encode: Callable[[str], Any], pieces: Sequence[bytes], lengths: np.ndarray, stretches: Iterable[str]
-) -> Iterator[Sized]:
+def sized(encode: Callable[[str], Any], pieces: Sequence[bytes], stretches: Iterable[str]) -> Iterator[Sized]:
     """The ids of each stretch of a text, as those of the whole text, and the bytes of the text that each stands for.
 
     The bytes are the text's own, whatever a normalizer makes of it, so they add up to its size. Each stretch is
     tokenized with CONTEXT characters before and after it: neither does a space come before each, as it comes before a
     whole text in SentencePiece's way, nor is a token cut. What no token stands for counts for the token after it, and
     at the end for the last one. A character of several tokens counts for the first, but where the text is just the
-    `pieces` of its ids each counts its own bytes. encode: a text -> its tokenizers.Encoding;
-    lengths: of the pieces.
+    `pieces` of its ids each counts its own bytes. encode: a text -> its tokenizers.Encoding.
     """
     before, skipped, held = "", 0, None
     for text, after in itertools.pairwise(itertools.chain(stretches, [""])):
@@ -46,8 +43,9 @@ def sized(
         ids, size = found.ids[own], len(text.encode())
         before = (before + text)[-CONTEXT:]
         if ids:
-            sizes = lengths[ids].astype(np.int64)
-            if sizes.sum() != size or b"".join(pieces[i] for i in ids) != text.encode():
+            written = [pieces[i] for i in ids]
+            sizes = np.array(list(map(len, written)), np.int64)
+            if b"".join(written) != text.encode():
                 places = _places(text)[ends[own]]
                 places[-1] = size
                 sizes = np.diff(places, prepend=0)

@@ -1,8 +1,8 @@
 """A program: it runs one chat template in a process of its own, which efflm.text.chat starts, limits and stops.
 
 On stdin comes a JSON object with the template, its variables and the limits; its arguments are folders to import Jinja
-from. On stdout it says "ready" in a line, once the limits hold, and then by a letter how it went: `t` and the text, `f`
-and why the template failed, `m` for too much memory, `l` for too long a text. It imports nothing of efflm.
+from. On stdout it says by a letter how it went: `t` and the text, `f` and why the template failed, `m` for too much
+memory, `l` for too long a text. After too long a time an alarm ends it. It imports nothing of efflm.
 
 A template is a stranger's code. It runs in Jinja's immutable sandbox, under the environment that Hugging Face's
 documentation of chat templates promises it.
@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import json
 import os
+import signal
 import sys
 from typing import Any
 
@@ -47,13 +48,14 @@ def render(template: str, variables: dict[str, Any]) -> str:
 
 
 def limit(memory: int, seconds: int) -> None:
-    """Let this process map `memory` bytes more than it has now, and end it after `seconds` of processor time even if
-    nobody is left to stop it. Where the system has no such limits, nothing is done."""
+    """Let this process map `memory` bytes more than it has now, and end it after `seconds`. Where the system has no
+    such limits, nothing is done."""
+    if hasattr(signal, "alarm"):
+        signal.alarm(seconds)
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
         with open("/proc/self/statm") as file:
             mapped = int(file.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + memory, mapped + memory))
@@ -77,8 +79,6 @@ def main() -> None:
 
     told = json.loads(sys.stdin.buffer.read())
     limit(told["memory"], told["seconds"])
-    sys.stdout.buffer.write(b"ready\n")
-    sys.stdout.buffer.flush()
     try:
         sys.stdout.buffer.write(answer(told["template"], told["variables"], told["longest"]))
     except MemoryError:

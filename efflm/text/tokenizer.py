@@ -151,7 +151,7 @@ class Tokenizer:
 
     def sized(self, stretches: Iterable[str]) -> Iterator[encoding.Sized]:
         """The ids of a text that comes in stretches, and the bytes of the text that each stands for: see `encoding`."""
-        return encoding.sized(self._encoding, self._pieces, self.token_bytes, stretches)
+        return encoding.sized(self._encoding, self._pieces, stretches)
 
     def prompt(self, text: str) -> list[int]:
         """The ids of `text` as the model expects to read it: after `bos`, if it expects that. Not for what `chat`
@@ -178,11 +178,6 @@ class Tokenizer:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         of = self._pieces
         return lambda ids, final=False: decoder.decode(b"".join(of[i] for i in ids if i < len(of)), final)
-
-    @functools.cached_property
-    def token_bytes(self) -> np.ndarray:
-        """Bytes that each token writes, int32 [vocabulary]; 0 for special tokens. Of a text's own bytes see `sized`."""
-        return np.array([len(piece) for piece in self._pieces], np.int32)
 
     @functools.cached_property
     def _pieces(self) -> list[bytes]:
