@@ -25,7 +25,7 @@ from efflm.compress import grammar, recipe
 from efflm.compress.step import Calibration, Context, Step, calibrates, reads_text, trains
 from efflm.config import AskedPrecision, InputError, at_home, require
 from efflm.data import corpora, dataset, enwik8, loader
-from efflm.evaluate import side_by_side
+from efflm.evaluate import scoring
 from efflm.evaluate.windows import Scoring
 from efflm.formats import huggingface, saved, sources
 from efflm.infer import speculative
@@ -151,7 +151,7 @@ def measure(
     here = {name: sharding.on_one_device(model) for name, model in named.items()}
     sizes = {name: ops.stored_nbytes(model.params, model.masks) for name, model in named.items()}
     notes = {name: _note(model) for name, model in named.items()}
-    found = side_by_side.measure(here, scored, tokenizer, score, speed)
+    found = scoring.side_by_side(here, scored, tokenizer, score, speed)
     cautions = rows.cautions(next(iter(named)), first.about, scored.known)
     return measured.of(here, sizes, notes, dataclasses.replace(found, facts=(*found.facts, *cautions)))
 

@@ -20,7 +20,7 @@ from efflm.cli.subject import Subject
 from efflm.config import flag
 from efflm.config.parallel import MeshConfig
 from efflm.data import dataset
-from efflm.evaluate import machine, side_by_side
+from efflm.evaluate import machine, scoring
 from efflm.evaluate.windows import Scoring
 from efflm.formats import sources
 from efflm.model import require_same_tokenizer
@@ -65,7 +65,7 @@ def main(run: Run, score: Scoring, mesh: MeshConfig, limits: Limits) -> None:
         models = {first[0]: other.model} | models
         sizes[first[0]], notes[first[0]] = other.nbytes, rows.origin(run.reference, other.about)
     first = next(iter(models))
-    found = measured.of(models, sizes, notes, side_by_side.measure(models, text, tokens, score))
+    found = measured.of(models, sizes, notes, scoring.side_by_side(models, text, tokens, score))
     facts = [*found.facts, *rows.cautions(run.model, about, text.known)]
     if run.run_dir:
         log.results(facts, rows=found.rows)

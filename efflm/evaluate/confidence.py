@@ -44,11 +44,8 @@ def of_text(model: LanguageModel, text: Any, tokenizer: Any, scoring: Scoring) -
             continue
         states_MD, targets_M = quality.states(model, block), block["targets"][where]
         for start in range(0, len(targets_M), TOKENS):
-            count = len(targets_M[start : start + TOKENS])
-            pad = lambda x, start=start, count=count: np.pad(
-                x[start : start + TOKENS], [(0, TOKENS - count)] + [(0, 0)] * (x.ndim - 1)
-            )
-            found = jax.device_get(_likeliest(model, pad(states_MD), pad(targets_M)))
-            confidence.append(found[0][:count])
-            correct.append(found[1][:count])
+            cut = lambda x, start=start: quality.filled(x[start : start + TOKENS], TOKENS)
+            found = jax.device_get(_likeliest(model, cut(states_MD), cut(targets_M)))
+            confidence.append(found[0][: len(targets_M) - start])
+            correct.append(found[1][: len(targets_M) - start])
     return expected_error(np.concatenate(confidence), np.concatenate(correct))

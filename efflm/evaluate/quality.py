@@ -129,7 +129,7 @@ def score(
     parts: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in models}
     with sharding.mesh_of(reference.params):
         for start in range(0, len(targets_M), count):
-            cut = lambda x, start=start: _filled(x[start : start + count], count)
+            cut = lambda x, start=start: filled(x[start : start + count], count)
             expected_MV = None if alone else _expected(first, cut(expected_MD))
             for name, model in models.items():
                 given = None if model is reference else expected_MV
@@ -140,7 +140,8 @@ def score(
     return {name: {figure: joined(found, figure) for figure in figures} for name, found in parts.items()}
 
 
-def _filled(x: np.ndarray, count: int) -> np.ndarray:
+def filled(x: np.ndarray, count: int) -> np.ndarray:
+    """x with zeros after it, up to `count` rows: one compiled program takes whatever is left."""
     return np.pad(x, [(0, count - len(x))] + [(0, 0)] * (x.ndim - 1))
 
 

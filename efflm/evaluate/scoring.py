@@ -1,13 +1,18 @@
-"""Text scored by the one protocol (evaluate.windows), with a bar on stderr that says how far it has come."""
+"""Text scored by the one protocol (evaluate.windows), with a bar on stderr that says how far it has come; and models
+measured side by side: quality, then speed, all in turn."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
+from efflm import ops
 from efflm.cli import progress
-from efflm.evaluate import quality, windows
+from efflm.evaluate import quality, throughput, windows
 from efflm.evaluate.quality import Block, Quality
+from efflm.evaluate.throughput import Protocol, Rate
 from efflm.evaluate.windows import Scoring
 from efflm.model import LanguageModel
 from efflm.parallel import sharding
@@ -53,3 +58,31 @@ def _shown(blocks: Iterable[Block], title: str, sizes: Sequence[int], scoring: S
             scored = block["bytes"][owners > 0].sum()
             done = max(done, int(owners.max())) if scoring.tokens else done + int(scored)
             update(done)
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """What was measured, by the model's name, and in words how. rates: prefill and decode by the protocol; None where
+    speed was not measured."""
+
+    qualities: dict[str, Quality]
+    rates: dict[str, tuple[Rate, Rate]] | None
+    protocol: Protocol
+    facts: tuple[str, ...]
+
+
+def side_by_side(
+    models: dict[str, LanguageModel], text: Any, tokenizer: Any, score: Scoring, speed: bool = True
+) -> Figures:
+    """Score a text (see data.dataset.Text) and time prefill and decode, all models in turn.
+
+    models: not prepared for kernels yet; differences are those to the first. score: as `Scoring.within` says.
+    """
+    first = next(iter(models))
+    here = {name: ops.prepare(model, jax.default_backend()) for name, model in models.items()}
+    found = measure(here, text, tokenizer, score, here[first])
+    timing = throughput.protocol_for(models[first])
+    rates, load = throughput.rates(here, timing) if speed else (None, "")
+    against = f" Divergence: from {first}." if len(models) > 1 else ""
+    facts = [f"Quality: {protocol(text, score, found[first])}.{against}"]
+    return Figures(found, rates, timing, (*facts, *[f"Speed: {timing}.{load}"] * speed))

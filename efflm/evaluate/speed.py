@@ -133,18 +133,12 @@ def peak_bytes(run: Callable[[], Any]) -> int | None:
         return None
 
 
-def peak_bytes_above(run: Callable[[], Any]) -> int | None:
-    """The most memory of this process while run() goes on, above what it held before; None as in peak_bytes."""
-    held, peak = peak_bytes(lambda: None), peak_bytes(run)
-    return None if peak is None or held is None else peak - held
-
-
 def cost_of(work: Callable[[], Any]) -> tuple[Any, float, int | None]:
-    """What work() gives once all of it is computed, the seconds that took, and the most memory meanwhile above what was
-    held before (see `peak_bytes_above`)."""
-    made, start = [], time.perf_counter()
-    above = peak_bytes_above(lambda: made.append(jax.block_until_ready(work())))
-    return made[0], time.perf_counter() - start, above
+    """What work() gives once all of it is computed, the seconds that took, and the most memory of this process
+    meanwhile above what it held before; None as in peak_bytes."""
+    made, held, start = [], peak_bytes(lambda: None), time.perf_counter()
+    peak = peak_bytes(lambda: made.append(jax.block_until_ready(work())))
+    return made[0], time.perf_counter() - start, None if peak is None or held is None else peak - held
 
 
 def seconds_to_read(model: LanguageModel, batch: Mapping[str, np.ndarray], chunk: int = 8) -> float:

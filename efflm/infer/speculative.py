@@ -50,7 +50,7 @@ class Statistics:
 class State:
     """Sequences being generated. token_B: the newest token of each, which neither cache holds yet; before_B: the one
     before it, which the draft's cache does not hold either; ids_BS: those written so far, count_B of each; done_B:
-    whether a stop token or the limit has ended it; accepted, drafted, passes: see Statistics."""
+    whether a stop token or the limit has ended it; accepted, passes: see Statistics."""
 
     target: Cache
     draft: Cache
@@ -60,7 +60,6 @@ class State:
     count_B: jax.Array
     done_B: jax.Array
     accepted: jax.Array
-    drafted: jax.Array
     passes: jax.Array
 
 
@@ -163,7 +162,6 @@ def step(
     stopped_B = jnp.any(written_BT & jnp.isin(new_BT, stops_K), axis=1)
     total_B = state.count_B + count_B + 1
     length_B = keep(had_B, had_B + 1 + count_B)
-    sum_of = lambda values_B: jnp.sum(jnp.where(goes_B, values_B, 0))
     return State(
         target=read.replace(length_B=length_B),
         draft=drafted.replace(length_B=length_B - 1),
@@ -172,9 +170,8 @@ def step(
         ids_BS=ids_BS,
         count_B=keep(state.count_B, total_B),
         done_B=state.done_B | stopped_B | (total_B >= limit),
-        accepted=state.accepted + sum_of(count_B),
-        drafted=state.drafted + sum_of(jnp.full_like(count_B, ahead)),
-        passes=state.passes + sum_of(jnp.ones_like(count_B)),
+        accepted=state.accepted + jnp.sum(count_B, where=goes_B),
+        passes=state.passes + jnp.sum(goes_B),
     )
 
 
@@ -228,7 +225,7 @@ def generate(
     logits_BV, cache = prefill(target, tokens_BT, lengths_B, cache_length=room)
     _, draft_cache = prefill(draft, tokens_BT, lengths_B, cache_length=room)
     first = start(logits_BV, cache, keys_B, how, stops_K)
-    zero, B = lambda: jnp.int32(0), len(prompts)
+    B = len(prompts)
     ids_BS = jnp.full((B, bucket(max_tokens + ahead + 1)), PAD_ID, jnp.int32).at[:, 0].set(first.token_B)
     state = State(
         target=first.cache,
@@ -238,12 +235,11 @@ def generate(
         ids_BS=ids_BS,
         count_B=jnp.ones(B, jnp.int32),
         done_B=first.done_B | (max_tokens <= 1),
-        accepted=zero(),
-        drafted=zero(),
-        passes=zero(),
+        accepted=jnp.int32(0),
+        passes=jnp.int32(0),
     )
     state = decode(target, draft, state, keys_B, how, stops_K, np.int32(max_tokens), ahead=ahead)
     counts_B = np.minimum(np.asarray(state.count_B), max_tokens)
     rows = [row[:count].tolist() for row, count in zip(np.asarray(state.ids_BS), counts_B, strict=True)]
     cut = lambda ids: ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]
-    return [cut(ids) for ids in rows], Statistics(int(state.drafted), int(state.accepted), int(state.passes))
+    return [cut(ids) for ids in rows], Statistics(ahead * int(state.passes), int(state.accepted), int(state.passes))

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from efflm.evaluate.side_by_side import Figures
+from efflm.evaluate.scoring import Figures
 from efflm.model import LanguageModel
 from efflm.report import rows, table
 from efflm.report.comparison import Comparison, Limits

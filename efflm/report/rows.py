@@ -53,13 +53,9 @@ def names(sources: Sequence[str]) -> list[str]:
     short = [path.name.removesuffix(".safetensors").removesuffix(".gguf") for path in whole]
     most = max(len(path.parts) for path in whole)
     longer = [["/".join(path.parts[-count:]) for path in whole] for count in range(1, 1 + most)]
-    found: list[str] = []
-    for index, path in enumerate(whole):
-        others = [i for i, other in enumerate(whole) if other != path]
-        told = next(each[index] for each in (short, *longer) if each[index] not in [each[i] for i in others])
-        again = whole[:index].count(path)
-        found.append(f"{told} ({again + 1})" if again else told)
-    return found
+    told = next(each for each in (short, *longer) if len(set(each)) == len(set(whole)))
+    again = [whole[:index].count(path) for index, path in enumerate(whole)]
+    return [f"{name} ({count + 1})" if count else name for name, count in zip(told, again, strict=True)]
 
 
 def label(about: dict[str, Any]) -> str:
