@@ -34,8 +34,8 @@ from efflm.precision import POLICIES
 from efflm.report import plots
 from efflm.text import tokenizer
 from efflm.train import callbacks, metrics, trainer
-from efflm.train.callbacks import Callback
 from efflm.train.checkpointing import Checkpointing
+from efflm.train.training import Callback
 
 LEAF_FILES, METRICS_LINE = 4_000, 1_000  # bytes: what Orbax notes of a weight, and a line in both kinds of metrics
 VALIDATION_ROWS = 16  # at most, in one batch at least

@@ -18,7 +18,7 @@ from efflm.config.model import ModelShape
 from efflm.config.parallel import HostsConfig, MeshConfig
 from efflm.config.train import TrainConfig
 from efflm.evaluate.windows import Scoring
-from efflm.formats import load_model
+from efflm.formats.sources import load_model
 from efflm.model.params import in_layer, is_matrix
 from efflm.report.comparison import Limits
 from tests import gguf_files, tiny

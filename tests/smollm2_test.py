@@ -77,7 +77,7 @@ def test_the_perplexity_of_a_text_by_its_protocol(smollm2, alice):
     model, tokenizer, golden = smollm2
     text = [itertools.chain.from_iterable(zip(*each) for each in tokenizer.sized([alice]))]
     rows = blocks(text, tokenizer.separator, Scoring(window=1024, tokens=1024, bos=False))
-    found = quality.measure({"": model}, rows, tokenizer.vocabulary, model)[""]
+    found = quality.measure({"": model}, rows, model)[""]
     assert quality.perplexity(found)[0] == pytest.approx(golden["perplexity"], rel=1e-4)
     assert found.tokens.sum() == 1023
     assert found.bytes.sum() == len(tokenizer.decode(tokenizer.encode(alice)[1:1024]).encode())

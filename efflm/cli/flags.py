@@ -133,7 +133,6 @@ def _run(main: Callable[..., None], doc: str, argv: list[str], groups: dict[str,
         except HelpWanted as wanted:
             stdio.show(help_text.text(doc, *wanted.args))
             return 0
-        stdio.require_signs()
         build.choose(given.pop("machine").kernels)
         others = given.pop("hosts", HostsConfig())
         processes.start(others)

@@ -85,9 +85,7 @@ def held(path: Path) -> Iterator[None]:
         yield
         return
     require_writable(path, needs=0)
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
+    with _folder(path):
         handle = _lock(path)
         _held.add(path)
         try:
@@ -96,6 +94,15 @@ def held(path: Path) -> Iterator[None]:
             _held.discard(path)
             (path / LOCK).unlink(missing_ok=True)
             os.close(handle)
+
+
+@contextlib.contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """A folder, made if need be; in the end it and those above it that were made are gone where nothing is in them."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
     finally:
         for folder in made:
             with contextlib.suppress(OSError):  # it holds something
@@ -208,37 +215,29 @@ def write_together(folder: Path, files: Mapping[str, str | Callable[[Path], Any]
     that name. They are written beside, in a folder of their own, and then renamed in their order: a process that is
     killed meanwhile leaves whole files.
     """
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _beside(folder / next(iter(files))) as partial:
-            old, placed = partial / "old", []
-            old.mkdir(parents=True)
+    with _folder(folder), _beside(folder / next(iter(files))) as partial:
+        old, placed = partial / "old", []
+        old.mkdir(parents=True)
+        for name, content in files.items():
+            if isinstance(content, str):
+                (partial / name).write_text(content, encoding="utf-8")
+            elif content is not None:
+                content(partial / name)
+        try:
             for name, content in files.items():
-                if isinstance(content, str):
-                    (partial / name).write_text(content, encoding="utf-8")
-                elif content is not None:
-                    content(partial / name)
-            try:
-                for name, content in files.items():
-                    placed.append(name)
-                    _keep(folder / name, old / name)
-                    if content is None:
-                        (folder / name).unlink(missing_ok=True)
-                    else:
-                        (partial / name).replace(folder / name)
-            except BaseException:
-                for name in placed:
-                    if os.path.lexists(old / name):
-                        (old / name).replace(folder / name)
-                    else:
-                        (folder / name).unlink(missing_ok=True)
-                raise
-        made = []
-    finally:
-        for each in made:
-            with contextlib.suppress(OSError):  # it holds something
-                each.rmdir()
+                placed.append(name)
+                _keep(folder / name, old / name)
+                if content is None:
+                    (folder / name).unlink(missing_ok=True)
+                else:
+                    (partial / name).replace(folder / name)
+        except BaseException:
+            for name in placed:
+                if os.path.lexists(old / name):
+                    (old / name).replace(folder / name)
+                else:
+                    (folder / name).unlink(missing_ok=True)
+            raise
 
 
 def _keep(path: Path, beside: Path) -> None:

@@ -1,4 +1,4 @@
-"""The standard streams of a command: one that is full, closed or has too few characters is told in one line."""
+"""The standard streams of a command: one that is full or closed is told in one line."""
 
 import contextlib
 import io
@@ -7,9 +7,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from efflm.config import InputError, require
-
-SIGNS = "±–"  # that tables show beside ASCII
 NAME = "<stdout>"
 
 
@@ -29,33 +26,27 @@ class _Stdout(io.TextIOWrapper):
 def _named() -> Iterator[None]:
     try:
         yield
-    except UnicodeEncodeError as error:
-        raise InputError(_lacks(error.object[error.start])) from None
     except OSError as error:
         error.filename = NAME
         raise
 
 
 def prepare() -> None:
-    """Make stdout name itself in its errors, and one that is closed take all: else the next file would become it."""
+    """Make stdout name itself in its errors and write characters that its encoding lacks as escapes, and one that is
+    closed take all: else the next file would become it."""
     out = sys.stdout
     if out is None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
     elif type(out) is io.TextIOWrapper:
         how = {"line_buffering": out.line_buffering, "write_through": out.write_through}
-        sys.stdout = _Stdout(out.buffer, out.encoding, out.errors, **how)
-
-
-def require_signs() -> None:
-    """Raise InputError if stdout cannot take what tables show: now, and not when the work is done."""
-    for sign in SIGNS:
-        require(_shown(sign) == sign, _lacks(sign))
+        errors = "backslashreplace" if out.errors == "strict" else out.errors  # else the user has chosen
+        sys.stdout = _Stdout(out.buffer, out.encoding, errors, **how)
 
 
 def show(text: str) -> None:
-    """Print a text that a reader may leave in the middle of, and in which a character may be missing."""
+    """Print a text that a reader may leave in the middle of."""
     try:
-        print(_shown(text), flush=True)
+        print(text, flush=True)
     except BrokenPipeError:
         drop(sys.stdout)
 
@@ -81,15 +72,3 @@ def drop(stream: Any) -> None:
     """Send nowhere what is left in the stream: the interpreter writes it out at its end."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _encoding() -> str:
-    return getattr(sys.stdout, "encoding", None) or "utf-8"
-
-
-def _shown(text: str) -> str:
-    return text.encode(_encoding(), "replace").decode(_encoding())
-
-
-def _lacks(sign: str) -> str:
-    return f"stdout is encoded in {_encoding()}, which has no U+{ord(sign):04X}: set PYTHONIOENCODING=utf-8"

@@ -18,8 +18,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from efflm import ops
-from efflm.config import require
-from efflm.model import LanguageModel, Transformer
+from efflm.model import LanguageModel, Transformer, require_same_tokenizer
 from efflm.parallel import sharding
 from efflm.precision import policy_for
 
@@ -148,18 +147,16 @@ def filled(x: np.ndarray, count: int) -> np.ndarray:
 def measure(
     models: dict[str, LanguageModel],
     blocks: Iterable[Block],
-    tokens: int,
     reference: LanguageModel,
     kept: dict[int, np.ndarray] | None = None,
 ) -> dict[str, Quality]:
     """How good each model is, and how far from the reference, which reads each block once.
 
-    tokens: entries of the tokenizer. kept: filled with the reference's states of the first
-    blocks, up to KEPT bytes; given again with the same reference and text, it spares reading these. Raises InputError
-    if a model has other tokens than the reference, or fewer than the tokenizer.
+    kept: filled with the reference's states of the first blocks, up to KEPT bytes; given again with the same reference
+    and text, it spares reading these. Raises InputError if a model has other tokens than the reference.
     """
     for model in models.values():
-        _require_vocabulary(model, reference, tokens)
+        require_same_tokenizer(model, reference, "model", "reference")
     fields = [field.name for field in dataclasses.fields(Quality)]
     sums = {name: np.zeros((len(fields), 0)) for name in models}
     documents = 0
@@ -185,19 +182,6 @@ def _room_for(count: int, sums: np.ndarray) -> np.ndarray:
     """The sums with space for `count` documents: doubled where they are short, so that growing takes linear time."""
     missing = count - sums.shape[1]
     return sums if missing <= 0 else np.pad(sums, ((0, 0), (0, max(missing, sums.shape[1]))))
-
-
-def _require_vocabulary(model: LanguageModel, reference: LanguageModel, tokens: int) -> None:
-    mine, theirs = model.config.tokens, reference.config.tokens
-    require(
-        mine == theirs,
-        f"the model's vocabulary has {mine} entries, the reference's {theirs}, without padding: both need the same "
-        "tokenizer",
-    )
-    require(
-        tokens <= mine,
-        f"the tokenizer has {tokens} entries, but the model's vocabulary is {mine}: use the model's own",
-    )
 
 
 # --- figures: a mean over all tokens or bytes, and its standard error over documents ---------------------------------

@@ -29,7 +29,7 @@ def measure(
     """`quality.measure` of a text (see data.dataset.Text) in the tokens of its tokenizer. scoring: as `within` says."""
     blocks = windows.blocks(text.sized(), tokenizer.separator, scoring, text.unbroken)
     blocks = _shown(blocks, f"reading {text.name}", text.sizes, scoring)
-    return quality.measure(models, blocks, tokenizer.vocabulary, reference, kept)
+    return quality.measure(models, blocks, reference, kept)
 
 
 def against(first: LanguageModel, text: Any, tokenizer: Any, scoring: Scoring) -> Callable[[LanguageModel], Quality]:

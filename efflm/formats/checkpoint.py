@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from efflm import trees
@@ -24,10 +25,9 @@ from efflm.cli import run_directory
 from efflm.config import InputError, require
 from efflm.config.model import ModelConfig
 from efflm.formats import arrays, manifest
-from efflm.formats.described import arrays_of
-from efflm.model import LanguageModel, placement
+from efflm.model import LanguageModel, params, placement
 from efflm.model_files import read_object
-from efflm.ops.storage import from_flat, to_flat
+from efflm.ops.storage import array_shapes, from_flat, is_dtype_of, to_flat
 from efflm.parallel import processes
 
 ARRAYS = "arrays"  # the folder of a step in which Orbax writes
@@ -84,7 +84,7 @@ def read(folder: Path, mesh: Mesh) -> tuple[LanguageModel, dict[str, Any]]:
             path: jax.ShapeDtypeStruct(
                 shape, dtype, sharding=jax.NamedSharding(mesh, placement.partition_spec(path, shape, mesh))
             )
-            for path, (shape, dtype) in arrays_of(config, formats, about["leaves"]).items()
+            for path, (shape, dtype) in _arrays_of(config, formats, about["leaves"]).items()
         }
         how_made = dict(about["about"])
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -92,6 +92,34 @@ def read(folder: Path, mesh: Mesh) -> tuple[LanguageModel, dict[str, Any]]:
     flat = arrays.read(folder / ARRAYS, leaves)
     masks = {path.removeprefix("masks/"): flat.pop(path) for path in leaves if path.startswith("masks/")}
     return LanguageModel(config, from_flat(flat, formats), masks or None), how_made
+
+
+def _arrays_of(
+    config: ModelConfig, formats: dict[str, Any], leaves: dict[str, Any]
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """{path: (shape, dtype)} of every array, before any is read. Raises InputError unless they are just those of such a
+    model."""
+    table, wanted = params.table(config), {}
+    unknown = sorted(formats.keys() - table.keys())
+    require(not unknown, f"{(unknown or [''])[0]:.80} is no weight of the config")
+    for path, param in table.items():
+        wanted |= array_shapes(path, param.shape, formats.get(path), leaves)
+        wanted |= {mask: param.shape for mask in (f"masks/{path}",) if mask in leaves}
+    found = {path: tuple(leaf.get("shape", ())) for path, leaf in leaves.items()}
+    differ = sorted(path for path in wanted.keys() | found.keys() if wanted.get(path) != found.get(path))
+    first = (differ or [""])[0]
+    require(
+        not differ, f"{first:.80} has shape {found.get(first)!s:.80}, but the config says {wanted.get(first)!s:.80}"
+    )
+    out = {}
+    for path, shape in wanted.items():
+        weight, _, part = path.rpartition("/")
+        dtype = np.dtype(leaves[path].get("dtype", "object"))
+        bits = formats[weight]["bits"] if weight in formats else 0
+        good = dtype.kind == "b" if path.startswith("masks/") else is_dtype_of(dtype, part, bits)
+        require(good, f"{path} is stored as {dtype}, which is not what such a weight is made of")
+        out[path] = shape, dtype
+    return out
 
 
 def require_same(wanted: dict[str, Any], found: dict[str, Any], directory: Path) -> None:

@@ -60,7 +60,6 @@ def save(folder: Path, model: LanguageModel, tokens: Tokenizer) -> None:
         f"{compressed[0] if compressed else ''} is compressed, but a Hugging Face directory holds floats: export the "
         "model before it is quantized, or write efflm's own safetensors file",
     )
-    _require_fit(model, tokens, folder)
     family, description = describe(model.config)
     dtype = main_dtype(model.params)
     described = {"torch_dtype": dtype}
@@ -73,13 +72,6 @@ def save(folder: Path, model: LanguageModel, tokens: Tokenizer) -> None:
         tokens.save(partial / "tokenizer.json")
         write_json(partial / "generation_config.json", ends | {"eos_token_id": tokens.ends or None})
         tensors.write_safetensors(partial / WEIGHTS, to_tensors(model, family))
-
-
-def _require_fit(model: LanguageModel, tokens: Tokenizer, folder: Path) -> None:
-    require(
-        tokens.vocabulary <= model.config.vocabulary,
-        f"{folder}: the tokenizer has {tokens.vocabulary} tokens, more than the model's {model.config.vocabulary}",
-    )
 
 
 # --- reading what may be damaged -------------------------------------------------------------------------------------

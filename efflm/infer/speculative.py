@@ -24,10 +24,9 @@ from jax import lax
 
 from efflm import ops
 from efflm.config import require
-from efflm.config.model import ModelConfig
 from efflm.infer.generate import PAD_ID, bucket, forward, padded, prefill, row_keys, start
 from efflm.infer.sampling import GREEDY, Sampling, probabilities
-from efflm.model import Cache, LanguageModel
+from efflm.model import Cache, LanguageModel, require_same_tokenizer
 from efflm.parallel import sharding
 
 DRAW, ACCEPT, REPLACE = range(3)  # what a random key of a position is for
@@ -191,15 +190,6 @@ def decode(
     return lax.while_loop(lambda state: ~jnp.all(state.done_B), one, state)
 
 
-def require_pair(target: ModelConfig, draft: ModelConfig) -> None:
-    """Raise InputError for a draft whose tokens are not the target's."""
-    require(
-        target.tokens == draft.tokens,
-        f"the draft's vocabulary is {draft.tokens}, the model's {target.tokens}, without padding: give a draft that "
-        "has the model's tokenizer",
-    )
-
-
 def generate(
     target: LanguageModel,
     draft: LanguageModel,
@@ -215,7 +205,7 @@ def generate(
     ahead: tokens that the draft proposes for each pass of the target. Raises InputError.
     """
     require(type(ahead) is int and ahead > 0, f"ahead is {ahead!r}, but must be a positive whole number")
-    require_pair(target.config, draft.config)
+    require_same_tokenizer(draft, target, "draft", "model")
     padded(prompts, draft.config, max_tokens)
     tokens_BT, lengths_B = padded(prompts, target.config, max_tokens)
     tokens_BT = tokens_BT[:, : min(tokens_BT.shape[1], draft.config.max_length)]

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from efflm.ops.attention import MASKED
+from efflm.ops.attention_blocks import MASKED
 
 
 def attention_probabilities(

@@ -23,7 +23,7 @@ import numpy as np
 from efflm.config.model import BlockConfig, ModelConfig
 from efflm.config.train import REMAT, TrainConfig
 from efflm.model import params
-from efflm.ops.attention import BLOCK, spans, unrolled
+from efflm.ops.attention_blocks import BLOCK, spans, unrolled
 from efflm.ops.output_loss import chunk_count
 from efflm.precision import FLOAT32, POLICIES, Policy
 

@@ -21,12 +21,12 @@ class Verdict:
     words: str
 
 
-COMPARATIVES = {
-    "smallest": "smaller",
-    "fastest prefill": "faster in prefill",
-    "fastest decode": "faster in decode",
+# What is asked: the figure that answers it, and what a model is that is better in it.
+ASKED = {
+    "smallest": ("bytes", "smaller"),
+    "fastest prefill": ("prefill", "faster in prefill"),
+    "fastest decode": ("decode", "faster in decode"),
 }
-FIGURE = {"smallest": "bytes", "fastest prefill": "prefill", "fastest decode": "decode"}
 
 
 def positive(compared: Comparison) -> list[Verdict]:
@@ -39,17 +39,17 @@ def positive(compared: Comparison) -> list[Verdict]:
     near = [row for row in others if _over(row) <= compared.limits.loss * first.bits_per_byte]
     if not near:
         return [Verdict(f"Within {within} of the dense loss", "", f"No model: {_nearest(others, compared)}")]
-    asked = {words: _best(near, words, compared) for words in FIGURE}
+    asked = {words: _best(near, words, compared) for words in ASKED}
     found = _answers(asked, near, f"within {within} of the dense loss", compared)
     missing = [words for words, answer in asked.items() if answer is None]
     if missing:
         why = "than the dense model by more than the errors of the measurements"
-        words = f"No model within {within} is {_listed([COMPARATIVES[each] for each in missing], 'or')} {why}."
+        words = f"No model within {within} is {_listed([ASKED[each][1] for each in missing], 'or')} {why}."
         found.append(Verdict(f"{_listed(missing).capitalize()}: the dense model", first.name, words))
     alike = [row for row in near if comparison.figure_of(row, "divergence")[0] <= compared.limits.loss * compared.nats]
     unchanged = [row for row in near if _unchanged(row, compared)]
     told = {"smallest": _best(unchanged, "smallest", compared)}
-    again = {words: _best(alike, words, compared) for words in FIGURE}
+    again = {words: _best(alike, words, compared) for words in ASKED}
     again = {words: row for words, row in again.items() if row not in (asked[words], told.get(words))}
     found += _answers(again, alike, f"within {within} of the dense loss, divergence included", compared)
     if told["smallest"] is not asked["smallest"]:
@@ -81,7 +81,7 @@ def _unchanged(row: Row, compared: Comparison) -> bool:
 
 def _best(rows: list[Row], words: str, compared: Comparison) -> Row | None:
     """The smallest or fastest; None if there is none that is smaller or faster than the first."""
-    figure, first = FIGURE[words], compared.rows[0]
+    figure, first = ASKED[words][0], compared.rows[0]
     rows = [row for row in rows if compared.better(row, first, figure)]
     if not rows:
         return None
@@ -96,7 +96,7 @@ def _ties(rows: list[Row], best: Row, which: list[str], compared: Comparison) ->
     """The names of the rows that are as good at what was asked, and what they are worse in than the best."""
     out = []
     for row in rows:
-        if row is best or any(compared.better(best, row, FIGURE[words]) for words in which):
+        if row is best or any(compared.better(best, row, ASKED[words][0]) for words in which):
             continue
         worse = [figure for figure in ("bytes", *FIGURES) if compared.better(best, row, figure)]
         out.append(row.name + (f" (worse in {_listed(worse)})" if worse else ""))

@@ -21,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from efflm import model_files
 from efflm.cli.run_directory import to_json, write_together
 from efflm.config import InputError, require
-from efflm.text import chat, encoding, pieces, tokenizer_files
+from efflm.text import chat, encoding, tokenizer_files
 from efflm.text.tokenizer_json import require_all_read, require_sound
 
 FILE = "tokenizer.json"
@@ -182,7 +182,7 @@ class Tokenizer:
     @functools.cached_property
     def _pieces(self) -> list[bytes]:
         """The bytes that each id writes; none for special tokens and for ids without a token."""
-        return pieces.of(self.core, self.vocabulary)
+        return encoding.pieces_of(self.core, self.vocabulary)
 
     @functools.cached_property
     def byte_ids(self) -> np.ndarray:
@@ -264,7 +264,7 @@ def from_description(described: dict[str, Any], where: Any) -> tokenizers.Tokeni
         core.no_truncation()
         core.decode(core.encode(TRIAL).ids)
         highest = max(core.get_vocab().values(), default=-1)
-        pieces.stages(core.decoder)
+        encoding.stages(core.decoder)
     require_all_read(described, core, where)
     count = core.get_vocab_size()
     require(highest < 2 * count + 1000, f"{where} is not a tokenizer: id {highest} in a vocabulary of {count} tokens")

@@ -12,7 +12,7 @@ from typing import Any
 from efflm import model_files
 from efflm.cli.run_directory import to_json
 from efflm.config import InputError, require
-from efflm.text import pieces
+from efflm.text import encoding
 from efflm.text.tokenizer_json import require_sound
 
 # What a folder may hold of a tokenizer beside tokenizer.json and tokenizer_config.json.
@@ -241,7 +241,7 @@ def written(tokens: Any, stem: str) -> dict[str, str]:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": None, **tokens.names}
     config |= {"add_bos_token": bool(tokens.before), "add_eos_token": bool(tokens.after)}
     config["clean_up_tokenization_spaces"] = False
-    split = pieces.plain(tokens.core.pre_tokenizer)
+    split = encoding.plain(tokens.core.pre_tokenizer)
     config |= {name: split[name] for name in ("add_prefix_space",) if name in split}
     if tokens.template is not None:
         config["chat_template"] = tokens.template

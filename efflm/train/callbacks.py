@@ -7,9 +7,8 @@ last one or on an error. What it yields is called after every step. It may add s
 
 import collections
 import contextlib
-import dataclasses
+import functools
 import hashlib
-import math
 import sys
 import threading
 import time
@@ -18,141 +17,29 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from efflm import malloc
-from efflm.config import InputError, require
-from efflm.config.train import TrainConfig
+from efflm.config import InputError
 from efflm.parallel import processes, sharding
-from efflm.train.losses import LossFn
 from efflm.train.metrics import Metrics
 from efflm.train.optimizer import evaluation_params
-from efflm.train.step import TrainState, place
-
-
-@dataclasses.dataclass(kw_only=True)
-class Training:
-    """A training under way. It fetches metrics some steps late, checks every step's, and makes the lines that are due.
-
-    first: the step it started or was resumed at; step: how many are done. metrics: of the last step, on the device
-    until they are fetched. rate: step -> learning rate. sinks: are given every line. before_save: called once all lines
-    are written, before a checkpoint that would outlive them. Seconds are counted from the end of the first step, which
-    compiles; `paused` of them do not count.
-    """
-
-    train: TrainConfig
-    loss_fn: LossFn
-    frozen: Any
-    mesh: Mesh
-    title: str
-    remedy: str
-    first: int
-    rate: Callable[[Any], Any] | None
-    scaled: bool
-    leaves: list[str]
-    step: int = 0
-    state: TrainState | None = None
-    sinks: list[Callable[[dict[str, Any]], None]] = dataclasses.field(default_factory=list)
-    before_save: list[Callable[[], None]] = dataclasses.field(default_factory=list)
-    earlier: float = 0.0  # seconds that the run had taken when it was resumed
-    paused: float = 0.0
-
-    def __post_init__(self):
-        self.step = self.first
-        self._waiting: list[tuple[int, dict[str, Any]]] = []
-        self._due: set[int] = set()
-        self._start_counting()
-
-    @property
-    def last(self) -> bool:
-        return self.step == self.train.steps
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        return self._waiting[-1][1]
-
-    def add(self, state: TrainState, metrics: dict[str, jax.Array]) -> None:
-        """One more step was dispatched."""
-        if self._due:
-            self.fetch()
-        self.state, self.step = state, self.step + 1
-        self._waiting.append((self.step, dict(metrics)))
-        if self.last or self.step % self.train.log_every == 0:
-            self.show()
-        if self.step == self.first + 1:
-            jax.block_until_ready(state)
-            self._start_counting()
-
-    def show(self) -> None:
-        """Make a line of this step."""
-        self._due.add(self.step)
-
-    def fetch(self) -> None:
-        """Wait for the steps added so far. Raises InputError for the first that was not finite."""
-        waiting, self._waiting = self._waiting, []
-        fetched = jax.device_get([metrics for _, metrics in waiting])
-        now = time.perf_counter() - self.paused  # now that they are done: the host runs ahead of the device
-        measured = self._measured(waiting, fetched, now)
-        for (step, _), metrics in zip(waiting, fetched):
-            values = {name: float(value) for name, value in metrics.items()}
-            leaf = int(values.pop("nonfinite"))
-            values.pop("tokens", None)
-            if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-                self._require_excuse(step, values, leaf)
-            if step in self._due:
-                self._due.discard(step)
-                if self.rate:
-                    values["learning_rate"] = float(self.rate(step - 1 - values.get("skipped", 0)))
-                line = {"step": step, **values, **measured}
-                for sink in self.sinks:
-                    sink(line)
-            require(
-                values.get("skipped", 0) < self.train.steps,
-                f"none of the {step} steps changed a weight: the loss or a gradient was not finite at each: "
-                f"{self.remedy}",
-            )
-
-    def _start_counting(self) -> None:
-        """Count seconds from now, and the tokens of the steps after this one."""
-        self._began = self._window = time.perf_counter()
-        self._counted_from, self._tokens, self._steps, self.paused = self.step, 0.0, 0, 0.0
-
-    def _measured(self, waiting: Any, fetched: list[dict[str, Any]], now: float) -> dict[str, Any]:
-        """Of the lines that are due: what the clock and the memory say, rates since the last lines before them."""
-        counted = [metrics for (step, _), metrics in zip(waiting, fetched) if step > self._counted_from]
-        self._tokens, self._steps = (
-            self._tokens + sum(float(m.get("tokens", 0)) for m in counted),
-            self._steps + len(counted),
-        )
-        if not self._due:
-            return {}
-        out, window = {"seconds": round(self.earlier + now - self._began, 4)}, now - self._window
-        if self._steps:
-            out |= {"tokens_per_second": round(self._tokens / window, 1), "step_seconds": window / self._steps}
-        held = [(device.memory_stats() or {}).get("bytes_in_use") for device in jax.local_devices()]
-        memory = {"process_bytes": malloc.resident(), "device_bytes": max(filter(None, held), default=None)}
-        self._window, self._tokens, self._steps = now, 0.0, 0
-        return out | {name: value for name, value in memory.items() if value is not None}
-
-    def _require_excuse(self, step: int, values: dict[str, float], leaf: int) -> None:
-        """That is, a lower loss scale to try (1 is the lowest that LossScale does), or on_nan."""
-        overflowed = self.scaled and not math.isfinite(values["gradient_norm"]) and values["loss_scale"] > 1
-        where = f"the first such gradient is that of {self.leaves[leaf]}" if leaf >= 0 else "no gradient is at fault"
-        scale = f" at the lowest loss scale, {values['loss_scale']}" if "loss_scale" in values else ""
-        require(
-            overflowed or self.train.on_nan == "skip",
-            f"the loss is {values['loss']} at step {step}, the gradient's norm {values['gradient_norm']}{scale} "
-            f"({where}): {self.remedy}",
-        )
-
-
-Callback = Callable[[Training], contextlib.AbstractContextManager[Callable[[], None]]]
+from efflm.train.step import place
+from efflm.train.training import Callback, Training
 
 
 def nothing() -> None:
     pass
+
+
+def _told(generator: Callable[..., Iterator[Callable[[], None]]]) -> Callable[..., Callback]:
+    """lines(file) in place of lines(training, file): a function of all but the Training that gives the callback."""
+
+    @functools.wraps(generator)
+    def given(*settings: Any) -> Callback:
+        return lambda training: contextlib.contextmanager(generator)(training, *settings)
+
+    return given
 
 
 @contextlib.contextmanager
@@ -190,89 +77,71 @@ def bar(training: Training) -> Iterator[Callable[[], None]]:
         yield after
 
 
-def lines(file: Path | None, tensorboard: Path | None = None) -> Callback:
+@_told
+def lines(training: Training, file: Path | None, tensorboard: Path | None = None) -> Iterator[Callable[[], None]]:
     """Metrics as JSON lines, one every train.log_every steps and one for the last, and as event files in a folder."""
-
-    @contextlib.contextmanager
-    def callback(training: Training) -> Iterator[Callable[[], None]]:
-        with contextlib.closing(
-            Metrics(file if processes.is_first() else None, tensorboard, training.first)
-        ) as metrics:
-            training.earlier = metrics.seconds
-            training.sinks.append(metrics.write)
-            training.before_save.append(metrics.sync)
-            yield nothing
-
-    return callback
+    with contextlib.closing(Metrics(file if processes.is_first() else None, tensorboard, training.first)) as metrics:
+        training.earlier = metrics.seconds
+        training.sinks.append(metrics.write)
+        training.before_save.append(metrics.sync)
+        yield nothing
 
 
-def utilization(step_flops: float, peak: float) -> Callback:
+@_told
+def utilization(training: Training, step_flops: float, peak: float) -> Iterator[Callable[[], None]]:
     """In each line the share of `peak`, FLOP/s of all devices, that a step's FLOPs are. To come before `lines`."""
 
     def sink(line: dict[str, Any]) -> None:
         if "step_seconds" in line:
             line["flop_utilization"] = round(step_flops / line["step_seconds"] / peak, 4)
 
-    @contextlib.contextmanager
-    def callback(training: Training) -> Iterator[Callable[[], None]]:
-        training.sinks.append(sink)
-        yield nothing
-
-    return callback
+    training.sinks.append(sink)
+    yield nothing
 
 
-def profile(first: int, last: int, folder: Path) -> Callback:
+@_told
+def profile(training: Training, first: int, last: int, folder: Path) -> Iterator[Callable[[], None]]:
     """A trace of these steps for TensorBoard and Perfetto: of those of them that this life of the run has."""
+    traced = False
 
-    @contextlib.contextmanager
-    def callback(training: Training) -> Iterator[Callable[[], None]]:
-        traced = False
+    def switch() -> None:
+        nonlocal traced
+        if traced != (first <= training.step <= last):  # the next step's number
+            jax.block_until_ready(training.state)
+            traced = not traced
+            jax.profiler.start_trace(str(folder), create_perfetto_trace=True) if traced else jax.profiler.stop_trace()
 
-        def switch() -> None:
-            nonlocal traced
-            if traced != (first <= training.step <= last):  # the next step's number
-                jax.block_until_ready(training.state)
-                traced = not traced
-                jax.profiler.start_trace(
-                    str(folder), create_perfetto_trace=True
-                ) if traced else jax.profiler.stop_trace()
-
-        switch()
-        try:
-            yield switch
-        finally:
-            if traced:
-                jax.profiler.stop_trace()
-
-    return callback
+    switch()
+    try:
+        yield switch
+    finally:
+        if traced:
+            jax.profiler.stop_trace()
 
 
-def validation(batches: Sequence[dict[str, Any]], every: int) -> Callback:
+@_told
+def validation(training: Training, batches: Sequence[dict[str, Any]], every: int) -> Iterator[Callable[[], None]]:
     """The mean loss on the same held-out batches every so many steps and at the end, as "validation_loss": the
     cross-entropy where a loss has other parts. Its seconds do not count in rates."""
 
-    @contextlib.contextmanager
-    def callback(training: Training) -> Iterator[Callable[[], None]]:
-        @jax.jit
-        @sharding.on_mesh(training.mesh)
-        def evaluate(moments: Any, trainable: Any, frozen: Any, batch: Any) -> tuple[jax.Array, Any]:
-            weights = evaluation_params(moments, trainable)
-            loss, parts = training.loss_fn(weights, frozen, batch, jax.random.key(0))
-            return parts.get("cross_entropy", loss), parts.get("weight", 1.0)
+    @jax.jit
+    @sharding.on_mesh(training.mesh)
+    def evaluate(moments: Any, trainable: Any, frozen: Any, batch: Any) -> tuple[jax.Array, Any]:
+        weights = evaluation_params(moments, trainable)
+        loss, parts = training.loss_fn(weights, frozen, batch, jax.random.key(0))
+        return parts.get("cross_entropy", loss), parts.get("weight", 1.0)
 
-        def after() -> None:
-            if training.last or training.step % every == 0:
-                state = jax.block_until_ready(training.state)
-                began, told = time.perf_counter(), (state.optimizer, state.trainable, training.frozen)
-                found = jax.device_get([evaluate(*told, place(batch, training.mesh)) for batch in batches])
-                total = sum(float(weight) for _, weight in found)
-                training.metrics["validation_loss"] = sum(float(loss * weight) for loss, weight in found) / total
-                training.show()
-                training.paused += time.perf_counter() - began
+    def after() -> None:
+        if training.last or training.step % every == 0:
+            state = jax.block_until_ready(training.state)
+            began, told = time.perf_counter(), (state.optimizer, state.trainable, training.frozen)
+            found = jax.device_get([evaluate(*told, place(batch, training.mesh)) for batch in batches])
+            total = sum(float(weight) for _, weight in found)
+            training.metrics["validation_loss"] = sum(float(loss * weight) for loss, weight in found) / total
+            training.show()
+            training.paused += time.perf_counter() - began
 
-        yield after
-
-    return callback
+    yield after
 
 
 @contextlib.contextmanager
@@ -307,24 +176,20 @@ def watchdog(training: Training, least: float = 60.0, times: float = 10.0, look:
         over.set()
 
 
-def wandb(project: str, folder: Path, about: dict[str, Any]) -> Callback:
+@_told
+def wandb(training: Training, project: str, folder: Path, about: dict[str, Any]) -> Iterator[Callable[[], None]]:
     """The lines in a project of Weights & Biases, which must be installed; one run for each folder."""
-
-    @contextlib.contextmanager
-    def callback(training: Training) -> Iterator[Callable[[], None]]:
-        if not processes.is_first():
-            yield nothing
-            return
-        try:
-            import wandb as client  # here, for its only use: it need not be installed
-        except ImportError:
-            raise InputError(
-                f"wandb is {project!r}, but wandb is not installed: pip install wandb, or leave it out"
-            ) from None
-        place = folder.absolute()
-        name = hashlib.sha256(str(place).encode()).hexdigest()[:16]
-        with client.init(project=project, name=place.name, dir=place, id=name, resume="allow", config=about) as run:
-            training.sinks.append(lambda line: run.log(line, step=line["step"]))
-            yield nothing
-
-    return callback
+    if not processes.is_first():
+        yield nothing
+        return
+    try:
+        import wandb as client  # here, for its only use: it need not be installed
+    except ImportError:
+        raise InputError(
+            f"wandb is {project!r}, but wandb is not installed: pip install wandb, or leave it out"
+        ) from None
+    place = folder.absolute()
+    name = hashlib.sha256(str(place).encode()).hexdigest()[:16]
+    with client.init(project=project, name=place.name, dir=place, id=name, resume="allow", config=about) as run:
+        training.sinks.append(lambda line: run.log(line, step=line["step"]))
+        yield nothing

@@ -20,8 +20,8 @@ from efflm.model.params import STACK
 from efflm.model.placement import shardings
 from efflm.parallel import processes
 from efflm.train import faults
-from efflm.train.callbacks import Callback, Training
 from efflm.train.step import TrainState
+from efflm.train.training import Callback, Training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

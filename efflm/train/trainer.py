@@ -20,10 +20,10 @@ from efflm.model.placement import shardings
 from efflm.parallel import processes
 from efflm.precision import POLICIES, LossScale, cast, loss_scale_for
 from efflm.train import callbacks, losses, optimizer
-from efflm.train.callbacks import Callback, Training
 from efflm.train.checkpointing import Checkpointing, TrainingRun
 from efflm.train.losses import LossFn
 from efflm.train.step import TrainState, abstract_state, make_init, make_step, place
+from efflm.train.training import Callback, Training
 
 Batches = Callable[[int], dict[str, Any]]  # step -> its rows (see `place`), a function of the step alone
 Programs = dict[Hashable, tuple[Callable, Callable]]  # by all that they depend on: the jitted init and step

@@ -26,19 +26,13 @@ def ended(*flags, text="done", stdout=subprocess.PIPE, **environment):
     )
 
 
-def test_a_stdout_of_ascii_is_refused_before_anything_is_done():
-    run = ended(PYTHONIOENCODING="ascii")
-    assert run.returncode == 2
-    assert run.stderr == "error: stdout is encoded in ascii, which has no U+00B1: set PYTHONIOENCODING=utf-8\n"
-    assert "What it does" in ended("--help", PYTHONIOENCODING="ascii").stdout
-
-
-def test_a_character_that_stdout_does_not_have_is_one_line():
-    run = ended(text="😀", PYTHONIOENCODING="cp1252")
-    assert run.returncode == 2
-    assert run.stderr == (
-        "began\nerror: stdout is encoded in cp1252, which has no U+1F600: set PYTHONIOENCODING=utf-8\n"
-    )
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", r"\xb1 \U0001f600"), ("latin-1", r"± \U0001f600"), ("ascii:replace", "? ?")]
+)
+def test_what_stdout_has_no_character_for_is_written_as_an_escape(encoding, shown):
+    command = [sys.executable, "-c", PROGRAM.format(text="± 😀")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert (run.returncode, run.stdout.decode("latin-1").strip()) == (0, shown)
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

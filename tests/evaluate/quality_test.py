@@ -19,7 +19,7 @@ def test_sums_by_document_equal_float64(logits, monkeypatch):
     rows["segments"] = rows["documents"] = rows["segments"].astype(np.int32)
     rows["bytes"] = rows["targets"] % 5
     blocks = [{name: array[start : start + 2] for name, array in rows.items()} for start in (0, 2)]
-    got = quality.measure({"a": other, "same": model}, blocks, 300, reference=model)
+    got = quality.measure({"a": other, "same": model}, blocks, reference=model)
     for document in range(1, 7):
         r, mine = (document - 1) // 2, rows["segments"] == document
         tokens, targets = rows["inputs"][mine], rows["targets"][mine]
@@ -48,7 +48,7 @@ def test_the_reference_reads_and_unembeds_a_text_once_for_all_models(monkeypatch
     rows = tiny.batch(model.config, rows=2, length=12)
     rows |= {"documents": rows["segments"].astype(np.int32), "bytes": rows["targets"] % 5}
     others = {str(seed): tiny.model(seed=seed) for seed in (1, 2, 3)}
-    quality.measure(others | {"same": model}, [rows], 300, reference=model)
+    quality.measure(others | {"same": model}, [rows], reference=model)
     assert [name for name, _ in calls].count("_expected") == 1
     assert sum(name == "states" and read is model for name, read in calls) == 1
 

@@ -15,7 +15,8 @@ import pytest
 from efflm import trees
 from efflm.compress.quantize import quantize
 from efflm.config import InputError
-from efflm.formats import checkpoint, efflm_file, gguf_model, hub, huggingface, load_model, manifest, sources, wheels
+from efflm.formats import checkpoint, efflm_file, gguf_model, hub, huggingface, manifest, sources, wheels
+from efflm.formats.sources import load_model
 from efflm.infer.generate import forward
 from efflm.model import in_dtype
 from efflm.parallel import meshes
@@ -341,7 +342,7 @@ def test_only_the_newest_checkpoint_counts_as_bytes_on_disk(run):
 @pytest.mark.parametrize(("offline", "why"), [("1", "HF_HUB_OFFLINE is set"), ("0", "the hub cannot be reached")])
 def test_without_a_network_one_line_says_so(offline, why, tmp_path):
     """In a process of its own, as a user has it: the library reads its settings when it is imported."""
-    program = "from efflm.formats import load_model\nload_model('hf:some/model')"
+    program = "from efflm.formats.sources import load_model\nload_model('hf:some/model')"
     settings = {"HF_HUB_OFFLINE": offline, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_ENDPOINT": "http://localhost:9"}
     done = subprocess.run(
         [sys.executable, "-c", program],

@@ -1,16 +1,13 @@
 """The portable form against float64 loops over every query; gradients against those of a plain float64 softmax."""
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from efflm import ops
+from efflm.ops import attention_blocks
 from efflm.ops.kernels.cpu import build
-
-module = importlib.import_module("efflm.ops.attention")  # the package has a function of that name
 
 
 def visible(T, S, slots, segments, window):
@@ -54,8 +51,8 @@ def portable():
 def form(request, monkeypatch):
     """Both ways through the blocks, on arrays small enough for the reference."""
     if request.param == "loops":
-        monkeypatch.setattr(module, "UNROLLED", 1)
-        monkeypatch.setattr(module, "BLOCK", 8)
+        monkeypatch.setattr(attention_blocks, "UNROLLED", 1)
+        monkeypatch.setattr(attention_blocks, "BLOCK", 8)
     return request.param
 
 

@@ -116,7 +116,7 @@ def test_scores_divide_by_the_bytes_of_the_file(known, name, tmp_path):
     tokens, model = known[name], tiny.model()
     read = dataset.to_score(str(tmp_path / "text"), "", {}, tokens, tmp_path)
     measured = lambda count: quality.measure(
-        {"": model}, windows.blocks(read.sized(), 0, Scoring(tokens=count, window=32, stride=16)), 300, model
+        {"": model}, windows.blocks(read.sized(), 0, Scoring(tokens=count, window=32, stride=16)), model
     )[""]
     assert measured(0).bytes.tolist() == [len(text.encode())]
     ends = [end for _, end in tokens.core.encode(text).offsets]

@@ -80,7 +80,7 @@ def test_divergence_and_agreement_are_over_tokens(model, other):
     ids = [[int(i) for i in row] for row in np.random.default_rng(0).integers(0, TOKENS, (2, 12))]
     sized = [[(i, 1) for i in row] for row in ids]
     rows = list(windows.blocks(sized, 0, windows.Scoring(tokens=0, window=16)))
-    got = quality.measure({"": other}, rows, TOKENS, model)[""]
+    got = quality.measure({"": other}, rows, model)[""]
     for d, row in enumerate(ids):
         p, q = (reference.forward(m.config, m.params, [0, *row[:-1]]) for m in (model, other))
         log_p, log_q = (x[:, :TOKENS] - np.log(np.exp(x[:, :TOKENS]).sum(-1, keepdims=True)) for x in (p, q))
@@ -88,11 +88,11 @@ def test_divergence_and_agreement_are_over_tokens(model, other):
         assert got.agreement[d] == (log_p.argmax(-1) == log_q.argmax(-1)).sum()
         whole = q - np.log(np.exp(q).sum(-1, keepdims=True))  # bits are the model's own, as everybody counts them
         np.testing.assert_allclose(got.bits[d], -whole[np.arange(12), row].sum() / np.log(2), rtol=1e-3)
-    same = quality.measure({"": padded(model, 288)}, rows, TOKENS, model)[""]
+    same = quality.measure({"": padded(model, 288)}, rows, model)[""]
     assert quality.divergence(same)[0] == pytest.approx(0, abs=1e-6)
     assert quality.agreement(same)[0] == 1
-    with pytest.raises(InputError, match="vocabulary has 270 entries, the reference's 300"):
-        quality.measure({"": other}, rows, TOKENS, tiny.model())
+    with pytest.raises(InputError, match="vocabulary is 270, the reference's 300"):
+        quality.measure({"": other}, rows, tiny.model())
 
 
 @pytest.mark.parametrize("cache", ["", "full", "sampled"])

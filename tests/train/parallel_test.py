@@ -15,6 +15,7 @@ from efflm.config import InputError
 from efflm.config.parallel import MeshConfig
 from efflm.config.train import TrainConfig
 from efflm.model import init_params, placement, unstack_blocks
+from efflm.ops import attention_blocks
 from efflm.ops.kernels.cpu import build
 from efflm.parallel import meshes, sharding
 from efflm.plan.collectives import collectives
@@ -93,8 +94,6 @@ def test_spread_rows_train_like_whole_ones_in_every_mode(changes, alone):
 @pytest.mark.parametrize("window", tiny.and_combinations([0, 5], [5]))
 def test_spread_rows_have_the_gradients_of_whole_ones(window, monkeypatch):
     """By the native kernel, and by the portable form, also where that loops over blocks, here of 8 tokens."""
-    from importlib import import_module
-
     config = dataclasses.replace(tiny.LLAMA, window=window, max_length=128).config()
     params, batch = init_params(config, 0), tiny.batch(config, rows=2, length=96)
     loss = losses.language_model_loss(config)
@@ -108,8 +107,8 @@ def test_spread_rows_have_the_gradients_of_whole_ones(window, monkeypatch):
             return gradient(params, batch)
 
     for form, unrolled in (("auto", 1024), ("off", 1024), ("off", 1)):
-        monkeypatch.setattr(import_module("efflm.ops.attention"), "UNROLLED", unrolled)
-        monkeypatch.setattr(import_module("efflm.ops.attention"), "BLOCK", 8)
+        monkeypatch.setattr(attention_blocks, "UNROLLED", unrolled)
+        monkeypatch.setattr(attention_blocks, "BLOCK", 8)
         with build.chosen(form):
             ours = jax.jit(lambda params, batch: on_mesh(params, batch))(params, place(batch, mesh))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), ours, whole)
