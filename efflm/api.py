@@ -137,10 +137,11 @@ def measure(
     for model in named.values():
         arguments.require_tokenizer(tokenizer, model, "measuring needs")
     named = {name: fitted.told(model, tokenizer) for name, model in named.items()}
+    lineages = {name: model.about.get("lineage", ()) for name, model in named.items()}
     require(text is not None, f"measuring needs text: give {arguments.TEXT}")
     source, first = arguments.text_of(text), next(iter(named.values()))
     if held_out is None:
-        read = any(step.get("corpus") for model in named.values() for step in model.about.get("lineage", ()))
+        read = any(step.get("corpus") for lineage in lineages.values() for step in lineage)
         held_out = read or not corpora.is_short(source)
     as_corpus = held_out or source in (corpora.DEFAULT, enwik8.NAME)
     where = ("", source) if as_corpus else (source, "")
@@ -150,7 +151,7 @@ def measure(
     )
     here = {name: sharding.on_one_device(model) for name, model in named.items()}
     sizes = {name: ops.stored_nbytes(model.params, model.masks) for name, model in named.items()}
-    notes = {name: _note(model) for name, model in named.items()}
+    notes = {name: rows.note(grammar.of_lineage(lineages[name]), model) for name, model in named.items()}
     found = scoring.side_by_side(here, scored, tokenizer, score, speed)
     cautions = rows.cautions(next(iter(named)), first.about, scored.known)
     return measured.of(here, sizes, notes, dataclasses.replace(found, facts=(*found.facts, *cautions)))
@@ -305,8 +306,3 @@ def prompt_ids(
     if about.get("source"):  # trained here, where a separator stands before each text
         return [tokenizer.separator, *tokenizer.encode(text)]
     return tokenizer.prompt(text) or [tokenizer.separator]
-
-
-def _note(model: LanguageModel) -> str:
-    """What was done to a model, in words."""
-    return rows.note(grammar.of_lineage(model.about.get("lineage", ())), model)

@@ -147,16 +147,6 @@ def _chunks(parts: list[Any], dtype: np.dtype) -> Iterator[np.ndarray]:
             yield flat[start : start + CHUNK]
 
 
-@jax.jit
-def _count_on_devices(x: jax.Array) -> jax.Array:
-    return _rows(~jnp.isfinite(x))
-
-
-@jax.jit
-def _count_nonzero_on_devices(x: jax.Array) -> jax.Array:
-    return _rows(x != 0)
-
-
 def _rows(where: jax.Array) -> jax.Array:
     """How many of each row are true: of all together there may be more than an int32 holds."""
     return jnp.sum(where, axis=-1 if where.ndim else None, dtype=jnp.int32)
@@ -166,4 +156,6 @@ def _total(counts: jax.Array) -> int:
     return int(on_host(counts).sum(dtype=np.int64))
 
 
+_count_on_devices = jax.jit(lambda x: _rows(~jnp.isfinite(x)))
+_count_nonzero_on_devices = jax.jit(lambda x: _rows(x != 0))
 _equal_on_devices = jax.jit(jnp.array_equal)

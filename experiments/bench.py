@@ -226,9 +226,7 @@ def infer(run: Infer) -> None:
         }
 
         def measured(shape: Shape, name: str) -> float:
-            if not answers[shape, name]:
-                ask[name](shape, "warm")
-            answers[shape, name].append(ask[name](shape, "measure"))
+            answers[shape, name].append(ask[name](shape))
             return rate(shape, answers[shape, name][-1].seconds[::2])  # those of the path that is measured first
 
         subjects = {each: functools.partial(measured, *each) for each in answers}

@@ -58,7 +58,11 @@ def parse(argv: list[str], **groups: Any) -> dict[str, Any]:
         for name, kind in kinds.items()
         if values[name].present
     }
-    given |= {name: _at_home(name, given[name]) for name in paths & given.keys()}
+    for name in paths & given.keys():
+        try:
+            given[name] = at_home(given[name])
+        except InputError as error:
+            raise InputError(f"--{name}={error}") from None
     out = {}
     for group, default in groups.items():
         names = [field.name for field in dataclasses.fields(default)]
@@ -85,13 +89,6 @@ def _hint(name: str, known: list[str]) -> str:
     close = [one for one in known if one.rpartition(".")[2] == name]
     close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     return f"did you mean {' or '.join(f'--{one}' for one in close)}?" if close else "--help lists the flags"
-
-
-def _at_home(name: str, given: str) -> str:
-    try:
-        return at_home(given)
-    except InputError as error:
-        raise InputError(f"--{name}={error}") from None
 
 
 def launch(main: Callable[..., None], doc: str, argv: list[str] | None = None, **groups: Any) -> None:

@@ -50,27 +50,17 @@ def _is_code(block: str) -> bool:
 
 
 def _filled(words: str, width: int, indent: str = "", first: str = "") -> str:
-    return textwrap.fill(
-        " ".join(words.split()),
-        width,
-        initial_indent=first or indent,
-        subsequent_indent=indent,
-        break_on_hyphens=False,
-    )
+    how = {"initial_indent": first or indent, "subsequent_indent": indent, "break_on_hyphens": False}
+    return textwrap.fill(" ".join(words.split()), width, **how)
 
 
 def _entry(prefix: str, field: dataclasses.Field, default: Any, kind: type, width: int) -> str:
     value, hint = getattr(default, field.name), typing.get_type_hints(kind)[field.name]
-    shown = str(value).lower() if isinstance(value, bool) else _below_here(str(value))
+    # A path below the current directory is shown as one gives it from here.
+    shown = str(value).lower() if isinstance(value, bool) else str(value).removeprefix(os.getcwd() + os.sep)
     choices = [str(choice) for choice in typing.get_args(hint) if choice] if typing.get_origin(hint) is Literal else []
     words = field.metadata["help"] + (f" [{', '.join(choices)}]" if choices else "")
     label, indent = f"  --{prefix}{field.name}={shown}", " " * (LABEL + 2)
     if len(label) <= LABEL:
         return _filled(words, width, indent, label.ljust(len(indent)))
     return f"{_filled(label, width, '      ', '  ')}\n{_filled(words, width, indent)}"
-
-
-def _below_here(value: str) -> str:
-    """A path below the current directory as one gives it from here."""
-    here = os.getcwd() + os.sep
-    return value.removeprefix(here)

@@ -16,27 +16,7 @@ def bar(
 
     live: False draws it only when it is told something, for what is being timed: no thread runs beside that.
     """
-    return _bar(title, total, live, Console(file=sys.stderr))  # stderr as it is now: others may replace it meanwhile
-
-
-def shown(
-    items: Iterable[Any], title: str, total: float, size: Callable[[Any], float] = lambda item: 1, live: bool = True
-) -> Iterator[Any]:
-    """The items, with a bar of how much of `total`, the sum of their sizes, has been handed out and come back from."""
-    return _shown(items, bar(title, total, live), size)
-
-
-def _shown(items: Iterable[Any], drawn: contextlib.AbstractContextManager, size: Callable[[Any], float]):
-    done = 0
-    with drawn as update:
-        for item in items:
-            yield item
-            done += size(item)
-            update(done)
-
-
-@contextlib.contextmanager
-def _bar(title: str, total: float | None, live: bool, console: Console) -> Iterator[Callable[[float], None]]:
+    console = Console(file=sys.stderr)  # stderr as it is now: others may replace it meanwhile
     columns = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()]
     if total is not None:
         columns.insert(2, TaskProgressColumn())
@@ -49,6 +29,28 @@ def _bar(title: str, total: float | None, live: bool, console: Console) -> Itera
         auto_refresh=live,
         redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),  # else what is printed would go to stderr
     )
-    with progress:
-        task = progress.add_task(title, total=total)
-        yield lambda done: progress.update(task, completed=done, refresh=not live)
+
+    @contextlib.contextmanager
+    def drawn() -> Iterator[Callable[[float], None]]:
+        with progress:
+            task = progress.add_task(title, total=total)
+            yield lambda done: progress.update(task, completed=done, refresh=not live)
+
+    return drawn()
+
+
+def shown(
+    items: Iterable[Any], title: str, total: float, size: Callable[[Any], float] = lambda item: 1, live: bool = True
+) -> Iterator[Any]:
+    """The items, with a bar of how much of `total`, the sum of their sizes, has been handed out and come back from."""
+    drawn = bar(title, total, live)
+
+    def each() -> Iterator[Any]:
+        done = 0
+        with drawn as update:
+            for item in items:
+                yield item
+                done += size(item)
+                update(done)
+
+    return each()

@@ -89,9 +89,14 @@ def read(source: str, strict: bool = False) -> Found:
 
 
 def split(source: str, strict: bool = False) -> dict[str, Found]:
-    """The documents of each split that `load` makes, in its order. Raises InputError."""
-    found = _documents(source, strict)
-    by_hash = _by_hash(found.parts)
+    """The documents of each split that `load` makes, in its order: files, or where these are few, pieces of them.
+    Raises InputError."""
+    found = files.whole(name_of(source), *_files(source), strict)
+    if source == DEFAULT or len(found.parts) >= FEW_FILES:
+        by_hash = _by_hash(found.parts)
+    else:
+        size = max(1, min(PIECE_BYTES, sum(part.characters for part in found.parts) // FEW_FILES))
+        by_hash = _by_hash(files.pieces(found.parts, size))
     splits, start = {}, 0
     for name, fraction in SPLITS.items():
         end = start + max(1, round(fraction * len(by_hash)))
@@ -110,15 +115,6 @@ def is_short(source: str) -> bool:
 def name_of(source: str) -> str:
     """A corpus in words."""
     return "Python's standard library" if source == DEFAULT else str(Path(source))
-
-
-def _documents(source: str, strict: bool = False) -> Found:
-    """The documents to split: files, or where these are few, pieces of them."""
-    found = files.whole(name_of(source), *_files(source), strict)
-    if source == DEFAULT or len(found.parts) >= FEW_FILES:
-        return found
-    size = max(1, min(PIECE_BYTES, sum(part.characters for part in found.parts) // FEW_FILES))
-    return dataclasses.replace(found, parts=files.pieces(found.parts, size))
 
 
 def _files(source: str) -> tuple[Path, list[str]]:

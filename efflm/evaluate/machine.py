@@ -114,14 +114,8 @@ def load_watched(seconds: float = 0.5) -> Callable[[], Load]:
 def _others() -> Callable[[], float]:
     """A function that tells how many processors, on average since now, others than this process and those that it
     started used and this one could have had. 0 where the system does not tell, as on macOS."""
-    began, start = time.perf_counter(), _used()
-
-    def since() -> float:
-        elapsed = max(time.perf_counter() - began, 1e-9)
-        used = (_used() - start) / elapsed
-        return max(0.0, used - ((os.cpu_count() or 1) - _usable()))
-
-    return since
+    began, start, reserved = time.perf_counter(), _used(), (os.cpu_count() or 1) - _usable()
+    return lambda: max(0.0, (_used() - start) / max(time.perf_counter() - began, 1e-9) - reserved)
 
 
 def _used() -> float:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import multiprocessing
 import re
 import signal
@@ -141,18 +142,16 @@ def cost_of(work: Callable[[], Any]) -> tuple[Any, float, int | None]:
     return made[0], time.perf_counter() - start, None if peak is None or held is None else peak - held
 
 
-def seconds_to_read(model: LanguageModel, batch: Mapping[str, np.ndarray], chunk: int = 8) -> float:
-    """Of one forward pass over all rows of a batch, with the logits, after warm-up."""
+def seconds_to_read(model: LanguageModel, batch: Mapping[str, np.ndarray]) -> float:
+    """Of one forward pass over all rows of a batch, at most 8 at a time, with the logits, after warm-up."""
     run = jax.jit(lambda model, tokens, positions, segments: forward(
         model, tokens, positions=positions, segments=segments)[0].max())  # fmt: skip
-    names = ("inputs", "positions", "segments")
-    parts = [[batch[name][start : start + chunk] for name in names] for start in range(0, len(batch["inputs"]), chunk)]
-    whole = [part for part in parts if len(part[0]) == len(parts[0][0])]
-    jax.block_until_ready(run(model, *whole[0]))
-    start = time.perf_counter()
-    for part in whole:
-        jax.block_until_ready(run(model, *part))
-    return (time.perf_counter() - start) * len(batch["inputs"]) / sum(len(part[0]) for part in whole)
+    arrays = [batch[name] for name in ("inputs", "positions", "segments")]
+    rows = len(arrays[0])
+    part = lambda start: [array[start : start + math.gcd(rows, 8)] for array in arrays]
+    jax.block_until_ready(run(model, *part(0)))
+    seconds = [_seconds(lambda start=start: run(model, *part(start))) for start in range(0, rows, math.gcd(rows, 8))]
+    return sum(seconds)
 
 
 # --- a process for each model ----------------------------------------------------------------------------------------
@@ -180,7 +179,7 @@ class Subject:
                 self.models[form] = ops.prepare(model, jax.default_backend())
         return self.models[form]
 
-    def warm(self, shape: Shape) -> None:
+    def _warm(self, shape: Shape) -> None:
         """Compile and run a shape; with the first of all shapes memory is measured."""
         for form in dict.fromkeys(self.turns):
             if (form, shape) in self.runs:
@@ -193,7 +192,7 @@ class Subject:
             self.runs[form, shape] = run
 
     def measure(self, shape: Shape) -> Answer:
-        self.warm(shape)
+        self._warm(shape)
         seconds: list[list[float]] = [[] for _ in self.turns]
         while not seconds[0] or sum(map(sum, seconds)) < self.least * len(self.turns):
             for form, kept in zip(self.turns, seconds, strict=True):
@@ -211,8 +210,7 @@ def serve(link: Connection, load: Callable[[], LanguageModel], portable: Portabl
         subject = Subject(load, portable, least)
         link.send(subject.model(subject.turns[0]).config.max_length)
         while True:
-            shape, wanted = link.recv()
-            link.send(getattr(subject, wanted)(shape))
+            link.send(subject.measure(link.recv()))
     except (EOFError, BrokenPipeError):
         pass
     except Exception as error:
@@ -229,14 +227,12 @@ def require_within(shapes: list[Shape], longest: int) -> None:
         )
 
 
-Ask = Callable[[Shape, Literal["warm", "measure"]], Answer | None]
-
-
 @contextlib.contextmanager
 def worker(
     load: Callable[[], LanguageModel], shapes: list[Shape], portable: Portable = "off", least: float = LEAST
-) -> Iterator[Ask]:
-    """A process with the model that `load` gives, while the context lasts: it is asked to warm up or measure a shape.
+) -> Iterator[Callable[[Shape], Answer]]:
+    """A process with the model that `load` gives, while the context lasts: it is asked to measure a shape, and
+    warms up before the first of its runs.
 
     load: must be importable in a fresh process. least: seconds for which a turn goes on. Raises InputError, also where
     a shape is longer than the model reads.
@@ -257,8 +253,8 @@ def worker(
             raise answer
         return answer
 
-    def ask(shape: Shape, wanted: Literal["warm", "measure"]) -> Answer | None:
-        here.send((shape, wanted))
+    def ask(shape: Shape) -> Answer:
+        here.send(shape)
         return received()
 
     try:

@@ -175,7 +175,9 @@ class Writer:
             if processes.is_first():
                 manifest.remove(folder)  # what an earlier life of this run has left there, half-written or corrupt
                 folder.mkdir(parents=True, exist_ok=True)
-                self._require_room(trees.nbytes(leaves))
+                free, needed = shutil.disk_usage(self.directory).free, trees.nbytes(leaves)
+                if free < needed:
+                    raise OSError(f"{free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed")
                 run_directory.write_json(folder / "about.json", about)
             self.orbax = self.orbax or arrays.checkpointer()
             self.orbax.save(self.named / str(step) / ARRAYS, trees.unflatten(leaves))
@@ -208,11 +210,6 @@ class Writer:
         good = [step for step in steps if step not in self.bad and manifest.exists(self.directory / str(step))]
         for step in sorted(set(steps) - set(self.kept(good))):
             manifest.remove(self.directory / str(step))
-
-    def _require_room(self, needed: int) -> None:
-        free = shutil.disk_usage(self.directory).free
-        if free < needed:
-            raise OSError(f"{free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed")
 
     def _failed(self, folder: Path, error: BaseException) -> BaseException:
         """What to raise for an error of a save: our own bug and a lack of memory as they are. Cleans up `folder`."""

@@ -43,26 +43,20 @@ def fetch(source: str) -> Path:
         bool(_NAME.fullmatch(name)) and bool(_REVISION.fullmatch(revision) if at else True),
         f"{source} names no model of the Hugging Face hub: give {PREFIX}org/name or {PREFIX}org/name@revision",
     )
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+    problems = {
+        errors.GatedRepoError: f"{name} on the Hugging Face hub is given only to those who agreed to its terms: do so "
+        "on its page, then log in with `hf auth login`",
+        errors.RevisionNotFoundError: f"{name} on the Hugging Face hub has no revision {revision}: give a branch, a "
+        "tag or a commit of it",
+        errors.RepositoryNotFoundError: f"there is no model {name} on the Hugging Face hub, or it is private: check "
+        "its name",
+        errors.LocalEntryNotFoundError: f"{source} is not in the cache of the Hugging Face hub "
+        f"({constants.HF_HUB_CACHE}), and {why}: give a folder that exists, or try again with a network",
+    }
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=FILES))
-    except errors.GatedRepoError:
-        raise InputError(
-            f"{name} on the Hugging Face hub is given only to those who agreed to its terms: do so on its page, then "
-            "log in with `hf auth login`"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise InputError(
-            f"{name} on the Hugging Face hub has no revision {revision}: give a branch, a tag or a commit of it"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise InputError(
-            f"there is no model {name} on the Hugging Face hub, or it is private: check its name"
-        ) from None
-    except errors.LocalEntryNotFoundError:
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-        raise InputError(
-            f"{source} is not in the cache of the Hugging Face hub ({constants.HF_HUB_CACHE}), and {why}: give a "
-            "folder that exists, or try again with a network"
-        ) from None
     except (OSError, ValueError, errors.RevisionResolutionError) as error:
-        raise InputError(f"{name} cannot be fetched from the hub: {' '.join(str(error).split())[:300]}") from None
+        told = next((words for kind, words in problems.items() if isinstance(error, kind)), "")
+        said = " ".join(str(error).split())[:300]
+        raise InputError(told or f"{name} cannot be fetched from the hub: {said}") from None

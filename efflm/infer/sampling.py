@@ -71,6 +71,13 @@ def ranked(logits_BV: jax.Array, how: dict[str, Any]) -> tuple[jax.Array, jax.Ar
     return order_BV, jnp.where(kept_BV | (rank_1V == 0), sorted_BV, -jnp.inf)
 
 
+def _chosen(how: dict[str, Any], greedy: Any, plain: Any, filtered: Any) -> jax.Array:
+    """What one of these functions gives: of the likeliest token alone, of all, or of those that a filter leaves.
+    Sorting a vocabulary takes milliseconds: only where a filter asks for it."""
+    filters = (how["top_k"] > 0) | (how["top_p"] < 1) | (how["min_p"] > 0)
+    return lax.cond(how["temperature"] > 0, lambda: lax.cond(filters, filtered, plain), greedy)
+
+
 def probabilities(logits_BV: jax.Array, how: dict[str, Any]) -> jax.Array:
     """The distribution that `sample` draws from, float32 [B, V]; with temperature 0 all of it on the likeliest."""
 
@@ -79,31 +86,19 @@ def probabilities(logits_BV: jax.Array, how: dict[str, Any]) -> jax.Array:
         place_BV = jnp.argsort(order_BV, axis=-1)
         return jnp.take_along_axis(jax.nn.softmax(scores_BV, axis=-1), place_BV, axis=-1)
 
-    def drawn() -> jax.Array:
-        plain = lambda: jax.nn.softmax(logits_BV.astype(jnp.float32) / how["temperature"], axis=-1)
-        return lax.cond(_filters(how), filtered, plain)
-
+    plain = lambda: jax.nn.softmax(logits_BV.astype(jnp.float32) / how["temperature"], axis=-1)
     greedy = lambda: jax.nn.one_hot(jnp.argmax(logits_BV, axis=-1), logits_BV.shape[-1], dtype=jnp.float32)
-    return lax.cond(how["temperature"] > 0, drawn, greedy)
-
-
-def _filters(how: dict[str, Any]) -> jax.Array:
-    """Whether a filter is on. Sorting a vocabulary takes milliseconds: only where one asks for it."""
-    return (how["top_k"] > 0) | (how["top_p"] < 1) | (how["min_p"] > 0)
+    return _chosen(how, greedy, plain, filtered)
 
 
 def sample(logits_BV: jax.Array, how: dict[str, Any], keys_B: jax.Array) -> jax.Array:
     """Token ids int32 [B], each sequence with its own key. how: Sampling.arrays()."""
     draw = jax.vmap(jax.random.categorical)
 
-    def by_rank() -> jax.Array:
+    def filtered() -> jax.Array:
         order_BV, scores_BV = ranked(logits_BV, how)
         chosen_B = draw(keys_B, scores_BV)
         return jnp.take_along_axis(order_BV, chosen_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
-    def drawn() -> jax.Array:
-        plain = lambda: draw(keys_B, logits_BV.astype(jnp.float32) / how["temperature"]).astype(jnp.int32)
-        return lax.cond(_filters(how), by_rank, plain)
-
-    greedy = lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    return lax.cond(how["temperature"] > 0, drawn, greedy)
+    plain = lambda: draw(keys_B, logits_BV.astype(jnp.float32) / how["temperature"]).astype(jnp.int32)
+    return _chosen(how, lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), plain, filtered)

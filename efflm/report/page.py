@@ -143,10 +143,14 @@ def write(
 ) -> None:
     """Write the page. verdicts: what the figures say, first; against: what is not worth it. facts: how they were
     measured. made: {date, commit, ...} and the command that makes the page again."""
+    import jinja2  # here, for its only use: --help must not wait for it
+
+    how = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True}
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), **how)
     numbered = (dataclasses.replace(each, blocks=_unique(each.blocks, f"s{i}")) for i, each in enumerate(sections))
     write_whole(
         path,
-        _environment().get_template("page.html").render(
+        environment.get_template("page.html").render(
             title=title, about=about, verdicts=verdicts, against=against, sections=list(numbered), facts=facts,
             made=made, command=command, kind=lambda block: type(block).__name__,
             style=(HERE / "page.css").read_text(), script=(HERE / "page.js").read_text(),
@@ -165,13 +169,6 @@ def made(machine: dict[str, str], **more: Any) -> dict[str, str]:
 def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _environment() -> Any:
-    import jinja2  # here, for its only use: --help must not wait for it
-
-    loader = jinja2.FileSystemLoader(HERE)
-    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
 
 
 def _unique(blocks: Sequence[Any], prefix: str) -> list[Any]:
