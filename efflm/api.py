@@ -31,7 +31,7 @@ from efflm.formats import huggingface, saved, sources
 from efflm.infer import speculative
 from efflm.infer.generate import generate as generate_ids
 from efflm.infer.sampling import Sampling
-from efflm.model import LanguageModel, placement
+from efflm.model import LanguageModel, placement, require_same_tokenizer
 from efflm.parallel import meshes, sharding
 from efflm.report import measured, rows, samples
 from efflm.report.measured import Measured
@@ -205,6 +205,7 @@ def generate(
     else:
         arguments.require_model(draft)
         arguments.require_tokenizer(tokenizer, draft, "drafting needs")
+        require_same_tokenizer(draft, model, "draft", "model")
         small = ops.prepared(draft, jax.default_backend())
         new_ids, _ = speculative.generate(here, small, ids, max_tokens, sampling, tokenizer.stops, seed, ahead)
     written = [samples.text(new, tokenizer) for new in new_ids]
