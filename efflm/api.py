@@ -15,7 +15,7 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 
@@ -36,6 +36,7 @@ from efflm.parallel import meshes, sharding
 from efflm.report import measured, rows, samples
 from efflm.report.measured import Measured
 from efflm.text import fitted
+from efflm.text.chat import prompt_ids
 from efflm.text.encoding import require_characters
 from efflm.text.tokenizer import Tokenizer
 
@@ -294,16 +295,3 @@ def context_for(
         tokenizer=made.tokenizer.digest,
         mesh=meshes.data_parallel(batch),
     )
-
-
-def prompt_ids(
-    tokenizer: Tokenizer, text: str, about: Mapping[str, Any], *, chat: bool = False, system: str = ""
-) -> list[int]:
-    """The token ids to go on from. about: of the model. Raises InputError if it is to chat and has no template."""
-    require(chat or not system, "system is for chat: put it into the prompt")
-    if chat:
-        told = [{"role": "system", "content": system}] if system else []
-        return tokenizer.encode(tokenizer.chat([*told, {"role": "user", "content": text}]))
-    if about.get("source"):  # trained here, where a separator stands before each text
-        return [tokenizer.separator, *tokenizer.encode(text)]
-    return tokenizer.prompt(text) or [tokenizer.separator]

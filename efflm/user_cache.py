@@ -100,3 +100,20 @@ def alone(path: Path) -> Iterator[None]:
         except OSError:  # a file system without locks
             pass
         yield
+
+
+def use_compilation_cache(name: str = "compiled") -> None:
+    """Keep compiled programs in this folder of the user's cache, for this run and the next, unless
+    JAX_COMPILATION_CACHE_DIR names one. Where the cache is not to be had or not to be trusted, none are kept; nor for
+    several devices of a CPU: XLA's runtime can wait for ever in such a program that it has read back."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir or (jax.default_backend() == "cpu" and jax.device_count() > 1):
+        return
+    try:
+        path = folder(name)
+    except InputError as error:
+        print(f"compiled programs are not kept: {error}", file=sys.stderr)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efflm import ops, trees
+from efflm import ops, trees, user_cache
 from efflm.cli import progress, run_directory
 from efflm.cli.flags import launch
 from efflm.cli.subject import Subject
@@ -203,7 +203,7 @@ def shapes(run: Infer) -> list[Shape]:
 
 def loaded(model: str, precision: str) -> LanguageModel:
     """The model in a precision, in the process that measures it."""
-    run_directory.use_compilation_cache()
+    user_cache.use_compilation_cache()
     if model not in PRESETS:
         return in_precision(sources.load_model(model)[0], precision)
     # Of any values, by numpy, which compiles nothing: speed does not depend on them.

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from efflm import api, ops, trees
+from efflm import api, ops, trees, user_cache
 from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
 from efflm.cli.subject import Subject
@@ -38,6 +38,7 @@ from efflm.report import analysis, compared, numbers, rows, samples, table
 from efflm.report.comparison import Comparison, Limits
 from efflm.report.journal import Journal
 from efflm.text import fitted
+from efflm.text.chat import prompt_ids
 from efflm.train import metrics
 
 KIND, UNFINISHED = ".safetensors", ".unfinished.safetensors"
@@ -96,10 +97,10 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
         dataset.source_of(run.corpus, about), dataset.cache(), dense, tokens,
         batch=run.batch, length=run.length, calibration=calibration, seed=run.seed, lower=api.FLAGS, strict=run.strict,
     )  # fmt: skip
-    run_directory.use_compilation_cache()
+    user_cache.use_compilation_cache()
     protocol, kept, qualities, timed, loads = throughput.protocol_for(dense), {}, {}, {}, []
     platform, records, sizes, written, measured, phases = jax.default_backend(), {}, {}, {}, [], []
-    prompt = api.prompt_ids(tokens, run.prompt, about)
+    prompt = prompt_ids(tokens, run.prompt, about)
     first = rows.label(about)
     dense_here = ops.prepare(sharding.on_one_device(dense), platform)
     for name, steps in plans.items():

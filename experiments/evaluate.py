@@ -14,6 +14,7 @@ import sys
 
 import jax
 
+from efflm import user_cache
 from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
 from efflm.cli.subject import Subject
@@ -57,7 +58,7 @@ def main(run: Run, score: Scoring, mesh: MeshConfig, limits: Limits) -> None:
     if text.left_out:
         print(text.left_out)
     score = score.within(model.config.max_length, about.get("train.length", 0), text.unbroken)
-    run_directory.use_compilation_cache()
+    user_cache.use_compilation_cache()
     models, sizes, notes = {name: model}, {name: loaded.nbytes}, {name: rows.origin(run.model, about)}
     if run.reference:
         other = sources.load(run.reference, precision=run.precision, mesh=devices)

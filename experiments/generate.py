@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from efflm import api, ops
-from efflm.cli import run_directory, stdio
+from efflm import ops, user_cache
+from efflm.cli import stdio
 from efflm.cli.flags import launch
 from efflm.config import PRECISION, AskedPrecision, InputError, flag, require, require_seed
 from efflm.evaluate import compiling
@@ -28,6 +28,7 @@ from efflm.infer.generate import CHUNK, stream
 from efflm.infer.sampling import Sampling
 from efflm.model import LanguageModel, require_same_tokenizer
 from efflm.text import encoding
+from efflm.text.chat import prompt_ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,8 +86,8 @@ def main(run: Run) -> None:
     model = ops.prepare(loaded.model, jax.default_backend())
     jax.block_until_ready(model.params)
     note(f"{run.model}: loaded in {time.perf_counter() - began:.1f} s")
-    ids = api.prompt_ids(loaded.tokenizer, text, loaded.about, chat=run.chat, system=run.system)
-    run_directory.use_compilation_cache()
+    ids = prompt_ids(loaded.tokenizer, text, loaded.about, chat=run.chat, system=run.system)
+    user_cache.use_compilation_cache()
     clock, tokens = compiling.clock(), loaded.tokenizer
     # Bad input is refused here, before anything is on stdout.
     how = (run.max_tokens, run.sampling(), tokens.stops, run.seed)

@@ -23,6 +23,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from efflm import user_cache
 from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
 from efflm.config import InputError, flag, require
@@ -135,7 +136,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
     train = autotune.training(shape, train)
     sizes = {"vocabulary": shape.vocabulary, "length": train.length, "batch": train.batch}
     data = dataset.prepare(run.corpus, dataset.cache(), **sizes, strict=run.strict)
-    run_directory.use_compilation_cache()
+    user_cache.use_compilation_cache()
     mesh = meshes.data_parallel(train.batch, train.accumulate)
     print(data.corpus.describe())
 

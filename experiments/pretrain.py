@@ -15,7 +15,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from efflm import trees
+from efflm import trees, user_cache
 from efflm.cli import run_directory
 from efflm.cli.flags import launch
 from efflm.config import InputError, flag, require, require_seed
@@ -238,7 +238,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring, mesh: 
     with processes.first_alone():
         data = prepare(run, config, train)
     run_dir = Path(run.run_dir)
-    run_directory.use_compilation_cache()
+    user_cache.use_compilation_cache()
     print(data.corpus.describe())
     trained = trained_model(run, config, train, data, devices)
     if processes.is_first():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from efflm import api, ops
+from efflm import ops, user_cache
 from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
 from efflm.compress import grammar, recipe
@@ -30,6 +30,7 @@ from efflm.parallel import meshes, sharding
 from efflm.report import analysis, compared, rows, samples, table
 from efflm.report.comparison import Comparison, Limits
 from efflm.report.journal import Journal
+from efflm.text.chat import prompt_ids
 from efflm.train import metrics
 from experiments import pretrain
 
@@ -69,7 +70,7 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
 
     step(1, f"Text: {run.corpus}")
     data = pretrain.prepare(run, config, train)
-    run_directory.use_compilation_cache()
+    user_cache.use_compilation_cache()
     print(f"  {data.corpus.describe()}")
     file = "{}.safetensors".format
     saved.require_free(run_dir / "models", [*map(file, NOTES)], data.tokenizer, "give another --run_dir")
@@ -121,7 +122,7 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
         "One seed, one small model, one corpus: read the order of the rows, not the exact values.",
     ]
     about = digests | {"source": data.corpus.source, "seed": run.seed}
-    prompt = api.prompt_ids(data.tokenizer, PROMPT, about)
+    prompt = prompt_ids(data.tokenizer, PROMPT, about)
     written = {name: samples.write(each, data.tokenizer, prompt, 48, protocol) for name, each in here.items()}
     about |= {f"train.{name}": value for name, value in dataclasses.asdict(train).items()}
     log.results(

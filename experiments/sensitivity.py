@@ -14,7 +14,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from efflm import api
+from efflm import api, user_cache
 from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
 from efflm.cli.subject import Subject
@@ -121,7 +121,7 @@ def main(run: Run) -> None:
         lower=("--rows or --length",) * 2,
         strict=run.strict,
     )
-    run_directory.use_compilation_cache()
+    user_cache.use_compilation_cache()
     formats = run.step.formats
     found = sensitivity.sensitivity(
         loaded.model, context.calibration, formats, context.mesh, rows=run.rows, unit=run.unit

@@ -32,7 +32,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from efflm import api, ops
+from efflm import api, ops, user_cache
 from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
 from efflm.cli.subject import Subject
@@ -193,7 +193,7 @@ def held_out(run: Run, score: Scoring, loaded: Loaded, corpus: str) -> tuple[Any
 def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict[str, Any]) -> None:
     log, defaults = Journal(run.run_dir, command_line("experiments.sweep", sys.argv)), defaults_of(run, steps)
     run_directory.require_writable(log.folder, needs=run_directory.SMALL_FILES)
-    run_directory.use_compilation_cache()
+    user_cache.use_compilation_cache()
     auto = run.precision == autotune.AUTO
     loaded = sources.load(run.model, precision="" if auto else run.precision, mesh=meshes.data_parallel(run.batch))
     if auto:  # most of the time goes into training

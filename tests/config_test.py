@@ -217,7 +217,7 @@ def test_read_only_and_full_directories_are_refused(tmp_path):
     locked.chmod(0o555)
     with pytest.raises(InputError, match="is read-only"):
         run_directory.require_writable(locked / "run", needs=1)
-    with pytest.raises(InputError, match="MB free, but this run needs about"):
+    with pytest.raises(InputError, match="free, but this run needs about 1152921"):
         run_directory.require_writable(tmp_path / "run", needs=1 << 60)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):

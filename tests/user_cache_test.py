@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from efflm import user_cache
-from efflm.cli import run_directory
 from efflm.config import InputError
 from efflm.data import corpora, dataset
 from efflm.formats import wheels
@@ -122,7 +121,7 @@ def test_measurements_are_neither_read_nor_kept_where_others_can_write(base):
 
 def test_compiled_programs_are_kept_in_it(base):
     """In a process without JAX_COMPILATION_CACHE_DIR, which names another folder here."""
-    program = "import jax\nfrom efflm.cli import run_directory\nrun_directory.use_compilation_cache()\n"
+    program = "import jax\nfrom efflm import user_cache\nuser_cache.use_compilation_cache()\n"
     program += "print(jax.config.jax_compilation_cache_dir)"
     env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     several, env = env, env | {"XLA_FLAGS": ""}
@@ -135,7 +134,7 @@ def test_compiled_programs_are_kept_in_it(base):
     (base / "efflm" / "compiled").chmod(0o777)
     ended = run()
     assert (ended.returncode, ended.stdout, "chmod -R go-w" in ended.stderr) == (0, "None\n", True)
-    run_directory.use_compilation_cache()  # and where it does name one, that counts
+    user_cache.use_compilation_cache()  # and where it does name one, that counts
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] != f"{base}/efflm/compiled"
 
 

@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from efflm import user_cache
 from efflm.config import InputError, require
+from efflm.config.written import size
 from efflm.parallel import processes
 from efflm.user_cache import fcntl
 
@@ -52,11 +52,9 @@ def require_writable(path: Path, needs: int, remedy: str = "give another --run_d
     except OSError as error:
         raise InputError(f"cannot write into {existing} ({error.strerror}): {remedy}") from None
     free = shutil.disk_usage(existing).free
-    megabytes = lambda size: f"{size / 1e6:,.0f}" if size >= 1e7 else f"{size / 1e6:.2g}"
     require(
         free >= needs,
-        f"{existing} has {megabytes(free)} MB free, but this run needs about {megabytes(needs)} MB: free some space or "
-        f"{remedy}",
+        f"{existing} has {size(free)} free, but this run needs about {size(needs)}: free some space or {remedy}",
     )
 
 
@@ -151,23 +149,6 @@ def _owner(file: Path) -> str:
         return f"process {who['pid']} on {who['host']}, since {who['since']}"
     except (OSError, ValueError, KeyError, TypeError):  # it has not written it yet
         return "another process"
-
-
-def use_compilation_cache(name: str = "compiled") -> None:
-    """Keep compiled programs in this folder of the user's cache, for this run and the next, unless
-    JAX_COMPILATION_CACHE_DIR names one. Where the cache is not to be had or not to be trusted, none are kept; nor for
-    several devices of a CPU: XLA's runtime can wait for ever in such a program that it has read back."""
-    import jax
-
-    if jax.config.jax_compilation_cache_dir or (jax.default_backend() == "cpu" and jax.device_count() > 1):
-        return
-    try:
-        folder = user_cache.folder(name)
-    except InputError as error:
-        print(f"compiled programs are not kept: {error}", file=sys.stderr)
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 @contextlib.contextmanager

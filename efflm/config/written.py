@@ -1,4 +1,4 @@
-"""Values of settings as they are written: on the command line, in the grammar of chains, in its files."""
+"""Values of settings as they are written: on the command line, in the grammar of chains, in its files; and bytes."""
 
 import math
 import typing
@@ -48,3 +48,11 @@ def value(name: str, kind: Any, text: str) -> Any:
 def text(value: Any) -> str:
     """How `value` above reads it: 4.0 is 4."""
     return str(value).lower() if isinstance(value, bool) else str(value).removesuffix(".0")
+
+
+def size(nbytes: float) -> str:
+    """Bytes in the decimal unit that suits them."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.2f} {name}"
+    return f"{nbytes:.0f} B"

@@ -24,6 +24,7 @@ from efflm import trees
 from efflm.cli import run_directory
 from efflm.config import InputError, require
 from efflm.config.model import ModelConfig
+from efflm.config.written import size
 from efflm.formats import arrays, manifest
 from efflm.model import LanguageModel, params, placement
 from efflm.model_files import read_object
@@ -177,7 +178,7 @@ class Writer:
                 folder.mkdir(parents=True, exist_ok=True)
                 free, needed = shutil.disk_usage(self.directory).free, trees.nbytes(leaves)
                 if free < needed:
-                    raise OSError(f"{free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed")
+                    raise OSError(f"{size(free)} free, {size(needed)} needed")
                 run_directory.write_json(folder / "about.json", about)
             self.orbax = self.orbax or arrays.checkpointer()
             self.orbax.save(self.named / str(step) / ARRAYS, trees.unflatten(leaves))

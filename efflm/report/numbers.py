@@ -3,6 +3,8 @@ finite is written as inf and nan."""
 
 import math
 
+from efflm.config.written import size as size
+
 MOST_DECIMALS = 5  # a bit per byte is not compared beyond
 LARGE = 1e9  # from here on as powers of ten
 
@@ -81,14 +83,6 @@ def megabytes(count: float) -> str:
 
 def millions(count: float) -> str:
     return f"{fixed(count / 1e6, 2)} M"
-
-
-def size(nbytes: float) -> str:
-    """Bytes in the decimal unit that suits them."""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if nbytes >= unit:
-            return f"{nbytes / unit:.2f} {name}"
-    return f"{nbytes:.0f} B"
 
 
 def seconds(value: float) -> str:

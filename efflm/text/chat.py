@@ -11,9 +11,11 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from efflm.config import InputError
+from efflm.config import InputError, require
 from efflm.text.encoding import require_characters
 
 Messages = list[dict[str, str]]
@@ -56,6 +58,19 @@ def render(
         return text
     problem = f"{PROBLEMS.get(kind, PROBLEMS['d'])}, so give other messages, or a plain prompt without chat"
     raise InputError(f"the chat template of {where} {problem}" + (f": {text}" if text else ""))
+
+
+def prompt_ids(
+    tokenizer: Any, text: str, about: Mapping[str, Any], *, chat: bool = False, system: str = ""
+) -> list[int]:
+    """The token ids to go on from. about: of the model. Raises InputError if it is to chat and has no template."""
+    require(chat or not system, "system is for chat: put it into the prompt")
+    if chat:
+        told = [{"role": "system", "content": system}] if system else []
+        return tokenizer.encode(tokenizer.chat([*told, {"role": "user", "content": text}]))
+    if about.get("source"):  # trained here, where a separator stands before each text
+        return [tokenizer.separator, *tokenizer.encode(text)]
+    return tokenizer.prompt(text) or [tokenizer.separator]
 
 
 def _answer(request: bytes) -> tuple[str, str]:

@@ -182,10 +182,7 @@ def _apply(trainable, masters, updates, rng):
 
 
 def place(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """Host arrays [B, T, ...] as arrays on the mesh, split over its axes along B and T.
-
-    Anything with a shape that can be indexed will do as an array: each host reads only its own part.
-    """
+    """Host arrays [B, T, ...] as arrays on the mesh, split over its axes along B and T."""
 
     def on_mesh(rows: Any) -> jax.Array:
         spec = NamedSharding(mesh, PartitionSpec(*sharding.BATCH[: rows.ndim]))

@@ -89,7 +89,7 @@ def test_an_empty_folder_is_refused(tmp_path):
 
 
 def test_the_default_corpus_is_this_pythons_library_without_its_tests(tmp_path):
-    found = corpora._documents(corpora.DEFAULT).parts
+    found = corpora.read(corpora.DEFAULT).parts
     names = {part.name for part in found}
     assert {"argparse.py", "json/decoder.py"} <= names
     assert not [n for n in names if set(n.split("/")) & corpora.LEFT_OUT]

@@ -45,6 +45,6 @@ def test_stored_rows_are_read_and_not_made_again(tmp_path):
 def test_rows_that_the_disk_has_no_room_for_are_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
     rows = pack([[1] * 500], 0, 10)
-    with pytest.raises(InputError, match=r"0\.001 MB free, but this run needs about 0\.00\d+ MB"):
+    with pytest.raises(InputError, match=r"1\.00 kB free, but this run needs about \d\.\d\d kB"):
         load_or_pack(tmp_path / "rows.npy", lambda: rows)
     assert list(tmp_path.iterdir()) == []

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from efflm import trees
+from efflm import trees, user_cache
 from efflm.cli import run_directory
 from efflm.cli.flags import launch
 from efflm.config import flag
@@ -76,7 +76,7 @@ def train(run: Run) -> None:
     """What is killed: the unchanged trainer, on batches that are a function of the step."""
     if run.largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (run.largest_file, run.largest_file))
-    run_directory.use_compilation_cache("fault_drill")  # its own: a kill may leave half a program there
+    user_cache.use_compilation_cache("fault_drill")  # its own: a kill may leave half a program there
     config = SHAPE.config()
 
     def batches(step: int) -> dict[str, np.ndarray]:
