@@ -3,7 +3,7 @@
     bash launch/run.sh experiments.bench --what=train --policies=float32,auto --peer="PYTHON torch_train.py"
     bash launch/run.sh experiments.bench --what=infer --precisions=w8a8,w4a8 --phases=decode --batches=1 --portable=both
     bash launch/run.sh experiments.bench --what=infer --peer="PYTHON openvino_infer.py --model=DIR; PYTHON llama.py"
-    bash launch/run.sh experiments.bench --what=speculative --model=smollm2 --draft=small.safetensors --ahead="2 4 8"
+    bash launch/run.sh experiments.bench --what=speculative --model=smollm2 --draft=small.safetensors --ahead=2,4,8
 
 --what=WHAT --help shows the flags of each. Expect a JSON line after each measurement, of the rounds so far, so that the
 last lines count and an interrupt loses one: tokens_per_second (median of the rounds), low, high (the least and the
@@ -35,7 +35,7 @@ from efflm import ops, trees, user_cache
 from efflm.cli import progress, run_directory
 from efflm.cli.flags import launch
 from efflm.cli.subject import Subject
-from efflm.config import InputError, flag, require
+from efflm.config import InputError, flag, require, written
 from efflm.config.model import ModelShape
 from efflm.config.parallel import HostsConfig, MeshConfig
 from efflm.config.train import TrainConfig
@@ -53,11 +53,6 @@ from efflm.plan import work
 from efflm.precision import POLICIES
 from efflm.train.aot import timed_step
 
-PHASES = ("prefill", "decode")
-PEER_PROMPT, PEER_CONTEXT = 512, 16  # what peers measure where their field names no length
-# What the formats of peers are called, by precision.
-FORMATS = {"float32": r"f(loat|p)?32", "bfloat16": r"bf(loat)?16"}
-FORMATS |= {name: rf"(int|i?q|u|w|nf){name[1]}.*" for name in PRECISIONS if name[0] == "w"}
 PEER_SHAPE = ModelShape(family="gpt2", layers=6, width=384, heads=6, kv_heads=6, mlp_dim=1536, max_length=256)
 
 
@@ -82,14 +77,13 @@ class Bench:
 class Train(Bench):
     """The benchmark of training"""
 
-    policies: str = flag(
-        ",".join(POLICIES), "policies to measure, joined by commas; auto: also as --train.policy=auto chooses it"
+    policies: tuple[Literal[*POLICIES, autotune.AUTO], ...] = flag(
+        tuple(POLICIES), "policies to measure, joined by commas; auto: also as --train.policy=auto chooses it"
     )
     steps: int = flag(7, "timed steps of a policy in a round, after one to warm up")
 
     def __post_init__(self):
         super().__post_init__()
-        _require_among(self, "policies", (*POLICIES, autotune.AUTO))
         _require_positive(self, "steps")
 
 
@@ -98,21 +92,19 @@ class Infer(Bench):
     """The benchmark of inference"""
 
     model: str = flag("smollm2-135m", f"{KINDS}; or, for random weights in its shapes, {', '.join(PRESETS)}", path=True)
-    phases: str = flag(",".join(PHASES), "phases to measure, joined by commas")
-    precisions: str = flag(",".join(PRECISIONS), "precisions to measure, joined by commas")
-    prompts: str = flag("128,512,2048", "tokens of a prompt in prefill, joined by commas")
-    batches: str = flag("1,4,16", "sequences decoded at once, joined by commas")
-    contexts: str = flag("128,1024", "tokens before those that are decoded; a peer adds 16 for one sequence")
+    phases: tuple[Literal["prefill", "decode"], ...] = flag(("prefill", "decode"), "phases to measure")
+    precisions: tuple[Literal[*PRECISIONS], ...] = flag(tuple(PRECISIONS), "precisions to measure")
+    prompts: tuple[int, ...] = flag((128, 512, 2048), "tokens of a prompt in prefill")
+    batches: tuple[int, ...] = flag((1, 4, 16), "sequences decoded at once")
+    contexts: tuple[int, ...] = flag(
+        (128, 1024), "tokens before those that are decoded; a peer adds 16 for one sequence"
+    )
     new: int = flag(64, "tokens decoded in a run, over all sequences of the batch")
     portable: Portable = flag("off", "on: with the portable kernels; both: with native and portable ones in turn")
 
     def __post_init__(self):
         super().__post_init__()
-        _require_among(self, "phases", PHASES)
-        _require_among(self, "precisions", PRECISIONS)
-        for name in ("prompts", "batches", "contexts"):
-            _numbers(self, name, ",")
-        _require_positive(self, "new")
+        _require_positive(self, "prompts", "batches", "contexts", "new")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +112,7 @@ class Speculative(Subject, Bench):
     """The benchmark of decoding with a draft"""
 
     draft: str = flag("", "a smaller model with the same tokenizer", path=True)
-    ahead: str = flag("2 4 8", "tokens that the draft proposes at a time, with spaces between them")
+    ahead: tuple[int, ...] = flag((2, 4, 8), "tokens that the draft proposes at a time")
     prompts: int = flag(4, "test documents that are gone on from")
     prompt_tokens: int = flag(32, "tokens of each that are the prompt")
     max_tokens: int = flag(64, "tokens to write")
@@ -128,27 +120,15 @@ class Speculative(Subject, Bench):
 
     def __post_init__(self):
         super().__post_init__()
-        _require_positive(self, "prompts", "prompt_tokens", "max_tokens")
-        _numbers(self, "ahead", " ")
+        _require_positive(self, "ahead", "prompts", "prompt_tokens", "max_tokens")
         require(not self.peer, "peer is for --what=train and --what=infer: leave it out")
 
 
 def _require_positive(run: Any, *names: str) -> None:
     for name in names:
-        require(getattr(run, name) > 0, f"{name} is {getattr(run, name)}, but must be positive")
-
-
-def _require_among(run: Any, name: str, known: tuple[str, ...]) -> None:
-    for each in getattr(run, name).split(","):
-        require(each in known, f"{name} holds {each!r}: choose among {', '.join(known)}")
-
-
-def _numbers(run: Any, name: str, between: str) -> list[int]:
-    given = getattr(run, name)
-    good = re.fullmatch(rf"[1-9]\d{{0,8}}({between}+[1-9]\d{{0,8}})*", given.strip())
-    words = {",": "commas, as in '1,2,4'", " ": "spaces, as in '2 4 8'"}[between]
-    require(bool(good), f"{name} is {given!r}, but must be positive numbers joined by {words}")
-    return sorted(set(map(int, filter(None, given.split(between)))))
+        value = getattr(run, name)
+        least = min(value) if isinstance(value, tuple) else value
+        require(least > 0, f"{name} is {written.text(value)}, but must be positive")
 
 
 def said(line: dict[str, Any]) -> None:
@@ -163,7 +143,7 @@ def train(run: Train, model: ModelShape, train: TrainConfig, mesh: MeshConfig) -
     devices = meshes.mesh_for(mesh, train.batch, train.length, train.accumulate)
     config, tokens = model.config(), train.batch * train.length
     say = lambda line: print(line, file=sys.stderr)
-    names = run.policies.split(",")
+    names = run.policies
     chosen = {name: autotune.training(config, dataclasses.replace(train, policy=name), say) for name in names}
     steps = {name: timed_step(config, each, devices) for name, each in chosen.items()}
     dtypes = {name: POLICIES[each.policy].compute for name, each in chosen.items()}
@@ -193,12 +173,12 @@ def train(run: Train, model: ModelShape, train: TrainConfig, mesh: MeshConfig) -
 
 def shapes(run: Infer) -> list[Shape]:
     """What is measured, decoding of one sequence first: memory is measured with the first shape."""
-    pairs = set(itertools.product(_numbers(run, "batches", ","), _numbers(run, "contexts", ",")))
+    pairs = set(itertools.product(run.batches, run.contexts))
     if run.peer:
-        pairs.add((1, PEER_CONTEXT))
+        pairs.add((1, turns.PEER_CONTEXT))
     decode = [Shape("decode", batch, context, max(4, run.new // batch)) for batch, context in sorted(pairs)]
-    prefill = [Shape("prefill", 1, prompt) for prompt in _numbers(run, "prompts", ",")]
-    return [shape for shape in decode + prefill if shape.phase in run.phases.split(",")]
+    prefill = [Shape("prefill", 1, prompt) for prompt in sorted(set(run.prompts))]
+    return [shape for shape in decode + prefill if shape.phase in run.phases]
 
 
 def loaded(model: str, precision: str) -> LanguageModel:
@@ -214,7 +194,7 @@ def loaded(model: str, precision: str) -> LanguageModel:
 
 def infer(run: Infer) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU several processes share its memory
-    names, todo = run.precisions.split(","), shapes(run)
+    names, todo = run.precisions, shapes(run)
     with progress.bar("measuring the machine", live=False):
         bandwidth = machine.read_bandwidth()
     answers: dict[Any, list[Answer]] = {each: [] for each in itertools.product(todo, names)}
@@ -230,7 +210,7 @@ def infer(run: Infer) -> None:
             return rate(shape, answers[shape, name][-1].seconds[::2])  # those of the path that is measured first
 
         subjects = {each: functools.partial(measured, *each) for each in answers}
-        for turn in run.turns(subjects, lambda lines, subject: peer_best(lines, *subject)):
+        for turn in run.turns(subjects, lambda lines, subject: turns.peer_best(lines, *subject)):
             shape, name = turn.subject
             quiet, found = answers[turn.subject][:: 1 + bool(run.busy)], turn.line()
             last = quiet[-1]
@@ -260,16 +240,6 @@ def against_portable(shape: Shape, found: list[Answer]) -> dict[str, Any]:
     return known | turns.compared("portable_ratio", native, portable)
 
 
-def peer_best(lines: list[dict[str, Any]], shape: Shape, precision: str) -> turns.Best | None:
-    """The highest rate among what a precision is compared with in a shape, and whose it is."""
-    usual = (shape.phase, shape.context) in (("prefill", PEER_PROMPT), ("decode", PEER_CONTEXT))
-    field = f"{shape.phase}_tokens_per_second" if usual else f"{shape.phase}_{shape.context}_tokens_per_second"
-    named = lambda line: str(line.get("format") or line.get("dtype") or "")
-    like = lambda line: shape.phase == "prefill" or re.fullmatch(FORMATS[precision], named(line), re.IGNORECASE)
-    fits = [line for line in lines if field in line and line.get("batch", 1) == shape.batch and like(line)]
-    return max(((line[field], f"{line.get('peer', '?')} {named(line)}") for line in fits), default=None)
-
-
 # --- a draft that proposes tokens ------------------------------------------------------------------------------------
 
 
@@ -295,7 +265,7 @@ def draft(run: Speculative) -> None:
             texts = [generate.generate(models[0], [prompt], *how) for prompt in prompts]
         return sum(len(ids) for (ids,) in texts) / (time.perf_counter() - began)
 
-    subjects = {ahead: functools.partial(written, ahead) for ahead in (0, *_numbers(run, "ahead", " "))}
+    subjects = {ahead: functools.partial(written, ahead) for ahead in (0, *sorted(set(run.ahead)))}
     for compiles in subjects.values():
         compiles()
     alone: list[float] = []
@@ -317,19 +287,13 @@ def unknown(run: Bench) -> None:
 
 
 BENCHES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "train": (
-        train,
-        {
-            "run": Train(),
-            "model": PEER_SHAPE,
-            "train": TrainConfig(batch=16, length=256),
-            "mesh": MeshConfig(),
-            "hosts": HostsConfig(),
-        },
-    ),
+    "train": (train, {
+        "run": Train(), "model": PEER_SHAPE, "train": TrainConfig(batch=16, length=256), "mesh": MeshConfig(),
+        "hosts": HostsConfig(),
+    }),
     "infer": (infer, {"run": Infer()}),
     "speculative": (draft, {"run": Speculative()}),
-}
+}  # fmt: skip
 
 
 def main(argv: list[str]) -> None:

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from efflm import user_cache
 from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
-from efflm.config import InputError, flag, require
+from efflm.config import InputError, flag, require, written
 from efflm.config.model import ModelConfig, ModelShape
 from efflm.config.train import Optimizer, TrainConfig
 from efflm.data import corpora, dataset
@@ -40,7 +40,7 @@ from efflm.report import numbers, plots, table
 from efflm.report.journal import Journal
 from efflm.report.page import Section, Table
 from efflm.report.rows import Row
-from efflm.report.table import Column, figure
+from efflm.report.table import figure
 from efflm.train import callbacks, metrics, optimizer, trainer
 
 # Untied, since with tied embeddings the seed decides when a small model leaves the loss of token frequencies.
@@ -63,8 +63,8 @@ class Run:
     run_dir: str = flag(str(run_directory.ROOT / "optimizers"), "where everything is written", path=True)
     corpus: str = flag(corpora.DEFAULT, corpora.KINDS, path=True)
     strict: bool = flag(False, corpora.STRICT)
-    optimizers: str = flag(",".join(get_args(Optimizer)), "which to compare; adamw is always among them")
-    multipliers: str = flag("0.5,1,2", "grid of learning rates, as multiples of each optimizer's usual one")
+    optimizers: tuple[Optimizer, ...] = flag(get_args(Optimizer), "which to compare; adamw is always among them")
+    multipliers: tuple[float, ...] = flag((0.5, 1, 2), "grid of learning rates, as multiples of each one's usual rate")
     widen: int = flag(1, "further rates tried where the best of the grid is at its edge")
     seeds: int = flag(3, "runs at the best rate, over which mean and standard deviation are taken")
     reduced: bool = flag(False, "a tiny model and few steps, in place of all flags that were left at their defaults")
@@ -72,24 +72,8 @@ class Run:
     def __post_init__(self):
         require(self.seeds > 0, f"seeds is {self.seeds}, but must be positive")
         require(self.widen >= 0, f"widen is {self.widen}, but must not be negative")
-        known = get_args(Optimizer)
-        for name in self.names():
-            require(name in known, f"unknown optimizer {name!r} in --optimizers: choose from {', '.join(known)}")
-        self.grid()
-
-    def names(self) -> list[str]:
-        return list(dict.fromkeys(["adamw", *filter(None, self.optimizers.split(","))]))
-
-    def grid(self) -> list[float]:
-        try:
-            grid = sorted({float(number) for number in self.multipliers.split(",")})
-        except ValueError:
-            grid = []
-        require(
-            bool(grid) and grid[0] > 0 and grid[-1] < math.inf,
-            f"multipliers is {self.multipliers!r}: give positive numbers, as in 0.5,1,2",
-        )
-        return grid
+        listed = written.text(self.multipliers)
+        require(min(self.multipliers) > 0, f"multipliers is {listed}, but must be positive numbers, as in 0.5,1,2")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,15 +88,11 @@ class Trained:
     validation: float
 
 
-def _over(row: Row) -> str | tuple[str, str]:
-    return "reference" if row.name == "adamw" else numbers.signed(row.over_adamw, row.over_adamw_sd)
-
-
 COLUMNS = (
     figure("optimizer", "name", str),
     figure("learning rate", "learning_rate", "{:.1e}".format),
     figure("test bits/byte ± s.d.", "bits_per_byte", numbers.with_error, "bits_per_byte_sd"),
-    Column("over AdamW ± s.d.", _over, lambda row: row.over_adamw),
+    figure("over AdamW ± s.d.", "over_adamw", numbers.signed, "over_adamw_sd", "reference", 0.0),
     figure("steps to AdamW's loss", "steps_to_adamw", "{:,}".format),
     figure("seconds to it", "seconds_to_adamw", "{:.1f}".format),
     figure("tokens/s", "tokens_per_second", "{:,.0f}".format, best="largest"),
@@ -142,10 +122,10 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
 
     score, folder = score.within(shape.max_length, train.length, data.test.unbroken), log.folder / "curves"
     runs, fastest, notes = {}, {}, {}
-    for name in run.names():
+    for name in dict.fromkeys(["adamw", *run.optimizers]):
         usual = settings(name, train)
         at = lambda rate, seed=0, usual=usual: trained(usual, rate, seed, shape, data, score, mesh, folder)
-        swept = sweep(at, [usual.learning_rate * factor for factor in run.grid()], run.widen)
+        swept = sweep(at, [usual.learning_rate * factor for factor in sorted(set(run.multipliers))], run.widen)
         best = min(swept, key=lambda one: one.validation)
         runs[name] = [best, *(at(best.rate, seed) for seed in range(1, run.seeds))]
         diverged = [seed for seed, one in enumerate(runs[name]) if one.model is None]
@@ -171,7 +151,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
             "learning_rate": group[0].rate,
             "bits_per_byte": float(test[name].mean()),
             "bits_per_byte_sd": quality.deviation(test[name]),  # over seeds, None of one
-            "over_adamw": float(over.mean()),  # paired by seed
+            "over_adamw": None if name == "adamw" else float(over.mean()),  # paired by seed
             "over_adamw_sd": quality.deviation(over),
             "steps_to_adamw": None if steps is None else int(steps),
             "seconds_to_adamw": seconds,

@@ -8,6 +8,8 @@ import textwrap
 import typing
 from typing import Any, Literal
 
+from efflm.config import written
+
 LABEL = 28  # columns of a flag with its default; the help of a longer one begins on the next line
 WIDEST = 100  # a wider terminal is not filled: long lines are hard to read
 HOW = "Flags are given as --name=value; those that are true or false also as --name or --noname."
@@ -57,7 +59,8 @@ def _filled(words: str, width: int, indent: str = "", first: str = "") -> str:
 def _entry(prefix: str, field: dataclasses.Field, default: Any, kind: type, width: int) -> str:
     value, hint = getattr(default, field.name), typing.get_type_hints(kind)[field.name]
     # A path below the current directory is shown as one gives it from here.
-    shown = str(value).lower() if isinstance(value, bool) else str(value).removeprefix(os.getcwd() + os.sep)
+    plain = written.text(value) if isinstance(value, bool | tuple) else str(value)
+    shown, hint = plain.removeprefix(os.getcwd() + os.sep), typing.get_args(hint)[0] if type(value) is tuple else hint
     choices = [str(choice) for choice in typing.get_args(hint) if choice] if typing.get_origin(hint) is Literal else []
     words = field.metadata["help"] + (f" [{', '.join(choices)}]" if choices else "")
     label, indent = f"  --{prefix}{field.name}={shown}", " " * (LABEL + 2)

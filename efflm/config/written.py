@@ -10,6 +10,8 @@ from efflm.config import InputError, require
 def value(name: str, kind: Any, text: str) -> Any:
     """What `text` says of the setting `name`, of the type `kind`. Raises InputError."""
     refuse = lambda must: InputError(f"{name} is {text!r}, but must {must}")
+    if typing.get_origin(kind) is tuple:
+        return tuple(value(name, typing.get_args(kind)[0], each) for each in text.split(","))
     if typing.get_origin(kind) is Literal:
         choices = {str(choice): choice for choice in typing.get_args(kind)}  # texts, or numbers as they are written
         if text not in choices:
@@ -47,6 +49,8 @@ def value(name: str, kind: Any, text: str) -> Any:
 
 def text(value: Any) -> str:
     """How `value` above reads it: 4.0 is 4."""
+    if isinstance(value, tuple):
+        return ",".join(map(text, value))
     return str(value).lower() if isinstance(value, bool) else str(value).removesuffix(".0")
 
 

@@ -7,6 +7,7 @@ print JSON lines; they run in turn with the subjects and never at once.
 import itertools
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -16,9 +17,14 @@ from typing import Any, NamedTuple
 from efflm.cli import progress
 from efflm.config import InputError, require
 from efflm.evaluate import machine, throughput
+from efflm.evaluate.speed import PRECISIONS, Shape
 
 OURS = ("GLIBC_TUNABLES", "XLA_FLAGS", "PYTHONPATH")  # settings of this program that no peer is given
 Best = tuple[float, str]  # the rate of a peer, and which one it is
+PEER_PROMPT, PEER_CONTEXT = 512, 16  # what peers measure where their field names no length
+# What the formats of peers are called, by precision.
+FORMATS = {"float32": r"f(loat|p)?32", "bfloat16": r"bf(loat)?16"}
+FORMATS |= {name: rf"(int|i?q|u|w|nf){name[1]}.*" for name in PRECISIONS if name[0] == "w"}
 
 
 class Turn(NamedTuple):
@@ -105,3 +111,13 @@ def run_peer(command: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     require(bool(lines), f"the peer {command!r} printed no JSON lines")
     return lines
+
+
+def peer_best(lines: list[dict[str, Any]], shape: Shape, precision: str) -> Best | None:
+    """The highest rate among what a precision is compared with in a shape, and whose it is."""
+    usual = (shape.phase, shape.context) in (("prefill", PEER_PROMPT), ("decode", PEER_CONTEXT))
+    field = f"{shape.phase}_tokens_per_second" if usual else f"{shape.phase}_{shape.context}_tokens_per_second"
+    named = lambda line: str(line.get("format") or line.get("dtype") or "")
+    like = lambda line: shape.phase == "prefill" or re.fullmatch(FORMATS[precision], named(line), re.IGNORECASE)
+    fits = [line for line in lines if field in line and line.get("batch", 1) == shape.batch and like(line)]
+    return max(((line[field], f"{line.get('peer', '?')} {named(line)}") for line in fits), default=None)
