@@ -61,9 +61,6 @@ class Run:
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
 
 
-# --- what is measured ------------------------------------------------------------------------------------------------
-
-
 def protocols(run: Run, config: ModelConfig) -> tuple[Protocol, Protocol]:
     """Prefill and decode with a nearly empty cache, and decode with one of the model's max_length."""
     near = Protocol(prompt=run.prompt, repeats=run.steps).within(config.max_length)
@@ -86,9 +83,6 @@ def measure(run: Run, shape: ModelShape, train: TrainConfig) -> Measured:
     (prefill, first), (_, last) = (rates({"": model}, each)[0][""] for each in (near, far))
     decode = {near.start + near.new: 1 / first.median, far.start + far.new: 1 / last.median}
     return Measured(state, temporaries, step, near.prompt / prefill.median, decode)
-
-
-# --- the run ---------------------------------------------------------------------------------------------------------
 
 
 @run_directory.locked

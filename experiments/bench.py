@@ -135,9 +135,6 @@ def said(line: dict[str, Any]) -> None:
     print(run_directory.to_json(line), flush=True)
 
 
-# --- training --------------------------------------------------------------------------------------------------------
-
-
 def train(run: Train, model: ModelShape, train: TrainConfig, mesh: MeshConfig) -> None:
     require(not run.peer or jax.process_count() == 1, "a peer is measured on one host only: leave --peer out")
     devices = meshes.mesh_for(mesh, train.batch, train.length, train.accumulate)
@@ -166,9 +163,6 @@ def train(run: Train, model: ModelShape, train: TrainConfig, mesh: MeshConfig) -
         known = {"name": f"train_{name}", "policy": chosen[name].policy} | found
         known["mfu"] = round(flops * found["tokens_per_second"] / (peak_devices * peaks[dtypes[name]]), 4)
         said(known | {"compile_seconds": round(step.compile_seconds, 2), "peak_bytes": step.peak_bytes})
-
-
-# --- inference -------------------------------------------------------------------------------------------------------
 
 
 def shapes(run: Infer) -> list[Shape]:
@@ -238,9 +232,6 @@ def against_portable(shape: Shape, found: list[Answer]) -> dict[str, Any]:
     native, portable = ([rate(shape, [one]) for one in each] for each in zip(*pairs, strict=True))
     known = {"portable_tokens_per_second": round(statistics.median(portable), 1)}
     return known | turns.compared("portable_ratio", native, portable)
-
-
-# --- a draft that proposes tokens ------------------------------------------------------------------------------------
 
 
 def draft(run: Speculative) -> None:

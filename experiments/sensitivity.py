@@ -11,6 +11,7 @@ The recipe mixed4 gives each matrix its bits by the same measurement.
 """
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 
@@ -68,14 +69,8 @@ def shown_row(row: sensitivity.Row) -> Row:
     return Row(row.name, figures | {"format": str(row.format), "per_megabyte": row.loss / row.saved * 1e6})
 
 
-def six(value: float) -> str:
-    return numbers.fixed(value, 6)
-
-
-def six_signed(value: float) -> str:
-    return numbers.fixed(value, 6, sign=True)
-
-
+six = functools.partial(numbers.fixed, places=6)
+six_signed = functools.partial(six, sign=True)
 COLUMNS = (
     figure("rounded alone", "name", str),
     figure("format", "format", str),

@@ -105,11 +105,13 @@ def sensitivity(
 
     base, _ = means(whole)
 
-    def measure(layer: Layer, params: Any) -> tuple[float, float]:
+    def measure(layer: Layer, made: Mapping[str, QArray]) -> tuple[float, float]:
+        params = _with(layer.params, made)
         loss, divergence = means(states(layer.index, params, *row) for row in layer.rows)
         return loss - base, divergence
 
-    return _table(model, batch, formats, mesh, unit, count, measure, base)
+    found = estimated(model, batch, formats, mesh, rows=rows, unit=unit, measure=measure)
+    return dataclasses.replace(found, loss=base)
 
 
 def estimated(
@@ -120,24 +122,15 @@ def estimated(
     *,
     rows: int = 16,
     unit: Unit = "matrix",
+    measure: Callable[[Layer, Mapping[str, QArray]], tuple[float | None, float | None]] = lambda *given: (None, None),
 ) -> Table:
-    """The same with the estimates alone: one pass over the rows. The loss and the divergence are None."""
-    model, batch = _floats(model), _first(batch, rows)
-    return _table(model, batch, formats, mesh, unit, _tokens(batch))
+    """The same with the estimates alone: one pass over the rows. The loss of the model is not known (NaN).
 
-
-def _table(
-    model: LanguageModel,
-    batch: Mapping[str, Any],
-    formats: Sequence[Format],
-    mesh: Mesh,
-    unit: Unit,
-    tokens: int,
-    measure: Callable[[Layer, Any], tuple[float, float]] | None = None,
-    base: float = math.nan,
-) -> Table:
+    measure: of a layer of which these weights are rounded, the increase of the loss and the divergence.
+    """
     require(len(formats) > 0, "there is no format to try: give one at least")
-    sizes = _work(model)
+    model, batch = _floats(model), _first(batch, rows)
+    sizes, tokens = _work(model), _tokens(batch)
     with progress.bar("sensitivity: matrices", sum(sizes)) as update:
 
         def one(layer: Layer, read: States) -> tuple[Layer, list[Row]]:
@@ -146,13 +139,13 @@ def _table(
             for count, ((name, paths), format) in enumerate(tried, 1):
                 own = ((path, w) for path, w in trees.flatten(layer.params) if path in paths)
                 made = {path: ops.quantize_array(w, -2, format) for path, w in own}
-                measured = measure(layer, _with(layer.params, made)) if measure else (None, None)
+                measured = measure(layer, made)
                 found.append(_row(layer, read, name, format, made, measured, tokens))
                 update(sum(sizes[: layer.index]) + sizes[layer.index] * count / len(tried))
             return layer, found
 
         _, found = calibrate.walk(model, batch, one, {"gram": calibrate.GRAM}, mesh=mesh, title=None)
-    return Table(base, tokens, tuple(itertools.chain.from_iterable(found)))
+    return Table(math.nan, tokens, tuple(itertools.chain.from_iterable(found)))
 
 
 def _units(layer: Layer, read: States, unit: Unit) -> dict[str, tuple[str, ...]]:
