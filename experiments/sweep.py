@@ -43,7 +43,7 @@ from efflm.compress.finetune import Finetune
 from efflm.compress.step import Calibration, Context, Step, reads_text, trains
 from efflm.config import at_home, flag, require
 from efflm.data import dataset, overlap
-from efflm.evaluate import confidence, machine, quality, scoring, speed, throughput
+from efflm.evaluate import machine, quality, scoring, speed, throughput, windows
 from efflm.evaluate.quality import Quality
 from efflm.evaluate.windows import Scoring
 from efflm.formats import sources
@@ -215,8 +215,8 @@ def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict[str, 
         *protocol(run, dense, read, one_pass, itertools.islice(text, score.documents or None)),
         *rows.cautions(run.model, loaded.about, text.known),
     ]
-    error = functools.partial(confidence.of_text, text=text, tokenizer=loaded.tokenizer, scoring=score)
-    error = error if run.calibration_error else lambda model: None
+    blocks = lambda: windows.blocks(text.sized(), loaded.tokenizer.separator, score, text.unbroken)
+    error = lambda model: quality.calibration_error(model, blocks()) if run.calibration_error else None
     first = swept.alone(name, dense, [before], calibration=error(dense))
     found, texts, speeds, loads = {name: first}, {}, {}, []
     for chain, parts in run.parts.items():

@@ -32,10 +32,10 @@ class Roofline:
         return max(flops / self.matmul[dtype], nbytes / self.bandwidth)
 
 
-def measure(dtypes: tuple[str, ...] = ("float32", "bfloat16"), size: int = 0, repeats: int = 7) -> Roofline:
-    """The best of `repeats` runs each, on the default device; `size` is the side of the squares."""
-    size = size or (2048 if jax.default_backend() == "cpu" else 8192)
-    return Roofline({dtype: matmul_peak(dtype, size, repeats) for dtype in dtypes}, bandwidth(repeats))
+def measure(dtypes: tuple[str, ...]) -> Roofline:
+    """The best of some runs each, on the default device."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    return Roofline({dtype: matmul_peak(dtype, size) for dtype in dtypes}, bandwidth())
 
 
 def matmul_peak(dtype: Any, size: int, repeats: int = 7) -> float:

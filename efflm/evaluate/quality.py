@@ -23,6 +23,7 @@ from efflm.parallel import sharding
 from efflm.precision import policy_for
 
 LOGITS = 1 << 25  # logits held at a time, of the model and as many of the reference
+LIKELIEST, BINS = 512, 15  # of `calibration_error`: tokens whose logits are held at a time, and bins
 KEPT = 1 << 28  # bytes of the reference's states that `measure` may keep for the next model
 
 Block = dict[str, np.ndarray]
@@ -128,7 +129,7 @@ def score(
     parts: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in models}
     with sharding.mesh_of(reference.params):
         for start in range(0, len(targets_M), count):
-            cut = lambda x, start=start: filled(x[start : start + count], count)
+            cut = lambda x, start=start: _filled(x[start : start + count], count)
             expected_MV = None if alone else _expected(first, cut(expected_MD))
             for name, model in models.items():
                 given = None if model is reference else expected_MV
@@ -139,8 +140,7 @@ def score(
     return {name: {figure: joined(found, figure) for figure in figures} for name, found in parts.items()}
 
 
-def filled(x: np.ndarray, count: int) -> np.ndarray:
-    """x with zeros after it, up to `count` rows: one compiled program takes whatever is left."""
+def _filled(x: np.ndarray, count: int) -> np.ndarray:
     return np.pad(x, [(0, count - len(x))] + [(0, 0)] * (x.ndim - 1))
 
 
@@ -182,6 +182,40 @@ def _room_for(count: int, sums: np.ndarray) -> np.ndarray:
     """The sums with space for `count` documents: doubled where they are short, so that growing takes linear time."""
     missing = count - sums.shape[1]
     return sums if missing <= 0 else np.pad(sums, ((0, 0), (0, max(missing, sums.shape[1]))))
+
+
+# --- how far a model's confidence is from its accuracy ----------------------------------------------------------------
+
+
+def calibration_error(model: LanguageModel, blocks: Iterable[Block]) -> float:
+    """The expected calibration error of the likeliest next token over a text."""
+    confidence, correct = [], []
+    for block in blocks:
+        where = block["documents"] > 0
+        if not where.any():
+            continue
+        states_MD, targets_M = states(model, block), block["targets"][where]
+        for start in range(0, len(targets_M), LIKELIEST):
+            cut = lambda x, start=start: _filled(x[start : start + LIKELIEST], LIKELIEST)
+            found = jax.device_get(_likeliest(model, cut(states_MD), cut(targets_M)))
+            confidence.append(found[0][: len(targets_M) - start])
+            correct.append(found[1][: len(targets_M) - start])
+    return expected_error(np.concatenate(confidence), np.concatenate(correct))
+
+
+@jax.jit
+def _likeliest(model: LanguageModel, x_MD: jax.Array, targets_M: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The probability of the likeliest token, and whether it is the target."""
+    logits_MV = _expected(model, x_MD)
+    return jnp.max(jax.nn.softmax(logits_MV, axis=-1), axis=-1), jnp.argmax(logits_MV, axis=-1) == targets_M
+
+
+def expected_error(confidence_M: np.ndarray, correct_M: np.ndarray) -> float:
+    """The expected calibration error (Guo 2017, arXiv 1706.04599, equation 3): the mean over predictions of |accuracy -
+    mean confidence| in BINS bins of equal width of the confidence."""
+    which_M = np.clip(np.ceil(confidence_M * BINS).astype(int) - 1, 0, BINS - 1)
+    sums = lambda values: np.bincount(which_M, np.asarray(values, np.float64), minlength=BINS)
+    return float(np.abs(sums(correct_M) - sums(confidence_M)).sum() / len(confidence_M))
 
 
 # --- figures: a mean over all tokens or bytes, and its standard error over documents ---------------------------------

@@ -110,18 +110,14 @@ def _block(rows: list[list[Piece]], shape: tuple[int, int]) -> Block:
 def _pieces(documents: Iterable[Sized], separator: int, scoring: Scoring, unbroken: bool) -> Iterator[Piece]:
     """The windows of all streams."""
     first = [(separator, 0, 0)] if scoring.bos else []
-    numbered = enumerate(documents, start=1)
-    if not scoring.joined:
-        for index, ids in numbered:
-            yield from _windows(itertools.chain(first, _of(index, ids)), scoring)
-        return
-    between = [] if unbroken else [(separator, 0, 0)]
-    parts = (itertools.chain(between if index > 1 else first, _of(index, ids)) for index, ids in numbered)
-    yield from _windows(itertools.chain.from_iterable(parts), scoring)
+    between = first if not scoring.joined else [] if unbroken else [(separator, 0, 0)]
 
+    def part(index: int, document: Sized) -> Iterator[tuple[int, int, int]]:
+        return itertools.chain(between if index else first, ((token, size, index + 1) for token, size in document))
 
-def _of(index: int, document: Sized) -> Iterator[tuple[int, int, int]]:
-    return ((token, size, index) for token, size in document)
+    parts = itertools.starmap(part, enumerate(documents))
+    for stream in [itertools.chain.from_iterable(parts)] if scoring.joined else parts:
+        yield from _windows(stream, scoring)
 
 
 def _windows(stream: Iterator[tuple[int, int, int]], scoring: Scoring) -> Iterator[Piece]:

@@ -15,13 +15,8 @@ from efflm import trees
 from efflm.config import InputError, require
 from efflm.parallel import processes
 
-FAILURES = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    RuntimeError,
-)  # what Orbax and TensorStore raise for what they cannot read
+# What Orbax and TensorStore raise for what they cannot read.
+FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError)
 
 # Orbax takes the path of a folder for a pattern of names, `\` for `/`, and the first four of these for buckets.
 _MISREAD = re.compile(r"/(gs|s3|az|hf)(/|$)|.*[*?\[\]\\]", re.DOTALL)
@@ -68,10 +63,8 @@ def read(folder: Path, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, 
         with plainly_named(folder.parent) as parent, checkpointer() as reader:
             tree = reader.restore(parent / folder.name, trees.unflatten(leaves))
     except FAILURES as error:
-        if isinstance(error, InputError) or processes.exit_code(error, began=True) in (
-            processes.RETRY,
-            processes.MEMORY,
-        ):
+        known = processes.exit_code(error, began=True) in (processes.RETRY, processes.MEMORY)
+        if known or isinstance(error, InputError):
             raise
         raise InputError(
             f"the checkpoint {folder.parent} cannot be read ({processes.reason(error)}): delete it or give another"

@@ -95,10 +95,7 @@ def _directory(path: Path, dtype: str | None, mesh: Mesh) -> Loaded:
         f"{path} has neither a config.json, as Hugging Face directories do, nor a checkpoint of efflm's: give {KINDS}",
     )
     step = checkpoint.newest(folder)
-    model, about = checkpoint.read(step, mesh)
-    tokens = tokenizer.load(run / "tokenizer.json")
-    saved.require_own(tokens, about, folder)
-    return Loaded(_in(model, dtype), tokens, _sound(about, folder), _size(step.rglob("*")))
+    return _own(*checkpoint.read(step, mesh), run / "tokenizer.json", folder, dtype, _size(step.rglob("*")))
 
 
 def _file(path: Path, dtype: str | None, mesh: Mesh) -> Loaded:
@@ -112,24 +109,22 @@ def _file(path: Path, dtype: str | None, mesh: Mesh) -> Loaded:
         kind = gguf_model.quantization(path)
         return Loaded(model, tokens, {"dequantized": kind} if kind else {}, path.stat().st_size)
     require(path.suffix == ".safetensors", f"{path} is not a kind of file that is read: give {KINDS}")
-    model, about = efflm_file.load(path, mesh)
-    tokens = tokenizer.load(path.parent / "tokenizer.json")
+    return _own(*efflm_file.load(path, mesh), path.parent / "tokenizer.json", path, dtype, path.stat().st_size)
+
+
+def _own(
+    model: LanguageModel, about: dict[str, Any], tokenizer_file: Path, path: Path, dtype: str | None, nbytes: int
+) -> Loaded:
+    """What efflm wrote. Raises InputError for another tokenizer than it was saved with, and for what is said of how it
+    was made if that is not what efflm writes."""
+    tokens = tokenizer.load(tokenizer_file)
     saved.require_own(tokens, about, path)
-    return Loaded(_in(model, dtype), tokens, _sound(about, path), path.stat().st_size)
-
-
-def _sound(about: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Raise InputError for what a file says of how it was made, if that is not what efflm writes."""
     for name, kind in {"source": str, "dequantized": str, "train.length": int, "lineage": list}.items():
         value = about.get(name, kind())
         good = type(value) is kind and (kind is not int or 0 <= value <= MOST)
         good = good and (kind is not list or all(isinstance(step, dict) for step in value))
         require(good, f"{path} cannot be read as a model ({name} is {value!r:.60}): export it again")
-    return about
-
-
-def _in(model: LanguageModel, dtype: str | None) -> LanguageModel:
-    return in_dtype(model, dtype) if dtype else model
+    return Loaded(in_dtype(model, dtype) if dtype else model, tokens, about, nbytes)
 
 
 def _size(files: Any) -> int:

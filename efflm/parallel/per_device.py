@@ -1,6 +1,5 @@
 """Attention on a mesh: kernels are not partitioned by XLA, so each device runs them on its own sequences and heads."""
 
-import functools
 import math
 
 import jax
@@ -27,7 +26,11 @@ def attention(
     The batch is spread over `data` and `fsdp`, heads over `tensor`, as far as these divide them, like the activations
     around; along other axes it is whole. What no kernel takes is left to XLA's partitioner.
     """
-    attend = functools.partial(_attend, window=window)
+
+    def attend(q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, slots_BT):
+        segments = {"segments_BT": segments_BT, "key_segments_BS": key_segments_BS}
+        return ops.attention(q_BTNH, k_BSKH, v_BSKH, slots_BT=slots_BT, window=window, **segments)
+
     arguments = (q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, slots_BT)
     mesh = jax.sharding.get_abstract_mesh()
     free = {name for name in mesh.axis_names if name not in mesh.manual_axes}
@@ -50,15 +53,3 @@ def attention(
     return jax.shard_map(
         attend, in_specs=(*(by_head,) * 3, *(by_row,) * 3), out_specs=by_head, axis_names=free, check_vma=False
     )(q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, slots_BT)
-
-
-def _attend(q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, slots_BT, window: int) -> jax.Array:
-    return ops.attention(
-        q_BTNH,
-        k_BSKH,
-        v_BSKH,
-        slots_BT=slots_BT,
-        segments_BT=segments_BT,
-        key_segments_BS=key_segments_BS,
-        window=window,
-    )

@@ -54,9 +54,10 @@ def write(
             "Of distilled models the loss is the mixture that is minimized, so it does not compare with the others'.",
         )
         found.append(Section("Training and distillation", [figure]))
-    found.append(
-        Section("Where the bytes and the time go", [size_bars(rows), *([time_bars(phases)] if phases else [])])
-    )
+    named = lambda sizes: {NAMES.get(name, name): nbytes for name, nbytes in sizes.items()}
+    of_rows = {row.name: named(row.component_bytes) for row in rows}
+    sizes = page.bars("Bytes on disk, by component", of_rows, "MB", 1e6)
+    found.append(Section("Where the bytes and the time go", [sizes, *([time_bars(phases)] if phases else [])]))
     page.write(
         path,
         title=title,
@@ -102,11 +103,6 @@ def _loss(row: Row) -> str:
         return "the reference"
     words = numbers.with_error(row.bits_per_byte_over_dense, row.bits_per_byte_over_dense_stderr, sign=True)
     return " ".join(filter(None, words)) + " bits/byte"
-
-
-def size_bars(rows: Sequence[Row]) -> Bars:
-    named = lambda found: {NAMES.get(name, name): nbytes for name, nbytes in found.items()}
-    return page.bars("Bytes on disk, by component", {row.name: named(row.component_bytes) for row in rows}, "MB", 1e6)
 
 
 def time_bars(phases: Sequence[Row]) -> Bars:

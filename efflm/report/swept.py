@@ -44,7 +44,7 @@ def row(name: str, model: LanguageModel, made: Sequence[Quality], before: Qualit
     model's. cost: over_dense divided by saved. recovered: the share that training took away of the loss that what came
     before it had brought. tokens, seconds: of the steps that train. passes: seconds to make the model over those of a
     plain forward pass over the calibration text. memory: the most bytes held meanwhile beyond what was held before.
-    calibration: the expected calibration error (evaluate.confidence). prefill, decode: speed over the first model's.
+    calibration: the expected calibration error (evaluate.quality). prefill, decode: speed over the first model's.
     """
     over, stderr, deviation = quality.mean_difference(made, before)
     error = None if stderr is None else math.hypot(stderr, (deviation or 0.0) / math.sqrt(len(made)))
