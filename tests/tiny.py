@@ -11,6 +11,7 @@ import pytest
 from efflm.config.model import BlockConfig, ModelConfig, ModelShape, RopeScaling
 from efflm.infer.generate import forward
 from efflm.model import LanguageModel, init_params
+from efflm.train import step
 
 LLAMA = ModelShape(layers=2, width=32, heads=4, kv_heads=2, mlp_dim=48, vocabulary=300, max_length=64)
 GPT2 = dataclasses.replace(LLAMA, family="gpt2", kv_heads=4)
@@ -107,3 +108,9 @@ MEASURED = {"seconds", "tokens_per_second", "step_seconds", "flop_utilization", 
 def repeatable(line):
     """What of a line of metrics the same run writes again: not what the clock and the memory say."""
     return {name: value for name, value in line.items() if name not in MEASURED}
+
+
+def init_state(trainable, optimizer, mesh, loss_scale=None, masks=None):
+    """A state on the mesh, its optimizer moments sharded like the weights. The given arrays are copied, not donated."""
+    like = step.abstract_state(trainable, optimizer, mesh, loss_scale, masks)
+    return step.make_init(optimizer, like)(jax.tree.map(jnp.copy, trainable), loss_scale, masks)

@@ -35,18 +35,6 @@ class TrainState:
     masks: Any = None
 
 
-def init_state(
-    trainable: Any,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    loss_scale: LossScale | None = None,
-    masks: Any = None,
-) -> TrainState:
-    """A state on the mesh, its optimizer moments sharded like the weights. The given arrays are copied, not donated."""
-    like = abstract_state(trainable, optimizer, mesh, loss_scale, masks)
-    return make_init(optimizer, like)(jax.tree.map(jnp.copy, trainable), loss_scale, masks)
-
-
 def make_init(optimizer: optax.GradientTransformation, like: TrainState):
     """init(trainable, loss_scale, masks) -> the first state, with the shardings of `like`. `trainable` is donated."""
     where = jax.tree.map(lambda leaf: leaf.sharding, like)
@@ -66,7 +54,7 @@ def abstract_state(
     loss_scale: LossScale | None = None,
     masks: Any = None,
 ) -> TrainState:
-    """The shapes, dtypes and shardings of `init_state`'s, with nothing allocated."""
+    """The shapes, dtypes and shardings of the first state, with nothing allocated."""
     shapes = jax.eval_shape(functools.partial(_fresh, optimizer), trainable, loss_scale, masks)
     laid = lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spec)
     return jax.tree.map(laid, shapes, placement.shardings(shapes, mesh))

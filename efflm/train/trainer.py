@@ -10,7 +10,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from efflm import ops, trees
+from efflm import trees
 from efflm.cli import signals
 from efflm.config import require
 from efflm.config.model import ModelConfig
@@ -63,27 +63,22 @@ def model_task(
     start: Callable[[], Any],
     batches: Batches,
     rule: optax.GradientTransformation | None = None,
-    masks: ops.Masks = None,
 ) -> Task:
     """Training a model of this config on text; `fit` gives the LanguageModel, its weights in the dtype of the policy.
 
-    start: makes the float weights to start from, not stacked. masks: of pruned weights, by path.
+    start: makes the float weights to start from, not stacked.
     """
     policy = POLICIES[train.policy]
-    stacked = lambda tree: stack_blocks(tree, config) if train.scan else tree
-    trainable = lambda params: cast(stacked(params), policy.param)
-    fresh = jax.eval_shape(lambda: init_params(config, 0))
-    kept = ops.mask_tree(fresh, masks)
+    trainable = lambda params: cast(stack_blocks(params, config) if train.scan else params, policy.param)
     return Task(
         train=train,
         loss_fn=losses.language_model_loss(config, policy, scanned=train.scan, remat=train.remat, z_loss=train.z_loss),
         start=lambda: trainable(start()),
         batches=batches,
         rule=rule,
-        shapes=jax.eval_shape(trainable, fresh),
-        masks=kept and stacked(kept),
+        shapes=jax.eval_shape(lambda: trainable(init_params(config, 0))),
         remedy=REMEDY,
-        finish=lambda trained: LanguageModel(config, unstack_blocks(trained, config) if train.scan else trained, masks),
+        finish=lambda trained: LanguageModel(config, unstack_blocks(trained, config) if train.scan else trained),
     )
 
 

@@ -15,8 +15,9 @@ from efflm.cli.flags import launch
 from efflm.config.train import Optimizer
 from efflm.evaluate.windows import Scoring
 from efflm.parallel import meshes
-from efflm.train.step import init_state, make_step
+from efflm.train.step import make_step
 from experiments import optimizers
+from tests import tiny
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = [
@@ -85,7 +86,7 @@ def test_every_learning_rate_runs_the_same_program(name):
 
     def program(rate):
         tx = optimizers.at_rate(usual, rate)
-        state = init_state(params, tx, mesh)
+        state = tiny.init_state(params, tx, mesh)
         return make_step(loss_fn, tx, 0, state).lower(state, {}, {}).as_text()
 
     assert program(1e-3) == program(2e-2)

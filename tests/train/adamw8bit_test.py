@@ -17,7 +17,7 @@ from efflm.model import init_params, placement, stack_blocks
 from efflm.parallel import meshes
 from efflm.train import adamw8bit, losses, optimizer
 from efflm.train.adamw8bit import BLOCK, Quantized, dequantize, quantize
-from efflm.train.step import init_state, make_step, place
+from efflm.train.step import make_step, place
 from tests import tiny
 
 SETTINGS = TrainConfig(steps=20, warmup=1, batch=8, length=16, learning_rate=1e-2, optimizer="adamw8bit")
@@ -197,7 +197,7 @@ def trajectory(mesh, stacked):
     model = tiny.model(dataclasses.replace(tiny.LLAMA, layers=1 + stacked, width=64, mlp_dim=512))
     params = stack_blocks(model.params, model.config) if stacked else model.params
     tx = optimizer.make(SETTINGS)
-    state = init_state(params, tx, mesh)
+    state = tiny.init_state(params, tx, mesh)
     step = make_step(losses.language_model_loss(model.config, scanned=stacked), tx, 0, state)
     out = []
     for _ in range(5):

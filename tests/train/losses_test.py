@@ -9,7 +9,7 @@ import pytest
 from efflm.model import Transformer
 from efflm.parallel import meshes
 from efflm.train import losses
-from efflm.train.step import init_state, make_step
+from efflm.train.step import make_step
 from tests import tiny
 
 CONFIG = dataclasses.replace(tiny.LLAMA, layers=1).config()
@@ -23,7 +23,7 @@ LOSSES = {
 def test_only_the_ratios_of_weights_matter(name):
     """Also where they add up to far less than 1, and where the batch is read in parts."""
     params, teacher, batch = tiny.model(CONFIG).params, tiny.model(CONFIG, seed=1).params, tiny.batch(CONFIG)
-    state = init_state(params, optax.sgd(0.1), meshes.make_mesh())
+    state = tiny.init_state(params, optax.sgd(0.1), meshes.make_mesh())
     weights = np.random.default_rng(0).random(batch["targets"].shape).astype(np.float32)
     outcomes = []
     for parts in (1, 2):

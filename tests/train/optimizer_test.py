@@ -16,7 +16,7 @@ from efflm.config.train import Optimizer, Schedule, TrainConfig
 from efflm.model import init_params, stack_blocks, unstack_blocks
 from efflm.parallel import meshes
 from efflm.train import optimizer, trainer
-from efflm.train.step import init_state, make_step
+from efflm.train.step import make_step
 from tests import tiny
 
 OPTIMIZERS = typing.get_args(Optimizer)
@@ -193,7 +193,7 @@ def test_the_state_lies_on_the_mesh_like_the_weights(name):
     model = tiny.model()
     mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2)
     params = stack_blocks(model.params, model.config)
-    state = init_state(params, optimizer.make(dataclasses.replace(PLAIN, optimizer=name)), mesh)
+    state = tiny.init_state(params, optimizer.make(dataclasses.replace(PLAIN, optimizer=name)), mesh)
     kernel = state.trainable["blocks_0"]["attention"]["query"]["kernel"]
     assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
     moments = [leaf for path, leaf in trees.flatten(state.optimizer, inside=True) if "query/kernel" in path]
@@ -208,7 +208,7 @@ def test_moments_are_float32_of_weights_in_bfloat16(name):
     tx = optimizer.make(dataclasses.replace(PLAIN, optimizer=name))
     loss = lambda params, *_: (sum(jnp.sum(jnp.square(w.astype(jnp.float32))) for w in jax.tree.leaves(params)), {})
     dtypes = lambda tree: {leaf.dtype for leaf in jax.tree.leaves(tree) if leaf.ndim}
-    state = init_state(params, tx, meshes.make_mesh())
+    state = tiny.init_state(params, tx, meshes.make_mesh())
     fresh = dtypes(state.optimizer)
     after, _ = make_step(loss, tx, 0, state)(state, {}, {})
     assert dtypes(after.trainable) == {jnp.dtype("bfloat16")}
@@ -227,7 +227,7 @@ def test_masked_weights_stay_and_the_rest_moves_zeros_too(name, rng):
     params, tx = float32({path: w}), optimizer.make(dataclasses.replace(PLAIN, optimizer=name))
     goal = jnp.asarray(rng.standard_normal((8, 8)), jnp.float32)
     loss = lambda params, *_: (jnp.sum(jnp.square(jax.tree.leaves(params)[0] - goal)), {})
-    state = init_state(params, tx, meshes.make_mesh(), masks=ops.mask_tree(params, {path: jnp.asarray(kept)}))
+    state = tiny.init_state(params, tx, meshes.make_mesh(), masks=ops.mask_tree(params, {path: jnp.asarray(kept)}))
     step = make_step(loss, tx, 0, state)
     for _ in range(3):
         state, _ = step(state, {}, {})

@@ -12,7 +12,7 @@ from efflm.ops.selection import smallest
 from efflm.parallel import meshes
 from efflm.train import losses
 from efflm.train.sparsity import cubic, gradual, stages
-from efflm.train.step import init_state, make_step, place
+from efflm.train.step import make_step, place
 from tests import tiny
 
 
@@ -79,7 +79,7 @@ def test_in_the_trainer_on_several_devices(scan):
     model, mesh = tiny.model(), meshes.make_mesh(data=2, fsdp=2, tensor=2)
     rule = gradual(optax.adamw(1e-2), 0.6, steps=4, every=2)
     start = stack_blocks(model.params, model.config) if scan else model.params
-    state = init_state(start, rule, mesh)
+    state = tiny.init_state(start, rule, mesh)
     step = make_step(losses.language_model_loss(model.config, scanned=scan), rule, 0, state)
     for i in range(6):
         state, metrics = step(state, {}, place(tiny.batch(model.config, seed=i), mesh))

@@ -13,7 +13,7 @@ from efflm.model import init_params, stack_blocks
 from efflm.parallel import meshes
 from efflm.precision import POLICIES, LossScale, cast, loss_scale_for
 from efflm.train import callbacks, losses, optimizer, trainer
-from efflm.train.step import init_state, make_step, place
+from efflm.train.step import make_step, place
 from tests import tiny
 
 CONFIG = TrainConfig(steps=5, warmup=1, batch=8, length=16, learning_rate=1e-2)
@@ -21,7 +21,7 @@ CONFIG = TrainConfig(steps=5, warmup=1, batch=8, length=16, learning_rate=1e-2)
 
 def trajectory(mesh, params, config, steps=5, scan=False):
     adamw = optimizer.make(CONFIG)
-    state = init_state(stack_blocks(params, config) if scan else params, adamw, mesh)
+    state = tiny.init_state(stack_blocks(params, config) if scan else params, adamw, mesh)
     step = make_step(losses.language_model_loss(config, scanned=scan), adamw, 0, state)
     out = []
     for i in range(steps):
@@ -101,7 +101,7 @@ def test_full_rematerialization_halves_the_activations():
 
 def steps_of(loss, params, batch, accumulate=1, loss_scale=None, count=3):
     tx = optimizer.make(CONFIG)
-    state = init_state(params, tx, meshes.make_mesh(), loss_scale)
+    state = tiny.init_state(params, tx, meshes.make_mesh(), loss_scale)
     step, out = make_step(loss, tx, 0, state, accumulate), []
     for _ in range(count):
         state, metrics = step(state, {}, batch)
@@ -132,7 +132,7 @@ def test_a_batch_in_parts_on_eight_devices_trains_like_one():
     loss, tx = losses.language_model_loss(model.config), optimizer.make(CONFIG)
     outcomes = []
     for mesh in (meshes.make_mesh(), meshes.make_mesh(data=8)):
-        state = init_state(model.params, tx, mesh)
+        state = tiny.init_state(model.params, tx, mesh)
         _, metrics = make_step(loss, tx, 0, state, 2)(state, {}, place(batch, mesh))
         outcomes.append(jax.device_get(metrics))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), *outcomes)
@@ -147,7 +147,7 @@ def test_rows_that_do_not_divide_are_refused():
 def test_parts_take_less_memory():
     model = tiny.model(dataclasses.replace(tiny.LLAMA, width=64, mlp_dim=192))
     batch, tx = tiny.batch(model.config, rows=64, length=64), optimizer.make(CONFIG)
-    state = init_state(model.params, tx, meshes.make_mesh())
+    state = tiny.init_state(model.params, tx, meshes.make_mesh())
     loss = losses.language_model_loss(model.config)
     compiled = [make_step(loss, tx, 0, state, parts).lower(state, {}, batch).compile() for parts in (1, 8)]
     whole, cut = (program.memory_analysis().temp_size_in_bytes for program in compiled)
@@ -174,7 +174,7 @@ def test_an_overflow_skips_the_update_and_halves_the_scale():
     weights = {"scale": jnp.ones(3)}
     loss = lambda trainable, frozen, batch, rng: (jnp.sum(trainable["scale"] * batch["x"]), {})
     tx = optax.adam(0.1)
-    state = init_state(weights, tx, meshes.make_mesh(), LossScale.start(1024.0, interval=2))
+    state = tiny.init_state(weights, tx, meshes.make_mesh(), LossScale.start(1024.0, interval=2))
     step, scales, skipped = make_step(loss, tx, 0, state), [], []
     for x in (1.0, np.inf, 1.0, 1.0, 1.0):
         before = jax.device_get((state.trainable, state.optimizer))
@@ -213,7 +213,7 @@ def test_float16_needs_its_loss_scale():
     small = lambda *args: (1e-6 * whole(*args)[0], {})
     tx, ends = optax.chain(optax.scale(1e6), optimizer.make(CONFIG)), {}
     for name, scale in (("with", LossScale.start(2.0**20)), ("without", None)):
-        state = init_state(model.params, tx, meshes.make_mesh(), scale)
+        state = tiny.init_state(model.params, tx, meshes.make_mesh(), scale)
         step = make_step(small, tx, 0, state)
         for _ in range(12):
             state, metrics = step(state, {}, batch)
@@ -249,7 +249,7 @@ def test_bfloat16_ends_within_two_deviations_of_float32():
     for name in ("float32", "bfloat16"):
         step, ends[name] = None, []
         for seed in range(5):
-            state = init_state(init_params(config, seed), tx, meshes.make_mesh())
+            state = tiny.init_state(init_params(config, seed), tx, meshes.make_mesh())
             step = step or make_step(losses.language_model_loss(config, POLICIES[name]), tx, 0, state)
             for i in range(20):
                 state, metrics = step(state, {}, tiny.batch(config, seed=100 * seed + i))
