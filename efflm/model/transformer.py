@@ -49,19 +49,19 @@ class LanguageModel:
 
 
 def require_same_tokenizer(other: LanguageModel, model: LanguageModel, name: str, whose: str) -> None:
-    """Raise InputError if the vocabularies, without padding, have different sizes, or if it is known of both models
-    which token each id is, or else which tokenizer they have, and it is not the same. name: of the first, as in
+    """Raise InputError if it is known of both models which token each id is, or else which tokenizer they have, and it
+    is not the same, or if their vocabularies, without padding, have different sizes. name: of the first, as in
     "teacher"; whose: of the second."""
-    require(
-        other.config.tokens == model.config.tokens,
-        f"the {name}'s vocabulary is {other.config.tokens}, the {whose}'s {model.config.tokens}, without padding: give "
-        f"a {name} that has the {whose}'s tokenizer",
-    )
     known = [key for key in ("token_ids", "tokenizer") if other.about.get(key) and model.about.get(key)]
     theirs, ours = (each.about[known[0]] if known else None for each in (other, model))
     require(
         theirs == ours,
         f"the {name}'s tokenizer is {theirs!r:.20}, the {whose}'s {ours!r:.20}: give a {name} that has the {whose}'s",
+    )
+    require(
+        other.config.tokens == model.config.tokens,
+        f"the {name}'s vocabulary is {other.config.tokens}, the {whose}'s {model.config.tokens}, without padding: give "
+        f"a {name} that has the {whose}'s tokenizer",
     )
 
 
