@@ -21,7 +21,7 @@ from pathlib import Path
 
 from efflm.cli import progress, run_directory
 from efflm.cli.flags import command_line, launch
-from efflm.config import flag, require
+from efflm.config import flag, require, require_positive
 from efflm.config.model import ModelConfig, ModelShape
 from efflm.config.train import TrainConfig
 from efflm.evaluate import machine
@@ -44,9 +44,7 @@ from efflm.train.aot import timed_step
 class Run:
     """The run"""
 
-    run_dir: str = flag(
-        str(run_directory.ROOT / "analyze"), "where report.html and results.json are written", path=True
-    )
+    run_dir: str = flag(str(run_directory.ROOT / "analyze"), "where everything is written", path=True)
     measure: bool = flag(True, "compile and run the model as well; without it only the machine is measured")
     longest: int = flag(0, "longest sequence in tables and plots; 0: four times model.max_length")
     prompt: int = flag(512, "tokens of the prefill that is measured, at most model.max_length")
@@ -57,8 +55,7 @@ class Run:
             self.longest >= 0,
             f"longest is {self.longest}, but must be positive, or 0 for a multiple of model.max_length",
         )
-        for name in ("prompt", "steps"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
+        require_positive(self, "prompt", "steps")
 
 
 def protocols(run: Run, config: ModelConfig) -> tuple[Protocol, Protocol]:
@@ -88,10 +85,8 @@ def measure(run: Run, shape: ModelShape, train: TrainConfig) -> Measured:
 @run_directory.locked
 def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
     config = model.config()
-    require(
-        train.length <= config.max_length or not run.measure,
-        f"train.length {train.length} is longer than model.max_length {config.max_length}: raise model.max_length",
-    )
+    if run.measure:
+        train.require_within(config.max_length)
     run_directory.require_writable(Path(run.run_dir), needs=run_directory.SMALL_FILES)
     train = autotune.training(config, train)
     policy = POLICIES[train.policy]
@@ -127,15 +122,8 @@ def main(run: Run, model: ModelShape, train: TrainConfig) -> None:
     if measured:
         mfu = per_token * timed[0].tokens / measured.step / peak
         facts.append(f"Model FLOP utilization of the training step: {mfu:.1%} of the {policy.compute} peak.")
-    log.results(
-        facts,
-        components=tokens,
-        memory=held,
-        phases=timed,
-        crossover_positions=crossover if math.isfinite(crossover) else None,
-        roofline=roofline,
-        train_flops_per_token=per_token,
-    )
+    figures = {"crossover_positions": crossover, "roofline": roofline, "train_flops_per_token": per_token}
+    log.results(facts, components=tokens, memory=held, phases=timed, **figures)
     table.show(tokens, [], analysis.token_columns(seen))
     table.show(held, [], analysis.MEMORY_COLUMNS)
     table.show(timed, facts, analysis.PHASE_COLUMNS)

@@ -35,7 +35,7 @@ from efflm import ops, trees, user_cache
 from efflm.cli import progress, run_directory
 from efflm.cli.flags import launch
 from efflm.cli.subject import Subject
-from efflm.config import InputError, flag, require, written
+from efflm.config import InputError, flag, require, require_positive
 from efflm.config.model import ModelShape
 from efflm.config.parallel import HostsConfig, MeshConfig
 from efflm.config.train import TrainConfig
@@ -53,6 +53,7 @@ from efflm.plan import work
 from efflm.precision import POLICIES
 from efflm.train.aot import timed_step
 
+Policy = Literal[*POLICIES, autotune.AUTO]
 PEER_SHAPE = ModelShape(family="gpt2", layers=6, width=384, heads=6, kv_heads=6, mlp_dim=1536, max_length=256)
 
 
@@ -66,7 +67,7 @@ class Bench:
     peer: str = flag("", "command of a peer to run in turn, or several with ; between them; it prints JSON lines")
 
     def __post_init__(self):
-        _require_positive(self, "rounds")
+        require_positive(self, "rounds")
         require(self.busy >= 0, f"busy is {self.busy}, but must be 0 or more processes")
 
     def turns(self, subjects: Any, best: Any = lambda lines, subject: None) -> Any:
@@ -77,14 +78,12 @@ class Bench:
 class Train(Bench):
     """The benchmark of training"""
 
-    policies: tuple[Literal[*POLICIES, autotune.AUTO], ...] = flag(
-        tuple(POLICIES), "policies to measure, joined by commas; auto: also as --train.policy=auto chooses it"
-    )
+    policies: tuple[Policy, ...] = flag(tuple(POLICIES), "policies to measure; auto: as --train.policy=auto chooses")
     steps: int = flag(7, "timed steps of a policy in a round, after one to warm up")
 
     def __post_init__(self):
         super().__post_init__()
-        _require_positive(self, "steps")
+        require_positive(self, "steps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,15 +95,13 @@ class Infer(Bench):
     precisions: tuple[Literal[*PRECISIONS], ...] = flag(tuple(PRECISIONS), "precisions to measure")
     prompts: tuple[int, ...] = flag((128, 512, 2048), "tokens of a prompt in prefill")
     batches: tuple[int, ...] = flag((1, 4, 16), "sequences decoded at once")
-    contexts: tuple[int, ...] = flag(
-        (128, 1024), "tokens before those that are decoded; a peer adds 16 for one sequence"
-    )
+    contexts: tuple[int, ...] = flag((128, 1024), "tokens before those decoded; a peer adds 16 for one sequence")
     new: int = flag(64, "tokens decoded in a run, over all sequences of the batch")
     portable: Portable = flag("off", "on: with the portable kernels; both: with native and portable ones in turn")
 
     def __post_init__(self):
         super().__post_init__()
-        _require_positive(self, "prompts", "batches", "contexts", "new")
+        require_positive(self, "prompts", "batches", "contexts", "new")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,15 +117,8 @@ class Speculative(Subject, Bench):
 
     def __post_init__(self):
         super().__post_init__()
-        _require_positive(self, "ahead", "prompts", "prompt_tokens", "max_tokens")
+        require_positive(self, "ahead", "prompts", "prompt_tokens", "max_tokens")
         require(not self.peer, "peer is for --what=train and --what=infer: leave it out")
-
-
-def _require_positive(run: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(run, name)
-        least = min(value) if isinstance(value, tuple) else value
-        require(least > 0, f"{name} is {written.text(value)}, but must be positive")
 
 
 def said(line: dict[str, Any]) -> None:

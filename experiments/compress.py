@@ -26,7 +26,7 @@ from efflm.cli.flags import command_line, launch
 from efflm.cli.subject import Subject
 from efflm.compress import grammar, recipe
 from efflm.compress.step import Calibration, Record, reads_text
-from efflm.config import InputError, flag, require, require_seed
+from efflm.config import InputError, flag, require, require_positive, require_seed
 from efflm.data import dataset
 from efflm.evaluate import machine, quality, scoring, throughput
 from efflm.evaluate.windows import Scoring
@@ -66,17 +66,15 @@ class Run(Subject):
     def __post_init__(self):
         require_seed(self.seed)
         require(bool(grammar.chains(self.recipe)), f"recipe is {self.recipe!r}: give at least one step")
-        for name in ("batch", "length", "sample"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
+        require_positive(self, "batch", "length", "sample")
 
 
 @run_directory.locked
 def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **steps: dict) -> None:
     log = Journal(run.run_dir, command_line("experiments.compress", sys.argv))
     say, run_dir = log.say, log.folder
-    chains = grammar.with_settings(
-        grammar.chains(run.recipe), {kind: steps[name] for name, kind in recipe.STEPS.items()}
-    )
+    changes = {kind: steps[name] for name, kind in recipe.STEPS.items()}
+    chains = grammar.with_settings(grammar.chains(run.recipe), changes)
     plans = {grammar.file_name(name): steps for name, steps in chains.items()}
     shared = {name: grammar.write(steps) for name, steps in chains.items()}
     run_directory.require_writable(run_dir, needs=run_directory.SMALL_FILES)
@@ -107,10 +105,8 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
         say(f"{name}: {grammar.write(steps)}")
         own = dataclasses.replace(context, metrics=curves_of(run_dir, name), cache=run_dir / "teacher" / name)
         unfinished = run_dir / f"{name}{UNFINISHED}"
-        slow = reads_text(steps)
-        after, records[name] = recipe.run(
-            dense, steps, own, kept_in(unfinished, about, tokens, own.mesh, say) if slow else None
-        )
+        keeps = kept_in(unfinished, about, tokens, own.mesh, say) if reads_text(steps) else None
+        after, records[name] = recipe.run(dense, steps, own, keeps)
         here = ops.prepare(sharding.on_one_device(after), platform)
         models = {name: here} if measured else {first: dense_here, name: here}
         say(f"{name}: reading the text")
@@ -150,12 +146,8 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
     commands |= {name: command_for(text, sys.argv) for name, text in texts.items()}
     details = compared.details(rows.origin(run.model, about), about, records, written, run.prompt, tokens, commands)
     run_directory.write_whole(run_dir / "recipe.toml", grammar.to_toml(shared))
-    log.results(
-        facts,
-        rows=measured,
-        records=records,
-        samples={name: run.prompt + samples.text(ids, tokens) for name, ids in written.items()},
-    )
+    texts = {name: run.prompt + samples.text(ids, tokens) for name, ids in written.items()}
+    log.results(facts, rows=measured, records=records, samples=texts)
     table.show(measured, facts)
     log.report(
         facts,
@@ -186,9 +178,8 @@ def kept_in(file: Path, about: dict[str, Any], tokens: Any, mesh: Mesh, say: Cal
             return None
         fields = {field.name for field in dataclasses.fields(Record)}
         records = tuple(Record(**{name: each[name] for name in fields}) for each in made["lineage"])
-        say(
-            f"found {file}, the model after {', then '.join(record.step for record in records)}: kept by an earlier run"
-        )
+        done = ", then ".join(record.step for record in records)
+        say(f"found {file}, the model after {done}: kept by an earlier run")
         return fitted.told(model, tokens), records, made["chain"]
 
     return recipe.Kept(save, load)

@@ -37,9 +37,7 @@ class Run(Subject):
     """The run"""
 
     text: str = flag("", "file or folder of UTF-8 text, scored whole; default: the test split of --corpus", path=True)
-    reference: str = flag(
-        "", "what divergence is measured against, given like --model; default: the model itself", path=True
-    )
+    reference: str = flag("", "what divergence is from, given like --model; default: the model itself", path=True)
     run_dir: str = flag("", "where to write results.json and report.html; default: nowhere", path=True)
 
 
@@ -50,38 +48,34 @@ def main(run: Run, score: Scoring, mesh: MeshConfig, limits: Limits) -> None:
         run_directory.require_writable(log.folder, needs=1_000_000)
     any_rows = 2 * jax.device_count() * math.prod(abs(size) for size in dataclasses.asdict(mesh).values())
     devices = meshes.mesh_for(mesh, any_rows, any_rows)
-    loaded = sources.load(run.model, precision=run.precision, mesh=devices)
-    model = loaded.model
-    tokens, about = loaded.tokenizer, loaded.about
-    *first, name = rows.names([*filter(None, [run.reference]), run.model])
+    asked = [*filter(None, [run.reference]), run.model]
+    loaded = [sources.load(each, precision=run.precision, mesh=devices) for each in asked]
+    first, model, tokens, about = loaded[0].model, loaded[-1].model, loaded[-1].tokenizer, loaded[-1].about
+    require_same_tokenizer(first, model, "reference", "model")
     text = dataset.to_score(run.text, run.corpus, about, tokens, dataset.cache(), run.strict)
     if text.left_out:
         print(text.left_out)
     score = score.within(model.config.max_length, about.get("train.length", 0), text.unbroken)
     user_cache.use_compilation_cache()
-    models, sizes, notes = {name: model}, {name: loaded.nbytes}, {name: rows.origin(run.model, about)}
-    if run.reference:
-        other = sources.load(run.reference, precision=run.precision, mesh=devices)
-        require_same_tokenizer(other.model, model, "reference", "model")
-        models = {first[0]: other.model} | models
-        sizes[first[0]], notes[first[0]] = other.nbytes, rows.origin(run.reference, other.about)
-    first = next(iter(models))
+    names = rows.names(asked)
+    models = {name: each.model for name, each in zip(names, loaded)}
+    sizes = {name: each.nbytes for name, each in zip(names, loaded)}
+    notes = {name: rows.origin(source, each.about) for name, source, each in zip(names, asked, loaded)}
     found = measured.of(models, sizes, notes, scoring.side_by_side(models, text, tokens, score))
     facts = [*found.facts, *rows.cautions(run.model, about, text.known)]
     if run.run_dir:
         log.results(facts, rows=found.rows)
     table.show(found.rows, facts)
     if run.run_dir:
-        roofline = machine.measure((models[first].config.precision,))
-        abouts = {first: other.about if run.reference else about} | {name: about}
+        roofline = machine.measure((first.config.precision,))
+        histories = {name: compared.before(notes[name], each.about) for name, each in zip(names, loaded)}
         log.report(
             facts,
             compared.write,
             title=f"{run.model} measured" + (f" beside {run.reference}" if run.reference else ""),
             comparison=found.comparison(limits),
-            details={each: Detail(lineage=compared.before(notes[each], abouts[each])) for each in models},
-            curves={},
-            phases=analysis.inference(models[first], found.figures.protocol, found.figures.rates[first], roofline),
+            details={name: Detail(lineage=lineage) for name, lineage in histories.items()},
+            phases=analysis.inference(first, found.figures.protocol, found.figures.rates[names[0]], roofline),
         )
 
 

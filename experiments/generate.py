@@ -19,7 +19,7 @@ import jax
 from efflm import ops, user_cache
 from efflm.cli import stdio
 from efflm.cli.flags import launch
-from efflm.config import PRECISION, AskedPrecision, InputError, flag, require, require_seed
+from efflm.config import PRECISION, AskedPrecision, InputError, flag, require, require_positive, require_seed
 from efflm.evaluate import compiling
 from efflm.formats import sources
 from efflm.formats.sources import KINDS, Loaded
@@ -47,16 +47,15 @@ class Run:
     seed: int = flag(0, "seed of what is drawn")
     stop: str = flag("", "text to end before, beside the model's own stop tokens")
     draft: str = flag(
-        "", "a smaller model with the same tokenizer, which proposes tokens; the text comes at the end", path=True
+        "", "a smaller model that proposes tokens, by the same tokenizer; text comes at the end", path=True
     )
     ahead: int = flag(4, "with --draft: tokens that it proposes at a time")
     precision: AskedPrecision = flag("", PRECISION)
 
     def __post_init__(self):
-        require(self.max_tokens > 0, f"max_tokens is {self.max_tokens}, but must be positive")
+        require_positive(self, "max_tokens", "ahead")
         require_seed(self.seed)
         require(self.chat or not self.system, "system is for --chat: put it into the prompt")
-        require(self.ahead > 0, f"ahead is {self.ahead}, but must be positive")
         self.sampling()
 
     def sampling(self) -> Sampling:

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from efflm import user_cache
 from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
-from efflm.config import InputError, flag, require, written
+from efflm.config import InputError, flag, require, require_positive
 from efflm.config.model import ModelConfig, ModelShape
 from efflm.config.train import Optimizer, TrainConfig
 from efflm.data import corpora, dataset
@@ -70,10 +70,8 @@ class Run:
     reduced: bool = flag(False, "a tiny model and few steps, in place of all flags that were left at their defaults")
 
     def __post_init__(self):
-        require(self.seeds > 0, f"seeds is {self.seeds}, but must be positive")
+        require_positive(self, "seeds", "multipliers")
         require(self.widen >= 0, f"widen is {self.widen}, but must not be negative")
-        listed = written.text(self.multipliers)
-        require(min(self.multipliers) > 0, f"multipliers is {listed}, but must be positive numbers, as in 0.5,1,2")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -108,10 +106,7 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
     if train.warmup == -1:  # a quarter: of small models, some have not recovered from a shorter one by the end
         train = dataclasses.replace(train, warmup=train.steps // 4)
     shape = model.config()
-    require(
-        train.length <= shape.max_length,
-        f"train.length {train.length} is longer than model.max_length {shape.max_length}: raise model.max_length",
-    )
+    train.require_within(shape.max_length)
     run_directory.require_writable(log.folder, needs=2 * run_directory.SMALL_FILES)
     train = autotune.training(shape, train)
     sizes = {"vocabulary": shape.vocabulary, "length": train.length, "batch": train.batch}
@@ -138,12 +133,10 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
 
     found = {name: [held_out(one.model, data.test, data, score) for one in group] for name, group in runs.items()}
     test = {name: np.array([quality.bits_per_byte(one)[0] for one in group]) for name, group in found.items()}
-    curves = {}
+    curves, rows = {}, []
     for name, group in runs.items():
         mean = smoothed(np.mean([one.curve[2] for one in group], axis=0))
         curves[name] = np.stack([group[0].curve[0], fastest[name].curve[1], mean])
-    rows = []
-    for name, group in runs.items():
         over = test[name] - test["adamw"]
         reached = np.flatnonzero(curves[name][2] <= curves["adamw"][2, -1])
         steps, seconds, _ = curves[name][:, reached[0]] if len(reached) else (None, None, None)
@@ -229,15 +222,9 @@ def sweep(at, rates: list[float], widen: int) -> list[Trained]:
 
 
 def trained(
-    usual: TrainConfig,
-    rate: float,
-    seed: int,
-    shape: ModelConfig,
-    data: Dataset,
-    score: Scoring,
-    mesh: Mesh,
+    usual: TrainConfig, rate: float, seed: int, shape: ModelConfig, data: Dataset, score: Scoring, mesh: Mesh,
     folder: Path,
-) -> Trained:
+) -> Trained:  # fmt: skip
     """Train at one rate and seed, and score on validation text; the seed is that of the weights and of the batches."""
     file = folder / f"{usual.optimizer}-{rate:.2e}-seed{seed}.jsonl"
     try:

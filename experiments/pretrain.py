@@ -118,10 +118,7 @@ def check(run: Run, config: ModelConfig, train: TrainConfig, models: int = 1) ->
 
     models: how many of the size of the trained one are written.
     """
-    require(
-        train.length <= config.max_length,
-        f"train.length {train.length} is longer than model.max_length {config.max_length}: raise model.max_length",
-    )
+    train.require_within(config.max_length)
     profile = run.profile()
     require(
         profile is None or profile[1] < train.steps,
@@ -148,15 +145,11 @@ def saved_config(model: ModelShape, train: TrainConfig) -> ModelConfig:
 
 def prepare(run: Run, config: ModelConfig, train: TrainConfig) -> Dataset:
     """The corpus in tokens; with --init_from, in the tokens of that run."""
+    given = tokenizer.load(Path(run.init_from) / "tokenizer.json") if run.init_from else None
     return dataset.prepare(
-        run.corpus,
-        dataset.cache(),
-        vocabulary=config.vocabulary,
-        length=train.length,
-        batch=train.batch,
-        tokenizer=tokenizer.load(Path(run.init_from) / "tokenizer.json") if run.init_from else None,
-        strict=run.strict,
-    )
+        run.corpus, dataset.cache(), vocabulary=config.vocabulary, length=train.length, batch=train.batch,
+        tokenizer=given, strict=run.strict,
+    )  # fmt: skip
 
 
 def trained_model(run: Run, config: ModelConfig, train: TrainConfig, data: Dataset, mesh: Mesh) -> LanguageModel:

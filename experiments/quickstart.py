@@ -84,13 +84,8 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     models, records, notes = {"float32": dense}, {"float32": ()}, dict(NOTES)
     digests = {"corpus": data.corpus.digest, "tokenizer": data.tokenizer.digest}
     rows_read = loader.sample(data.train, min(CALIBRATION, len(data.train)), run.seed + 1)
-    context = Context(
-        batches=data.batches(train.batch, run.seed + 1),
-        calibration=rows_read,
-        seed=run.seed + 1,
-        mesh=mesh,
-        **digests,
-    )
+    seed, batches = run.seed + 1, data.batches(train.batch, run.seed + 1)
+    context = Context(batches=batches, calibration=rows_read, seed=seed, mesh=mesh, **digests)
     for name in list(NOTES)[1:]:
         print(f"  {name}: {NOTES[name]}", flush=True)
         context = dataclasses.replace(context, metrics=run_dir / "curves" / name)
@@ -125,12 +120,8 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     prompt = prompt_ids(data.tokenizer, PROMPT, about)
     written = {name: samples.write(each, data.tokenizer, prompt, 48, protocol) for name, each in here.items()}
     about |= {f"train.{name}": value for name, value in dataclasses.asdict(train).items()}
-    log.results(
-        facts,
-        rows=measured,
-        distilled_minus_scratch={"bits_per_byte": difference, "stderr": error},
-        records=records,
-    )
+    minus = {"bits_per_byte": difference, "stderr": error}
+    log.results(facts, rows=measured, distilled_minus_scratch=minus, records=records)
     table.show(measured, facts)
     trained = {"float32": metrics.curve(run_dir / "metrics.jsonl")}
     pairs = {name: (own, rates["float32"]) for name, own in rates.items()}

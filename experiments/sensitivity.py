@@ -48,9 +48,7 @@ class Run(Subject):
     length: int = flag(512, "tokens in each; no more than the model reads")
     show: int = flag(40, "rows of the table that are printed; 0: all. The report has them all")
     seed: int = flag(0, "seed of which sequences these are")
-    run_dir: str = flag(
-        str(run_directory.ROOT / "sensitivity"), "where results.json and report.html are written", path=True
-    )
+    run_dir: str = flag(str(run_directory.ROOT / "sensitivity"), "where everything is written", path=True)
 
     def __post_init__(self):
         require_seed(self.seed)
@@ -103,24 +101,15 @@ def main(run: Run) -> None:
     mesh = meshes.data_parallel(run.rows)
     loaded = sources.load(run.model, precision=run.precision, mesh=mesh)
     recipe.require_finite(loaded.model)
+    calibration = Calibration(rows=run.rows, length=run.length)
     context = api.context_for(
-        [run.step],
-        dataset.source_of(run.corpus, loaded.about),
-        dataset.cache(),
-        loaded.model,
-        loaded.tokenizer,
-        batch=run.rows,
-        length=run.length,
-        calibration=Calibration(rows=run.rows, length=run.length),
-        seed=run.seed,
-        lower=("--rows or --length",) * 2,
+        [run.step], dataset.source_of(run.corpus, loaded.about), dataset.cache(), loaded.model, loaded.tokenizer,
+        batch=run.rows, length=run.length, calibration=calibration, seed=run.seed, lower=("--rows or --length",) * 2,
         strict=run.strict,
-    )
+    )  # fmt: skip
     user_cache.use_compilation_cache()
-    formats = run.step.formats
-    found = sensitivity.sensitivity(
-        loaded.model, context.calibration, formats, context.mesh, rows=run.rows, unit=run.unit
-    )
+    how = {"rows": run.rows, "unit": run.unit}
+    found = sensitivity.sensitivity(loaded.model, context.calibration, run.step.formats, context.mesh, **how)
     ordered = sorted(found.rows, key=lambda row: row.loss / row.saved, reverse=True)
     shown = [shown_row(row) for row in ordered]
     facts = [

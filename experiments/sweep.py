@@ -10,7 +10,8 @@
 A chain is steps or recipes joined by commas (efflm/compress/grammar.py). finetune, distill and adapt train for --steps,
 with @ for a share of them: "width@0.2,distill@0.5,width@0.2,distill@0.5" prunes and distills in turn. Flags such as
 --distill.weight are settings of the steps that chains name; recipes are as they are. Of this command alone is
-finetune@seconds, which trains for as many seconds as distill took after the same steps.
+finetune@seconds, which trains for as many seconds as distill took after the same steps. There are two lists of chains:
+methods, which are calibrated, at several bits and sparsities, and recovery, ways to train a smaller model.
 
 Expect a table in the terminal, and in the run directory recipe.toml with the chains, results.json, which is written
 anew after each model, and report.html with loss against bytes and its Pareto front, with perplexity against bits and
@@ -41,7 +42,7 @@ from efflm.compress.adapt import Adapt
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
 from efflm.compress.step import Calibration, Context, Step, reads_text, trains
-from efflm.config import at_home, flag, require
+from efflm.config import at_home, flag, require, require_positive
 from efflm.data import dataset, overlap
 from efflm.evaluate import machine, quality, scoring, speed, throughput, windows
 from efflm.evaluate.quality import Quality
@@ -71,11 +72,7 @@ CHAINS = {"methods": " ".join(METHODS), "recovery": " ".join(RECOVERY)}
 class Run(Subject):
     """The run"""
 
-    chains: str = flag(
-        "recovery",
-        "chains with spaces between them, a .toml file of them, or one of two lists: methods, at several bits and "
-        "sparsities; recovery, ways to train a smaller model",
-    )
+    chains: str = flag("recovery", "chains with spaces between them, a .toml file of them, or a list: see above")
     orders: str = flag("", "parts of which every order is a chain, as in 'width@0.3 distill w8a16'; empty: none")
     domains: str = flag("", "corpora to calibrate on and to test, as in 'wiki=a/ code=stdlib'; empty: none")
     steps: int = flag(150, "optimizer steps of distill, finetune and adapt")
@@ -88,8 +85,7 @@ class Run(Subject):
     run_dir: str = flag(str(run_directory.ROOT / "sweep"), "where everything is written", path=True)
 
     def __post_init__(self):
-        for name in ("steps", "learning_rate", "batch", "length", "seeds"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
+        require_positive(self, "steps", "learning_rate", "batch", "length", "seeds")
         require(bool(self.parts), "chains and orders are empty: give one of them")
         for chain, parts in self.parts.items():
             for index in (index for index, part in enumerate(parts) if part == SECONDS):

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import re
 import typing
+from typing import Literal
 
 import pytest
 
@@ -9,7 +10,7 @@ from efflm.cli import flags, run_directory
 from efflm.compress.finetune import Finetune
 from efflm.compress.magnitude import Magnitude
 from efflm.compress.quantize import Quantize
-from efflm.config import InputError, flag
+from efflm.config import InputError, flag, require_positive
 from efflm.config.machine import Kernels
 from efflm.config.model import ModelConfig, ModelShape, RopeScaling
 from efflm.config.parallel import HostsConfig
@@ -186,6 +187,32 @@ def test_help_tells_the_flags_of_the_commands_first(monkeypatch, capsys):
     assert names[:3] == ["model.width", "seed", "train.scan"]
     assert len(names) == len(set(names))
     assert out.index("Expect a result") < out.index("--model.width=256") < out.index("--model.family")
+
+
+def test_a_flag_of_several_values(capsys):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Several:
+        """Several"""
+
+        sizes: tuple[float, ...] = flag((0.5, 1, 2.0), "sizes")
+        kinds: tuple[Literal["a", "b"], ...] = flag(("a", "b"), "kinds")
+
+        def __post_init__(self):
+            require_positive(self, "sizes")
+
+    given = flags.parse(["x", "--sizes=3,0.25", "--kinds=b"], run=Several())["run"]
+    assert (given.sizes, given.kinds) == ((3.0, 0.25), ("b",))
+    flags.launch(lambda run: 1 / 0, "doc", ["x", "--help"], run=Several())
+    out = capsys.readouterr().out
+    assert "--sizes=0.5,1,2 " in out
+    assert re.search(r"--kinds=a,b +kinds \[a, b\]", out)
+    for argument, words in (
+        ("--sizes=1,,2", "--sizes is '', but must be a number"),
+        ("--sizes=1,0", "--sizes is 1.0,0.0, but must be positive"),
+        ("--kinds=a,c", "--kinds is 'c', but must be one of a, b"),
+    ):
+        with pytest.raises(InputError, match=words):
+            flags.parse(["x", argument], run=Several())
 
 
 def test_help_hides_what_scripts_set(monkeypatch, capsys):

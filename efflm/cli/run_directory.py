@@ -2,6 +2,7 @@
 is its own."""
 
 import contextlib
+import dataclasses
 import datetime
 import fnmatch
 import functools
@@ -245,11 +246,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def to_json(value: Any, **how: Any) -> str:
-    """The value as JSON, which has no words for numbers that are not finite: they are null. how: as of json.dumps."""
+    """The value as JSON, which has no words for numbers that are not finite: they are null. Dataclasses
+    are what their json() says, or their fields. how: as of json.dumps."""
     return json.dumps(_finite(value), allow_nan=False, **how)
 
 
 def _finite(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        value = value.json() if hasattr(value, "json") else dataclasses.asdict(value)
     if isinstance(value, dict):
         return {name: _finite(each) for name, each in value.items()}
     if isinstance(value, list | tuple):

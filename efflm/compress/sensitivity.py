@@ -71,14 +71,9 @@ class Table:
 
 
 def sensitivity(
-    model: LanguageModel,
-    batch: Mapping[str, Any] | None,
-    formats: Sequence[Format],
-    mesh: Mesh,
-    *,
-    rows: int = 16,
-    unit: Unit = "matrix",
-) -> Table:
+    model: LanguageModel, batch: Mapping[str, Any] | None, formats: Sequence[Format], mesh: Mesh, *,
+    rows: int = 16, unit: Unit = "matrix",
+) -> Table:  # fmt: skip
     """What it costs to round one unit alone, over the first `rows` rows of a batch (data.packing).
 
     unit: each matrix of the layers, those that read the same, or each layer. A layer's inputs are computed once, and
@@ -115,15 +110,10 @@ def sensitivity(
 
 
 def estimated(
-    model: LanguageModel,
-    batch: Mapping[str, Any] | None,
-    formats: Sequence[Format],
-    mesh: Mesh,
-    *,
-    rows: int = 16,
-    unit: Unit = "matrix",
+    model: LanguageModel, batch: Mapping[str, Any] | None, formats: Sequence[Format], mesh: Mesh, *,
+    rows: int = 16, unit: Unit = "matrix",
     measure: Callable[[Layer, Mapping[str, QArray]], tuple[float | None, float | None]] = lambda *given: (None, None),
-) -> Table:
+) -> Table:  # fmt: skip
     """The same with the estimates alone: one pass over the rows. The loss of the model is not known (NaN).
 
     measure: of a layer of which these weights are rounded, the increase of the loss and the divergence.
@@ -137,10 +127,13 @@ def estimated(
             found, units = [], _units(layer, read, unit)
             tried = list(itertools.product(units.items(), formats))
             for count, ((name, paths), format) in enumerate(tried, 1):
-                own = ((path, w) for path, w in trees.flatten(layer.params) if path in paths)
-                made = {path: ops.quantize_array(w, -2, format) for path, w in own}
-                measured = measure(layer, made)
-                found.append(_row(layer, read, name, format, made, measured, tokens))
+                own = {path: w for path, w in trees.flatten(layer.params) if path in paths}
+                made = {path: ops.quantize_array(w, -2, format) for path, w in own.items()}
+                squared = sum(float(_squared(own[path], w, read[path]["gram"])) for path, w in made.items())
+                nbytes = ops.stored_nbytes(made, layer.masks)
+                saved = ops.stored_nbytes(own, layer.masks) - nbytes
+                whole = tuple(f"block_{layer.index}/{path}" for path in made)
+                found.append(Row(name, whole, format, *measure(layer, made), squared / tokens, nbytes, saved))
                 update(sum(sizes[: layer.index]) + sizes[layer.index] * count / len(tried))
             return layer, found
 
@@ -156,23 +149,6 @@ def _units(layer: Layer, read: States, unit: Unit) -> dict[str, tuple[str, ...]]
     block, short = f"block_{layer.index}", lambda path: path.removesuffix("/kernel")
     names = [block if unit == "layer" else f"{block}/{'+'.join(map(short, paths))}" for paths in together.values()]
     return dict(zip(names, map(tuple, together.values()), strict=True))
-
-
-def _row(
-    layer: Layer,
-    read: States,
-    name: str,
-    format: Format,
-    made: Mapping[str, QArray],
-    measured: tuple[float | None, float | None],
-    tokens: int,
-) -> Row:
-    before = dict(trees.flatten(layer.params))
-    estimate = sum(float(_squared(before[path], w, read[path]["gram"])) for path, w in made.items()) / tokens
-    nbytes = ops.stored_nbytes(dict(made), layer.masks)
-    saved = ops.stored_nbytes({path: before[path] for path in made}, layer.masks) - nbytes
-    paths = tuple(f"block_{layer.index}/{path}" for path in made)
-    return Row(name, paths, format, *measured, estimate, nbytes, saved)
 
 
 @jax.jit

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from efflm import ops, trees
 from efflm.cli import run_directory
-from efflm.config import flag, require
+from efflm.config import flag, require, require_positive
 from efflm.config.train import TrainSettings
 from efflm.model import LanguageModel
 from efflm.train.trainer import Batches
@@ -26,8 +26,7 @@ class Calibration:
     length: int = flag(512, "tokens in each; no more than the model reads")
 
     def __post_init__(self):
-        for name in ("rows", "length"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
+        require_positive(self, "rows", "length")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,14 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def require_positive(settings: Any, *names: str) -> None:
+    """Raise InputError for a field of these names that is zero or less, or has such a value among several."""
+    for name in names:
+        value = getattr(settings, name)
+        values = value if isinstance(value, tuple) else (value,)
+        require(min(values) > 0, f"{name} is {','.join(map(str, values))}, but must be positive")
+
+
 def require_seed(value: int) -> None:
     """JAX drops what is beyond 32 bits: without this, different seeds would draw the same."""
     require(0 <= value < 1 << 32, f"seed is {value}, but must be from 0 to {(1 << 32) - 1}")

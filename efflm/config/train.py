@@ -4,7 +4,7 @@ import dataclasses
 import typing
 from typing import Literal
 
-from efflm.config import flag, require
+from efflm.config import flag, require, require_positive
 
 Optimizer = Literal["adamw", "adamw8bit", "adam", "sgd", "lion", "adafactor", "muon", "schedule_free"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
@@ -69,8 +69,7 @@ class TrainSettings:
             value, choices = getattr(self, name), typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
             known = ", ".join(str(choice) for choice in choices if choice != "")
             require(not choices or value in choices, f"{name} is {value!r}: choose from {known}")
-        for name in ("steps", "learning_rate", "clip", "accumulate", "log_every"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
+        require_positive(self, "steps", "learning_rate", "clip", "accumulate", "log_every")
         require(
             -1 <= self.warmup < self.steps,
             f"warmup is {self.warmup}, but must be less than steps, which is {self.steps}: shorten the warm-up",
@@ -108,10 +107,14 @@ class TrainConfig(TrainSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("batch", "length"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
+        require_positive(self, "batch", "length")
         require(
             self.batch % self.accumulate == 0,
             f"batch is {self.batch}, but must be divisible by accumulate, which is {self.accumulate}: change one of "
             "them",
         )
+
+    def require_within(self, longest: int) -> None:
+        """Raise InputError for sequences that are longer than the model reads."""
+        found = f"train.length {self.length} is longer than model.max_length {longest}"
+        require(self.length <= longest, f"{found}: raise model.max_length")

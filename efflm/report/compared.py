@@ -2,7 +2,7 @@
 where bytes and time go."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +17,22 @@ from efflm.report.rows import Row
 
 Record = Any  # compress.step.Record, which is not imported here
 
-Curves = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> (steps, losses)
+Curve = tuple[np.ndarray, np.ndarray]  # steps, losses
 
 
 def write(
-    path: Path,
-    *,
-    title: str,
-    comparison: Comparison,
-    details: dict[str, Detail],
-    curves: Curves,
-    phases: Sequence[Row],
-    facts: Sequence[str],
-    made: dict[str, str],
-    command: str,
-) -> None:
-    """The page. phases: prefill and decode of the first model, by component. How the verdicts judge is added to the
-    facts."""
+    path: Path, *, title: str, comparison: Comparison, details: dict[str, Detail], phases: Sequence[Row],
+    facts: Sequence[str], made: dict[str, str], command: str, curves: Mapping[str, Curve] | None = None,
+) -> None:  # fmt: skip
+    """The page. curves: of training, by name. phases: prefill and decode of the first model, by component. How the
+    verdicts judge is added to the facts."""
     rows, several = comparison.rows, len(comparison.rows) > 1
-    caption = "Each model" + (
-        " beside the first; × is the ratio to it. Select a name for how it was made" if several else ""
-    )
-    found = [Section("The models", [Table(caption=f"{caption}.", columns=table.COLUMNS, rows=rows, details=details)])]
+    beside = " beside the first; × is the ratio to it. Select a name for how it was made" if several else ""
+    found = [
+        Section(
+            "The models", [Table(caption=f"Each model{beside}.", columns=table.COLUMNS, rows=rows, details=details)]
+        )
+    ]
     if several:
         words = (
             f"Lower left is better. The line joins the models that no other one beats in both. Vertical bars are "
@@ -107,7 +101,6 @@ def _loss(row: Row) -> str:
 
 def time_bars(phases: Sequence[Row]) -> Bars:
     """Each bar is a phase of the first model, measured in all and split as predicted."""
-    values = {phase.name: phase.parts for phase in phases}
     measured = "; ".join(
         f"{phase.name} {1e3 * phase.measured_seconds / phase.tokens:.3g} ms a token measured, "
         f"{1e3 * phase.predicted_seconds / phase.tokens:.3g} predicted"
@@ -118,19 +111,14 @@ def time_bars(phases: Sequence[Row]) -> Bars:
         "Time of the first model by component, as its FLOPs and bytes at this machine's measured speed predict: a "
         f"lower bound. {measured}."
     )
-    per_token = {phase.name: {k: v / phase.tokens for k, v in values[phase.name].items()} for phase in phases}
+    per_token = {phase.name: {k: v / phase.tokens for k, v in phase.parts.items()} for phase in phases}
     return page.bars(caption, per_token, "ms a token", 1e-3, each_whole=True)
 
 
 def details(
-    origin: str,
-    about: dict[str, Any],
-    records: dict[str, Sequence[Record]],
-    written: dict[str, list[int]],
-    prompt: str,
-    tokenizer: Any,
-    commands: dict[str, str],
-) -> dict[str, Detail]:
+    origin: str, about: dict[str, Any], records: dict[str, Sequence[Record]], written: dict[str, list[int]],
+    prompt: str, tokenizer: Any, commands: dict[str, str],
+) -> dict[str, Detail]:  # fmt: skip
     """What each row opens to. origin, about: of the first model. records: of the steps from it to each model. written:
     the ids that each model writes after the prompt, {} for no samples."""
     first = next(iter(commands))

@@ -9,7 +9,6 @@ from typing import Any
 
 from efflm.cli import run_directory
 from efflm.report import page
-from efflm.report.rows import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Journal:
     def results(self, facts: Sequence[str], **found: Any) -> None:
         """Write results.json, in place of what it holds. found: rows, other dataclasses, and what JSON has."""
         how = {"protocol": facts, "command": self.command, "versions": self.versions}
-        run_directory.write_json(self.folder / "results.json", _plain(found | how))
+        run_directory.write_json(self.folder / "results.json", found | how)
 
     def report(self, facts: Sequence[str], write: Callable[..., None] = page.write, made: Any = None, **shown: Any):
         """Write report.html and say where it is. write, shown: page.write or what has its arguments; made: what stands
@@ -43,13 +42,3 @@ class Journal:
         how = page.made(self.versions, **(made or {}), total_time=took)
         write(self.folder / "report.html", facts=facts, made=how, command=self.command, **shown)
         self.say(f"done: open {self.folder / 'report.html'}")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Row):
-        return value.json()
-    if dataclasses.is_dataclass(value):
-        return dataclasses.asdict(value)
-    if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    return list(map(_plain, value)) if isinstance(value, list | tuple) else value

@@ -117,7 +117,7 @@ def test_the_small_setting_leaves_what_was_asked_for():
     ("flags", "message"),
     [
         (["--optimizers=adagrad"], "--optimizers is 'adagrad', but must be one of adamw, "),
-        (["--multipliers=0,1"], "multipliers is 0,1, but must be positive numbers"),
+        (["--multipliers=0,1"], "multipliers is 0.0,1.0, but must be positive"),
         (["--multipliers=a"], "--multipliers is 'a', but must be a number"),
         (["--seeds=0"], "seeds is 0"),
         (["--widen=-1"], "widen is -1"),
