@@ -72,7 +72,7 @@ class Run(Subject):
 @run_directory.locked
 def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **steps: dict) -> None:
     log = Journal(run.run_dir, command_line("experiments.compress", sys.argv))
-    say, run_dir = log.say, log.folder
+    say, run_dir, curves = log.say, log.folder, log.folder / "curves"
     changes = {kind: steps[name] for name, kind in recipe.STEPS.items()}
     chains = grammar.with_settings(grammar.chains(run.recipe), changes)
     plans = {grammar.file_name(name): steps for name, steps in chains.items()}
@@ -103,7 +103,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
     dense_here = ops.prepare(sharding.on_one_device(dense), platform)
     for name, steps in plans.items():
         say(f"{name}: {grammar.write(steps)}")
-        own = dataclasses.replace(context, metrics=curves_of(run_dir, name), cache=run_dir / "teacher" / name)
+        own = dataclasses.replace(context, metrics=curves / name, cache=run_dir / "teacher" / name)
         unfinished = run_dir / f"{name}{UNFINISHED}"
         keeps = kept_in(unfinished, about, tokens, own.mesh, say) if reads_text(steps) else None
         after, records[name] = recipe.run(dense, steps, own, keeps)
@@ -155,7 +155,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
         title=f"{run.model} by {', '.join(plans)}: what it saves and what it costs",
         comparison=Comparison(measured, limits, qualities, timed),
         details=details,
-        curves=dict(pair for name in plans for pair in metrics.curves(curves_of(run_dir, name), name)),
+        curves=dict(pair for name in plans for pair in metrics.curves(curves / name, name)),
         phases=phases,
         made={"seed": run.seed},
     )
@@ -183,11 +183,6 @@ def kept_in(file: Path, about: dict[str, Any], tokens: Any, mesh: Mesh, say: Cal
         return fitted.told(model, tokens), records, made["chain"]
 
     return recipe.Kept(save, load)
-
-
-def curves_of(run_dir: Path, name: str) -> Path:
-    """Where the training steps of a recipe write their metrics."""
-    return run_dir / "curves" / name
 
 
 def command_for(text: str, argv: list[str]) -> str:
