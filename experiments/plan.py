@@ -5,13 +5,12 @@
     python -m experiments.plan --model=llama3-8b --hardware=h200 --devices=64 --search
     python -m experiments.plan --model=llama3-70b --hardware=h100 --phase=decode --int8 --mesh.fsdp=1 --mesh.tensor=8
 
-Expect, in about a minute, tables of what each device holds (what is exact beside the compiler's figure), of the
-collectives in the compiled step, and of the times that compute, memory and network take at the least on the named
-hardware; and whether it fits. The step that is compiled is the one that trains, for the mesh asked for, and no weights
-are allocated. With a TPU topology and libtpu installed (pip install libtpu==0.0.42 for jax 0.10.2; no TPU is needed) it
-is the TPU's compiler that says so, else the CPU's, for as many fake devices; the output says which. --search ranks
-meshes, remat policies and batches by FLOPs and bytes, then compiles the first ones, at most --tried, until one fits. In
-the run directory: report.html and plan.json.
+Expect, in about a minute, tables of what each device holds, of the collectives in the compiled step, and of the times
+that compute, memory and network take at the least on the named hardware; and whether it fits. The step that is compiled
+is the one that trains, for the mesh asked for, and no weights are allocated. With a TPU topology and libtpu installed
+(pip install libtpu==0.0.42 for jax 0.10.2; no TPU is needed) it is the TPU's compiler that says so, else the CPU's, for
+as many fake devices; the output says which. --search ranks meshes, remat policies and batches by FLOPs and bytes, then
+compiles the first ones, at most --tried, until one fits. In the run directory: report.html and plan.json.
 """
 
 import dataclasses
@@ -20,6 +19,7 @@ import importlib.util
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,17 +38,28 @@ from efflm.infer import aot as infer_ahead
 from efflm.model import LanguageModel, init_params
 from efflm.model.presets import preset
 from efflm.parallel import meshes
-from efflm.plan import collectives, device, hardware, prediction, search, work
-from efflm.plan.device import Held
+from efflm.plan import device, hardware, search, work
+from efflm.plan.collectives import Collective, collectives
 from efflm.plan.hardware import Hardware
-from efflm.plan.work import Work
 from efflm.precision import POLICIES, cast
-from efflm.report import numbers, page, planned, table
+from efflm.report import numbers, page, table
 from efflm.report.page import Section, Table
+from efflm.report.rows import Row
+from efflm.report.table import figure
 from efflm.train import aot as train_ahead
 
 BFLOAT16 = POLICIES["bfloat16_pure"]  # of served models
-LIBTPU = "pip install libtpu==0.0.42 (for jax 0.10.2) to ask the TPU's own compiler; no TPU is needed"
+OF_TPU = "the TPU's: a topology, as in --hardware=v5p:4x4x4, and pip install libtpu==0.0.42 for jax 0.10.2; no TPU"
+COUNT = "{:,.0f}".format
+COLUMNS = (
+    figure("one device, one step", "name", str),
+    figure("bytes", "nbytes", numbers.size, none=""),
+    figure("times", "count", COUNT, none=""),
+    figure("at least", "seconds", numbers.seconds, none=""),
+)
+SHOWN = 8  # candidates of a search
+# The pass makes float32 sums of those in bfloat16, as others do too, and aborts at sums made inside of shard_map.
+OF_CPU = {"xla_disable_hlo_passes": "all-reduce-promotion"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,9 +72,7 @@ class Run:
     devices: int = flag(0, "how many; 0: as many as the topology has, or the mesh asks for")
     phase: Literal["train", "prefill", "decode"] = flag("train", "what is planned")
     search: bool = flag(False, "rank meshes, remat policies and batches by FLOPs and bytes")
-    compile: bool = flag(True, "compile; with --search, the first candidates until one fits")
-    shown: int = flag(8, "candidates of the search that are shown")
-    tried: int = flag(3, "candidates of the search that are compiled at most")
+    tried: int = flag(3, "candidates of the search that are compiled at most, until one fits; 0: only rank them")
     rows: int = flag(64, "sequences that are prefilled or decoded at a time, over all devices")
     cache_length: int = flag(4096, "tokens of the prompt that is prefilled, or positions in the cache while decoding")
     int8: bool = flag(False, "weights in int8 for prefill and decode, in place of bfloat16")
@@ -71,12 +80,12 @@ class Run:
 
     def __post_init__(self):
         require(self.devices >= 0, f"devices is {self.devices}, but must be positive, or 0 for what the mesh asks for")
-        for name in ("shown", "tried", "rows", "cache_length"):
+        require(self.tried >= 0, f"tried is {self.tried}, but must be positive, or 0 to compile none")
+        for name in ("rows", "cache_length"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
-        require(self.phase == "train" or not self.search, f"search knows training only: leave out --phase={self.phase}")
-        require(
-            self.phase != "train" or not self.int8, "int8 is for --phase=prefill and decode: weights train in float"
-        )
+        training = self.phase == "train"
+        require(training or not self.search, f"search knows training only: leave out --phase={self.phase}")
+        require(not training or not self.int8, "int8 is for --phase=prefill and decode: weights train in float")
         require(self.int8 or self.activations == "float", "activations in int8 need weights in int8: add --int8")
 
 
@@ -100,45 +109,39 @@ def main(run: Run, mesh: MeshConfig, train: TrainConfig) -> None:
     )
     devices = how_many(run, mesh, topology)
     run_directory.require_writable(run_dir, needs=run_directory.SMALL_FILES)
-    if run.compile:
+    if run.tried or not run.search:
         start(devices)
     out: dict[str, Any] = {"model": run.model, "hardware": dataclasses.asdict(chip), "devices": devices}
     tables, facts, tried = [], [], [(mesh, train)]
     if run.search:
         found = search.search(config, train, chip, devices)
+        fit, change = sum(each.fits for each in found), f"a batch of {train.batch} rows of {train.length}"
         require(
-            len(found) > 0,
-            f"no mesh of {devices} devices divides a batch of {train.batch} rows of {train.length} and the widths of "
-            f"{run.model}: change one of them",
+            len(found) > 0, f"no mesh of {devices} devices divides {change} and the widths of {run.model}: change one"
         )
-        shown, fit = found[: run.shown], sum(each.fits for each in found)
-        facts += [
+        tables.append(ranked(found[:SHOWN]))
+        facts.append(
             f"{len(found)} candidates, {fit} of which fit into the {numbers.size(chip.memory)} of a {chip.name}, as "
             "far as state, gradients and stored activations tell: a compiler may need more, or less."
-        ]
-        ranked, columns = planned.ranked(shown), planned.SEARCH_COLUMNS
-        tables.append(Table(caption="The fastest candidates.", columns=columns, rows=ranked))
-        table.show(ranked, facts, columns)
-        more = f"more devices than {devices}, or a smaller train.batch than {train.batch}, may"
-        require(fit > 0, f"nothing fits: {more}")
-        out["search"] = [dataclasses.asdict(each) for each in shown]
+        )
+        table.show(tables[0].rows, facts, tables[0].columns)
+        require(fit > 0, f"nothing fits: more devices than {devices}, or a smaller train.batch than {train.batch}, may")
+        out["search"] = [dataclasses.asdict(each) for each in found[:SHOWN]]
         tried = [(MeshConfig(**each.sizes), each.train) for each in found[: run.tried]]
-    for each, settings in tried if run.compile else []:
-        result, made, words = compiled(run, config, settings, each, chip, topology)
-        for one in made:
-            table.show(one.rows, words if one is made[-1] else [], one.columns)
+    result, made, words = {}, [], []
+    for sizes, settings in tried:
+        result, made, words = compiled(run, config, settings, sizes, chip, topology)
+        table.show(made[0].rows, words, made[0].columns)
         if result["fits"]:
             break
-    if run.compile:
-        out, tables, facts = out | result, tables + made, facts + words
     versions, command = run_directory.machine(), command_line("experiments.plan", sys.argv)
-    out |= {"facts": facts, "seconds": time.perf_counter() - began, "versions": versions, "command": command}
-    run_directory.write_json(run_dir / "plan.json", out)
+    out |= result | {"facts": facts + words, "seconds": time.perf_counter() - began}
+    run_directory.write_json(run_dir / "plan.json", out | {"versions": versions, "command": command})
     page.write(
         run_dir / "report.html",
         title=f"{run.model} on {devices} × {chip.name}: memory, collectives and times, predicted",
-        sections=[Section("The plan", tables)],
-        facts=facts,
+        sections=[Section("The plan", tables + made)],
+        facts=facts + words,
         made=page.made(versions, total_time=page.duration(out["seconds"])),
         command=command,
     )
@@ -147,22 +150,50 @@ def main(run: Run, mesh: MeshConfig, train: TrainConfig) -> None:
 
 def how_many(run: Run, mesh: MeshConfig, topology: str) -> int:
     """Devices, by the topology, the flag or the mesh."""
-    asked = {name: size for name, size in dataclasses.asdict(mesh).items() if size != -1}
-    fixed = math.prod(asked.values())
-    if not topology:
-        require(
-            bool(run.devices) or len(asked) == 4 or fixed > 1,
-            "the number of devices is not known: give --devices, sizes of the mesh, or a topology as in "
-            "--hardware=v5p:4x4x4",
-        )
-        return run.devices or fixed
-    count = hardware.chips(topology)
-    require(run.devices in (0, count), f"devices is {run.devices}, but {run.hardware} has {count}: leave out --devices")
+    sizes = [size for size in dataclasses.astuple(mesh) if size != -1]
+    known, asked = hardware.chips(topology) if topology else run.devices, math.prod(sizes)
     require(
-        run.search or len(asked) < 4 or fixed == count,
-        f"the mesh has {fixed} devices, but {run.hardware} has {count}: make the product of its axes {count}",
+        not topology or run.devices in (0, known),
+        f"devices is {run.devices}, but {run.hardware} has {known}: leave out --devices",
     )
-    return count
+    require(
+        known > 0 or len(sizes) == 4 or asked > 1,
+        "the number of devices is not known: give --devices, sizes of the mesh, or a topology as in "
+        "--hardware=v5p:4x4x4",
+    )
+    require(
+        run.search or len(sizes) < 4 or asked == (known or asked),
+        f"the mesh has {asked} devices, but {run.hardware if topology else '--devices'} has {known}: make the product "
+        f"of its axes {known}",
+    )
+    return known or asked
+
+
+def ranked(candidates: list[search.Candidate]) -> Table:
+    """Numbered from 1, the fastest."""
+    rows = []
+    for index, each in enumerate(candidates, 1):
+        figures = {"remat": each.train.remat, "batch": each.train.batch, "rate": each.tokens_a_second} | each.seconds
+        note = f"bound by {bound(each.seconds)}" + ("" if each.fits else "; does not fit")
+        rows.append(Row(f"{index}. {axes(each.sizes)}", figures | {"nbytes": each.held, "fits": each.fits}, note))
+    columns = (
+        figure("mesh", "name", str),
+        figure("remat", "remat", str),
+        figure("batch", "batch", COUNT),
+        *(figure(name, name, numbers.seconds) for name in ("compute", "memory", "network")),
+        figure("tokens/s", "rate", COUNT),
+        figure("bytes a device", "nbytes", numbers.size),
+        figure("fits", "fits", lambda fits: "yes" if fits else "no"),
+    )
+    return Table(caption="The fastest candidates.", columns=columns, rows=rows)
+
+
+def axes(sizes: Mapping[str, int]) -> str:
+    return " ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "one device"
+
+
+def bound(seconds: dict[str, float]) -> str:
+    return max(seconds, key=seconds.get)
 
 
 # --- compiling -------------------------------------------------------------------------------------------------------
@@ -177,92 +208,18 @@ def start(devices: int) -> None:
         require(jax.device_count() >= devices, f"{devices} devices are asked for, but JAX started with fewer")
 
 
-def mesh_of(run: Run, sizes: MeshConfig, rows: tuple[int, ...], chip: Hardware, topology: str) -> tuple[Mesh, str]:
-    """The mesh to compile for, and who compiles."""
-    by_tpu = bool(topology) and importlib.util.find_spec("libtpu") is not None
-    mesh = meshes.mesh_for(sizes, *rows)
-    if by_tpu:
-        mesh = meshes.make_mesh(**mesh.shape, devices=hardware.tpu_devices(chip, topology))
-        return mesh, f"the TPU's compiler (libtpu {importlib.metadata.version('libtpu')}), for {run.hardware}"
-    how = f"the CPU's compiler, for {mesh.size} fake devices"
-    example = f"--hardware={chip.name}:{'x'.join('4' * chip.torus)}"
-    hint = LIBTPU if topology else f"a topology, as in {example}, asks the TPU compiler"
-    return mesh, f"{how} ({hint})" if chip.torus else how
+def trained(
+    config: ModelConfig, train: TrainConfig, mesh: Mesh
+) -> tuple[Any, dict[str, Any], work.Work, device.Traffic, str]:
+    """The lowered training step; its arguments by kind; what a device computes and receives; the dtype of matmuls."""
+    step, (state, frozen, batch) = train_ahead.training_step(config, train, mesh)
+    given = {"weights": state.trainable, "optimizer state": state.optimizer, "batch": batch}
+    mine = device.train_work(config, train, mesh, state)
+    traffic = device.train_traffic(config, train, mesh, state.trainable)
+    return step.lower(state, frozen, batch), given, mine, traffic, POLICIES[train.policy].compute
 
 
-def compiled(
-    run: Run, config: ModelConfig, train: TrainConfig, sizes: MeshConfig, chip: Hardware, topology: str
-) -> tuple[dict[str, Any], list[Table], list[str]]:
-    """Compile, and return the results, the tables and what is to be said."""
-    began, training = time.perf_counter(), run.phase == "train"
-    batch, length = (train.batch, train.length) if training else (run.rows, run.cache_length)
-    mesh, how = mesh_of(run, sizes, (batch, length, train.accumulate if training else 1), chip, topology)
-    with progress.bar("tracing the step"):
-        lowered, held, mine, dtype = trained(config, train, mesh) if training else served(run, config, mesh)
-    print(f"[{time.perf_counter() - began:4.0f} s] traced", flush=True)
-    with progress.bar("compiling the step"):
-        program, refused = compile_or_why_not(lowered)
-    print(f"[{time.perf_counter() - began:4.0f} s] compiled by {how}", flush=True)
-    stats, found = program and program.memory_analysis(), collectives.collectives(program.as_text()) if program else []
-    if training and not program:
-        found = prediction.train_traffic(config, train, device.abstract_mesh(**mesh.shape))
-    predicted = prediction.predict(mine, found, chip, dtype, mesh.size)
-    rate = batch * (1 if run.phase == "decode" else length) / predicted.seconds
-    needed = planned.on_device(stats) if stats else held.total
-    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
-    weights = f"weights in {'int8' if run.int8 else 'bfloat16'}"
-    weights += ", activations too" * (run.activations == "int8")
-    settings = f"{train.policy}, remat {train.remat}, {train.optimizer}" if training else weights
-    facts = [
-        f"{run.model}, {sum(work.parameters(config).values()) / 1e9:.2f} B parameters, on {mesh.size} x {chip.name} "
-        f"({axes}): {run.phase}, {batch:,} sequences of {length:,}, {settings}.",
-        f"Compiled by {how}.",
-        f"The step takes {numbers.seconds(predicted.seconds)} or more, bound by {predicted.bound} "
-        f"({numbers.seconds(predicted.unhidden)} if nothing overlaps): at most {rate:,.0f} tokens/s.",
-        planned.fits(needed, chip) if program else f"It does NOT fit: {refused}",
-    ]
-    if training:
-        used = work.train_flops(config, train.batch, train.length) / mesh.size / predicted.seconds
-        facts.append(f"Model FLOP utilization: at most {used / chip.peak(dtype):.0%}.")
-    if how.startswith("the CPU"):
-        facts.append(
-            "The CPU's compiler keeps its loops in float32 and attention's scores in memory, and so needs more "
-            f"temporaries than that of a {chip.name}."
-        )
-    rows, traffic = planned.holdings(held, stats), planned.traffic(found, chip, mesh.size)
-    times = planned.times(predicted, chip, dtype)
-    tables = [
-        Table(caption="Bytes on one device.", columns=planned.BYTES_COLUMNS, rows=rows),
-        Table(caption="Collectives of one step.", columns=planned.TRAFFIC_COLUMNS, rows=traffic),
-        Table(caption="The least time of one step.", columns=planned.TIME_COLUMNS, rows=times),
-    ]
-    result = {
-        "mesh": dict(mesh.shape),
-        "train": dataclasses.asdict(train) if training else None,
-        "phase": run.phase,
-        "compiler": how,
-        "bytes": [row.json() for row in rows],
-        "needed_bytes": needed,
-        "fits": bool(program) and needed <= chip.memory,
-        "traffic": [row.json() for row in traffic],
-        "collectives": [dataclasses.asdict(each) for each in found],
-        "prediction": dataclasses.asdict(predicted) | {"seconds": predicted.seconds, "bound": predicted.bound},
-        "work": dataclasses.asdict(mine),
-        "tokens_a_second": rate,
-        "compile_seconds": time.perf_counter() - began,
-    }
-    return result, tables, facts
-
-
-def trained(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> tuple[Any, Held, Work, str]:
-    """The lowered training step; what a device holds and computes in it; the dtype of its matmuls."""
-    step, arguments = train_ahead.training_step(config, train, mesh)
-    abstract, dtype = device.abstract_mesh(**mesh.shape), POLICIES[train.policy].compute
-    held, mine = device.held(config, train, abstract), prediction.train_work(config, train, abstract)
-    return step.lower(*arguments), held, mine, dtype
-
-
-def served(run: Run, config: ModelConfig, mesh: Mesh) -> tuple[Any, Held, Work, str]:
+def served(run: Run, config: ModelConfig, mesh: Mesh) -> tuple[Any, dict[str, Any], work.Work, device.Traffic, str]:
     """The same of prefill or decode, in bfloat16, or in int8 with scales in bfloat16."""
 
     def stored() -> Any:
@@ -270,18 +227,134 @@ def served(run: Run, config: ModelConfig, mesh: Mesh) -> tuple[Any, Held, Work, 
         return quantize(params, run.activations) if run.int8 else params
 
     model = LanguageModel(dataclasses.replace(config, precision=BFLOAT16.compute), jax.eval_shape(stored))
-    of_call = (run.phase, run.rows, run.cache_length, BFLOAT16, device.abstract_mesh(**mesh.shape))
-    held = device.served(model.params, config, *of_call)
-    mine = prediction.infer_work(config, *of_call, held.arguments["weights"])
-    lower = infer_ahead.prefill if run.phase == "prefill" else infer_ahead.decode
-    dtype = "int8" if run.activations == "int8" else BFLOAT16.compute
-    return lower(model, run.rows, run.cache_length, mesh), held, mine, dtype
+    prefilling, rows, length = run.phase == "prefill", run.rows, run.cache_length
+    step, arguments = (infer_ahead.prefill if prefilling else infer_ahead.decode)(model, rows, length, mesh)
+    given = {"weights": arguments[0].params} | ({} if prefilling else {"keys and values": arguments[1].cache})
+    weights = device.part_bytes(given["weights"])
+    mine = device.infer_work(config, run.phase, rows, length, BFLOAT16, mesh, weights)
+    traffic = device.infer_traffic(config, rows * (length if prefilling else 1), mesh, model.params)
+    return step.lower(*arguments), given, mine, traffic, "int8" if run.activations == "int8" else BFLOAT16.compute
 
 
-def compile_or_why_not(lowered: Any) -> tuple[Any, str]:
+def compiled(
+    run: Run, config: ModelConfig, train: TrainConfig, sizes: MeshConfig, chip: Hardware, topology: str
+) -> tuple[dict[str, Any], list[Table], list[str]]:
+    """Compile, and return the results, their table and what is to be said."""
+    began, training = time.perf_counter(), run.phase == "train"
+    shared = (train.batch, train.length, train.accumulate) if training else (run.rows, run.cache_length)
+    mesh, options = meshes.mesh_for(sizes, *shared), OF_CPU
+    how = f"the CPU's compiler, for {mesh.size} fake devices" + f" ({OF_TPU})" * (chip.torus > 0)
+    if topology and importlib.util.find_spec("libtpu"):
+        mesh, options = meshes.make_mesh(**mesh.shape, devices=hardware.tpu_devices(chip, topology)), {}
+        how = f"the TPU's compiler (libtpu {importlib.metadata.version('libtpu')}), for {run.hardware}"
+    with progress.bar("tracing the step"):
+        lowered, given, mine, traffic, dtype = trained(config, train, mesh) if training else served(run, config, mesh)
+    print(f"[{time.perf_counter() - began:4.0f} s] traced", flush=True)
+    with progress.bar("compiling the step"):
+        program, refused = compile_or_why_not(lowered, options)
+    print(f"[{time.perf_counter() - began:4.0f} s] compiled by {how}", flush=True)
+    seconds = device.seconds(mine, traffic, chip, dtype, mesh)
+    held, sent = holdings(given, program), collectives(program.as_text()) if program else []
+    rows = [*held, *sendings(sent), *bounds(seconds, mine.nbytes, sum(traffic.values()), chip, dtype)]
+    least = max(seconds.values())
+    rate = shared[0] * (1 if run.phase == "decode" else shared[1]) / least
+    needed, count = held[-1].nbytes, sum(work.parameters(config).values()) / 1e9
+    fits = bool(program) and needed <= chip.memory
+    share = f"{numbers.size(needed)} of the {numbers.size(chip.memory)} of a {chip.name} ({needed / chip.memory:.0%})"
+    settings = f"{train.policy}, remat {train.remat}, {train.optimizer}"
+    if not training:
+        settings = f"weights in {'int8' if run.int8 else 'bfloat16'}"
+        settings += ", activations too" * (run.activations == "int8")
+    facts = [
+        f"{run.model}, {count:.2f} B parameters, on {mesh.size} x {chip.name} ({axes(mesh.shape)}): {run.phase}, "
+        f"{shared[0]:,} sequences of {shared[1]:,}, {settings}.",
+        f"Compiled by {how}.",
+        f"The step takes {numbers.seconds(least)} or more, bound by {bound(seconds)} "
+        f"({numbers.seconds(sum(seconds.values()))} if nothing overlaps): at most {rate:,.0f} tokens/s.",
+        f"It {'fits' if fits else 'does NOT fit'}: {share if program else refused}.",
+    ]
+    if training:
+        used = work.train_flops(config, train.batch, train.length) / mesh.size / least
+        facts.append(f"Model FLOP utilization: at most {used / chip.peak(dtype):.0%}.")
+    if options == OF_CPU:
+        facts.append(
+            "The CPU's compiler keeps its loops in float32 and attention's scores in memory, and so needs more "
+            f"temporaries than that of a {chip.name}. It sends float32 for bfloat16, and whole sums (all-reduce) where "
+            "a slice is read (reduce-scatter): up to four times the bytes."
+        )
+    result = {
+        "mesh": dict(mesh.shape),
+        "train": dataclasses.asdict(train) if training else None,
+        "compiler": how,
+        "fits": fits,
+        "rows": [each.json() for each in rows],
+        "collectives": [dataclasses.asdict(each) for each in sent],
+        "bound": bound(seconds),
+        "seconds_a_step": least,
+        "tokens_a_second": rate,
+    }
+    return result, [Table(caption="One device and one step.", columns=COLUMNS, rows=rows)], facts
+
+
+def row(name: str, note: str, **figures: Any) -> Row:
+    return Row(name, {"nbytes": None, "count": None, "seconds": None} | figures, note)
+
+
+def holdings(given: dict[str, Any], program: Any) -> list[Row]:
+    """Bytes on a device: the arguments by kind, exactly, and what the compiler says; last all that must fit."""
+    rows = [row(name, "exact", nbytes=device.part_bytes(tree)) for name, tree in given.items()]
+    if not program:
+        return rows
+    found = program.memory_analysis()
+    results = found.output_size_in_bytes - found.alias_size_in_bytes
+    needed = found.argument_size_in_bytes + found.temp_size_in_bytes + results
+    return [
+        *rows,
+        row("arguments", "all above, by the compiler", nbytes=found.argument_size_in_bytes),
+        row("temporaries", "known to the compiler only", nbytes=found.temp_size_in_bytes),
+        row("results", "beside those that take the place of arguments", nbytes=results),
+        row("all", "what must fit", nbytes=needed),
+    ]
+
+
+def sendings(found: list[Collective]) -> list[Row]:
+    """The collectives of a program by kind."""
+    rows = []
+    for kind in sorted({each.kind for each in found}):
+        some = [each for each in found if each.kind == kind]
+        note = f"received, as the compiler wrote it; among {', '.join(map(str, sorted({each.group for each in some})))}"
+        note += "" if all(each.known for each in some) else "; at least: inside of loops whose trips it does not know"
+        nbytes, count = sum(each.nbytes for each in some), sum(each.trips for each in some)
+        rows.append(row(kind, note, nbytes=nbytes, count=count))
+    return rows
+
+
+def bounds(seconds: dict[str, float], moved: float, received: float, chip: Hardware, dtype: str) -> list[Row]:
+    """The three, with the bytes that are moved through HBM and received."""
+    beyond = f" within {chip.node} devices, {chip.network / 1e9:.0f} beyond" if chip.node else ""
+    at = f"{chip.peak(dtype) / 1e12:,.0f} TFLOP/s, {chip.name}'s peak in {dtype}"
+    links = f"at the full speed of the links: {chip.link / 1e9:.0f} GB/s{beyond}"
+    return [
+        row("compute", f"matmuls at {at}", seconds=seconds["compute"]),
+        row(
+            "memory",
+            f"operands and results moved once, at {chip.bandwidth / 1e12:.2f} TB/s",
+            nbytes=moved,
+            seconds=seconds["memory"],
+        ),
+        row(
+            "network",
+            f"received at least, for what the sharding needs, {links}",
+            nbytes=received,
+            seconds=seconds["network"],
+        ),
+    ]
+
+
+def compile_or_why_not(lowered: Any, options: dict[str, str]) -> tuple[Any, str]:
     """The program; or None and the line with which the TPU's compiler refuses one that does not fit."""
     try:
-        return lowered.compile(), ""
+        return lowered.compile(compiler_options=options), ""
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

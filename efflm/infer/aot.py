@@ -1,4 +1,5 @@
-"""Prefill and decode as programs to compile, for any mesh and with no weights: shapes and shardings in their place."""
+"""Prefill and decode as programs to compile, for any mesh and with no weights: jitted functions and their arguments, as
+shapes and shardings."""
 
 from typing import Any
 
@@ -19,20 +20,21 @@ def _rows(mesh: Mesh, shape: tuple[int, ...], dtype: Any, *axes: str | None) -> 
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
 
-def placed(model: LanguageModel, mesh: Mesh) -> LanguageModel:
+def _placed(model: LanguageModel, mesh: Mesh) -> LanguageModel:
     """The abstract model, float or quantized, with the place that the table of model.placement gives each array."""
-    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-    return model.replace(params=jax.tree.map(place, model.params, placement.shardings(model.params, mesh)))
+    return model.replace(params=placement.placed(model.params, mesh))
 
 
-def prefill(model: LanguageModel, rows: int, length: int, mesh: Mesh) -> Any:
-    """The lowered program that reads prompts of `length` tokens into a cache of just that length."""
+def prefill(model: LanguageModel, rows: int, length: int, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+    """Reading prompts of `length` tokens into a cache of just that length. Arguments: the model, tokens, lengths."""
+    read = lambda model, tokens, lengths: generate.prefill(model, tokens, lengths, cache_length=length)
     tokens, lengths = _rows(mesh, (rows, length), jnp.int32), _rows(mesh, (rows,), jnp.int32)
-    return generate.prefill.lower(placed(model, mesh), tokens, lengths, cache_length=length)
+    return jax.jit(read), (_placed(model, mesh), tokens, lengths)
 
 
-def decode(model: LanguageModel, rows: int, cache_length: int, mesh: Mesh) -> Any:
-    """The lowered program that decodes one token for each sequence, with a cache of `cache_length` positions.
+def decode(model: LanguageModel, rows: int, cache_length: int, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+    """Decoding one token for each sequence, with a cache of `cache_length` positions. Arguments: the model, the state
+    with the cache, how to sample, and the tokens that stop.
 
     The cache is split by sequences, and by key-value heads along `tensor` where that divides them.
     """
@@ -50,4 +52,4 @@ def decode(model: LanguageModel, rows: int, cache_length: int, mesh: Mesh) -> An
     whole = NamedSharding(mesh, PartitionSpec())
     how = {name: jax.ShapeDtypeStruct((), x.dtype, sharding=whole) for name, x in GREEDY.arrays().items()}
     stops = jax.ShapeDtypeStruct((generate.LEAST,), jnp.int32, sharding=whole)
-    return jax.jit(generate.step, donate_argnames="state").lower(placed(model, mesh), state, how, stops)
+    return jax.jit(generate.step, donate_argnames="state"), (_placed(model, mesh), state, how, stops)

@@ -6,6 +6,7 @@ Optimizer states and the parts of a compressed weight have the weight's path ins
 
 from typing import Any
 
+import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from efflm import trees
@@ -35,3 +36,9 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return trees.map_with_path(
         lambda path, leaf: NamedSharding(mesh, partition_spec(path, leaf.shape, mesh)), tree, inside=True
     )
+
+
+def placed(tree: Any, mesh: Mesh) -> Any:
+    """The shapes, dtypes and shardings of the arrays of a tree that is or will be on a mesh, with nothing allocated."""
+    lay = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    return jax.tree.map(lay, tree, shardings(tree, mesh))

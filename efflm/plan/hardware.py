@@ -17,11 +17,9 @@ have less.
 import dataclasses
 import math
 import os
-from collections.abc import Iterable
 from typing import Any
 
 from efflm.config import InputError, require
-from efflm.plan.collectives import Collective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +57,6 @@ class Hardware:
         if self.torus and 1 < len(group) < devices:
             return self.link * math.log(len(group)) / math.log(devices)
         return self.link
-
-    def seconds(self, traffic: Iterable[Collective], devices: int) -> float:
-        """The least that collectives take one after another, all their bytes received at the full speed."""
-        return sum(each.nbytes / self.received_a_second(each.group, devices) for each in traffic)
 
 
 HARDWARE: dict[str, Hardware] = {

@@ -1,4 +1,4 @@
-"""Ranking the ways to train a model on so many devices by what is exact: FLOPs, bytes of state and of collectives.
+"""Ranking the ways to train a model on so many devices by FLOPs and by bytes of state and of traffic.
 
 Nothing is compiled. What activations take is what the forward pass stores, so whether a way fits is an estimate, and
 the compiler has the last word.
@@ -13,10 +13,9 @@ from efflm.cli import progress
 from efflm.config.model import ModelConfig
 from efflm.config.train import REMAT, TrainConfig
 from efflm.parallel import meshes
-from efflm.plan import device, prediction
-from efflm.plan.device import Held
+from efflm.plan import device
 from efflm.plan.hardware import Hardware
-from efflm.plan.prediction import Prediction
+from efflm.plan.work import FLOAT, ITEMSIZE
 from efflm.precision import POLICIES
 
 SHORTEST = 1024  # tokens of a sequence that are worth a device of their own
@@ -24,17 +23,18 @@ SHORTEST = 1024  # tokens of a sequence that are worth a device of their own
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One way to train: sizes of the mesh axes, the training config, and what is predicted of it."""
+    """One way to train: sizes of the mesh axes, the training config, the bytes of state and of the larger of gradients
+    and stored activations on a device, whether they fit, and the bounds of a step (see device.seconds)."""
 
     sizes: dict[str, int]
     train: TrainConfig
-    held: Held
-    prediction: Prediction
+    held: float
     fits: bool
+    seconds: dict[str, float]
 
     @property
     def tokens_a_second(self) -> float:
-        return self.train.batch * self.train.length / self.prediction.seconds
+        return self.train.batch * self.train.length / max(self.seconds.values())
 
 
 def mesh_sizes(devices: int) -> Iterator[dict[str, int]]:
@@ -53,19 +53,24 @@ def possible(config: ModelConfig, train: TrainConfig, sizes: dict[str, int]) -> 
     return blocks and long and train.batch % rows == 0 and config.width % sizes["fsdp"] == 0
 
 
-def search(config: ModelConfig, train: TrainConfig, hardware: Hardware, devices: int) -> list[Candidate]:
+def search(config: ModelConfig, train: TrainConfig, chip: Hardware, devices: int) -> list[Candidate]:
     """Meshes, remat policies, and batches of a quarter to four times the config's: the fastest first.
 
     Those that fit come before those that do not; of equals the one that holds less.
     """
-    parts = train.accumulate
+    parts, policy, state = train.accumulate, POLICIES[train.policy], device.state(config, train)
     batches = {int(train.batch * times) for times in (0.25, 0.5, 1, 2, 4) if train.batch * times % parts == 0} - {0}
     ways = itertools.product(mesh_sizes(devices), sorted(batches), REMAT)
     tried = [(sizes, dataclasses.replace(train, batch=batch, remat=remat)) for sizes, batch, remat in ways]
     tried, out = [(sizes, each) for sizes, each in tried if possible(config, each, sizes)], []
     for sizes, each in progress.shown(tried, "ranking", len(tried)):
-        mesh, dtype = device.abstract_mesh(**sizes), POLICIES[train.policy].compute
-        held, work = device.held(config, each, mesh), prediction.train_work(config, each, mesh)
-        predicted = prediction.predict(work, prediction.train_traffic(config, each, mesh), hardware, dtype, devices)
-        out.append(Candidate(sizes, each, held, predicted, held.total <= hardware.memory))
-    return sorted(out, key=lambda each: (not each.fits, -each.tokens_a_second, each.held.total))
+        mesh = device.abstract_mesh(**sizes)
+        rows = each.batch / parts * sizes["tensor"] / devices  # at a time; of a sequence that is split, its part
+        stored = device.stored_bytes(device.local(config, mesh), each.length, each.policy, each.scan, each.remat)
+        gradients = device.held_bytes(state.trainable, mesh) * FLOAT / ITEMSIZE[policy.param]
+        held = device.held_bytes(state, mesh) + max(gradients, rows * stored)
+        work = device.train_work(config, each, mesh, state)
+        traffic = device.train_traffic(config, each, mesh, state.trainable)
+        seconds = device.seconds(work, traffic, chip, policy.compute, mesh)
+        out.append(Candidate(sizes, each, held, held <= chip.memory, seconds))
+    return sorted(out, key=lambda each: (not each.fits, -each.tokens_a_second, each.held))

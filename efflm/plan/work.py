@@ -152,11 +152,14 @@ def computed_pairs(queries: int, keys: int, window: int = 0, in_order: bool = Tr
     return sum(BLOCK**2 * (last(start) - first(start) + 1) for start in range(0, queries, BLOCK))
 
 
-def train_step(config: ModelConfig, train: TrainConfig, batch: int, length: int) -> dict[str, Work]:
-    """Forward and backward passes of one step over `batch` sequences of `length` tokens, by component; no `update`."""
-    policy, rows, again = POLICIES[train.policy], batch // train.accumulate, REMAT[train.remat]
+def train_step(config: ModelConfig, train: TrainConfig, batch: float, length: int) -> dict[str, Work]:
+    """Forward and backward passes of one step over `batch` sequences of `length` tokens, by component; no `update`.
+    They may be a device's part of the config's batch."""
+    policy, rows, again = POLICIES[train.policy], batch / train.accumulate, REMAT[train.remat]
     pairs = lambda block: rows * computed_pairs(length, length, block.window)
-    chunks = chunk_count(rows, length)  # ops.output_loss pads sequences to a whole number of them
+    chunks = chunk_count(
+        train.batch // train.accumulate, length
+    )  # ops.output_loss pads sequences to a whole number of them
     ahead = _forward(config, policy, rows * length, pairs, rows * length, rows * chunks * math.ceil(length / chunks))
     matmuls = 3 if config.feedforward == "swiglu" else 2
     passes = {  # of the forward's work: forward, backward, computed again

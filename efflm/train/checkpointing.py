@@ -17,7 +17,7 @@ from efflm.cli import run_directory
 from efflm.config import Stopped, require
 from efflm.formats import arrays, checkpoint, manifest
 from efflm.model.params import STACK
-from efflm.model.placement import shardings
+from efflm.model.placement import placed
 from efflm.parallel import processes
 from efflm.train import faults
 from efflm.train.step import TrainState
@@ -141,9 +141,8 @@ def _restored(folder: Path, about: dict[str, Any], like: TrainState) -> TrainSta
     if flat.keys() <= stored.keys():
         restored = arrays.read(inside, flat)
     else:
-        where = shardings(trees.unflatten(stored), jax.tree.leaves(like)[0].sharding.mesh)
-        laid = lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spec)
-        read = arrays.read(inside, dict(trees.flatten(jax.tree.map(laid, trees.unflatten(stored), where))))
+        mesh = jax.tree.leaves(like)[0].sharding.mesh
+        read = arrays.read(inside, dict(trees.flatten(placed(trees.unflatten(stored), mesh))))
         out = {path: leaf.sharding for path, leaf in flat.items()}
         restored = jax.jit(functools.partial(_restacked, like=flat), out_shardings=out)(read)
     return jax.tree.unflatten(jax.tree.structure(like), [restored[path] for path in flat])

@@ -56,8 +56,7 @@ def abstract_state(
 ) -> TrainState:
     """The shapes, dtypes and shardings of the first state, with nothing allocated."""
     shapes = jax.eval_shape(functools.partial(_fresh, optimizer), trainable, loss_scale, masks)
-    laid = lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spec)
-    return jax.tree.map(laid, shapes, placement.shardings(shapes, mesh))
+    return placement.placed(shapes, mesh)
 
 
 def _fresh(

@@ -12,6 +12,7 @@ import pytest
 
 from efflm.cli.flags import launch
 from efflm.model.presets import preset
+from efflm.report.page import Table
 from experiments import plan
 
 SMALL = ["--model=gpt2", "--train.batch=8", "--train.length=64", "--rows=8", "--cache_length=64"]
@@ -23,45 +24,56 @@ def run(folder, *flags):
     return json.loads((folder / "plan.json").read_text())
 
 
-def rows(found, name):
-    return {row["name"]: row for row in found[name]}
+def rows(found):
+    return {row["name"]: row for row in found["rows"]}
 
 
 def test_training_is_compiled_and_predicted(tmp_path, capsys):
     found = run(tmp_path / "out", "--mesh.fsdp=8", "--hardware=h100")
     assert found["mesh"] == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
-    held = rows(found, "bytes")
-    assert held["arguments"]["predicted"] == pytest.approx(held["arguments"]["compiled"], abs=100)
-    assert held["temporaries"]["compiled"] > 0
+    held = rows(found)
+    exact = sum(held[name]["nbytes"] for name in ("weights", "optimizer state", "batch"))
+    assert exact == pytest.approx(held["arguments"]["nbytes"], abs=100)
+    assert held["temporaries"]["nbytes"] > 0
     assert found["fits"]
-    assert {"all-gather", "reduce-scatter (as all-reduce)"} & {row["name"] for row in found["traffic"]}
-    seconds = found["prediction"]
-    assert seconds["seconds"] == max(seconds[name] for name in ("compute", "memory", "network"))
-    assert found["tokens_a_second"] == pytest.approx(8 * 64 / seconds["seconds"])
+    for kind in ("all-gather", "all-reduce"):
+        some = [each for each in found["collectives"] if each["kind"] == kind]
+        assert held[kind]["nbytes"] == sum(each["nbytes"] for each in some) > 0
+        assert held[kind]["count"] == sum(each["trips"] for each in some)
+    assert held["network"]["nbytes"] < held["all-gather"]["nbytes"] + held["all-reduce"]["nbytes"]
+    assert found["seconds_a_step"] == max(held[name]["seconds"] for name in ("compute", "memory", "network"))
+    assert found["tokens_a_second"] == pytest.approx(8 * 64 / found["seconds_a_step"])
     shown = capsys.readouterr().out
-    for words in ("the CPU's compiler, for 8 fake devices", "It fits", "bound by", "tokens/s", "gradients"):
+    for words in ("the CPU's compiler, for 8 fake devices", "It fits", "bound by", "tokens/s", "utilization"):
         assert words in shown
+
+
+def test_sums_in_bfloat16_along_sequence_are_compiled(tmp_path):
+    """A pass of the CPU's compiler aborts at them, with the process: it is left out."""
+    found = run(tmp_path / "out", "--mesh.fsdp=2", "--mesh.sequence=2", "--mesh.tensor=2", "--hardware=h100")
+    assert rows(found)["reduce-scatter"]["count"] > 0
 
 
 def test_decoding_in_int8_is_compiled_and_predicted(tmp_path, capsys):
     flags = ["--phase=decode", "--int8", "--activations=int8", "--mesh.fsdp=1", "--mesh.tensor=4", "--mesh.data=2"]
     found = run(tmp_path / "out", "--hardware=v6e", *flags)
     assert found["fits"]
-    assert rows(found, "bytes")["arguments"]["compiled"] > 0
+    held = rows(found)
+    assert 0 < held["keys and values"]["nbytes"] < held["arguments"]["nbytes"]
     shown = capsys.readouterr().out
     assert "weights in int8, activations too" in shown
-    assert "asks the TPU compiler" in shown  # how to
+    assert "a topology, as in --hardware=v5p:4x4x4" in shown
 
 
 def test_the_search_needs_no_compiler(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plan, "compiled", None)
     found = run(
-        tmp_path / "out", "--search", "--nocompile", "--model=llama3.2-1b", "--devices=16", "--train.batch=64",
+        tmp_path / "out", "--search", "--tried=0", "--model=llama3.2-1b", "--devices=16", "--train.batch=64",
         "--train.length=4096",
     )  # fmt: skip
     assert len(found["search"]) == 8
     assert found["search"][0]["fits"]
-    assert "bytes" not in found
+    assert "rows" not in found
     assert "candidates" in capsys.readouterr().out
 
 
@@ -71,14 +83,15 @@ def test_the_search_compiles_until_one_fits(tmp_path, monkeypatch, fitting, coun
 
     def compiled(run, config, train, sizes, chip, topology):
         tried.append((sizes, train.batch, train.remat))
-        return {"fits": len(tried) == fitting, "mesh": dataclasses.asdict(sizes)}, [], []
+        table = Table(caption="", columns=plan.COLUMNS, rows=[])
+        return {"fits": len(tried) == fitting, "mesh": dataclasses.asdict(sizes)}, [table], []
 
     monkeypatch.setattr(plan, "compiled", compiled)
-    found = run(tmp_path / "out", "--search", "--devices=8", "--hardware=h100", "--shown=1")
+    found = run(tmp_path / "out", "--search", "--devices=8", "--hardware=h100")
     assert len(tried) == len({str(each) for each in tried}) == count
     assert found["mesh"] == dataclasses.asdict(tried[-1][0])
     assert found["fits"] == (fitting == count)
-    assert len(found["search"]) == 1
+    assert len(found["search"]) == plan.SHOWN
 
 
 @pytest.mark.parametrize(
@@ -95,7 +108,7 @@ def test_the_search_compiles_until_one_fits(tmp_path, monkeypatch, fitting, coun
         (["--int8"], "int8 is for --phase=prefill and decode"),
         (["--activations=int8", "--phase=decode"], "need weights in int8"),
         (["--phase=decode", "--search"], "search knows training only"),
-        (["--shown=0"], "shown is 0"),
+        (["--tried=-1"], "tried is -1"),
         (["--train.policy=auto"], "train.policy is auto, which is measured on the machine that trains"),
     ],
 )
@@ -117,8 +130,9 @@ def test_the_tpu_compiler_gathers_a_matrix_at_a_time_and_scatters_its_gradient(t
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert "the TPU's compiler" in done.stdout
     found = json.loads((tmp_path / "plan.json").read_text())
-    held = rows(found, "bytes")
-    assert held["arguments"]["predicted"] == pytest.approx(held["arguments"]["compiled"], rel=0.05)
+    held = rows(found)
+    exact = sum(held[name]["nbytes"] for name in ("weights", "optimizer state", "batch"))
+    assert exact == pytest.approx(held["arguments"]["nbytes"], rel=0.05)
     config, moved = preset("gpt2"), {"all-gather": [], "reduce-scatter": []}
     for each in found["collectives"]:
         if each["kind"] in moved and each["trips"] == len(config.blocks):  # in the loop over layers
