@@ -49,7 +49,7 @@ from efflm.report.table import figure
 from efflm.train import aot as train_ahead
 
 BFLOAT16 = POLICIES["bfloat16_pure"]  # of served models
-OF_TPU = "the TPU's: a topology, as in --hardware=v5p:4x4x4, and pip install libtpu==0.0.42 for jax 0.10.2; no TPU"
+OF_TPU = "for the TPU's give a topology, as in v5p:4x4x4, and pip install libtpu==0.0.42 (jax 0.10.2); no TPU is needed"
 COUNT = "{:,.0f}".format
 COLUMNS = (
     figure("one device, one step", "name", str),
@@ -229,7 +229,7 @@ def served(run: Run, config: ModelConfig, mesh: Mesh) -> tuple[Any, dict[str, An
     model = LanguageModel(dataclasses.replace(config, precision=BFLOAT16.compute), jax.eval_shape(stored))
     prefilling, rows, length = run.phase == "prefill", run.rows, run.cache_length
     step, arguments = (infer_ahead.prefill if prefilling else infer_ahead.decode)(model, rows, length, mesh)
-    given = {"weights": arguments[0].params} | ({} if prefilling else {"keys and values": arguments[1].cache})
+    given = {"weights": arguments[0].params} | ({} if prefilling else {"keys and values": arguments[1].cache.layers})
     weights = device.part_bytes(given["weights"])
     mine = device.infer_work(config, run.phase, rows, length, BFLOAT16, mesh, weights)
     traffic = device.infer_traffic(config, rows * (length if prefilling else 1), mesh, model.params)
@@ -322,7 +322,8 @@ def sendings(found: list[Collective]) -> list[Row]:
     rows = []
     for kind in sorted({each.kind for each in found}):
         some = [each for each in found if each.kind == kind]
-        note = f"received, as the compiler wrote it; among {', '.join(map(str, sorted({each.group for each in some})))}"
+        groups = " or ".join(map(str, sorted({each.group for each in some})))
+        note = f"received, as the compiler wrote it, among {groups} devices"
         note += "" if all(each.known for each in some) else "; at least: inside of loops whose trips it does not know"
         nbytes, count = sum(each.nbytes for each in some), sum(each.trips for each in some)
         rows.append(row(kind, note, nbytes=nbytes, count=count))
@@ -332,23 +333,13 @@ def sendings(found: list[Collective]) -> list[Row]:
 def bounds(seconds: dict[str, float], moved: float, received: float, chip: Hardware, dtype: str) -> list[Row]:
     """The three, with the bytes that are moved through HBM and received."""
     beyond = f" within {chip.node} devices, {chip.network / 1e9:.0f} beyond" if chip.node else ""
-    at = f"{chip.peak(dtype) / 1e12:,.0f} TFLOP/s, {chip.name}'s peak in {dtype}"
-    links = f"at the full speed of the links: {chip.link / 1e9:.0f} GB/s{beyond}"
-    return [
-        row("compute", f"matmuls at {at}", seconds=seconds["compute"]),
-        row(
-            "memory",
-            f"operands and results moved once, at {chip.bandwidth / 1e12:.2f} TB/s",
-            nbytes=moved,
-            seconds=seconds["memory"],
-        ),
-        row(
-            "network",
-            f"received at least, for what the sharding needs, {links}",
-            nbytes=received,
-            seconds=seconds["network"],
-        ),
-    ]
+    notes = {
+        "compute": f"matmuls at {chip.peak(dtype) / 1e12:,.0f} TFLOP/s, {chip.name}'s peak in {dtype}",
+        "memory": f"operands and results moved once, at {chip.bandwidth / 1e12:.2f} TB/s",
+        "network": f"received for what the sharding needs, at the links' full {chip.link / 1e9:.0f} GB/s{beyond}",
+    }
+    nbytes = {"compute": None, "memory": moved, "network": received}
+    return [row(name, note, nbytes=nbytes[name], seconds=seconds[name]) for name, note in notes.items()]
 
 
 def compile_or_why_not(lowered: Any, options: dict[str, str]) -> tuple[Any, str]:

@@ -86,13 +86,15 @@ def stored_bytes(config: ModelConfig, length: int, policy: str, scan: bool, rema
 
 
 def local(config: ModelConfig, mesh: Mesh) -> ModelConfig:
-    """The model that one device computes: its heads, its part of the feed-forward width and of the vocabulary; of each
-    at least one: where there are fewer heads than devices, several compute the same."""
-    cut = lambda size: math.ceil(size / mesh.shape["tensor"])
+    """The model that one device computes: its heads, its part of the feed-forward width and of the vocabulary."""
+    n = mesh.shape["tensor"]
+    cut = lambda size: size // n if size % n == 0 else size
 
     def part(block: BlockConfig) -> BlockConfig:
-        sizes = {"heads": cut(block.heads), "kv_heads": cut(block.kv_heads), "mlp_dim": cut(block.mlp_dim)}
-        return dataclasses.replace(block, **sizes)
+        heads, kv_heads = cut(block.heads), block.kv_heads
+        if heads < block.heads:  # at least one: where there are fewer than devices, several compute the same
+            kv_heads = math.gcd(heads, max(1, kv_heads // n))
+        return dataclasses.replace(block, heads=heads, kv_heads=kv_heads, mlp_dim=cut(block.mlp_dim))
 
     return dataclasses.replace(config, vocabulary=cut(config.vocabulary), blocks=tuple(map(part, config.blocks)))
 

@@ -157,9 +157,7 @@ def train_step(config: ModelConfig, train: TrainConfig, batch: float, length: in
     They may be a device's part of the config's batch."""
     policy, rows, again = POLICIES[train.policy], batch / train.accumulate, REMAT[train.remat]
     pairs = lambda block: rows * computed_pairs(length, length, block.window)
-    chunks = chunk_count(
-        train.batch // train.accumulate, length
-    )  # ops.output_loss pads sequences to a whole number of them
+    chunks = chunk_count(train.batch // train.accumulate, length)  # to a whole number of them sequences are padded
     ahead = _forward(config, policy, rows * length, pairs, rows * length, rows * chunks * math.ceil(length / chunks))
     matmuls = 3 if config.feedforward == "swiglu" else 2
     passes = {  # of the forward's work: forward, backward, computed again

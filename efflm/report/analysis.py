@@ -64,8 +64,9 @@ def holdings(
     """The memory of training and inference. devices: that share the batch."""
     policy, state = POLICIES[train.policy], device.state(config, train)
     weights, kept = work.weight_bytes(config, policy), trees.nbytes(state.optimizer)
-    traced = dataclasses.replace(train, scan=len(set(config.blocks)) == 1)  # stores the same, and is traced sooner
-    stored = device.stored_bytes(config, traced, train.batch // devices // train.accumulate, train.length)
+    scan = len(set(config.blocks)) == 1  # stores the same, and is traced sooner
+    rows = train.batch // devices // train.accumulate
+    stored = rows * device.stored_bytes(config, train.length, train.policy, scan, train.remat)
     batch = f"for {train.batch} x {train.length} tokens on one of {devices} device(s)"
     row = lambda name, note, predicted, compiled=None: Row(name, {"predicted": predicted, "compiled": compiled}, note)
     between = "what a training run holds between steps, and all a checkpoint needs"

@@ -62,7 +62,7 @@ def test_decoding_in_int8_is_compiled_and_predicted(tmp_path, capsys):
     assert 0 < held["keys and values"]["nbytes"] < held["arguments"]["nbytes"]
     shown = capsys.readouterr().out
     assert "weights in int8, activations too" in shown
-    assert "a topology, as in --hardware=v5p:4x4x4" in shown
+    assert "give a topology, as in v5p:4x4x4" in shown
 
 
 def test_the_search_needs_no_compiler(tmp_path, capsys, monkeypatch):

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from efflm.compress.quantize import quantize
+from efflm.config.model import BlockConfig
 from efflm.config.train import REMAT, Recompute, TrainConfig, TrainSettings
 from efflm.infer import aot as infer_ahead
 from efflm.model import LanguageModel, init_params, params
@@ -175,3 +176,15 @@ def test_the_search_ranks_what_fits_by_speed():
 def test_what_does_not_fit_is_said_not_to():
     train = TrainConfig(batch=8, length=4096, policy="bfloat16", scan=True, remat="full")
     assert not any(each.fits for each in search.search(preset("llama3-8b"), train, HARDWARE["v5e"], 2))
+
+
+@pytest.mark.parametrize(
+    ("heads", "tensor", "mine"),
+    [((32, 8), 8, (4, 1)), ((32, 8), 16, (2, 1)), ((9, 3), 2, (9, 3)), ((20, 10), 4, (5, 1))],
+)
+def test_a_device_has_its_heads_or_all_that_cannot_be_divided(heads, tensor, mine):
+    block = BlockConfig(heads=heads[0], kv_heads=heads[1], head_dim=4, mlp_dim=6)
+    config = dataclasses.replace(tiny.LLAMA.config(), blocks=(block,))
+    (found,) = device.local(config, abstract_mesh(tensor=tensor)).blocks
+    assert (found.heads, found.kv_heads) == mine
+    assert found.mlp_dim == (3 if tensor == 2 else 6)

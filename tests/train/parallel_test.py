@@ -137,9 +137,11 @@ SENT = {
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("shape", [shape for shape in SENT if shape])
 def test_each_device_computes_its_share(shape, accumulate):
-    """XLA's FLOPs of a device's program, in which the parts of a batch are a loop that is counted once."""
+    """XLA's FLOPs of a device's program, in which the parts of a batch are a loop that is counted once. Attention that
+    every device computes for all would make them 1.5 to 3.4 times its share."""
     flops = lambda **shape: compiled_step(accumulate, **shape).cost_analysis()["flops"]
-    assert flops() / 8 <= flops(**dict(shape)) < 1.25 * flops() / 8
+    over = 1.25 if "sequence" in dict(shape) else 1.1
+    assert flops() / 8 <= flops(**dict(shape)) < over * flops() / 8
 
 
 @pytest.mark.parametrize("shape", SENT)
