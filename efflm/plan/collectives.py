@@ -42,15 +42,18 @@ class Collective:
 
 def collectives(text: str) -> list[Collective]:
     """Every collective of an optimized HLO module that runs, as often as its computation is called."""
-    found, calls, current, entry = collections.defaultdict(list), collections.defaultdict(list), "", ""
+    found, calls, constants = (collections.defaultdict(list) for _ in range(3))  # by computation
+    current = entry = ""
     for line in text.splitlines():
         if header := COMPUTATION.match(line):
             current, shapes = header[2], {}
             entry = current if header[1] else entry
         elif current and (instruction := INSTRUCTION.match(line)):
             name, shapes[name], opcode, arguments, rest = (part or "" for part in instruction.groups())
-            kind, trips = opcode.removesuffix("-start"), _trips(rest) if opcode == "while" else 1
-            calls[current] += [(called, trips) for called in NAME.findall(" ".join(CALLED.findall(rest)))]
+            kind, loop = opcode.removesuffix("-start"), rest if opcode == "while" else ""
+            calls[current] += [(called, loop) for called in NAME.findall(" ".join(CALLED.findall(rest)))]
+            if opcode == "constant" and arguments.isdigit():
+                constants[current].append(int(arguments))
             if kind in RECEIVED:
                 operands = " ".join(shapes.get(operand, "") for operand in NAME.findall(arguments))
                 found[current].append(_collective(kind, ARRAY.findall(operands), rest))
@@ -59,17 +62,20 @@ def collectives(text: str) -> list[Collective]:
     def visit(computation: str, trips: int, known: bool) -> None:
         for each in found[computation]:
             out.append(dataclasses.replace(each, nbytes=each.nbytes * trips, trips=trips, known=known))
-        for called, times in calls[computation]:
+        for called, loop in calls[computation]:
+            times = _trips(loop, constants) if loop else 1
             visit(called, trips * (times or 1), known and times is not None)
 
     visit(entry, 1, True)
     return out
 
 
-def _trips(loop: str) -> int | None:
-    """How often a loop runs, where the compiler has noted it."""
-    found = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop)
-    return found and int(found[1])
+def _trips(loop: str, constants: dict[str, list[int]]) -> int | None:
+    """How often a loop runs: by the compiler's own note, else (TPU) by the one constant that its condition has."""
+    if found := re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop):
+        return int(found[1])
+    limits = constants[re.search(r"condition=%?([\w.\-]+)", loop)[1]]
+    return limits[0] if len(limits) == 1 else None
 
 
 def _collective(kind: str, operands: list[tuple[str, str]], rest: str) -> Collective:

@@ -125,3 +125,23 @@ def test_a_loop_of_unknown_trips_is_marked():
         return jax.lax.while_loop(lambda x: jnp.sum(x) > 1, body, x)
 
     assert not any(each.known for each in found(until, arguments()[1]) if each.kind == "all-reduce")
+
+
+@pytest.mark.parametrize(("limits", "trips", "known"), [((7,), 7, True), ((7, 9), 1, False)])
+def test_trips_are_those_of_the_condition_where_the_compiler_notes_none(limits, trips, known):
+    """As in programs of the TPU's compiler."""
+    constants = "".join(f"  %limit{number} = s32[] constant({number})\n" for number in limits)
+    lines = f"""%condition (p: f32[2,8]) -> pred[] {{
+  %p = f32[2,8]{{1,0}} parameter(0)
+{constants}  ROOT %less = pred[] compare(%p, %limit7), direction=LT
+}}
+
+%body (b: f32[2,8]) -> f32[2,8] {{
+  %b = f32[2,8]{{1,0}} parameter(0)
+  ROOT %sum = f32[2,8]{{1,0}} all-reduce(%b), replica_groups=[2,4]<=[8], to_apply=%add
+}}
+
+"""
+    loop = "  ROOT %loop = f32[2,8]{1,0} while(%x), condition=%condition, body=%body\n"
+    nbytes = trips * 2 * 3 / 4 * 2 * 8 * 4
+    assert collectives(lines + program(loop)) == [Collective("all-reduce", 4, "f32", nbytes, trips, known)]
