@@ -3,7 +3,8 @@
 Bytes are those that one device receives, by the ring algorithms (Thakur 2005, "Optimization of collective communication
 operations in MPICH"): RECEIVED. A collective inside a loop counts once for each trip, where the compiler knows how many
 there are. The CPU's compiler sends bfloat16 as float32, and writes all-reduce where each device reads only its slice of
-the sum: an accelerator's reduce-scatter, which receives half.
+the sum. The TPU's fuses the all-reduce with the slice and names the computation all-reduce-scatter: it runs, and counts
+here, as a reduce-scatter, which receives half.
 """
 
 import collections
@@ -55,6 +56,7 @@ def collectives(text: str) -> list[Collective]:
             if opcode == "constant" and arguments.isdigit():
                 constants[current].append(int(arguments))
             if kind in RECEIVED:
+                kind = "reduce-scatter" if current.startswith("all-reduce-scatter") else kind
                 operands = " ".join(shapes.get(operand, "") for operand in NAME.findall(arguments))
                 found[current].append(_collective(kind, ARRAY.findall(operands), rest))
     out = []

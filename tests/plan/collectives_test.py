@@ -145,3 +145,16 @@ def test_trips_are_those_of_the_condition_where_the_compiler_notes_none(limits, 
     loop = "  ROOT %loop = f32[2,8]{1,0} while(%x), condition=%condition, body=%body\n"
     nbytes = trips * 2 * 3 / 4 * 2 * 8 * 4
     assert collectives(lines + program(loop)) == [Collective("all-reduce", 4, "f32", nbytes, trips, known)]
+
+
+def test_an_all_reduce_that_the_tpu_fuses_with_its_slice_is_a_reduce_scatter():
+    fused = """%all-reduce-scatter.1.clone (p: f32[2,8]) -> f32[2,2] {
+  %p = f32[2,8]{1,0} parameter(0)
+  %sum = f32[2,8]{1,0} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %own = f32[2,2]{1,0} dynamic-slice(%sum, %zero, %start), dynamic_slice_sizes={2,2}
+}
+
+"""
+    fusion = "  ROOT %f = f32[2,2]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1.clone\n"
+    (operation,) = collectives(fused + program(fusion))
+    assert operation == Collective("reduce-scatter", 4, "f32", 3 / 4 * 2 * 8 * 4)
