@@ -142,4 +142,7 @@ def test_the_tpu_compiler_gathers_a_matrix_at_a_time_and_scatters_its_gradient(t
     assert max(moved["reduce-scatter"]) == pytest.approx(3 / 4 * feedforward * 4)  # in float32
     assert len(moved["reduce-scatter"]) == 6  # query, key, value, output, up, down
     whole = 12 * sum(math.prod(shape) for shape in ((4, config.width, config.width), (2, feedforward)))
-    assert max(each["nbytes"] / each["trips"] for each in found["collectives"]) < 3 / 4 * whole * 2
+    received = lambda kinds: max(x["nbytes"] / x["trips"] for x in found["collectives"] if x["kind"] in kinds)
+    assert received(["all-gather"]) < 3 / 4 * whole * 2
+    embedding = 4 * config.vocabulary * config.width  # whose gradient is summed whole
+    assert received(["all-reduce", "reduce-scatter"]) == pytest.approx(2 * 3 / 4 * embedding)
