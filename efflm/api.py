@@ -107,7 +107,7 @@ def compress(
         model = jax.device_put(model, placement.shardings(model, context.mesh)).with_about(model.about)
     else:
         context = Context(seed=seed, mesh=meshes.make_mesh())
-    after, records = recipe.run(model, chain, context)
+    after, records = recipe.apply(model, chain, context)
     lineage = [*model.about.get("lineage", ()), *map(dataclasses.asdict, records)]
     return sharding.on_one_device(after).with_about({**model.about, "recipe": name, "lineage": lineage})
 

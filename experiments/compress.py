@@ -106,7 +106,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
         own = dataclasses.replace(context, metrics=curves / name, cache=run_dir / "teacher" / name)
         unfinished = run_dir / f"{name}{UNFINISHED}"
         keeps = kept_in(unfinished, about, tokens, own.mesh, say) if reads_text(steps) else None
-        after, records[name] = recipe.run(dense, steps, own, keeps)
+        after, records[name] = recipe.apply(dense, steps, own, keeps)
         here = ops.prepare(sharding.on_one_device(after), platform)
         models = {name: here} if measured else {first: dense_here, name: here}
         say(f"{name}: reading the text")

@@ -89,7 +89,7 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     for name in list(NOTES)[1:]:
         print(f"  {name}: {NOTES[name]}", flush=True)
         context = dataclasses.replace(context, metrics=run_dir / "curves" / name)
-        models[name], records[name] = recipe.run(dense, grammar.chain(name), context)
+        models[name], records[name] = recipe.apply(dense, grammar.chain(name), context)
         notes[name] = rows.note(notes[name], models[name])
     about = digests | {"source": data.corpus.source, "seed": run.seed, "train.length": train.length}
     files = {file(name): Saved(each, about | {"recipe": name}, records[name]) for name, each in models.items()}

@@ -168,7 +168,7 @@ class Maker:
         before = self(parts[:-1], source, seed)
         text, teacher = (self.seconds.get(key(kind), 1.0) for kind in TIMED)
         steps = steps_of(parts[-1], self.defaults, teacher / text)
-        work = functools.partial(recipe.run, before.model, steps, self.context(source, seed))
+        work = functools.partial(recipe.apply, before.model, steps, self.context(source, seed))
         (model, _), took, above = speed.cost_of(work)
         self.seconds[mine], training = took, before.training + took * trains(steps)
         memory = max(before.memory, above or 0)

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 from efflm import ops, trees
 from efflm.compress import calibrate, fold
 from efflm.compress.calibrate import Layer
-from efflm.compress.plan import OF_EMBEDDINGS, OF_PLAN, Embeddings, Plan, nearest, plan_of, require_formats
+from efflm.compress.plan import Rounder, nearest, plan_of, require_formats
 from efflm.compress.step import Context, record
 from efflm.config import flag, require
 from efflm.model import LanguageModel
-from efflm.ops.format import Bits
 
 
 def candidate(magnitudes: jax.Array, exponent: jax.Array | float) -> jax.Array:
@@ -42,21 +41,17 @@ def best(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AWQ:
+class AWQ(Rounder):
     """Scale inputs by the power of their magnitudes that makes rounding lose least, and round to the nearest."""
 
-    bits: Bits = flag(4, "bits of a weight")
-    group: int = flag(32, "inputs that share a scale; 0: all of an output")
     symmetric: bool = flag(True, "codes around zero; false: a zero point for each scale")
     clip: bool = flag(False, "choose the range of each scale by the least squared error")
     grid: int = flag(20, "exponents that are tried between 0 and 1")
-    embeddings: Embeddings = flag(8, OF_EMBEDDINGS)
-    plan: Plan | None = flag(None, OF_PLAN, internal=True)
 
-    at = "bits"
     calibrates = True
 
     def __post_init__(self):
+        super().__post_init__()
         require_formats(self, plan_of(self), activations=("float", "int8"))
         require(self.grid > 0, f"grid is {self.grid}, but must be positive")
 

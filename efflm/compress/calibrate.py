@@ -85,7 +85,7 @@ class Layer:
 
     def __call__(self, params: Any, *row: jax.Array) -> jax.Array:
         """The output [n, T, D] with these weights."""
-        return run(self.config, params, *row)
+        return layer_output(self.config, params, *row)
 
 
 @malloc.least()
@@ -109,7 +109,7 @@ def walk(
     before them are made already. reference: the model as it was runs beside (Layer.wanted), as for pairs. title: of the
     bar; None: no bar. In memory are one layer's inputs, and with a reference its outputs there. Raises InputError.
     """
-    require(rows is not None, f"{title} needs calibration text: give a corpus")
+    require(rows is not None, f"{title or 'calibrating'} needs calibration text: give a corpus")
     if mesh.size > 1:
         model = jax.device_put(model, placement.shardings(model, mesh))
     kinds = {one.of for one in statistics.values()}
@@ -126,7 +126,7 @@ def walk(
         own = {path.removeprefix(f"{name}/"): mask for path, mask in masks.items() if path.startswith(f"{name}/")}
         read_there = list(wanted) if "pairs" in kinds else []
         for i, (x, row) in enumerate(zip(wanted, chunks)):
-            wanted[i] = jax.block_until_ready(run(single, params[name], x, *row[1:]))
+            wanted[i] = jax.block_until_ready(layer_output(single, params[name], x, *row[1:]))
         before = layer = Layer(params[name], own, chunks, wanted, single, index)
         for paths in SUBLAYERS if sublayers else (sum(SUBLAYERS, ()),):
             read = _gathered(layer, statistics, paths, before.params, read_there)
@@ -135,7 +135,7 @@ def walk(
             layer, one = fn(layer, read)
             found.append(one)
         params[name], (blocks[index],) = layer.params, layer.config.blocks
-        packed |= {f"{name}/{path}": (mask.shape[-1], _packed(mask)) for path, mask in layer.masks.items()}
+        packed |= {f"{name}/{p}": (mask.shape[-1], jnp.packbits(mask, axis=-1)) for p, mask in layer.masks.items()}
         same = same and layer is before
         if index + 1 < count:
             for i, row in enumerate(chunks):  # in place: of two lists only one fits beside a large model
@@ -143,19 +143,9 @@ def walk(
                 chunks[i] = (x, *row[1:])
         malloc.trim()
     del chunks, wanted, layer, before
-    masks |= {path: _unpacked(mask, size) for path, (size, mask) in packed.items()}
+    masks |= {p: jnp.unpackbits(mask, axis=-1, count=size).astype(bool) for p, (size, mask) in packed.items()}
     config = dataclasses.replace(model.config, blocks=tuple(blocks))
     return model.replace(config=config, params=params, masks=masks or None), found
-
-
-@jax.jit
-def _packed(mask: jax.Array) -> jax.Array:
-    return jnp.packbits(mask, axis=-1)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _unpacked(packed: jax.Array, size: int) -> jax.Array:
-    return jnp.unpackbits(packed, axis=-1, count=size).astype(bool)
 
 
 def _gathered(
@@ -252,7 +242,7 @@ def _embed(config: ModelConfig, params: Any, tokens: jax.Array, positions: jax.A
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run(config: ModelConfig, params: Any, *row: jax.Array) -> jax.Array:
+def layer_output(config: ModelConfig, params: Any, *row: jax.Array) -> jax.Array:
     """The output [n, T, D] of the layer of a `layerwise.block_config`, for one chunk of rows."""
     with sharding.mesh_of(row):
         return layerwise.apply_block(config, params, *row)

@@ -45,28 +45,25 @@ def _pairs(given: str) -> losses.Layers:
     return tuple((int(ours), int(theirs)) for ours, theirs in (pair.split(":") for pair in given.split()))
 
 
+def _normal(layers: losses.Layers, shapes: list[tuple[int, int]], seed: int) -> dict[str, jax.Array]:
+    """A matrix of random float32 numbers for each of the student's layers whose shape is not square."""
+    keys = jax.random.split(jax.random.key(seed), len(layers))
+    named = zip(map(losses.projection_name, (layer for layer, _ in layers)), keys, shapes, strict=True)
+    return {name: jax.random.normal(key, shape) for name, key, shape in named if shape[0] != shape[1]}
+
+
 def projections(layers: losses.Layers, student: int, teacher: int, seed: int) -> dict[str, jax.Array]:
     """A random float32 matrix [student, teacher] for each of the student's layers, which keeps the mean square of what
     it projects; none where the widths are equal."""
-    if student == teacher:
-        return {}
-    keys = jax.random.split(jax.random.key(seed), len(layers))
-    return {
-        losses.projection_name(layer): jax.random.normal(key, (student, teacher)) / math.sqrt(student)
-        for key, (layer, _) in zip(keys, layers, strict=True)
-    }
+    drawn = _normal(layers, [(student, teacher)] * len(layers), seed)
+    return {name: w / math.sqrt(student) for name, w in drawn.items()}
 
 
 def mixtures(layers: losses.Layers, student: ModelConfig, teacher: ModelConfig, seed: int) -> dict[str, jax.Array]:
     """A float32 matrix [heads, teacher's heads] for each of the student's layers that has another number of heads than
     the teacher's: nearly equal shares (see losses.attention_divergence), random so that heads learn to differ."""
-    keys = jax.random.split(jax.random.key(seed), len(layers))
     shapes = [(student.blocks[ours].heads, teacher.blocks[theirs].heads) for ours, theirs in layers]
-    return {
-        losses.projection_name(layer): 0.1 * jax.random.normal(key, shape)
-        for key, (layer, _), shape in zip(keys, layers, shapes, strict=True)
-        if shape[0] != shape[1]
-    }
+    return {name: 0.1 * w for name, w in _normal(layers, shapes, seed).items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,7 @@
 """Scaling what a linear layer reads, input by input, without changing what the model computes.
 
-x W = (x / s) (s W): W takes s, and what makes x takes 1 / s. That is the norm before the query, key and value and
-before the gate and up matrices; the value matrix before the output matrix, whose heads share a key-value head's
-scales; and the up matrix before the down matrix, in a gated layer, where the product with the gate is linear in it.
+x W = (x / s) (s W): W takes s, and what makes x takes 1 / s (MAKERS). Heads share the scales of their key-value head.
+The up matrix makes what the down matrix reads only in a gated layer, where the product with the gate is linear in it.
 """
 
 import dataclasses
@@ -12,9 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from efflm import ops, trees
+from efflm.compress.calibrate import SUBLAYERS
 from efflm.config import require
 from efflm.config.model import ModelConfig
+from efflm.model.params import table
 from efflm.ops.qarray import QArray
+
+MAKERS = ("attention_norm", "attention/value", "feedforward_norm", "feedforward/up")  # of what each of SUBLAYERS reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,29 +27,29 @@ class Place:
 
     readers: tuple[str, ...]
     maker: str
-    is_norm: bool
+
+    @property
+    def is_norm(self) -> bool:
+        return self.maker.endswith("_norm")
 
 
 def places(config: ModelConfig) -> tuple[Place, ...]:
     """Of a layer. A parallel layer has them too: each of its norms is read by one part."""
-    attention = tuple(f"attention/{name}/kernel" for name in ("query", "key", "value"))
-    output = ("attention/output/kernel",)
-    found = [Place(attention, "attention_norm", True), Place(output, "attention/value", False)]
-    if config.feedforward == "swiglu":
-        found.append(Place(("feedforward/gate/kernel", "feedforward/up/kernel"), "feedforward_norm", True))
-        found.append(Place(("feedforward/down/kernel",), "feedforward/up", False))
-    else:
-        found.append(Place(("feedforward/up/kernel",), "feedforward_norm", True))
+    there, found = table(config), []
+    for names, maker in zip(SUBLAYERS, MAKERS, strict=True):
+        readers = tuple(f"{name}/kernel" for name in names if f"block_0/{name}/kernel" in there)
+        if maker != "feedforward/up" or config.feedforward == "swiglu":
+            found.append(Place(readers, maker))
     return tuple(found)
 
 
-def shared(config: ModelConfig, place: Place, s: jax.Array, take: Any = jnp.max) -> jax.Array:
+def shared(config: ModelConfig, place: Place, s: jax.Array) -> jax.Array:
     """s [K] made so that the maker can take it: what heads that share a key-value head have, one for all of them."""
     if place.maker != "attention/value":
         return s
     (block,) = config.blocks
     by_head = s.reshape(block.kv_heads, block.heads // block.kv_heads, block.head_dim)
-    return jnp.broadcast_to(take(by_head, axis=1, keepdims=True), by_head.shape).reshape(-1)
+    return jnp.broadcast_to(jnp.max(by_head, axis=1, keepdims=True), by_head.shape).reshape(-1)
 
 
 def scale_inputs(config: ModelConfig, params: Any, place: Place, s: jax.Array) -> Any:

@@ -11,12 +11,11 @@ import numpy as np
 from efflm import ops, trees
 from efflm.compress import calibrate, obs
 from efflm.compress.calibrate import Layer
-from efflm.compress.plan import OF_EMBEDDINGS, OF_PLAN, Embeddings, Plan, nearest, plan_of, require_formats
+from efflm.compress.plan import Rounder, nearest, plan_of, require_formats
 from efflm.compress.step import Context, record
 from efflm.config import flag, require
 from efflm.model import LanguageModel
 from efflm.ops import qarray
-from efflm.ops.format import Bits
 
 
 @functools.partial(jax.jit, static_argnames="format")
@@ -55,23 +54,19 @@ class _Round:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GPTQ:
+class GPTQ(Rounder):
     """Matrices inside the layers, rounded one input after another; embeddings to the nearest."""
 
-    bits: Bits = flag(4, "bits of a weight")
-    group: int = flag(32, "inputs that share a scale; 0: all of an output")
     symmetric: bool = flag(True, "codes around zero; false: a zero point for each scale")
     clip: bool = flag(True, "choose the range of each scale by the least squared error")
     order: bool = flag(True, "round the inputs with the largest activations first")
     damping: float = flag(0.01, "added to the diagonal of X^T X, as a share of its mean")
     sublayers: bool = flag(False, "round for what matrices read once those before them in the layer are rounded")
-    embeddings: Embeddings = flag(8, OF_EMBEDDINGS)
-    plan: Plan | None = flag(None, OF_PLAN, internal=True)
 
-    at = "bits"
     calibrates = True
 
     def __post_init__(self):
+        super().__post_init__()
         require_formats(self, plan_of(self), activations=("float", "int8"))
         require(self.damping > 0, f"damping is {self.damping}, but must be positive: 0.01")
 

@@ -51,12 +51,9 @@ class Gradual(TrainSettings):
 
         def finished(trained: Any) -> LanguageModel:
             # Those that training dropped are zeros, and so they are the smallest. What was pruned before stays so.
-            masks = dict(model.masks or {})
-            for path, w in trees.flatten(trained):
-                if in_layer(path):
-                    dropped = select.smallest(jnp.abs(w).ravel(), round(self.sparsity * w.size)).reshape(w.shape)
-                    masks[path] = ~dropped & masks[path] if path in masks else ~dropped
-            return weights.finished(trained).replace(masks=masks)
+            inside = ((path, w) for path, w in trees.flatten(trained) if in_layer(path))
+            masks = {path: select.kept(jnp.abs(w), self.sparsity) for path, w in inside}
+            return weights.finished(trained).replace(masks=select.joint(model.masks, masks))
 
         wrap = lambda rule: sparsity.gradual(rule, self.sparsity, steps=self.rising, every=self.every)
         gradual = dataclasses.replace(weights, finished=finished, wrap=wrap)

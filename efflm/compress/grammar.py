@@ -180,7 +180,8 @@ def _settings(part: str, inside: str | None) -> dict[str, str]:
 
 def _step(part: str, name: str, value: str | None, settings: Mapping[str, str], defaults: Defaults) -> Step:
     """part: what is read, for errors."""
-    require(name in recipe.STEPS, f"there is no step or recipe {name!r}{_within(part, name)}: {_meant(name)}")
+    within = f" (in {part})" if part != name else ""
+    require(name in recipe.STEPS, f"there is no step or recipe {name!r}{within}: {_meant(name)}")
     kind, own = recipe.STEPS[name], defaults.get(recipe.STEPS[name], {})
     sets = {} if value is None else _at(part, kind, value, own)
     twice = [field for field, text in sets.items() if field in settings and text == value]
@@ -211,10 +212,6 @@ def _at(part: str, kind: type, value: str, own: Mapping[str, Any]) -> dict[str, 
     share = written.value(f"{part}: the share of its steps", float, value)
     require(0 < share <= 1, f"{part}: a share of its steps must be in (0, 1]: say [steps={value}] for a number of them")
     return {at: str(max(1, round(share * own.get(at, kind.steps))))}
-
-
-def _within(part: str, name: str) -> str:
-    return f" (in {part})" if part != name else ""
 
 
 def _meant(name: str) -> str:

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 
 from efflm import trees
 from efflm.compress import select
+from efflm.compress.plan import Plan
 from efflm.compress.step import Context, record
-from efflm.config import flag, require, require_sparsity
+from efflm.config import flag, require
 from efflm.model import LanguageModel
 from efflm.model.params import in_layer
-from efflm.ops import Masks, apply_masks, in_float32
+from efflm.ops import apply_masks, in_float32
 
 
 @functools.partial(jax.jit, static_argnames="size")
@@ -38,17 +39,20 @@ def tile_size(scope: str) -> int | None:
     return int(found[1])
 
 
-def magnitude_masks(params: Any, sparsity: float, scope: str = "layer") -> dict[str, jax.Array]:
+def magnitude_masks(
+    params: Any, sparsity: float, scope: str = "layer", plan: Plan | None = None
+) -> dict[str, jax.Array]:
     """{path: bool mask, True to keep} for the matrices [in, out] of the linear layers.
 
     Of n weights round(sparsity * n) are dropped, in each matrix ("layer") or in all together ("global"); "N:M" keeps N
-    of every M inputs of an output; "BxB" drops round(sparsity * tiles) tiles of B x B weights. Raises InputError.
+    of every M inputs of an output; "BxB" drops round(sparsity * tiles) tiles of B x B weights. plan: of the sparsity of
+    each matrix, in place of one for all. Raises InputError.
     """
-    require_scope(sparsity, scope)
-    weights = {path: in_float32(leaf) for path, leaf in trees.flatten(params) if in_layer(path)}
-    pattern, size = select.n_of_m(scope), tile_size(scope)
+    shares, pattern, size = shares_for(sparsity, scope, plan), select.n_of_m(scope), tile_size(scope)
+    chosen = lambda path: in_layer(path) and shares.of(path) is not None
+    weights = {path: in_float32(leaf) for path, leaf in trees.flatten(params) if chosen(path)}
     if pattern:
-        select.require_groups(params, pattern)
+        select.require_groups(params, shares, pattern)
         return {path: ~select.all_but_n_of_m(jnp.abs(w), *pattern) for path, w in weights.items()}
     if size:
         for path, w in weights.items():
@@ -57,37 +61,27 @@ def magnitude_masks(params: Any, sparsity: float, scope: str = "layer") -> dict[
                 fits, f"{path} is {w.shape[0]} x {w.shape[1]}, which tiles of {scope} do not divide: say a smaller one"
             )
         return {
-            path: jnp.repeat(jnp.repeat(_kept(_tiles(w, size), sparsity), size, 0), size, 1)
+            path: jnp.repeat(jnp.repeat(select.kept(_tiles(w, size), shares.of(path)), size, 0), size, 1)
             for path, w in weights.items()
         }
     if scope == "layer":
-        return {path: _kept(jnp.abs(w), sparsity) for path, w in weights.items()}
-    everything = _kept(jnp.concatenate([jnp.abs(w).ravel() for w in weights.values()]), sparsity)
+        return {path: select.kept(jnp.abs(w), shares.of(path)) for path, w in weights.items()}
+    everything = select.kept(jnp.concatenate([jnp.abs(w).ravel() for w in weights.values()]), sparsity)
     start, masks = 0, {}
     for path, w in weights.items():
         masks[path], start = everything[start : start + w.size].reshape(w.shape), start + w.size
     return masks
 
 
-def _kept(scores: jax.Array, sparsity: float) -> jax.Array:
-    return ~select.smallest(scores.ravel(), round(sparsity * scores.size)).reshape(scores.shape)
-
-
-def require_scope(sparsity: float, scope: str) -> None:
-    """Raise InputError for a scope that is none, or another sparsity than its pattern's."""
-    require_sparsity(sparsity)
+def shares_for(sparsity: float, scope: str, plan: Plan | None) -> Plan:
+    """The sparsity of each matrix. Raises InputError for no scope, or another sparsity than its pattern's."""
     pattern, size = select.n_of_m(scope), tile_size(scope)
     require(
         scope in ("layer", "global") or bool(pattern) or bool(size),
         f"scope is {scope!r}, but must be layer, global, a pattern such as 2:4, or tiles such as 16x16",
     )
-    select.require_share(sparsity, pattern)
-
-
-def joint(before: Masks, masks: Masks) -> dict[str, jax.Array]:
-    """Masks that keep what both keep: what was pruned stays so."""
-    before = before or {}
-    return {**before, **{path: mask & before[path] if path in before else mask for path, mask in masks.items()}}
+    require(plan is None or scope != "global", "scope is global, which has one threshold: leave the plan out")
+    return select.shares_of(sparsity, pattern, plan)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,13 +92,14 @@ class Magnitude:
     scope: str = flag(
         "layer", "layer: of each matrix; global: of all together; 2:4: 2 of every 4 inputs; 16x16: whole tiles"
     )
+    plan: Plan | None = flag(None, select.OF_PLAN, internal=True)
 
     at = functools.partial(select.share_or_pattern, field="scope")
 
     def __post_init__(self):
-        require_scope(self.sparsity, self.scope)
+        shares_for(self.sparsity, self.scope, self.plan)
 
     def __call__(self, model: LanguageModel, context: Context):
-        masks = joint(model.masks, magnitude_masks(model.params, self.sparsity, self.scope))
+        masks = select.joint(model.masks, magnitude_masks(model.params, self.sparsity, self.scope, self.plan))
         after = model.replace(params=apply_masks(model.params, masks), masks=masks)
         return after, record(self, model, after, context)

@@ -18,7 +18,7 @@ from efflm.compress import sensitivity
 from efflm.compress.plan import OF_EMBEDDINGS, Embeddings, Plan, for_embeddings, nearest
 from efflm.compress.sensitivity import Row, Unit
 from efflm.compress.step import Context, record
-from efflm.config import flag, require
+from efflm.config import flag, require, require_choices
 from efflm.model import LanguageModel
 from efflm.model.params import in_layer
 from efflm.ops import Format
@@ -88,7 +88,7 @@ class Mixed:
     calibrates = True
 
     def __post_init__(self):
-        for_embeddings(self.embeddings, self.formats[0])
+        require_choices(self)
         rounds = self.rounder is None or hasattr(self.rounder, "plan")
         require(rounds, f"rounder is {self.rounder!s:.60}, but must be a step with a plan, such as GPTQ()")
         require(self.average_bits > 0, f"average_bits is {self.average_bits}, but must be positive")

@@ -96,20 +96,12 @@ def compensated(
     parts: arrays that lead with an axis of K. choose is called for each `together` inputs when all before them are
     done; inputs that are missing for the last time are zeros. choose and after are compiled: equal ones once.
     """
-    w, parts = jax.tree.map(lambda array: array[inverse.order], (w, parts))
-    made = _in_order(w, inverse.upper, parts, choose, after, together)
-    return tuple(jnp.zeros_like(array).at[inverse.order].set(array) for array in made)
-
-
-def _in_order(
-    w: jax.Array, factor: jax.Array, parts: Any, choose: Choose, after: After, together: int
-) -> tuple[jax.Array, jax.Array]:
-    K, N = w.shape
+    (K, N), (w, parts) = w.shape, jax.tree.map(lambda array: array[inverse.order], (w, parts))
     block = max(BLOCK // together, 1) * together
     padded = -(-K // block) * block
     fill = lambda array: jnp.pad(array, ((0, padded - K), *((0, 0),) * (array.ndim - 1)))
     w, parts = fill(w), jax.tree.map(fill, parts)
-    factor = jnp.pad(factor, ((0, padded - K),) * 2) + jnp.diag(jnp.where(jnp.arange(padded) < K, 0.0, 1.0))
+    factor = jnp.pad(inverse.upper, ((0, padded - K),) * 2) + jnp.diag(jnp.where(jnp.arange(padded) < K, 0.0, 1.0))
     take = lambda array, start, size=together: lax.dynamic_slice_in_dim(array, start, size)
     at_once = lambda tree, start: jax.tree.map(lambda array: take(array, start), tree)
 
@@ -140,5 +132,5 @@ def _in_order(
         w = w - jnp.matmul(later.T, errors, precision="highest")
         return lax.dynamic_update_slice_in_dim(w, rows, start, axis=0), kept
 
-    w, kept = lax.fori_loop(0, padded // block, one_block, (w, jnp.ones((padded, N), bool)))
-    return w[:K], kept[:K]
+    made = lax.fori_loop(0, padded // block, one_block, (w, jnp.ones((padded, N), bool)))
+    return tuple(jnp.zeros_like(array[:K]).at[inverse.order].set(array[:K]) for array in made)

@@ -1,42 +1,60 @@
-"""Which number format each matrix gets. Rounders follow a plan; what measures sensitivity makes one."""
+"""What each matrix gets: which number format, or which share of zeros. Rounders and pruners follow a plan; what
+measures sensitivity makes one."""
 
 import dataclasses
 import re
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from efflm import ops, trees
-from efflm.config import require
+from efflm.config import flag, require, require_choices
 from efflm.model.params import find, in_layer, is_matrix
 from efflm.ops import Format, QArray
 from efflm.ops.format import Bits
 
 LAYERS, EMBEDDINGS = "layers", "embeddings"  # matrices inside the layers; embeddings and the output layer
 Embeddings = Literal[Bits, 0]
-Rule = tuple[str, Format | None]
-# The help of two fields that every rounder has.
+Rule = tuple[str, Any]
 OF_EMBEDDINGS = "bits of embeddings and the output layer: 8, a scale each; fewer, in the layers' format; 0: left alone"
-OF_PLAN = "a compress.plan.Plan, in place of all that says how matrices are rounded"
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """rules: (role or pattern, format), in their order. A role is LAYERS or EMBEDDINGS, a pattern a regular expression
-    that matches a whole path. The first that fits a matrix is its rule; None, or no rule, leaves it as it is."""
+    """rules: (role or pattern, what matrices get: a Format, or of a pruner the share that goes), in their order.
+
+    A role is LAYERS or EMBEDDINGS, a pattern a regular expression that matches a whole path. The first that fits a
+    matrix is its rule; None, or no rule, leaves it as it is.
+    """
 
     rules: tuple[Rule, ...] = ()
 
-    def of(self, path: str) -> Format | None:
-        """The format of a weight; None: it is not rounded."""
+    def of(self, path: str) -> Any:
+        """What a weight gets; None: it is left as it is."""
         if not is_matrix(path):
             return None
         role = LAYERS if in_layer(path) else EMBEDDINGS
-        return next((format for rule, format in self.rules if rule == role or re.fullmatch(rule, path)), None)
+        return next((each for rule, each in self.rules if rule == role or re.fullmatch(rule, path)), None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rounder:
+    """The settings that steps which round matrices have in common; `plan_of` makes a plan of them."""
+
+    bits: Bits = flag(4, "bits of a weight")
+    group: int = flag(32, "inputs that share a scale; 0: all of an output")
+    embeddings: Embeddings = flag(8, OF_EMBEDDINGS)
+    plan: Plan | None = flag(
+        None, "a compress.plan.Plan, in place of all that says how matrices are rounded", internal=True
+    )
+
+    at = "bits"
+
+    def __post_init__(self):
+        require_choices(self)
+        plan_of(self)
 
 
 def for_embeddings(bits: int, layers: Format) -> tuple[Rule, ...]:
-    """The rule for what is outside the layers, which a low precision hurts most. Raises InputError."""
-    choices = get_args(Embeddings)
-    require(bits in choices, f"embeddings is {bits}, but must be one of {', '.join(map(str, choices))}")
+    """The rule for what is outside the layers, which a low precision hurts most."""
     format = dataclasses.replace(Format() if bits == 8 else layers, bits=bits or 8, activations=layers.activations)
     return ((EMBEDDINGS, format),) if bits else ()
 
@@ -45,11 +63,17 @@ def plan_of(step: Any, **fixed: Any) -> Plan:
     """The plan that a rounder was given, or the one that its fields make: those with the names of a Format's are the
     layers' format, `embeddings` is for the rest. fixed: in place of fields. Raises InputError."""
     if step.plan is not None:
-        require(isinstance(step.plan, Plan), f"plan is {step.plan!s:.60}, but must be a compress.plan.Plan")
+        require_plan(step.plan, Format, "formats")
         return step.plan
     names = [field.name for field in dataclasses.fields(Format)]
     layers = Format(**({name: getattr(step, name) for name in names if hasattr(step, name)} | fixed))
     return Plan(((LAYERS, layers), *for_embeddings(step.embeddings, layers)))
+
+
+def require_plan(plan: Any, kind: type, what: str) -> None:
+    """Raise InputError for what is no plan of values of this kind."""
+    good = isinstance(plan, Plan) and all(each is None or isinstance(each, kind) for _, each in plan.rules)
+    require(good, f"plan is {plan!s:.60}, but must be a compress.plan.Plan of {what}")
 
 
 def require_formats(step: Any, plan: Plan, **choices: tuple[Any, ...]) -> None:

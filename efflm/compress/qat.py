@@ -14,14 +14,13 @@ import jax.numpy as jnp
 
 from efflm import ops, trees
 from efflm.compress import training
-from efflm.compress.plan import OF_EMBEDDINGS, OF_PLAN, Embeddings, Plan, nearest, plan_of, require_formats
+from efflm.compress.plan import Plan, Rounder, nearest, plan_of, require_formats
 from efflm.compress.step import Context
 from efflm.config import flag
 from efflm.config.train import TrainSettings
 from efflm.model import LanguageModel
 from efflm.model.params import LOG_SCALE, in_layer
 from efflm.ops import qarray
-from efflm.ops.format import Bits
 
 
 def rounded(w: jax.Array, log_scale: jax.Array, format: ops.Format) -> jax.Array:
@@ -37,7 +36,7 @@ def rounded(w: jax.Array, log_scale: jax.Array, format: ops.Format) -> jax.Array
     log_scale = log_scale * share + jax.lax.stop_gradient(log_scale * (1 - share))
     scale = qarray.by_entry(jnp.exp(log_scale), -2, group, len(w))
     clipped = jnp.clip(w / scale, -most, most)
-    return (clipped + jax.lax.stop_gradient(jnp.round(clipped) - clipped)) * scale
+    return qarray.with_gradient_of(clipped, jnp.round(clipped)) * scale
 
 
 def learned_scales(model: LanguageModel, formats: Mapping[str, ops.Format]) -> training.Parametrization:
@@ -61,20 +60,14 @@ def learned_scales(model: LanguageModel, formats: Mapping[str, ops.Format]) -> t
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QAT(TrainSettings):
+class QAT(TrainSettings, Rounder):
     """Round the matrices inside the layers and train all weights with that; then round embeddings to the nearest."""
 
-    bits: Bits = flag(4, "bits of a weight")
-    group: int = flag(32, "inputs that share a scale; 0: all of an output")
     scales: Literal["learned", "running"] = flag(
         "learned", "trained like weights (LSQ); running: always that of the largest weight of the group"
     )
     learning_rate: float = flag(1e-4, "peak learning rate")
     distill: bool = flag(True, "imitate the teacher; false: learn from the text alone")
-    embeddings: Embeddings = flag(8, OF_EMBEDDINGS)
-    plan: Plan | None = flag(None, OF_PLAN, internal=True)
-
-    at = "bits"
 
     def __post_init__(self):
         super().__post_init__()

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from efflm import trees
 from efflm.compress import calibrate
 from efflm.compress.calibrate import Layer
-from efflm.compress.plan import OF_EMBEDDINGS, OF_PLAN, Embeddings, Plan, nearest, plan_of
+from efflm.compress.plan import Plan, Rounder, nearest, plan_of
 from efflm.compress.step import Context, record
 from efflm.config import flag
 from efflm.model import LanguageModel, in_dtype
@@ -25,7 +25,7 @@ def quantize(params: Any, activations: Activations = "float", **format: Any) -> 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Quantize:
+class Quantize(Rounder):
     """Matrices rounded to the nearest code."""
 
     bits: Bits = flag(8, "bits of a weight")
@@ -36,15 +36,10 @@ class Quantize:
     activations: Activations = flag(
         "float", "int8 also rounds activations, one scale per token (W8A8); int8_static: one per matrix, calibrated"
     )
-    embeddings: Embeddings = flag(8, OF_EMBEDDINGS)
-    plan: Plan | None = flag(None, OF_PLAN, internal=True)
 
     @staticmethod
     def at(value: str) -> dict[str, str]:
         return {"bits": value, "group": "32"}
-
-    def __post_init__(self):
-        plan_of(self)
 
     @property
     def calibrates(self) -> bool:

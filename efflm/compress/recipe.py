@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from efflm import trees
+from efflm.compress import training
 from efflm.compress.adapt import Adapt, Merge
 from efflm.compress.awq import AWQ
 from efflm.compress.distill import Distill
@@ -142,7 +143,7 @@ class Kept:
     load: Callable[[], tuple[LanguageModel, tuple[Record, ...], str] | None]
 
 
-def run(
+def apply(
     model: LanguageModel, steps: Sequence[Step], context: Context, kept: Kept | None = None
 ) -> tuple[LanguageModel, tuple[Record, ...]]:
     """Apply the steps in order; the teacher is the first model unless the context names one. Raises InputError.
@@ -163,6 +164,7 @@ def run(
     for index, step in enumerate(steps[len(records) :], len(records) + 1):
         file = folder and folder / f"{index}_{type(step).__name__.lower()}.jsonl"
         require_no_adapters(model, step)
+        step = training.measured(step, model, context)
         after, done = step(model, dataclasses.replace(context, metrics=file))
         _warn_of_rounding_again(model, after, done)
         model, records = after, (*records, done)

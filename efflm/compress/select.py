@@ -1,5 +1,6 @@
 """Which weights go: exact counts, also under ties; of equal scores the earlier ones go first."""
 
+import dataclasses
 import functools
 import re
 from typing import Any
@@ -8,9 +9,24 @@ import jax
 import jax.numpy as jnp
 
 from efflm import trees
-from efflm.config import require
+from efflm.compress.plan import LAYERS, Plan, require_plan
+from efflm.config import flag, require, require_sparsity
 from efflm.model.params import in_layer
+from efflm.ops import Masks
 from efflm.ops.selection import smallest
+
+OF_PLAN = "a compress.plan.Plan of such fractions by path, in place of one for all; None there: not pruned"
+
+
+def kept(scores: jax.Array, sparsity: float) -> jax.Array:
+    """True for all but round(sparsity * scores) of them: the smallest."""
+    return ~smallest(scores.ravel(), round(sparsity * scores.size)).reshape(scores.shape)
+
+
+def joint(before: Masks, masks: Masks) -> dict[str, jax.Array]:
+    """Masks that keep what both keep: what was pruned stays so."""
+    before = before or {}
+    return {**before, **{path: mask & before[path] if path in before else mask for path, mask in masks.items()}}
 
 
 @jax.jit
@@ -46,23 +62,53 @@ def share_or_pattern(value: str, field: str = "pattern") -> dict[str, str]:
     return {"sparsity": str(1 - pattern[0] / pattern[1]), field: value} if pattern else {"sparsity": value}
 
 
-def require_share(sparsity: float, pattern: tuple[int, int] | None) -> None:
-    """Raise InputError where a pattern (n, m) removes another share than `sparsity`."""
-    if pattern:
-        n, m = pattern
-        share = 1 - n / m
-        require(
-            abs(sparsity - share) < 1e-6,
-            f"sparsity is {sparsity}, but {n}:{m} removes {share:g} of the weights: say that",
-        )
+def shares_of(sparsity: float, pattern: tuple[int, int] | None, plan: Plan | None) -> Plan:
+    """The share of the weights that goes of each matrix inside the layers: `sparsity`, or what the plan says.
+
+    Raises InputError for one that is none, or that a pattern (n, m) does not remove.
+    """
+    if plan is not None:
+        require_plan(plan, float, "shares, as 0.5")
+    shares = Plan(((LAYERS, sparsity),)) if plan is None else plan
+    for share in (share for _, share in shares.rules if share is not None):
+        require_sparsity(share)
+        if pattern:
+            n, m = pattern
+            require(
+                abs(share - (1 - n / m)) < 1e-6,
+                f"sparsity is {share}, but {n}:{m} removes {1 - n / m:g} of the weights: say that",
+            )
+    return shares
 
 
-def require_groups(params: Any, pattern: tuple[int, int] | None) -> None:
-    """Raise InputError for a matrix inside the layers that a pattern (n, m) does not divide."""
+def require_groups(params: Any, shares: Plan, pattern: tuple[int, int] | None) -> None:
+    """Raise InputError for a matrix that is to be pruned by a pattern (n, m) which does not divide it."""
     for path, w in trees.flatten(params):
-        if pattern and in_layer(path):
+        if pattern and in_layer(path) and shares.of(path) is not None:
             n, m = pattern
             require(
                 w.shape[0] % m == 0,
                 f"{path} has {w.shape[0]} inputs, which {n}:{m} cannot group by {m}: choose another pattern",
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pruner:
+    """The settings that steps which prune by calibration text have in common."""
+
+    sparsity: float = flag(0.5, "fraction of weights to remove, in [0, 1)")
+    pattern: str = flag("", "N:M keeps N of every M inputs of an output, as in 2:4; empty: any weights")
+    plan: Plan | None = flag(None, OF_PLAN, internal=True)
+
+    at = staticmethod(share_or_pattern)
+    calibrates = True
+
+    def __post_init__(self):
+        shares_of(self.sparsity, n_of_m(self.pattern), self.plan)
+
+    def chosen(self, params: Any) -> tuple[Plan, tuple[int, int] | None]:
+        """The share of each matrix, and the pattern. Raises InputError for a matrix that it does not divide."""
+        pattern = n_of_m(self.pattern)
+        shares = shares_of(self.sparsity, pattern, self.plan)
+        require_groups(params, shares, pattern)
+        return shares, pattern

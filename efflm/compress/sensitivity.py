@@ -88,7 +88,7 @@ def sensitivity(
         """The final states for what layer `index` reads, its weights being `params`."""
         for later in range(index, len(model.config.blocks)):
             own = params if later == index else model.params[f"block_{later}"]
-            x = calibrate.run(layerwise.block_config(model.config, later), own, x, *row)
+            x = calibrate.layer_output(layerwise.block_config(model.config, later), own, x, *row)
         return _final_states(model.config, outer, x)
 
     whole = [states(0, model.params["block_0"], *row) for row in calibrate.inputs(model, batch, mesh)]

@@ -12,7 +12,7 @@ from efflm import ops, trees
 from efflm.compress import calibrate, obs, select
 from efflm.compress.calibrate import Layer
 from efflm.compress.step import Context, record
-from efflm.config import flag, require, require_sparsity
+from efflm.config import flag, require
 from efflm.model import LanguageModel
 
 
@@ -59,35 +59,29 @@ def _zeroed(parts: Any, w: jax.Array, kept: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SparseGPT:
+class SparseGPT(select.Pruner):
     """Prune the matrices inside the layers by what they do to calibration text, the remaining weights adjusted."""
 
-    sparsity: float = flag(0.5, "fraction of weights to remove, in [0, 1)")
-    pattern: str = flag("", "N:M keeps N of every M inputs of an output, as in 2:4; empty: any weights")
     damping: float = flag(0.01, "added to the diagonal of X^T X, as a share of its mean")
 
-    at = staticmethod(select.share_or_pattern)
-    calibrates = True
-
     def __post_init__(self):
-        require_sparsity(self.sparsity)
-        select.require_share(self.sparsity, select.n_of_m(self.pattern))
+        super().__post_init__()
         require(self.damping > 0, f"damping is {self.damping}, but must be positive: 0.01")
 
     def __call__(self, model: LanguageModel, context: Context):
-        pattern = select.n_of_m(self.pattern)
-        select.require_groups(model.params, pattern)
+        shares, pattern = self.chosen(model.params)
 
         def one(layer: Layer, read: calibrate.States) -> tuple[Layer, None]:
             inverse = obs.inverses(layer, read, self.damping)
             masks = dict(layer.masks)
 
             def matrix(path: str, leaf: Any) -> Any:
-                if path not in read:
+                share = shares.of(layer.path(path))
+                if path not in read or share is None:
                     return leaf
                 w = ops.in_float32(leaf)
                 kept = masks.get(path, np.ones(w.shape, bool))
-                w, masks[path] = prune(w, inverse(path), kept, self.sparsity, pattern)
+                w, masks[path] = prune(w, inverse(path), kept, share, pattern)
                 return ops.requantize(w, leaf)
 
             params = trees.map_with_path(matrix, layer.params)

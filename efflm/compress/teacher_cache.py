@@ -166,9 +166,6 @@ def read(folder: Path, wanted: Mapping[str, Any], batches: Batches) -> Batches:
         if header["kind"] == "sampled":
             ids = more["teacher_ids"]
             more["teacher_p"] = np.full(ids.shape, 1 / ids.shape[-1], np.float32)
-        more["teacher_p"] = more["teacher_p"].astype(np.float32)
-        if "teacher_ids" in more:
-            more["teacher_ids"] = more["teacher_ids"].astype(np.int32)
         return {name: np.asarray(array) for name, array in batch.items()} | more
 
     return at

@@ -13,9 +13,10 @@ from efflm import ops, trees
 from efflm.compress.step import Context, Record, record
 from efflm.config import require
 from efflm.config.train import TrainSettings
-from efflm.model import LanguageModel, Transformer, require_same_tokenizer
+from efflm.model import LanguageModel, Transformer, autotune, require_same_tokenizer, stack_blocks
+from efflm.model.transformer import runs
 from efflm.precision import POLICIES, cast, policy_for
-from efflm.train import callbacks, losses, optimizer, trainer
+from efflm.train import callbacks, losses, trainer
 from efflm.train.losses import LossFn
 from efflm.train.trainer import Batches
 
@@ -38,7 +39,7 @@ class Parametrization:
     finished: Callable[[Any], LanguageModel]
     frozen: Any = dataclasses.field(default_factory=dict)
     masks: ops.Masks = None
-    wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] | None = None
+    wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda rule: rule
 
 
 def masters(model: LanguageModel) -> Any:
@@ -88,6 +89,14 @@ def text_of(step: TrainSettings, context: Context) -> Batches:
     return context.batches
 
 
+def measured(step: Any, model: LanguageModel, context: Context) -> Any:
+    """The step, the policy that is the fastest here in place of policy="auto" (see model.autotune)."""
+    if getattr(step, "policy", "") != autotune.AUTO:
+        return step
+    picked = autotune.trained(model, *text_of(step, context)(0)["inputs"].shape)
+    return dataclasses.replace(step, policy=picked.config.precision)
+
+
 def in_policy(step: TrainSettings, model: LanguageModel) -> LanguageModel:
     """The model, run with the step's policy where that names one."""
     if not step.policy:
@@ -100,15 +109,28 @@ def objective(
 ) -> Objective:
     """The cross-entropy of the text; with a teacher losses.distillation_loss, `cached` losses.cached_distillation_loss.
     how: the settings of these two, which text alone has none of. Raises InputError."""
-    config, (policy, remat) = model.config, (policy_for(in_policy(step, model).config), step.remat)
+    config, policy = model.config, policy_for(in_policy(step, model).config)
+    run = {"scanned": step.scan, "remat": step.remat}
     if not (teacher or cached):
-        return losses.language_model_loss(config, policy, remat=remat, z_loss=step.z_loss), {}
+        return _stacked(losses.language_model_loss(config, policy, **run, z_loss=step.z_loss), step, model), {}
     require(step.z_loss == 0, f"z_loss is {step.z_loss}, but is part of the loss on text alone: leave it out")
-    student = Transformer(config, policy, remat=remat)
+    require(not (step.scan and how.get("layers")), "scan hides what layers give: leave it out, or hidden and attention")
+    student = Transformer(config, policy, **run)
     if cached:
-        return losses.cached_distillation_loss(student, **how), {}
+        return _stacked(losses.cached_distillation_loss(student, **how), step, model), {}
     imitated = Transformer(teacher.config, policy_for(teacher.config))
-    return losses.distillation_loss(student, imitated, **{"temperature": 1.0, "weight": 1.0} | how), teacher.params
+    loss = losses.distillation_loss(student, imitated, **{"temperature": 1.0, "weight": 1.0} | how)
+    return _stacked(loss, step, model), teacher.params
+
+
+def _stacked(loss: LossFn, step: TrainSettings, model: LanguageModel) -> LossFn:
+    """With `scan`, the loss of weights whose layers are stacked in every step: a copy of them. Raises InputError."""
+    if not step.scan:
+        return loss
+    for first, count in runs(model.config):
+        kinds = {jax.tree.structure(model.params[f"block_{i}"]) for i in range(first, first + count)}
+        require(len(kinds) == 1, "scan loops over layers in one format, and those of this model differ: leave it out")
+    return lambda params, *given: loss(stack_blocks(params, model.config), *given)
 
 
 def train(
@@ -136,7 +158,7 @@ def train(
         start=start,
         frozen={"model": parametrization.frozen, "teacher": teacher},
         batches=batches,
-        rule=parametrization.wrap and parametrization.wrap(optimizer.make(settings)),
+        wrap=parametrization.wrap,
         masks=ops.mask_tree(jax.eval_shape(start), parametrization.masks),
         finish=lambda trained: parametrization.finished(cast(trained, jnp.float32)),
     )

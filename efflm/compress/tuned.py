@@ -6,6 +6,7 @@ each group keeps, are trained until the layer with rounded weights computes what
 
 import dataclasses
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -16,14 +17,13 @@ import optax
 from efflm import ops, trees
 from efflm.compress import calibrate
 from efflm.compress.calibrate import Layer
-from efflm.compress.plan import OF_EMBEDDINGS, OF_PLAN, Embeddings, Plan, nearest, plan_of, require_formats
+from efflm.compress.plan import Plan, Rounder, nearest, plan_of, require_formats
 from efflm.compress.step import Context, record
 from efflm.config import flag, require
 from efflm.config.model import ModelConfig
 from efflm.config.train import TrainConfig
 from efflm.model import LanguageModel, layerwise, placement
 from efflm.ops import Format, qarray
-from efflm.ops.format import Bits
 from efflm.parallel import sharding
 from efflm.train import trainer
 from efflm.train.losses import weighted_mean
@@ -53,7 +53,8 @@ def grid(w: jax.Array, learned: Learned, format: Format) -> qarray.Grid:
     top = learned["top"] * jnp.maximum(jnp.max(split, axis=-2), 0.0)
     bottom = learned["bottom"] * jnp.minimum(jnp.min(split, axis=-2), 0.0)
     scale = qarray.symmetric_scale(top - bottom, format.high - format.low)
-    return scale, jnp.clip(_rounded(-bottom / scale) + format.low, format.low, format.high)
+    zero = qarray.with_gradient_of(-bottom / scale, jnp.round(-bottom / scale))
+    return scale, jnp.clip(zero + format.low, format.low, format.high)
 
 
 def rounded(w: jax.Array, learned: Learned, format: Format) -> jax.Array:
@@ -61,7 +62,8 @@ def rounded(w: jax.Array, learned: Learned, format: Format) -> jax.Array:
     each = lambda part: qarray.by_entry(part, -2, format.group_in(w.shape[-2]), w.shape[-2])
     scale, zeros = grid(w, learned, format)
     scale, zero = each(scale), 0.0 if zeros is None else each(zeros)
-    codes = _rounded(w / scale + learned["offset"]) + zero
+    exact = w / scale + learned["offset"]
+    codes = qarray.with_gradient_of(exact, jnp.round(exact)) + zero
     return (jnp.clip(codes, format.low, format.high) - zero) * scale
 
 
@@ -70,10 +72,6 @@ def stored(w: jax.Array, kept: jax.Array | None, learned: Learned, format: Forma
     scale, zeros = grid(w, learned, format)
     found = masked(rounded(w, learned, format), kept)
     return ops.quantize_array(found, -2, format, grid=(scale, None if zeros is None else zeros.astype(jnp.int8)))
-
-
-def _rounded(x: jax.Array) -> jax.Array:
-    return x + jax.lax.stop_gradient(jnp.round(x) - x)
 
 
 def masked(w: jax.Array, kept: jax.Array | None) -> jax.Array:
@@ -94,9 +92,9 @@ class BlockError:
 
     def __call__(self, trainable: Any, frozen: Any, batch: dict[str, jax.Array], rng: jax.Array | None = None):
         del rng
-        weights, learned = (dict(trees.flatten(tree["block_0"])) for tree in (frozen, trainable))
+        weights = dict(trees.flatten(frozen["block_0"]))
         for path, format in self.formats:
-            weights[path] = rounded(weights[path], _of(learned, path), format)
+            weights[path] = rounded(weights[path], _at(trainable["block_0"], path), format)
         params, rows = trees.unflatten(weights), (batch[name] for name in ("x", "positions", "segments"))
         lost = layerwise.apply_block(self.config, params, *rows).astype(jnp.float32) - batch["wanted"]
         counted = (batch["segments"] > 0).astype(jnp.float32)
@@ -120,7 +118,7 @@ def _within(updates: Any, params: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tuned:
+class Tuned(Rounder):
     """Matrices inside the layers, rounded so that each layer computes what it did; embeddings to the nearest.
 
     What is wanted of a layer is its output where no layer is rounded; it reads what the rounded layers before it made.
@@ -132,19 +130,15 @@ class Tuned:
     that are wanted, the errors before and after, and the inputs of the next layer.
     """
 
-    bits: Bits = flag(4, "bits of a weight")
-    group: int = flag(32, "inputs that share a scale; 0: all of an output")
     symmetric: bool = flag(True, "codes around zero; false: a zero point for each scale")
     steps: int = flag(96, "optimizer steps for each layer")
     learning_rate: float = flag(0.0, "of the offsets at the start, in codes; 0: 1 / steps")
     batch: int = flag(4, "sequences in a step")
-    embeddings: Embeddings = flag(8, OF_EMBEDDINGS)
-    plan: Plan | None = flag(None, OF_PLAN, internal=True)
 
-    at = "bits"
     calibrates = True
 
     def __post_init__(self):
+        super().__post_init__()
         require_formats(self, self._plan, activations=("float", "int8"), scales=("output",), scale_dtype=("",))
         require(self.steps > 0, f"steps is {self.steps}, but must be positive")
         require(self.batch > 0, f"batch is {self.batch}, but must be positive")
@@ -169,8 +163,9 @@ class Tuned:
             kept = {path: layer.masks[path] for path in formats if path in layer.masks}
             for path in formats:
                 flat[path] = masked(ops.in_float32(flat[path]), kept.get(path))
-            frozen, learned = _under_block(flat), {path: start(flat[path], format) for path, format in formats.items()}
-            begin = _under_block({f"{path}/{name}": part for path in learned for name, part in learned[path].items()})
+            learned = {path: start(flat[path], format) for path, format in formats.items()}
+            # Under the name of a layer, by which the trainer shards them.
+            begin, frozen = ({"block_0": trees.unflatten(each)} for each in (learned, flat))
             # Where the trainer puts them: so the errors before and after come from one compiled program.
             begin, frozen = (jax.device_put(tree, placement.shardings(tree, context.mesh)) for tree in (begin, frozen))
             rows = [
@@ -188,9 +183,9 @@ class Tuned:
             found = trainer.fit(task, mesh=context.mesh, title="", programs=programs)
             errors = [_error(loss, learned, frozen, rows) for learned in (begin, found)]
 
-            best = dict(trees.flatten((found if errors[1] < errors[0] else begin)["block_0"]))
+            best = (found if errors[1] < errors[0] else begin)["block_0"]
             for path, format in formats.items():
-                flat[path] = stored(flat[path], kept.get(path), _of(best, path), format)
+                flat[path] = stored(flat[path], kept.get(path), _at(best, path), format)
             return layer.replace(params=trees.unflatten(flat)), None
 
         given = {"mesh": context.mesh, "title": "tuned rounding", "reference": True}
@@ -199,14 +194,9 @@ class Tuned:
         return after, record(self, model, after, context)
 
 
-def _of(learned: dict[str, jax.Array], path: str) -> Learned:
-    """What is learned for one matrix, of what is learned for all."""
-    return {name: learned[f"{path}/{name}"] for name in ("offset", "top", "bottom") if f"{path}/{name}" in learned}
-
-
-def _under_block(flat: dict[str, Any]) -> Any:
-    """The tree of paths in a layer, under the name of a layer, by which the trainer shards it."""
-    return trees.unflatten({f"block_0/{path}": leaf for path, leaf in flat.items()})
+def _at(tree: Any, path: str) -> Any:
+    """What is under a path in a tree."""
+    return functools.reduce(operator.getitem, path.split("/"), tree)
 
 
 def _batches(rows: list[dict[str, jax.Array]], batch: int, devices: int, seed: int) -> trainer.Batches:

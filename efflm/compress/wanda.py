@@ -11,7 +11,6 @@ from efflm import ops, trees
 from efflm.compress import calibrate, select
 from efflm.compress.calibrate import Layer
 from efflm.compress.step import Context, record
-from efflm.config import flag, require_sparsity
 from efflm.model import LanguageModel
 
 
@@ -28,29 +27,21 @@ def mask(w: jax.Array, squares: jax.Array, sparsity: float, pattern: tuple[int, 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Wanda:
+class Wanda(select.Pruner):
     """Prune the matrices inside the layers by the magnitude of weights times that of what they read."""
 
-    sparsity: float = flag(0.5, "fraction of weights to remove, in [0, 1)")
-    pattern: str = flag("", "N:M keeps N of every M inputs of an output, as in 2:4; empty: any weights")
-
-    at = staticmethod(select.share_or_pattern)
-    calibrates = True
-
-    def __post_init__(self):
-        require_sparsity(self.sparsity)
-        select.require_share(self.sparsity, select.n_of_m(self.pattern))
-
     def __call__(self, model: LanguageModel, context: Context):
-        pattern = select.n_of_m(self.pattern)
-        select.require_groups(model.params, pattern)
+        shares, pattern = self.chosen(model.params)
 
         def one(layer: Layer, read: calibrate.States) -> tuple[Layer, None]:
-            weights, masks = dict(trees.flatten(layer.params)), dict(layer.masks)
+            weights, masks = dict(trees.flatten(layer.params)), {}
             for path, states in read.items():
-                w = jnp.where(masks.get(path, True), ops.in_float32(weights[path]), 0.0)
-                kept = mask(w, states["squares"], self.sparsity, pattern)
-                masks[path] = kept & masks[path] if path in masks else kept
+                share = shares.of(layer.path(path))
+                if share is None:
+                    continue
+                w = jnp.where(layer.masks.get(path, True), ops.in_float32(weights[path]), 0.0)
+                masks[path] = mask(w, states["squares"], share, pattern)
+            masks = select.joint(layer.masks, masks)
             return layer.replace(params=ops.apply_masks(layer.params, masks), masks=masks), None
 
         statistics = {"squares": calibrate.SQUARES}

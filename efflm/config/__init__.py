@@ -1,7 +1,9 @@
 """What a run is told: frozen dataclasses, validated when made. `flags` makes command lines of them."""
 
 import dataclasses
+import functools
 import os
+import typing
 from typing import Any, Literal
 
 
@@ -45,6 +47,18 @@ def require_positive(settings: Any, *names: str) -> None:
         value = getattr(settings, name)
         values = value if isinstance(value, tuple) else (value,)
         require(min(values) > 0, f"{name} is {','.join(map(str, values))}, but must be positive")
+
+
+types = functools.cache(typing.get_type_hints)  # of the fields of a dataclass, by name
+
+
+def require_choices(config: Any, prefix: str = "") -> None:
+    """Raise InputError for a field whose type is a Literal and whose value is none of its choices."""
+    for name, kind in types(type(config)).items():
+        if typing.get_origin(kind) is Literal:
+            value, choices = getattr(config, name), typing.get_args(kind)
+            known = ", ".join(str(choice) for choice in choices if choice != "")
+            require(value in choices, f"{prefix}{name} is {value!r:.60}: choose from {known}")
 
 
 def require_seed(value: int) -> None:

@@ -1,18 +1,15 @@
 """A model: its sizes and what it computes, checked for values that no model has."""
 
 import dataclasses
-import functools
-import typing
 from typing import Any, Literal
 
-from efflm.config import InputError, Precision, flag, require
+from efflm.config import InputError, Precision, flag, require, require_choices, types
 
 MOST, MOST_LAYERS = 2**31 - 1, 10_000  # of anything that an array or a position counts; of layers
 # From, to: of every field of a model's config that is a float.
 RANGES = {"rope_base": (1, 1e30), "norm_epsilon": (0, 1), "rotary_fraction": (1e-3, 1)} | dict.fromkeys(
     ("factor", "low_freq_factor", "high_freq_factor"), (1e-3, 1e6)
 )
-_hints = functools.cache(typing.get_type_hints)
 
 
 def _require_types(config: Any, prefix: str = "") -> None:
@@ -20,7 +17,8 @@ def _require_types(config: Any, prefix: str = "") -> None:
 
     Whole numbers in place of floats, as JSON has them, become floats.
     """
-    for name, kind in _hints(type(config)).items():
+    require_choices(config, prefix)
+    for name, kind in types(type(config)).items():
         value, good, wanted = getattr(config, name), True, ""
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if kind is int:
@@ -32,8 +30,6 @@ def _require_types(config: Any, prefix: str = "") -> None:
             good, wanted = number and least <= value <= most, f", but must be a number from {least:g} to {most:g}"
         elif kind is bool:
             good, wanted = isinstance(value, bool), ", but must be true or false"
-        elif typing.get_origin(kind) is Literal:
-            good, wanted = value in typing.get_args(kind), f": choose from {typing.get_args(kind)}"
         require(good, f"{prefix}{name} is {value!r:.60}{wanted}")
         if kind is float:
             object.__setattr__(config, name, float(value))

@@ -1,10 +1,9 @@
 """A training run: its steps, optimizer, precision and memory."""
 
 import dataclasses
-import typing
 from typing import Literal
 
-from efflm.config import flag, require, require_positive
+from efflm.config import flag, require, require_choices, require_positive
 
 Optimizer = Literal["adamw", "adamw8bit", "adam", "sgd", "lion", "adafactor", "muon", "schedule_free"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
@@ -52,23 +51,21 @@ class TrainSettings:
     beta2: float = flag(0.99, "decay of the second moment")
     clip: float = flag(1.0, "largest global norm of the gradient")
     z_loss: float = flag(0.0, "weight of the squared log-normalizer in the loss on text, which keeps logits small")
-    policy: Literal["", "float32", "bfloat16", "bfloat16_pure", "float16"] = flag(
+    policy: Literal["", PolicyName] = flag(
         "", "dtype of the matmuls, of a teacher's too (see train.policy); empty: that which each model is run in"
     )
     accumulate: int = flag(
         1, "parts a batch is read in, one after another, for less memory; the devices share each part"
     )
     remat: Remat = flag("none", "what the backward pass computes again: nothing, all but the matmuls, or whole layers")
+    scan: bool = flag(False, "one compiled layer looped over (short compile times) in place of unrolled layers")
     on_nan: OnNan = flag("stop", "at a loss or gradient that is not finite: stop, or skip that update and count it")
     log_every: int = flag(10, "steps between lines in the file of metrics")
 
     trains = True  # of a step of compression: it needs text to train on
 
     def __post_init__(self):
-        for name, kind in typing.get_type_hints(type(self)).items():
-            value, choices = getattr(self, name), typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-            known = ", ".join(str(choice) for choice in choices if choice != "")
-            require(not choices or value in choices, f"{name} is {value!r}: choose from {known}")
+        require_choices(self)
         require_positive(self, "steps", "learning_rate", "clip", "accumulate", "log_every")
         require(
             -1 <= self.warmup < self.steps,
@@ -103,7 +100,6 @@ class TrainConfig(TrainSettings):
         "rounded stochastically; float16 scales the loss dynamically; auto measures for a second whether float32 or "
         "bfloat16 is faster here",
     )
-    scan: bool = flag(False, "one compiled layer looped over (short compile times) in place of unrolled layers")
 
     def __post_init__(self):
         super().__post_init__()

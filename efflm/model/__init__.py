@@ -18,18 +18,3 @@ from efflm.model.transformer import (
     stack_blocks,
     unstack_blocks,
 )
-
-__all__ = [
-    "Cache",
-    "Gathered",
-    "LanguageModel",
-    "Transformer",
-    "empty_cache",
-    "final_states_and_gathered",
-    "in_dtype",
-    "init_params",
-    "require_fits",
-    "require_same_tokenizer",
-    "stack_blocks",
-    "unstack_blocks",
-]

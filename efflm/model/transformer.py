@@ -248,7 +248,7 @@ class Gathered:
 def final_states_and_gathered(
     model: Transformer, params: Any, tokens: jax.Array, *, outputs: bool = True, probabilities: bool = False, **inputs
 ) -> tuple[jax.Array, Gathered]:
-    """`final_states` without a cache, and what is asked for of every layer. The layers must not be scanned."""
+    """`final_states` without a cache, and what is asked for of every layer, which must then not be scanned."""
     wanted = [name for name, asked in ((OUTPUTS, outputs), (PROBABILITIES, probabilities)) if asked]
     (x_BTD, _), found = model.apply(
         {"params": params}, tokens, **inputs, method=Transformer.final_states, mutable=wanted

@@ -9,10 +9,9 @@ from collections.abc import Callable
 
 import jax
 from jax import lax
-from jax.typing import DTypeLike
 
 from efflm.ops import attention_blocks
-from efflm.ops.kernels import gpu, tpu
+from efflm.ops.kernels import Attention, gpu, tpu
 from efflm.ops.kernels.cpu import attention as cpu
 
 KERNELS = {"tpu": tpu, "cuda": gpu, "cpu": cpu}  # by JAX's name of the platform that is compiled for
@@ -37,12 +36,11 @@ def attention(
     """
     require_heads(q_BTNH, k_BSKH, v_BSKH)
     _require_places(q_BTNH, k_BSKH, slots_BT, segments_BT, key_segments_BS)
-    T, S, H, dtype = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[3], q_BTNH.dtype
-    in_order, own_segments = slots_BT is None, key_segments_BS is None
-    found = {name: kernel_for(name, T, S, H, dtype, window, in_order, own_segments) for name in KERNELS}
+    (_, T, _, H), S, in_order = q_BTNH.shape, k_BSKH.shape[1], slots_BT is None
+    call = Attention(T, S, H, q_BTNH.dtype, window, in_order, key_segments_BS is None)
     where = {"window": window} if in_order else {"window": window, "slots_BT": slots_BT}
-    kernels = {name: functools.partial(kernel, **where) for name, kernel in found.items() if kernel}
-    if own_segments:
+    kernels = {name: functools.partial(kernel, **where) for name in KERNELS if (kernel := kernel_for(name, call))}
+    if key_segments_BS is None:
         key_segments_BS = segments_BT
     portable = functools.partial(attention_blocks.attention, slots_BT=slots_BT, window=window)
     if not kernels:
@@ -74,21 +72,7 @@ def _require_places(q_BTNH, k_BSKH, slots_BT, segments_BT, key_segments_BS) -> N
             raise ValueError(f"{name} have shape {x.shape}, but must have {(B, size)}")
 
 
-def kernel_for(
-    platform: str,
-    queries: int,
-    keys: int,
-    head_dim: int,
-    dtype: DTypeLike,
-    window: int = 0,
-    in_order: bool = True,
-    own_segments: bool = True,
-) -> Callable[..., jax.Array] | None:
-    """The kernel that `attention` runs on a platform ("tpu", "cuda", "cpu"), or None: the portable form.
-
-    in_order: whether the queries are the last of the keys (no slots); own_segments: whether the segments of the keys
-    are the queries'.
-    """
+def kernel_for(platform: str, call: Attention) -> Callable[..., jax.Array] | None:
+    """The kernel that `attention` runs on a platform ("tpu", "cuda", "cpu"), or None: the portable form."""
     kernels = KERNELS.get(platform)
-    fits = kernels and kernels.takes(queries, keys, head_dim, dtype, window, in_order, own_segments)
-    return kernels.attention if fits else None
+    return kernels.attention if kernels and kernels.takes(call) else None

@@ -25,13 +25,10 @@ BLOCK = 512  # queries and keys in a block of the loops beyond that
 
 @flax.struct.dataclass
 class _Placement:
-    """The slots and the segments (or None) of queries or keys, int32 [B or 1, queries or keys]."""
+    """The slots and the segments (or None) of queries or keys, int32 [B or 1, 1, queries or keys]."""
 
     slots: jax.Array
     segments: jax.Array | None
-
-    def part(self, start: Any, size: int) -> "_Placement":
-        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=1), self)
 
 
 def unrolled(T: int, S: int) -> bool:
@@ -53,46 +50,43 @@ def attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, *, slots_BT,
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     group, in_order = N // K, slots_BT is None
-    per_query = lambda x_BT: None if x_BT is None else jnp.repeat(x_BT, group, axis=1)
+    placed = lambda x_BT, times=1: None if x_BT is None else jnp.repeat(x_BT, times, axis=1)[:, None]
     order = jnp.arange(S, dtype=jnp.int32)[None]
-    queries = _Placement(per_query(order[:, S - T :] if in_order else slots_BT), per_query(segments_BT))
+    queries = _Placement(placed(order[:, S - T :] if in_order else slots_BT, group), placed(segments_BT, group))
+    keys = _Placement(placed(order), placed(key_segments_BS))
     q_BKQH = q_BTNH.reshape(B, T, K, group, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * group, H)
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    out_BKQH = _attend(q_BKQH, k_BKSH, v_BKSH, queries, _Placement(order, key_segments_BS), window, group, in_order)
+    out_BKQH = _attend(q_BKQH, k_BKSH, v_BKSH, queries, keys, window, group, in_order)
     return out_BKQH.reshape(B, K, T, group, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
 
 
 # --- matmuls and masks of one block ---------------------------------------------------------------------------------
 
 
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """[B, K, M, X] @ [B, K, X, N] -> float32 [B, K, M, N]."""
-    return lax.dot_general(a, b, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+def _matmul(a: jax.Array, b: jax.Array, transpose: bool = False) -> jax.Array:
+    """[B, K, M, X] @ [B, K, X, N], or with `transpose` @ [B, K, N, X]^T -> float32 [B, K, M, N]."""
+    dimensions = ((3,), (3 if transpose else 2,)), ((0, 1), (0, 1))
+    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-def _matmul_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
-    """[B, K, M, X] @ [B, K, N, X]^T -> float32 [B, K, M, N]."""
-    return lax.dot_general(a, b, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
-
-
-def _masked(first: _Placement, second: _Placement, window: int, queries_first: bool) -> jax.Array:
-    """True where a query may not see a key, [B or 1, 1, first, second]."""
-    down, across = lambda x: x[:, None, :, None], lambda x: x[:, None, None, :]
-    query, key = (down(first.slots), across(second.slots))
-    if not queries_first:
-        query, key = across(second.slots), down(first.slots)
+def _masked(queries: _Placement, keys: _Placement, window: int, keys_first: bool = False) -> jax.Array:
+    """True where a query may not see a key, [B or 1, 1, queries, keys]; `keys_first`: [B or 1, 1, keys, queries]."""
+    of_query, of_key = (..., slice(None), None), (..., None, slice(None))
+    if keys_first:
+        of_query, of_key = of_key, of_query
+    query, key = queries.slots[of_query], keys.slots[of_key]
     masked = key > query
     if window:
         masked = masked | (key <= query - window)
-    if first.segments is not None:
-        masked = masked | (down(first.segments) != across(second.segments))
+    if queries.segments is not None:
+        masked = masked | (queries.segments[of_query] != keys.segments[of_key])
     return masked
 
 
-def _forward_block(q, k, v, queries: _Placement, keys: _Placement, window: int):
+def _forward_block(q, queries: _Placement, k, v, keys: _Placement, window: int):
     """Of some queries and some keys: the sum of exp(score - top) v, of exp(score - top), and top; float32."""
-    scores_BKQS = _matmul_transposed(q, k) * q.shape[-1] ** -0.5
-    scores_BKQS = jnp.where(_masked(queries, keys, window, True), MASKED, scores_BKQS)
+    scores_BKQS = _matmul(q, k, transpose=True) * q.shape[-1] ** -0.5
+    scores_BKQS = jnp.where(_masked(queries, keys, window), MASKED, scores_BKQS)
     top = jnp.max(scores_BKQS, axis=-1, keepdims=True)
     weights_BKQS = jnp.exp(scores_BKQS - top)
     return _matmul(weights_BKQS.astype(v.dtype), v), jnp.sum(weights_BKQS, axis=-1, keepdims=True), top
@@ -105,20 +99,29 @@ def _softmax(out, total, top):
     return jnp.where(blind, 0.0, out / total), jnp.where(blind, 0.0, top + jnp.log(total))[..., 0]
 
 
-def _backward_block(q, k, v, g, normalizer, inner, queries: _Placement, keys: _Placement, window: int):
+def _backward_block(q, g, normalizer, inner, queries: _Placement, k, v, keys: _Placement, window: int):
     """The float32 gradients of some queries, keys and values through each other.
 
     g is the gradient of the output in the compute dtype; normalizer and inner = sum(g * output) are [B, K, Q].
     """
     scale = q.shape[-1] ** -0.5
-    scores_BKSQ = jnp.where(_masked(keys, queries, window, False), MASKED, _matmul_transposed(k, q) * scale)
+    scores_BKSQ = jnp.where(
+        _masked(queries, keys, window, keys_first=True), MASKED, _matmul(k, q, transpose=True) * scale
+    )
     weights_BKSQ = jnp.exp(scores_BKSQ - normalizer[:, :, None, :])
-    from_weights = _matmul_transposed(v, g)
+    from_weights = _matmul(v, g, transpose=True)
     ds_BKSQ = (weights_BKSQ * (from_weights - inner[:, :, None, :]) * scale).astype(q.dtype)
     return _matmul(transposed(ds_BKSQ), k), _matmul(ds_BKSQ, q), _matmul(weights_BKSQ.astype(q.dtype), g)
 
 
 # --- all blocks, one after another -----------------------------------------------------------------------------------
+
+
+def _part(tree: Any, start: Any, size: int) -> Any:
+    """Some queries or keys of arrays [B or 1, K or 1, queries or keys, ...]."""
+    if isinstance(start, int):
+        return jax.tree.map(lambda x: lax.slice_in_dim(x, start, start + size, axis=2), tree)
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=2), tree)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
@@ -127,19 +130,15 @@ def _attend(q, k, v, queries: _Placement, keys: _Placement, window: int, group: 
 
 
 def _attend_forward(q, k, v, queries, keys, window, group, in_order):
-    T, S = q.shape[2] // group, k.shape[2]
+    of_queries, of_keys, (T, S) = (q, queries), (k, v, keys), (q.shape[2] // group, k.shape[2])
     if unrolled(T, S):
-        outs, normalizers = [], []
+        found = []
         for q_lo, q_hi, k_lo, k_hi in spans(T, S, window, in_order):
-            some, block = slice(q_lo * group, q_hi * group), queries.part(q_lo * group, (q_hi - q_lo) * group)
-            seen = keys.part(k_lo, k_hi - k_lo)
-            out, total, top = _forward_block(q[:, :, some], k[:, :, k_lo:k_hi], v[:, :, k_lo:k_hi], block, seen, window)
-            out, normalizer = _softmax(out, total, top)
-            outs.append(out)
-            normalizers.append(normalizer)
-        out, normalizer = jnp.concatenate(outs, axis=2), jnp.concatenate(normalizers, axis=2)
+            some, seen = _part(of_queries, q_lo * group, (q_hi - q_lo) * group), _part(of_keys, k_lo, k_hi - k_lo)
+            found.append(_softmax(*_forward_block(*some, *seen, window)))
+        out, normalizer = (jnp.concatenate(parts, axis=2) for parts in zip(*found))
     else:
-        out, normalizer = _loop_forward(q, k, v, queries, keys, window, group)
+        out, normalizer = _loop_forward(of_queries, of_keys, window, group)
     return out, (q, k, v, queries, keys, out, normalizer)
 
 
@@ -148,97 +147,83 @@ def _attend_backward(window, group, in_order, residuals, g):
     T, S = q.shape[2] // group, k.shape[2]
     q = late(q, g)
     inner, g = jnp.sum(g * out, axis=-1), g.astype(q.dtype)
+    of_queries, of_keys = (q, g, normalizer, inner, queries), (k, v, keys)
     if unrolled(T, S):
-        dqs, dk, dv = [], 0.0, 0.0
+        found = []
         for q_lo, q_hi, k_lo, k_hi in spans(T, S, window, in_order):
-            some, block = slice(q_lo * group, q_hi * group), queries.part(q_lo * group, (q_hi - q_lo) * group)
-            whole = lambda x, lo=k_lo, hi=k_hi: jnp.pad(x, ((0, 0), (0, 0), (lo, S - hi), (0, 0)))
-            dq, dk_part, dv_part = _backward_block(
-                q[:, :, some], k[:, :, k_lo:k_hi], v[:, :, k_lo:k_hi], g[:, :, some], normalizer[:, :, some],
-                inner[:, :, some], block, keys.part(k_lo, k_hi - k_lo), window,
-            )  # fmt: skip
-            dqs.append(dq)
-            dk, dv = whole(dk_part) + dk, whole(dv_part) + dv
-        dq = jnp.concatenate(dqs, axis=2)
+            some, seen = _part(of_queries, q_lo * group, (q_hi - q_lo) * group), _part(of_keys, k_lo, k_hi - k_lo)
+            dq, *of_seen = _backward_block(*some, *seen, window)
+            found.append((dq, *(jnp.pad(x, ((0, 0), (0, 0), (k_lo, S - k_hi), (0, 0))) for x in of_seen)))
+        dqs, dks, dvs = zip(*found)
+        dq, dk, dv = jnp.concatenate(dqs, axis=2), sum(dks), sum(dvs)
     else:
-        dq, dk, dv = _loop_backward(q, k, v, g, normalizer, inner, queries, keys, window, group)
+        dq, dk, dv = _loop_backward(of_queries, of_keys, window, group)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _grid(q, k, queries: _Placement, keys: _Placement, window: int, group: int):
-    """Pad queries and keys to whole blocks: the functions that pad, what they sit at, and each block's range of keys.
+def _in_blocks(of_queries: tuple, of_keys: tuple, group: int) -> tuple[tuple, tuple]:
+    """Both filled up to whole blocks, with zeros. Queries that are not there repeat the last one's place, and get
+    gradient zero; keys that are not there lie beyond every slot."""
 
-    Padded queries repeat the last one's place and get gradient zero; padded keys lie beyond every slot.
-    """
-    size = BLOCK * group
-    fill = lambda x, axis, unit: [(0, -x.shape[axis] % unit) if i == axis else (0, 0) for i in range(x.ndim)]
-    pad_q, pad_k = lambda x: jnp.pad(x, fill(x, 2, size)), lambda x: jnp.pad(x, fill(x, 2, BLOCK))
-    queries = jax.tree.map(lambda x: jnp.pad(x, fill(x, 1, size), mode="edge"), queries)
-    total = k.shape[2] + -k.shape[2] % BLOCK
-    segments = keys.segments if keys.segments is None else jnp.pad(keys.segments, fill(keys.segments, 1, BLOCK))
-    keys = _Placement(jnp.arange(total, dtype=jnp.int32)[None], segments)
+    def fill(x, unit, mode="constant"):
+        return jnp.pad(x, [(0, -x.shape[2] % unit) if axis == 2 else (0, 0) for axis in range(x.ndim)], mode=mode)
 
-    def key_blocks(block: _Placement):
-        first = jnp.maximum(jnp.min(block.slots) - window + 1, 0) // BLOCK if window else 0
-        return first, jnp.max(block.slots) // BLOCK + 1
-
-    return pad_q, pad_k, queries, keys, key_blocks, size
+    (*arrays, queries), (*others, keys), size = of_queries, of_keys, BLOCK * group
+    queries = jax.tree.map(lambda x: fill(x, size, mode="edge"), queries)
+    keys = jax.tree.map(lambda x: fill(x, BLOCK), keys)
+    keys = keys.replace(slots=jnp.arange(keys.slots.shape[2], dtype=jnp.int32)[None, None])
+    return (*(fill(x, size) for x in arrays), queries), (*(fill(x, BLOCK) for x in others), keys)
 
 
-def _loop_forward(q, k, v, queries, keys, window, group):
-    B, K, Q, H = q.shape
-    pad_q, pad_k, queries, keys, key_blocks, size = _grid(q, k, queries, keys, window, group)
-    q, k, v = pad_q(q), pad_k(k), pad_k(v)
+def _key_blocks(queries: _Placement, window: int) -> tuple[Any, Any]:
+    """The first of the blocks of keys that some queries see, and the one past the last."""
+    first = jnp.maximum(jnp.min(queries.slots) - window + 1, 0) // BLOCK if window else 0
+    return first, jnp.max(queries.slots) // BLOCK + 1
+
+
+def _loop_forward(of_queries, of_keys, window, group):
+    (B, K, Q, H), size = of_queries[0].shape, BLOCK * group
+    of_queries, of_keys = _in_blocks(of_queries, of_keys, group)
 
     def one(start):
-        block, q_block = queries.part(start, size), lax.dynamic_slice_in_dim(q, start, size, axis=2)
+        some = _part(of_queries, start, size)
 
         def add_keys(j, carry):
             out, total, top = carry
-            part = lambda x: lax.dynamic_slice_in_dim(x, j * BLOCK, BLOCK, axis=2)
-            seen = keys.part(j * BLOCK, BLOCK)
-            out_new, total_new, top_new = _forward_block(q_block, part(k), part(v), block, seen, window)
+            out_new, total_new, top_new = _forward_block(*some, *_part(of_keys, j * BLOCK, BLOCK), window)
             highest = jnp.maximum(top, top_new)
             old, new = jnp.exp(top - highest), jnp.exp(top_new - highest)
             return out * old + out_new * new, total * old + total_new * new, highest
 
         column = jnp.zeros((B, K, size, 1), jnp.float32)
         start_values = (jnp.zeros((B, K, size, H), jnp.float32), column, column + MASKED)
-        out, total, top = lax.fori_loop(*key_blocks(block), add_keys, start_values)
-        return _softmax(out, total, top)
+        return _softmax(*lax.fori_loop(*_key_blocks(some[-1], window), add_keys, start_values))
 
-    outs, normalizers = lax.map(one, jnp.arange(0, q.shape[2], size))
+    outs, normalizers = lax.map(one, jnp.arange(0, of_queries[0].shape[2], size))
     join = lambda x: jnp.moveaxis(x, 0, 2).reshape(B, K, -1, *x.shape[4:])[:, :, :Q]
     return join(outs), join(normalizers)
 
 
-def _loop_backward(q, k, v, g, normalizer, inner, queries, keys, window, group):
-    B, K, Q, H = q.shape
-    S = k.shape[2]
-    pad_q, pad_k, queries, keys, key_blocks, size = _grid(q, k, queries, keys, window, group)
-    q, k, v, g, normalizer, inner = pad_q(q), pad_k(k), pad_k(v), pad_q(g), pad_q(normalizer), pad_q(inner)
+def _loop_backward(of_queries, of_keys, window, group):
+    (B, K, Q, H), S, size = of_queries[0].shape, of_keys[0].shape[2], BLOCK * group
+    of_queries, of_keys = _in_blocks(of_queries, of_keys, group)
 
     def one(carry, start):
-        block = queries.part(start, size)
-        of_queries = [lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in (q, g, normalizer, inner)]
-        q_block, g_block, normalizer_block, inner_block = of_queries
+        some = _part(of_queries, start, size)
 
         def add_keys(j, carry):
-            dq, dk, dv = carry
-            part = lambda x: lax.dynamic_slice_in_dim(x, j * BLOCK, BLOCK, axis=2)
-            dq_new, dk_new, dv_new = _backward_block(
-                q_block, part(k), part(v), g_block, normalizer_block, inner_block, block,
-                keys.part(j * BLOCK, BLOCK), window,
-            )  # fmt: skip
-            add = lambda x, new: lax.dynamic_update_slice_in_dim(x, part(x) + new, j * BLOCK, axis=2)
-            return dq + dq_new, add(dk, dk_new), add(dv, dv_new)
+            dq, *of_keys_before = carry
+            dq_new, *new = _backward_block(*some, *_part(of_keys, j * BLOCK, BLOCK), window)
+            add = lambda x, new: lax.dynamic_update_slice_in_dim(x, _part(x, j * BLOCK, BLOCK) + new, j * BLOCK, axis=2)
+            return dq + dq_new, *map(add, of_keys_before, new)
 
-        dq, dk, dv = lax.fori_loop(*key_blocks(block), add_keys, (jnp.zeros((B, K, size, H), jnp.float32), *carry))
+        start_values = (jnp.zeros((B, K, size, H), jnp.float32), *carry)
+        dq, dk, dv = lax.fori_loop(*_key_blocks(some[-1], window), add_keys, start_values)
         return (dk, dv), dq
 
-    empty = jnp.zeros(k.shape, jnp.float32)
-    (dk, dv), dq = lax.scan(one, (empty, empty), jnp.arange(0, q.shape[2], size))
+    empty = jnp.zeros(of_keys[0].shape, jnp.float32)
+    (dk, dv), dq = lax.scan(one, (empty, empty), jnp.arange(0, of_queries[0].shape[2], size))
     return jnp.moveaxis(dq, 0, 2).reshape(B, K, -1, H)[:, :, :Q], dk[:, :, :S], dv[:, :, :S]

@@ -1,14 +1,13 @@
 """The one description of a number format: how integers and scales (see ops.qarray) stand for a float matrix."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
-from efflm.config import require
+from efflm.config import require, require_choices
 
 Bits = Literal[8, 4, 3]
 Activations = Literal["float", "int8", "int8_static"]
 ScaleDtype = Literal["", "float32", "bfloat16"]
-BITS = get_args(Bits)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +23,7 @@ class Format:
     known before. Raises InputError.
     """
 
-    bits: int = 8
+    bits: Bits = 8
     group: int = 0
     symmetric: bool = True
     clip: bool = False
@@ -33,14 +32,7 @@ class Format:
     activations: Activations = "float"
 
     def __post_init__(self):
-        for name, choices in (
-            ("bits", BITS),
-            ("scales", ("output", "matrix")),
-            ("scale_dtype", get_args(ScaleDtype)),
-            ("activations", get_args(Activations)),
-        ):
-            value = getattr(self, name)
-            require(value in choices, f"{name} is {value!s:.60}, but must be one of {', '.join(map(str, choices))}")
+        require_choices(self)
         require(
             self.group >= 0, f"group is {self.group}, but must be positive, or 0 for one scale for each output channel"
         )

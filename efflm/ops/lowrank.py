@@ -30,10 +30,6 @@ class LowRank:
     def ndim(self) -> int:
         return len(self.shape)
 
-    @property
-    def rank(self) -> int:
-        return self.a.shape[-1]
-
 
 Pairs = dict[str, tuple[jax.Array, jax.Array]]  # {path of a weight: (a, b)}
 

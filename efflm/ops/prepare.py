@@ -14,8 +14,9 @@ from efflm.ops.qarray import QArray
 def prepare(model: Any, platform: str) -> Any:
     """The model, or any tree of weights, as the kernels of `platform` ("cpu", "gpu", "tpu") read it fastest.
 
-    What it returns computes the same and is never saved. On CPUs matrices are laid out for the native kernels, where
-    these can be built; weights spread over several devices stay as they are, and so does everything elsewhere.
+    What it returns computes the same, has the same `about` and is never saved. On CPUs matrices are laid out for the
+    native kernels, where these can be built; weights spread over several devices stay as they are, and so does
+    everything elsewhere.
     """
     form = build.form() if platform == "cpu" else ""
     if not form:
@@ -31,7 +32,8 @@ def prepare(model: Any, platform: str) -> Any:
             return cpu.panels(leaf, form) if cpu.takes(leaf) else leaf
         return cpu.Dense(leaf, form) if str(leaf.dtype) in cpu.FEW_ROWS else leaf
 
-    return trees.map_with_path(one, model)
+    laid = trees.map_with_path(one, model)
+    return laid.with_about(model.about) if hasattr(model, "about") else laid
 
 
 def prepared(model: Any, platform: str) -> Any:

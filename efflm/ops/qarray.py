@@ -235,16 +235,21 @@ def requantize(master: jax.Array, like: Any) -> Any:
     return quantize_array(master, like.axis, like.format, activation_scale=like.activation_scale)
 
 
+def with_gradient_of(x: jax.Array, value: jax.Array) -> jax.Array:
+    """`value`, computed of x, with a gradient as if it were x: the straight-through estimator (Bengio 2013, arXiv
+    1308.3432)."""
+    return x + jax.lax.stop_gradient(value - x)
+
+
 def straight_through(master: jax.Array, like: Any) -> Any:
-    """Forward: what inference with `like` computes with. Backward: the identity (Bengio 2013, arXiv 1308.3432).
+    """Forward: what inference with `like` computes with. Backward: the identity.
 
     `master` rounded to the format of `like`; where that rounds activations too, marked so that `dot` does.
     """
     like = like.base if isinstance(like, LowRank) else like
     if not isinstance(like, QArray) and like.dtype == master.dtype:
         return master
-    rounded = dequantize(requantize(master, like)).astype(master.dtype)
-    value = master + jax.lax.stop_gradient(rounded - master)
+    value = with_gradient_of(master, dequantize(requantize(master, like)).astype(master.dtype))
     if isinstance(like, QArray) and like.activations != "float":
         return FakeQuantized(value, like.activation_scale)
     return value
@@ -255,7 +260,7 @@ def operands(x: jax.Array, w: Any) -> tuple[jax.Array, jax.Array]:
     its dtype, and w as floats."""
     if isinstance(w, FakeQuantized) or (isinstance(w, QArray) and w.activations != "float"):
         values, scale = rounded_rows(x, w.activation_scale)
-        x = x + jax.lax.stop_gradient((values.astype(jnp.float32) * scale).astype(x.dtype) - x)
+        x = with_gradient_of(x, (values.astype(jnp.float32) * scale).astype(x.dtype))
     return x, dequantize(w)
 
 

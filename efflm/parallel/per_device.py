@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec
 
 from efflm import ops
 from efflm.ops.attention import KERNELS, kernel_for
+from efflm.ops.kernels import Attention
 from efflm.parallel import sharding
 
 
@@ -36,8 +37,8 @@ def attention(
     free = {name for name in mesh.axis_names if name not in mesh.manual_axes}
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
-    call = (T, S, H, q_BTNH.dtype, window, slots_BT is None, key_segments_BS is None)
-    if math.prod(mesh.shape[name] for name in free) == 1 or not any(kernel_for(name, *call) for name in KERNELS):
+    call = Attention(T, S, H, q_BTNH.dtype, window, slots_BT is None, key_segments_BS is None)
+    if math.prod(mesh.shape[name] for name in free) == 1 or not any(kernel_for(name, call) for name in KERNELS):
         return attend(*arguments)
     rows = tuple(name for name in sharding.BATCH[0] if name in free)
     rows = rows if B % math.prod(mesh.shape[name] for name in rows) == 0 else None

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from efflm import ops
 from efflm.ops.attention import KERNELS, kernel_for
+from efflm.ops.kernels import Attention
 from efflm.parallel import per_device, sharding
 
 AXIS = "sequence"
@@ -83,7 +84,7 @@ def attention(
     by_stretches = functools.partial(_by_stretches, shards=shards, window=window)
     # The stretch in front sees half of the keys at most.
     lengths = [(T // 2, shards * T // 2), (T // 2, shards * T)]
-    takes = lambda name, *call: kernel_for(name, *call, own_segments=False) is not None
+    takes = lambda name, *call: kernel_for(name, Attention(*call, own_segments=False)) is not None
     in_order = lambda name: all(takes(name, *each, H, dtype, window) for each in lengths)
     slots = lambda name: takes(name, T, shards * T, H, dtype, window, False)
     kernels = {name: by_stretches for name in KERNELS if in_order(name) and not slots(name)}

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from efflm.config import InputError
 from efflm.parallel import processes, sharding
@@ -47,11 +47,9 @@ def bar(training: Training) -> Iterator[Callable[[], None]]:
     """A progress bar on a terminal; a line now and then elsewhere."""
     console, title, steps, began = Console(), training.title, training.train.steps, time.perf_counter()
     words, shown = "", training.first * 5 // steps
-    columns = [
-        TextColumn(text) for text in ("{task.description}", "{task.completed}/{task.total}", "{task.fields[words]}")
-    ]
-    columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
-    drawn = Progress(columns[0], BarColumn(), *columns[1:], console=console, disable=not console.is_terminal)
+    columns = ["{task.description}", BarColumn(), "{task.completed}/{task.total}", "{task.fields[words]}"]
+    columns += [TimeElapsedColumn(), "left", TimeRemainingColumn()]
+    drawn = Progress(*columns, console=console, disable=not console.is_terminal)
     task = drawn.add_task(title, total=steps, completed=training.first, words="")
 
     def show(line: dict[str, Any]) -> None:

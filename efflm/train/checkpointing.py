@@ -16,7 +16,7 @@ from efflm import trees
 from efflm.cli import run_directory
 from efflm.config import Stopped, require
 from efflm.formats import arrays, checkpoint, manifest
-from efflm.model.params import STACK
+from efflm.model.params import STACK, is_stacked
 from efflm.model.placement import placed
 from efflm.parallel import processes
 from efflm.train import faults
@@ -98,7 +98,8 @@ class TrainingRun:
     def save(self, step: int, state: TrainState) -> None:
         """Begin to write the state after `step` steps; on return it may be donated. Raises what `check` does, of
         this save or the one before it."""
-        self.writer.write(step, dict(trees.flatten(state, inside=True)), self.policy.about)
+        flat = dict(trees.flatten(state, inside=True))
+        self.writer.write(step, flat, self.policy.about | {"stacked": _stacked(flat)})
 
     def saving(self, asked_to_stop: Callable[[int], str]) -> Callback:
         """Checkpoints as often as the policy says, and when the run is told to stop; then it raises Stopped."""
@@ -134,18 +135,22 @@ def _branched(folder: Path, about: dict[str, Any], like: TrainState) -> TrainSta
 
 
 def _restored(folder: Path, about: dict[str, Any], like: TrainState) -> TrainState:
-    as_stored = json.loads(run_directory.to_json(about))
-    checkpoint.require_same(as_stored, checkpoint.about_of(folder.parent, int(folder.name)), folder.parent)
+    as_stored, there = json.loads(run_directory.to_json(about)), checkpoint.about_of(folder.parent, int(folder.name))
+    checkpoint.require_same(as_stored, there, folder.parent)
     flat, inside = dict(trees.flatten(like, inside=True)), folder / checkpoint.ARRAYS
-    stored = arrays.described(inside)
-    if flat.keys() <= stored.keys():
+    if there.get("stacked") == _stacked(flat):
         restored = arrays.read(inside, flat)
     else:
-        mesh = jax.tree.leaves(like)[0].sharding.mesh
+        stored, mesh = arrays.described(inside), jax.tree.leaves(like)[0].sharding.mesh
         read = arrays.read(inside, dict(trees.flatten(placed(trees.unflatten(stored), mesh))))
         out = {path: leaf.sharding for path, leaf in flat.items()}
         restored = jax.jit(functools.partial(_restacked, like=flat), out_shardings=out)(read)
     return jax.tree.unflatten(jax.tree.structure(like), [restored[path] for path in flat])
+
+
+def _stacked(flat: dict[str, Any]) -> bool:
+    """Whether layers are stacked in a state, by path."""
+    return any(map(is_stacked, flat))
 
 
 def _restacked(stored: dict[str, jax.Array], like: dict[str, Any]) -> dict[str, jax.Array]:

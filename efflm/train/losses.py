@@ -34,8 +34,7 @@ def language_model_loss(
 
     def sums(params, frozen, batch, weights_BT):
         del frozen
-        x_BTD, _ = model.apply({"params": params}, **_inputs(batch), method=Transformer.final_states)
-        _, w, tied = _read_by(model, params, x_BTD)
+        (x_BTD, w, tied), _ = _final_states(model, params, batch)
         total, nll = ops.cross_entropy(x_BTD, w, batch["targets"], weights_BT, tied=tied, z_weight=z_loss)
         return {"loss": total} | ({"cross_entropy": nll} if z_loss else {})
 
@@ -61,19 +60,14 @@ def distillation_loss(
     have (see ops.divergences). The teacher's params are `frozen`; no gradient flows to them. See ops.distillation.
     """
     how = {"temperature": temperature, "share": weight, "divergence": divergence, "mix": mix}
-    unused = student.config.unused, teacher.config.unused
-
-    def of_outputs(outputs, batch, weights_BT):
-        total, apart, nll = ops.distillation(*outputs, batch["targets"], weights_BT, **how, unused=unused)
-        return {"loss": total, "divergence": apart, "cross_entropy": nll}
+    how |= {"unused": (student.config.unused, teacher.config.unused)}
+    wanted = {"outputs": hidden > 0, "probabilities": attention > 0}
 
     def sums(params, frozen, batch, weights_BT):
         models = (student, params), (teacher, frozen)
-        if not layers:
-            return of_outputs([_final_states(*each, batch) for each in models], batch, weights_BT)
-        wanted = {"outputs": hidden > 0, "probabilities": attention > 0}
-        outputs, found = zip(*(_with_gathered(*each, batch, wanted) for each in models), strict=True)
-        parts = of_outputs(outputs, batch, weights_BT)
+        outputs, found = zip(*(_final_states(*each, batch, **wanted) for each in models), strict=True)
+        total, apart, nll = ops.distillation(*outputs, batch["targets"], weights_BT, **how)
+        parts = {"loss": total, "divergence": apart, "cross_entropy": nll}
         if hidden:
             projections, states = params.get(HIDDEN_PROJECTION, {}), [each.outputs for each in found]
             error = hidden_state_error(*states, projections, layers, weights_BT, student.policy.compute)
@@ -95,7 +89,7 @@ def cached_distillation_loss(student: Transformer, *, weight: float) -> LossFn:
     def sums(params, frozen, batch, weights_BT):
         del frozen
         kept = batch["teacher_p"], batch.get("teacher_ids")
-        outputs = _final_states(student, params, batch)
+        outputs, _ = _final_states(student, params, batch)
         how = {"share": weight, "unused": student.config.unused}
         total, apart, nll = ops.cached_distillation(outputs, *kept, batch["targets"], weights_BT, **how)
         return {"loss": total, "divergence": apart, "cross_entropy": nll}
@@ -181,27 +175,15 @@ def target_weights(batch: dict[str, jax.Array]) -> jax.Array:
     return real_BT * batch["weights"].astype(jnp.float32) if "weights" in batch else real_BT
 
 
-def _final_states(model: Transformer, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, Any, bool]:
-    """Final states [B, T, D] of a batch of `data.packing`, the output layer that reads them, and whether it is tied."""
-    x_BTD, _ = model.apply({"params": params}, **_inputs(batch), method=Transformer.final_states)
-    return _read_by(model, params, x_BTD)
-
-
-def _with_gathered(
-    model: Transformer, params: Any, batch: dict[str, jax.Array], wanted: dict[str, bool]
-) -> tuple[Any, Gathered]:
-    """What `_final_states` gives, and what is wanted of all layers."""
-    x_BTD, found = final_states_and_gathered(model, params, **_inputs(batch), **wanted)
-    return _read_by(model, params, x_BTD), found
-
-
-def _inputs(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {"tokens": batch["inputs"], "segments": batch["segments"], "positions": batch["positions"]}
-
-
-def _read_by(model: Transformer, params: Any, x_BTD: jax.Array) -> tuple[jax.Array, Any, bool]:
+def _final_states(
+    model: Transformer, params: Any, batch: dict[str, jax.Array], outputs: bool = False, probabilities: bool = False
+) -> tuple[tuple[jax.Array, Any, bool], Gathered]:
+    """Final states [B, T, D] of a batch of `data.packing`, the output layer that reads them and whether it is tied; and
+    what is asked for of all layers."""
+    inputs = {"tokens": batch["inputs"], "segments": batch["segments"], "positions": batch["positions"]}
+    x_BTD, found = final_states_and_gathered(model, params, **inputs, outputs=outputs, probabilities=probabilities)
     tied = model.config.tied
-    return x_BTD, params["embedding" if tied else "unembedding"], tied
+    return (x_BTD, params["embedding" if tied else "unembedding"], tied), found
 
 
 def _mean_over_tokens(sums: Callable[..., dict[str, jax.Array]]) -> LossFn:

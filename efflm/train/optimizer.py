@@ -177,16 +177,7 @@ def schedule_free(config: TrainConfig, peak) -> optax.GradientTransformation:
     return contrib.schedule_free(base, rate, b1=config.beta1)
 
 
-RULES = {
-    "sgd": sgd,
-    "adam": adam,
-    "adamw": adamw,
-    "adamw8bit": adamw8bit,
-    "lion": lion,
-    "adafactor": adafactor,
-    "muon": muon,
-    "schedule_free": schedule_free,
-}
+RULES = {rule.__name__: rule for rule in (sgd, adam, adamw, adamw8bit, lion, adafactor, muon, schedule_free)}
 
 
 def evaluation_params(state: Any, trainable: Any) -> Any:

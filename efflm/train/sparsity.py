@@ -1,6 +1,5 @@
 """Pruning while training (Zhu 2017, arXiv 1710.01878): the smallest weights go, more of them at each of many stages."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -39,14 +38,13 @@ def gradual(
     *,
     steps: int,
     every: int = 10,
-    pruned: Callable[[str], bool] = in_layer,
 ) -> optax.GradientTransformation:
     """The rule with the smallest weights of each matrix set to zero, their share rising to `sparsity` over `steps`.
 
     After i * every steps, i up to S = stages(steps, every), masks are made of the magnitudes of the weights: exactly
     round(cubic(sparsity, i / S) * n) of n weights are dropped, those dropped before first, since they are zero. Their
     gradients do not reach the rule, and their update is minus the weight: they become exactly zero at once and stay so.
-    pruned: which paths. Raises InputError.
+    Raises InputError.
     """
     require_sparsity(sparsity)
     require(every > 0, f"every is {every}, but must be positive")
@@ -54,7 +52,7 @@ def gradual(
     last = stages(steps, every)
 
     def init(params: Any) -> GradualState:
-        masks = trees.map_with_path(lambda path, w: jnp.ones(w.shape, bool) if pruned(path) else None, params)
+        masks = trees.map_with_path(lambda path, w: jnp.ones(w.shape, bool) if in_layer(path) else None, params)
         return GradualState(jnp.zeros((), jnp.int32), masks, rule.init(params))
 
     def update(updates: Any, state: GradualState, params: Any = None) -> tuple[Any, GradualState]:
@@ -69,7 +67,7 @@ def gradual(
 
     def made(params: Any, stage: jax.Array) -> Any:
         def one(path: str, w: jax.Array) -> jax.Array | None:
-            if not pruned(path):
+            if not in_layer(path):
                 return None
             each = jax.vmap(mask) if is_stacked(path) else mask
             return each(w)

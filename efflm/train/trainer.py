@@ -10,7 +10,6 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from efflm import trees
 from efflm.cli import signals
 from efflm.config import require
 from efflm.config.model import ModelConfig
@@ -40,8 +39,9 @@ class Task:
     train: the steps, the optimizer with its schedule, precision, accumulation; its batch and length are the business of
     `batches`. start: makes the weights to start from, which are donated, so they must be nobody else's; shapes: of what
     it makes, for one that cannot be traced by jax.eval_shape. frozen: what the loss sees beside them. rule: in place of
-    optimizer.make(train). loss_scale: in place of the policy's. masks: a tree like the weights (ops.mask_tree); what
-    they drop stays as it is. remedy: what to do where it diverges. finish: what is made of the trained tree.
+    optimizer.make(train); wrap: what is made of it. loss_scale: in place of the policy's. masks: a tree like the
+    weights (ops.mask_tree); what they drop stays as it is. remedy: what to do where it diverges. finish: what is made
+    of the trained tree.
     """
 
     train: TrainSettings
@@ -50,6 +50,7 @@ class Task:
     batches: Batches
     frozen: Any = dataclasses.field(default_factory=dict)
     rule: optax.GradientTransformation | None = None
+    wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda rule: rule
     shapes: Any = None
     loss_scale: LossScale | None = None
     masks: Any = None
@@ -88,11 +89,11 @@ def prepared(
     """The shapes, dtypes and shardings of the state, with nothing allocated, so that the mesh need not be attached;
     init(weights) -> the first state; and the jitted step (see step.make_step)."""
     train, programs = task.train, {} if programs is None else programs
-    rule = task.rule or optimizer.make(train)
+    rule = task.wrap(task.rule or optimizer.make(train))
     scale = task.loss_scale or loss_scale_for(POLICIES[train.policy])
     shapes = jax.eval_shape(task.start) if task.shapes is None else task.shapes
     like = abstract_state(shapes, rule, mesh, scale, task.masks)
-    settings = (task.loss_fn, task.rule or train, seed, train.accumulate, train.on_nan)
+    settings = (task.loss_fn, task.rule or train, task.wrap, seed, train.accumulate, train.on_nan)
     key = (*settings, jax.tree.structure(like), *jax.tree.leaves(like))
     if key not in programs:
         step = make_step(task.loss_fn, rule, seed, like, train.accumulate, train.on_nan)
@@ -157,8 +158,6 @@ def fit(
             remedy=task.remedy,
             first=first,
             rate=None if task.rule else optimizer.rate(task.train),
-            scaled=like.loss_scale is not None,
-            leaves=[path for path, _ in trees.flatten(like.trainable, inside=True)],
         )
         usual = [callbacks.watchdog, callbacks.bar] if title and processes.is_first() else []
         last = [saved.saving(asked_to_stop)] if saved else []

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from efflm import malloc
+from efflm import malloc, trees
 from efflm.config import require
 from efflm.config.train import TrainConfig
 from efflm.train.losses import LossFn
@@ -35,8 +35,6 @@ class Training:
     remedy: str
     first: int
     rate: Callable[[Any], Any] | None
-    scaled: bool
-    leaves: list[str]
     step: int = 0
     state: TrainState | None = None
     sinks: list[Callable[[dict[str, Any]], None]] = dataclasses.field(default_factory=list)
@@ -85,7 +83,7 @@ class Training:
             leaf = int(values.pop("nonfinite"))
             values.pop("tokens", None)
             if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-                self._require_excuse(step, values, leaf)
+                self._require_allowed(step, values, leaf)
             if step in self._due:
                 self._due.discard(step)
                 if self.rate:
@@ -102,29 +100,27 @@ class Training:
     def _start_counting(self) -> None:
         """Count seconds from now, and the tokens of the steps after this one."""
         self._began = self._window = time.perf_counter()
-        self._counted_from, self._tokens, self._steps, self.paused = self.step, 0.0, 0, 0.0
+        self._counted_from, self._tokens, self.paused = self.step, [], 0.0
 
     def _measured(self, waiting: Any, fetched: list[dict[str, Any]], now: float) -> dict[str, Any]:
         """Of the lines that are due: what the clock and the memory say, rates since the last lines before them."""
         counted = [metrics for (step, _), metrics in zip(waiting, fetched) if step > self._counted_from]
-        self._tokens, self._steps = (
-            self._tokens + sum(float(m.get("tokens", 0)) for m in counted),
-            self._steps + len(counted),
-        )
+        self._tokens += [float(metrics.get("tokens", 0)) for metrics in counted]
         if not self._due:
             return {}
-        out, window = {"seconds": round(self.earlier + now - self._began, 4)}, now - self._window
-        if self._steps:
-            out |= {"tokens_per_second": round(self._tokens / window, 1), "step_seconds": window / self._steps}
+        out, window, steps = {"seconds": round(self.earlier + now - self._began, 4)}, now - self._window, self._tokens
+        if steps:
+            out |= {"tokens_per_second": round(sum(steps) / window, 1), "step_seconds": window / len(steps)}
         held = [(device.memory_stats() or {}).get("bytes_in_use") for device in jax.local_devices()]
         memory = {"process_bytes": malloc.resident(), "device_bytes": max(filter(None, held), default=None)}
-        self._window, self._tokens, self._steps = now, 0.0, 0
+        self._window, self._tokens = now, []
         return out | {name: value for name, value in memory.items() if value is not None}
 
-    def _require_excuse(self, step: int, values: dict[str, float], leaf: int) -> None:
-        """That is, a lower loss scale to try (1 is the lowest that LossScale does), or on_nan."""
-        overflowed = self.scaled and not math.isfinite(values["gradient_norm"]) and values["loss_scale"] > 1
-        where = f"the first such gradient is that of {self.leaves[leaf]}" if leaf >= 0 else "no gradient is at fault"
+    def _require_allowed(self, step: int, values: dict[str, float], leaf: int) -> None:
+        """That is, there is a lower loss scale to try (1 is the lowest that LossScale does), or on_nan."""
+        overflowed = not math.isfinite(values["gradient_norm"]) and values.get("loss_scale", 1) > 1
+        paths = [path for path, _ in trees.flatten(self.state.trainable, inside=True)]
+        where = f"the first such gradient is that of {paths[leaf]}" if leaf >= 0 else "no gradient is at fault"
         scale = f" at the lowest loss scale, {values['loss_scale']}" if "loss_scale" in values else ""
         require(
             overflowed or self.train.on_nan == "skip",

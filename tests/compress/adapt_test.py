@@ -29,7 +29,7 @@ def context(mesh=None, **rest):
 
 
 def quantized(model=None):
-    return recipe.run(model or tiny.model(), (FOUR,), context())[0]
+    return recipe.apply(model or tiny.model(), (FOUR,), context())[0]
 
 
 def losses(file):
@@ -53,7 +53,7 @@ def test_adapters_learn_beside_a_base_that_stays(recovered):
         for one, other in zip(jax.tree.leaves(base), jax.tree.leaves(before[path]), strict=True):
             np.testing.assert_array_equal(one, other)
     assert len(record.leaves) == 14
-    assert all(dict(trees.flatten(after.params))[path].rank == 4 for path in record.leaves)
+    assert all(dict(trees.flatten(after.params))[path].a.shape[-1] == 4 for path in record.leaves)
 
 
 def test_only_adapters_have_a_state(monkeypatch):
@@ -95,12 +95,12 @@ def test_a_merged_model_is_the_one_that_was_trained(base, tmp_path):
 
 def test_merging_afterwards_keeps_the_format_and_is_asked_for(recovered):
     after = recovered[0]
-    merged, _ = recipe.run(after, (Merge(),), context())
+    merged, _ = recipe.apply(after, (Merge(),), context())
     assert jax.tree.structure(merged.params) == jax.tree.structure(quantized().params)
     gap = np.abs(np.asarray(tiny.logits(merged, TOKENS)) - np.asarray(tiny.logits(after, TOKENS)))
     assert 0 < gap.max() < 0.5 * np.abs(tiny.logits(after, TOKENS)).max()
     with pytest.raises(InputError, match="has an adapter beside it, which Magnitude cannot change: merge it first"):
-        recipe.run(after, (Magnitude(sparsity=0.5),), context())
+        recipe.apply(after, (Magnitude(sparsity=0.5),), context())
     with pytest.raises(InputError, match="has an adapter already: merge it first"):
         STEP(after, context())
 

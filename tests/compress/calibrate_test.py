@@ -131,6 +131,8 @@ def test_on_a_mesh_statistics_are_the_same():
 def test_without_text_the_error_says_so():
     with pytest.raises(InputError, match="needs calibration text"):
         walk(tiny.model(), None, lambda layer, _: (layer, None), mesh=meshes.make_mesh(), title="Wanda")
+    with pytest.raises(InputError, match=r"^calibrating needs calibration text"):
+        walk(tiny.model(), None, lambda layer, _: (layer, None), mesh=meshes.make_mesh(), title=None)
 
 
 def halved(layer, paths):

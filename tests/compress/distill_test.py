@@ -20,7 +20,7 @@ from efflm.model.params import HIDDEN_PROJECTION
 from efflm.parallel import meshes
 from efflm.train import losses
 from efflm.train.losses import distillation_loss, target_weights
-from efflm.train.step import init_state, make_step, place
+from efflm.train.step import make_step, place
 from tests import tiny
 from tests.ops import divergences_test
 from tests.ops.distillation_test import from_logits
@@ -67,7 +67,7 @@ def test_parts_of_a_batch_on_eight_devices_train_like_the_whole_on_one(example):
     params, teacher, batch = example
     outcomes = []
     for devices, parts in ((meshes.make_mesh(), 1), (meshes.make_mesh(fsdp=2, sequence=2, tensor=2), 2)):
-        state = init_state(params, optax.sgd(0.1), devices)
+        state = tiny.init_state(params, optax.sgd(0.1), devices)
         frozen = jax.device_put(teacher, placement.shardings(teacher, devices))
         step = make_step(chunked(), optax.sgd(0.1), 0, state, parts)
         state, metrics = step(state, frozen, place(batch, devices))

@@ -105,14 +105,14 @@ CONTEXT = Context(mesh=meshes.make_mesh(), calibration=tiny.batch(tiny.LLAMA.con
 
 def test_a_model_in_four_bits():
     model = tiny.model()
-    after, records = recipe.run(model, (GPTQ(bits=4, group=16),), CONTEXT)
+    after, records = recipe.apply(model, (GPTQ(bits=4, group=16),), CONTEXT)
     for path, leaf in trees.flatten(after.params):
         if len(leaf.shape) == 2:
             assert isinstance(leaf, QArray), path
             assert leaf.bits == (8 if path == "embedding" else 4), path
     assert records[0].corpus == "some text"
-    turns, _ = recipe.run(model, (GPTQ(bits=4, group=16, sublayers=True),), CONTEXT)
-    nearest, _ = recipe.run(model, (Quantize(bits=4, group=16),), CONTEXT)
+    turns, _ = recipe.apply(model, (GPTQ(bits=4, group=16, sublayers=True),), CONTEXT)
+    nearest, _ = recipe.apply(model, (Quantize(bits=4, group=16),), CONTEXT)
     batch = CONTEXT.calibration
     inputs = {"segments": batch["segments"], "positions": batch["positions"]}
     full, *low = (tiny.logits(each, batch["inputs"], **inputs) for each in (model, after, turns, nearest))

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from efflm.config import InputError
 from efflm.model import placement
 from efflm.model.params import in_layer
 from efflm.parallel import meshes
+from efflm.train import metrics, optimizer
 from tests import tiny
 
 STEP = Gradual(sparsity=0.6, steps=8, every=2, ramp=0.5, learning_rate=1e-2)
@@ -51,12 +54,19 @@ def test_half_of_each_matrix_is_zero_and_masked():
 
 
 def test_it_trains_a_quantized_model_and_what_was_pruned_stays_so():
-    model, _ = recipe.run(tiny.model(), (Magnitude(sparsity=0.3), Quantize(bits=4, group=16)), context())
+    model, _ = recipe.apply(tiny.model(), (Magnitude(sparsity=0.3), Quantize(bits=4, group=16)), context())
     after, _ = STEP(model, context())
     require_pruned(after, 0.6, exactly=False)
     for path, mask in model.masks.items():
         assert not np.any(np.asarray(after.masks[path])[~np.asarray(mask)]), path
     assert {w.bits for path, w in trees.flatten(after.params) if in_layer(path)} == {4}
+
+
+def test_its_metrics_say_the_learning_rate(tmp_path):
+    STEP(tiny.model(), dataclasses.replace(context(), metrics=tmp_path / "gradual.jsonl"))
+    _, rates = metrics.curve(tmp_path / "gradual.jsonl", "learning_rate")
+    step = STEP.steps - 1
+    np.testing.assert_allclose(rates[-1], optimizer.rate(STEP)(step), rtol=1e-6)
 
 
 def test_a_sparser_model_stays_as_sparse():

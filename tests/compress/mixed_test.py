@@ -101,9 +101,9 @@ def test_the_recipe_takes_the_bytes_of_four_bits_and_diverges_less():
         lambda path, w: w * 0.01 if path.startswith("block_0/feedforward/") else w, model.params
     )
     model = model.replace(params=faint)
-    after, records = recipe.run(model, grammar.chain("mixed4"), CONTEXT)
-    plain, _ = recipe.run(model, (Quantize(bits=4, group=32, clip=True),), CONTEXT)
-    _, uniform = recipe.run(model, grammar.chain("w4a16"), CONTEXT)
+    after, records = recipe.apply(model, grammar.chain("mixed4"), CONTEXT)
+    plain, _ = recipe.apply(model, (Quantize(bits=4, group=32, clip=True),), CONTEXT)
+    _, uniform = recipe.apply(model, grammar.chain("w4a16"), CONTEXT)
     assert records[-1].predicted_bytes <= uniform[-1].predicted_bytes
     assert records[0].corpus == "some text"
     bits = bits_of(after)
@@ -134,7 +134,7 @@ def test_budgets(cost):
 
 
 def test_pruned_weights_stay_zero_and_quantized_ones_can_be_rounded_again():
-    model, _ = recipe.run(tiny.model(), grammar.chain("magnitude50"), CONTEXT)
+    model, _ = recipe.apply(tiny.model(), grammar.chain("magnitude50"), CONTEXT)
     after, _ = Mixed(unit="layer", rows=4, embeddings=0)(model, CONTEXT)
     for path, mask in after.masks.items():
         assert np.all(np.asarray(ops.dequantize(dict(trees.flatten(after.params))[path]))[~np.asarray(mask)] == 0)

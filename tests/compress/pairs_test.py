@@ -64,10 +64,10 @@ def keeps_what_every_step_keeps(first, second, folder):
     model, steps, message = tiny.model(), (STEPS[first], STEPS[second]), refused(first, second)
     if message:
         with pytest.raises(InputError, match=message):
-            recipe.run(model, steps, context(meshes.make_mesh()))
+            recipe.apply(model, steps, context(meshes.make_mesh()))
         return
-    before, _ = recipe.run(model, steps[:1], context(meshes.make_mesh()))
-    after, (*_, record) = recipe.run(model, steps, context(meshes.make_mesh()))
+    before, _ = recipe.apply(model, steps[:1], context(meshes.make_mesh()))
+    after, (*_, record) = recipe.apply(model, steps, context(meshes.make_mesh()))
 
     params = dict(trees.flatten(after.params))
     assert (after.masks or {}).keys() >= (before.masks or {}).keys() & params.keys()
@@ -83,7 +83,7 @@ def keeps_what_every_step_keeps(first, second, folder):
 
     mesh = meshes.make_mesh(data=2)
     spread = model.replace(params=jax.device_put(model.params, placement.shardings(model.params, mesh)))
-    other, _ = recipe.run(spread, steps, context(mesh))
+    other, _ = recipe.apply(spread, steps, context(mesh))
     assert other.config == after.config
     gap = np.asarray(tiny.logits(sharding.on_one_device(other), TOKENS), np.float32) - logits
     rounds = first in ROUNDS or second in ROUNDS or "cast" in (first, second)

@@ -5,13 +5,17 @@ from efflm import ops, trees
 from efflm.compress import recipe
 from efflm.compress.awq import AWQ
 from efflm.compress.gptq import GPTQ
+from efflm.compress.magnitude import Magnitude
 from efflm.compress.mixed import Mixed
 from efflm.compress.plan import EMBEDDINGS, LAYERS, Plan, nearest, plan_of
 from efflm.compress.qat import QAT
 from efflm.compress.quantize import Quantize
+from efflm.compress.sparsegpt import SparseGPT
 from efflm.compress.step import Context
 from efflm.compress.tuned import Tuned
+from efflm.compress.wanda import Wanda
 from efflm.config import InputError
+from efflm.model.params import in_layer
 from efflm.ops import Format
 from efflm.parallel import meshes
 from tests import tiny
@@ -75,22 +79,60 @@ def test_the_fields_of_a_step_make_a_plan():
 def test_mixed_precision_makes_a_plan_that_another_rounder_follows():
     model, mixed = tiny.model(), Mixed(average_bits=4.0, rows=2)
     plan = mixed.plan(model, CONTEXT)
-    after, _ = recipe.run(model, (mixed,), CONTEXT)
+    after, _ = recipe.apply(model, (mixed,), CONTEXT)
     by_hand = nearest(model.params, plan)
     for (path, w), (_, other) in zip(trees.flatten(after.params, inside=True), trees.flatten(by_hand, inside=True)):
         np.testing.assert_array_equal(w, other, err_msg=path)
-    gptq, _ = recipe.run(model, (Mixed(average_bits=4.0, rows=2, rounder=GPTQ()),), CONTEXT)
+    gptq, _ = recipe.apply(model, (Mixed(average_bits=4.0, rows=2, rounder=GPTQ()),), CONTEXT)
     assert bits_of(gptq) == bits_of(after)
     path = "block_0/feedforward/down/kernel"
     assert np.any(dict(trees.flatten(gptq.params))[path].values != dict(trees.flatten(after.params))[path].values)
 
 
+SHARES = Plan(((r"block_1/.*/(up|down)/kernel", None), (r".*/down/kernel", 0.25), (LAYERS, 0.5)))
+
+
+@pytest.mark.parametrize("step", [Magnitude(plan=SHARES), Wanda(plan=SHARES), SparseGPT(plan=SHARES)])
+def test_every_pruner_follows_a_plan_of_shares(step):
+    model = tiny.model()
+    after, record = step(model, CONTEXT)
+    weights, before = dict(trees.flatten(after.params)), dict(trees.flatten(model.params))
+    assert record.settings["plan"]["rules"][1] == (".*/down/kernel", 0.25)
+    for path in filter(in_layer, weights):
+        if path.startswith("block_1") and path.endswith(("up/kernel", "down/kernel")):
+            assert path not in after.masks
+            np.testing.assert_array_equal(weights[path], before[path])
+        else:
+            share = 0.25 if path.endswith("down/kernel") else 0.5
+            zeros = np.count_nonzero(np.asarray(weights[path]) == 0)
+            assert zeros == np.count_nonzero(~np.asarray(after.masks[path])) == share * weights[path].size, path
+
+
+def test_a_pattern_is_for_the_matrices_that_have_it_in_the_plan():
+    plan = Plan(((r"block_0/.*", None), (LAYERS, 0.5)))
+    after, _ = Wanda(pattern="2:4", plan=plan)(tiny.model(), CONTEXT)
+    assert all(path.startswith("block_1/") for path in after.masks)
+    for mask in after.masks.values():
+        assert np.all(np.asarray(mask).reshape(-1, 4, mask.shape[1]).sum(axis=1) == 2)
+
+
 def test_plans_that_cannot_be():
+    with pytest.raises(InputError, match=r"sparsity is 1\.5"):
+        Wanda(plan=Plan(((LAYERS, 1.5),)))
+    with pytest.raises(InputError, match=r"sparsity is 0\.25, but 2:4 removes 0\.5 of the weights"):
+        SparseGPT(sparsity=0.5, pattern="2:4", plan=SHARES)
+    with pytest.raises(InputError, match="scope is global, which has one threshold"):
+        Magnitude(scope="global", plan=SHARES)
+    for plan in ("x", RULES):
+        with pytest.raises(InputError, match=r"plan is .*, but must be a compress.plan.Plan of shares"):
+            Magnitude(plan=plan)
+    with pytest.raises(InputError, match=r"plan is Plan.*, but must be a compress.plan.Plan of formats"):
+        GPTQ(plan=SHARES)
     with pytest.raises(InputError, match="symmetric is False for layers, but QAT knows True only"):
         QAT(plan=Plan(((LAYERS, Format(symmetric=False)),)))
     with pytest.raises(InputError, match="activations is int8_static for layers, but GPTQ knows float and int8 only"):
         GPTQ(plan=Plan(((LAYERS, Format(activations="int8_static")),)))
-    with pytest.raises(InputError, match="embeddings is 5, but must be one of 8, 4, 3, 0"):
+    with pytest.raises(InputError, match="embeddings is 5: choose from 8, 4, 3, 0"):
         Quantize(embeddings=5)
     with pytest.raises(InputError, match="plan is x, but must be a"):
         Quantize(plan="x")

@@ -84,7 +84,7 @@ def divergence(model, after):
 def test_a_trained_model_is_nearer_to_the_teacher_than_the_nearest_codes(scales):
     model = tiny.model()
     step = QAT(bits=3, group=16, scales=scales, steps=25, learning_rate=2e-3, embeddings=0)
-    after, (record,) = recipe.run(model, (step,), CONTEXT)
+    after, (record,) = recipe.apply(model, (step,), CONTEXT)
     nearest, _ = Quantize(bits=3, group=16, clip=True, embeddings=0)(model, CONTEXT)
     assert divergence(model, after) < 0.6 * divergence(model, nearest)
     for path, leaf in trees.flatten(after.params):
@@ -115,7 +115,7 @@ def test_dropped_weights_stay_zero_and_other_formats_stay(scales):
         Quantize(plan=Plan(((EMBEDDINGS, ops.Format(bits=4)),))),
         QAT(group=16, scales=scales, steps=3, learning_rate=0.1),
     )
-    after, _ = recipe.run(tiny.model(), steps, CONTEXT)
+    after, _ = recipe.apply(tiny.model(), steps, CONTEXT)
     weights = dict(trees.flatten(after.params))
     assert weights["embedding"].bits == 4
     for path, mask in after.masks.items():
@@ -135,6 +135,6 @@ def test_settings_that_cannot_be():
         with pytest.raises(InputError, match=next(iter(wrong))):
             QAT(**wrong)
     with pytest.raises(InputError, match="needs text to train on"):
-        recipe.run(tiny.model(), (QAT(),), Context(mesh=meshes.make_mesh()))
+        recipe.apply(tiny.model(), (QAT(),), Context(mesh=meshes.make_mesh()))
     with pytest.raises(InputError, match="needs a teacher"):
         QAT()(tiny.model(), CONTEXT)

@@ -108,7 +108,7 @@ def test_training_with_rounded_activations_beats_rounding_after_training():
 
     def loss(*steps) -> float:
         log_probabilities = jax.nn.log_softmax(
-            tiny.logits(recipe.run(model, steps, context)[0], batch["inputs"], **inputs)
+            tiny.logits(recipe.apply(model, steps, context)[0], batch["inputs"], **inputs)
         )
         nll = -np.take_along_axis(np.asarray(log_probabilities), batch["targets"][..., None], axis=-1)[..., 0]
         return float(np.mean(nll[batch["segments"] > 0]))

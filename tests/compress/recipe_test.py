@@ -35,7 +35,7 @@ STEPS = (Depth(layers=1), Magnitude(sparsity=0.5), Distill(steps=1), Quantize())
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[::8])
 def test_steps_chain_in_any_order(order):
-    after, records = recipe.run(tiny.model(), [STEPS[i] for i in order], CONTEXT)
+    after, records = recipe.apply(tiny.model(), [STEPS[i] for i in order], CONTEXT)
     assert len(after.config.blocks) == 1
     assert ops.nonzeros(after.params) < 0.85 * trees.count(after.params)
     logits = tiny.logits(after, tiny.tokens(after.config, 1, 4))
@@ -105,7 +105,7 @@ def test_every_named_recipe_is_stored_as_predicted_and_read_back_as_it_was(tmp_p
     tokens = tiny.tokens(CONFIG, 2, 8)
     for name in names:
         steps = grammar.chain(name)
-        after, records = recipe.run(tiny.model(), recipe.override(steps, short), CONTEXT)
+        after, records = recipe.apply(tiny.model(), recipe.override(steps, short), CONTEXT)
         assert records[-1].predicted_bytes == ops.stored_nbytes(after.params, after.masks), name
         assert records[-1].leaves, name
         file = tmp_path / f"{name}.safetensors"
@@ -126,9 +126,9 @@ def test_masks_of_weights_that_are_not_there_are_refused():
     model = tiny.model()
     kept = np.ones((32, 32), bool)
     with pytest.raises(InputError, match="masks names block_7/attention/query/kernel, which the model does not have"):
-        recipe.run(model.replace(masks={"block_7/attention/query/kernel": kept}), (Quantize(),), CONTEXT)
+        recipe.apply(model.replace(masks={"block_7/attention/query/kernel": kept}), (Quantize(),), CONTEXT)
     with pytest.raises(InputError, match=r"the mask of block_0/feedforward/up/kernel has shape \(32, 32\), the weight"):
-        recipe.run(model.replace(masks={"block_0/feedforward/up/kernel": kept}), (Quantize(),), CONTEXT)
+        recipe.apply(model.replace(masks={"block_0/feedforward/up/kernel": kept}), (Quantize(),), CONTEXT)
 
 
 def test_a_step_that_changes_only_the_config_is_a_change():
@@ -142,7 +142,7 @@ def test_a_step_that_changes_only_the_config_is_a_change():
 
 def test_records_name_text_and_the_model_before():
     context = dataclasses.replace(CONTEXT, corpus="text", tokenizer="tokens", seed=7)
-    after, (pruned, trained) = recipe.run(tiny.model(), (Magnitude(sparsity=0.5), Finetune(steps=1)), context)
+    after, (pruned, trained) = recipe.apply(tiny.model(), (Magnitude(sparsity=0.5), Finetune(steps=1)), context)
     assert (pruned.corpus, trained.corpus, trained.tokenizer, trained.seed) == ("", "text", "tokens", 7)
     assert pruned.parent == digest(tiny.model()) != trained.parent != digest(after)
     assert trained.settings == {"steps": 1, "learning_rate": 2e-3}
@@ -154,21 +154,21 @@ def test_weights_that_are_not_finite_are_not_compressed():
     kernel = model.params["block_1"]["feedforward"]["up"]
     kernel["kernel"] = kernel["kernel"].at[3, 4].set(np.nan)
     with pytest.raises(InputError, match=r"^1 of the numbers in block_1/feedforward/up/kernel is infinite or NaN"):
-        recipe.run(model, (Quantize(),), CONTEXT)
+        recipe.apply(model, (Quantize(),), CONTEXT)
     model = tiny.model()
     model = model.replace(params=quantize(model.params, "int8"))
     kernel = model.params["block_0"]["attention"]["key"]
     kernel["kernel"] = kernel["kernel"].replace(scale=kernel["kernel"].scale.at[0, 1:].set(np.inf))
     with pytest.raises(InputError, match=r"^15 of the numbers in block_0/attention/key/kernel/scale are infinite"):
-        recipe.run(model, (Magnitude(sparsity=0.5),), CONTEXT)
+        recipe.apply(model, (Magnitude(sparsity=0.5),), CONTEXT)
 
 
 def test_a_step_that_rounds_again_says_so(capsys):
-    quantized, _ = recipe.run(tiny.model(), (Quantize(),), CONTEXT)
-    three, _ = recipe.run(tiny.model(THREE), (Quantize(),), CONTEXT)
-    recipe.run(three, (Depth(layers=2),), CONTEXT)
+    quantized, _ = recipe.apply(tiny.model(), (Quantize(),), CONTEXT)
+    three, _ = recipe.apply(tiny.model(THREE), (Quantize(),), CONTEXT)
+    recipe.apply(three, (Depth(layers=2),), CONTEXT)
     assert capsys.readouterr().err == ""
-    recipe.run(quantized, (Distill(steps=1),), dataclasses.replace(CONTEXT, teacher=tiny.model(seed=1)))
+    recipe.apply(quantized, (Distill(steps=1),), dataclasses.replace(CONTEXT, teacher=tiny.model(seed=1)))
     told = capsys.readouterr().err
     assert "warning: Distill changed 15 matrices that were quantized already: it worked on their dequantized" in told
 
@@ -187,13 +187,13 @@ def test_an_interrupted_chain_goes_on_with_the_step_it_was_in(monkeypatch):
     model, first, files = tiny.model(), (Magnitude(sparsity=0.5), Distill(steps=1)), []
     kept = recipe.Kept(lambda *made: files.append(made), lambda: files[-1] if files else None)
     with pytest.raises(KeyboardInterrupt):
-        recipe.run(model, (*first, Interrupted()), CONTEXT, kept)
+        recipe.apply(model, (*first, Interrupted()), CONTEXT, kept)
     assert [len(records) for _, records, _ in files] == [1, 2]
 
-    whole, records = recipe.run(model, (*first, Quantize()), CONTEXT)
+    whole, records = recipe.apply(model, (*first, Quantize()), CONTEXT)
     monkeypatch.setattr(Magnitude, "__call__", None)
     monkeypatch.setattr(Distill, "__call__", None)
-    resumed, same = recipe.run(model, (*first, Quantize()), CONTEXT, kept)
+    resumed, same = recipe.apply(model, (*first, Quantize()), CONTEXT, kept)
     assert digest(resumed) == digest(whole)
     assert same == records
     assert len(files) == 2  # what the last step makes is for the caller to keep
@@ -208,4 +208,4 @@ def test_an_interrupted_chain_goes_on_with_the_step_it_was_in(monkeypatch):
         (model, first, other_text),
     ):
         with pytest.raises(TypeError, match="not callable"):  # it begins anew
-            recipe.run(change[0], (*change[1], Quantize()), change[2], kept)
+            recipe.apply(change[0], (*change[1], Quantize()), change[2], kept)

@@ -119,9 +119,9 @@ def test_seeds_dtypes_and_chains():
     other, _ = Rotate()(model, dataclasses.replace(CONTEXT, seed=1))
     assert record.seed == 0
     assert np.abs(one.params["embedding"] - other.params["embedding"]).max() > 0.1
-    twice, _ = recipe.run(model, (Rotate(), Rotate()), dataclasses.replace(CONTEXT, seed=1))
+    twice, _ = recipe.apply(model, (Rotate(), Rotate()), dataclasses.replace(CONTEXT, seed=1))
     assert_same(logits(twice), logits(model))
-    low, _ = recipe.run(model, (*grammar.chain("bfloat16"), Rotate()), CONTEXT)
+    low, _ = recipe.apply(model, (*grammar.chain("bfloat16"), Rotate()), CONTEXT)
     assert {leaf.dtype.name for _, leaf in trees.flatten(low.params)} == {"bfloat16"}
     assert np.square(logits(low) - logits(model)).mean() < 1e-3 * np.square(logits(model)).mean()
 
@@ -190,7 +190,7 @@ def test_no_row_of_weights_stands_out():
 @pytest.mark.parametrize("name", ["llama", "untied"])
 def test_tied_embeddings_come_apart_and_bytes_are_as_predicted(name, tmp_path):
     model = tiny.model(tiny.CONFIGS[name])
-    after, records = recipe.run(model, (Rotate(),), CONTEXT)
+    after, records = recipe.apply(model, (Rotate(),), CONTEXT)
     assert not after.config.tied
     assert after.config == dataclasses.replace(model.config, tied=False)
     more = model.params["embedding"].nbytes if model.config.tied else 0
@@ -204,7 +204,7 @@ def test_tied_embeddings_come_apart_and_bytes_are_as_predicted(name, tmp_path):
 
 
 def test_other_steps_follow():
-    small, _ = recipe.run(
+    small, _ = recipe.apply(
         tiny.model(), (Rotate(), Depth(), Distill(steps=1), Magnitude(sparsity=0.5), Quantize()), CONTEXT
     )
     assert len(small.config.blocks) == 1
@@ -216,6 +216,6 @@ def test_what_cannot_be_rotated():
     with pytest.raises(InputError, match=r"^norm is 'layer', but must be 'rms': .* use SmoothQuant"):
         Rotate()(tiny.model(tiny.GPT2), CONTEXT)
     with pytest.raises(InputError, match="kernel is quantized already: rotate the model before it is rounded"):
-        recipe.run(tiny.model(), (*grammar.chain("w8a16"), Rotate()), CONTEXT)
+        recipe.apply(tiny.model(), (*grammar.chain("w8a16"), Rotate()), CONTEXT)
     with pytest.raises(InputError, match=r"pruned already, .* rotate the model before it is pruned"):
-        recipe.run(tiny.model(), (Magnitude(sparsity=0.5), Rotate()), CONTEXT)
+        recipe.apply(tiny.model(), (Magnitude(sparsity=0.5), Rotate()), CONTEXT)

@@ -26,8 +26,8 @@ def test_sharded_equals_unsharded(name):
     steps = grammar.chain(name)
     steps, model = recipe.override(steps, SHORT), tiny.model()
     spread = LanguageModel(model.config, jax.device_put(model.params, placement.shardings(model.params, MESH)))
-    expected, _ = recipe.run(model, steps, context(meshes.make_mesh()))
-    after, records = recipe.run(spread, steps, context(MESH))
+    expected, _ = recipe.apply(model, steps, context(meshes.make_mesh()))
+    after, records = recipe.apply(spread, steps, context(MESH))
     assert after.config == expected.config
     assert records[-1].predicted_bytes == ops.stored_nbytes(expected.params, expected.masks)
     want = dict(trees.flatten(expected.params, inside=True))

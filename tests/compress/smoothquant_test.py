@@ -74,7 +74,7 @@ def test_outliers_cost_plain_static_scales_more():
     model = with_outliers(tiny.model())
     full = logits(model)
     plain, _ = STATIC(model, CONTEXT)
-    smooth, _ = recipe.run(model, (SmoothQuant(), STATIC), CONTEXT)
+    smooth, _ = recipe.apply(model, (SmoothQuant(), STATIC), CONTEXT)
     lost = [np.square(logits(each) - full).mean() for each in (plain, smooth)]
     assert lost[1] < 0.25 * lost[0]
 

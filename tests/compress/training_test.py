@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from efflm.compress import recipe
+from efflm.compress.plan import LAYERS, Plan
+from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context, settings
 from efflm.config import InputError
 from efflm.config.train import TrainSettings
-from efflm.model import Transformer
+from efflm.model import Transformer, autotune
+from efflm.ops import Format
 from efflm.parallel import meshes, sharding
 from efflm.train import trainer
 from efflm.train.optimizer import decay_mask
@@ -51,13 +54,13 @@ class Caught(Exception):
     """The task that a step gives the trainer."""
 
 
-def asked(monkeypatch, step):
+def asked(monkeypatch, step, model=None):
     def fit(task, **_):
         raise Caught(task)
 
     monkeypatch.setattr(trainer, "fit", fit)
     with pytest.raises(Caught) as caught:
-        step(tiny.model(SHAPE, seed=1), context())
+        step(model or tiny.model(SHAPE, seed=1), context())
     return caught.value.args[0]
 
 
@@ -107,6 +110,46 @@ def test_parts_and_rematerialization_change_no_gradient(name, fields, monkeypatc
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * largest), parts, whole)
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("finetune", {}), ("distill", {}), ("qat", {"group": 16, "distill": False}), ("adapt", {"rank": 2})],
+)
+def test_scanned_layers_have_the_same_gradients(name, fields, monkeypatch):
+    three = dataclasses.replace(tiny.LLAMA, layers=3)
+    step = recipe.STEPS[name](steps=4, **fields)
+    looped, scanned = (
+        asked(monkeypatch, dataclasses.replace(step, scan=scan), tiny.model(three, seed=1)) for scan in (False, True)
+    )
+    assert "length=3" in program(scanned)
+    assert "length=3" not in program(looped)
+    whole, parts = gradient(looped), gradient(scanned)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(whole))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * largest), parts, whole)
+
+
+def test_what_cannot_be_scanned_is_refused():
+    model = tiny.model(dataclasses.replace(tiny.LLAMA, layers=2))
+    plan = Plan(((r"block_0/.*", Format(bits=4, group=16)), (LAYERS, Format())))
+    with pytest.raises(InputError, match="scan loops over layers in one format"):
+        recipe.apply(model, (Quantize(plan=plan), recipe.STEPS["finetune"](scan=True)), context())
+    with pytest.raises(InputError, match="scan hides what layers give"):
+        recipe.STEPS["distill"](scan=True, hidden=1.0)(tiny.model(SHAPE), context())
+
+
+def test_auto_trains_by_the_faster_policy(monkeypatch):
+    monkeypatch.setattr(autotune, "trained", lambda model, batch, length: tiny.model(in_bfloat16(model.config)))
+    _, (record,) = recipe.apply(
+        tiny.model(SHAPE), (recipe.STEPS["finetune"](steps=1, warmup=0, policy="auto"),), context()
+    )
+    assert record.settings["policy"] == "bfloat16"
+    with pytest.raises(InputError, match=r"train\.policy is 'auto', but what is computed here needs one of"):
+        recipe.STEPS["finetune"](steps=1, warmup=0, policy="auto")(tiny.model(SHAPE), context())
+
+
+def in_bfloat16(config):
+    return dataclasses.replace(config, precision="bfloat16")
+
+
 def gradient(task):
     gradients = jax.value_and_grad(task.loss_fn, has_aux=True)
     if task.train.accumulate > 1:
@@ -131,7 +174,7 @@ def test_settings_are_checked_and_only_those_that_were_given_are_recorded():
     assert settings(step(accumulate=3)) == {"steps": 150, "learning_rate": 2e-3, "accumulate": 3}
     for fields, words in (
         ({"optimizer": "adamx"}, "optimizer is 'adamx': choose from adamw, adamw8bit"),
-        ({"policy": "auto"}, "policy is 'auto': choose from float32, bfloat16, bfloat16_pure, float16"),
+        ({"policy": "float8"}, "policy is 'float8': choose from float32, bfloat16, bfloat16_pure, float16, auto"),
         ({"warmup": 200}, "warmup is 200, but must be less than steps, which is 150"),
         ({"accumulate": 0}, "accumulate is 0, but must be positive"),
     ):

@@ -176,7 +176,7 @@ def test_equal_layers_are_compiled_once(monkeypatch):
 
 
 def test_dropped_weights_stay_zero():
-    model, _ = recipe.run(tiny.model(), grammar.chain("magnitude50"), CONTEXT)
+    model, _ = recipe.apply(tiny.model(), grammar.chain("magnitude50"), CONTEXT)
     after, _ = Tuned(bits=4, group=16, steps=4, symmetric=False)(model, CONTEXT)
     for path, leaf in trees.flatten(after.params):
         if path in after.masks:

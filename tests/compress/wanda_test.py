@@ -62,7 +62,7 @@ def test_the_first_layer_is_pruned_by_its_own_inputs():
 
 
 def test_zeros_survive_rounding_and_training():
-    after, _ = recipe.run(tiny.model(), (Wanda(), Quantize(bits=4, group=16), Finetune(steps=3)), CONTEXT)
+    after, _ = recipe.apply(tiny.model(), (Wanda(), Quantize(bits=4, group=16), Finetune(steps=3)), CONTEXT)
     for path, kept in after.masks.items():
         w = dict(trees.flatten(after.params))[path]
         assert w.bits == 4

@@ -57,9 +57,9 @@ def test_every_method_has_a_row_and_every_family_a_curve(folder, tmp_path, capsy
 def test_chains_share_what_they_begin_with_and_say_what_recovers_them(
     folder, tmp_path, monkeypatch, capsys, auto_picks
 ):
-    ran, steps_run = [], recipe.run
+    ran, steps_run = [], recipe.apply
     monkeypatch.setattr(
-        recipe, "run", lambda model, steps, context: ran.append(steps) or steps_run(model, steps, context)
+        recipe, "apply", lambda model, steps, context: ran.append(steps) or steps_run(model, steps, context)
     )
     auto_picks("bfloat16")
     rows, _ = run(

@@ -15,7 +15,7 @@ from tests import tiny
 def test_models_come_back_bit_for_bit(tmp_path, name):
     model, mesh = tiny.model(), meshes.make_mesh()
     if name:
-        model, _ = recipe.run(model, grammar.chain(name), Context(mesh=mesh))
+        model, _ = recipe.apply(model, grammar.chain(name), Context(mesh=mesh))
     checkpoint.save(tmp_path / "c", 3, model, {"seed": 1})
     back, about = checkpoint.load(tmp_path / "c", mesh)
     assert back.config == model.config

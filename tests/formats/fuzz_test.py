@@ -289,7 +289,7 @@ def test_missing_and_damaged_shards_are_named(shards):
 
 @pytest.mark.parametrize("chain", ["w8a16", "magnitude50"])
 def test_damaged_files_of_our_own(chain, tmp_path):
-    compressed, _ = recipe.run(model(), grammar.chain(chain), Context(mesh=meshes.make_mesh()))
+    compressed, _ = recipe.apply(model(), grammar.chain(chain), Context(mesh=meshes.make_mesh()))
     file, rng = tmp_path / "model.safetensors", np.random.default_rng(3)
     efflm_file.save(file, compressed, {"recipe": chain})
     raw = file.read_bytes()
@@ -321,7 +321,7 @@ def test_damaged_files_of_our_own(chain, tmp_path):
 
 def test_a_shape_beyond_the_file_allocates_nothing(tmp_path):
     """The shape of a sparse weight follows from the config in the metadata, which safetensors does not check."""
-    compressed, _ = recipe.run(tiny.model(), grammar.chain("magnitude50"), Context(mesh=meshes.make_mesh()))
+    compressed, _ = recipe.apply(tiny.model(), grammar.chain("magnitude50"), Context(mesh=meshes.make_mesh()))
     file = tmp_path / "model.safetensors"
     efflm_file.save(file, compressed, {})
     header, data = safetensors_header(file.read_bytes())

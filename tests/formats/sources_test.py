@@ -128,7 +128,7 @@ LIES = [
     ("formats", lambda formats: formats | {"other": {}}, "other is no weight of the config"),
     ("formats", with_format(axis=-2.0), "axis is -2.0"),
     ("formats", with_format(size=True), "size is True"),
-    ("formats", with_format(activations=["int8"]), "activations is \\[.int8.\\], but must be one of"),
+    ("formats", with_format(activations=["int8"]), "activations is \\[.int8.\\]: choose from"),
     ("about", lambda about: about | {"source": 7}, "source is 7"),
     ("about", lambda about: about | {"train.length": "x"}, "train.length is 'x'"),
     ("about", lambda about: about | {"train.length": 2**63}, "train.length is 9223372036854775808"),

@@ -48,6 +48,11 @@ def test_a_prepared_model_has_the_same_logits(format):
     np.testing.assert_allclose(here, there, atol=off * np.abs(there).max())
 
 
+def test_a_prepared_model_knows_where_it_is_from():
+    model = tiny.model().with_about({"source": "stdlib"})
+    assert ops.prepare(model, "cpu").about == ops.prepared(model, "cpu").about == {"source": "stdlib"}
+
+
 def test_models_on_several_devices_or_without_kernels_stay_as_they_are():
     model = tiny.model()
     spread = jax.device_put(model, placement.shardings(model, meshes.make_mesh(fsdp=8)))

@@ -156,11 +156,11 @@ def test_training_rounds_activations_as_inference_does(rng, static):
 
 def test_what_no_format_has_is_refused():
     w = jnp.ones((4, 4))
-    with pytest.raises(InputError, match="bits is 5, but must be one of 8, 4, 3"):
+    with pytest.raises(InputError, match="bits is 5: choose from 8, 4, 3"):
         Format(bits=5)
     with pytest.raises(InputError, match="group is -1"):
         Format(group=-1)
-    with pytest.raises(InputError, match="activations is int4, but must be one of float, int8, int8_static"):
+    with pytest.raises(InputError, match="activations is 'int4': choose from float, int8, int8_static"):
         Format(activations="int4")
     with pytest.raises(InputError, match="a static scale goes with int8_static"):
         quantize_array(w, 0, Format(activations="int8_static"))

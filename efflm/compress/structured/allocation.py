@@ -89,7 +89,7 @@ def sizes_within(config: ModelConfig, share: float, axes: Sequence[str], scores:
     width = _width(config, share, axes) if slicing.WIDTH in axes else config.width
     small = of_width(config, width)
     target = share * parameters(config) - (parameters(config) - parameters(small))
-    return width, _ranked(small, target, axes, scores) if scores else _uniform(small, target, axes)
+    return width, _counts(small, target, axes, scores)
 
 
 def _width(config: ModelConfig, share: float, axes: Sequence[str]) -> int:
@@ -101,30 +101,27 @@ def _width(config: ModelConfig, share: float, axes: Sequence[str]) -> int:
     return min(range(each, D + 1, each), key=lambda width: abs(left(width) - (1 - share) * total))
 
 
-def _uniform(config: ModelConfig, target: float, axes: Sequence[str]) -> Counts:
-    """All layers and axes give the same share, groups first; the channels make up for the rest. target: parameters."""
-    have, removed = sizes(config, axes), 0
-    each = [{axis: per_slice(config, index, axis) for axis in own} for index, own in enumerate(have)]
-    inside, kept = tuple(have[0]), [dict(size) for size in have]
-    for index, axis in enumerate(inside):
-        share = (target - removed) / sum(one[a] * size[a] for size, one in zip(have, each) for a in inside[index:])
-        for own, size, one in zip(kept, have, each, strict=True):
-            unit = step(axis, size[axis])
-            own[axis] = min(max(round(size[axis] * (1 - share) / unit) * unit, unit), size[axis])
-            removed += one[axis] * (size[axis] - own[axis])
-    return kept
+def _counts(config: ModelConfig, target: float, axes: Sequence[str], scores: Scores | None) -> Counts:
+    """All axes inside the layers give the same share, groups first; the channels make up for the rest.
 
-
-def _ranked(config: ModelConfig, target: float, axes: Sequence[str], scores: Scores) -> Counts:
-    """All axes give the same share, groups first; of an axis the slices go that have the least score for each parameter
-    in all layers, channels a step at a time. Each layer keeps a group and a step of channels. target: parameters."""
+    Without scores all layers give that share too. With them, of each axis the slices go that have the least score for
+    each parameter in all layers, channels a step at a time; each layer keeps a group and a step of channels. target:
+    parameters.
+    """
     kept, removed = sizes(config, axes), 0
     inside = tuple(kept[0])
     each = {(i, axis): per_slice(config, i, axis) for i, own in enumerate(kept) for axis in own}
     whole = {axis: sum(each[i, axis] * own[axis] for i, own in enumerate(kept)) for axis in inside}
     for index, axis in enumerate(inside):
-        goal = removed + (target - removed) * whole[axis] / sum(whole[a] for a in inside[index:])
-        units = []
+        rest = sum(whole[a] for a in inside[index:])
+        if scores is None:
+            share = (target - removed) / rest
+            for layer, own in enumerate(kept):
+                size, unit = own[axis], step(axis, own[axis])
+                own[axis] = min(max(round(size * (1 - share) / unit) * unit, unit), size)
+                removed += each[layer, axis] * (size - own[axis])
+            continue
+        goal, units = removed + (target - removed) * whole[axis] / rest, []
         for layer, own in enumerate(kept):
             size, unit, start = own[axis], step(axis, own[axis]), 0
             rising = np.sort(scores[layer, axis])

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from efflm import trees
-from efflm.compress import calibrate
+from efflm.compress import calibrate, fold
 from efflm.compress.calibrate import Layer
 from efflm.compress.structured import slicing
 from efflm.config import require
@@ -18,7 +18,6 @@ from efflm.config.model import ModelConfig
 from efflm.model import LanguageModel, layerwise
 from efflm.parallel import sharding
 
-NORMS = {"attention_norm": "attention/query/kernel", "feedforward_norm": "feedforward/up/kernel"}  # and who reads them
 OfNorm = Callable[[jax.Array, Any, jax.Array], jax.Array]  # output [n, D], weights, channels -> [n, ...]
 
 
@@ -86,7 +85,8 @@ def _over_norms(
 def _of_layer(config: ModelConfig, fn: OfNorm, params: Any, kept: jax.Array, *row: jax.Array) -> dict[str, jax.Array]:
     with sharding.mesh_of(row):
         read = layerwise.reads(config, params, *row)
-    return {name: _total(fn, read[path], params[name], kept, row[-1]) for name, path in NORMS.items()}
+    norms = [place for place in fold.places(config) if place.is_norm]
+    return {norm.maker: _total(fn, read[norm.readers[0]], params[norm.maker], kept, row[-1]) for norm in norms}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -10,7 +10,8 @@ import warnings
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+
+from efflm.ops.kernels import Attention
 
 BLOCK = 128  # queries and keys in a block
 
@@ -20,16 +21,15 @@ def block(length: int) -> int:
     return BLOCK if length % BLOCK == 0 else 0
 
 
-def takes(
-    queries: int, keys: int, head_dim: int, dtype: DTypeLike, window: int, in_order: bool, own_segments: bool
-) -> bool:
-    """Whether the kernel can compute this attention: see ops.attention.kernel_for. It knows no slots and no window.
+def takes(call: Attention) -> bool:
+    """Whether the kernel can compute this attention. It knows no slots and no window.
 
     float16 is for GPUs older than Ampere, for which Triton does not compile; float32 would be rounded to
     TensorFloat-32.
     """
-    shapes = queries == keys and block(queries) > 0 and head_dim % 8 == 0 and 32 <= head_dim <= 128
-    return shapes and in_order and own_segments and not window and jnp.dtype(dtype) == jnp.bfloat16
+    shapes = call.queries == call.keys and block(call.queries) > 0 and call.head_dim % 8 == 0
+    own = call.in_order and call.own_segments and not call.window
+    return shapes and 32 <= call.head_dim <= 128 and own and jnp.dtype(call.dtype) == jnp.bfloat16
 
 
 def attention(

@@ -7,7 +7,8 @@ segments hide are).
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+
+from efflm.ops.kernels import Attention
 
 BLOCKS = (512, 256, 128)  # queries or keys in a block: the largest that divides them; 128 is a row of vector lanes
 
@@ -17,12 +18,11 @@ def block(length: int) -> int:
     return next((size for size in BLOCKS if length % size == 0), 0)
 
 
-def takes(
-    queries: int, keys: int, head_dim: int, dtype: DTypeLike, window: int, in_order: bool, own_segments: bool
-) -> bool:
-    """Whether the kernel can compute this attention: see ops.attention.kernel_for. It knows no slots."""
+def takes(call: Attention) -> bool:
+    """Whether the kernel can compute this attention. It knows no slots."""
     dtypes = (jnp.bfloat16, jnp.float32)  # Mosaic has no float16
-    return in_order and block(queries) > 0 and block(keys) > 0 and head_dim % 8 == 0 and jnp.dtype(dtype) in dtypes
+    shapes = block(call.queries) > 0 and block(call.keys) > 0 and call.head_dim % 8 == 0
+    return shapes and call.in_order and jnp.dtype(call.dtype) in dtypes
 
 
 def attention(

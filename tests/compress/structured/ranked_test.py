@@ -66,7 +66,7 @@ def test_layers_that_differ_generate_as_they_read(ranked):
 
 def test_layers_that_differ_train_and_quantize_and_prune(ranked):
     steps = (Finetune(steps=2), Magnitude(sparsity=0.5), Quantize())
-    after, records = recipe.run(ranked, steps, CONTEXT)
+    after, records = recipe.apply(ranked, steps, CONTEXT)
     assert after.config == ranked.config
     assert records[-1].predicted_bytes == ops.stored_nbytes(after.params, after.masks)
     looped, scanned = (
@@ -95,7 +95,7 @@ def test_layers_that_differ_are_stored_and_sharded_as_any(ranked, tmp_path):
 )
 def test_a_share_of_the_bytes_goes(formats, capsys, monkeypatch):
     monkeypatch.setitem(width.NEAR["bytes"], "candidates", 6)  # each compiles for its shapes
-    model, _ = recipe.run(MODEL, formats, CONTEXT)
+    model, _ = recipe.apply(MODEL, formats, CONTEXT)
     after, record = Width(bytes=0.2, axes="mlp", refit=False)(model, CONTEXT)
     stored = [ops.stored_nbytes(each.params, each.masks) for each in (model, after)]
     assert abs(1 - stored[1] / stored[0] - 0.2) < 0.01  # a channel of both layers

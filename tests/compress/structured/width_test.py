@@ -110,7 +110,7 @@ def test_a_share_that_cannot_be_reached_is_refused():
 
 
 def test_masks_and_formats_stay():
-    model, _ = recipe.run(tiny.model(), (Magnitude(sparsity=0.5), Quantize()), CONTEXT)
+    model, _ = recipe.apply(tiny.model(), (Magnitude(sparsity=0.5), Quantize()), CONTEXT)
     after, _ = Width(parameters=0.2)(model, CONTEXT)
     for path, leaf in trees.flatten(after.params):
         assert isinstance(leaf, QArray) == path.endswith(("kernel", "embedding"))

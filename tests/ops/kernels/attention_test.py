@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, SingleDeviceSharding
 
 from efflm import ops
 from efflm.ops.attention import KERNELS, kernel_for
+from efflm.ops.kernels import Attention
 from efflm.ops.kernels.cpu import build
 from tests import tiny
 
@@ -123,7 +124,7 @@ def test_a_float32_kernel_is_as_exact_as_the_portable_form(rng, interpreted):
 )
 def test_what_a_kernel_takes(platform, call, taken):
     usual = {"queries": 512, "keys": 512, "head_dim": 64, "dtype": jnp.bfloat16}
-    assert (kernel_for(platform, **usual | call) is not None) == taken
+    assert (kernel_for(platform, Attention(**usual | call)) is not None) == taken
 
 
 def lowered(platform, f, *arguments):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from efflm import ops
 from efflm.ops import attention_blocks
 from efflm.ops.attention import kernel_for
+from efflm.ops.kernels import Attention
 from efflm.ops.kernels.cpu import attention as cpu
 from efflm.ops.kernels.cpu import build
 
@@ -181,7 +182,7 @@ def test_nothing_as_large_as_the_scores_is_held():
 
 
 def test_what_the_kernel_takes(form):
-    takes = lambda queries, dtype, in_order=True: kernel_for("cpu", queries, 64, 16, dtype, 0, in_order)
+    takes = lambda queries, dtype, in_order=True: kernel_for("cpu", Attention(queries, 64, 16, dtype, 0, in_order))
     assert takes(64, jnp.float32) is takes(2, jnp.bfloat16, False) is cpu.attention
     assert takes(64, jnp.float16) is takes(1, jnp.float32) is None
     with build.chosen("off"):

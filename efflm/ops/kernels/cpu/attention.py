@@ -9,22 +9,22 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
+from efflm.ops.kernels import Attention
 from efflm.ops.kernels.cpu import build
 
 TASKS, CHUNK = 16, 96  # the backward pass cuts keys into chunks, at least so long, until there are so many tasks
 
 
-def takes(
-    queries: int, keys: int, head_dim: int, dtype: DTypeLike, window: int, in_order: bool, own_segments: bool
-) -> bool:
-    """Whether the kernel can compute this attention: see ops.attention.kernel_for.
+def takes(call: Attention) -> bool:
+    """Whether the kernel can compute this attention.
 
     Not where an accelerator is attached: the kernel is built on first use, and programs there are not for the CPU.
     """
     dtypes = (jnp.bfloat16, jnp.float32)
-    return queries > 1 and jnp.dtype(dtype) in dtypes and jax.default_backend() == "cpu" and build.form() != ""
+    return (
+        call.queries > 1 and jnp.dtype(call.dtype) in dtypes and jax.default_backend() == "cpu" and build.form() != ""
+    )
 
 
 def attention(
