@@ -289,11 +289,20 @@ def test_attention_on_two_devices_teaches_like_on_one(axes):
 
 
 def test_without_their_loss_no_hidden_states_are_gathered(monkeypatch, tmp_path):
-    monkeypatch.setattr(losses, "final_states_and_gathered", None)
+    found, own = [], losses.final_states_and_gathered
+
+    def seen(*given, **asked):
+        states, gathered = own(*given, **asked)
+        found.append(len(gathered.outputs) + len(gathered.probabilities))
+        return states, gathered
+
+    monkeypatch.setattr(losses, "final_states_and_gathered", seen)
     monkeypatch.setattr("efflm.compress.distill.projections", None)
     file = tmp_path / "metrics.jsonl"
     Distill(steps=1)(tiny.model(NARROW, seed=1), context_of(tiny.model(seed=2), metrics=file))
     assert "hidden" not in json.loads(file.read_text().splitlines()[0])
+    assert found
+    assert not any(found)
 
 
 def test_a_missing_or_foreign_teacher_is_refused():
