@@ -13,6 +13,7 @@ A model is a LanguageModel. One that `load` or `compress` returned knows where i
 import dataclasses
 import functools
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
@@ -27,7 +28,7 @@ from efflm.config import AskedPrecision, InputError, at_home, require
 from efflm.data import corpora, dataset, enwik8, loader
 from efflm.evaluate import scoring
 from efflm.evaluate.windows import Scoring
-from efflm.formats import huggingface, saved, sources
+from efflm.formats import compressed_tensors, huggingface, saved, sources
 from efflm.infer import speculative
 from efflm.infer.generate import generate as generate_ids
 from efflm.infer.sampling import Sampling
@@ -222,8 +223,10 @@ def save(
 
     format: "efflm": weights in their own form, compressed or not, and what is known of the model. path: a folder, in
     which model.safetensors is written, or a name that ends in .safetensors, with tokenizer.json beside it; an earlier
-    save there is replaced, other things are not. "huggingface": a folder of floats, which transformers and other
-    programs load unchanged. path: must hold nothing yet.
+    save there is replaced, other things are not. path of all others: a folder that holds nothing yet. "huggingface":
+    floats, which transformers and other programs load unchanged; float32 where the model is compressed.
+    "compressed-tensors": quantized matrices as transformers and vLLM read them. What such a format cannot hold as it is
+    is told on stderr, with its bytes.
     """
     require(
         arguments.is_path(path),
@@ -251,11 +254,20 @@ def _save_own(file: Path, model: LanguageModel, tokenizer: Tokenizer) -> Path:
 
 
 def _save_huggingface(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> Path:
-    huggingface.save(folder, model, tokenizer)
-    return folder / huggingface.WEIGHTS
+    return _told(huggingface.save(folder, model, tokenizer), folder / huggingface.WEIGHTS)
 
 
-FORMATS = {"efflm": _save_own, "huggingface": _save_huggingface}
+def _save_compressed_tensors(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> Path:
+    return _told(compressed_tensors.save(folder, model, tokenizer), folder / huggingface.WEIGHTS)
+
+
+def _told(lines: Sequence[str], file: Path) -> Path:
+    for line in lines:
+        print(f"{file.parent}: {line}", file=sys.stderr)
+    return file
+
+
+FORMATS = {"efflm": _save_own, "huggingface": _save_huggingface, compressed_tensors.FORMAT: _save_compressed_tensors}
 
 
 def context_for(

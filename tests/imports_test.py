@@ -47,7 +47,7 @@ ONE_PLACE = {
     "tokenizers": ("text/tokenizer.py",),
     "jinja2": ("text/render_template.py", "report/page.py"),
     "gguf": ("formats/gguf_file.py",),
-    "huggingface_hub": ("formats/hub.py",),
+    "huggingface_hub": ("formats/hub.py", "formats/card.py"),
     "matplotlib": ("report/plots.py",),
     "grain": ("data/loader.py",),
     "tensorboardX": ("train/metrics.py",),

@@ -8,7 +8,7 @@ from efflm.config import require
 from efflm.config.model import BlockConfig, ModelConfig, RopeScaling
 
 NEEDED = object()  # of a key that must be there
-FOREIGN = re.compile(r"expert|moe_|router|softcap|soft_cap|quantization_config")  # keys of what no family here has
+FOREIGN = re.compile(r"expert|moe_|router|softcap|soft_cap")  # keys of what no family here has
 MOST = 2**31 - 1  # of any number that counts something
 # Keys that change no logits: names and versions, what only training or sampling reads, what a call gives back, what the
 # tensors themselves say (biases), and how transformers computes the same numbers.
@@ -66,7 +66,7 @@ def read(family: Described, values: dict[str, Any], layers_at_most: int) -> Mode
     for key, value in values.items():
         require(
             not (FOREIGN.search(key) and value),
-            f"{key} is {_shown(value)}, but mixtures of experts, quantized weights and capped logits are not supported",
+            f"{key} is {_shown(value)}, but mixtures of experts and capped logits are not supported",
         )
     _require_known(family, values)
     for key, value in family.only.items():

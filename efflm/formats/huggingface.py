@@ -4,18 +4,25 @@ A directory is a stranger's: nothing is unpickled, no file outside of it is open
 anything is allocated.
 """
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from efflm import trees
 from efflm.cli.run_directory import whole, write_json
 from efflm.config import InputError, require
-from efflm.formats import tensors
+from efflm.formats import card, packed_config, tensors
 from efflm.formats.tensors import FLOATING, Tensors
-from efflm.formats.translate import describe, main_dtype, precision_of, to_model, to_tensors
+from efflm.formats.translate import describe, main_dtype, precision_of, read_weights, schemes, to_model, to_tensors
 from efflm.model import LanguageModel
 from efflm.model_files import inside, read_object
+from efflm.ops.qarray import dequantize
+from efflm.parallel import meshes
+from efflm.precision import cast
 from efflm.text import tokenizer
 from efflm.text.tokenizer import Tokenizer
 
@@ -43,28 +50,57 @@ def load_weights(folder: Path, *, dtype: str | None = None, mesh: Mesh | None = 
         raise InputError(str(error) if named else f"{folder}: {error}") from None
 
 
-def save(folder: Path, model: LanguageModel, tokens: Tokenizer) -> None:
-    """Write a directory that transformers loads, whole or not at all; one tensor is held in memory at a time.
+@dataclasses.dataclass(frozen=True)
+class AsFloats:
+    """A weight as the float32 array that it stands for, which is made when numpy asks for it."""
+
+    weight: Any
+    dtype = np.dtype(np.float32)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return trees.on_host(dequantize(cast(self.weight, jnp.float32)))
+
+
+def save(folder: Path, model: LanguageModel, tokens: Tokenizer) -> list[str]:
+    """Write a directory of floats that transformers loads, whole or not at all; one tensor is held in memory at a time.
+    Of a model with compressed weights all weights are float32, those that its own are said to stand for exactly.
 
     For the qwen2 family, transformers 5 reads the vocabulary but splits text as Qwen does, with any tokenizer.
 
-    Raises InputError if the folder holds something already, the weights are not floats, or no family has such a model.
+    Returns what is to be said of it. Raises InputError if the folder holds something already, or no family has such a
+    model.
     """
+    compressed = [path for path, leaf in trees.flatten(model.params) if getattr(leaf, "dtype", None) not in FLOATING]
+    said = [f"{len(compressed)} compressed weights are written as float32"] if compressed else []
+    params = trees.map_with_path(lambda _, leaf: AsFloats(leaf), model.params) if compressed else model.params
+    return write(folder, model.replace(params=params).with_about(model.about), tokens, "huggingface", said)
+
+
+def write(folder: Path, model: LanguageModel, tokens: Tokenizer, format: str, said: list[str]) -> list[str]:
+    """Write a model of floats and of QArrays as compressed-tensors has them, and read it back. Returns what is said and
+    what else there is to say."""
     require(
         not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
         f"{folder} exists already: give a folder that does not, or remove it",
     )
-    compressed = [path for path, leaf in trees.flatten(model.params) if getattr(leaf, "dtype", None) not in FLOATING]
-    require(
-        not compressed,
-        f"{compressed[0] if compressed else ''} is compressed, but a Hugging Face directory holds floats: export the "
-        "model before it is quantized, or write efflm's own safetensors file",
-    )
     family, description = describe(model.config)
     dtype = main_dtype(model.params)
-    described = {"torch_dtype": dtype}
+    described: dict[str, Any] = {"torch_dtype": dtype}
     if model.config.precision != precision_of(dtype):
         described["efflm_precision"] = model.config.precision
+    found = schemes(model, family)
+    if any(found.values()):
+        described["quantization_config"] = packed_config.write(found)
+    if model.masks:
+        said = [*said, "pruned weights are zeros in dense matrices: no engine multiplies these faster"]
     ends = {"bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": None}
     with whole(folder) as partial:
         partial.mkdir()
@@ -72,6 +108,20 @@ def save(folder: Path, model: LanguageModel, tokens: Tokenizer) -> None:
         tokens.save(partial / "tokenizer.json")
         write_json(partial / "generation_config.json", ends | {"eos_token_id": tokens.ends or None})
         tensors.write_safetensors(partial / WEIGHTS, to_tensors(model, family))
+        (partial / card.FILE).write_text(card.text(model, folder.name, format, said), encoding="utf-8")
+        _require_as_written(partial, model)
+    return said
+
+
+def _require_as_written(folder: Path, model: LanguageModel) -> None:
+    """Raise InputError unless each weight is read back as it is in the model, and multiplied as there."""
+    wanted = dict(trees.flatten(model.params))
+    _, found = read_weights(read_object(folder, "config.json"), _tensors(folder), None, meshes.make_mesh())
+    for path, leaf in found:
+        one, other = (np.asarray(w if hasattr(w, "dtype") else AsFloats(w)) for w in (leaf, wanted[path]))
+        same = np.array_equal(one, other, equal_nan=True)
+        same = same and getattr(leaf, "activations", "") == getattr(wanted[path], "activations", "")
+        require(same, f"{path} is not read back as it was written, so nothing is left of it: try another disk")
 
 
 # --- reading what may be damaged -------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from efflm.config import InputError, require
 from efflm.model import require_fits
 
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-DTYPES = FLOATS | {"I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
+DTYPES = FLOATS | {"I8": np.int8, "U8": np.uint8, "I32": np.int32, "I64": np.int64, "BOOL": np.bool_}
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 FLOATING = {np.dtype(dtype) for dtype in FLOATS.values()}
 

@@ -1,0 +1,63 @@
+"""Quantized models as Hugging Face directories of compressed-tensors, which transformers and vLLM read."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from efflm import trees
+from efflm.config import require
+from efflm.formats import huggingface
+from efflm.formats.huggingface import AsFloats
+from efflm.model import LanguageModel
+from efflm.model.params import in_layer
+from efflm.ops.lowrank import LowRank
+from efflm.ops.packing import pack, unpack
+from efflm.ops.qarray import QArray
+from efflm.text.tokenizer import Tokenizer
+
+FORMAT = "compressed-tensors"
+FLOATS = 'give format="huggingface", which writes floats'
+
+
+def save(folder: Path, model: LanguageModel, tokens: Tokenizer) -> list[str]:
+    """Write a directory, whole or not at all, in which the codes and scales of the matrices inside the layers are those
+    of the model. Embeddings and the output layer are floats there: no engine reads others. Codes of 3 bits become the
+    same codes of 4. Returns what this costs. Raises InputError for what the format has no form for.
+    """
+    params = trees.map_with_path(_as_written, model.params)
+    pairs = [(path, w, dict(trees.flatten(params))[path]) for path, w in trees.flatten(model.params)]
+    require(
+        any(isinstance(after, QArray) for _, _, after in pairs),
+        f"no matrix inside the layers is quantized, so there is nothing for compressed-tensors to hold: {FLOATS}",
+    )
+    said = []
+    outside = [(path, w, after) for path, w, after in pairs if isinstance(after, AsFloats)]
+    if outside:
+        more = sum(trees.nbytes({"": after}) - trees.nbytes({"": w}) for _, w, after in outside)
+        said.append(f"{', '.join(path for path, _, _ in outside)}: written as float32, {more:,} bytes more")
+    wider = [(w, after) for _, w, after in pairs if isinstance(after, QArray) and after.bits != w.bits]
+    if wider:
+        more = sum(trees.nbytes(after) - trees.nbytes(w) for w, after in wider)
+        said.append(f"codes of 3 bits: written as the same codes of 4 bits, {more:,} bytes more")
+    return huggingface.write(folder, model.replace(params=params).with_about(model.about), tokens, FORMAT, said)
+
+
+def _as_written(path: str, w: Any) -> Any:
+    require(
+        not isinstance(w, LowRank),
+        f"{path} has a correction of low rank, which compressed-tensors does not: add the step merge, or {FLOATS}",
+    )
+    if not isinstance(w, QArray):
+        return w
+    if not in_layer(path):
+        return AsFloats(w)
+    require(
+        w.group == 0 or w.size % w.group == 0,
+        f"{path} has {w.size} inputs in groups of {w.group}, but compressed-tensors has no shorter last group: "
+        f"choose a group that divides them, or {FLOATS}",
+    )
+    if w.bits != 3:
+        return w
+    codes = unpack(trees.on_host(w.values), 3, w.size, w.axis)
+    return w.replace(values=pack(np.asarray(codes), 4, w.axis), bits=4)
