@@ -94,11 +94,11 @@ def _gptq(values: dict[str, Any]) -> Quantized:
 
 
 def _awq(values: dict[str, Any]) -> Quantized:
-    _require_known(values, "awq", "bits", "w_bit", "group_size", "q_group_size", "zero_point", "version", "format")
-    given = {"bits": values.get("w_bit", 4), "group_size": values.get("q_group_size", -1), "zero_point": True} | values
-    layout = values.get("version") or values.get("format") or "gemm"
+    layouts = ("version", "checkpoint_format", "format")
+    _require_known(values, "awq", "bits", "w_bit", "group_size", "q_group_size", "zero_point", *layouts)
+    given = {"bits": values.get("w_bit", 4), "group_size": values.get("q_group_size", -1)} | values
+    layout = next((values[key] for key in layouts if values.get(key)), "gemm")
     _require_one_of({"version": layout.lower() if isinstance(layout, str) else layout}, "version", "gemm")
-    _require_one_of(given, "zero_point", True)
     _require_one_of(given, "bits", 4)
     return Quantized(((("Linear",), Scheme(layout="awq", bits=4, group=_group(given), symmetric=False)),))
 
