@@ -265,7 +265,7 @@ def test_what_is_saved_is_loaded_again(loaded, tmp_path):
     assert same(efflm.load(tmp_path / "new" / "small")[0], model)
 
 
-def test_a_model_is_written_as_a_hugging_face_folder(loaded, tmp_path):
+def test_a_model_is_written_as_a_hugging_face_folder(loaded, tmp_path, capsys):
     (model, tokenizer), folder = loaded, tmp_path / "theirs"
     assert efflm.save(folder, model, tokenizer, format="huggingface") == folder / "model.safetensors"
     assert (folder / "config.json").exists()
@@ -276,9 +276,13 @@ def test_a_model_is_written_as_a_hugging_face_folder(loaded, tmp_path):
     assert words.encode(text) == tokenizer.encode(text)
     with pytest.raises(efflm.InputError, match="exists already"):  # never over what is there
         efflm.save(folder, model, tokenizer, format="huggingface")
-    with pytest.raises(efflm.InputError, match="is compressed, but a Hugging Face directory holds floats"):
-        efflm.save(tmp_path / "new", efflm.compress(model, "w8a8"), tokenizer, format="huggingface")
-    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+    small = efflm.compress(model, "w8a8")
+    efflm.save(tmp_path / "floats", small, tokenizer, format="huggingface")
+    file = efflm.save(tmp_path / "int8", small, tokenizer, format="compressed-tensors")
+    assert "embedding: written as float32, " in capsys.readouterr().err
+    assert file.stat().st_size < (tmp_path / "floats" / "model.safetensors").stat().st_size
+    rounded = efflm.load(tmp_path / "int8")[0].params["block_0"]["feedforward"]["up"]["kernel"]
+    np.testing.assert_array_equal(rounded.values, small.params["block_0"]["feedforward"]["up"]["kernel"].values)
 
 
 def careless(loaded, folder, tmp_path):

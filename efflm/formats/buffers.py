@@ -1,4 +1,5 @@
-"""Tensors of checkpoints that are no weights: masks and rotary frequencies, which older versions of transformers saved.
+"""Tensors of checkpoints that are no weights: masks and rotary frequencies, which older versions of transformers saved,
+and biases of 0 that quantizers add.
 
 They follow from the config. One that does not would change what is computed, so each is compared.
 """
@@ -32,6 +33,8 @@ def require_harmless(names: list[str], source: Tensors, config: ModelConfig) -> 
             good, wanted = _is_rotary(found, config), "the rotary frequencies that the config gives"
         elif _MASKED.search(name):
             good, wanted = found.size == 1 and float(found.reshape(())) <= NEGLIGIBLE, "a number that masks a score"
+        elif found.ndim == 1:
+            good, wanted = not found.any(), "0, as the biases are that a quantizer adds to layers without"
         else:
             square = found.shape == (1, 1, found.shape[-1], found.shape[-1])
             good, wanted = square and np.array_equal(found[0, 0] != 0, np.tri(len(found[0, 0]), dtype=bool)), "causal"

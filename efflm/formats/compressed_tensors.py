@@ -8,7 +8,7 @@ import numpy as np
 from efflm import trees
 from efflm.config import require
 from efflm.formats import huggingface
-from efflm.formats.huggingface import AsFloats
+from efflm.formats.huggingface import ACTIVATIONS, AsFloats, rounds
 from efflm.model import LanguageModel
 from efflm.model.params import in_layer
 from efflm.ops.lowrank import LowRank
@@ -36,10 +36,13 @@ def save(folder: Path, model: LanguageModel, tokens: Tokenizer) -> list[str]:
     if outside:
         more = sum(trees.nbytes({"": after}) - trees.nbytes({"": w}) for _, w, after in outside)
         said.append(f"{', '.join(path for path, _, _ in outside)}: written as float32, {more:,} bytes more")
+        said += [f"there {ACTIVATIONS}"] * any(rounds(w) for _, w, _ in outside)
     wider = [(w, after) for _, w, after in pairs if isinstance(after, QArray) and after.bits != w.bits]
     if wider:
         more = sum(trees.nbytes(after) - trees.nbytes(w) for w, after in wider)
         said.append(f"codes of 3 bits: written as the same codes of 4 bits, {more:,} bytes more")
+    if any(isinstance(after, QArray) and after.zeros is not None for _, _, after in pairs):
+        said.append("zero points are as llm-compressor writes them, which transformers 5.24 does not load")
     return huggingface.write(folder, model.replace(params=params).with_about(model.about), tokens, FORMAT, said)
 
 

@@ -69,6 +69,14 @@ class AsFloats:
         return trees.on_host(dequantize(cast(self.weight, jnp.float32)))
 
 
+ACTIVATIONS = "the model rounds what its int8 matmuls read, but matrices of floats multiply it as it is"
+
+
+def rounds(weight: Any) -> bool:
+    """Whether what the weight multiplies is rounded first."""
+    return getattr(getattr(weight, "base", weight), "activations", "float") != "float"
+
+
 def save(folder: Path, model: LanguageModel, tokens: Tokenizer) -> list[str]:
     """Write a directory of floats that transformers loads, whole or not at all; one tensor is held in memory at a time.
     Of a model with compressed weights all weights are float32, those that its own are said to stand for exactly.
@@ -80,6 +88,7 @@ def save(folder: Path, model: LanguageModel, tokens: Tokenizer) -> list[str]:
     """
     compressed = [path for path, leaf in trees.flatten(model.params) if getattr(leaf, "dtype", None) not in FLOATING]
     said = [f"{len(compressed)} compressed weights are written as float32"] if compressed else []
+    said += [ACTIVATIONS] * any(map(rounds, (leaf for _, leaf in trees.flatten(model.params))))
     params = trees.map_with_path(lambda _, leaf: AsFloats(leaf), model.params) if compressed else model.params
     return write(folder, model.replace(params=params).with_about(model.about), tokens, "huggingface", said)
 
@@ -119,8 +128,8 @@ def _require_as_written(folder: Path, model: LanguageModel) -> None:
     _, found = read_weights(read_object(folder, "config.json"), _tensors(folder), None, meshes.make_mesh())
     for path, leaf in found:
         one, other = (np.asarray(w if hasattr(w, "dtype") else AsFloats(w)) for w in (leaf, wanted[path]))
-        same = np.array_equal(one, other, equal_nan=True)
-        same = same and getattr(leaf, "activations", "") == getattr(wanted[path], "activations", "")
+        rounding = [(rounds(w), getattr(w, "activation_scale", None)) for w in (leaf, wanted[path])]
+        same = np.array_equal(one, other, equal_nan=True) and rounding[0] == rounding[1]
         require(same, f"{path} is not read back as it was written, so nothing is left of it: try another disk")
 
 

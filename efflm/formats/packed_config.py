@@ -118,6 +118,7 @@ def _compressed_tensors(values: dict[str, Any]) -> Quantized:
     for key in off:
         _require_one_of(values | dense, key, None, {})
     _require_one_of({"quantization_status": "compressed"} | values, "quantization_status", "compressed")
+    _require_one_of(values, "format", None, *_LAYOUTS, _MIXED)
     groups, ignore = values.get("config_groups"), values.get("ignore") or []
     require(
         isinstance(groups, dict) and bool(groups) and all(isinstance(group, dict) for group in groups.values()),

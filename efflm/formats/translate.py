@@ -141,10 +141,11 @@ def to_tensors(model: LanguageModel, family: str) -> Iterator[Named]:
 
 
 def schemes(model: LanguageModel, family: str) -> dict[str, Scheme | None]:
-    """How compressed-tensors stores each linear layer of a model of the family, by the module's name; None: as floats.
-
-    Raises InputError where it has no form for one."""
-    leaves, found = dict(trees.flatten(model.params)), {}
+    """How compressed-tensors stores each linear layer of a model of the family, by the module's name; None: as floats,
+    which an output layer is that is the embedding. Raises InputError where it has no form for one."""
+    head = FAMILIES[family].places["unembedding"].name.removesuffix(".weight")
+    found: dict[str, Scheme | None] = dict.fromkeys((head, "lm_head"))  # as transformers 5 calls it in every family
+    leaves = dict(trees.flatten(model.params))
     for name, paths in _by_tensor(leaves, family).items():
         if not _is_linear(paths[0]):
             continue
@@ -279,7 +280,8 @@ def _names(
     )
     require(not missing, f"{_some(missing)} missing{hint or ': the model is not whole, or not what its config says'}")
     known |= {family.places["unembedding"].name} if config.tied else set()
-    beside = [name for name in there if name not in known and buffers.is_one(name, there[name])]
+    biases = {f"{matrix.module}.bias" for matrix in matrices.values()}
+    beside = [name for name in there if name not in known and (name in biases or buffers.is_one(name, there[name]))]
     left = [name for name in there if name not in known and name not in set(beside)]
     require(not left, f"{_some(left)} left over: the model has parts that its config does not speak of")
     return names, matrices, beside

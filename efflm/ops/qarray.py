@@ -30,9 +30,9 @@ class QArray:
 
     values: int8 codes in the shape of the matrix, or uint8 with the contracted axis packed. scale: floating, the shape
     of the matrix with the contracted axis reduced to the number of groups. zeros: int8 like scale, the code of zero;
-    None: 0, and codes within +-(2^(bits - 1) - 1). activation_scale: float32 [..., 1, 1] with "int8_static".
-    axis: the contracted axis, counted from the end. size: its length. bits, group, activations: see Format; group is 0
-    where one scale is for the whole axis.
+    None: 0, and codes within +-(2^(bits - 1) - 1); in the models of others the one below is a code too.
+    activation_scale: float32 [..., 1, 1] with "int8_static". axis: the contracted axis, counted from the end. size: its
+    length. bits, group, activations: see Format; group is 0 where one scale is for the whole axis.
 
     For every element |w - dequantize(w)| <= scale / 2, and an exact zero stays one.
     """

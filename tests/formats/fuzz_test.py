@@ -27,6 +27,7 @@ from efflm.parallel import meshes
 from tests import tiny
 from tests.formats.huggingface_test import small_tokenizer
 
+PACKED = Path(__file__).parent / "goldens" / "packed"
 SHAPE = ModelShape(layers=2, width=96, heads=4, kv_heads=2, mlp_dim=256, vocabulary=512, max_length=64)  # 0.9 MB
 SLACK = 700_000  # bytes: what parsing, exceptions and Python's own caches take, whatever the file
 SECONDS = 60
@@ -192,6 +193,37 @@ def test_damaged_config(folder):
         assert not survives(lambda: huggingface.load_weights(folder), folder.parent, size)
     file.write_bytes(raw)
     assert 20 < sum(results) < 250  # much of a config.json says nothing of the model
+
+
+def paths_of(value, path=()):
+    """The places in a JSON value, outermost first."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, inner in items for place in ((*path, key), *paths_of(inner, (*path, key)))]
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a16_asym", "gptq4_asym", "gptq3", "awq4"])
+def test_damaged_quantized_checkpoints(name, tmp_path):
+    home = Path(shutil.copytree(PACKED / name, tmp_path / "model"))
+    file, settings, rng = home / "model.safetensors", home / "config.json", np.random.default_rng(4)
+    raw, config = file.read_bytes(), settings.read_bytes()
+    text = slice(0, 8 + struct.unpack("<Q", raw[:8])[0])
+    results = []
+    for i in range(250):
+        if i % 3 < 2:
+            file.write_bytes(damaged(raw, rng, text) if i % 3 else lied_about(raw, rng))
+        else:
+            values = json.loads(config)
+            places = paths_of(values["quantization_config"])
+            *outer, key = places[int(rng.integers(len(places)))]
+            inner = values["quantization_config"]
+            for step in outer:
+                inner = inner[step]
+            inner[key] = JUNK[int(rng.integers(len(JUNK)))]
+            settings.write_text(json.dumps(values))
+        results.append(survives(lambda: huggingface.load_weights(home), tmp_path, len(raw)))
+        file.write_bytes(raw)
+        settings.write_bytes(config)
+    assert 20 < sum(results) < 150
 
 
 @pytest.fixture

@@ -138,6 +138,48 @@ def gptqmodel() -> None:
             _keep(torch, Path(home) / name, floats, weights)
 
 
+EXPORTS = {  # name: (the config of tests.tiny, what matrices become, format)
+    "w8a16": ("untied", {}, "compressed-tensors"),
+    "w8a8": ("llama", {"activations": "int8"}, "compressed-tensors"),
+    "w4a16": ("qwen2", {"bits": 4, "group": 16}, "compressed-tensors"),
+    "w4a16_fused": ("neox", {"bits": 4, "group": 16}, "compressed-tensors"),
+    "w8a16_qk_norm": ("qwen3", {}, "compressed-tensors"),
+    "w3a16": ("llama", {"bits": 3, "group": 16}, "compressed-tensors"),
+    "floats_of_w3a16": ("gpt2", {"bits": 3, "group": 16}, "huggingface"),
+    "floats_of_w4a16_asym": ("neox", {"bits": 4, "group": 16, "symmetric": False}, "huggingface"),
+}
+ROUNDED = 0.1  # logits: compressed-tensors rounds activations to multiples of largest / 127.5, efflm and vLLM / 127
+
+
+def export(folder: Path) -> None:
+    import efflm
+    from efflm.compress.quantize import quantize
+    from efflm.formats import huggingface
+    from tests import tiny
+    from tests.formats.huggingface_test import small_tokenizer
+
+    for name, (config, how, format) in EXPORTS.items():
+        model = tiny.model(tiny.CONFIGS[config])
+        efflm.save(folder / name, model.replace(params=quantize(model.params, **how)), small_tokenizer(), format=format)
+        tokens = tiny.tokens(model.config, 2, LENGTH)
+        logits = tiny.logits(huggingface.load_weights(folder / name), tokens)
+        np.savez_compressed(folder / f"{name}.npz", tokens=tokens, logits=logits)
+
+
+def check(folder: Path) -> None:
+    import torch
+    import transformers
+
+    for name in sys.argv[3:] or EXPORTS:
+        golden = np.load(folder / f"{name}.npz")
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).eval()
+        with torch.no_grad():
+            logits = model(torch.from_numpy(golden["tokens"]).long()).logits.numpy()
+        difference = float(np.abs(logits - golden["logits"]).max())
+        print(f"{name}: {type(model).__name__}, logits differ by at most {difference:.1e}")
+        assert difference < (ROUNDED if "w8a8" in name else 1e-4)
+
+
 if __name__ == "__main__":
-    run = {"compressed_tensors": compressed_tensors, "gptqmodel": gptqmodel}
-    run[sys.argv[1]](*map(Path, sys.argv[2:]))
+    run = {"compressed_tensors": compressed_tensors, "gptqmodel": gptqmodel, "export": export, "check": check}
+    run[sys.argv[1]](*map(Path, sys.argv[2:3]))
