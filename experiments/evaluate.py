@@ -2,6 +2,7 @@
 
     python -m experiments.evaluate --model=runs/quickstart
     python -m experiments.evaluate --model=runs/quickstart/models/w8a8.safetensors --reference=runs/quickstart
+    python -m experiments.evaluate --models="smollm2 someone/gptq-int4 runs/w4a16"
     python -m experiments.evaluate --model=smollm2 --text=~/notes --score.documents=0 --score.tokens=0
 
 Expect a table with the protocol below it; with --run_dir also results.json in that directory. Text is read and scored
@@ -10,6 +11,7 @@ as a stream: memory does not grow with it.
 
 import dataclasses
 import math
+import shlex
 import sys
 
 import jax
@@ -18,7 +20,7 @@ from efflm import user_cache
 from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
 from efflm.cli.subject import Subject
-from efflm.config import flag
+from efflm.config import at_home, flag, require
 from efflm.config.parallel import MeshConfig
 from efflm.data import dataset
 from efflm.evaluate import machine, scoring
@@ -37,6 +39,7 @@ class Run(Subject):
     """The run"""
 
     text: str = flag("", "file or folder of UTF-8 text, scored whole; default: the test split of --corpus", path=True)
+    models: str = flag("", "several models in place of --model, spaces between them; the first is the reference")
     reference: str = flag("", "what divergence is from, given like --model; default: the model itself", path=True)
     run_dir: str = flag("", "where to write results.json and report.html; default: nowhere", path=True)
 
@@ -48,21 +51,25 @@ def main(run: Run, score: Scoring, mesh: MeshConfig, limits: Limits) -> None:
         run_directory.require_writable(log.folder, needs=1_000_000)
     any_rows = 2 * jax.device_count() * math.prod(abs(size) for size in dataclasses.asdict(mesh).values())
     devices = meshes.mesh_for(mesh, any_rows, any_rows)
-    asked = [*filter(None, [run.reference]), run.model]
+    require(not (run.models and run.reference), "reference goes with --model: of --models the first is the reference")
+    asked = [at_home(each) for each in shlex.split(run.models)] or [*filter(None, [run.reference]), run.model]
     loaded = [sources.load(each, precision=run.precision, mesh=devices) for each in asked]
-    first, model, tokens, about = loaded[0].model, loaded[-1].model, loaded[-1].tokenizer, loaded[-1].about
-    require_same_tokenizer(first, model, "reference", "model")
+    first, tokens, about = loaded[0].model, loaded[-1].tokenizer, loaded[-1].about
+    for each in loaded[1:]:
+        require_same_tokenizer(first, each.model, "reference", "model")
     text = dataset.to_score(run.text, run.corpus, about, tokens, dataset.cache(), run.strict)
     if text.left_out:
         print(text.left_out)
-    score = score.within(model.config.max_length, about.get("train.length", 0), text.unbroken)
+    score = score.within(
+        min(each.model.config.max_length for each in loaded), about.get("train.length", 0), text.unbroken
+    )
     user_cache.use_compilation_cache()
     names = rows.names(asked)
     models = {name: each.model for name, each in zip(names, loaded)}
     sizes = {name: each.nbytes for name, each in zip(names, loaded)}
     notes = {name: rows.origin(source, each.about) for name, source, each in zip(names, asked, loaded)}
     found = measured.of(models, sizes, notes, scoring.side_by_side(models, text, tokens, score))
-    facts = [*found.facts, *rows.cautions(run.model, about, text.known)]
+    facts = [*found.facts, *rows.cautions(asked[-1], about, text.known)]
     if run.run_dir:
         log.results(facts, rows=found.rows)
     table.show(found.rows, facts)
@@ -72,7 +79,7 @@ def main(run: Run, score: Scoring, mesh: MeshConfig, limits: Limits) -> None:
         log.report(
             facts,
             compared.write,
-            title=f"{run.model} measured" + (f" beside {run.reference}" if run.reference else ""),
+            title=f"{asked[-1]} measured" + (f" beside {', '.join(asked[:-1])}" if asked[1:] else ""),
             comparison=found.comparison(limits),
             details={name: Detail(lineage=lineage) for name, lineage in histories.items()},
             phases=analysis.inference(first, found.figures.protocol, found.figures.rates[names[0]], roofline),

@@ -3,10 +3,10 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from efflm.config import InputError, require
-from efflm.ops.format import BITS, Activations
+from efflm.ops.format import Activations, Bits
 
 REMEDY = "give the model before it was quantized, or a GGUF file of it"
 MOST_TARGETS = 20_000  # each is compared with each module
@@ -247,7 +247,7 @@ def _require_only(values: dict[str, Any], *known: str) -> None:
 
 
 def _bits(values: dict[str, Any], key: str) -> int:
-    _require_one_of(values, key, *BITS)
+    _require_one_of(values, key, *get_args(Bits))
     return values[key]
 
 

@@ -281,6 +281,26 @@ def test_compress_and_evaluate_a_trained_run(trained, tmp_path, monkeypatch):
         assert seen[field] == after[field], field
 
 
+def test_any_number_of_models_in_one_report(trained, tmp_path, capsys):
+    """Such as other tools made: here compressed-tensors and floats of one model, which are measured alike."""
+    model, tokenizer = efflm.load(trained)
+    small = efflm.compress(model, "quantize[bits=4,group=16,embeddings=0]")
+    for format in ("compressed-tensors", "huggingface"):
+        efflm.save(tmp_path / f"their {format}", small, tokenizer, format=format)
+    models = f"{trained} '{tmp_path / 'their compressed-tensors'}' '{tmp_path / 'their huggingface'}'"
+    flags = ["--score.window=16", "--score.documents=4", f"--corpus={model.about['source']}"]
+    run(evaluate, f"--models={models}", *flags, f"--run_dir={tmp_path / 'out'}")
+    first, packed, floats = rows_of(tmp_path / "out")
+    assert [packed["name"], floats["name"]] == ["their compressed-tensors", "their huggingface"]
+    assert first["kl_to_dense"] is None
+    assert packed["bits_per_byte"] == pytest.approx(floats["bits_per_byte"], rel=1e-6) != first["bits_per_byte"]
+    assert packed["nonzeros"] == floats["nonzeros"] < first["nonzeros"]
+    assert packed["bytes"] < floats["bytes"]
+    with pytest.raises(SystemExit):
+        run(evaluate, f"--models={models}", f"--reference={trained}")
+    assert "of --models the first is the reference" in capsys.readouterr().err
+
+
 def test_several_recipes_in_one_report(trained, corpus, tmp_path):
     """Those that train read the corpus of the model's own run; what is scored is the text given."""
     out, text = tmp_path / "out", tmp_path / "text"
