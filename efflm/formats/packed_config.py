@@ -1,6 +1,7 @@
 """What the quantization_config of a config.json says of each matrix: compressed-tensors, GPTQ and AWQ; and back."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -10,19 +11,19 @@ from efflm.ops.format import Activations, Bits
 
 REMEDY = "give the model before it was quantized, or a GGUF file of it"
 MOST_TARGETS = 20_000  # each is compared with each module
-# Keys that change no logits: how the codes were found, what only writing or running elsewhere reads.
-_HARMLESS = {
-    "compressed-tensors": "quant_method global_compression_ratio version",
-    "gptq": """quant_method desc_act sym true_sequential damp_percent damp_auto_increment static_groups mse
-        act_group_aware model_name_or_path model_file_base_name tokenizer dataset model_seqlen block_name_to_quantize
-        module_name_preceding_first_block modules_in_block_to_quantize batch_size pad_token_id max_input_length
-        cache_block_outputs lm_head meta method backend use_cuda_fp16 use_exllama exllama_config disable_exllama
-        max_input_length offload_to_disk offload_to_disk_path pack_impl hyb_act vram_strategy""",
-    "awq": """quant_method modules_to_not_convert do_fuse fuse_max_seq_len modules_to_fuse backend exllama_config
-        lm_head meta method sym desc_act true_sequential damp_percent dataset tokenizer pack_dtype""",
-}
-_ARGUMENTS = ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "actorder", "observer")
-_ARGUMENTS += ("observer_kwargs", "scale_dtype", "zp_dtype")  # of weights and of activations
+# Keys that change no logits: how the codes were found, and what only writing or running elsewhere reads.
+_HARMLESS = """
+    quant_method method version global_compression_ratio desc_act sym true_sequential damp_percent damp_auto_increment
+    static_groups mse act_group_aware model_name_or_path model_file_base_name tokenizer dataset model_seqlen
+    block_name_to_quantize module_name_preceding_first_block modules_in_block_to_quantize modules_to_not_convert
+    batch_size pad_token_id max_input_length cache_block_outputs lm_head meta backend use_cuda_fp16 use_exllama
+    exllama_config disable_exllama offload_to_disk offload_to_disk_path pack_impl pack_dtype do_fuse
+    fuse_max_seq_len modules_to_fuse zero_point
+"""
+# Of weights and of activations in compressed-tensors, and what their absence means.
+_ARGUMENTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False} | dict.fromkeys(
+    ("strategy", "group_size", "actorder", "observer", "observer_kwargs", "scale_dtype", "zp_dtype")
+)
 # What could take exponential time to match: a repeated group, a counted repetition, a look around, a reference back.
 _SLOW = re.compile(r"\)[*+?{]|\(\?(?!:)|\{|\\[1-9]")
 
@@ -68,7 +69,7 @@ def read(values: Any) -> Quantized | None:
     """What a quantization_config says; None where there is none. Raises InputError for what is not supported."""
     if not values:
         return None
-    require(isinstance(values, dict), f"quantization_config is {_shown(values)}, but must be an object")
+    values = _object({"": values}, "")
     method = values.get("quant_method", "compressed-tensors" if "config_groups" in values else None)
     methods = {"compressed-tensors": _compressed_tensors, "gptq": _gptq, "awq": _awq}
     require(
@@ -82,23 +83,19 @@ def read(values: Any) -> Quantized | None:
 
 
 def _gptq(values: dict[str, Any]) -> Quantized:
-    _require_known(
-        values, "gptq", "bits", "group_size", "checkpoint_format", "format", "pack_dtype", "is_marlin_format"
-    )
+    _require_known(values, "bits", "group_size", "checkpoint_format", "format")
     layout = values.get("checkpoint_format") or values.get("format") or "gptq"
-    _require_one_of(values | {"checkpoint_format": layout}, "checkpoint_format", "gptq", "gptq_v2")
-    _require_one_of(values, "pack_dtype", None, "int32", "torch.int32")
-    _require_one_of(values, "is_marlin_format", None, False)
+    _require_one_of({"checkpoint_format": layout}, "checkpoint_format", "gptq", "gptq_v2")
     scheme = Scheme(layout=layout, bits=_bits(values, "bits"), group=_group(values), symmetric=False)
     return Quantized(((("Linear",), scheme),))
 
 
 def _awq(values: dict[str, Any]) -> Quantized:
     layouts = ("version", "checkpoint_format", "format")
-    _require_known(values, "awq", "bits", "w_bit", "group_size", "q_group_size", "zero_point", *layouts)
-    given = {"bits": values.get("w_bit", 4), "group_size": values.get("q_group_size", -1)} | values
+    _require_known(values, "bits", "w_bit", "group_size", "q_group_size", *layouts)
+    given = {"bits": values.get("w_bit", 4), "group_size": values.get("q_group_size")} | values
     layout = next((values[key] for key in layouts if values.get(key)), "gemm")
-    _require_one_of({"version": layout.lower() if isinstance(layout, str) else layout}, "version", "gemm")
+    _require_one_of({"version": layout}, "version", "gemm", "GEMM")
     _require_one_of(given, "bits", 4)
     return Quantized(((("Linear",), Scheme(layout="awq", bits=4, group=_group(given), symmetric=False)),))
 
@@ -110,60 +107,44 @@ _MIXED = "mixed-precision"
 
 
 def _compressed_tensors(values: dict[str, Any]) -> Quantized:
-    own = ("format", "quantization_status", "config_groups", "ignore")
-    off = ("kv_cache_scheme", "transform_config", "moe_sparsity_config", "sparsity_config")
-    _require_known(values, "compressed-tensors", *own, *off)
-    sparsity = values.get("sparsity_config")
-    dense = {"sparsity_config": None} if isinstance(sparsity, dict) and sparsity.get("format") == "dense" else {}
-    for key in off:
-        _require_one_of(values | dense, key, None, {})
+    dense = ("sparsity_config",) if values.get("sparsity_config") == {"format": "dense"} else ()
+    _require_known(values, "format", "quantization_status", "config_groups", "ignore", *dense)
     _require_one_of({"quantization_status": "compressed"} | values, "quantization_status", "compressed")
     _require_one_of(values, "format", None, *_LAYOUTS, _MIXED)
-    groups, ignore = values.get("config_groups"), values.get("ignore") or []
-    require(
-        isinstance(groups, dict) and bool(groups) and all(isinstance(group, dict) for group in groups.values()),
-        f"quantization_config.config_groups is {_shown(groups)}, but must hold a group of settings for each scheme",
-    )
-    rules = [(_targets(group.get("targets")), _scheme(group, values.get("format"))) for group in groups.values()]
-    return Quantized(tuple(rules), _targets(ignore))
+    groups = _object(values, "config_groups")
+    rules = [
+        (_targets(group.get("targets")), _scheme(group, values.get("format")))
+        for group in map(functools.partial(_object, groups), groups)
+    ]
+    return Quantized(tuple(rules), _targets(values.get("ignore") or []))
 
 
 def _scheme(group: dict[str, Any], format_: Any) -> Scheme:
     """One of the config_groups. Raises InputError."""
-    _require_only(group, "targets", "weights", "input_activations", "output_activations", "format")
+    _require_known(group, "targets", "weights", "input_activations", "format")
     layout = {"format": group.get("format") or format_}
     _require_one_of(layout, "format", *_LAYOUTS)
-    weights, inputs = (group.get(key) for key in ("weights", "input_activations"))
-    _require_one_of(group, "output_activations", None)
-    require(
-        isinstance(weights, dict), f"weights in the quantization_config is {_shown(weights)}, but must be an object"
-    )
-    _require_only(weights, *_ARGUMENTS)
-    strategy = "group" if (weights.get("group_size") or -1) != -1 else "channel"
-    _require_one_of({"strategy": strategy} | weights, "strategy", "channel", "group")
-    _require_one_of({"type": "int"} | weights, "type", "int")
+    weights = _ARGUMENTS | _object(group, "weights")
+    _require_known(weights, *_ARGUMENTS)
+    _require_one_of(weights, "type", "int")
+    _require_one_of(weights, "symmetric", True, False)
+    _require_one_of(weights, "strategy", None, "channel", "group")
     _require_one_of(weights, "actorder", None, False, "weight", "static")
-    _require_one_of({"symmetric": True} | weights, "symmetric", True, False)
+    activations, inputs = "float", group.get("input_activations") and _ARGUMENTS | _object(group, "input_activations")
+    if inputs:
+        _require_known(inputs, *_ARGUMENTS)
+        for key, wanted in {"num_bits": 8, "type": "int", "symmetric": True}.items():
+            _require_one_of(inputs, key, wanted)
+        _require_one_of(inputs, "dynamic", True, False)
+        _require_one_of(inputs, "strategy", "token" if inputs["dynamic"] else "tensor")
+        activations = "int8" if inputs["dynamic"] else "int8_static"
     return Scheme(
         layout=_LAYOUTS[layout["format"]],
-        bits=_bits({"num_bits": 8} | weights, "num_bits"),
+        bits=_bits(weights, "num_bits"),
         group=_group(weights),
-        symmetric=weights.get("symmetric", True),
-        activations=_activations(inputs),
+        symmetric=weights["symmetric"],
+        activations=activations,
     )
-
-
-def _activations(inputs: Any) -> Activations:
-    if inputs is None:
-        return "float"
-    require(isinstance(inputs, dict), f"input_activations is {_shown(inputs)}, but must be an object or null")
-    _require_only(inputs, *_ARGUMENTS)
-    given = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False} | inputs
-    for key, wanted in {"num_bits": 8, "type": "int", "symmetric": True}.items():
-        _require_one_of(given, key, wanted)
-    _require_one_of(given, "dynamic", True, False)
-    _require_one_of(given, "strategy", "token" if given["dynamic"] else "tensor")
-    return "int8" if given["dynamic"] else "int8_static"
 
 
 def _targets(found: Any) -> tuple[str, ...]:
@@ -232,18 +213,21 @@ def _require_one_of(values: dict[str, Any], key: str, *choices: Any) -> None:
     )
 
 
-def _require_known(values: dict[str, Any], method: str, *used: str) -> None:
-    _require_only(values, *used, *_HARMLESS[method].split())
-
-
-def _require_only(values: dict[str, Any], *known: str) -> None:
-    """Raise InputError for a key that is not known, unless it is null, false or empty."""
+def _require_known(values: dict[str, Any], *used: str) -> None:
+    """Raise InputError for a key that is not used and may change what is computed, unless it is null or empty."""
     for key, value in values.items():
         require(
-            key in known or not value,
-            f"{key:.60} in the quantization_config is {_shown(value)}, which is not known, so that it may change "
-            f"what is computed: if it does not, remove it, else {REMEDY}",
+            key in used or key in _HARMLESS.split() or not value,
+            f"{key:.60} in the quantization_config is {_shown(value)}, which is not supported: if it changes "
+            f"nothing of what is computed, remove it, else {REMEDY}",
         )
+
+
+def _object(values: dict[str, Any], key: str) -> dict[str, Any]:
+    found = values.get(key)
+    good = isinstance(found, dict) and len(found) > 0
+    require(good, f"{key:.60} in the quantization_config is {_shown(found)}, but must be an object with settings")
+    return found
 
 
 def _bits(values: dict[str, Any], key: str) -> int:
