@@ -12,7 +12,7 @@ from efflm.compress.magnitude import Magnitude
 from efflm.compress.quantize import Quantize
 from efflm.config import InputError, flag, require_positive
 from efflm.config.machine import Kernels
-from efflm.config.model import ModelConfig, ModelShape, RopeScaling
+from efflm.config.model import DynamicScaling, LinearScaling, ModelConfig, ModelShape, RopeScaling, YarnScaling
 from efflm.config.parallel import HostsConfig
 from efflm.config.train import TrainConfig
 from efflm.ops.kernels.cpu import build
@@ -253,9 +253,19 @@ def test_read_only_and_full_directories_are_refused(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+SCALINGS = {
+    scaling.kind: dataclasses.replace(tiny.CONFIGS["llama"], rope_scaling=scaling)
+    for scaling in (
+        LinearScaling(factor=2.0),
+        DynamicScaling(factor=2.0),
+        YarnScaling(factor=2.0, original_max_length=32, attention_factor=1.1, truncate=False),
+    )
+}
+
+
+@pytest.mark.parametrize("name", [*tiny.CONFIGS, *SCALINGS])
 def test_models_come_back_from_json(name):
-    config = tiny.CONFIGS[name]
+    config = (tiny.CONFIGS | SCALINGS)[name]
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -285,6 +295,8 @@ def test_impossible_models_are_refused(change, message):
 def test_impossible_rotary_scaling_is_refused():
     with pytest.raises(InputError, match=r"high_freq_factor is 1\.0, but must be above low_freq_factor 4\.0"):
         RopeScaling(factor=8.0, low_freq_factor=4.0, high_freq_factor=1.0, original_max_length=8192)
+    with pytest.raises(InputError, match=r"rope_base is 1\.0, but must be above 1 with the rotary scaling yarn"):
+        dataclasses.replace(SCALINGS["yarn"], rope_base=1.0)
     with pytest.raises(InputError, match="factor is 0"):
         RopeScaling(factor=0.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=8192)
 
@@ -299,7 +311,7 @@ WRONG = {
     "norm_epsilon": (*NUMBERS, 2**63, 1.5),
     **dict.fromkeys(("bias", "tied", "qkv_bias", "qk_norm", "parallel"), OTHERS),
     **dict.fromkeys(("norm", "position", "feedforward", "precision"), OTHERS),
-    "rope_scaling": ([], 1, "x", {}, False),
+    "rope_scaling": ([], 1, "x", {}, False, {"kind": "ntk", "factor": 2.0}, {"kind": [], "factor": 2.0}),
     "blocks": (None, 3, [], {}, [3], [[]], [{}]),
 }
 

@@ -8,7 +8,7 @@ from efflm.config import InputError, Precision, flag, require, require_choices, 
 MOST, MOST_LAYERS = 2**31 - 1, 10_000  # of anything that an array or a position counts; of layers
 # From, to: of every field of a model's config that is a float.
 RANGES = {"rope_base": (1, 1e30), "norm_epsilon": (0, 1), "rotary_fraction": (1e-3, 1)} | dict.fromkeys(
-    ("factor", "low_freq_factor", "high_freq_factor"), (1e-3, 1e6)
+    ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"), (1e-3, 1e6)
 )
 
 
@@ -73,6 +73,7 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_length: int
+    kind: Literal["llama3"] = "llama3"
 
     def __post_init__(self):
         _require_types(self)
@@ -80,6 +81,60 @@ class RopeScaling:
             self.high_freq_factor > self.low_freq_factor,
             f"high_freq_factor is {self.high_freq_factor}, but must be above low_freq_factor {self.low_freq_factor}",
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """All frequencies are divided by the factor: position interpolation (Chen 2023, arXiv 2306.15595)."""
+
+    factor: float
+    kind: Literal["linear"] = "linear"
+
+    def __post_init__(self):
+        _require_types(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DynamicScaling:
+    """The base grows with a text that is longer than max_length ("dynamic NTK"). No text here is: up to max_length
+    nothing is scaled, and beyond it a token's result would depend on how many are read at a time."""
+
+    factor: float
+    kind: Literal["dynamic"] = "dynamic"
+
+    def __post_init__(self):
+        _require_types(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """YaRN (Peng 2023, arXiv 2309.00071): see model.rotary.
+
+    beta_fast, beta_slow: rotations in the original length from which on a frequency is kept, and up to which it is
+    divided by the factor. attention_factor: of the cosines and sines. truncate: whether the range in between is widened
+    to whole dimensions.
+    """
+
+    factor: float
+    original_max_length: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    kind: Literal["yarn"] = "yarn"
+
+    def __post_init__(self):
+        _require_types(self)
+        require(
+            self.beta_fast > self.beta_slow,
+            f"beta_fast is {self.beta_fast}, but must be above beta_slow {self.beta_slow}",
+        )
+
+
+Scaling = RopeScaling | LinearScaling | DynamicScaling | YarnScaling
+SCALINGS: dict[str, type[Scaling]] = {
+    "llama3": RopeScaling, "linear": LinearScaling, "dynamic": DynamicScaling, "yarn": YarnScaling,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +168,7 @@ class ModelConfig:
     qk_norm: bool = False
     parallel: bool = False
     rotary_fraction: float = 1.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: Scaling | None = None
     precision: Precision = "float32"
     unused: tuple[tuple[int, int], ...] = ()
 
@@ -127,6 +182,10 @@ class ModelConfig:
                     rotated > 0 and rotated % 2 == 0,
                     f"{rotated} of head_dim {size} would be rotated, but rotary positions need an even number of them",
                 )
+        require(
+            not isinstance(self.rope_scaling, YarnScaling) or self.rope_base > 1,
+            f"rope_base is {self.rope_base}, but must be above 1 with the rotary scaling yarn",
+        )
 
     @property
     def tokens(self) -> int:
@@ -149,7 +208,10 @@ class ModelConfig:
             f"blocks is {blocks!r:.60}, but must be a list of at most {MOST_LAYERS:,} layers",
         )
         made = {"blocks": tuple(_made(BlockConfig, block, f"blocks[{i}]") for i, block in enumerate(blocks))}
-        made["rope_scaling"] = None if scaling is None else _made(RopeScaling, scaling, "rope_scaling")
+        if scaling is not None:
+            kind = scaling.get("kind", "llama3") if isinstance(scaling, dict) else "llama3"
+            require(isinstance(kind, str) and kind in SCALINGS, f"rope_scaling.kind is {kind!r:.60}: update efflm")
+            made["rope_scaling"] = _made(SCALINGS[kind], scaling, "rope_scaling")
         return _made(cls, values | made, "the config")
 
 

@@ -45,7 +45,7 @@ def _is_rotary(found: np.ndarray, config: ModelConfig) -> bool:
     half = int(config.blocks[0].head_dim * config.rotary_fraction) // 2
     expected = config.rope_base ** (-np.arange(half) / half)
     if config.rope_scaling:
-        expected = np.asarray(rotary.scaled(jnp.asarray(expected, jnp.float32), config.rope_scaling))
+        expected = np.asarray(rotary.scaled(jnp.asarray(expected, jnp.float32), config.rope_scaling, config.rope_base))
     if not jnp.issubdtype(found.dtype, jnp.floating):
         return False
     kind = jnp.finfo(found.dtype)

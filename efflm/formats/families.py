@@ -8,7 +8,8 @@ import dataclasses
 import re
 from typing import Any
 
-from efflm.formats.hf_config import NEEDED, Described
+from efflm.formats.hf_config import Described
+from efflm.formats.hf_values import NEEDED
 
 
 @dataclasses.dataclass(frozen=True)

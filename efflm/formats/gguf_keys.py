@@ -17,6 +17,7 @@ _READ = """
     NAME.feed_forward_length NAME.expert_count NAME.attention.head_count NAME.attention.head_count_kv
     NAME.attention.key_length NAME.attention.value_length NAME.attention.layer_norm_rms_epsilon
     NAME.attention.sliding_window NAME.rope.dimension_count NAME.rope.freq_base NAME.rope.scaling.type
+    NAME.rope.scaling.factor NAME.rope.scaling.yarn_beta_fast NAME.rope.scaling.yarn_beta_slow
     tokenizer.ggml.model tokenizer.ggml.pre tokenizer.ggml.tokens tokenizer.ggml.token_type tokenizer.ggml.scores
     tokenizer.ggml.merges tokenizer.ggml.bos_token_id tokenizer.ggml.eos_token_id tokenizer.ggml.eot_token_id
     tokenizer.ggml.eom_token_id tokenizer.ggml.unknown_token_id tokenizer.ggml.padding_token_id
@@ -41,9 +42,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "NAME.logit_scale": (0, 1),
     "NAME.residual_scale": (0, 1),
     "NAME.embedding_scale": (0, 1),
-    "NAME.rope.scaling.factor": (0, 1),
     "NAME.rope.scale_linear": (0, 1),
     "NAME.rope.scaling.attn_factor": (0, 1),
+    "NAME.rope.scaling.yarn_ext_factor": (1,),
+    "NAME.rope.scaling.yarn_attn_factor": (1,),
+    "NAME.rope.scaling.yarn_log_multiplier": (0,),
 } | dict.fromkeys(
     (
         "NAME.pooling_type",

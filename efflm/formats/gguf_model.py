@@ -5,6 +5,7 @@ So formats.translate makes the model of it, tensor by tensor, as of safetensors 
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ INNER = {
     "ffn_down": "mlp.down_proj",
 }
 ROPE_FACTORS = "rope_freqs.weight"
+YARN = (("fast", 32.0), ("slow", 1.0))  # what YaRN's betas are where the file does not say so
 # What Llama 3.1 and its successors scale their rotary frequencies by, besides the factor.
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -130,22 +132,31 @@ def config_of(header: gguf_file.Header) -> dict[str, Any]:
     if metadata.get(f"{architecture}.attention.sliding_window", 0) != 0:
         require(architecture == "llama", f"{where} has a sliding window, which is supported for llama only")
         config |= {"model_type": "mistral", "sliding_window": number("attention.sliding_window")}
-    scaling = _rope_scaling(header, head_dim, config["rope_theta"])
+    scaling = _rope_scaling(header, head_dim, config["rope_theta"], number)
     return config | ({"rope_scaling": scaling} if scaling else {})
 
 
-def _rope_scaling(header: gguf_file.Header, head_dim: int, base: float) -> dict[str, Any] | None:
-    """Llama 3's scaling, from the divisors of the rotary frequencies that the file stores in place of its parameters.
-
-    Raises InputError for any other.
-    """
+def _rope_scaling(
+    header: gguf_file.Header, head_dim: int, base: float, number: Callable[..., Any]
+) -> dict[str, Any] | None:
+    """Linear scaling or YaRN, or Llama 3's scaling from the divisors of the rotary frequencies that the file stores in
+    place of its parameters. number: reads a key. Raises InputError for any other."""
     where, architecture = header.path, header.metadata["general.architecture"]
-    kind = header.metadata.get(f"{architecture}.rope.scaling.type", "none")
-    # By "linear" llama.cpp divides positions by a factor, which is 1 here: see gguf_keys.
+    kind = header.metadata.get(f"{architecture}.rope.scaling.type", "linear")
     require(
-        kind in ("none", "linear"),
-        f"{where} scales rotary positions by {kind!r:.80}, but supported is Llama 3's way alone",
+        kind in ("none", "linear", "yarn"),
+        f"{where} scales rotary positions by {kind!r:.80}, but supported are linear, yarn and Llama 3's way",
     )
+    scales = kind != "none" and header.metadata.get(f"{architecture}.rope.scaling.factor", 0) != 0
+    factor = number("rope.scaling.factor", kind=float) if scales else 1.0
+    if factor != 1:
+        require(ROPE_FACTORS not in header.tensors, f"{where} scales rotary positions by {kind} and by {ROPE_FACTORS}")
+        scaling = {"rope_type": kind, "factor": factor}
+        if kind == "linear":
+            return scaling
+        original = number("rope.scaling.original_context_length", number("context_length"))
+        betas = {f"beta_{end}": number(f"rope.scaling.yarn_beta_{end}", absent, kind=float) for end, absent in YARN}
+        return scaling | {"original_max_position_embeddings": original} | betas
     if ROPE_FACTORS not in header.tensors:
         return None
     shape = header.tensors[ROPE_FACTORS].shape

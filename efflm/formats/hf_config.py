@@ -5,11 +5,11 @@ import re
 from typing import Any, Literal
 
 from efflm.config import require
-from efflm.config.model import BlockConfig, ModelConfig, RopeScaling
+from efflm.config.model import BlockConfig, ModelConfig
+from efflm.formats import hf_rotary
+from efflm.formats.hf_values import MOST, NEEDED, check, shown
 
-NEEDED = object()  # of a key that must be there
 FOREIGN = re.compile(r"expert|moe_|router|softcap|soft_cap")  # keys of what no family here has
-MOST = 2**31 - 1  # of any number that counts something
 # Keys that change no logits: names and versions, what only training or sampling reads, what a call gives back, what the
 # tensors themselves say (biases), and how transformers computes the same numbers.
 _HARMLESS = """
@@ -37,8 +37,6 @@ MADE_BY = "unsloth_"  # what begins all keys of a program that trains models of 
 NEUTRAL = dict.fromkeys(
     ("is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder", "rope_interleaved", "use_mrope"), False
 ) | {"use_sliding_window": False, "pruned_heads": {}}
-ORIGINAL = "original_max_position_embeddings"
-ROTARY = ("rope_scaling", "rope_parameters", "rope_theta", "partial_rotary_factor", ORIGINAL)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,13 +64,13 @@ def read(family: Described, values: dict[str, Any], layers_at_most: int) -> Mode
     for key, value in values.items():
         require(
             not (FOREIGN.search(key) and value),
-            f"{key} is {_shown(value)}, but mixtures of experts and capped logits are not supported",
+            f"{key} is {shown(value)}, but mixtures of experts and capped logits are not supported",
         )
     _require_known(family, values)
     for key, value in family.only.items():
         found = values.get(key, value)
         found = False if found is None and value is False else found
-        require(found == value, f"{key} is {_shown(found)}, but only {_shown(value)} is supported")
+        require(found == value, f"{key} is {shown(found)}, but only {shown(value)} is supported")
     custom = values.get("auto_map")
     require(
         not (isinstance(custom, dict) and "AutoModelForCausalLM" in custom),
@@ -85,12 +83,12 @@ def read(family: Described, values: dict[str, Any], layers_at_most: int) -> Mode
             found[name] = absent
         require(found[name] is not NEEDED, f"{key} is missing, so the model's {name} is not known")
         if found[name] is not None or (absent is not None and name != "kv_heads"):
-            _check(key, name, found[name], layers_at_most if name == "layers" else MOST)
+            check(key, name, found[name], layers_at_most if name == "layers" else MOST)
     key, activations = family.activations
     activation = values.get(key, next(iter(activations)))
     require(
         isinstance(activation, str) and activation in activations,
-        f"{key} is {_shown(activation)}, but only {', '.join(activations)} are supported",
+        f"{key} is {shown(activation)}, but only {', '.join(activations)} are supported",
     )
     heads, width, layers = found.pop("heads"), found["width"], found.pop("layers")
     head_dim = found.pop("head_dim", None)
@@ -102,7 +100,7 @@ def read(family: Described, values: dict[str, Any], layers_at_most: int) -> Mode
         mlp_dim=found.pop("mlp_dim") or 4 * width,
     )
     if found["position"] == "rotary":
-        found |= _read_rotary(family, values, found)
+        found |= hf_rotary.read(family.keys, values, found)
     blocks = tuple(dataclasses.replace(block, window=window) for window in _read_windows(family, values, layers))
     return ModelConfig(**found, blocks=blocks, feedforward=activations[activation])
 
@@ -115,14 +113,8 @@ def write(family: Described, config: ModelConfig) -> dict[str, Any]:
     values = family.only | {key: ours[name] for key, (name, _) in family.keys.items()}
     key, activations = family.activations
     values[key] = next((name for name, ours in activations.items() if ours == config.feedforward), None)
-    if scaling := config.rope_scaling:
-        values["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_length,
-        }
+    if config.rope_scaling:
+        values["rope_scaling"] = hf_rotary.write(config.rope_scaling)
     if family.windows != "none":
         values["sliding_window"] = max(windows) or None
     if family.windows == "some":
@@ -133,100 +125,20 @@ def write(family: Described, config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def _check(key: str, name: str, value: Any, most: int = MOST) -> None:
-    """Raise InputError unless the value is of the kind that a field of this name has."""
-    if name in ("tied", "parallel"):
-        good, wanted = isinstance(value, bool), "true or false"
-    elif name in ("norm_epsilon", "rope_base", "rotary_fraction"):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        good, wanted = number and 0 < value < 1e30, "a positive number"
-    else:
-        counts = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
-        good, wanted = counts, f"a whole number from 1 to {most:,}"
-    require(good, f"{key} is {_shown(value)}, but must be {wanted}")
-
-
-def _shown(value: Any) -> str:
-    return f"{value!r:.60}"
-
-
 def _require_known(family: Described, values: dict[str, Any]) -> None:
     """Raise InputError for a key that is neither read nor known to change nothing, unless it is null or says what the
     family does anyway."""
     used = {*family.keys, *family.only, family.activations[0], "layer_types"}
-    used |= set(ROTARY) if family.fixed["position"] == "rotary" else set()
+    used |= set(hf_rotary.KEYS) if family.fixed["position"] == "rotary" else set()
     used |= {"sliding_window"} if family.windows != "none" else set()
     used |= {"use_sliding_window", "max_window_layers"} if family.windows == "some" else set()
     for key, value in values.items():
         off = FOREIGN.search(key) or (key in NEUTRAL and value == NEUTRAL[key])
         require(
             key in used or key in HARMLESS or key.startswith(MADE_BY) or value is None or bool(off),
-            f"{key:.80} is {_shown(value)}, which is not known of models of this family, so that it may change what is "
+            f"{key:.80} is {shown(value)}, which is not known of models of this family, so that it may change what is "
             "computed: if it does not, remove it from the config",
         )
-
-
-def _read_rotary(family: Described, values: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """rope_base, rotary_fraction and rope_scaling, which newer files keep together under `rope_parameters`."""
-    given = {key: values[key] for key in ("rope_scaling", "rope_parameters") if values.get(key)}
-    name, rope = next(iter(given.items()), ("rope_parameters", {}))
-    for key, value in given.items():
-        require(isinstance(value, dict), f"{key} is {_shown(value)}, but must be an object")
-    same = len(given) < 2 or given["rope_scaling"] == given["rope_parameters"]
-    require(same, "rope_scaling and rope_parameters say different things: remove the one that is wrong")
-    keys = {ours: key for key, (ours, _) in family.keys.items()}
-    base = _agreed("rope_theta", "rope_base", keys.get("rope_base"), values, rope, found["rope_base"])
-    fraction = found.get("rotary_fraction", 1.0)
-    fraction = _agreed("partial_rotary_factor", "rotary_fraction", keys.get("rotary_fraction"), values, rope, fraction)
-    require(
-        fraction == 1 or "rotary_fraction" in found,
-        f"partial_rotary_factor is {fraction}, but heads of this family are rotated as a whole",
-    )
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    other = rope.get("type", kind)
-    require(other == kind, f"{name} has the rope_type {_shown(kind)}, but the type {_shown(other)}: remove one")
-    nested = next((key for key, value in rope.items() if isinstance(value, dict)), None)
-    require(nested is None, f"{name} differs from layer to layer ({nested}), which is not supported")
-    require(
-        kind in ("default", "llama3"), f"the rope_type is {_shown(kind)}, but only default and llama3 are supported"
-    )
-    factors = ("factor", "low_freq_factor", "high_freq_factor")
-    known = {"rope_theta", "partial_rotary_factor", "rope_type", "type"}
-    known |= {*factors, ORIGINAL} if kind == "llama3" else set()
-    other = next((key for key, value in rope.items() if key not in known and value is not None), None)
-    require(
-        other is None,
-        f"{name}.{other} is {_shown(rope.get(other))}, which is not supported with the rope_type {kind}",
-    )
-    scaling, original = None, rope.get(ORIGINAL, found["max_length"])
-    _check(ORIGINAL, "max_length", original)
-    beside = values.get(ORIGINAL)
-    require(
-        beside is None or beside == original,
-        f"{ORIGINAL} is {_shown(beside)}, but {original} is what counts with the rope_type {kind}: remove the one that "
-        "is wrong",
-    )
-    if kind == "llama3":
-        for key in factors:
-            _check(f"{name}.{key}", "rope_base", rope.get(key))
-        scaling = RopeScaling(**{key: float(rope[key]) for key in factors}, original_max_length=original)
-    return {"rope_base": float(base), "rotary_fraction": float(fraction), "rope_scaling": scaling}
-
-
-def _agreed(key: str, name: str, own: str | None, values: dict[str, Any], rope: dict[str, Any], absent: float) -> float:
-    """What a config says of our field `name`: under `key`, under the family's own key for it, and under `key` among the
-    rotary parameters. Raises InputError where these differ: versions of transformers read different ones."""
-    places = [(own, values), (key, values), (key, rope)]
-    given = [(where, said[where]) for where, said in places if where and said.get(where) is not None]
-    for where, value in given:
-        _check(where, name, value)
-    differ = [(where, value) for where, value in given if value != given[0][1]]
-    require(
-        not differ,
-        f"{given and given[0][0]} is {given and given[0][1]}, but {differ and differ[0][0]} elsewhere in the config is "
-        f"{differ and differ[0][1]}: remove the one that is wrong",
-    )
-    return given[0][1] if given else absent
 
 
 def _read_windows(family: Described, values: dict[str, Any], layers: int) -> list[int]:
@@ -235,15 +147,15 @@ def _read_windows(family: Described, values: dict[str, Any], layers: int) -> lis
     known = ("full_attention", "sliding_attention")
     require(
         kinds is None or (isinstance(kinds, list) and len(kinds) == layers and all(kind in known for kind in kinds)),
-        f"layer_types is {_shown(kinds)}, but must name {' or '.join(known)} for each of {layers} layers",
+        f"layer_types is {shown(kinds)}, but must name {' or '.join(known)} for each of {layers} layers",
     )
     window = values.get("sliding_window", 4096) if family.windows != "none" else None
     if family.windows == "some":
         used = values.get("use_sliding_window", False)
-        require(isinstance(used, bool), f"use_sliding_window is {_shown(used)}, but must be true or false")
+        require(isinstance(used, bool), f"use_sliding_window is {shown(used)}, but must be true or false")
         window = window if used else None
         first = values.get("max_window_layers", 28) if window is not None and kinds is None else layers
-        require(isinstance(first, int), f"max_window_layers is {_shown(first)}, but must be a whole number")
+        require(isinstance(first, int), f"max_window_layers is {shown(first)}, but must be a whole number")
         kinds = kinds or [known[i >= first] for i in range(layers)]
     if window is None:
         require(
@@ -251,7 +163,7 @@ def _read_windows(family: Described, values: dict[str, Any], layers: int) -> lis
             "layer_types has sliding_attention, but the model has no window",
         )
         return [0] * layers
-    _check("sliding_window", "window", window)
+    check("sliding_window", "window", window)
     if family.windows == "all":
         require(kinds is None or known[0] not in kinds, "layer_types mixes layers with and without a window")
         return [window] * layers

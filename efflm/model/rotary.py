@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from efflm.config.model import ModelConfig, RopeScaling
+from efflm.config.model import ModelConfig, Scaling, YarnScaling
 from efflm.parallel.sharding import is_whole
 
 LOOPS, MANY = 2, 64  # a loop of one turn is no loop to the compiler; of fewer positions it costs more than it spares
@@ -17,15 +17,23 @@ def tables(positions_BT: jax.Array, size: int, config: ModelConfig) -> tuple[jax
 
     R is the config's share of `size`, the dimensions of a head.
     """
-    half = int(size * config.rotary_fraction) // 2
-    frequencies = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if config.rope_scaling:
-        frequencies = scaled(frequencies, config.rope_scaling)
-    angles = positions_BT[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
+    scaling = config.rope_scaling
+    angles = positions_BT[:, :, None].astype(jnp.float32) * frequencies(size, config)[None, None, :]
     count = angles.shape[0] * angles.shape[1]
     if count % LOOPS or count < MANY or not is_whole():
-        return _both(angles)
-    return lax.platform_dependent(angles, cpu=_once, default=_both)
+        cos_sin = _both(angles)
+    else:
+        cos_sin = lax.platform_dependent(angles, cpu=_once, default=_both)
+    if not isinstance(scaling, YarnScaling):
+        return cos_sin
+    return tuple(part * scaling.attention_factor for part in cos_sin)
+
+
+def frequencies(size: int, config: ModelConfig) -> jax.Array:
+    """base^(-2i/R), scaled as the config says, float32 [R/2]."""
+    half = int(size * config.rotary_fraction) // 2
+    plain = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    return scaled(plain, config.rope_scaling, config.rope_base) if config.rope_scaling else plain
 
 
 def _both(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -39,13 +47,29 @@ def _once(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
     return tuple(part.reshape(angles.shape) for part in parts)
 
 
-def scaled(frequencies: jax.Array, scaling: RopeScaling) -> jax.Array:
-    """Llama 3.1's frequencies for sequences `factor` times as long as the original, as in the code released with it.
+def scaled(frequencies: jax.Array, scaling: Scaling, base: float) -> jax.Array:
+    """The frequencies for sequences `factor` times as long as the original ones.
 
-    A frequency with at least high_freq_factor rotations in the original length is kept; one with at most
-    low_freq_factor rotations is divided by `factor`; in between, the two are interpolated linearly in the rotations.
+    "llama3", as in the code released with Llama 3.1: a frequency with at least high_freq_factor rotations in the
+    original length is kept; one with at most low_freq_factor rotations is divided by `factor`; in between, the two are
+    interpolated linearly in the rotations. "yarn" (section 3.2 there): the same linearly in the dimension, between
+    those that have beta_fast and beta_slow rotations.
     """
-    rotations = scaling.original_max_length * frequencies / (2 * math.pi)
-    span = scaling.high_freq_factor - scaling.low_freq_factor
-    kept = jnp.clip((rotations - scaling.low_freq_factor) / span, 0, 1)
+    match scaling.kind:
+        case "linear":
+            return frequencies / scaling.factor
+        case "dynamic":
+            return frequencies
+        case "llama3":
+            rotations = scaling.original_max_length * frequencies / (2 * math.pi)
+            span = scaling.high_freq_factor - scaling.low_freq_factor
+            kept = jnp.clip((rotations - scaling.low_freq_factor) / span, 0, 1)
+        case "yarn":
+            half = len(frequencies)
+            at = lambda turns: half * math.log(scaling.original_max_length / (turns * 2 * math.pi)) / math.log(base)
+            low, high = at(scaling.beta_fast), at(scaling.beta_slow)
+            if scaling.truncate:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, 2 * half - 1)
+            kept = 1 - jnp.clip((jnp.arange(half) - low) / (high - low or 1e-3), 0, 1)
     return frequencies * (kept + (1 - kept) / scaling.factor)

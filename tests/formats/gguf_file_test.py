@@ -135,6 +135,22 @@ def test_rotary_scaling_of_llama_3_is_recognized_by_its_divisors(tmp_path, rng):
         read(divisors[:8])
 
 
+def test_linear_scaling_and_yarn_are_read_and_what_they_do_not_say_is_as_in_llama_cpp(tmp_path, rng):
+    def read(**metadata):
+        path = gguf_files.write(tmp_path / "a.gguf", gguf_files.weights(rng), metadata=metadata)
+        return gguf_model.config_of(files.read_header(path)).get("rope_scaling")
+
+    factor = {"rope.scaling.factor": 4.0}
+    assert read(**factor) == read(**factor, **{"rope.scaling.type": "linear"}) == {"rope_type": "linear", "factor": 4.0}
+    assert read(**factor, **{"rope.scaling.type": "none"}) is None
+    yarn = factor | {"rope.scaling.type": "yarn"}
+    absent = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    assert read(**yarn) == absent | {"beta_fast": 32.0, "beta_slow": 1.0}
+    more = {"original_context_length": 32, "yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0, "yarn_ext_factor": 1.0}
+    found = read(**yarn, **{f"rope.scaling.{name}": value for name, value in more.items()})
+    assert found == absent | {"original_max_position_embeddings": 32, "beta_fast": 16.0, "beta_slow": 2.0}
+
+
 def test_keys_that_change_nothing_are_passed_over(tmp_path, rng):
     weights = gguf_files.weights(rng)
     plain = gguf_model.config_of(files.read_header(gguf_files.write(tmp_path / "a.gguf", weights)))
@@ -169,11 +185,12 @@ def test_a_window_is_passed_on(tmp_path, rng):
         ({"rope.freq_base": float("nan")}, "freq_base is nan"),
         ({"rope.dimension_count": 16}, "rope.dimension_count is 16, but must be the head's size 32"),
         ({"attention.head_count_kv": [4, 2]}, "must be one positive int"),
-        ({"rope.scaling.type": "yarn"}, "scales rotary positions by 'yarn'"),
+        ({"rope.scaling.type": "longrope"}, "scales rotary positions by 'longrope'"),
         ({"expert_count": 8}, "mixture of experts"),
         ({"split.count": 3}, "one part of 3"),
-        ({"rope.scaling.factor": 4.0}, r"llama\.rope\.scaling\.factor is 4\.0, which is not supported"),
-        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, r"rope\.scaling\.factor is 4\.0"),
+        ({"rope.scaling.factor": -4.0}, r"llama\.rope\.scaling\.factor is -4\.0, but must be one positive float"),
+        ({"rope.scaling.attn_factor": 1.5}, r"rope\.scaling\.attn_factor is 1\.5, which is not supported"),
+        ({"rope.scaling.yarn_log_multiplier": 0.1}, r"rope\.scaling\.yarn_log_multiplier is 0\.1"),
         ({"rope.dimension_sections": [1, 2]}, r"rope\.dimension_sections is"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30"),

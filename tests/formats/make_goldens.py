@@ -1,10 +1,10 @@
 """Small random models of every family as transformers writes them and what it computes with them; and the way back.
 
-    PEER tests/formats/make_goldens.py make               # writes tests/formats/goldens, checked in
+    PEER tests/formats/make_goldens.py make [NAMES]       # writes tests/formats/goldens, checked in
     python -m tests.formats.make_goldens export FOLDER    # efflm reads these, and writes them into FOLDER
     PEER tests/formats/make_goldens.py check FOLDER       # transformers loads that unchanged; logits within 1e-4
 
-PEER is a Python with torch and transformers (made with 5.23.0), which neither efflm nor its tests import.
+PEER is a Python with torch and transformers (made with 5.23.0 and 5.24.0), which neither efflm nor its tests import.
 """
 
 import shutil
@@ -31,6 +31,7 @@ STRETCHED = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 2.0, "beta_slow": 0.2}
 NEOX = {name: value for name, value in LLAMA.items() if name != "num_key_value_heads"} | {"hidden_size": 32}
 GPT2 = {"vocab_size": 48, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64}
 MODELS = {  # name: (family, settings)
@@ -50,16 +51,27 @@ MODELS = {  # name: (family, settings)
         "GPTNeoX",
         NEOX | {"use_parallel_residual": False, "rotary_pct": 1.0, "hidden_act": "gelu_new"},
     ),
+    "llama_linear": ("Llama", LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
+    "llama_dynamic": ("Llama", LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0}}),
+    "llama_yarn": ("Llama", LLAMA | {"head_dim": 16, "rope_theta": 100.0, "rope_scaling": YARN}),
+    "qwen3_yarn": (
+        "Qwen3",
+        LLAMA
+        | {"head_dim": 16, "rope_theta": 100.0}
+        | {"rope_scaling": YARN | {"mscale": 1.2, "mscale_all_dim": 0.7, "truncate": False}},
+    ),
 }
 IN_SHARDS = ("qwen3",)
 
 
-def make() -> None:
+def make(*names: Path) -> None:
     import torch
     import transformers
 
-    shutil.rmtree(GOLDENS, ignore_errors=True)
     for seed, (name, (family, settings)) in enumerate(MODELS.items()):
+        if names and Path(name) not in names:
+            continue
+        shutil.rmtree(GOLDENS / name, ignore_errors=True)
         torch.manual_seed(seed)
         config = getattr(transformers, f"{family}Config")(**settings)
         architecture = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")
