@@ -6,7 +6,7 @@ import numpy as np
 
 
 def _rms(params, config, x):
-    return params["scale"] * x / np.sqrt((x * x).mean() + config.norm_epsilon)
+    return (config.norm_offset + params["scale"]) * x / np.sqrt((x * x).mean() + config.norm_epsilon)
 
 
 def _norm(config, params, x):
@@ -19,11 +19,15 @@ def _linear(params, x):
     return x @ params["kernel"] + params.get("bias", 0.0)
 
 
-def _frequency(config, i, rotated):
-    """Llama 3.1's, by its three bands of wavelengths."""
+def _frequency(config, window, i, rotated):
+    """Llama 3.1's, by its three bands of wavelengths; or divided by a factor."""
+    if window and config.local_rope_base:
+        return config.local_rope_base ** (-2 * i / rotated)
     frequency, scaling = config.rope_base ** (-2 * i / rotated), config.rope_scaling
     if scaling is None:
         return frequency
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
     wavelength = 2 * math.pi / frequency
     if wavelength < scaling.original_max_length / scaling.high_freq_factor:
         return frequency
@@ -35,15 +39,19 @@ def _frequency(config, i, rotated):
     return (1 - smooth) * frequency / scaling.factor + smooth * frequency
 
 
-def _rotate(config, x, position):
+def _rotate(config, window, x, position):
     rotated = int(len(x) * config.rotary_fraction)
     half = rotated // 2
     out = x.copy()
     for i in range(half):
-        angle = position * _frequency(config, i, rotated)
+        angle = position * _frequency(config, window, i, rotated)
         out[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
         out[i + half] = x[i + half] * math.cos(angle) + x[i] * math.sin(angle)
     return out
+
+
+def _capped(x, cap):
+    return cap * np.tanh(x / cap) if cap else x
 
 
 def _attend(config, block, params, xs):
@@ -54,7 +62,9 @@ def _attend(config, block, params, xs):
         by_head = lambda rows, name: [np.stack([_rms(params[name], config, head) for head in row]) for row in rows]
         queries, keys = by_head(queries, "query_norm"), by_head(keys, "key_norm")
     if config.position == "rotary":
-        turn = lambda rows: [np.stack([_rotate(config, head, t) for head in row]) for t, row in enumerate(rows)]
+        turn = lambda rows: [
+            np.stack([_rotate(config, block.window, head, t) for head in row]) for t, row in enumerate(rows)
+        ]
         queries, keys = turn(queries), turn(keys)
     out = []
     for t in range(len(xs)):
@@ -62,7 +72,8 @@ def _attend(config, block, params, xs):
         for h in range(block.heads):
             shared = h * block.kv_heads // block.heads
             seen = range(max(0, t + 1 - block.window) if block.window else 0, t + 1)
-            scores = np.array([queries[t][h] @ keys[s][shared] / math.sqrt(size) for s in seen])
+            scores = np.array([queries[t][h] @ keys[s][shared] for s in seen]) / math.sqrt(config.query_scalar or size)
+            scores = _capped(scores, config.score_cap)
             weights = np.exp(scores - scores.max())
             weights /= weights.sum()
             heads.append(sum(weight * values[s][shared] for s, weight in zip(seen, weights)))
@@ -74,26 +85,35 @@ def _feedforward(config, params, x):
     if config.feedforward == "swiglu":
         gate = _linear(params["gate"], x)
         return _linear(params["down"], gate / (1 + np.exp(-gate)) * _linear(params["up"], x))
+    if config.feedforward == "geglu":
+        return _linear(params["down"], _gelu(_linear(params["gate"], x)) * _linear(params["up"], x))
     up = _linear(params["up"], x)
     if config.feedforward == "gelu_exact":
         return _linear(params["down"], up * (1 + np.array([math.erf(u / math.sqrt(2)) for u in up])) / 2)
-    return _linear(params["down"], 0.5 * up * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3))))
+    return _linear(params["down"], _gelu(up))
+
+
+def _gelu(x):
+    """The tanh form."""
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def streams(config, params, tokens):
     """The residual stream [T, D] in float64 of one row of tokens: before the first layer, and after each."""
     widen = lambda node: {k: widen(v) for k, v in node.items()} if isinstance(node, dict) else np.float64(node)
     params = widen(params)
-    xs = [params["embedding"][token] for token in tokens]
+    xs = [config.embedding_scale * params["embedding"][token] for token in tokens]
     if config.position == "learned":
         xs = [x + params["position_embedding"][t] for t, x in enumerate(xs)]
     found = [np.stack(xs)]
     for i, block in enumerate(config.blocks):
         layer = params[f"block_{i}"]
         attended = _attend(config, block, layer["attention"], [_norm(config, layer["attention_norm"], x) for x in xs])
-        middle = [x + a for x, a in zip(xs, attended)]
+        post = lambda name, x, layer=layer: _norm(config, layer[name], x) if config.post_norm else x
+        middle = [x + post("attention_post_norm", a) for x, a in zip(xs, attended)]
         read = [_norm(config, layer["feedforward_norm"], x) for x in (xs if config.parallel else middle)]
-        xs = [x + _feedforward(config, layer["feedforward"], r) for x, r in zip(middle, read)]
+        added = [_feedforward(config, layer["feedforward"], r) for r in read]
+        xs = [x + post("feedforward_post_norm", a) for x, a in zip(middle, added)]
         found.append(np.stack(xs))
     return found
 
@@ -102,4 +122,5 @@ def forward(config, params, tokens):
     """Logits [T, V] in float64 of one row of tokens."""
     norm = {name: np.float64(leaf) for name, leaf in params["final_norm"].items()}
     head = np.float64(params["embedding"]).T if config.tied else np.float64(params["unembedding"])
-    return np.stack([_norm(config, norm, x) @ head for x in streams(config, params, tokens)[-1]])
+    logits = [_norm(config, norm, x) @ head for x in streams(config, params, tokens)[-1]]
+    return _capped(np.stack(logits), config.logit_cap)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efflm.config.model import BlockConfig, ModelConfig, ModelShape, RopeScaling
+from efflm.config.model import BlockConfig, LinearScaling, ModelConfig, ModelShape, RopeScaling
 from efflm.infer.generate import forward
 from efflm.model import LanguageModel, init_params
 from efflm.train import step
@@ -39,6 +39,26 @@ CONFIGS = {name: shape.config() for name, shape in SHAPES.items()} | {
         blocks=(BlockConfig(heads=4, kv_heads=2, head_dim=16, mlp_dim=48),) * 2,
         qk_norm=True,
         norm_epsilon=1e-6,
+    ),
+    "gemma": ModelConfig(  # Gemma 2's caps and Gemma 3's norms and bases; a layer of each kind
+        vocabulary=300,
+        width=32,
+        max_length=64,
+        blocks=(
+            BlockConfig(heads=4, kv_heads=2, head_dim=8, mlp_dim=48, window=5),
+            BlockConfig(heads=4, kv_heads=2, head_dim=8, mlp_dim=48),
+        ),
+        feedforward="geglu",
+        qk_norm=True,
+        post_norm=True,
+        norm_offset=1.0,
+        embedding_scale=32**0.5,
+        query_scalar=12.0,
+        score_cap=2.0,
+        logit_cap=3.0,
+        rope_base=1000.0,
+        local_rope_base=100.0,
+        rope_scaling=LinearScaling(factor=4.0),
     ),
     "neox": ModelConfig(
         vocabulary=300,

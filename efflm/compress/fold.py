@@ -14,6 +14,7 @@ from efflm import ops, trees
 from efflm.compress.calibrate import SUBLAYERS
 from efflm.config import require
 from efflm.config.model import ModelConfig
+from efflm.model import norms
 from efflm.model.params import table
 from efflm.ops.qarray import QArray
 
@@ -38,7 +39,7 @@ def places(config: ModelConfig) -> tuple[Place, ...]:
     there, found = table(config), []
     for names, maker in zip(SUBLAYERS, MAKERS, strict=True):
         readers = tuple(f"{name}/kernel" for name in names if f"block_0/{name}/kernel" in there)
-        if maker != "feedforward/up" or config.feedforward == "swiglu":
+        if maker != "feedforward/up" or config.gated:
             found.append(Place(readers, maker))
     return tuple(found)
 
@@ -71,6 +72,7 @@ def scale_inputs(config: ModelConfig, params: Any, place: Place, s: jax.Array) -
         path = f"{place.maker}/{name}"
         if path in flat:
             w = ops.dequantize(flat[path])
-            row = inverse if w.ndim == 1 else inverse[None]
-            flat[path] = (w.astype(jnp.float32) * row).astype(w.dtype)
+            row, new = inverse if w.ndim == 1 else inverse[None], w.astype(jnp.float32)
+            new = norms.stored(config, norms.effective(config, new) * row) if name == "scale" else new * row
+            flat[path] = new.astype(w.dtype)
     return trees.unflatten(flat)

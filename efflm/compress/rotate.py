@@ -18,7 +18,7 @@ from efflm import trees
 from efflm.compress import fold
 from efflm.compress.step import Context, record
 from efflm.config import require
-from efflm.model import LanguageModel, layerwise, placement
+from efflm.model import LanguageModel, layerwise, norms, placement
 from efflm.model.params import find
 from efflm.ops.qarray import QArray
 
@@ -65,18 +65,18 @@ def rotated(model: LanguageModel, key: jax.Array) -> Any:
     heads = {
         f"block_{i}": random_hadamard(block.head_dim, jax.random.fold_in(key, i + 1)) for i, block in enumerate(blocks)
     }
-    norms = {"unembedding": "final_norm"}  # {path of a matrix: the norm that it reads}
+    read = {"unembedding": "final_norm"}  # {path of a matrix: the norm that it reads}
     for i in range(len(blocks)):
         for place in fold.places(layerwise.block_config(model.config, i)):
             if place.is_norm:
-                norms |= {f"block_{i}/{reader}": f"block_{i}/{place.maker}" for reader in place.readers}
+                read |= {f"block_{i}/{reader}": f"block_{i}/{place.maker}" for reader in place.readers}
 
     def one(path: str, w: jax.Array) -> jax.Array:
         param, new = find(path)[0], w.astype(jnp.float32)
         if param.role == "norm":
-            return jnp.ones_like(w) if param.axes == ("width",) else w
-        if path in norms:
-            scale = flat[f"{norms[path]}/scale"].astype(jnp.float32)
+            return norms.stored(model.config, jnp.ones_like(w)) if param.axes == ("width",) else w
+        if path in read:
+            scale = norms.effective(model.config, flat[f"{read[path]}/scale"].astype(jnp.float32))
             new = _inputs(new * scale[:, None], stream)
         elif param.axes[-1] == "width":
             new = _outputs(new, stream)
@@ -103,6 +103,11 @@ class Rotate:
             model.config.norm == "rms",
             f"norm is {model.config.norm!r}, but must be 'rms': the mean that LayerNorm subtracts does not commute "
             "with a rotation, so use SmoothQuant, AWQ or GPTQ alone",
+        )
+        require(
+            not model.config.post_norm,
+            "post_norm is True: norms after the attention and the feed-forward part have scales that cannot be folded "
+            "into a matrix and do not commute with a rotation, so use SmoothQuant, AWQ or GPTQ alone",
         )
         quantized = [path for path, leaf in trees.flatten(model.params) if isinstance(leaf, QArray)]
         require(

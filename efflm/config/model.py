@@ -7,8 +7,11 @@ from efflm.config import InputError, Precision, flag, require, require_choices, 
 
 MOST, MOST_LAYERS = 2**31 - 1, 10_000  # of anything that an array or a position counts; of layers
 # From, to: of every field of a model's config that is a float.
-RANGES = {"rope_base": (1, 1e30), "norm_epsilon": (0, 1), "rotary_fraction": (1e-3, 1)} | dict.fromkeys(
-    ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"), (1e-3, 1e6)
+RANGES = {"rope_base": (1, 1e30), "norm_epsilon": (0, 1), "rotary_fraction": (1e-3, 1), "local_rope_base": (0, 1e30)}
+RANGES |= {"norm_offset": (0, 1)} | dict.fromkeys(("query_scalar", "score_cap", "logit_cap"), (0, 1e6))
+RANGES |= dict.fromkeys(
+    ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "embedding_scale"),
+    (1e-3, 1e6),
 )
 
 
@@ -147,10 +150,17 @@ class ModelConfig:
 
     bias: of every linear layer; qkv_bias: of queries, keys and values alone. qk_norm: the queries and the keys of each
     head are RMS-normed before they are rotated. parallel: attention and feed-forward part read the same input.
-    rotary_fraction: the share of each head, counted from its start, that is rotated. precision: of the operands of
-    matmuls when the model is run; it does not depend on the dtype of the weights, and can be overridden. unused: ids
-    without a token, as ranges (first, one past the last) in order, which loading a model with its tokenizer finds: they
-    are never drawn, and compared with nothing.
+    rotary_fraction: the share of each head, counted from its start, that is rotated.
+
+    What Gemma 2 and 3 have: "geglu", SwiGLU with the tanh form of a GELU. post_norm: what the attention and the
+    feed-forward part of a layer give is normed before it is added. norm_offset: what every norm adds to its scale.
+    embedding_scale: factor of the embeddings that the first layer reads. query_scalar: scores are divided by its root
+    (0: by that of the head's size). score_cap, logit_cap: c of the soft cap c tanh(x / c) of scores and logits (0:
+    none). local_rope_base: of layers with a window, which no rope_scaling changes then (0: rope_base).
+
+    precision: of the operands of matmuls when the model is run; it does not depend on the dtype of the weights, and can
+    be overridden. unused: ids without a token, as ranges (first, one past the last) in order, which loading a model
+    with its tokenizer finds: they are never drawn, and compared with nothing.
     """
 
     vocabulary: int
@@ -159,7 +169,7 @@ class ModelConfig:
     blocks: tuple[BlockConfig, ...]
     norm: Literal["rms", "layer"] = "rms"
     position: Literal["rotary", "learned"] = "rotary"
-    feedforward: Literal["swiglu", "gelu", "gelu_exact"] = "swiglu"
+    feedforward: Literal["swiglu", "geglu", "gelu", "gelu_exact"] = "swiglu"
     bias: bool = False
     tied: bool = True
     rope_base: float = 10000.0
@@ -169,6 +179,13 @@ class ModelConfig:
     parallel: bool = False
     rotary_fraction: float = 1.0
     rope_scaling: Scaling | None = None
+    post_norm: bool = False
+    norm_offset: float = 0.0
+    embedding_scale: float = 1.0
+    query_scalar: float = 0.0
+    score_cap: float = 0.0
+    logit_cap: float = 0.0
+    local_rope_base: float = 0.0
     precision: Precision = "float32"
     unused: tuple[tuple[int, int], ...] = ()
 
@@ -186,6 +203,11 @@ class ModelConfig:
             not isinstance(self.rope_scaling, YarnScaling) or self.rope_base > 1,
             f"rope_base is {self.rope_base}, but must be above 1 with the rotary scaling yarn",
         )
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward part is (activation(x gate) * (x up)) down."""
+        return self.feedforward in ("swiglu", "geglu")
 
     @property
     def tokens(self) -> int:

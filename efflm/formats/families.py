@@ -85,6 +85,23 @@ _LLAMA_KEYS = {
 }
 _LLAMA_FIXED = {"norm": "rms", "position": "rotary"}
 _SILU = ("hidden_act", {"silu": "swiglu", "swish": "swiglu"})
+_QK_NORMS = _norm("block/attention/query_norm", f"{_LAYER}self_attn.q_norm") | _norm(
+    "block/attention/key_norm", f"{_LAYER}self_attn.k_norm"
+)
+_GEMMA_FIXED = _LLAMA_FIXED | {"post_norm": True, "norm_offset": 1.0}
+_GEMMA_KEYS = _LLAMA_KEYS | {
+    "num_key_value_heads": ("kv_heads", 4),
+    "head_dim": ("head_dim", 256),
+    "tie_word_embeddings": ("tied", True),
+    "query_pre_attn_scalar": ("query_scalar", 256),
+}
+_GEMMA_ONLY = {"attention_bias": False, "use_bidirectional_attention": False, "hidden_act": "gelu_pytorch_tanh"}
+_GEMMA_PLACES = (
+    _LLAMA_PLACES
+    | _norm("block/attention_post_norm", f"{_LAYER}post_attention_layernorm")
+    | _norm("block/feedforward_norm", f"{_LAYER}pre_feedforward_layernorm")
+    | _norm("block/feedforward_post_norm", f"{_LAYER}post_feedforward_layernorm")
+)
 _GELUS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu"}
 
 _GPT2_LAYER = "transformer.h.*."
@@ -137,9 +154,41 @@ FAMILIES = {
             only={"attention_bias": False},
             windows="some",
         ),
-        places=_LLAMA_PLACES
-        | _norm("block/attention/query_norm", f"{_LAYER}self_attn.q_norm")
-        | _norm("block/attention/key_norm", f"{_LAYER}self_attn.k_norm"),
+        places=_LLAMA_PLACES | _QK_NORMS,
+    ),
+    "gemma2": Family(
+        architecture="Gemma2ForCausalLM",
+        prefix="model.",
+        config=Described(
+            fixed=_GEMMA_FIXED,
+            keys=_GEMMA_KEYS
+            | {"attn_logit_softcapping": ("score_cap", 50.0), "final_logit_softcapping": ("logit_cap", 30.0)},
+            activations=("hidden_activation", {"gelu_pytorch_tanh": "geglu"}),
+            only=_GEMMA_ONLY,
+            windows="pattern",
+            pattern=2,
+            scales_embedding=True,
+        ),
+        places=_GEMMA_PLACES,
+    ),
+    "gemma3_text": Family(
+        architecture="Gemma3ForCausalLM",
+        prefix="model.",
+        config=Described(
+            fixed=_GEMMA_FIXED | {"qk_norm": True},
+            keys=_GEMMA_KEYS
+            | {
+                "rope_theta": ("rope_base", 1e6),
+                "rope_local_base_freq": ("local_rope_base", 10000.0),
+                "sliding_window_pattern": ("pattern", 6),
+                "final_logit_softcapping": ("logit_cap", None),
+            },
+            activations=("hidden_activation", {"gelu_pytorch_tanh": "geglu"}),
+            only=_GEMMA_ONLY | {"attn_logit_softcapping": None},
+            windows="pattern",
+            scales_embedding=True,
+        ),
+        places=_GEMMA_PLACES | _QK_NORMS,
     ),
     "gpt2": Family(
         architecture="GPT2LMHeadModel",

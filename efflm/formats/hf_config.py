@@ -27,11 +27,13 @@ _HARMLESS = """
     diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids suppress_tokens begin_suppress_tokens exponential_decay_length_penalty
     num_return_sequences attention_bias mlp_bias n_special predict_special_tokens output_past custom_pipelines
+    _sliding_window_pattern
     _commit_hash base_model_name_or_path trust_remote_code padding_side model_max_length seq_length max_new_tokens
     cache_implementation use_flash_attn use_flash_attn_2 num_logits_to_keep activation_dropout dropout embedding_dropout
     residual_dropout layerdrop label_smoothing loss_type gradient_checkpointing_kwargs
 """
 HARMLESS = frozenset(_HARMLESS.split())
+CAPS = ("score_cap", "logit_cap")  # null and 0: none
 MADE_BY = "unsloth_"  # what begins all keys of a program that trains models of these families
 # Keys of other models, which may say here what a family does anyway.
 NEUTRAL = dict.fromkeys(
@@ -46,14 +48,17 @@ class Described:
     fixed: fields of ModelConfig that all its models share. keys: {key: (our name, what its absence means)}, for fields
     of ModelConfig and BlockConfig, `layers`, and where it is rotary `rope_base`. activations: its key, and
     {name: our feedforward}, of which an absent key means the first. only: {key: the one value that is supported, which
-    is also the default}. windows: which layers have one: none, all, or those of use_sliding_window.
+    is also the default}. windows: which layers have one: none, all, those of use_sliding_window, or, where layer_types
+    does not say it, all but every `pattern`-th. scales_embedding: embedding_scale is the root of the width.
     """
 
     fixed: dict[str, Any]
     keys: dict[str, tuple[str, Any]]
     activations: tuple[str, dict[str, str]]
     only: dict[str, Any] = dataclasses.field(default_factory=dict)
-    windows: Literal["none", "all", "some"] = "none"
+    windows: Literal["none", "all", "some", "pattern"] = "none"
+    pattern: int = 0
+    scales_embedding: bool = False
 
 
 def read(family: Described, values: dict[str, Any], layers_at_most: int) -> ModelConfig:
@@ -63,7 +68,7 @@ def read(family: Described, values: dict[str, Any], layers_at_most: int) -> Mode
     """
     for key, value in values.items():
         require(
-            not (FOREIGN.search(key) and value),
+            not (FOREIGN.search(key) and value) or key in family.keys,
             f"{key} is {shown(value)}, but mixtures of experts and capped logits are not supported",
         )
     _require_known(family, values)
@@ -79,9 +84,11 @@ def read(family: Described, values: dict[str, Any], layers_at_most: int) -> Mode
     found = dict(family.fixed)
     for key, (name, absent) in family.keys.items():
         found[name] = values.get(key, absent)
-        if found[name] is None and absent is not NEEDED:  # null is nothing, as elsewhere
-            found[name] = absent
+        if found[name] is None and absent is not NEEDED:  # null is nothing, as elsewhere, and no cap
+            found[name] = 0.0 if name in CAPS else absent
         require(found[name] is not NEEDED, f"{key} is missing, so the model's {name} is not known")
+        if name in CAPS and not found[name]:
+            continue
         if found[name] is not None or (absent is not None and name != "kv_heads"):
             check(key, name, found[name], layers_at_most if name == "layers" else MOST)
     key, activations = family.activations
@@ -91,6 +98,9 @@ def read(family: Described, values: dict[str, Any], layers_at_most: int) -> Mode
         f"{key} is {shown(activation)}, but only {', '.join(activations)} are supported",
     )
     heads, width, layers = found.pop("heads"), found["width"], found.pop("layers")
+    pattern = found.pop("pattern", family.pattern)
+    if family.scales_embedding:
+        found["embedding_scale"] = width**0.5
     head_dim = found.pop("head_dim", None)
     require(head_dim or width % heads == 0, f"a width of {width} is not divisible by {heads} heads")
     block = BlockConfig(
@@ -101,7 +111,8 @@ def read(family: Described, values: dict[str, Any], layers_at_most: int) -> Mode
     )
     if found["position"] == "rotary":
         found |= hf_rotary.read(family.keys, values, found)
-    blocks = tuple(dataclasses.replace(block, window=window) for window in _read_windows(family, values, layers))
+    windows = _read_windows(family, values, layers, pattern)
+    blocks = tuple(dataclasses.replace(block, window=window) for window in windows)
     return ModelConfig(**found, blocks=blocks, feedforward=activations[activation])
 
 
@@ -109,7 +120,8 @@ def write(family: Described, config: ModelConfig) -> dict[str, Any]:
     """The config.json of the config, as far as the family can say it: `read` it again to know how far that is."""
     block, windows = config.blocks[0], [block.window for block in config.blocks]
     ours = dataclasses.asdict(block) | {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    ours |= {"layers": len(config.blocks)}
+    ours |= {"layers": len(windows), "pattern": (*windows, 0).index(0) + 1}
+    ours |= {name: ours[name] or None for name in CAPS} | {"query_scalar": int(config.query_scalar)}
     values = family.only | {key: ours[name] for key, (name, _) in family.keys.items()}
     key, activations = family.activations
     values[key] = next((name for name, ours in activations.items() if ours == config.feedforward), None)
@@ -117,11 +129,11 @@ def write(family: Described, config: ModelConfig) -> dict[str, Any]:
         values["rope_scaling"] = hf_rotary.write(config.rope_scaling)
     if family.windows != "none":
         values["sliding_window"] = max(windows) or None
+    if family.windows in ("some", "pattern"):
+        values["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
     if family.windows == "some":
-        kinds = ["sliding_attention" if window else "full_attention" for window in windows]
         full = [i for i, window in enumerate(windows) if not window]
         values |= {"use_sliding_window": any(windows), "max_window_layers": max(full, default=-1) + 1}
-        values["layer_types"] = kinds
     return values
 
 
@@ -141,7 +153,7 @@ def _require_known(family: Described, values: dict[str, Any]) -> None:
         )
 
 
-def _read_windows(family: Described, values: dict[str, Any], layers: int) -> list[int]:
+def _read_windows(family: Described, values: dict[str, Any], layers: int, pattern: int) -> list[int]:
     """The window of each layer, 0 for none."""
     kinds = values.get("layer_types")
     known = ("full_attention", "sliding_attention")
@@ -157,6 +169,8 @@ def _read_windows(family: Described, values: dict[str, Any], layers: int) -> lis
         first = values.get("max_window_layers", 28) if window is not None and kinds is None else layers
         require(isinstance(first, int), f"max_window_layers is {shown(first)}, but must be a whole number")
         kinds = kinds or [known[i >= first] for i in range(layers)]
+    if family.windows == "pattern":
+        kinds = kinds or [known[(i + 1) % pattern > 0] for i in range(layers)]
     if window is None:
         require(
             family.windows == "some" or kinds is None or known[1] not in kinds,

@@ -1,6 +1,7 @@
 """What a config.json says of rotary positions, which newer files keep together under `rope_parameters`."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from efflm.config import require
@@ -22,17 +23,27 @@ MSCALES = ("mscale", "mscale_all_dim")  # what attention_factor follows from whe
 
 
 def read(keys: dict[str, tuple[str, Any]], values: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """rope_base, rotary_fraction and rope_scaling. keys: of the family; found: what these say. Raises InputError."""
+    """rope_base, rotary_fraction, rope_scaling, and local_rope_base where the family has it. keys: of the family;
+    found: what these say. Raises InputError."""
     given = {key: values[key] for key in ("rope_scaling", "rope_parameters") if values.get(key)}
     name, rope = next(iter(given.items()), ("rope_parameters", {}))
     for key, value in given.items():
         require(isinstance(value, dict), f"{key} is {shown(value)}, but must be an object")
     same = len(given) < 2 or given["rope_scaling"] == given["rope_parameters"]
     require(same, "rope_scaling and rope_parameters say different things: remove the one that is wrong")
-    own = {ours: key for key, (ours, _) in keys.items()}
-    base = _agreed("rope_theta", "rope_base", own.get("rope_base"), values, rope, found["rope_base"])
-    fraction = found.get("rotary_fraction", 1.0)
-    fraction = _agreed("partial_rotary_factor", "rotary_fraction", own.get("rotary_fraction"), values, rope, fraction)
+    own, local = {ours: key for key, (ours, _) in keys.items()}, {}
+    if "local_rope_base" in own:
+        local, rope = rope.get("sliding_attention") or {}, rope.get("full_attention", rope) or {}
+        for value in (local, rope):
+            require(isinstance(value, dict), f"{name} holds {shown(value)}, but must hold objects")
+        plain = _scaling(f"{name}.sliding_attention", local, found["max_length"]) is None
+        require(plain, f"{name}.sliding_attention is scaled, which is not supported")
+        places = (own["local_rope_base"], values), ("rope_theta", local)
+        found["local_rope_base"] = _agreed("local_rope_base", places, found["local_rope_base"])
+    said = lambda key, ours: ((own.get(ours), values), (key, values), (key, rope))
+    base = _agreed("rope_base", said("rope_theta", "rope_base"), found["rope_base"])
+    fraction = said("partial_rotary_factor", "rotary_fraction")
+    fraction = _agreed("rotary_fraction", fraction, found.get("rotary_fraction", 1.0))
     require(
         fraction == 1 or "rotary_fraction" in found,
         f"partial_rotary_factor is {fraction}, but heads of this family are rotated as a whole",
@@ -93,10 +104,9 @@ def _attention_factor(factor: float, mscale: float | None, mscale_all_dim: float
     return of(mscale) / of(mscale_all_dim) if mscale and mscale_all_dim else of(1.0)
 
 
-def _agreed(key: str, name: str, own: str | None, values: dict[str, Any], rope: dict[str, Any], absent: float) -> float:
-    """What a config says of our field `name`: under `key`, under the family's own key for it, and under `key` among the
-    rotary parameters. Raises InputError where these differ: versions of transformers read different ones."""
-    places = [(own, values), (key, values), (key, rope)]
+def _agreed(name: str, places: Sequence[tuple[str | None, dict[str, Any]]], absent: float) -> float:
+    """What a config says of our field `name` under these keys of these objects. Raises InputError where they differ:
+    versions of transformers read different ones."""
     given = [(where, said[where]) for where, said in places if where and said.get(where) is not None]
     for where, value in given:
         check(where, name, value)

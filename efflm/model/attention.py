@@ -1,5 +1,7 @@
 """Self-attention of one layer, with or without a KV cache."""
 
+import math
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -21,8 +23,8 @@ class LayerCache:
 
 
 class Attention(nn.Module):
-    """x [B, T, D], to be normalized, and the residual float32 [B, T, D] -> their sum after attention, and the cache
-    with this call's keys and values. rotary: ops.rotate's tables, or None."""
+    """x [B, T, D], to be normalized, and the residual float32 [B, T, D] or None -> its sum with what attention gives,
+    and the cache with this call's keys and values. rotary: ops.rotate's tables, or None."""
 
     config: ModelConfig
     block: BlockConfig
@@ -32,7 +34,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: ops.Normed,
-        residual_BTD: jax.Array,
+        residual_BTD: jax.Array | None,
         positions_BT: jax.Array,
         rotary: tuple[jax.Array, jax.Array] | None,
         segments_BT: jax.Array | None,
@@ -45,22 +47,23 @@ class Attention(nn.Module):
         if config.qk_norm:
             q_BTNH = Norm(config, name="query_norm")(q_BTNH)
             k_BTKH = Norm(config, name="key_norm")(k_BTKH)
+        if config.query_scalar:
+            q_BTNH = q_BTNH * math.sqrt(block.head_dim / config.query_scalar)
+        seen = {"window": block.window, "cap": config.score_cap}
         if cache is None:
             if rotary is not None:
                 q_BTNH, k_BTKH = ops.rotate(q_BTNH, *rotary), ops.rotate(k_BTKH, *rotary)
             place = lambda x: sharding.constrain(x.astype(dtype), "batch", "length", "heads", None)
             q_BTNH, k_BTKH, v_BTKH = place(q_BTNH), place(k_BTKH), place(v_BTKH)
             if gathers(self, PROBABILITIES):
-                self.sow(
-                    PROBABILITIES, "all", sequence_parallel.probabilities(q_BTNH, k_BTKH, segments_BT, block.window)
-                )
+                self.sow(PROBABILITIES, "all", sequence_parallel.probabilities(q_BTNH, k_BTKH, segments_BT, **seen))
             attend = sequence_parallel.attention if sequence_parallel.is_sharded() else per_device.attention
-            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=block.window)
+            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, **seen)
         else:
             place = lambda x: sharding.constrain(x, "batch", "length", "heads", None)
             out_BTNH, *buffers = ops.cached_attention(
                 place(q_BTNH), place(k_BTKH), place(v_BTKH), cache.keys, cache.values, positions_BT, rotary,
-                dtype=dtype, window=block.window, attend=per_device.attention, whole=sharding.is_whole(),
+                dtype=dtype, **seen, attend=per_device.attention, whole=sharding.is_whole(),
             )  # fmt: skip
             cache = LayerCache(*buffers)
         merged = out_BTNH.reshape(*x.shape[:2], -1).astype(dtype)

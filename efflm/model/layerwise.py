@@ -9,7 +9,7 @@ import jax
 from efflm.config.model import ModelConfig
 from efflm.model.linear import READ
 from efflm.model.norms import Norm
-from efflm.model.rotary import tables
+from efflm.model.rotary import of_layers as rotary_tables
 from efflm.model.transformer import Block, LanguageModel, Transformer
 from efflm.precision import policy_for
 
@@ -22,7 +22,7 @@ class _Single(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, positions_BT, segments_BT):
         (block,) = self.config.blocks
-        rotary = tables(positions_BT, block.head_dim, self.config) if self.config.position == "rotary" else None
+        (rotary,) = rotary_tables(positions_BT, self.config)
         return Block(self.config, block, policy_for(self.config), name="block_0")(
             x_BTD, positions_BT, rotary, segments_BT
         )[0]

@@ -26,5 +26,15 @@ class Norm(nn.Module):
 
     def of(self, x: jax.Array) -> ops.Normed:
         """The same, left to the matmuls that read it (ops.dots)."""
-        dtype = str(jnp.dtype(self.dtype))
-        return ops.Normed(x, self.scale, self.bias, epsilon=self.config.norm_epsilon, dtype=dtype)
+        dtype, scale = str(jnp.dtype(self.dtype)), effective(self.config, self.scale)
+        return ops.Normed(x, scale, self.bias, epsilon=self.config.norm_epsilon, dtype=dtype)
+
+
+def effective(config: ModelConfig, scale: jax.Array) -> jax.Array:
+    """What a norm multiplies by: its scale, in float32 where it is stored without the config's norm_offset."""
+    return scale.astype(jnp.float32) + config.norm_offset if config.norm_offset else scale
+
+
+def stored(config: ModelConfig, scale: jax.Array) -> jax.Array:
+    """The inverse of `effective`, in its dtype."""
+    return scale - config.norm_offset if config.norm_offset else scale

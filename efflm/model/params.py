@@ -87,6 +87,8 @@ WEIGHTS: dict[str, Param] = {
     **_linear("feedforward/down", "mlp", "width", "feedforward", "residual"),
     **_norm("block/attention_norm"),
     **_norm("block/feedforward_norm"),
+    **_norm("block/attention_post_norm"),
+    **_norm("block/feedforward_post_norm"),
     **_norm("final_norm"),
 }
 
@@ -112,12 +114,14 @@ def _exists(name: str, config: ModelConfig) -> bool:
         return config.position == "learned" if name == "position_embedding" else not config.tied
     if owner.endswith(("query_norm", "key_norm")):
         return config.qk_norm and leaf == "scale"
+    if owner.endswith("post_norm") and not config.post_norm:
+        return False
     if leaf != "bias":
-        return config.feedforward == "swiglu" or owner != "block/feedforward/gate"
+        return config.gated or owner != "block/feedforward/gate"
     if owner.endswith("_norm"):
         return config.norm == "layer"
     projects = owner in ("block/attention/query", "block/attention/key", "block/attention/value")
-    gates = owner == "block/feedforward/gate" and config.feedforward != "swiglu"
+    gates = owner == "block/feedforward/gate" and not config.gated
     return not gates and (config.bias or (config.qkv_bias and projects))
 
 
@@ -147,7 +151,9 @@ def table(config: ModelConfig) -> Mapping[str, Param]:
             sizes = _sizes(config, block)
             path = name.replace("block/", f"block_{i}/") if in_block else name
             stddev = residual if param.init == "residual" else STDDEV
-            out[path] = dataclasses.replace(param, shape=tuple(sizes[axis] for axis in param.axes), stddev=stddev)
+            init = "zeros" if param.init == "ones" and config.norm_offset else param.init
+            shape = tuple(sizes[axis] for axis in param.axes)
+            out[path] = dataclasses.replace(param, shape=shape, stddev=stddev, init=init)
     return types.MappingProxyType(out)
 
 

@@ -1,24 +1,46 @@
 """The angles of rotary position embedding (Su 2021, arXiv 2104.09864)."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from efflm.config.model import ModelConfig, Scaling, YarnScaling
+from efflm.config.model import BlockConfig, ModelConfig, Scaling, YarnScaling
 from efflm.parallel.sharding import is_whole
 
 LOOPS, MANY = 2, 64  # a loop of one turn is no loop to the compiler; of fewer positions it costs more than it spares
 
 
-def tables(positions_BT: jax.Array, size: int, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [B, T, R/2] of the angles position * base^(-2i/R), float32, which ops.rotate reads.
+Tables = tuple[jax.Array, jax.Array]
 
-    R is the config's share of `size`, the dimensions of a head.
-    """
-    scaling = config.rope_scaling
-    angles = positions_BT[:, :, None].astype(jnp.float32) * frequencies(size, config)[None, None, :]
+
+def of_layers(positions_BT: jax.Array, config: ModelConfig) -> list[Tables | None]:
+    """The `tables` of each layer, the very same for layers that rotate alike; None without rotary positions."""
+    made: dict[Any, Tables | None] = {}
+    ropes = [_rope(config, block) if config.position == "rotary" else None for block in config.blocks]
+    for rope in ropes:
+        if rope not in made:
+            made[rope] = tables(positions_BT, *rope) if rope else None
+    return [made[rope] for rope in ropes]
+
+
+def _rope(config: ModelConfig, block: BlockConfig) -> tuple[int, float, Scaling | None]:
+    """How many dimensions of a head are rotated, from which base, and how that is scaled."""
+    local = block.window and config.local_rope_base
+    rotated = 2 * (int(block.head_dim * config.rotary_fraction) // 2)
+    return rotated, config.local_rope_base if local else config.rope_base, None if local else config.rope_scaling
+
+
+def tables(positions_BT: jax.Array, rotated: int, base: float, scaling: Scaling | None = None) -> Tables:
+    """Cosines and sines [B, T, R/2] of the angles position * base^(-2i/R), float32, which ops.rotate reads, for R
+    rotated dimensions of a head."""
+    half = rotated // 2
+    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling:
+        frequencies = scaled(frequencies, scaling, base)
+    angles = positions_BT[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
     count = angles.shape[0] * angles.shape[1]
     if count % LOOPS or count < MANY or not is_whole():
         cos_sin = _both(angles)
@@ -27,13 +49,6 @@ def tables(positions_BT: jax.Array, size: int, config: ModelConfig) -> tuple[jax
     if not isinstance(scaling, YarnScaling):
         return cos_sin
     return tuple(part * scaling.attention_factor for part in cos_sin)
-
-
-def frequencies(size: int, config: ModelConfig) -> jax.Array:
-    """base^(-2i/R), scaled as the config says, float32 [R/2]."""
-    half = int(size * config.rotary_fraction) // 2
-    plain = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    return scaled(plain, config.rope_scaling, config.rope_base) if config.rope_scaling else plain
 
 
 def _both(angles: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -22,7 +22,7 @@ from efflm.model.feedforward import FeedForward
 from efflm.model.linear import OUTPUTS, PROBABILITIES, fetch, gathers
 from efflm.model.norms import Norm
 from efflm.model.params import STACK
-from efflm.model.rotary import tables
+from efflm.model.rotary import of_layers as rotary_tables
 from efflm.ops.recompute import late
 from efflm.parallel.sharding import constrain
 from efflm.precision import Policy, cast
@@ -109,7 +109,8 @@ def empty_cache(config: ModelConfig, batch: int, length: int, dtype: Any = jnp.f
 
 
 class Block(nn.Module):
-    """Pre-norm residual layer. The residual stream is float32; the operands of matmuls are in the compute dtype."""
+    """Pre-norm residual layer, with post_norm normed before each sum too. The residual stream is float32; the operands
+    of matmuls are in the compute dtype."""
 
     config: ModelConfig
     block: BlockConfig
@@ -119,11 +120,17 @@ class Block(nn.Module):
     def __call__(self, x_BTD, positions_BT, rotary, segments_BT, cache=None):
         config, block, policy = self.config, self.block, self.policy
         norm = lambda name, x: Norm(config, policy.compute, name=name).of(x)
+        residual = lambda x: None if config.post_norm else x
+        added = lambda name, x, y: x + Norm(config, name=name)(y) if config.post_norm else y
         middle_BTD, cache = Attention(config, block, policy, name="attention")(
-            norm("attention_norm", x_BTD), x_BTD, positions_BT, rotary, segments_BT, cache
+            norm("attention_norm", x_BTD), residual(x_BTD), positions_BT, rotary, segments_BT, cache
         )
+        middle_BTD = added("attention_post_norm", x_BTD, middle_BTD)
         read_BTD = x_BTD if config.parallel else middle_BTD
-        x_BTD = FeedForward(config, policy, name="feedforward")(norm("feedforward_norm", read_BTD), middle_BTD)
+        x_BTD = FeedForward(config, policy, name="feedforward")(
+            norm("feedforward_norm", read_BTD), residual(middle_BTD)
+        )
+        x_BTD = added("feedforward_post_norm", middle_BTD, x_BTD)
         return constrain(x_BTD, "batch", "length", None), cache
 
 
@@ -172,11 +179,14 @@ class Transformer(nn.Module):
     def unembed(self, x_BTD: jax.Array) -> jax.Array:
         """The logits [B, T, V] of the final states, in the policy's output dtype."""
         logits = ops.unembed(x_BTD, self.embedding) if self.config.tied else ops.dot(x_BTD, self.unembedding)
-        return logits.astype(self.policy.output)
+        return ops.soft_cap(logits, self.config.logit_cap).astype(self.policy.output)
 
     def embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """The input of the first layer, float32 [B, T, D], for tokens and positions [B, T]."""
         x_BTD = ops.embed(_width_gathered(self.embedding, "vocabulary"), tokens, jnp.float32)
+        if self.config.embedding_scale != 1:  # rounded to the compute dtype, as Gemma was trained with it
+            scale = jnp.asarray(self.config.embedding_scale, self.policy.compute)
+            x_BTD = x_BTD * scale.astype(jnp.float32)
         if self.config.position == "learned":
             x_BTD = x_BTD + ops.embed(_width_gathered(self.position_embedding, None), positions, jnp.float32)
         return constrain(x_BTD, "batch", "length", None)
@@ -197,28 +207,25 @@ class Transformer(nn.Module):
             start_B = jnp.zeros(B, jnp.int32) if cache is None else cache.length_B
             positions = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
         x_BTD = self.embedded(tokens, positions)
-        rotary = {
-            size: tables(positions, size, config) if config.position == "rotary" else None
-            for size in {block.head_dim for block in config.blocks}
-        }
+        rotary = rotary_tables(positions, config)
         stored = REMAT[self.remat].stored
         policy_of = jax.checkpoint_policies.save_only_these_names
         block_type = Block if stored is None else nn.remat(Block, policy=policy_of(*stored))
         if self.scanned:
             for first, count in runs(config):
-                angles = rotary[config.blocks[first].head_dim]
-                x_BTD = self._scan(block_type, first, count, x_BTD, positions, angles, segments)
+                x_BTD = self._scan(block_type, first, count, x_BTD, positions, rotary[first], segments)
         else:
             layers = []
             for i, block in enumerate(config.blocks):
                 layer = block_type(config, block, policy, name=f"block_{i}")
-                angles = rotary[block.head_dim]
                 # A derivative of our own has none of what a layer sows.
                 if stored is None or gathers(self, PROBABILITIES):
-                    x_BTD, layer_cache = layer(x_BTD, positions, angles, segments, cache.layers[i] if cache else None)
+                    x_BTD, layer_cache = layer(
+                        x_BTD, positions, rotary[i], segments, cache.layers[i] if cache else None
+                    )
                     layers.append(layer_cache)
                 else:
-                    x_BTD = _recomputed_late(layer, x_BTD, positions, angles, segments)
+                    x_BTD = _recomputed_late(layer, x_BTD, positions, rotary[i], segments)
                 if gathers(self, OUTPUTS):
                     self.sow(OUTPUTS, "blocks", x_BTD)
             cache = Cache(tuple(layers), cache.length_B + T) if cache else None

@@ -7,7 +7,7 @@ from efflm.ops.distillation import cached_distillation, distillation
 from efflm.ops.divergences import Divergence
 from efflm.ops.dot import dot, dots
 from efflm.ops.embed import embed, unembed
-from efflm.ops.feedforward import gated_feedforward, swiglu
+from efflm.ops.feedforward import Activation, gated, gated_feedforward
 from efflm.ops.format import Format
 from efflm.ops.lowrank import LowRank
 from efflm.ops.masks import Masks, apply_masks, mask_tree, masked
@@ -17,4 +17,5 @@ from efflm.ops.prepare import prepare, prepared
 from efflm.ops.probabilities import attention_probabilities
 from efflm.ops.qarray import QArray, dequantize, in_float32, quantize_array, requantize, straight_through, take
 from efflm.ops.rotary import rotate
+from efflm.ops.soft_cap import soft_cap
 from efflm.ops.storage import nonzeros, stored_nbytes

@@ -26,23 +26,25 @@ def attention(
     segments_BT: jax.Array | None = None,
     key_segments_BS: jax.Array | None = None,
     window: int = 0,
+    cap: float = 0.0,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v over the keys that each query may see -> float32 [B, T, N, H].
 
     A query sees the keys up to its own slot, slots_BT[b, t] of the S (default: the queries are the last T of the S, in
     order), of these the last `window` (0: all), and of these the ones in its own segment, where segments are given
     (key_segments_BS: the keys', where keys are not the queries' own). The result is 0 where it sees no key.
-    Query head n reads key-value head n // (N / K). Raises ValueError for shapes that do not fit.
+    Query head n reads key-value head n // (N / K). cap: of the scores, a soft one (0: none). Raises ValueError for
+    shapes that do not fit.
     """
     require_heads(q_BTNH, k_BSKH, v_BSKH)
     _require_places(q_BTNH, k_BSKH, slots_BT, segments_BT, key_segments_BS)
     (_, T, _, H), S, in_order = q_BTNH.shape, k_BSKH.shape[1], slots_BT is None
-    call = Attention(T, S, H, q_BTNH.dtype, window, in_order, key_segments_BS is None)
+    call = Attention(T, S, H, q_BTNH.dtype, window, in_order, key_segments_BS is None, cap)
     where = {"window": window} if in_order else {"window": window, "slots_BT": slots_BT}
     kernels = {name: functools.partial(kernel, **where) for name in KERNELS if (kernel := kernel_for(name, call))}
     if key_segments_BS is None:
         key_segments_BS = segments_BT
-    portable = functools.partial(attention_blocks.attention, slots_BT=slots_BT, window=window)
+    portable = functools.partial(attention_blocks.attention, slots_BT=slots_BT, window=window, cap=cap)
     if not kernels:
         return portable(q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS)
     return lax.platform_dependent(q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, default=portable, **kernels)
@@ -75,4 +77,4 @@ def _require_places(q_BTNH, k_BSKH, slots_BT, segments_BT, key_segments_BS) -> N
 def kernel_for(platform: str, call: Attention) -> Callable[..., jax.Array] | None:
     """The kernel that `attention` runs on a platform ("tpu", "cuda", "cpu"), or None: the portable form."""
     kernels = KERNELS.get(platform)
-    return kernels.attention if kernels and kernels.takes(call) else None
+    return kernels.attention if kernels and not call.cap and kernels.takes(call) else None

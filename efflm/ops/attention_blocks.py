@@ -17,6 +17,7 @@ from jax import lax
 
 from efflm.ops.dot import transposed
 from efflm.ops.recompute import late
+from efflm.ops.soft_cap import slope, soft_cap
 
 MASKED = -1e30  # the score of a key that a query may not see: finite, so that a wholly masked block stays finite too
 UNROLLED = 1024  # sequences up to this long are cut into a few blocks written out one by one, each with its own keys
@@ -45,7 +46,7 @@ def spans(T: int, S: int, window: int, in_order: bool) -> list[tuple[int, int, i
     return [(t, end, max(0, offset + t - window + 1) if window else 0, offset + end) for t, end in blocks]
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, *, slots_BT, window: int) -> jax.Array:
+def attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, *, slots_BT, window: int, cap: float) -> jax.Array:
     """See ops.attention; key_segments_BS are given where segments_BT are."""
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -56,7 +57,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, *, slots_BT,
     keys = _Placement(placed(order), placed(key_segments_BS))
     q_BKQH = q_BTNH.reshape(B, T, K, group, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * group, H)
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    out_BKQH = _attend(q_BKQH, k_BKSH, v_BKSH, queries, keys, window, group, in_order)
+    out_BKQH = _attend(q_BKQH, k_BKSH, v_BKSH, queries, keys, window, cap, group, in_order)
     return out_BKQH.reshape(B, K, T, group, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
 
 
@@ -83,9 +84,9 @@ def _masked(queries: _Placement, keys: _Placement, window: int, keys_first: bool
     return masked
 
 
-def _forward_block(q, queries: _Placement, k, v, keys: _Placement, window: int):
+def _forward_block(q, queries: _Placement, k, v, keys: _Placement, window: int, cap: float):
     """Of some queries and some keys: the sum of exp(score - top) v, of exp(score - top), and top; float32."""
-    scores_BKQS = _matmul(q, k, transpose=True) * q.shape[-1] ** -0.5
+    scores_BKQS = soft_cap(_matmul(q, k, transpose=True) * q.shape[-1] ** -0.5, cap)
     scores_BKQS = jnp.where(_masked(queries, keys, window), MASKED, scores_BKQS)
     top = jnp.max(scores_BKQS, axis=-1, keepdims=True)
     weights_BKQS = jnp.exp(scores_BKQS - top)
@@ -99,18 +100,18 @@ def _softmax(out, total, top):
     return jnp.where(blind, 0.0, out / total), jnp.where(blind, 0.0, top + jnp.log(total))[..., 0]
 
 
-def _backward_block(q, g, normalizer, inner, queries: _Placement, k, v, keys: _Placement, window: int):
+def _backward_block(q, g, normalizer, inner, queries: _Placement, k, v, keys: _Placement, window: int, cap: float):
     """The float32 gradients of some queries, keys and values through each other.
 
     g is the gradient of the output in the compute dtype; normalizer and inner = sum(g * output) are [B, K, Q].
     """
     scale = q.shape[-1] ** -0.5
-    scores_BKSQ = jnp.where(
-        _masked(queries, keys, window, keys_first=True), MASKED, _matmul(k, q, transpose=True) * scale
-    )
+    capped_BKSQ = soft_cap(_matmul(k, q, transpose=True) * scale, cap)
+    scores_BKSQ = jnp.where(_masked(queries, keys, window, keys_first=True), MASKED, capped_BKSQ)
     weights_BKSQ = jnp.exp(scores_BKSQ - normalizer[:, :, None, :])
     from_weights = _matmul(v, g, transpose=True)
-    ds_BKSQ = (weights_BKSQ * (from_weights - inner[:, :, None, :]) * scale).astype(q.dtype)
+    ds_BKSQ = weights_BKSQ * (from_weights - inner[:, :, None, :]) * scale * slope(capped_BKSQ, cap)
+    ds_BKSQ = ds_BKSQ.astype(q.dtype)
     return _matmul(transposed(ds_BKSQ), k), _matmul(ds_BKSQ, q), _matmul(weights_BKSQ.astype(q.dtype), g)
 
 
@@ -124,25 +125,25 @@ def _part(tree: Any, start: Any, size: int) -> Any:
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=2), tree)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attend(q, k, v, queries: _Placement, keys: _Placement, window: int, group: int, in_order: bool):
-    return _attend_forward(q, k, v, queries, keys, window, group, in_order)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _attend(q, k, v, queries: _Placement, keys: _Placement, window: int, cap: float, group: int, in_order: bool):
+    return _attend_forward(q, k, v, queries, keys, window, cap, group, in_order)[0]
 
 
-def _attend_forward(q, k, v, queries, keys, window, group, in_order):
+def _attend_forward(q, k, v, queries, keys, window, cap, group, in_order):
     of_queries, of_keys, (T, S) = (q, queries), (k, v, keys), (q.shape[2] // group, k.shape[2])
     if unrolled(T, S):
         found = []
         for q_lo, q_hi, k_lo, k_hi in spans(T, S, window, in_order):
             some, seen = _part(of_queries, q_lo * group, (q_hi - q_lo) * group), _part(of_keys, k_lo, k_hi - k_lo)
-            found.append(_softmax(*_forward_block(*some, *seen, window)))
+            found.append(_softmax(*_forward_block(*some, *seen, window, cap)))
         out, normalizer = (jnp.concatenate(parts, axis=2) for parts in zip(*found))
     else:
-        out, normalizer = _loop_forward(of_queries, of_keys, window, group)
+        out, normalizer = _loop_forward(of_queries, of_keys, window, cap, group)
     return out, (q, k, v, queries, keys, out, normalizer)
 
 
-def _attend_backward(window, group, in_order, residuals, g):
+def _attend_backward(window, cap, group, in_order, residuals, g):
     q, k, v, queries, keys, out, normalizer = residuals
     T, S = q.shape[2] // group, k.shape[2]
     q = late(q, g)
@@ -152,12 +153,12 @@ def _attend_backward(window, group, in_order, residuals, g):
         found = []
         for q_lo, q_hi, k_lo, k_hi in spans(T, S, window, in_order):
             some, seen = _part(of_queries, q_lo * group, (q_hi - q_lo) * group), _part(of_keys, k_lo, k_hi - k_lo)
-            dq, *of_seen = _backward_block(*some, *seen, window)
+            dq, *of_seen = _backward_block(*some, *seen, window, cap)
             found.append((dq, *(jnp.pad(x, ((0, 0), (0, 0), (k_lo, S - k_hi), (0, 0))) for x in of_seen)))
         dqs, dks, dvs = zip(*found)
         dq, dk, dv = jnp.concatenate(dqs, axis=2), sum(dks), sum(dvs)
     else:
-        dq, dk, dv = _loop_backward(of_queries, of_keys, window, group)
+        dq, dk, dv = _loop_backward(of_queries, of_keys, window, cap, group)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
@@ -184,7 +185,7 @@ def _key_blocks(queries: _Placement, window: int) -> tuple[Any, Any]:
     return first, jnp.max(queries.slots) // BLOCK + 1
 
 
-def _loop_forward(of_queries, of_keys, window, group):
+def _loop_forward(of_queries, of_keys, window, cap, group):
     (B, K, Q, H), size = of_queries[0].shape, BLOCK * group
     of_queries, of_keys = _in_blocks(of_queries, of_keys, group)
 
@@ -193,7 +194,7 @@ def _loop_forward(of_queries, of_keys, window, group):
 
         def add_keys(j, carry):
             out, total, top = carry
-            out_new, total_new, top_new = _forward_block(*some, *_part(of_keys, j * BLOCK, BLOCK), window)
+            out_new, total_new, top_new = _forward_block(*some, *_part(of_keys, j * BLOCK, BLOCK), window, cap)
             highest = jnp.maximum(top, top_new)
             old, new = jnp.exp(top - highest), jnp.exp(top_new - highest)
             return out * old + out_new * new, total * old + total_new * new, highest
@@ -207,7 +208,7 @@ def _loop_forward(of_queries, of_keys, window, group):
     return join(outs), join(normalizers)
 
 
-def _loop_backward(of_queries, of_keys, window, group):
+def _loop_backward(of_queries, of_keys, window, cap, group):
     (B, K, Q, H), S, size = of_queries[0].shape, of_keys[0].shape[2], BLOCK * group
     of_queries, of_keys = _in_blocks(of_queries, of_keys, group)
 
@@ -216,7 +217,7 @@ def _loop_backward(of_queries, of_keys, window, group):
 
         def add_keys(j, carry):
             dq, *of_keys_before = carry
-            dq_new, *new = _backward_block(*some, *_part(of_keys, j * BLOCK, BLOCK), window)
+            dq_new, *new = _backward_block(*some, *_part(of_keys, j * BLOCK, BLOCK), window, cap)
             add = lambda x, new: lax.dynamic_update_slice_in_dim(x, _part(x, j * BLOCK, BLOCK) + new, j * BLOCK, axis=2)
             return dq + dq_new, *map(add, of_keys_before, new)
 

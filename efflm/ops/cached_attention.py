@@ -27,6 +27,7 @@ def cached_attention(
     *,
     dtype: Any,
     window: int = 0,
+    cap: float = 0.0,
     attend: Callable[..., jax.Array] = attention,
     whole: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -34,8 +35,8 @@ def cached_attention(
 
     positions_BT: consecutive; slot s of the cache [B, S, K, H] holds position s. Where they reach beyond the cache, all
     of a sequence are moved back into it, as lax.dynamic_update_slice does. rotary: cosines and sines [B, T, R], by
-    which queries and new keys are rotated. whole: whether each array lies on one device; if not, `attend` is attention
-    on a mesh. Raises ValueError for shapes that do not fit.
+    which queries and new keys are rotated. window, cap: as in ops.attention. whole: whether each array lies on one
+    device; if not, `attend` is attention on a mesh. Raises ValueError for shapes that do not fit.
     """
     require_heads(q_BTNH, k_BTKH, v_BTKH)
     (B, T, _, H), S, angles = q_BTNH.shape, keys_BSKH.shape[1], () if rotary is None else rotary
@@ -46,16 +47,18 @@ def cached_attention(
     if positions_BT.shape != (B, T) or any(x.shape != (B, T, x.shape[-1]) or 2 * x.shape[-1] > H for x in angles):
         shapes = [positions_BT.shape, *(x.shape for x in angles)]
         raise ValueError(f"positions and rotations of shapes {shapes} do not fit queries of {q_BTNH.shape}")
-    portable = functools.partial(_portable, dtype=dtype, window=window, attend=attend, whole=whole)
+    portable = functools.partial(_portable, dtype=dtype, window=window, cap=cap, attend=attend, whole=whole)
     arguments = (q_BTNH, k_BTKH, v_BTKH, keys_BSKH, values_BSKH, positions_BT, rotary)
-    form = build.form() if whole and cpu.takes(q_BTNH.shape[1], dtype, keys_BSKH.dtype) else ""
+    form = build.form() if whole and not cap and cpu.takes(q_BTNH.shape[1], dtype, keys_BSKH.dtype) else ""
     if not form:
         return portable(*arguments)
     native = functools.partial(cpu.attention, dtype=dtype, window=window, form=form)
     return lax.platform_dependent(*arguments, cpu=native, default=portable)
 
 
-def _portable(q_BTNH, k_BTKH, v_BTKH, keys_BSKH, values_BSKH, positions_BT, rotary, *, dtype, window, attend, whole):
+def _portable(
+    q_BTNH, k_BTKH, v_BTKH, keys_BSKH, values_BSKH, positions_BT, rotary, *, dtype, window, cap, attend, whole
+):
     if rotary is not None:
         q_BTNH, k_BTKH = rotate(q_BTNH, *rotary), rotate(k_BTKH, *rotary)
     T, S = positions_BT.shape[1], keys_BSKH.shape[1]
@@ -65,7 +68,7 @@ def _portable(q_BTNH, k_BTKH, v_BTKH, keys_BSKH, values_BSKH, positions_BT, rota
     values_BSKH = _write(values_BSKH, v_BTKH.astype(dtype), start_B, whole)
     read = lambda x: x.astype(dtype)
     arrays = (read(q_BTNH), read(keys_BSKH), read(values_BSKH))
-    out_BTNH = attend(*arrays, segments_BT=None, slots_BT=positions_BT, window=window)
+    out_BTNH = attend(*arrays, segments_BT=None, slots_BT=positions_BT, window=window, cap=cap)
     return out_BTNH, keys_BSKH, values_BSKH
 
 

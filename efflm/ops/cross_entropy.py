@@ -5,17 +5,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from efflm.ops.output_loss import output_loss
+from efflm.ops.output_loss import capped, output_loss
 from efflm.ops.qarray import operands
 
 
 def cross_entropy(
-    x_BTD: jax.Array, w: Any, targets_BT: jax.Array, weights_BT: jax.Array, *, tied: bool, z_weight: float = 0.0
+    x_BTD: jax.Array,
+    w: Any,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    tied: bool,
+    cap: float = 0.0,
+    z_weight: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Sums over all tokens, in nats: of weight * (nll + z_weight * log_normalizer^2), and of weight * nll.
 
-    w: [D, V], or [V, D] with `tied`; matmuls are in the dtype of x. The square keeps the normalizer near 1 ("z-loss",
-    Chowdhery 2022, arXiv 2204.02311, section 5). Gradients flow from the first sum only, to x and w.
+    w: [D, V], or [V, D] with `tied`; matmuls are in the dtype of x. cap: of the logits, a soft one (0: none). The
+    square keeps the normalizer near 1 ("z-loss", Chowdhery 2022, arXiv 2204.02311, section 5). Gradients flow from the
+    first sum only, to x and w.
     """
     x_BTD, w = operands(x_BTD, w)
 
@@ -28,7 +36,8 @@ def cross_entropy(
         softmax_MV = jnp.exp(logits_MV - normalizer_M[:, None]) * slope_M[:, None]
         return (loss, jnp.sum(weights_M * nll_M)), softmax_MV - jnp.where(hit_MV, weights_M[:, None], 0.0)
 
-    return output_loss(chunk_loss, tied, x_BTD, w, (targets_BT, weights_BT.astype(jnp.float32)), None)
+    tokens = targets_BT, weights_BT.astype(jnp.float32)
+    return output_loss(capped(chunk_loss, cap), tied, x_BTD, w, tokens, None)
 
 
 def target_nll(logits_MV: jax.Array, targets_M: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -10,9 +10,10 @@ from jax import lax
 from efflm.ops.cross_entropy import target_nll
 from efflm.ops.divergences import DIVERGENCES, Divergence
 from efflm.ops.dot import matmul
-from efflm.ops.output_loss import output_loss
+from efflm.ops.output_loss import capped, output_loss
 from efflm.ops.possible import LEAST, Ranges, possible
 from efflm.ops.qarray import operands
+from efflm.ops.soft_cap import soft_cap
 
 
 def distillation(
@@ -26,13 +27,15 @@ def distillation(
     divergence: Divergence = "forward",
     mix: float = 0.5,
     unused: tuple[Ranges, Ranges] = ((), ()),
+    caps: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sums over all tokens, in nats: of weight * (share * d + (1 - share) * nll), of weight * d, of weight * nll.
 
     d = temperature^2 * divergence of teacher and student, both softened by the temperature (Hinton 2015, arXiv
     1503.02531, section 2). divergence, mix: see `divergences`; only those of a mixture read mix. student and teacher:
     (final states [B, T, width], output layer, whether it is tied), as x, w and tied of `cross_entropy`; they share the
-    tokens and nothing else. unused: ids that have none, of the student and of the teacher: d is of the others.
+    tokens and nothing else. unused: ids that have none, of the student and of the teacher: d is of the others. caps:
+    soft ones, of the student's and of the teacher's logits.
     Gradients flow from the first sum only, to the student only.
     """
     x_BTD, w, tied = student
@@ -43,7 +46,8 @@ def distillation(
 
     def chunk_loss(logits_MV, tokens, teacher_w):
         targets_M, weights_M, teacher_x_ME = tokens
-        teacher_MV = possible(matmul(teacher_x_ME, teacher_w, teacher_tied), unused[1], LEAST)
+        teacher_MV = soft_cap(matmul(teacher_x_ME, teacher_w, teacher_tied), caps[1])
+        teacher_MV = possible(teacher_MV, unused[1], LEAST)
         log_p_MV = jax.nn.log_softmax(teacher_MV / temperature, axis=-1)
 
         def apart(logits_MV):
@@ -58,7 +62,7 @@ def distillation(
         return tuple(sums), pull(share * weights_M)[0] + ((1 - share) * weights_M)[:, None] * of_nll_MV
 
     tokens = targets_BT, weights_BT.astype(jnp.float32), teacher_x_BTE
-    return output_loss(chunk_loss, tied, x_BTD, w, tokens, teacher_w)
+    return output_loss(capped(chunk_loss, caps[0]), tied, x_BTD, w, tokens, teacher_w)
 
 
 def cached_distillation(
@@ -70,6 +74,7 @@ def cached_distillation(
     *,
     share: float,
     unused: Ranges = (),
+    cap: float = 0.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `distillation`, with d = KL(teacher || student) where of the teacher p_BTK is known: the probabilities of the
     tokens ids_BTK, which may be repeated, or of all (None; K = V, without padding). Of others it is taken to be 0."""
@@ -95,7 +100,7 @@ def cached_distillation(
         )
 
     tokens = (targets_BT, weights_BT.astype(jnp.float32), p_BTK, *(() if ids_BTK is None else (ids_BTK,)))
-    return output_loss(chunk_loss, tied, x_BTD, w, tokens, None)
+    return output_loss(capped(chunk_loss, cap), tied, x_BTD, w, tokens, None)
 
 
 def _of_entries(logits_MV: jax.Array, ids_MK: jax.Array, p_MK: jax.Array) -> tuple[jax.Array, jax.Array]:

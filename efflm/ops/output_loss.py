@@ -13,12 +13,26 @@ import jax.numpy as jnp
 from jax import lax
 
 from efflm.ops.dot import matmul, weight_gradient
+from efflm.ops.soft_cap import slope, soft_cap
 
 CHUNK = 512  # tokens whose logits are held at a time, while that takes no more chunks than
 MOST_CHUNKS = 16  # since every chunk reads and writes the whole gradient of the weight
 
 # chunk_loss(logits_MV, tokens, shared) -> (float32 sums over the chunk's tokens, gradient [M, V] of the first of them)
 ChunkLoss = Callable[[jax.Array, Any, Any], tuple[tuple[jax.Array, ...], jax.Array]]
+
+
+def capped(chunk_loss: ChunkLoss, cap: float) -> ChunkLoss:
+    """The loss of logits with a soft cap (0: none), as one of those without."""
+    if not cap:
+        return chunk_loss
+
+    def of_raw(logits_MV, tokens, shared):
+        logits_MV = soft_cap(logits_MV, cap)
+        sums, dlogits_MV = chunk_loss(logits_MV, tokens, shared)
+        return sums, dlogits_MV * slope(logits_MV, cap)
+
+    return of_raw
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

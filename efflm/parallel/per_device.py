@@ -21,6 +21,7 @@ def attention(
     *,
     slots_BT: jax.Array | None = None,
     window: int,
+    cap: float = 0.0,
 ) -> jax.Array:
     """ops.attention, where it may run a kernel inside a shard_map.
 
@@ -30,14 +31,14 @@ def attention(
 
     def attend(q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, slots_BT):
         segments = {"segments_BT": segments_BT, "key_segments_BS": key_segments_BS}
-        return ops.attention(q_BTNH, k_BSKH, v_BSKH, slots_BT=slots_BT, window=window, **segments)
+        return ops.attention(q_BTNH, k_BSKH, v_BSKH, slots_BT=slots_BT, window=window, cap=cap, **segments)
 
     arguments = (q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, slots_BT)
     mesh = jax.sharding.get_abstract_mesh()
     free = {name for name in mesh.axis_names if name not in mesh.manual_axes}
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
-    call = Attention(T, S, H, q_BTNH.dtype, window, slots_BT is None, key_segments_BS is None)
+    call = Attention(T, S, H, q_BTNH.dtype, window, slots_BT is None, key_segments_BS is None, cap)
     if math.prod(mesh.shape[name] for name in free) == 1 or not any(kernel_for(name, call) for name in KERNELS):
         return attend(*arguments)
     rows = tuple(name for name in sharding.BATCH[0] if name in free)

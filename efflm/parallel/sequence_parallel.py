@@ -71,7 +71,12 @@ def _reordered(x: jax.Array, order: list[int]) -> jax.Array:
 
 
 def attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None, window: int
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array | None,
+    window: int,
+    cap: float = 0.0,
 ) -> jax.Array:
     """Of one device's queries and all devices' keys and values -> float32 [B, T, N, H]; T tokens are its own."""
     shards, (T, H), dtype = sharding.sequence_shards(), q_BTNH.shape[1::2], q_BTNH.dtype
@@ -80,18 +85,20 @@ def attention(
     whole = lambda x: None if x is None else _reordered(lax.all_gather(x, AXIS, axis=1, tiled=True), place)
     device = lax.axis_index(AXIS)
     arguments = (q_BTNH, whole(k_BTKH), whole(v_BTKH), segments_BT, whole(segments_BT), device)
-    by_slots = functools.partial(_by_slots, shards=shards, window=window)
+    by_slots = functools.partial(_by_slots, shards=shards, window=window, cap=cap)
     by_stretches = functools.partial(_by_stretches, shards=shards, window=window)
     # The stretch in front sees half of the keys at most.
     lengths = [(T // 2, shards * T // 2), (T // 2, shards * T)]
-    takes = lambda name, *call: kernel_for(name, Attention(*call, own_segments=False)) is not None
+    takes = lambda name, *call: kernel_for(name, Attention(*call, own_segments=False, cap=cap)) is not None
     in_order = lambda name: all(takes(name, *each, H, dtype, window) for each in lengths)
     slots = lambda name: takes(name, T, shards * T, H, dtype, window, False)
     kernels = {name: by_stretches for name in KERNELS if in_order(name) and not slots(name)}
     return lax.platform_dependent(*arguments, default=by_slots, **kernels) if kernels else by_slots(*arguments)
 
 
-def probabilities(q_BTNH: jax.Array, k_BTKH: jax.Array, segments_BT: jax.Array | None, window: int) -> jax.Array:
+def probabilities(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, segments_BT: jax.Array | None, window: int, cap: float = 0.0
+) -> jax.Array:
     """ops.attention_probabilities of a device's own queries: float32 [B, N, T, S]. Where a sequence is split over
     devices, its keys are in the order of the devices that have them."""
     T = q_BTNH.shape[1]
@@ -111,15 +118,16 @@ def probabilities(q_BTNH: jax.Array, k_BTKH: jax.Array, segments_BT: jax.Array |
         segments_BT=segments_BT,
         key_segments_BS=whole(segments_BT),
         window=window,
+        cap=cap,
     )
 
 
-def _by_slots(q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, device, *, shards: int, window: int) -> jax.Array:
+def _by_slots(q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, device, *, shards: int, window: int, cap: float):
     """The portable form, and kernels that take slots: they compute just the keys that the slots of queries reach."""
     half_T = jnp.arange(q_BTNH.shape[1] // 2, dtype=jnp.int32)
     slots_T = jnp.concatenate([stretch * len(half_T) + half_T for stretch in (device, 2 * shards - 1 - device)])
     return per_device.attention(
-        q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, slots_BT=slots_T[None], window=window
+        q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, slots_BT=slots_T[None], window=window, cap=cap
     )
 
 

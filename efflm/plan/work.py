@@ -159,7 +159,7 @@ def train_step(config: ModelConfig, train: TrainConfig, batch: float, length: in
     pairs = lambda block: rows * computed_pairs(length, length, block.window)
     chunks = chunk_count(train.batch // train.accumulate, length)  # to a whole number of them sequences are padded
     ahead = _forward(config, policy, rows * length, pairs, rows * length, rows * chunks * math.ceil(length / chunks))
-    matmuls = 3 if config.feedforward == "swiglu" else 2
+    matmuls = 3 if config.gated else 2
     passes = {  # of the forward's work: forward, backward, computed again
         "projections": 1 + 2 + again.projections,
         "attention": 1 + 2.5 + again.attention,  # backward: five matmuls to the forward's two, with the scores

@@ -35,7 +35,8 @@ def language_model_loss(
     def sums(params, frozen, batch, weights_BT):
         del frozen
         (x_BTD, w, tied), _ = _final_states(model, params, batch)
-        total, nll = ops.cross_entropy(x_BTD, w, batch["targets"], weights_BT, tied=tied, z_weight=z_loss)
+        how = {"tied": tied, "cap": config.logit_cap, "z_weight": z_loss}
+        total, nll = ops.cross_entropy(x_BTD, w, batch["targets"], weights_BT, **how)
         return {"loss": total} | ({"cross_entropy": nll} if z_loss else {})
 
     return _mean_over_tokens(sums)
@@ -60,7 +61,7 @@ def distillation_loss(
     have (see ops.divergences). The teacher's params are `frozen`; no gradient flows to them. See ops.distillation.
     """
     how = {"temperature": temperature, "share": weight, "divergence": divergence, "mix": mix}
-    how |= {"unused": (student.config.unused, teacher.config.unused)}
+    how |= _of_logits(student.config, teacher.config)
     wanted = {"outputs": hidden > 0, "probabilities": attention > 0}
 
     def sums(params, frozen, batch, weights_BT):
@@ -90,7 +91,7 @@ def cached_distillation_loss(student: Transformer, *, weight: float) -> LossFn:
         del frozen
         kept = batch["teacher_p"], batch.get("teacher_ids")
         outputs, _ = _final_states(student, params, batch)
-        how = {"share": weight, "unused": student.config.unused}
+        how = {"share": weight, "unused": student.config.unused, "cap": student.config.logit_cap}
         total, apart, nll = ops.cached_distillation(outputs, *kept, batch["targets"], weights_BT, **how)
         return {"loss": total, "divergence": apart, "cross_entropy": nll}
 
@@ -164,7 +165,7 @@ def sums_against(
     weights_BT, tied = target_weights(batch), config.tied
     w = params["embedding" if tied else "unembedding"]
     outputs = (x_BTD, w, tied), (reference_BTD, w, tied)
-    how = {"temperature": 1.0, "share": 1.0, "unused": (config.unused, config.unused)}
+    how = {"temperature": 1.0, "share": 1.0} | _of_logits(config, config)
     _, kl, nll = ops.distillation(*outputs, batch["targets"], weights_BT, **how)
     return nll, kl, jnp.sum(weights_BT)
 
@@ -184,6 +185,11 @@ def _final_states(
     x_BTD, found = final_states_and_gathered(model, params, **inputs, outputs=outputs, probabilities=probabilities)
     tied = model.config.tied
     return (x_BTD, params["embedding" if tied else "unembedding"], tied), found
+
+
+def _of_logits(student: ModelConfig, teacher: ModelConfig) -> dict[str, Any]:
+    """What ops.distillation has to know of the logits of both."""
+    return {"unused": (student.unused, teacher.unused), "caps": (student.logit_cap, teacher.logit_cap)}
 
 
 def _mean_over_tokens(sums: Callable[..., dict[str, jax.Array]]) -> LossFn:

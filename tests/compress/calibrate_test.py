@@ -154,7 +154,7 @@ def test_sublayers_read_what_those_before_them_in_the_layer_make(name):
     assert names == [
         ["query", "key", "value"],
         ["output"],
-        [*(["gate"] * (model.config.feedforward == "swiglu")), "up"],
+        [*(["gate"] * model.config.gated), "up"],
         ["down"],
     ]
     made, before = seen_by(after, batch), seen_by(model, batch)

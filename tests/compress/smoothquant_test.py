@@ -53,7 +53,7 @@ def test_the_model_computes_the_same(name, step):
     if isinstance(step, SmoothQuant):  # AWQ leaves alone what rounds best as it is
         changed = set(step(model, CONTEXT)[1].leaves)
         assert {"block_0/attention_norm/scale", "block_1/attention/value/kernel"} <= changed
-        assert ("block_1/feedforward/down/kernel" in changed) == (model.config.feedforward == "swiglu")
+        assert ("block_1/feedforward/down/kernel" in changed) == model.config.gated
 
 
 def test_scales_are_those_of_the_paper():

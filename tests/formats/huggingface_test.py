@@ -311,7 +311,7 @@ SCALED = {"rope_theta": 1e4, "factor": 2.0}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mixtral"}, "model_type is 'mixtral', but only llama, mistral, qwen2, qwen3, gpt2, gpt_neox"),
+        ({"model_type": "mixtral"}, "model_type is 'mixtral', but only llama, mistral, qwen2, qwen3, gemma2, ge"),
         ({"model_type": ["llama"]}, "model_type is"),
         ({"num_local_experts": 8}, "num_local_experts is 8, but mixtures of experts"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}, "auto_map names code of the model's own"),

@@ -33,6 +33,8 @@ STRETCHED = {
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 2.0, "beta_slow": 0.2}
 NEOX = {name: value for name, value in LLAMA.items() if name != "num_key_value_heads"} | {"hidden_size": 32}
+GEMMA = LLAMA | {"head_dim": 8, "sliding_window": 7}
+CAPPED = {"final_logit_softcapping": 1.5}
 GPT2 = {"vocab_size": 48, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64}
 MODELS = {  # name: (family, settings)
     "llama": ("Llama", LLAMA | {"rms_norm_eps": 1e-5, "rope_theta": 5e4, "tie_word_embeddings": True}),
@@ -51,6 +53,16 @@ MODELS = {  # name: (family, settings)
         "GPTNeoX",
         NEOX | {"use_parallel_residual": False, "rotary_pct": 1.0, "hidden_act": "gelu_new"},
     ),
+    "gemma2": ("Gemma2", GEMMA | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0} | CAPPED),
+    "gemma2_uncapped": ("Gemma2", GEMMA | {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3": ("Gemma3", GEMMA | {"num_hidden_layers": 3, "sliding_window_pattern": 3, "rope_theta": 1e5}),
+    "gemma3_scaled": (
+        "Gemma3",
+        GEMMA
+        | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rope_local_base_freq": 100.0}
+        | CAPPED
+        | {"layer_types": ["full_attention", "sliding_attention"], "query_pre_attn_scalar": 10},
+    ),
     "llama_linear": ("Llama", LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
     "llama_dynamic": ("Llama", LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0}}),
     "llama_yarn": ("Llama", LLAMA | {"head_dim": 16, "rope_theta": 100.0, "rope_scaling": YARN}),
@@ -61,6 +73,7 @@ MODELS = {  # name: (family, settings)
         | {"rope_scaling": YARN | {"mscale": 1.2, "mscale_all_dim": 0.7, "truncate": False}},
     ),
 }
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 IN_SHARDS = ("qwen3",)
 
 
@@ -73,7 +86,7 @@ def make(*names: Path) -> None:
             continue
         shutil.rmtree(GOLDENS / name, ignore_errors=True)
         torch.manual_seed(seed)
-        config = getattr(transformers, f"{family}Config")(**settings)
+        config = getattr(transformers, CONFIGS.get(family, f"{family}Config"))(**settings)
         architecture = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")
         model = architecture._from_config(config, attn_implementation="eager").eval()
         with torch.no_grad():

@@ -22,19 +22,21 @@ def visible(T, S, slots, segments, window):
     return seen
 
 
-def reference(q, k, v, seen, g):
+def reference(q, k, v, seen, g, cap=0.0):
     """Output and the gradients of sum(output * g), float64, query by query."""
     B, T, N, H = q.shape
     group = N // k.shape[2]
     out, dq, dk, dv = np.zeros(q.shape), np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
     for b, t, n in np.ndindex(B, T, N):
         keys, values = k[b, :, n // group], v[b, :, n // group]
-        scores = keys @ q[b, t, n] / np.sqrt(H)
+        scores, slope = keys @ q[b, t, n] / np.sqrt(H), 1.0
+        if cap:
+            scores, slope = cap * np.tanh(scores / cap), np.cosh(scores / cap) ** -2
         p = np.exp(scores - scores[seen[b, t]].max()) * seen[b, t]
         p /= p.sum()
         out[b, t, n] = p @ values
         dp = values @ g[b, t, n]
-        ds = p * (dp - p @ dp) / np.sqrt(H)
+        ds = p * (dp - p @ dp) * slope / np.sqrt(H)
         dq[b, t, n] = ds @ keys
         dk[b, :, n // group] += np.outer(ds, q[b, t, n])
         dv[b, :, n // group] += np.outer(p, g[b, t, n])
@@ -71,22 +73,22 @@ def with_gradients(q, k, v, g, **inputs):
     return jax.jit(run)(q, k, v, g)
 
 
-def compare(q, k, v, g, seen, **inputs):
-    results = with_gradients(q, k, v, g, **inputs)
-    expected = reference(*(x.astype(np.float64) for x in (q, k, v)), seen, g.astype(np.float64))
+def compare(q, k, v, g, seen, cap=0.0, **inputs):
+    results = with_gradients(q, k, v, g, cap=cap, **inputs)
+    expected = reference(*(x.astype(np.float64) for x in (q, k, v)), seen, g.astype(np.float64), cap)
     for got, want in zip(results, expected, strict=True):
         np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize(("N", "K"), [(4, 4), (4, 2), (3, 1)])
-@pytest.mark.parametrize("window", [0, 5])
-def test_packed_rows_and_their_gradients(rng, form, N, K, window):
+@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (5, 0.0), (5, 0.8)])
+def test_packed_rows_and_their_gradients(rng, form, N, K, window, cap):
     B, T = 2, 21
     q, k, v, g = draw(rng, B, T, T, N, K)
     segments = np.sort(rng.integers(0, 4, (B, T))).astype(np.int32)
     slots = np.tile(np.arange(T), (B, 1))
     seen = visible(T, T, slots, segments, window)
-    compare(q, k, v, g, seen, segments_BT=jnp.asarray(segments), window=window)
+    compare(q, k, v, g, seen, cap, segments_BT=jnp.asarray(segments), window=window)
 
 
 def test_plain_rows_longer_than_a_span(rng, form):

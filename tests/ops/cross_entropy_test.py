@@ -9,16 +9,21 @@ from efflm import ops
 from tests.programs import largest_array
 
 
-def reference(x, w, targets, weights, z):
+def reference(x, w, targets, weights, z, cap=0.0):
     """The two sums and the gradients of the first, float64; w is [D, V]."""
-    logits = x @ w
+    logits, of_cap = capped(x @ w, cap)
     normalizer = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
     nll = normalizer - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
     p = np.exp(logits - normalizer[..., None])
     hit = np.eye(w.shape[1])[targets]
-    slope = weights[..., None] * (p * (1 + 2 * z * normalizer[..., None]) - hit)
+    slope = weights[..., None] * (p * (1 + 2 * z * normalizer[..., None]) - hit) * of_cap
     total = (weights * (nll + z * normalizer**2)).sum()
     return total, (weights * nll).sum(), slope @ w.T, np.einsum("btd,btv->dv", x, slope)
+
+
+def capped(logits, cap):
+    """Logits with a soft cap, and the derivative of it."""
+    return (cap * np.tanh(logits / cap), np.cosh(logits / cap) ** -2.0) if cap else (logits, 1.0)
 
 
 def pulled(fn, *arrays, by):
@@ -37,16 +42,16 @@ def draw(rng, B, T, D, V):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("z", [0.0, 0.01])
+@pytest.mark.parametrize(("z", "cap"), [(0.0, 0.0), (0.01, 0.0), (0.01, 1.5)])
 @pytest.mark.parametrize(("B", "T"), [(2, 5), (3, 700), (1, 1)])
-def test_sums_and_gradients_equal_float64(rng, tied, z, B, T):
+def test_sums_and_gradients_equal_float64(rng, tied, z, cap, B, T):
     x, w, targets, weights = draw(rng, B, T, 16, 37)
-    total, nll, dx, dw = reference(x, w, targets, weights, z)
+    total, nll, dx, dw = reference(x, w, targets, weights, z, cap)
     stored = jnp.asarray(w.T if tied else w, jnp.float32)
 
     @jax.jit
     def loss(x, w):
-        return ops.cross_entropy(x, w, jnp.asarray(targets), jnp.asarray(weights), tied=tied, z_weight=z)
+        return ops.cross_entropy(x, w, jnp.asarray(targets), jnp.asarray(weights), tied=tied, cap=cap, z_weight=z)
 
     (got, got_nll), (got_dx, got_dw) = pulled(loss, jnp.asarray(x, jnp.float32), stored, by=(3, 7))
     np.testing.assert_allclose([got, got_nll], [total, nll], rtol=1e-5)

@@ -7,7 +7,7 @@ import pytest
 
 from efflm import ops
 from efflm.ops.qarray import QArray
-from tests.ops.cross_entropy_test import draw, pulled
+from tests.ops.cross_entropy_test import capped, draw, pulled
 from tests.programs import largest_array
 
 
@@ -16,14 +16,14 @@ def softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
-def reference(x, w, teacher_x, teacher_w, targets, weights, temperature, share):
+def reference(x, w, teacher_x, teacher_w, targets, weights, temperature, share, caps=(0.0, 0.0)):
     """The three sums, and the gradients of the first to x and w, float64; both w are [width, V]."""
-    student, teacher = x @ w, teacher_x @ teacher_w
+    (student, of_cap), (teacher, _) = capped(x @ w, caps[0]), capped(teacher_x @ teacher_w, caps[1])
     p, q, q1 = softmax(teacher / temperature), softmax(student / temperature), softmax(student)
     kl = temperature**2 * (p * (np.log(p) - np.log(q))).sum(-1)
     nll = -np.log(np.take_along_axis(q1, targets[..., None], -1)[..., 0])
     slope = share * temperature * (q - p) + (1 - share) * (q1 - np.eye(w.shape[1])[targets])
-    slope = weights[..., None] * slope
+    slope = weights[..., None] * slope * of_cap
     total = share * kl + (1 - share) * nll
     sums = [(weights * values).sum() for values in (total, kl, nll)]
     return sums, slope @ w.T, np.einsum("btd,btv->dv", x, slope)
@@ -34,16 +34,19 @@ def stored(w, tied, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize(("tied", "teacher_tied"), [(True, False), (False, True)])
-@pytest.mark.parametrize(("temperature", "share"), [(1.0, 0.3), (4.0, 1.0)])
+@pytest.mark.parametrize(
+    ("temperature", "share", "caps"), [(1.0, 0.3, (0.0, 0.0)), (4.0, 1.0, (0.0, 0.0)), (2.0, 0.6, (1.5, 2.5))]
+)
 @pytest.mark.parametrize(("B", "T"), [(2, 5), (3, 700)])
-def test_sums_and_gradients_equal_float64(rng, tied, teacher_tied, temperature, share, B, T):
+def test_sums_and_gradients_equal_float64(rng, tied, teacher_tied, temperature, share, caps, B, T):
     x, w, targets, weights = draw(rng, B, T, 16, 37)
     teacher_x, teacher_w, *_ = draw(rng, B, T, 24, 37)
-    sums, dx, dw = reference(x, w, teacher_x, teacher_w, targets, weights, temperature, share)
+    sums, dx, dw = reference(x, w, teacher_x, teacher_w, targets, weights, temperature, share, caps)
     teacher = jnp.asarray(teacher_x, jnp.float32), stored(teacher_w, teacher_tied), teacher_tied
 
     def loss(x, w):
-        return ops.distillation((x, w, tied), teacher, targets, weights, temperature=temperature, share=share)
+        how = {"temperature": temperature, "share": share, "caps": caps}
+        return ops.distillation((x, w, tied), teacher, targets, weights, **how)
 
     got, (got_dx, got_dw) = pulled(loss, jnp.asarray(x, jnp.float32), stored(w, tied), by=(3, 7, 5))
     np.testing.assert_allclose(got, sums, rtol=1e-5)

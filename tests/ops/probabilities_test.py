@@ -6,18 +6,19 @@ import pytest
 from efflm import ops
 
 
-@pytest.mark.parametrize("window", [0, 3])
-def test_the_weights_of_attention_give_what_attention_gives(window):
+@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (3, 0.0), (3, 0.7)])
+def test_the_weights_of_attention_give_what_attention_gives(window, cap):
     B, T, N, K, H = 2, 12, 4, 2, 8
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((B, T, heads, H)).astype(np.float32) for heads in (N, K, K))
     segments = np.repeat([[1, 2, 0], [1, 1, 2]], 4, axis=1).astype(np.int32)
     order = jnp.arange(T)
+    how = {"window": window, "cap": cap}
     p_BNTS = ops.attention_probabilities(
-        q, k, slots_T=order, key_slots_S=order, segments_BT=segments, key_segments_BS=segments, window=window
+        q, k, slots_T=order, key_slots_S=order, segments_BT=segments, key_segments_BS=segments, **how
     )
     got = np.einsum("bnts,bsnh->btnh", np.float64(p_BNTS), np.repeat(v, N // K, axis=2).astype(np.float64))
-    want = ops.attention(q, k, v, segments_BT=segments, window=window)
+    want = ops.attention(q, k, v, segments_BT=segments, **how)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(p_BNTS.sum(-1), 1, rtol=1e-5)
     seen = (segments[:, :, None] == segments[:, None]) & np.tril(np.ones((T, T), bool))

@@ -15,7 +15,7 @@ from efflm.compress.calibrate import Layer
 from efflm.compress.structured import slicing
 from efflm.config import require
 from efflm.config.model import ModelConfig
-from efflm.model import LanguageModel, layerwise
+from efflm.model import LanguageModel, layerwise, norms
 from efflm.parallel import sharding
 
 OfNorm = Callable[[jax.Array, Any, jax.Array], jax.Array]  # output [n, D], weights, channels -> [n, ...]
@@ -26,6 +26,11 @@ def channels(model: LanguageModel, rows: Mapping[str, Any] | None, mesh: Mesh) -
 
     Minitron (Muralidharan 2024, arXiv 2407.14679, section 2.2).
     """
+    require(
+        not model.config.post_norm,
+        "axes has width, but the norms after the attention and the feed-forward part of this model (post_norm) are not "
+        "corrected for channels that are gone: leave width out",
+    )
     found = _over_norms(model, rows, mesh, _magnitudes, jnp.zeros(0, jnp.int32), "channels: importance")
     return np.sum(list(found.values()), axis=0)
 
@@ -40,7 +45,13 @@ def narrowed(model: LanguageModel, kept: np.ndarray, rows: Mapping[str, Any] | N
     ratios = _over_norms(model, rows, mesh, _ratio, jnp.asarray(kept), "channels: norms")
     small = slicing.slice_params(model, {(None, slicing.WIDTH): kept.tolist()})
     by = {f"{norm}/scale": ratio for norm, ratio in ratios.items()}
-    corrected = lambda path, leaf: (leaf * by[path]).astype(leaf.dtype) if path in by else leaf
+
+    def corrected(path: str, leaf: jax.Array) -> jax.Array:
+        if path not in by:
+            return leaf
+        scale = norms.effective(model.config, leaf) * by[path]
+        return norms.stored(model.config, scale).astype(leaf.dtype)
+
     return small.replace(params=trees.map_with_path(corrected, small.params))
 
 
@@ -85,16 +96,19 @@ def _over_norms(
 def _of_layer(config: ModelConfig, fn: OfNorm, params: Any, kept: jax.Array, *row: jax.Array) -> dict[str, jax.Array]:
     with sharding.mesh_of(row):
         read = layerwise.reads(config, params, *row)
-    norms = [place for place in fold.places(config) if place.is_norm]
-    return {norm.maker: _total(fn, read[norm.readers[0]], params[norm.maker], kept, row[-1]) for norm in norms}
+    total = lambda at: _total(config, fn, read[at.readers[0]], params[at.maker], kept, row[-1])
+    return {place.maker: total(place) for place in fold.places(config) if place.is_norm}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _of_last(config: ModelConfig, fn: OfNorm, params: Any, kept: jax.Array, x: jax.Array, segments: jax.Array):
     with sharding.mesh_of(x):
-        return _total(fn, layerwise.final_states(config, params, x), params["final_norm"], kept, segments)
+        return _total(config, fn, layerwise.final_states(config, params, x), params["final_norm"], kept, segments)
 
 
-def _total(fn: OfNorm, y_BTD: jax.Array, norm: Any, kept: jax.Array, segments_BT: jax.Array) -> jax.Array:
+def _total(
+    config: ModelConfig, fn: OfNorm, y_BTD: jax.Array, norm: Any, kept: jax.Array, segments_BT: jax.Array
+) -> jax.Array:
+    norm = norm | {"scale": norms.effective(config, norm["scale"])}
     each = fn(y_BTD.reshape(-1, y_BTD.shape[-1]).astype(jnp.float32), norm, kept)
     return jnp.sum(jnp.where((segments_BT > 0).reshape(-1, 1), each, 0.0), axis=0)

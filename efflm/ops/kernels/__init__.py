@@ -9,7 +9,7 @@ class Attention(NamedTuple):
     """A call of ops.attention, as far as a kernel has to know it to say whether it `takes` it.
 
     in_order: whether the queries are the last of the keys (no slots); own_segments: whether the segments of the keys
-    are the queries'.
+    are the queries'. cap: of the scores, a soft one, which no kernel has.
     """
 
     queries: int
@@ -19,3 +19,4 @@ class Attention(NamedTuple):
     window: int = 0
     in_order: bool = True
     own_segments: bool = True
+    cap: float = 0.0

@@ -144,12 +144,14 @@ def test_the_matmul_kernels_refuse_what_does_not_fit():
     refused(products, ones(1, 8), [panels.replace(values=panels.values.astype(jnp.int32))], out(1, 3))
     assert "no multiple of 8" in refused(products, ones(1, 8), [panels.replace(group=3)], out(1, 3))
 
-    def gated(x, *weights, residual=None, hidden=3):
-        return dot._call("efflm_feedforward", x, weights, residual, False, out(1, 8), extra=(hidden,))
+    def gated(x, *weights, residual=None, hidden=3, activation=0):
+        extra = (hidden, activation)
+        return dot._call("efflm_feedforward", x, weights, residual, False, out(1, 8), extra=extra)
 
     back = prepared(ones(3, 8))
     refused(gated, ones(1, 8), dense, dense, dense)
     refused(gated, ones(1, 8), dense, dense, back, hidden=4)
+    assert "an unknown activation" in refused(gated, ones(1, 8), dense, dense, back, activation=2)
     refused(gated, ones(1, 9), dense, panels, back)
     refused(gated, ones(1, 8), dense, dense, back, residual=ones(1, 7))
     refused(gated, ones(2, 8), dense, dense, back)

@@ -146,7 +146,9 @@ def test_normed_rows_and_residuals_are_read_as_the_portable_forms_do(form, forma
         yield from ops.dots(ops.Normed(x, scale, epsilon=1e-5, dtype=dtype), (gate, up))
         yield ops.dot(ops.Normed(x, scale, bias, epsilon=1e-5, dtype=dtype), gate)
         yield ops.dot(normal(1, rows, 56).astype(dtype), down, residual)
-        yield ops.gated_feedforward(ops.Normed(x, scale, dtype=dtype), gate, up, down, residual, dtype)
+        normed = ops.Normed(x, scale, dtype=dtype)
+        yield ops.gated_feedforward(normed, gate, up, down, residual, dtype)
+        yield ops.gated_feedforward(normed, gate, up, down, None, dtype, activation="gelu_tanh")
 
     # A last place of a norm can turn a rounding to int8 or bfloat16: one code of 127, or one unit in 256.
     tolerance = 2e-5 if format in ("float32", "w8a16", "w4a16") else 2e-2

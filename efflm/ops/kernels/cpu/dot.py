@@ -18,6 +18,7 @@ from efflm.ops.norm import Normed, normalize
 from efflm.ops.qarray import QArray, codes
 
 PANEL, UNIT = 32, 8
+ACTIVATIONS = ("silu", "gelu_tanh")  # of a gate, as numbered in src/feedforward.h
 MOST_WEIGHTS = 8  # of one call, as in src/kernels.cc
 MOST_INPUTS = 65_000  # beyond which sums of products of 8-bit codes may not fit into 32 bits
 # Rows up to which a dense weight has a kernel, by its dtype; beyond them XLA's matmul is the faster one.
@@ -198,7 +199,9 @@ def dots(
     return found
 
 
-def feedforward(x: Any, gate: Any, up: Any, down: Any, residual: jax.Array, dtype: Any) -> jax.Array | None:
+def feedforward(
+    x: Any, gate: Any, up: Any, down: Any, residual: jax.Array | None, dtype: Any, activation: str
+) -> jax.Array | None:
     """See ops.gated_feedforward; None: no kernel fits."""
     lead, weights = x.shape[:-1], (gate, up, down)
     low = str(jnp.dtype(dtype)) == "bfloat16"
@@ -211,4 +214,6 @@ def feedforward(x: Any, gate: Any, up: Any, down: Any, residual: jax.Array, dtyp
         raise ValueError(f"the matrix of gates has shape {gate.shape}, but the other one {up.shape}")
     _require_shapes(hidden, down.shape, residual=residual)
     out = jax.ShapeDtypeStruct((*lead, down.shape[1]), jnp.float32)
-    return _call("efflm_feedforward", x, weights, residual, False, out, extra=(gate.shape[1],))
+    return _call(
+        "efflm_feedforward", x, weights, residual, False, out, extra=(gate.shape[1], ACTIVATIONS.index(activation))
+    )

@@ -232,11 +232,14 @@ void check_feedforward(Random& random, const Pool& pool) {
   product(x.rows, {up.weight, u.get()}, pool);
   Block<float> h(M * F);
   bool finite = true;
+  const bool gelu = random.coin();
   for (int64_t i = 0; i < M * F; ++i) {
-    h[i] = double(g[i]) / (1 + std::exp(-double(g[i]))) * u[i];
+    const double each = g[i], inner = std::sqrt(2 / M_PI) * (each + 0.044715 * each * each * each);
+    h[i] = (gelu ? each * (1 + std::tanh(inner)) / 2 : each / (1 + std::exp(-each))) * u[i];
     finite = finite && (i / F == x.bad || std::fabs(h[i]) < 1e30f);
   }
-  FeedForward f{x.rows, gate.weight, up.weight, down.weight, out.get(), rest, false};
+  FeedForward f{x.rows, gate.weight, up.weight, down.weight, out.get(), rest,
+                gelu ? Activation::kGeluTanh : Activation::kSilu, false};
   feedforward(f, pool);
   Rows rows;
   rows.x = h.get();

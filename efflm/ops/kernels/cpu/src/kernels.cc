@@ -34,8 +34,9 @@ ffi::Error feedforward_handler(ffi::ThreadPool threads, float epsilon, bool to_b
                                ffi::AnyBuffer norm_bias, ffi::AnyBuffer residual, ffi::RemainingArgs arrays,
                                ffi::Result<ffi::AnyBuffer> out) {
   return guarded([&] {
-    const Attributes* attributes = attributes_of(weights, arrays, 3, 1);
+    const Attributes* attributes = attributes_of(weights, arrays, 3, 2);
     const int64_t hidden = weights[12];
+    require(weights[13] == 0 || weights[13] == 1, "an unknown activation");
     FeedForward f;
     f.x = rows_of(x, norm_scale, norm_bias, epsilon, to_bfloat16);
     f.gate = weight_of(attributes[0], arrays, 0, f.x.inputs, hidden);
@@ -43,6 +44,7 @@ ffi::Error feedforward_handler(ffi::ThreadPool threads, float epsilon, bool to_b
     f.down = weight_of(attributes[2], arrays, 8, hidden, outputs_of(f.x, *out, residual));
     f.out = static_cast<float*>(out->untyped_data());
     f.residual = some<float>(residual);
+    f.activation = Activation(weights[13]);
     f.to_bfloat16 = to_bfloat16;
     feedforward(f, pool_of(threads));
   });
