@@ -11,24 +11,25 @@ TOKENS = ["<|endoftext|>", "<|im_end|>", *ALPHABET, "Ġt", "he", "Ġthe", "in"]
 MERGES = ["Ġ t", "h e", "Ġt he", "i n"]
 
 
-def weights(rng, architecture="llama", tied=True, width=WIDTH, hidden=HIDDEN, layers=LAYERS):
+def weights(rng, architecture="llama", tied=True, width=WIDTH, hidden=HIDDEN, layers=LAYERS, head=0):
     """float32 weights by their Hugging Face names, in their layout there, [out, in]."""
     draw = lambda *shape: rng.normal(0, shape[-1] ** -0.5, shape).astype(np.float32)
-    head = width // HEADS
+    head = head or width // HEADS
     made = {"model.embed_tokens.weight": draw(len(TOKENS), width), "model.norm.weight": 1 + 0.1 * draw(width)}
     if not tied:
         made["lm_head.weight"] = draw(len(TOKENS), width)
     for layer in range(layers):
         at = f"model.layers.{layer}."
-        for name, rows in (("q", width), ("k", KV_HEADS * head), ("v", KV_HEADS * head)):
+        for name, rows in (("q", HEADS * head), ("k", KV_HEADS * head), ("v", KV_HEADS * head)):
             made[f"{at}self_attn.{name}_proj.weight"] = draw(rows, width)
             if architecture == "qwen2":
                 made[f"{at}self_attn.{name}_proj.bias"] = draw(rows)
-        if architecture == "qwen3":
+        if architecture in ("qwen3", "gemma3"):
             made[f"{at}self_attn.q_norm.weight"] = 1 + draw(head)
             made[f"{at}self_attn.k_norm.weight"] = 1 + draw(head)
-        made[f"{at}self_attn.o_proj.weight"] = draw(width, width)
-        for name in ("input_layernorm", "post_attention_layernorm"):
+        made[f"{at}self_attn.o_proj.weight"] = draw(width, HEADS * head)
+        gemma = ("pre_feedforward_layernorm", "post_feedforward_layernorm") if architecture in GEMMA else ()
+        for name in ("input_layernorm", "post_attention_layernorm", *gemma):
             made[f"{at}{name}.weight"] = 1 + 0.1 * draw(width)
         made[f"{at}mlp.gate_proj.weight"] = draw(hidden, width)
         made[f"{at}mlp.up_proj.weight"] = draw(hidden, width)
@@ -36,12 +37,14 @@ def weights(rng, architecture="llama", tied=True, width=WIDTH, hidden=HIDDEN, la
     return made
 
 
-NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, LAYERS)
+GEMMA = ("gemma2", "gemma3")
+NAMES = {name: gguf.get_tensor_name_map(gguf.MODEL_ARCH[name.upper()], 6) for name in ("qwen3", *GEMMA)}
 
 
-def ggml_name(name):
+def ggml_name(name, architecture):
     """model.layers.1.self_attn.q_proj.weight -> blk.1.attn_q.weight, by the library's own table."""
-    return NAMES.get_name(name, try_suffixes=(".weight", ".bias"))
+    table = NAMES.get(architecture, NAMES["qwen3"])
+    return table.get_name(name, try_suffixes=(".weight", ".bias"))
 
 
 def interleaved(rows, heads):
@@ -56,7 +59,8 @@ def write(path, tensors, architecture="llama", kind="F32", metadata=None, tokeni
     leave one out."""
     writer = gguf.GGUFWriter(path, architecture)
     width = tensors["model.embed_tokens.weight"].shape[1]
-    values = {
+    window = {"attention.sliding_window": 16} if architecture in GEMMA else {}
+    values = window | {
         "block_count": 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("model.layers")),
         "context_length": 128,
         "embedding_length": width,
@@ -90,11 +94,13 @@ def write(path, tensors, architecture="llama", kind="F32", metadata=None, tokeni
     for name, array in tensors.items():
         if architecture == "llama" and (".q_proj" in name or ".k_proj" in name):
             array = interleaved(array, HEADS if ".q_proj" in name else KV_HEADS)
+        if architecture in GEMMA and name.endswith("norm.weight"):
+            array = array + 1  # as the converter of Gemma stores them
         if array.ndim == 2 and kind != "F32":
             stored = gguf.GGMLQuantizationType[kind]
-            writer.add_tensor(ggml_name(name), gguf.quants.quantize(array, stored), raw_dtype=stored)
+            writer.add_tensor(ggml_name(name, architecture), gguf.quants.quantize(array, stored), raw_dtype=stored)
         else:
-            writer.add_tensor(ggml_name(name), array)
+            writer.add_tensor(ggml_name(name, architecture), array)
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()

@@ -24,6 +24,11 @@ _READ = """
     tokenizer.ggml.add_bos_token tokenizer.ggml.add_eos_token tokenizer.ggml.add_space_prefix tokenizer.chat_template
 """
 READ = frozenset(_READ.split())
+# What these architectures have beside.
+READ_OF = {
+    "gemma2": {"NAME.attn_logit_softcapping", "NAME.final_logit_softcapping", "NAME.attention.sliding_window_pattern"},
+    "gemma3": {"NAME.final_logit_softcapping", "NAME.attention.sliding_window_pattern", "NAME.rope.freq_base_swa"},
+}
 # What a file says of where it comes from and how it was quantized and split; names of tokens that nothing here writes;
 # the length that Llama 3's frequencies, which the file stores themselves, were made from.
 HARMLESS = re.compile(
@@ -67,7 +72,7 @@ def require_known(header: Header, head_dim: int) -> None:
     rows = header.tensors["token_embd.weight"].shape[0]
     for key, value in header.metadata.items():
         name = f"NAME{key.removeprefix(architecture)}" if key.startswith(f"{architecture}.") else key
-        if name in READ or HARMLESS.fullmatch(name):
+        if name in READ or name in READ_OF.get(architecture, ()) or HARMLESS.fullmatch(name):
             continue
         plain = isinstance(value, bool | int | float | str)
         if name == "NAME.vocab_size":

@@ -19,7 +19,7 @@ from efflm.formats.translate import to_model
 from efflm.model import LanguageModel
 from efflm.text.tokenizer import Tokenizer
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
 OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 INNER = {
     "attn_norm": "input_layernorm",
@@ -34,7 +34,16 @@ INNER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+INNER_OF_GEMMA = INNER | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+# Where the file does not say it: every which layer has no window; of how many layers is the model whose scores are
+# divided by the root of width / heads. As llama.cpp has it.
+GEMMA = {"gemma2": (2, 46), "gemma3": (6, 62)}
 ROPE_FACTORS = "rope_freqs.weight"
+CAPS = (("attn_logit", 50.0), ("final_logit", 30.0))  # Gemma 2's, where the file does not say them
 YARN = (("fast", 32.0), ("slow", 1.0))  # what YaRN's betas are where the file does not say so
 # What Llama 3.1 and its successors scale their rotary frequencies by, besides the factor.
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -129,11 +138,42 @@ def config_of(header: gguf_file.Header) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "attention_bias": "blk.0.attn_q.bias" in header.tensors,
     }
-    if metadata.get(f"{architecture}.attention.sliding_window", 0) != 0:
+    if architecture in GEMMA:
+        config = _gemma(architecture, metadata, config, number)
+    elif metadata.get(f"{architecture}.attention.sliding_window", 0) != 0:
         require(architecture == "llama", f"{where} has a sliding window, which is supported for llama only")
         config |= {"model_type": "mistral", "sliding_window": number("attention.sliding_window")}
     scaling = _rope_scaling(header, head_dim, config["rope_theta"], number)
     return config | ({"rope_scaling": scaling} if scaling else {})
+
+
+def _gemma(
+    architecture: str, metadata: dict[str, Any], config: dict[str, Any], number: Callable[..., Any]
+) -> dict[str, Any]:
+    """The values of Gemma 2's or Gemma 3's config.json. number: reads a key."""
+    layers, (period, largest) = config["num_hidden_layers"], GEMMA[architecture]
+    given = metadata.get(f"{architecture}.attention.sliding_window_pattern")
+    if isinstance(given, np.ndarray) and given.dtype == bool:
+        local = given.tolist()  # one for each layer
+    else:
+        period = number("attention.sliding_window_pattern", period)
+        local = [(i + 1) % period > 0 for i in range(layers)]
+    width_of_head = config["hidden_size"] // config["num_attention_heads"]
+    config = {key: value for key, value in config.items() if key != "hidden_act"} | {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": width_of_head if layers == largest else config["head_dim"],
+        "layer_types": ["sliding_attention" if each else "full_attention" for each in local],
+    }
+    if architecture == "gemma2":
+        caps = {f"{name}_softcapping": number(f"{name}_softcapping", cap, kind=float) for name, cap in CAPS}
+        return config | caps | {"sliding_window": number("attention.sliding_window", 4096)}
+    local_base = number("rope.freq_base_swa", 10000.0, kind=float)
+    return config | {
+        "model_type": "gemma3_text",
+        "sliding_window": number("attention.sliding_window"),
+        "rope_local_base_freq": local_base,
+        "final_logit_softcapping": metadata.get("gemma3.final_logit_softcapping"),
+    }
 
 
 def _rope_scaling(
@@ -185,14 +225,14 @@ def llama3_divisors(head_dim: int, base: float, factor: float) -> np.ndarray:
 
 def names_of(header: gguf_file.Header) -> dict[str, str]:
     """Name in a Hugging Face checkpoint -> name in the file. Raises InputError for a tensor that has none there."""
-    names = {}
+    names, inner = {}, INNER_OF_GEMMA if header.metadata["general.architecture"] in GEMMA else INNER
     for name in header.tensors:
         if name == ROPE_FACTORS:
             continue
         layer = re.fullmatch(r"blk\.(\d{1,6})\.(\w+)\.(weight|bias)", name)
         outer = re.fullmatch(r"(\w+)\.(weight)", name)
-        if layer and layer[2] in INNER:
-            names[f"model.layers.{int(layer[1])}.{INNER[layer[2]]}.{layer[3]}"] = name
+        if layer and layer[2] in inner:
+            names[f"model.layers.{int(layer[1])}.{inner[layer[2]]}.{layer[3]}"] = name
         elif outer and outer[1] in OUTER:
             names[f"{OUTER[outer[1]]}.{outer[2]}"] = name
         else:
@@ -202,11 +242,13 @@ def names_of(header: gguf_file.Header) -> dict[str, str]:
 
 def read(header: gguf_file.Header, names: dict[str, str], config: dict[str, Any], name: str) -> np.ndarray:
     """The tensor of that Hugging Face name, float32, laid out as there."""
-    values = gguf_file.read_tensor(header, names[name])
+    values, architecture = gguf_file.read_tensor(header, names[name]), header.metadata["general.architecture"]
+    if architecture in GEMMA and name.endswith("norm.weight"):
+        return values - 1  # to which the converter has added what these norms add to their weight
     # For the architecture llama, and no other, the converter reorders the rows of each head of q and k, so that
     # rotary pairs (i, i + H/2) become neighbours.
     part = re.search(r"self_attn\.([qk])_proj\.", name)
-    if header.metadata["general.architecture"] == "llama" and part:
+    if architecture == "llama" and part:
         heads = config["num_attention_heads" if part[1] == "q" else "num_key_value_heads"]
         require(
             len(values) % (2 * heads) == 0,

@@ -30,7 +30,8 @@ UNEQUAL = (
     BlockConfig(heads=6, kv_heads=2, head_dim=12, mlp_dim=40),
     BlockConfig(heads=2, kv_heads=1, head_dim=6, mlp_dim=24),
 )
-CONFIGS = {name: config for name, config in tiny.CONFIGS.items() if config.norm == "rms"} | {
+CONFIGS = {name: config for name, config in tiny.CONFIGS.items() if config.norm == "rms" and name != "gemma"} | {
+    "offset": dataclasses.replace(tiny.CONFIGS["llama"], norm_offset=1.0),
     "biased": ModelConfig(  # what no family has together: every bias, parallel parts, learned positions, unequal layers
         vocabulary=300,
         width=36,
@@ -84,7 +85,7 @@ def test_the_model_computes_the_same(name):
     assert set(record.leaves) == wanted
     for path, leaf in trees.select(after.params, "norm/scale"):
         if path in wanted:
-            np.testing.assert_array_equal(leaf, 1)
+            np.testing.assert_array_equal(leaf + model.config.norm_offset, 1)
 
 
 def test_weights_are_those_of_the_equations():
@@ -215,6 +216,8 @@ def test_other_steps_follow():
 def test_what_cannot_be_rotated():
     with pytest.raises(InputError, match=r"^norm is 'layer', but must be 'rms': .* use SmoothQuant"):
         Rotate()(tiny.model(tiny.GPT2), CONTEXT)
+    with pytest.raises(InputError, match=r"^post_norm is True: .* do not commute with a rotation"):
+        Rotate()(tiny.model(tiny.CONFIGS["gemma"]), CONTEXT)
     with pytest.raises(InputError, match="kernel is quantized already: rotate the model before it is rounded"):
         recipe.apply(tiny.model(), (*grammar.chain("w8a16"), Rotate()), CONTEXT)
     with pytest.raises(InputError, match=r"pruned already, .* rotate the model before it is pruned"):

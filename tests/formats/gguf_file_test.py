@@ -1,3 +1,4 @@
+import dataclasses
 import struct
 from pathlib import Path
 
@@ -97,6 +98,57 @@ def test_it_is_loaded_as_the_same_weights_from_elsewhere(tmp_path, rng, architec
     assert {leaf.dtype for leaf in jax.tree.leaves(low.params)} == {jnp.dtype(jnp.bfloat16)}
 
 
+OF_GEMMA = {
+    "vocab_size": len(gguf_files.TOKENS), "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "max_position_embeddings": 128,
+    "rms_norm_eps": float(np.float32(1e-6)), "rope_theta": 20000.0, "query_pre_attn_scalar": 16,
+}  # fmt: skip
+GEMMA = {
+    "gemma2": OF_GEMMA | {"model_type": "gemma2", "sliding_window": 16, "final_logit_softcapping": 20.0},
+    "gemma3": OF_GEMMA
+    | {"model_type": "gemma3_text", "sliding_window": 16, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+}
+MORE_OF_GEMMA = {
+    "gemma2": {"final_logit_softcapping": 20.0},
+    "gemma3": {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
+}
+
+
+@pytest.mark.parametrize("architecture", GEMMA)
+def test_gemma_is_what_hugging_face_has_of_it(tmp_path, rng, architecture):
+    weights = gguf_files.weights(rng, architecture, layers=6, head=16)
+    metadata = MORE_OF_GEMMA[architecture] | {"attention.key_length": 16, "attention.value_length": 16}
+    path = gguf_files.write(tmp_path / "a.gguf", weights, architecture, metadata=metadata)
+    model, _ = gguf_model.load(path)
+    expected = to_model(GEMMA[architecture], Tensors({name: w.shape for name, w in weights.items()}, weights.get))
+    assert dataclasses.replace(model.config, unused=()) == expected.config
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-7), model.params, expected.params)
+    assert [block.window for block in model.config.blocks] == (
+        [16, 0] * 3 if architecture == "gemma2" else [16] * 5 + [0]
+    )
+
+
+def test_what_gemma_files_may_say_beside(tmp_path, rng):
+    def read(architecture="gemma3", **metadata):
+        path = gguf_files.write(
+            tmp_path / "a.gguf", gguf_files.weights(rng, architecture, layers=6), architecture, metadata=metadata
+        )
+        return gguf_model.config_of(files.read_header(path))
+
+    kinds = {True: "sliding_attention", False: "full_attention"}
+    for pattern in (2, [True, False] * 3):
+        found = read(**{"attention.sliding_window_pattern": pattern})
+        assert found["layer_types"] == [kinds[True], kinds[False]] * 3
+    assert read(**{"rope.freq_base_swa": 500.0})["rope_local_base_freq"] == 500
+    largest = {"block_count": 26, "attention.key_length": 16, "attention.value_length": 16}
+    assert read(**largest)["query_pre_attn_scalar"] == 16
+    assert read(**(largest | {"block_count": 62}))["query_pre_attn_scalar"] == 32
+    with pytest.raises(InputError, match=r"gemma3\.attn_logit_softcapping is 50\.0, which is not supported"):
+        read(attn_logit_softcapping=50.0)
+    with pytest.raises(InputError, match="layer_types is"):
+        to_model(read(**{"attention.sliding_window_pattern": [True]}), Tensors(dict.fromkeys("abcdef", (1,)), None))
+
+
 def test_more_tokens_than_the_model_embeds_are_refused(tmp_path, rng):
     weights = gguf_files.weights(rng)
     weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:-1]
@@ -177,7 +229,7 @@ def test_a_window_is_passed_on(tmp_path, rng):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"general.architecture": "gemma3"}, "architecture 'gemma3', but read are llama, qwen2, qwen3"),
+        ({"general.architecture": "gemma"}, "architecture 'gemma', but read are llama, qwen2, qwen3, gemma2, gemma3"),
         ({"block_count": 2**31 - 1}, "claims 2147483647 layers"),
         ({"block_count": 0}, "block_count is 0"),
         ({"embedding_length": None}, "does not say llama.embedding_length"),

@@ -48,9 +48,10 @@ def test_norms_are_corrected_for_the_deviation_over_what_stays():
     assert small["embedding"].shape == (300, 7)
 
 
-@pytest.mark.parametrize("name", ["llama", tiny.combination("untied"), tiny.combination("qwen3")])
+@pytest.mark.parametrize("name", ["llama", "offset", tiny.combination("untied"), tiny.combination("qwen3")])
 def test_without_channels_that_hold_nothing_the_model_computes_the_same(name):
-    config = tiny.CONFIGS[name]
+    offset = dataclasses.replace(tiny.CONFIGS["llama"], norm_offset=1.0)
+    config = (tiny.CONFIGS | {"offset": offset})[name]
     model = tiny.model(dataclasses.replace(config, norm_epsilon=1e-9, blocks=config.blocks[:1]))
     dead = np.array([1, 7, 8, 31])
 
@@ -65,6 +66,11 @@ def test_without_channels_that_hold_nothing_the_model_computes_the_same(name):
     assert small.config.width == 28
     tokens = tiny.tokens(model.config, 2, 12)
     np.testing.assert_allclose(tiny.logits(small, tokens), tiny.logits(model, tokens), atol=1e-4)
+
+
+def test_norms_after_the_parts_are_refused():
+    with pytest.raises(InputError, match=r"axes has width, but the norms after .* \(post_norm\) are not corrected"):
+        residual.channels(tiny.model(tiny.CONFIGS["gemma"]), BATCH, MESH)
 
 
 def test_padding_alone_is_refused():
