@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from efflm import ops, trees
+from efflm import trees
 from efflm.compress.calibrate import FISHER, GRAM, LARGEST, MAGNITUDES, SQUARES, TOKENS, Statistic, walk
 from efflm.config import InputError
-from efflm.model import Transformer, placement
+from efflm.model import Transformer, layerwise, placement
 from efflm.parallel import meshes
 from efflm.train.losses import language_model_loss
 from tests import tiny
@@ -75,10 +75,8 @@ def test_layers_that_are_left_alone_compute_what_the_model_does(name):
     after, found = walk(model, batch, keep, mesh=meshes.make_mesh())
     assert found == [0, 1]
     assert jax.tree.all(jax.tree.map(lambda a, b: a is b, after.params, model.params))
-    norm = model.params["final_norm"]
-    last = ops.Normed(np.concatenate(outputs)[:11], norm["scale"], norm.get("bias"), epsilon=model.config.norm_epsilon)
-    transformer = Transformer(model.config)
-    found = transformer.apply({"params": model.params}, ops.normalize(last), method="unembed")
+    last = layerwise.final_states(model.config, model.params, np.concatenate(outputs)[:11])
+    found = Transformer(model.config).apply({"params": model.params}, last, method="unembed")
     wanted = tiny.logits(model, batch["inputs"], segments=batch["segments"], positions=batch["positions"])
     counted = batch["segments"] > 0
     np.testing.assert_allclose(np.asarray(found)[counted], np.asarray(wanted)[counted], atol=2e-5)

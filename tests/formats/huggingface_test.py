@@ -416,6 +416,24 @@ def test_older_configs_mean_the_same(folder):
     require_equal(huggingface.load_weights(qwen2), huggingface.load_weights(GOLDENS / "qwen2_windows"))
 
 
+def test_older_configs_of_gemma_mean_the_same(tmp_path):
+    folder = Path(shutil.copytree(GOLDENS / "gemma3", tmp_path / "gemma3"))
+    older = {"rope_theta": 1e5, "rope_local_base_freq": 1e4, "rope_scaling": None, "cache_implementation": "hybrid"}
+    change_config(folder, older | {"rope_parameters": DROPPED, "layer_types": DROPPED})
+    require_equal(huggingface.load_weights(folder), huggingface.load_weights(GOLDENS / "gemma3"))
+    rope = json.loads((GOLDENS / "gemma3" / "config.json").read_text())["rope_parameters"]
+    for change, message in [
+        ({"rope_parameters": rope | {"sliding_attention": SCALED | {"type": "linear"}}}, "sliding_attention is scaled"),
+        ({"rope_parameters": rope | {"sliding_attention": 3}}, "rope_parameters holds 3, but must hold objects"),
+        ({"rope_parameters": rope}, r"rope_local_base_freq is 20000\.0, but rope_theta elsewhere .* 10000\.0"),
+        ({"sliding_window_pattern": 0}, "sliding_window_pattern is 0, but must be a whole number"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50"),
+    ]:
+        change_config(folder, {"rope_local_base_freq": 2e4} | change)
+        with pytest.raises(InputError, match=message):
+            huggingface.load_weights(folder)
+
+
 def test_pickles_are_refused_with_the_reason(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):

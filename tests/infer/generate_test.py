@@ -30,7 +30,7 @@ def prompts(config, *lengths):
     return [tiny.tokens(config, 1, length, seed=length)[0].tolist() for length in lengths]
 
 
-@pytest.mark.parametrize("name", tiny.and_combinations(tiny.CONFIGS, ["gpt2", "qwen2", "neox"]))
+@pytest.mark.parametrize("name", tiny.and_combinations(tiny.CONFIGS, ["gpt2", "qwen2", "neox", "gemma"]))
 def test_greedy_equals_the_argmax_of_full_forwards(name):
     model = tiny.model(tiny.CONFIGS[name])
     tokens = np.zeros((2, 11), np.int32)  # what is not written yet is never looked at

@@ -12,6 +12,7 @@ import pytest
 
 from efflm import trees
 from efflm.config import InputError
+from efflm.config.model import ModelConfig
 from efflm.config.parallel import MeshConfig
 from efflm.config.train import TrainConfig
 from efflm.model import init_params, placement, unstack_blocks
@@ -36,7 +37,7 @@ MESHES = {
 
 def trained(shape, mesh, train=TRAIN):
     """The losses, the gradients of the first step (as AdamW's first moments hold them), the last state."""
-    config, out, gradients = shape.config(), [], None
+    config, out, gradients = shape if isinstance(shape, ModelConfig) else shape.config(), [], None
     task = aot.random_task(config, train, mesh)
     _, init, step = trainer.prepared(task, mesh)
     state = init(task.start())
@@ -59,16 +60,22 @@ def assert_alike(got, want):
 
 @pytest.fixture(scope="module")
 def alone():
-    return {name: trained(shape, meshes.make_mesh()) for name, shape in tiny.SHAPES.items() if name != "untied"}
+    return {name: trained(tiny.CONFIGS[name], meshes.make_mesh()) for name in ("llama", "gpt2", "gemma")}
 
 
-@pytest.mark.parametrize("name", tiny.and_combinations(MESHES, ["fsdp", "data x fsdp x sequence x tensor"]))
-def test_steps_and_gradients_equal_those_of_one_device(name, alone):
+ALL = "data x fsdp x sequence x tensor"
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [*(("fsdp", "llama"), (ALL, "llama"), (ALL, "gemma")), *(tiny.combination(name, "llama") for name in MESHES)],
+)
+def test_steps_and_gradients_equal_those_of_one_device(name, family, alone):
     mesh = meshes.mesh_for(MeshConfig(**MESHES[name]), TRAIN.batch, TRAIN.length)
     assert mesh.size == 8
-    on_eight = losses_on_eight, _, state = trained(tiny.LLAMA, mesh)
-    assert_alike(on_eight, alone["llama"])
-    assert losses_on_eight[-1] < losses_on_eight[0] - 0.3
+    on_eight = losses_on_eight, _, state = trained(tiny.CONFIGS[family], mesh)
+    assert_alike(on_eight, alone[family])
+    assert losses_on_eight[-1] < losses_on_eight[0] - (0.3 if family == "llama" else 0.15)  # capped logits move slowly
     held = dict(trees.flatten(state, inside=True))
     for path, spec in trees.flatten(placement.shardings(state, mesh), inside=True):
         assert held[path].sharding == spec, path

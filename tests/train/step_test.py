@@ -68,7 +68,7 @@ def test_padding_has_no_weight_in_the_loss():
 
 
 @pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("name", tiny.and_combinations(["llama", "gpt2", "qwen3", "neox"], ["llama"]))
+@pytest.mark.parametrize("name", tiny.and_combinations(["llama", "gpt2", "qwen3", "neox", "gemma"], ["llama", "gemma"]))
 def test_rematerialized_gradients_are_the_same(scan, name):
     model = tiny.model(tiny.CONFIGS[name])
     params = stack_blocks(model.params, model.config) if scan else model.params
