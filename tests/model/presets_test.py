@@ -14,6 +14,8 @@ PUBLISHED = {  # model cards and papers named in the module
     "smollm2-135m": 134_515_008,
     "smollm2-360m": 361_821_120,
     "smollm2-1.7b": 1_711_376_384,
+    "gemma3-270m": 268_098_176,
+    "gemma3-1b": 999_885_952,
     "gpt2": 124_439_808,
     "gpt2-medium": 354_823_168,
     "gpt2-large": 774_030_080,
