@@ -58,7 +58,10 @@ def _attend(config, block, params, xs):
     size = block.head_dim
     split = lambda y: y.reshape(-1, size)
     queries, keys, values = ([split(_linear(params[name], x)) for x in xs] for name in ("query", "key", "value"))
-    if config.qk_norm:
+    if config.qk_norm_whole:
+        whole = lambda rows, name: [_rms(params[name], config, row.reshape(-1)).reshape(row.shape) for row in rows]
+        queries, keys = whole(queries, "query_norm"), whole(keys, "key_norm")
+    elif config.qk_norm:
         by_head = lambda rows, name: [np.stack([_rms(params[name], config, head) for head in row]) for row in rows]
         queries, keys = by_head(queries, "query_norm"), by_head(keys, "key_norm")
     if config.position == "rotary":
@@ -79,6 +82,16 @@ def _attend(config, block, params, xs):
             heads.append(sum(weight * values[s][shared] for s, weight in zip(seen, weights)))
         out.append(_linear(params["output"], np.concatenate(heads)))
     return out
+
+
+def _mixed(config, block, params, x):
+    """Of a mixture of experts: expert by expert, by the probabilities of the few that are chosen."""
+    logits = _linear(params["router"], x)
+    p = np.exp(logits - logits.max())
+    p /= p.sum()
+    chosen = np.argsort(-p, kind="stable")[: block.experts_per_token]
+    total = p[chosen].sum() if config.renormalized else 1.0
+    return sum(p[e] / total * _feedforward(config, params[f"expert_{e}"], x) for e in chosen)
 
 
 def _feedforward(config, params, x):
@@ -112,7 +125,10 @@ def streams(config, params, tokens):
         post = lambda name, x, layer=layer: _norm(config, layer[name], x) if config.post_norm else x
         middle = [x + post("attention_post_norm", a) for x, a in zip(xs, attended)]
         read = [_norm(config, layer["feedforward_norm"], x) for x in (xs if config.parallel else middle)]
-        added = [_feedforward(config, layer["feedforward"], r) for r in read]
+        apply = lambda r, block=block, own=layer["feedforward"]: (
+            _mixed(config, block, own, r) if block.experts else _feedforward(config, own, r)
+        )
+        added = [apply(r) for r in read]
         xs = [x + post("feedforward_post_norm", a) for x, a in zip(middle, added)]
         found.append(np.stack(xs))
     return found

@@ -128,7 +128,8 @@ def walk(
         for i, (x, row) in enumerate(zip(wanted, chunks)):
             wanted[i] = jax.block_until_ready(layer_output(single, params[name], x, *row[1:]))
         before = layer = Layer(params[name], own, chunks, wanted, single, index)
-        for paths in SUBLAYERS if sublayers else (sum(SUBLAYERS, ()),):
+        parts = _sublayers(single)
+        for paths in parts if sublayers else (sum(parts, ()),):
             read = _gathered(layer, statistics, paths, before.params, read_there)
             for path in read:
                 read[path] |= first.get(layer.path(path), {})
@@ -146,6 +147,14 @@ def walk(
     masks |= {p: jnp.unpackbits(mask, axis=-1, count=size).astype(bool) for p, (size, mask) in packed.items()}
     config = dataclasses.replace(model.config, blocks=tuple(blocks))
     return model.replace(config=config, params=params, masks=masks or None), found
+
+
+def _sublayers(config: ModelConfig) -> tuple[tuple[str, ...], ...]:
+    """SUBLAYERS, and in place of the feed-forward part's those of all experts beside each other."""
+    (block,) = config.blocks
+    own = lambda name: [name.replace("feedforward/", f"feedforward/expert_{e}/") for e in range(block.experts)]
+    named = lambda name: own(name) if block.experts and name.startswith("feedforward/") else [name]
+    return tuple(tuple(each for name in names for each in named(name)) for names in SUBLAYERS)
 
 
 def _gathered(

@@ -109,6 +109,10 @@ class Rotate:
             "post_norm is True: norms after the attention and the feed-forward part have scales that cannot be folded "
             "into a matrix and do not commute with a rotation, so use SmoothQuant, AWQ or GPTQ alone",
         )
+        require(
+            not any(block.experts for block in model.config.blocks),
+            "the model is a mixture of experts, which is not rotated: use SmoothQuant, AWQ or GPTQ alone",
+        )
         quantized = [path for path, leaf in trees.flatten(model.params) if isinstance(leaf, QArray)]
         require(
             not quantized, f"{', '.join(quantized[:1])} is quantized already: rotate the model before it is rounded"

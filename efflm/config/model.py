@@ -6,6 +6,8 @@ from typing import Any, Literal
 from efflm.config import InputError, Precision, flag, require, require_choices, types
 
 MOST, MOST_LAYERS = 2**31 - 1, 10_000  # of anything that an array or a position counts; of layers
+MOST_EXPERTS = 1024  # of a layer
+OR_NONE = ("window", "experts", "experts_per_token")  # fields of which 0 means that there is none
 # From, to: of every field of a model's config that is a float.
 RANGES = {"rope_base": (1, 1e30), "norm_epsilon": (0, 1), "rotary_fraction": (1e-3, 1), "local_rope_base": (0, 1e30)}
 RANGES |= {"norm_offset": (0, 1)} | dict.fromkeys(("query_scalar", "score_cap", "logit_cap"), (0, 1e6))
@@ -25,7 +27,7 @@ def _require_types(config: Any, prefix: str = "") -> None:
         value, good, wanted = getattr(config, name), True, ""
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if kind is int:
-            least, most = int(name != "window"), MOST_LAYERS if name == "layers" else MOST
+            least, most = int(name not in OR_NONE), MOST_LAYERS if name == "layers" else MOST
             good = number and isinstance(value, int) and least <= value <= most
             wanted = f", but must be a whole number from {least} to {most:,}" + ("; 0 for none" if least == 0 else "")
         elif kind is float:
@@ -51,13 +53,18 @@ def _made(kind: type, values: Any, what: str) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """One Transformer layer. Layers may differ, since compressed layers do. A window of 0 attends to all before."""
+    """One Transformer layer. Layers may differ, since compressed layers do. A window of 0 attends to all before.
+
+    experts: feed-forward parts of mlp_dim, of which each token is given to experts_per_token; 0: one for all tokens.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     mlp_dim: int
     window: int = 0
+    experts: int = 0
+    experts_per_token: int = 0
 
     def __post_init__(self):
         _require_types(self)
@@ -65,6 +72,15 @@ class BlockConfig:
         require(
             self.heads % self.kv_heads == 0,
             f"heads {self.heads} is not divisible by kv_heads {self.kv_heads}: choose a divisor of the heads",
+        )
+        require(
+            self.experts <= MOST_EXPERTS and 0 <= self.experts_per_token <= self.experts,
+            f"experts is {self.experts} and experts_per_token {self.experts_per_token}, but must be at most "
+            f"{MOST_EXPERTS} and at most as many",
+        )
+        require(
+            bool(self.experts) == bool(self.experts_per_token),
+            f"experts is {self.experts}, but experts_per_token {self.experts_per_token}: set both or neither",
         )
 
 
@@ -158,6 +174,9 @@ class ModelConfig:
     (0: by that of the head's size). score_cap, logit_cap: c of the soft cap c tanh(x / c) of scores and logits (0:
     none). local_rope_base: of layers with a window, which no rope_scaling changes then (0: rope_base).
 
+    Of mixtures of experts: renormalized: the shares of the experts that a token is given to sum to 1. qk_norm_whole:
+    qk_norm is over all heads together.
+
     precision: of the operands of matmuls when the model is run; it does not depend on the dtype of the weights, and can
     be overridden. unused: ids without a token, as ranges (first, one past the last) in order, which loading a model
     with its tokenizer finds: they are never drawn, and compared with nothing.
@@ -186,6 +205,8 @@ class ModelConfig:
     score_cap: float = 0.0
     logit_cap: float = 0.0
     local_rope_base: float = 0.0
+    renormalized: bool = False
+    qk_norm_whole: bool = False
     precision: Precision = "float32"
     unused: tuple[tuple[int, int], ...] = ()
 

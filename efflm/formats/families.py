@@ -14,7 +14,7 @@ from efflm.formats.hf_values import NEEDED
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a leaf is stored: a tensor's name, in which * stands for the layer's number.
+    """Where a leaf is stored: a tensor's name, in which * stands for the layer's number and # for the expert's.
 
     transpose: stored as [out, in]. part: one of queries (0), keys (1) and values (2) fused along the outputs; by_head:
     these are ordered by (head, part) and not by (part, head).
@@ -26,14 +26,16 @@ class Place:
     by_head: bool = False
 
     def tensor(self, path: str) -> str:
-        layer = re.match(r"block_(\d+)/", path)
-        return self.name.replace("*", layer[1]) if layer else self.name
+        layer, expert = re.match(r"block_(\d+)/", path), re.search(r"/expert_(\d+)/", path)
+        name = self.name.replace("*", layer[1]) if layer else self.name
+        return name.replace("#", expert[1]) if expert else name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """architecture: the name of transformers' class. prefix: of all tensors but the head's, absent from some files.
-    places: {leaf: Place}, where `block/` stands for each layer. config: see formats.hf_config."""
+    places: {leaf: Place}, where `block/` stands for each layer and `expert/` for each expert. config: see
+    formats.hf_config."""
 
     architecture: str
     prefix: str
@@ -41,7 +43,7 @@ class Family:
     places: dict[str, Place]
 
     def place(self, path: str) -> Place:
-        return self.places[re.sub(r"^block_\d+/", "block/", path)]
+        return self.places[re.sub(r"\b(block|expert)_\d+/", r"\1/", path)]
 
 
 def _linear(leaf: str, name: str, bias: bool = False, **how: Any) -> dict[str, Place]:
@@ -102,6 +104,21 @@ _GEMMA_PLACES = (
     | _norm("block/feedforward_norm", f"{_LAYER}pre_feedforward_layernorm")
     | _norm("block/feedforward_post_norm", f"{_LAYER}post_feedforward_layernorm")
 )
+
+
+def _experts(router: str, gate: str, up: str, down: str) -> dict[str, Place]:
+    """The places of a mixture of experts in the layer."""
+    places = _linear("block/feedforward/router", f"{_LAYER}{router}")
+    for leaf, name in (("gate", gate), ("up", up), ("down", down)):
+        places |= _linear(f"block/feedforward/expert/{leaf}", f"{_LAYER}{name}")
+    return places
+
+
+_MLP_EXPERTS = _experts("mlp.gate", *(f"mlp.experts.#.{name}_proj" for name in ("gate", "up", "down")))
+_EXPERT_KEYS = {
+    "num_experts_per_tok": ("experts_per_token", 8),
+    "norm_topk_prob": ("renormalized", False),
+}
 _GELUS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu"}
 
 _GPT2_LAYER = "transformer.h.*."
@@ -189,6 +206,53 @@ FAMILIES = {
             scales_embedding=True,
         ),
         places=_GEMMA_PLACES | _QK_NORMS,
+    ),
+    "mixtral": Family(
+        architecture="MixtralForCausalLM",
+        prefix="model.",
+        config=Described(
+            fixed=_LLAMA_FIXED | {"renormalized": True},
+            keys=_LLAMA_KEYS
+            | {
+                "num_key_value_heads": ("kv_heads", 8),
+                "rms_norm_eps": ("norm_epsilon", 1e-5),
+                "num_local_experts": ("experts", 8),
+                "num_experts_per_tok": ("experts_per_token", 2),
+            },
+            activations=_SILU,
+            windows="all",
+            window=None,
+        ),
+        places=_LLAMA_PLACES
+        | _experts("block_sparse_moe.gate", *(f"block_sparse_moe.experts.#.{name}" for name in ("w1", "w3", "w2"))),
+    ),
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM",
+        prefix="model.",
+        config=Described(
+            fixed=_LLAMA_FIXED | {"qk_norm": True},
+            keys={key: ours for key, ours in _LLAMA_KEYS.items() if key != "intermediate_size"}
+            | _EXPERT_KEYS
+            | {"num_key_value_heads": ("kv_heads", 4)}
+            | {"moe_intermediate_size": ("mlp_dim", 768), "num_experts": ("experts", 128)},
+            activations=_SILU,
+            only={"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+            aliases={"num_local_experts": "num_experts"},
+            passed_over=("intermediate_size",),  # of layers without experts, of which there are none
+            windows="some",
+        ),
+        places=_LLAMA_PLACES | _QK_NORMS | _MLP_EXPERTS,
+    ),
+    "olmoe": Family(
+        architecture="OlmoeForCausalLM",
+        prefix="model.",
+        config=Described(
+            fixed=_LLAMA_FIXED | {"qk_norm": True, "qk_norm_whole": True},
+            keys=_LLAMA_KEYS | _EXPERT_KEYS | {"rms_norm_eps": ("norm_epsilon", 1e-5), "num_experts": ("experts", 64)},
+            activations=_SILU,
+            only={"attention_bias": False, "clip_qkv": None},
+        ),
+        places=_LLAMA_PLACES | _QK_NORMS | _MLP_EXPERTS,
     ),
     "gpt2": Family(
         architecture="GPT2LMHeadModel",

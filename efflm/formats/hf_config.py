@@ -30,6 +30,7 @@ _HARMLESS = """
     _sliding_window_pattern
     _commit_hash base_model_name_or_path trust_remote_code padding_side model_max_length seq_length max_new_tokens
     cache_implementation use_flash_attn use_flash_attn_2 num_logits_to_keep activation_dropout dropout embedding_dropout
+    output_router_logits router_aux_loss_coef router_jitter_noise
     residual_dropout layerdrop label_smoothing loss_type gradient_checkpointing_kwargs
 """
 HARMLESS = frozenset(_HARMLESS.split())
@@ -50,6 +51,7 @@ class Described:
     {name: our feedforward}, of which an absent key means the first. only: {key: the one value that is supported, which
     is also the default}. windows: which layers have one: none, all, those of use_sliding_window, or, where layer_types
     does not say it, all but every `pattern`-th. scales_embedding: embedding_scale is the root of the width.
+    window: where it is absent. passed_over: keys that say nothing of its models. aliases: {another name: its key}.
     """
 
     fixed: dict[str, Any]
@@ -59,6 +61,9 @@ class Described:
     windows: Literal["none", "all", "some", "pattern"] = "none"
     pattern: int = 0
     scales_embedding: bool = False
+    window: int | None = 4096
+    passed_over: tuple[str, ...] = ()
+    aliases: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def read(family: Described, values: dict[str, Any], layers_at_most: int) -> ModelConfig:
@@ -66,16 +71,22 @@ def read(family: Described, values: dict[str, Any], layers_at_most: int) -> Mode
 
     layers_at_most: as many as there can be, so that a number gone wrong makes no list of that length.
     """
+    for other, key in family.aliases.items():
+        if values.get(other) is not None:
+            same = values.get(key) in (None, values[other])
+            require(same, f"{key} is {shown(values.get(key))}, but {other} {shown(values[other])}: remove one")
+            values = {name: value for name, value in values.items() if name != other} | {key: values[other]}
     for key, value in values.items():
         require(
-            not (FOREIGN.search(key) and value) or key in family.keys,
-            f"{key} is {shown(value)}, but mixtures of experts and capped logits are not supported",
+            not (FOREIGN.search(key) and value) or key in family.keys or key in HARMLESS,
+            f"{key} is {shown(value)}, but models of this family have no experts and no capped logits",
         )
     _require_known(family, values)
     for key, value in family.only.items():
         found = values.get(key, value)
-        found = False if found is None and value is False else found
-        require(found == value, f"{key} is {shown(found)}, but only {shown(value)} is supported")
+        require(
+            found == value or not (found or value), f"{key} is {shown(found)}, but only {shown(value)} is supported"
+        )
     custom = values.get("auto_map")
     require(
         not (isinstance(custom, dict) and "AutoModelForCausalLM" in custom),
@@ -106,6 +117,8 @@ def read(family: Described, values: dict[str, Any], layers_at_most: int) -> Mode
     block = BlockConfig(
         heads=heads,
         kv_heads=found.pop("kv_heads", None) or heads,
+        experts=found.pop("experts", 0),
+        experts_per_token=found.pop("experts_per_token", 0),
         head_dim=head_dim or width // heads,
         mlp_dim=found.pop("mlp_dim") or 4 * width,
     )
@@ -140,7 +153,7 @@ def write(family: Described, config: ModelConfig) -> dict[str, Any]:
 def _require_known(family: Described, values: dict[str, Any]) -> None:
     """Raise InputError for a key that is neither read nor known to change nothing, unless it is null or says what the
     family does anyway."""
-    used = {*family.keys, *family.only, family.activations[0], "layer_types"}
+    used = {*family.keys, *family.only, *family.passed_over, family.activations[0], "layer_types"}
     used |= set(hf_rotary.KEYS) if family.fixed["position"] == "rotary" else set()
     used |= {"sliding_window"} if family.windows != "none" else set()
     used |= {"use_sliding_window", "max_window_layers"} if family.windows == "some" else set()
@@ -161,7 +174,7 @@ def _read_windows(family: Described, values: dict[str, Any], layers: int, patter
         kinds is None or (isinstance(kinds, list) and len(kinds) == layers and all(kind in known for kind in kinds)),
         f"layer_types is {shown(kinds)}, but must name {' or '.join(known)} for each of {layers} layers",
     )
-    window = values.get("sliding_window", 4096) if family.windows != "none" else None
+    window = values.get("sliding_window", family.window) if family.windows != "none" else None
     if family.windows == "some":
         used = values.get("use_sliding_window", False)
         require(isinstance(used, bool), f"use_sliding_window is {shown(used)}, but must be true or false")

@@ -11,7 +11,7 @@ MOST = 2**31 - 1  # of any number that counts something
 
 def check(key: str, name: str, value: Any, most: int = MOST) -> None:
     """Raise InputError unless the value is of the kind that a field of this name has."""
-    if name in ("tied", "parallel", "truncate"):
+    if name in ("tied", "parallel", "renormalized", "truncate"):
         good, wanted = isinstance(value, bool), "true or false"
     elif name in RANGES:
         number = isinstance(value, int | float) and not isinstance(value, bool)

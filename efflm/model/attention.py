@@ -43,10 +43,13 @@ class Attention(nn.Module):
         config, block, dtype = self.config, self.block, self.policy.compute
         layers = [Linear(config, name=name) for name in ("query", "key", "value")]
         split = lambda y_BTX: y_BTX.reshape(*x.shape[:2], -1, block.head_dim)
-        q_BTNH, k_BTKH, v_BTKH = map(split, linears(x, layers))
-        if config.qk_norm:
-            q_BTNH = Norm(config, name="query_norm")(q_BTNH)
-            k_BTKH = Norm(config, name="key_norm")(k_BTKH)
+        q, k, v = linears(x, layers)
+        normed = lambda q, k: (Norm(config, name="query_norm")(q), Norm(config, name="key_norm")(k))
+        if config.qk_norm and config.qk_norm_whole:
+            q, k = normed(q, k)
+        q_BTNH, k_BTKH, v_BTKH = map(split, (q, k, v))
+        if config.qk_norm and not config.qk_norm_whole:
+            q_BTNH, k_BTKH = normed(q_BTNH, k_BTKH)
         if config.query_scalar:
             q_BTNH = q_BTNH * math.sqrt(block.head_dim / config.query_scalar)
         seen = {"window": block.window, "cap": config.score_cap}

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from efflm.config.model import BlockConfig, ModelConfig
 
-Role = Literal["embedding", "positions", "linear", "unembedding", "norm", "bias", "trained_beside"]
+Role = Literal["embedding", "positions", "linear", "router", "unembedding", "norm", "bias", "trained_beside"]
 Component = Literal["embedding", "projections", "feedforward", "norms", "output"]
 STDDEV = 0.02  # of fresh matrices and embeddings, as in GPT-2: what a layer adds stays small beside its input
 
@@ -48,7 +48,8 @@ class Param:
 
     @property
     def in_layer(self) -> bool:
-        """Whether it is a matrix of a linear layer in a block: what is pruned, decayed, and orthogonalized by Muon."""
+        """Whether it is a matrix of a linear layer in a block: what is pruned, decayed, and orthogonalized by Muon. The
+        small one that gives tokens to experts is not: it stays as it is."""
         return self.role == "linear"
 
     def initialize(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -71,7 +72,7 @@ def _norm(name: str, axis: str = "width") -> dict[str, Param]:
     }
 
 
-# Every weight of every family; "block" stands for each layer.
+# Every weight of every family; "block" stands for each layer, "expert" for each expert of a layer.
 WEIGHTS: dict[str, Param] = {
     "embedding": Param(axes=("vocabulary", "width"), role="embedding", component="embedding"),
     "position_embedding": Param(axes=("positions", "width"), role="positions", component="embedding"),
@@ -85,6 +86,10 @@ WEIGHTS: dict[str, Param] = {
     **_linear("feedforward/gate", "width", "mlp", "feedforward"),
     **_linear("feedforward/up", "width", "mlp", "feedforward"),
     **_linear("feedforward/down", "mlp", "width", "feedforward", "residual"),
+    "block/feedforward/router/kernel": Param(axes=("width", "experts"), role="router", component="feedforward"),
+    **_linear("feedforward/expert/gate", "width", "mlp", "feedforward"),
+    **_linear("feedforward/expert/up", "width", "mlp", "feedforward"),
+    **_linear("feedforward/expert/down", "mlp", "width", "feedforward", "residual"),
     **_norm("block/attention_norm"),
     **_norm("block/feedforward_norm"),
     **_norm("block/attention_post_norm"),
@@ -117,11 +122,11 @@ def _exists(name: str, config: ModelConfig) -> bool:
     if owner.endswith("post_norm") and not config.post_norm:
         return False
     if leaf != "bias":
-        return config.gated or owner != "block/feedforward/gate"
+        return config.gated or not owner.endswith("/gate")
     if owner.endswith("_norm"):
         return config.norm == "layer"
     projects = owner in ("block/attention/query", "block/attention/key", "block/attention/value")
-    gates = owner == "block/feedforward/gate" and not config.gated
+    gates = owner.endswith("/gate") and not config.gated
     return not gates and (config.bias or (config.qkv_bias and projects))
 
 
@@ -135,7 +140,17 @@ def _sizes(config: ModelConfig, block: BlockConfig) -> dict[str, int]:
         "kv_heads": block.kv_heads * block.head_dim,
         "head_dim": block.head_dim,
         "mlp": block.mlp_dim,
+        "experts": block.experts,
     }
+
+
+def _names(name: str, block: BlockConfig) -> list[str]:
+    """The weights of a layer that a name in WEIGHTS stands for."""
+    if name.startswith("block/feedforward/"):
+        of_experts = name.startswith(("block/feedforward/expert/", "block/feedforward/router/"))
+        if of_experts != bool(block.experts):
+            return []
+    return [name.replace("/expert/", f"/expert_{e}/") for e in range(block.experts)] if "/expert/" in name else [name]
 
 
 @functools.cache
@@ -148,12 +163,15 @@ def table(config: ModelConfig) -> Mapping[str, Param]:
             continue
         in_block = name.startswith("block/")
         for i, block in enumerate(config.blocks if in_block else config.blocks[:1]):
-            sizes = _sizes(config, block)
-            path = name.replace("block/", f"block_{i}/") if in_block else name
+            sizes, axes = _sizes(config, block), param.axes
+            if config.qk_norm_whole and axes == ("head_dim",):
+                axes = ("heads",) if "query_norm" in name else ("kv_heads",)
             stddev = residual if param.init == "residual" else STDDEV
             init = "zeros" if param.init == "ones" and config.norm_offset else param.init
-            shape = tuple(sizes[axis] for axis in param.axes)
-            out[path] = dataclasses.replace(param, shape=shape, stddev=stddev, init=init)
+            shape = tuple(sizes[axis] for axis in axes)
+            made = dataclasses.replace(param, axes=axes, shape=shape, stddev=stddev, init=init)
+            for own in _names(name, block) if in_block else [name]:
+                out[own.replace("block/", f"block_{i}/", 1) if in_block else own] = made
     return types.MappingProxyType(out)
 
 
@@ -165,13 +183,18 @@ def find(path: str) -> tuple[Param | None, str]:
     Paths of optimizer states and of the parts of a compressed weight contain that of the weight; layers may be stacked
     under `blocks_0`. (None, "") where the path contains no weight.
     """
-    names = ["block" if _number(unstacked(name), "block_") is not None else name for name in path.split("/")]
+    names = [_kind(unstacked(name)) for name in path.split("/")]
     for start in range(len(names)):
         for end in range(len(names), start, -1):
             param = _RECORDS.get("/".join(names[start:end]))
             if param is not None:
                 return param, "/".join(names[end:])
     return None, ""
+
+
+def _kind(name: str) -> str:
+    """The name in WEIGHTS of a layer or of an expert; any other name as it is."""
+    return next((kind for kind in ("block", "expert") if _number(name, f"{kind}_") is not None), name)
 
 
 def is_stacked(path: str) -> bool:
@@ -200,4 +223,4 @@ def in_layer(path: str) -> bool:
 def is_matrix(path: str) -> bool:
     """Whether a path is that of a matrix: inside a layer, an embedding or the unembedding."""
     param, rest = find(path)
-    return param is not None and param.is_matrix and not rest
+    return param is not None and param.is_matrix and param.role != "router" and not rest

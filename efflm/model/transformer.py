@@ -18,6 +18,7 @@ from efflm.config.model import BlockConfig, ModelConfig
 from efflm.config.train import REMAT, Remat
 from efflm.model import placement
 from efflm.model.attention import Attention, LayerCache
+from efflm.model.experts import Experts
 from efflm.model.feedforward import FeedForward
 from efflm.model.linear import OUTPUTS, PROBABILITIES, fetch, gathers
 from efflm.model.norms import Norm
@@ -127,9 +128,12 @@ class Block(nn.Module):
         )
         middle_BTD = added("attention_post_norm", x_BTD, middle_BTD)
         read_BTD = x_BTD if config.parallel else middle_BTD
-        x_BTD = FeedForward(config, policy, name="feedforward")(
-            norm("feedforward_norm", read_BTD), residual(middle_BTD)
+        part = (
+            Experts(config, block, policy, name="feedforward")
+            if block.experts
+            else FeedForward(config, policy, name="feedforward")
         )
+        x_BTD = part(norm("feedforward_norm", read_BTD), residual(middle_BTD))
         x_BTD = added("feedforward_post_norm", middle_BTD, x_BTD)
         return constrain(x_BTD, "batch", "length", None), cache
 

@@ -82,12 +82,17 @@ def forward(config: ModelConfig, batch: int, length: int, policy: Policy = FLOAT
     """One forward pass over `batch` sequences of `length` tokens with all their logits, by component."""
 
     pairs = lambda block: batch * seen_pairs(length, block.window)
-    return _forward(config, policy, batch * length, pairs, batch * length, batch * length)
+    return _forward(config, policy, batch * length, pairs, batch * length, batch * length, _given)
 
 
 def token(config: ModelConfig, seen: float, policy: Policy = FLOAT32) -> dict[str, Work]:
     """One token that sees `seen` positions, itself included, and its logits: what decoding needs at batch 1."""
-    return _forward(config, policy, 1, lambda block: min(seen, block.window or seen), seen, 1)
+    return _forward(config, policy, 1, lambda block: min(seen, block.window or seen), seen, 1, _given)
+
+
+def _given(block: BlockConfig) -> float:
+    """The share of a layer's experts that compute a token."""
+    return block.experts_per_token / block.experts
 
 
 def train_flops(config: ModelConfig, batch: int, length: int) -> float:
@@ -117,13 +122,17 @@ def _forward(
     pairs: Callable[[BlockConfig], float],
     keys: float,
     logits: float,
+    experts: Callable[[BlockConfig], float] = lambda block: 1.0,
 ) -> dict[str, Work]:
-    """The work of `tokens` new tokens, whose queries meet pairs(block) keys of the `keys` that are there."""
+    """The work of `tokens` new tokens, whose queries meet pairs(block) keys of the `keys` that are there. experts: the
+    share of a layer's experts that compute a token; in our programs, as a rule, all do (model.experts)."""
     work = dict.fromkeys(COMPONENTS, Work(0, 0))
     for path, param in params.table(config).items():
         if params.in_layer(path):
             name = "projections" if "/attention/" in path else "feedforward"
-            work[name] += _product(tokens, param.shape, policy)
+            block = config.blocks[int(path.split("/")[0].removeprefix("block_"))]
+            share = experts(block) if block.experts and "/attention/" not in path else 1.0
+            work[name] += _product(tokens * share, param.shape, policy)
     for block in config.blocks:
         entries = tokens * block.heads + 2 * keys * block.kv_heads  # queries, keys, values
         moved = block.head_dim * (entries * ITEMSIZE[policy.compute] + tokens * block.heads * FLOAT)

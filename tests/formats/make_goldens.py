@@ -63,8 +63,19 @@ MODELS = {  # name: (family, settings)
         | CAPPED
         | {"layer_types": ["full_attention", "sliding_attention"], "query_pre_attn_scalar": 10},
     ),
-    "llama_linear": ("Llama", LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
-    "llama_dynamic": ("Llama", LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0}}),
+    "mixtral": ("Mixtral", LLAMA | {"num_local_experts": 4, "intermediate_size": 12, "sliding_window": 9}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        LLAMA
+        | {"head_dim": 8, "num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 8}
+        | {"norm_topk_prob": True},
+    ),
+    "olmoe": ("Olmoe", LLAMA | {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 12}),
+    "llama_linear": ("Llama", LLAMA | {"num_hidden_layers": 1, "rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
+    "llama_dynamic": (
+        "Llama",
+        LLAMA | {"num_hidden_layers": 1, "rope_scaling": {"rope_type": "dynamic", "factor": 3.0}},
+    ),
     "llama_yarn": ("Llama", LLAMA | {"head_dim": 16, "rope_theta": 100.0, "rope_scaling": YARN}),
     "qwen3_yarn": (
         "Qwen3",

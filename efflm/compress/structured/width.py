@@ -83,6 +83,10 @@ class Width(Target):
     def __call__(self, model: LanguageModel, context: Context) -> tuple[LanguageModel, Record]:
         rows, mesh, axes = context.calibration, context.mesh, tuple(self.axes.split())
         inside = tuple(axis for axis in axes if axis != WIDTH)
+        require(
+            not any(block.experts for block in model.config.blocks),
+            "the model is a mixture of experts, whose widths are not pruned: use depth, wanda or sparsegpt",
+        )
         if self.parameters:
             allocation.require_possible(model.config, self.parameters, axes)
         channels = residual.channels(model, rows, mesh) if WIDTH in axes else np.zeros(model.config.width)
