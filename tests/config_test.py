@@ -263,9 +263,9 @@ SCALINGS = {
 }
 
 
-@pytest.mark.parametrize("name", [*tiny.CONFIGS, *SCALINGS])
+@pytest.mark.parametrize("name", [*tiny.FAMILIES, *SCALINGS])
 def test_models_come_back_from_json(name):
-    config = (tiny.CONFIGS | SCALINGS)[name]
+    config = (tiny.FAMILIES | SCALINGS)[name]
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

@@ -60,16 +60,6 @@ CONFIGS = {name: shape.config() for name, shape in SHAPES.items()} | {
         local_rope_base=100.0,
         rope_scaling=LinearScaling(factor=4.0),
     ),
-    "experts": ModelConfig(  # with OLMoE's norms, and shares that sum to 1
-        vocabulary=300,
-        width=32,
-        max_length=64,
-        blocks=(BlockConfig(heads=4, kv_heads=2, head_dim=8, mlp_dim=16, experts=4, experts_per_token=2),) * 2,
-        qk_norm=True,
-        qk_norm_whole=True,
-        renormalized=True,
-        tied=False,
-    ),
     "neox": ModelConfig(
         vocabulary=300,
         width=32,
@@ -81,6 +71,19 @@ CONFIGS = {name: shape.config() for name, shape in SHAPES.items()} | {
         tied=False,
         parallel=True,
         rotary_fraction=0.5,
+    ),
+}
+
+FAMILIES = CONFIGS | {
+    "experts": ModelConfig(  # with OLMoE's norms, and shares that sum to 1
+        vocabulary=300,
+        width=32,
+        max_length=64,
+        blocks=(BlockConfig(heads=4, kv_heads=2, head_dim=8, mlp_dim=16, experts=4, experts_per_token=2),) * 2,
+        qk_norm=True,
+        qk_norm_whole=True,
+        renormalized=True,
+        tied=False,
     ),
 }
 

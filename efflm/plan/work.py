@@ -128,10 +128,10 @@ def _forward(
     share of a layer's experts that compute a token; in our programs, as a rule, all do (model.experts)."""
     work = dict.fromkeys(COMPONENTS, Work(0, 0))
     for path, param in params.table(config).items():
-        if params.in_layer(path):
+        if param.role in ("linear", "router"):
             name = "projections" if "/attention/" in path else "feedforward"
             block = config.blocks[int(path.split("/")[0].removeprefix("block_"))]
-            share = experts(block) if block.experts and "/attention/" not in path else 1.0
+            share = experts(block) if "/expert_" in path else 1.0
             work[name] += _product(tokens * share, param.shape, policy)
     for block in config.blocks:
         entries = tokens * block.heads + 2 * keys * block.kv_heads  # queries, keys, values

@@ -30,9 +30,9 @@ def prompts(config, *lengths):
     return [tiny.tokens(config, 1, length, seed=length)[0].tolist() for length in lengths]
 
 
-@pytest.mark.parametrize("name", tiny.and_combinations(tiny.CONFIGS, ["gpt2", "qwen2", "neox", "gemma"]))
+@pytest.mark.parametrize("name", tiny.and_combinations(tiny.FAMILIES, ["gpt2", "qwen2", "neox", "gemma", "experts"]))
 def test_greedy_equals_the_argmax_of_full_forwards(name):
-    model = tiny.model(tiny.CONFIGS[name])
+    model = tiny.model(tiny.FAMILIES[name])
     tokens = np.zeros((2, 11), np.int32)  # what is not written yet is never looked at
     tokens[:, :5] = tiny.tokens(model.config, 2, 5)
     out = np.asarray(generate(model, tokens[:, :5], 6))

@@ -23,9 +23,9 @@ def reference_loss(config, params, batch):
     return np.mean(nll)
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_the_gradient_is_the_slope_of_the_reference(name, rng):
-    model = tiny.model(tiny.CONFIGS[name])
+    model = tiny.model(tiny.FAMILIES[name])
     config, batch = model.config, tiny.batch(model.config, rows=1)
     loss = losses.language_model_loss(config)
     grads = dict(trees.flatten(jax.jit(jax.grad(lambda params: loss(params, {}, batch, None)[0]))(model.params)))

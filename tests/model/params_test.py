@@ -9,9 +9,9 @@ from efflm.model import init_params, params
 from tests import tiny
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_the_table_is_what_a_fresh_model_has(name):
-    config = tiny.CONFIGS[name]
+    config = tiny.FAMILIES[name]
     fresh = dict(trees.flatten(init_params(config, 0)))
     table = params.table(config)
     assert {path: w.shape for path, w in fresh.items()} == {path: param.shape for path, param in table.items()}

@@ -19,17 +19,17 @@ from efflm.precision import Policy
 from tests import reference, tiny
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_forward_equals_the_float64_reference(name):
-    model = tiny.model(tiny.CONFIGS[name])
+    model = tiny.model(tiny.FAMILIES[name])
     tokens = tiny.tokens(model.config, 2, 9)
     expected = np.stack([reference.forward(model.config, model.params, row) for row in tokens])
     np.testing.assert_allclose(tiny.logits(model, tokens), expected, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_a_position_sees_only_what_is_before_it(name):
-    model = tiny.model(tiny.CONFIGS[name])
+    model = tiny.model(tiny.FAMILIES[name])
     tokens = tiny.tokens(model.config, 1, 12)
     changed = tokens.copy()
     changed[0, 7] = (changed[0, 7] + 1) % model.config.vocabulary
@@ -38,9 +38,9 @@ def test_a_position_sees_only_what_is_before_it(name):
     assert np.all(np.any(np.asarray(before[:, 7:]) != np.asarray(after[:, 7:]), axis=-1))
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_cached_decode_equals_full_forward(name):
-    model = tiny.model(tiny.CONFIGS[name])
+    model = tiny.model(tiny.FAMILIES[name])
     tokens = tiny.tokens(model.config, 3, 14)
     full = tiny.logits(model, tokens)
     apply = jax.jit(
@@ -55,9 +55,9 @@ def test_cached_decode_equals_full_forward(name):
     np.testing.assert_array_equal(cache.length_B, [14, 14, 14])
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_packed_documents_do_not_see_each_other(name):
-    model = tiny.model(tiny.CONFIGS[name])
+    model = tiny.model(tiny.FAMILIES[name])
     tokens = tiny.tokens(model.config, 1, 12)
     segments = np.repeat([[1, 2]], [5, 7], axis=1)
     positions = np.concatenate([np.arange(5), np.arange(7)])[None]
@@ -66,9 +66,9 @@ def test_packed_documents_do_not_see_each_other(name):
     np.testing.assert_allclose(packed, alone, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", tiny.and_combinations(tiny.CONFIGS, ["llama", "neox"]))
+@pytest.mark.parametrize("name", tiny.and_combinations(tiny.FAMILIES, ["llama", "neox"]))
 def test_scanned_layers_equal_looped_ones_gradients_included(name):
-    model = tiny.model(tiny.CONFIGS[name])
+    model = tiny.model(tiny.FAMILIES[name])
     config, tokens = model.config, tiny.tokens(model.config, 2, 8)
 
     def loss(params, scanned):
@@ -118,7 +118,7 @@ def test_a_weight_of_the_wrong_shape_is_named():
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("name", ["llama", "neox"])
 def test_the_outputs_of_layers_are_those_of_the_layers_one_at_a_time(name, remat):
-    model = tiny.model(tiny.CONFIGS[name])
+    model = tiny.model(tiny.FAMILIES[name])
     batch = tiny.batch(model.config, rows=2)
     inputs = [batch[part] for part in ("positions", "segments")]
     transformer = Transformer(model.config, remat=remat)

@@ -16,9 +16,9 @@ from tests import tiny
 MESH = meshes.make_mesh(data=2, fsdp=2, tensor=2)
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_every_leaf_of_every_family_has_a_rule(name):
-    model = tiny.model(tiny.CONFIGS[name])
+    model = tiny.model(tiny.FAMILIES[name])
     placement.shardings(model.params, MESH)
     placement.shardings(stack_blocks(model.params, model.config), MESH)
     placement.shardings(quantize(model.params), MESH)

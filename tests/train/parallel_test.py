@@ -60,7 +60,7 @@ def assert_alike(got, want):
 
 @pytest.fixture(scope="module")
 def alone():
-    return {name: trained(tiny.CONFIGS[name], meshes.make_mesh()) for name in ("llama", "gpt2", "gemma")}
+    return {name: trained(tiny.FAMILIES[name], meshes.make_mesh()) for name in ("llama", "gpt2", "gemma", "experts")}
 
 
 ALL = "data x fsdp x sequence x tensor"
@@ -68,14 +68,17 @@ ALL = "data x fsdp x sequence x tensor"
 
 @pytest.mark.parametrize(
     ("name", "family"),
-    [*(("fsdp", "llama"), (ALL, "llama"), (ALL, "gemma")), *(tiny.combination(name, "llama") for name in MESHES)],
+    [
+        *(("fsdp", "llama"), (ALL, "llama"), (ALL, "gemma"), (ALL, "experts")),
+        *(tiny.combination(name, "llama") for name in MESHES),
+    ],
 )
 def test_steps_and_gradients_equal_those_of_one_device(name, family, alone):
     mesh = meshes.mesh_for(MeshConfig(**MESHES[name]), TRAIN.batch, TRAIN.length)
     assert mesh.size == 8
-    on_eight = losses_on_eight, _, state = trained(tiny.CONFIGS[family], mesh)
+    on_eight = losses_on_eight, _, state = trained(tiny.FAMILIES[family], mesh)
     assert_alike(on_eight, alone[family])
-    assert losses_on_eight[-1] < losses_on_eight[0] - (0.3 if family == "llama" else 0.15)  # capped logits move slowly
+    assert losses_on_eight[-1] < losses_on_eight[0] - (0.15 if family == "gemma" else 0.3)  # capped logits move slowly
     held = dict(trees.flatten(state, inside=True))
     for path, spec in trees.flatten(placement.shardings(state, mesh), inside=True):
         assert held[path].sharding == spec, path

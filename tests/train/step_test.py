@@ -68,9 +68,11 @@ def test_padding_has_no_weight_in_the_loss():
 
 
 @pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("name", tiny.and_combinations(["llama", "gpt2", "qwen3", "neox", "gemma"], ["llama", "gemma"]))
+@pytest.mark.parametrize(
+    "name", tiny.and_combinations(["llama", "gpt2", "qwen3", "neox", "gemma", "experts"], ["llama", "gemma"])
+)
 def test_rematerialized_gradients_are_the_same(scan, name):
-    model = tiny.model(tiny.CONFIGS[name])
+    model = tiny.model(tiny.FAMILIES[name])
     params = stack_blocks(model.params, model.config) if scan else model.params
     batch, key = tiny.batch(model.config), jax.random.key(0)
     gradient = lambda remat: jax.jit(
