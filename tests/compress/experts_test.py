@@ -1,4 +1,4 @@
-"""Mixtures of experts: each is calibrated by the tokens that it is given; one that is given none goes by its weights."""
+"""Mixtures of experts: each is calibrated by the tokens that it is given; one given none goes by its weights alone."""
 
 import jax
 import jax.numpy as jnp
