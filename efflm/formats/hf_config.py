@@ -69,7 +69,8 @@ class Described:
 def read(family: Described, values: dict[str, Any], layers_at_most: int) -> ModelConfig:
     """The config that `values`, a config.json, describes. Raises InputError for what is missing or unsupported.
 
-    layers_at_most: as many as there can be, so that a number gone wrong makes no list of that length.
+    layers_at_most: as many as there can be, experts counted too, so that a number gone wrong makes no list of that
+    length.
     """
     for other, key in family.aliases.items():
         if values.get(other) is not None:
@@ -109,6 +110,11 @@ def read(family: Described, values: dict[str, Any], layers_at_most: int) -> Mode
         f"{key} is {shown(activation)}, but only {', '.join(activations)} are supported",
     )
     heads, width, layers = found.pop("heads"), found["width"], found.pop("layers")
+    experts = found.pop("experts", 0)
+    require(
+        experts * layers <= layers_at_most,
+        f"{experts} experts in each of {layers} layers are more than there are tensors",
+    )
     pattern = found.pop("pattern", family.pattern)
     if family.scales_embedding:
         found["embedding_scale"] = width**0.5
@@ -117,7 +123,7 @@ def read(family: Described, values: dict[str, Any], layers_at_most: int) -> Mode
     block = BlockConfig(
         heads=heads,
         kv_heads=found.pop("kv_heads", None) or heads,
-        experts=found.pop("experts", 0),
+        experts=experts,
         experts_per_token=found.pop("experts_per_token", 0),
         head_dim=head_dim or width // heads,
         mlp_dim=found.pop("mlp_dim") or 4 * width,

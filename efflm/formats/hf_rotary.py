@@ -10,6 +10,7 @@ from efflm.formats.hf_values import check, shown
 
 ORIGINAL = "original_max_position_embeddings"
 KEYS = ("rope_scaling", "rope_parameters", "rope_theta", "partial_rotary_factor", ORIGINAL)
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
 # {rope_type: {key: our field}}.
 NAMES: dict[str, dict[str, str]] = {"linear": {"factor": "factor"}, "dynamic": {"factor": "factor"}}
 NAMES["llama3"] = {ORIGINAL: "original_max_length"} | {
@@ -31,15 +32,13 @@ def read(keys: dict[str, tuple[str, Any]], values: dict[str, Any], found: dict[s
         require(isinstance(value, dict), f"{key} is {shown(value)}, but must be an object")
     same = len(given) < 2 or given["rope_scaling"] == given["rope_parameters"]
     require(same, "rope_scaling and rope_parameters say different things: remove the one that is wrong")
-    own, local = {ours: key for key, (ours, _) in keys.items()}, {}
+    own, made = {ours: key for key, (ours, _) in keys.items()}, {}
     if "local_rope_base" in own:
-        local, rope = rope.get("sliding_attention") or {}, rope.get("full_attention", rope) or {}
-        for value in (local, rope):
-            require(isinstance(value, dict), f"{name} holds {shown(value)}, but must hold objects")
-        plain = _scaling(f"{name}.sliding_attention", local, found["max_length"]) is None
-        require(plain, f"{name}.sliding_attention is scaled, which is not supported")
+        local, rope = _by_layer(name, rope)
+        plain = _scaling(f"{name}.{LOCAL}", local, found["max_length"]) is None
+        require(plain, f"{name}.{LOCAL} is scaled, which is not supported")
         places = (own["local_rope_base"], values), ("rope_theta", local)
-        found["local_rope_base"] = _agreed("local_rope_base", places, found["local_rope_base"])
+        made["local_rope_base"] = float(_agreed("local_rope_base", places, found["local_rope_base"]))
     said = lambda key, ours: ((own.get(ours), values), (key, values), (key, rope))
     base = _agreed("rope_base", said("rope_theta", "rope_base"), found["rope_base"])
     fraction = said("partial_rotary_factor", "rotary_fraction")
@@ -57,12 +56,23 @@ def read(keys: dict[str, tuple[str, Any]], values: dict[str, Any], found: dict[s
         f"{ORIGINAL} is {shown(beside)}, but {original} is what counts with the rope_type {kind_of(rope)}: remove the "
         "one that is wrong",
     )
-    return {"rope_base": float(base), "rotary_fraction": float(fraction), "rope_scaling": scaling}
+    return made | {"rope_base": float(base), "rotary_fraction": float(fraction), "rope_scaling": scaling}
 
 
 def write(scaling: Scaling) -> dict[str, Any]:
     """The inverse: what stands under `rope_scaling`."""
     return {"rope_type": scaling.kind} | {key: getattr(scaling, name) for key, name in NAMES[scaling.kind].items()}
+
+
+def _by_layer(name: str, rope: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is said of layers with a window and of the others: newer files have an object for each."""
+    if not rope.keys() & {LOCAL, GLOBAL}:
+        return {}, rope
+    other = next((key for key in rope if key not in (LOCAL, GLOBAL)), None)
+    require(other is None, f"{name}.{other} is {shown(rope.get(other))}, which is not known beside {GLOBAL}")
+    for value in rope.values():
+        require(value is None or isinstance(value, dict), f"{name} holds {shown(value)}, but must hold objects")
+    return rope.get(LOCAL) or {}, rope.get(GLOBAL) or {}
 
 
 def kind_of(rope: dict[str, Any]) -> Any:

@@ -16,6 +16,7 @@ from efflm.config import InputError, require
 from efflm.config.model import ModelConfig
 from efflm.formats import buffers, hf_config, packed_config
 from efflm.formats.families import FAMILIES, Family, Place
+from efflm.formats.hf_values import MOST
 from efflm.formats.packed import Matrix, matrix_of
 from efflm.formats.packed_config import Quantized, Scheme
 from efflm.formats.tensors import FLOATING, Named, Tensors, place, require_dtype
@@ -113,7 +114,7 @@ def describe(config: ModelConfig) -> tuple[str, dict[str, Any]]:
         description |= hf_config.write(family.config, config)
         try:
             same = dataclasses.replace(config, precision="float32", unused=())  # its torch_dtype says the precision
-            if hf_config.read(family.config, description, len(config.blocks)) == same:
+            if hf_config.read(family.config, description, MOST) == same:
                 return name, description
         except InputError:  # of a setting this family does not have: another one may
             continue

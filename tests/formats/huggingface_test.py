@@ -369,6 +369,31 @@ def test_configs_that_are_not_supported_are_refused(folder, change, message):
     assert str(folder) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\], but only \[\] is supported"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2, but only 1"),
+        ("qwen3_moe", {"num_experts": 4}, "num_experts is 4, but num_local_experts 5: remove one"),
+        ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob is 1, but must be true or false"),
+        ("olmoe", {"clip_qkv": 8.0}, r"clip_qkv is 8\.0, but only None"),
+        ("olmoe", {"num_experts_per_tok": 5}, "experts is 4 and experts_per_token 5"),
+        ("olmoe", {"num_experts": 1000}, "1000 experts in each of 2 layers are more than there are tensors"),
+        (
+            "mixtral",
+            {"num_local_experts": 3},
+            r"gate\.weight has shape \(4, 16\), but the model's config says \(3, 16\)",
+        ),
+        ("mixtral", {"final_logit_softcapping": 3.0}, "final_logit_softcapping is 3"),
+    ],
+)
+def test_mixtures_that_are_not_supported_are_refused(tmp_path, name, change, message):
+    folder = Path(shutil.copytree(GOLDENS / name, tmp_path / name))
+    change_config(folder, change)
+    with pytest.raises(InputError, match=message):
+        huggingface.load_weights(folder)
+
+
 def test_what_configs_say_beside_changes_nothing(folder):
     """As published models of these families have it."""
     smollm2 = {"rope_interleaved": False, "is_llama_config": True, "transformers.js_config": {"dtype": "q4"}}
