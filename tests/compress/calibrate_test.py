@@ -15,7 +15,7 @@ from tests import tiny
 dot = importlib.import_module("efflm.ops.dot")  # efflm.ops.dot is the function
 ALL = {"gram": GRAM, "largest": LARGEST, "magnitudes": MAGNITUDES, "squares": SQUARES, "tokens": TOKENS}
 MESH = meshes.make_mesh()
-MODELS = tiny.and_combinations(list(tiny.CONFIGS), ["llama", "neox"])
+MODELS = tiny.and_combinations(list(tiny.CONFIGS), ["llama", "neox", "gemma"])
 
 
 def seen_by(model, batch, statistics=ALL, mesh=None):
