@@ -56,10 +56,10 @@ def test_statistics_are_of_the_tokens_that_an_expert_is_given(monkeypatch):
 def test_an_expert_that_no_text_reaches_is_rounded_to_the_nearest_and_pruned_by_magnitude():
     model = unreached()
     seen = seen_by(model, BATCH)
-    after, _ = recipe.run(model, (GPTQ(bits=4, group=0, clip=False),), context())
-    nearest, _ = recipe.run(model, (Quantize(bits=4, group=0, clip=False),), context())
-    pruned, _ = recipe.run(model, (Wanda(sparsity=0.5),), context())
-    compensated, _ = recipe.run(model, (SparseGPT(sparsity=0.5),), context())
+    after, _ = recipe.apply(model, (GPTQ(bits=4, group=0, clip=False),), context())
+    nearest, _ = recipe.apply(model, (Quantize(bits=4, group=0, clip=False),), context())
+    pruned, _ = recipe.apply(model, (Wanda(sparsity=0.5),), context())
+    compensated, _ = recipe.apply(model, (SparseGPT(sparsity=0.5),), context())
     for e, name in ((e, name) for e in range(4) for name in MATRICES):
         path = f"block_1/feedforward/expert_{e}/{name}"
         find = lambda model, path=path: ops.dequantize(dict(trees.flatten(model.params))[path])
@@ -85,7 +85,7 @@ def test_an_expert_that_no_text_reaches_is_rounded_to_the_nearest_and_pruned_by_
 def test_chains_on_eight_devices_give_models_that_are_saved_and_read(steps, tmp_path):
     mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2)
     model, tokens = tiny.model(CONFIG), tiny.tokens(CONFIG, 2, 12)
-    after, records = recipe.run(model, steps, context(mesh))
+    after, records = recipe.apply(model, steps, context(mesh))
     efflm_file.save(tmp_path / "m.safetensors", after, {}, records)
     back, _ = efflm_file.load(tmp_path / "m.safetensors")
     assert back.config == after.config
@@ -99,7 +99,7 @@ def test_chains_on_eight_devices_give_models_that_are_saved_and_read(steps, tmp_
 def test_what_mixtures_cannot_have_is_refused_by_name():
     for step in (Rotate(), Width(parameters=0.2)):
         with pytest.raises(InputError, match="the model is a mixture of experts, "):
-            recipe.run(tiny.model(CONFIG), (step,), context())
+            recipe.apply(tiny.model(CONFIG), (step,), context())
 
 
 def test_experts_without_tokens_do_not_run():

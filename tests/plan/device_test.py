@@ -28,10 +28,10 @@ COUNTERS = 64  # bytes of the step's number and the optimizer's
 
 
 @pytest.mark.parametrize("n", [1, 2, 8])
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_bytes_are_those_of_zero(name, n):
     """Rajbhandari 2019: (weights + two moments) / N, but for norms and biases, which nobody cuts."""
-    config = tiny.CONFIGS[name]
+    config = tiny.FAMILIES[name]
     shapes = [param.shape for param in params.table(config).values()]
     matrices = sum(math.prod(shape) for shape in shapes if len(shape) == 2)
     vectors = sum(math.prod(shape) for shape in shapes if len(shape) == 1)
