@@ -39,6 +39,8 @@ from efflm.ops.kernels.cpu import build
 from tests import compiled
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_traceback_in_locations_limit", 0)  # what a program says of its source is read nowhere
+gc.set_threshold(100_000, 50, 1000)  # tracing makes many objects that live: to look for garbage took 1/15 of the time
 hypothesis.settings.register_profile("efflm", deadline=None, max_examples=30, derandomize=True)
 hypothesis.settings.load_profile("efflm")
 try:

@@ -114,16 +114,15 @@ def test_zeros_of_a_pruned_model_stay():
         assert not np.any(np.asarray(dict(trees.flatten(after.params))[path])[~np.asarray(mask)])
 
 
-def test_on_two_devices_as_on_one_and_towards_a_teacher():
+def test_on_four_devices_as_on_one_and_towards_a_teacher():
     step = dataclasses.replace(STEP, steps=3, weight=0.5)
     made = []
-    for mesh in (meshes.make_mesh(), meshes.make_mesh(fsdp=2), meshes.make_mesh(tensor=2)):
+    for mesh in (meshes.make_mesh(), meshes.make_mesh(fsdp=2, tensor=2)):
         model = quantized()
         model = model.replace(params=jax.device_put(model.params, placement.shardings(model.params, mesh)))
         made.append(step(model, context(mesh, teacher=tiny.model()))[0])
-    first, *others = (jax.device_get(tiny.logits(sharding.on_one_device(each), TOKENS)) for each in made)
-    for other in others:
-        np.testing.assert_allclose(other, first, rtol=1e-2, atol=2e-3)
+    one, four = (jax.device_get(tiny.logits(sharding.on_one_device(each), TOKENS)) for each in made)
+    np.testing.assert_allclose(four, one, rtol=1e-2, atol=2e-3)
 
 
 def test_bad_settings_are_refused():

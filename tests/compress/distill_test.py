@@ -29,6 +29,7 @@ from tests.programs import largest_array
 STUDENT = dataclasses.replace(tiny.LLAMA, layers=1)
 TEACHER = dataclasses.replace(tiny.UNTIED, layers=1, width=24)
 HOW = {"temperature": 2.0, "weight": 0.7}
+MIXED = {"data": 2, "sequence": 2, "tensor": 2}
 
 
 def expected(params, teacher_params, batch):
@@ -231,8 +232,8 @@ def test_projections_and_student_learn_to_give_the_teachers_hidden_states(tmp_pa
     assert error(trained) < 0.9 * error(trained | start)
 
 
-@pytest.mark.parametrize("axes", [{"data": 2}, {"fsdp": 2}, {"sequence": 2}])
-def test_hidden_states_on_two_devices_teach_like_on_one(axes):
+@pytest.mark.parametrize("axes", tiny.and_combinations([{"data": 2}, {"fsdp": 2}, {"sequence": 2}, MIXED], [MIXED]))
+def test_hidden_states_on_several_devices_teach_like_on_one(axes):
     student, teacher, mesh = tiny.model(NARROW, seed=1), tiny.model(seed=2), meshes.make_mesh(**axes)
     step = dataclasses.replace(WITH_HIDDEN, steps=3)
     one, two = (step(student, context_of(teacher, each))[0].params for each in (meshes.make_mesh(), mesh))
@@ -280,8 +281,8 @@ def test_attention_of_a_student_is_compared_and_learned(shape, tmp_path):
     assert learned[-1] < 0.7 * got["attention"]
 
 
-@pytest.mark.parametrize("axes", [{"data": 2}, {"tensor": 2}, {"sequence": 2}])
-def test_attention_on_two_devices_teaches_like_on_one(axes):
+@pytest.mark.parametrize("axes", tiny.and_combinations([{"data": 2}, {"tensor": 2}, {"sequence": 2}, MIXED], [MIXED]))
+def test_attention_on_several_devices_teaches_like_on_one(axes):
     student, teacher, mesh = tiny.model(FEWER_HEADS, seed=1), tiny.model(seed=2), meshes.make_mesh(**axes)
     step = dataclasses.replace(WITH_ATTENTION, steps=2, weight=0.01)
     one, two = (step(student, context_of(teacher, each))[0].params for each in (meshes.make_mesh(), mesh))

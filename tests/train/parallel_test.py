@@ -144,8 +144,14 @@ SENT = {
 }
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("shape", [shape for shape in SENT if shape])
+@pytest.mark.parametrize(
+    ("shape", "accumulate"),
+    [
+        *((shape, 1) for shape in SENT if shape),
+        *(((("data", 2), each), 2) for each in (("fsdp", 4), ("sequence", 4))),
+        *(tiny.combination(shape, 2) for shape in ((("data", 8),), (("data", 4), ("tensor", 2)))),
+    ],
+)
 def test_each_device_computes_its_share(shape, accumulate):
     """XLA's FLOPs of a device's program, in which the parts of a batch are a loop that is counted once. Attention that
     every device computes for all would make them 1.5 to 3.4 times its share."""

@@ -20,6 +20,7 @@ TRAIN = TrainConfig(
     steps=4, batch=4, log_every=1, learning_rate=1e-2, warmup=1, schedule="constant", optimizer="adamw8bit"
 )
 ABOUT = {"seed": 0}
+WHOLLY_CHANGED = {"remat": "full", "accumulate": 2, "scan": True}
 
 
 def batches(step):
@@ -59,7 +60,11 @@ def test_more_steps_are_those_of_a_longer_run_to_the_last_bit(whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"remat": "full"}, {"accumulate": 2}, {"scan": True}, {"scan": True, "accumulate": 2}], ids=str
+    "changed",
+    tiny.and_combinations(
+        [{"remat": "full"}, {"accumulate": 2}, {"scan": True}, WHOLLY_CHANGED], every_time=[WHOLLY_CHANGED]
+    ),
+    ids=str,
 )
 def test_how_a_step_is_computed_may_change(whole, tmp_path, changed):
     after = train(interrupted(whole, tmp_path), dataclasses.replace(TRAIN, **changed))
