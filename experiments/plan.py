@@ -10,7 +10,7 @@ that compute, memory and network take at the least on the named hardware; and wh
 is the one that trains, for the mesh asked for, and no weights are allocated. With a TPU topology and libtpu installed
 (pip install libtpu==0.0.42 for jax 0.10.2; no TPU is needed) it is the TPU's compiler that says so, else the CPU's, for
 as many fake devices; the output says which. --search ranks meshes, remat policies and batches by FLOPs and bytes, then
-compiles the first ones, at most --tried, until one fits. In the run directory: report.html and plan.json.
+compiles the first ones, at most --tried, until one fits. In the run directory: report.html and results.json.
 """
 
 import dataclasses
@@ -18,9 +18,6 @@ import importlib.metadata
 import importlib.util
 import math
 import sys
-import time
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -30,7 +27,7 @@ from jax.sharding import Mesh
 from efflm.cli import progress, run_directory
 from efflm.cli.flags import command_line, launch
 from efflm.compress.quantize import quantize
-from efflm.config import flag, require
+from efflm.config import flag, require, require_positive
 from efflm.config.model import ModelConfig
 from efflm.config.parallel import MeshConfig
 from efflm.config.train import TrainConfig
@@ -39,24 +36,16 @@ from efflm.model import LanguageModel, init_params
 from efflm.model.presets import preset
 from efflm.parallel import meshes
 from efflm.plan import device, hardware, search, work
-from efflm.plan.collectives import Collective, collectives
+from efflm.plan.collectives import collectives
 from efflm.plan.hardware import Hardware
 from efflm.precision import POLICIES, cast
-from efflm.report import numbers, page, table
+from efflm.report import numbers, planned, table
+from efflm.report.journal import Journal
 from efflm.report.page import Section, Table
-from efflm.report.rows import Row
-from efflm.report.table import figure
 from efflm.train import aot as train_ahead
 
 BFLOAT16 = POLICIES["bfloat16_pure"]  # of served models
 OF_TPU = "for the TPU's give a topology, as in v5p:4x4x4, and pip install libtpu==0.0.42 (jax 0.10.2); no TPU is needed"
-COUNT = "{:,.0f}".format
-COLUMNS = (
-    figure("one device, one step", "name", str),
-    figure("bytes", "nbytes", numbers.size, none=""),
-    figure("times", "count", COUNT, none=""),
-    figure("at least", "seconds", numbers.seconds, none=""),
-)
 SHOWN = 8  # candidates of a search
 # The pass makes float32 sums of those in bfloat16, as others do too, and aborts at sums made inside of shard_map.
 OF_CPU = {"xla_disable_hlo_passes": "all-reduce-promotion"}
@@ -66,7 +55,7 @@ OF_CPU = {"xla_disable_hlo_passes": "all-reduce-promotion"}
 class Run:
     """The run"""
 
-    run_dir: str = flag(str(run_directory.ROOT / "plan"), "where plan.json is written", path=True)
+    run_dir: str = flag(str(run_directory.ROOT / "plan"), "where everything is written", path=True)
     model: str = flag("llama3-8b", "a published model by name, such as llama3-70b, llama3.2-1b, smollm2-135m, gpt2-xl")
     hardware: str = flag("v5p", "h100, h200, v5e, v5p or v6e; a TPU with its topology too, as in v5p:4x4x4")
     devices: int = flag(0, "how many; 0: as many as the topology has, or the mesh asks for")
@@ -81,8 +70,7 @@ class Run:
     def __post_init__(self):
         require(self.devices >= 0, f"devices is {self.devices}, but must be positive, or 0 for what the mesh asks for")
         require(self.tried >= 0, f"tried is {self.tried}, but must be positive, or 0 to compile none")
-        for name in ("rows", "cache_length"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
+        require_positive(self, "rows", "cache_length")
         training = self.phase == "train"
         require(training or not self.search, f"search knows training only: leave out --phase={self.phase}")
         require(not training or not self.int8, "int8 is for --phase=prefill and decode: weights train in float")
@@ -95,7 +83,7 @@ MESH = MeshConfig(data=1, fsdp=-1)
 
 @run_directory.locked
 def main(run: Run, mesh: MeshConfig, train: TrainConfig) -> None:
-    began, config, run_dir = time.perf_counter(), preset(run.model), Path(run.run_dir)
+    config, log = preset(run.model), Journal(run.run_dir, command_line("experiments.plan", sys.argv))
     require(
         train.policy != "auto",
         "train.policy is auto, which is measured on the machine that trains: to plan for another give float32 or "
@@ -108,7 +96,7 @@ def main(run: Run, mesh: MeshConfig, train: TrainConfig) -> None:
         f"{name} {length} is longer than the max_length of {run.model}, {config.max_length}: lower {name}",
     )
     devices = how_many(run, mesh, topology)
-    run_directory.require_writable(run_dir, needs=run_directory.SMALL_FILES)
+    run_directory.require_writable(log.folder, needs=run_directory.SMALL_FILES)
     if run.tried or not run.search:
         start(devices)
     out: dict[str, Any] = {"model": run.model, "hardware": dataclasses.asdict(chip), "devices": devices}
@@ -119,7 +107,7 @@ def main(run: Run, mesh: MeshConfig, train: TrainConfig) -> None:
         require(
             len(found) > 0, f"no mesh of {devices} devices divides {change} and the widths of {run.model}: change one"
         )
-        tables.append(ranked(found[:SHOWN]))
+        tables.append(planned.ranked(found[:SHOWN]))
         facts.append(
             f"{len(found)} candidates, {fit} of which fit into the {numbers.size(chip.memory)} of a {chip.name}, as "
             "far as state, gradients and stored activations tell: a compiler may need more, or less."
@@ -130,22 +118,16 @@ def main(run: Run, mesh: MeshConfig, train: TrainConfig) -> None:
         tried = [(MeshConfig(**each.sizes), each.train) for each in found[: run.tried]]
     result, made, words = {}, [], []
     for sizes, settings in tried:
-        result, made, words = compiled(run, config, settings, sizes, chip, topology)
+        result, made, words = compiled(run, config, settings, sizes, chip, topology, log)
         table.show(made[0].rows, words, made[0].columns)
         if result["fits"]:
             break
-    versions, command = run_directory.machine(), command_line("experiments.plan", sys.argv)
-    out |= result | {"facts": facts + words, "seconds": time.perf_counter() - began}
-    run_directory.write_json(run_dir / "plan.json", out | {"versions": versions, "command": command})
-    page.write(
-        run_dir / "report.html",
+    log.results(facts + words, **out, **result)
+    log.report(
+        facts + words,
         title=f"{run.model} on {devices} × {chip.name}: memory, collectives and times, predicted",
         sections=[Section("The plan", tables + made)],
-        facts=facts + words,
-        made=page.made(versions, total_time=page.duration(out["seconds"])),
-        command=command,
     )
-    print(f"[{out['seconds']:4.0f} s] done: open {run_dir / 'report.html'}, or read plan.json beside it")
 
 
 def how_many(run: Run, mesh: MeshConfig, topology: str) -> int:
@@ -167,33 +149,6 @@ def how_many(run: Run, mesh: MeshConfig, topology: str) -> int:
         f"of its axes {known}",
     )
     return known or asked
-
-
-def ranked(candidates: list[search.Candidate]) -> Table:
-    """Numbered from 1, the fastest."""
-    rows = []
-    for index, each in enumerate(candidates, 1):
-        figures = {"remat": each.train.remat, "batch": each.train.batch, "rate": each.tokens_a_second} | each.seconds
-        note = f"bound by {bound(each.seconds)}" + ("" if each.fits else "; does not fit")
-        rows.append(Row(f"{index}. {axes(each.sizes)}", figures | {"nbytes": each.held, "fits": each.fits}, note))
-    columns = (
-        figure("mesh", "name", str),
-        figure("remat", "remat", str),
-        figure("batch", "batch", COUNT),
-        *(figure(name, name, numbers.seconds) for name in ("compute", "memory", "network")),
-        figure("tokens/s", "rate", COUNT),
-        figure("bytes a device", "nbytes", numbers.size),
-        figure("fits", "fits", lambda fits: "yes" if fits else "no"),
-    )
-    return Table(caption="The fastest candidates.", columns=columns, rows=rows)
-
-
-def axes(sizes: Mapping[str, int]) -> str:
-    return " ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "one device"
-
-
-def bound(seconds: dict[str, float]) -> str:
-    return max(seconds, key=seconds.get)
 
 
 # --- compiling -------------------------------------------------------------------------------------------------------
@@ -237,10 +192,10 @@ def served(run: Run, config: ModelConfig, mesh: Mesh) -> tuple[Any, dict[str, An
 
 
 def compiled(
-    run: Run, config: ModelConfig, train: TrainConfig, sizes: MeshConfig, chip: Hardware, topology: str
+    run: Run, config: ModelConfig, train: TrainConfig, sizes: MeshConfig, chip: Hardware, topology: str, log: Journal
 ) -> tuple[dict[str, Any], list[Table], list[str]]:
     """Compile, and return the results, their table and what is to be said."""
-    began, training = time.perf_counter(), run.phase == "train"
+    training = run.phase == "train"
     shared = (train.batch, train.length, train.accumulate) if training else (run.rows, run.cache_length)
     mesh, options = meshes.mesh_for(sizes, *shared), OF_CPU
     how = f"the CPU's compiler, for {mesh.size} fake devices" + f" ({OF_TPU})" * (chip.torus > 0)
@@ -249,13 +204,13 @@ def compiled(
         how = f"the TPU's compiler (libtpu {importlib.metadata.version('libtpu')}), for {run.hardware}"
     with progress.bar("tracing the step"):
         lowered, given, mine, traffic, dtype = trained(config, train, mesh) if training else served(run, config, mesh)
-    print(f"[{time.perf_counter() - began:4.0f} s] traced", flush=True)
+    log.say("traced")
     with progress.bar("compiling the step"):
         program, refused = compile_or_why_not(lowered, options)
-    print(f"[{time.perf_counter() - began:4.0f} s] compiled by {how}", flush=True)
+    log.say(f"compiled by {how}")
     seconds = device.seconds(mine, traffic, chip, dtype, mesh)
-    held, sent = holdings(given, program), collectives(program.as_text()) if program else []
-    rows = [*held, *sendings(sent), *bounds(seconds, mine.nbytes, sum(traffic.values()), chip, dtype)]
+    held, sent = planned.holdings(given, program), collectives(program.as_text()) if program else []
+    rows = [*held, *planned.sendings(sent), *planned.bounds(seconds, mine.nbytes, sum(traffic.values()), chip, dtype)]
     least = max(seconds.values())
     rate = shared[0] * (1 if run.phase == "decode" else shared[1]) / least
     needed, count = held[-1].nbytes, sum(work.parameters(config).values()) / 1e9
@@ -266,10 +221,10 @@ def compiled(
         settings = f"weights in {'int8' if run.int8 else 'bfloat16'}"
         settings += ", activations too" * (run.activations == "int8")
     facts = [
-        f"{run.model}, {count:.2f} B parameters, on {mesh.size} x {chip.name} ({axes(mesh.shape)}): {run.phase}, "
-        f"{shared[0]:,} sequences of {shared[1]:,}, {settings}.",
+        f"{run.model}, {count:.2f} B parameters, on {mesh.size} x {chip.name} ({planned.axes(mesh.shape)}): "
+        f"{run.phase}, {shared[0]:,} sequences of {shared[1]:,}, {settings}.",
         f"Compiled by {how}.",
-        f"The step takes {numbers.seconds(least)} or more, bound by {bound(seconds)} "
+        f"The step takes {numbers.seconds(least)} or more, bound by {planned.bound(seconds)} "
         f"({numbers.seconds(sum(seconds.values()))} if nothing overlaps): at most {rate:,.0f} tokens/s.",
         f"It {'fits' if fits else 'does NOT fit'}: {share if program else refused}.",
     ]
@@ -289,57 +244,11 @@ def compiled(
         "fits": fits,
         "rows": [each.json() for each in rows],
         "collectives": [dataclasses.asdict(each) for each in sent],
-        "bound": bound(seconds),
+        "bound": planned.bound(seconds),
         "seconds_a_step": least,
         "tokens_a_second": rate,
     }
-    return result, [Table(caption="One device and one step.", columns=COLUMNS, rows=rows)], facts
-
-
-def row(name: str, note: str, **figures: Any) -> Row:
-    return Row(name, {"nbytes": None, "count": None, "seconds": None} | figures, note)
-
-
-def holdings(given: dict[str, Any], program: Any) -> list[Row]:
-    """Bytes on a device: the arguments by kind, exactly, and what the compiler says; last all that must fit."""
-    rows = [row(name, "exact", nbytes=device.part_bytes(tree)) for name, tree in given.items()]
-    if not program:
-        return rows
-    found = program.memory_analysis()
-    results = found.output_size_in_bytes - found.alias_size_in_bytes
-    needed = found.argument_size_in_bytes + found.temp_size_in_bytes + results
-    return [
-        *rows,
-        row("arguments", "all above, by the compiler", nbytes=found.argument_size_in_bytes),
-        row("temporaries", "known to the compiler only", nbytes=found.temp_size_in_bytes),
-        row("results", "beside those that take the place of arguments", nbytes=results),
-        row("all", "what must fit", nbytes=needed),
-    ]
-
-
-def sendings(found: list[Collective]) -> list[Row]:
-    """The collectives of a program by kind."""
-    rows = []
-    for kind in sorted({each.kind for each in found}):
-        some = [each for each in found if each.kind == kind]
-        groups = " or ".join(map(str, sorted({each.group for each in some})))
-        note = f"received, as the compiler wrote it, among {groups} devices"
-        note += "" if all(each.known for each in some) else "; at least: inside of loops whose trips it does not know"
-        nbytes, count = sum(each.nbytes for each in some), sum(each.trips for each in some)
-        rows.append(row(kind, note, nbytes=nbytes, count=count))
-    return rows
-
-
-def bounds(seconds: dict[str, float], moved: float, received: float, chip: Hardware, dtype: str) -> list[Row]:
-    """The three, with the bytes that are moved through HBM and received."""
-    beyond = f" within {chip.node} devices, {chip.network / 1e9:.0f} beyond" if chip.node else ""
-    notes = {
-        "compute": f"matmuls at {chip.peak(dtype) / 1e12:,.0f} TFLOP/s, {chip.name}'s peak in {dtype}",
-        "memory": f"operands and results moved once, at {chip.bandwidth / 1e12:.2f} TB/s",
-        "network": f"received for what the sharding needs, at the links' full {chip.link / 1e9:.0f} GB/s{beyond}",
-    }
-    nbytes = {"compute": None, "memory": moved, "network": received}
-    return [row(name, note, nbytes=nbytes[name], seconds=seconds[name]) for name, note in notes.items()]
+    return result, [Table(caption="One device and one step.", columns=planned.COLUMNS, rows=rows)], facts
 
 
 def compile_or_why_not(lowered: Any, options: dict[str, str]) -> tuple[Any, str]:

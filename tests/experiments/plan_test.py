@@ -12,6 +12,7 @@ import pytest
 
 from efflm.cli.flags import launch
 from efflm.model.presets import preset
+from efflm.report import planned
 from efflm.report.page import Table
 from experiments import plan
 
@@ -21,7 +22,7 @@ SMALL = ["--model=gpt2", "--train.batch=8", "--train.length=64", "--rows=8", "--
 def run(folder, *flags):
     argv = ["x", f"--run_dir={folder}", *SMALL, *flags]
     launch(plan.main, plan.__doc__, argv, run=plan.Run(), mesh=plan.MESH, train=plan.TRAIN)
-    return json.loads((folder / "plan.json").read_text())
+    return json.loads((folder / "results.json").read_text())
 
 
 def rows(found):
@@ -81,9 +82,9 @@ def test_the_search_needs_no_compiler(tmp_path, capsys, monkeypatch):
 def test_the_search_compiles_until_one_fits(tmp_path, monkeypatch, fitting, count):
     tried = []
 
-    def compiled(run, config, train, sizes, chip, topology):
+    def compiled(run, config, train, sizes, chip, topology, log):
         tried.append((sizes, train.batch, train.remat))
-        table = Table(caption="", columns=plan.COLUMNS, rows=[])
+        table = Table(caption="", columns=planned.COLUMNS, rows=[])
         return {"fits": len(tried) == fitting, "mesh": dataclasses.asdict(sizes)}, [table], []
 
     monkeypatch.setattr(plan, "compiled", compiled)
@@ -129,7 +130,7 @@ def test_the_tpu_compiler_gathers_a_matrix_at_a_time_and_scatters_its_gradient(t
     root = Path(__file__).parent.parent.parent
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert "the TPU's compiler" in done.stdout
-    found = json.loads((tmp_path / "plan.json").read_text())
+    found = json.loads((tmp_path / "results.json").read_text())
     held = rows(found)
     exact = sum(held[name]["nbytes"] for name in ("weights", "optimizer state", "batch"))
     assert exact == pytest.approx(held["arguments"]["nbytes"], rel=0.05)
