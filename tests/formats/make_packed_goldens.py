@@ -165,12 +165,15 @@ def export(folder: Path) -> None:
     from tests import tiny
     from tests.formats.huggingface_test import small_tokenizer
 
+    def static(_, w):
+        known = {"activations": "int8_static", "activation_scale": jnp.full((1, 1), STATIC)}
+        return w.replace(**known) if hasattr(w, "bits") else w
+
     for name, (config, how, format) in EXPORTS.items():
         model = tiny.model(tiny.CONFIGS[config])
         params = quantize(model.params, **how)
         if "static" in name:
-            static = {"activations": "int8_static", "activation_scale": jnp.full((1, 1), STATIC)}
-            params = trees.map_with_path(lambda _, w: w.replace(**static) if hasattr(w, "bits") else w, params)
+            params = trees.map_with_path(static, params)
         efflm.save(folder / name, model.replace(params=params), small_tokenizer(), format=format)
         tokens = tiny.tokens(model.config, 2, LENGTH)
         logits = tiny.logits(huggingface.load_weights(folder / name), tokens)
