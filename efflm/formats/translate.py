@@ -148,7 +148,7 @@ def schemes(model: LanguageModel, family: str) -> dict[str, Scheme | None]:
     found: dict[str, Scheme | None] = dict.fromkeys((head, "lm_head"))  # as transformers 5 calls it in every family
     leaves = dict(trees.flatten(model.params))
     for name, paths in _by_tensor(leaves, family).items():
-        if not _is_linear(paths[0]):
+        if not (_is_linear(paths[0]) or params.find(paths[0])[0].role == "router"):
             continue
         each = [matrix_of(name, leaves[path], 0).scheme if isinstance(leaves[path], QArray) else None for path in paths]
         require(

@@ -138,13 +138,15 @@ def gptqmodel() -> None:
             _keep(torch, Path(home) / name, floats, weights)
 
 
-EXPORTS = {  # name: (the config of tests.tiny, what matrices become, format)
+EXPORTS = {  # name: (the config of tests.tiny or a golden, what matrices become, format)
     "w8a16": ("untied", {}, "compressed-tensors"),
     "w8a8": ("llama", {"activations": "int8"}, "compressed-tensors"),
     "w8a8_static": ("untied", {"activations": "int8"}, "compressed-tensors"),  # with the scale STATIC
     "w4a16": ("qwen2", {"bits": 4, "group": 16}, "compressed-tensors"),
     "w4a16_fused": ("neox", {"bits": 4, "group": 16}, "compressed-tensors"),
     "w8a16_qk_norm": ("qwen3", {}, "compressed-tensors"),
+    "w8a16_experts": ("mixtral", {}, "compressed-tensors"),
+    "w8a16_post_norm": ("gemma3", {}, "compressed-tensors"),
     "w3a16": ("llama", {"bits": 3, "group": 16}, "compressed-tensors"),
     "floats_of_w3a16": ("gpt2", {"bits": 3, "group": 16}, "huggingface"),
     "floats_of_w4a16_asym": ("neox", {"bits": 4, "group": 16, "symmetric": False}, "huggingface"),
@@ -170,7 +172,8 @@ def export(folder: Path) -> None:
         return w.replace(**known) if hasattr(w, "bits") else w
 
     for name, (config, how, format) in EXPORTS.items():
-        model = tiny.model(tiny.CONFIGS[config])
+        golden = PACKED.parent / config
+        model = tiny.model(tiny.CONFIGS[config]) if config in tiny.CONFIGS else huggingface.load_weights(golden)
         params = quantize(model.params, **how)
         if "static" in name:
             params = trees.map_with_path(static, params)
