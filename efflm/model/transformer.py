@@ -1,6 +1,7 @@
 """A decoder-only Transformer that covers the families of models by its config, and the model as a value."""
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -273,10 +274,15 @@ def final_states_and_gathered(
 
 def init_params(config: ModelConfig, seed: int, mesh: Mesh | None = None) -> dict[str, Any]:
     """Fresh float32 weights, which depend on config and seed alone; on a mesh each device makes only its own part."""
-    make = lambda key: Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-    key = jax.random.key(seed)
-    where = None if mesh is None else placement.shardings(jax.eval_shape(make, key), mesh)
-    return jax.jit(make, out_shardings=where)(key)
+    make, key = functools.partial(_init, config), jax.random.key(seed)
+    if mesh is None:
+        return make(key)
+    return jax.jit(make, out_shardings=placement.shardings(jax.eval_shape(make, key), mesh))(key)
+
+
+@functools.partial(jax.jit, static_argnames="config")  # traced once a config
+def _init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    return Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def runs(config: ModelConfig) -> list[tuple[int, int]]:
