@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import typing
 from typing import Literal
 
 import jax
@@ -86,6 +87,7 @@ def test_what_is_stored_is_what_the_policy_keeps(name):
 def test_a_new_policy_of_rematerialization_is_one_entry(monkeypatch):
     monkeypatch.setitem(REMAT, "inputs", Recompute((), projections=1.0, attention=1.0, feedforward=1.0))
     monkeypatch.setitem(TrainSettings.__annotations__, "remat", Literal[*REMAT])  # which an edit of the entries makes
+    monkeypatch.setattr("efflm.config.types", typing.get_type_hints)
     config, train = tiny.CONFIGS["llama"], dataclasses.replace(TRAIN, remat="full")
     named = dataclasses.replace(train, remat="inputs")
     state, mesh = device.state(config, train), abstract_mesh(fsdp=2)

@@ -1,6 +1,7 @@
 """What may change when a run goes on, and a run that branches from another one."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -27,11 +28,19 @@ def batches(step):
     return tiny.batch(MODEL.config, rows=4, seed=step)
 
 
+PROGRAMS: trainer.Programs = {}
+
+
+@functools.cache
+def task_of(config):
+    return trainer.model_task(MODEL.config, config, tiny.copies(MODEL.params), batches)
+
+
 def train(folder, config=TRAIN, mesh=None, **kept):
     kept = Checkpointing(directory=folder / "state", **{"every": 2, "keep": 9, "about": ABOUT} | kept)
-    task = trainer.model_task(MODEL.config, config, tiny.copies(MODEL.params), batches)
-    watched = [callbacks.lines(folder / "metrics.jsonl")]
-    return trainer.fit(task, mesh=mesh or meshes.make_mesh(), title="", watched=watched, checkpointing=kept).params
+    watched, mesh = [callbacks.lines(folder / "metrics.jsonl")], mesh or meshes.make_mesh()
+    task = task_of(config)
+    return trainer.fit(task, mesh=mesh, title="", watched=watched, checkpointing=kept, programs=PROGRAMS).params
 
 
 def lines(folder):

@@ -30,6 +30,7 @@ from efflm.train.checkpointing import Checkpointing
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent.parent
+ADAM, PROGRAMS = optax.adam(0.1), {}  # what one run has compiled the others use
 
 
 class Killed(Exception):
@@ -59,12 +60,12 @@ def train(
             "scale": jnp.asarray(np.random.default_rng(0).standard_normal(size), jnp.float32),
         },
         batches=batches,
-        rule=optax.adam(0.1),
+        rule=ADAM,
         loss_scale=loss_scale,
     )
     watched = [callbacks.lines(folder / "metrics.jsonl", tensorboard)] if lines else []
     saved = Checkpointing(directory=folder / "state", **{"every": 2, "keep": 9} | kept)
-    return trainer.fit(task, mesh=meshes.make_mesh(), watched=watched, checkpointing=saved)
+    return trainer.fit(task, mesh=meshes.make_mesh(), watched=watched, checkpointing=saved, programs=PROGRAMS)
 
 
 def dying_at(fatal, before=rows):
