@@ -92,7 +92,7 @@ def write(path, tensors, architecture="llama", kind="F32", metadata=None, tokeni
         writer.add_bos_token_id(0)
         writer.add_eos_token_id(1)
     for name, array in tensors.items():
-        if architecture == "llama" and (".q_proj" in name or ".k_proj" in name):
+        if architecture in ("llama", "deci") and (".q_proj" in name or ".k_proj" in name):
             array = interleaved(array, HEADS if ".q_proj" in name else KV_HEADS)
         if architecture in GEMMA and name.endswith("norm.weight"):
             array = array + 1  # as the converter of Gemma stores them
@@ -110,18 +110,34 @@ def write(path, tensors, architecture="llama", kind="F32", metadata=None, tokeni
     return path
 
 
+# Where the float16 numbers of a block lie, of the types that have other places than its first two or four bytes.
+HALVES = {name: [0] for name in ("Q4_0", "Q5_0", "Q8_0", "F16", "IQ4_NL", "IQ4_XS", "IQ1_S", "IQ2_S", "IQ3_S")}
+HALVES |= {"IQ2_XXS": [0], "IQ2_XS": [0], "IQ3_XXS": [0], "Q2_K": [80, 82], "Q3_K": [108], "Q6_K": [208]}
+HALVES |= {"TQ1_0": [52], "TQ2_0": [64], "F32": [], "BF16": [], "MXFP4": [], "NVFP4": [], "IQ1_M": []}
+
+
 def random_blocks(rng, kind, count):
-    """Blocks of `kind`, every bit drawn but those of scales, float16 of ordinary size: uint8 [count, bytes]."""
+    """Blocks of `kind`, every bit drawn but those of scales, which are of ordinary size: uint8 [count, bytes]."""
     width = next(width for name, _, width in KINDS.values() if name == kind)
     blocks = rng.integers(0, 256, (count, width), np.uint8)
-    halves = {"Q4_0": [0], "Q5_0": [0], "Q8_0": [0], "Q6_K": [208], "F16": [0]}.get(kind, [0, 2])
-    for at in halves if kind not in ("F32", "BF16") else []:
+    for at in HALVES.get(kind, [0, 2]):
         blocks[:, at : at + 2] = rng.normal(0, 0.1, (count, 1)).astype(np.float16).view(np.uint8)
     if kind == "BF16":
         blocks[:, 1] &= 0xBF  # exponents below 2: neither infinite nor not a number
     if kind == "F32":
         blocks[:] = rng.normal(size=(count, 1)).astype(np.float32).view(np.uint8)
+    if kind == "MXFP4":
+        blocks[:, 0] = rng.integers(100, 130, count)  # a power of two
+    if kind == "IQ1_M":  # a float16 of ordinary size, in the upper halves of the last four pairs of bytes
+        blocks[:, 49::2] &= 0x0F
+        blocks[:, 49::2] |= np.array([0x00, 0x80, 0x20, 0x20], np.uint8)
     return blocks
+
+
+# The types with a table of points, which `value` does not know.
+POINTS = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6)  # the magnitudes of a float of four bits
 
 
 def value(kind, block, e):
@@ -147,7 +163,41 @@ def value(kind, block, e):
         return half(0) * (nibble(8) + 16 * bit(4)) + half(2)
     if kind == "Q8_0":
         return half(0) * signed(b[2 + e])
+    if kind == "IQ4_NL":
+        return half(0) * IQ4[nibble(2)]
+    if kind == "MXFP4":
+        return 2.0 ** (b[0] - 127) * E2M1[nibble(1) & 7] * (-1 if nibble(1) & 8 else 1)
     part, lane = e // 32, e % 32
+    if kind == "NVFP4":
+        part, lane = e // 16, e % 16
+        code, scale = (b[4 + 8 * part + lane % 8] >> (4 * (lane // 8))) & 15, b[part]
+        exponent, mantissa = (scale >> 3) & 15, scale & 7
+        scale = (1 + mantissa / 8) * 2.0 ** (exponent - 7) if exponent else mantissa * 2.0**-9
+        return (0 if b[part] == 127 else scale) * E2M1[code & 7] * (-1 if code & 8 else 1)
+    if kind == "IQ4_XS":
+        scale = (b[4 + part // 2] >> (4 * (part % 2))) & 15
+        scale += 16 * (((b[2] + 256 * b[3]) >> (2 * part)) & 3)
+        code = (b[8 + 16 * part + lane % 16] >> (4 * (lane // 16))) & 15
+        return half(0) * (scale - 32) * IQ4[code]
+    if kind in ("Q2_K", "Q3_K", "TQ2_0"):
+        at = {"Q2_K": 16, "Q3_K": 32, "TQ2_0": 0}[kind]
+        low = (b[at + 32 * (e // 128) + lane] >> (2 * (part % 4))) & 3
+        if kind == "TQ2_0":
+            return half(64) * (low - 1)
+        group = e // 16
+        if kind == "Q2_K":
+            return half(80) * (b[group] & 15) * low - half(82) * (b[group] >> 4)
+        scale = (b[96 + group % 8] >> (4 * (group // 8))) & 15
+        scale += 16 * ((b[104 + group % 4] >> (2 * (group // 4))) & 3)
+        return half(108) * (scale - 32) * (low - (0 if (b[lane] >> part) & 1 else 4))
+    if kind == "TQ1_0":  # each byte is a number in base three, of five digits or at the end four, times 256 / 243
+        if e < 160:
+            byte, digit = b[e % 32], e // 32
+        elif e < 240:
+            byte, digit = b[32 + (e - 160) % 16], (e - 160) // 16
+        else:
+            byte, digit = b[48 + (e - 240) % 4], (e - 240) // 4
+        return half(52) * ((byte * 3**digit % 256) * 3 // 256 - 1)
     if kind == "Q6_K":
         side, quarter = e // 128, part % 4
         low = (b[64 * side + 32 * (quarter % 2) + lane] >> (4 * (quarter // 2))) & 15

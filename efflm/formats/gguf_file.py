@@ -1,4 +1,4 @@
-"""GGUF files: their header, read with every number checked against the file, and their tensors, dequantized.
+"""GGUF files: their header, read with every number checked against the file, their tensors, dequantized; and written.
 
 The layout is that of ggml's docs/gguf.md: a magic number, a version, two counts, typed key-value pairs, tensor
 descriptions, padding, tensor data. A file is a stranger's: each count and length is believed only as far as the file's
@@ -10,8 +10,9 @@ import dataclasses
 import math
 import mmap
 import struct
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,11 +27,28 @@ KINDS = {
     6: ("Q5_0", 32, 22),
     7: ("Q5_1", 32, 24),
     8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
     12: ("Q4_K", 256, 144),
     13: ("Q5_K", 256, 176),
     14: ("Q6_K", 256, 210),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    29: ("IQ1_M", 256, 56),
     30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36),
 }
+FLOATS = ("F32", "F16", "BF16")
+SIZES = {name: (elements, width) for name, elements, width in KINDS.values()}
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 # Lists of strings that are read; others are stepped over. What is a list in a header is large.
@@ -192,14 +210,78 @@ def read_tensor(header: Header, name: str) -> np.ndarray:
     import gguf
 
     tensor = header.tensors[name]
-    kind = gguf.GGMLQuantizationType[tensor.kind]
     rows = math.prod(tensor.shape[:-1])
     stored = np.memmap(header.path, np.uint8, "r", offset=tensor.start, shape=(rows, tensor.size // rows))
     values = np.empty((rows, tensor.shape[-1]), np.float32)
     step = max(1, CHUNK // tensor.shape[-1])
-    with np.errstate(all="ignore"):  # damaged scales may be anything
-        for start in range(0, rows, step):
-            part = np.array(stored[start : start + step])
-            # As one row: through many the library goes in small groups, which takes over twice as long.
-            values[start : start + step] = gguf.quants.dequantize(part.reshape(1, -1), kind).reshape(len(part), -1)
+    try:
+        kind = gguf.GGMLQuantizationType[tensor.kind]
+        with np.errstate(all="ignore"):  # damaged scales may be anything
+            for start in range(0, rows, step):
+                part = np.array(stored[start : start + step])
+                # As one row: through many the library goes in small groups, which takes over twice as long.
+                values[start : start + step] = gguf.quants.dequantize(part.reshape(1, -1), kind).reshape(len(part), -1)
+    except (KeyError, NotImplementedError):
+        raise InputError(
+            f"{header.path} has {name!r:.80} stored as {tensor.kind}, which is newer than the gguf library here: "
+            "update it (pip install -U gguf)"
+        ) from None
     return values.reshape(tensor.shape)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+class New(NamedTuple):
+    """A tensor to be written. shape: as in numpy, rows first; kind: a name in KINDS; blocks: what gives its bytes,
+    uint8 [..., bytes of a row]."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    blocks: Callable[[], np.ndarray]
+
+    @property
+    def row_bytes(self) -> int:
+        elements, width = SIZES[self.kind]
+        return self.shape[-1] // elements * width
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape[:-1]) * self.row_bytes
+
+
+def nbytes(tensors: Sequence[New]) -> int:
+    """Bytes of the tensors in a file, each with what fills it up to a multiple of 32."""
+    return sum(-(-tensor.nbytes // 32) * 32 for tensor in tensors)
+
+
+def write(path: Path, metadata: dict[str, Any], tensors: Sequence[New]) -> None:
+    """Write a file, holding one tensor at a time. metadata: strings, bools, floats (as float32), whole numbers (as
+    uint32) and lists of them by key. Raises OSError."""
+    import gguf
+
+    kinds = {str: "STRING", bool: "BOOL", float: "FLOAT32", int: "UINT32", list: "ARRAY"}
+    writer = gguf.GGUFWriter(path, metadata["general.architecture"])
+    try:
+        for key, value in metadata.items():
+            if key != "general.architecture":
+                writer.add_key_value(key, value, gguf.GGUFValueType[kinds[type(value)]])
+        for tensor in tensors:
+            of_rows = (*tensor.shape[:-1], tensor.row_bytes)
+            kind = gguf.GGMLQuantizationType[tensor.kind]
+            writer.add_tensor_info(tensor.name, of_rows, np.dtype(np.uint8), tensor.nbytes, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors:
+            writer.write_tensor_data(np.ascontiguousarray(tensor.blocks()))
+    finally:
+        writer.close()
+
+
+def rounded(values: np.ndarray, kind: str) -> np.ndarray:
+    """Floats [rows, columns] as the blocks of a kind, uint8, by the library's rounding to the nearest."""
+    import gguf
+
+    return gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind]).view(np.uint8)

@@ -13,13 +13,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from efflm.config import InputError, require
+from efflm.config.model import MOST_LAYERS, BlockConfig
 from efflm.formats import gguf_file, gguf_keys, gguf_tokenizer
 from efflm.formats.tensors import Tensors
 from efflm.formats.translate import to_model
 from efflm.model import LanguageModel
 from efflm.text.tokenizer import Tokenizer
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
+ARCHITECTURES = ("llama", "deci", "qwen2", "qwen3", "gemma2", "gemma3")  # deci: llama, its layers of different sizes
+PAIRED = ("llama", "deci")  # whose q and k have the two of each rotary pair as neighbours
 OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 INNER = {
     "attn_norm": "input_layernorm",
@@ -42,6 +44,12 @@ INNER_OF_GEMMA = INNER | {
 # Where the file does not say it: every which layer has no window; of how many layers is the model whose scores are
 # divided by the root of width / heads. As llama.cpp has it.
 GEMMA = {"gemma2": (2, 46), "gemma3": (6, 62)}
+# Sizes that differ from layer to layer in some architectures: in a BlockConfig, in a config.json.
+BY_LAYER = {
+    "attention.head_count": ("heads", "num_attention_heads"),
+    "attention.head_count_kv": ("kv_heads", "num_key_value_heads"),
+    "feed_forward_length": ("mlp_dim", "intermediate_size"),
+}
 ROPE_FACTORS = "rope_freqs.weight"
 CAPS = (("attn_logit", 50.0), ("final_logit", 30.0))  # Gemma 2's, where the file does not say them
 YARN = (("fast", 32.0), ("slow", 1.0))  # what YaRN's betas are where the file does not say so
@@ -66,7 +74,7 @@ def load(path: Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> t
         lambda name: read(header, names, description, name),
     )
     try:
-        return to_model(description, source, dtype=dtype, mesh=mesh), tokens
+        return to_model(description, source, dtype=dtype, mesh=mesh, blocks=blocks_of(header, description)), tokens
     except InputError as error:
         raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
@@ -79,7 +87,7 @@ def quantization(path: Path) -> str:
     """
     counts: dict[str, int] = {}
     for tensor in gguf_file.read_header(path).tensors.values():
-        if tensor.kind.startswith("Q"):
+        if tensor.kind not in gguf_file.FLOATS:
             counts[tensor.kind] = counts.get(tensor.kind, 0) + math.prod(tensor.shape)
     return max(counts, key=counts.get, default="")
 
@@ -101,6 +109,8 @@ def config_of(header: gguf_file.Header) -> dict[str, Any]:
         value = metadata.get(f"{architecture}.{key}", default)
         if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
             value = value[0].item()  # one for each layer, all alike
+        elif architecture == "deci" and key in BY_LAYER and isinstance(value, np.ndarray) and value.size:
+            value = value[0].item()  # blocks_of reads the others
         require(value is not None, f"{where} does not say {architecture}.{key}")
         right = (
             isinstance(value, int | kind)
@@ -108,14 +118,17 @@ def config_of(header: gguf_file.Header) -> dict[str, Any]:
             and 0 < value < (2**31 if kind is int else math.inf)
         )
         require(right, f"{where}: {architecture}.{key} is {value!r:.80}, but must be one positive {kind.__name__}")
-        return value
+        return float(str(np.float32(value))) if kind is float else value  # 1e-5, where float32 has 9.99999975e-6
 
     require(
         f"{architecture}.expert_count" not in metadata or metadata[f"{architecture}.expert_count"] == 0,
         f"{where} is a mixture of experts, which is not supported",
     )
     layers, width, heads = number("block_count"), number("embedding_length"), number("attention.head_count")
-    require(layers <= len(header.tensors), f"{where} claims {layers} layers, but has {len(header.tensors)} tensors")
+    require(
+        layers <= min(len(header.tensors), MOST_LAYERS),
+        f"{where} claims {layers} layers, but has {len(header.tensors)} tensors",
+    )
     head_dim = number("attention.key_length", width // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         given = number(key, head_dim)
@@ -123,7 +136,7 @@ def config_of(header: gguf_file.Header) -> dict[str, Any]:
     require("token_embd.weight" in header.tensors, f"{where} has no tensor token_embd.weight")
     gguf_keys.require_known(header, head_dim)
     config = {
-        "model_type": architecture,
+        "model_type": "llama" if architecture == "deci" else architecture,
         "vocab_size": header.tensors["token_embd.weight"].shape[0],
         "hidden_size": width,
         "intermediate_size": number("feed_forward_length"),
@@ -145,6 +158,22 @@ def config_of(header: gguf_file.Header) -> dict[str, Any]:
         config |= {"model_type": "mistral", "sliding_window": number("attention.sliding_window")}
     scaling = _rope_scaling(header, head_dim, config["rope_theta"], number)
     return config | ({"rope_scaling": scaling} if scaling else {})
+
+
+def blocks_of(header: gguf_file.Header, config: dict[str, Any]) -> tuple[BlockConfig, ...] | None:
+    """The layers, where the architecture has them of different sizes. Raises InputError."""
+    if header.metadata["general.architecture"] != "deci":
+        return None
+    sizes = {}
+    for key, (ours, theirs) in BY_LAYER.items():
+        value = header.metadata.get(f"deci.{key}", config[theirs])
+        sizes[ours] = value.tolist() if isinstance(value, np.ndarray) else [value] * config["num_hidden_layers"]
+        require(
+            len(sizes[ours]) == config["num_hidden_layers"],
+            f"{header.path}: deci.{key} has {len(sizes[ours])} numbers for {config['num_hidden_layers']} layers",
+        )
+    rows = zip(*sizes.values(), strict=True)
+    return tuple(BlockConfig(**dict(zip(sizes, row, strict=True)), head_dim=config["head_dim"]) for row in rows)
 
 
 def _gemma(
@@ -245,15 +274,20 @@ def read(header: gguf_file.Header, names: dict[str, str], config: dict[str, Any]
     values, architecture = gguf_file.read_tensor(header, names[name]), header.metadata["general.architecture"]
     if architecture in GEMMA and name.endswith("norm.weight"):
         return values - 1  # to which the converter has added what these norms add to their weight
-    # For the architecture llama, and no other, the converter reorders the rows of each head of q and k, so that
-    # rotary pairs (i, i + H/2) become neighbours.
-    part = re.search(r"self_attn\.([qk])_proj\.", name)
-    if architecture == "llama" and part:
-        heads = config["num_attention_heads" if part[1] == "q" else "num_key_value_heads"]
+    part = re.search(r"layers\.(\d+)\.self_attn\.([qk])_proj\.", name)
+    if architecture in PAIRED and part:
+        key = "attention.head_count" if part[2] == "q" else "attention.head_count_kv"
+        given, one = header.metadata.get(f"deci.{key}"), config[BY_LAYER[key][1]]
+        heads = int(given[int(part[1])]) if isinstance(given, np.ndarray) else one
         require(
             len(values) % (2 * heads) == 0,
             f"{header.path}: {names[name]} has {len(values)} rows, which {heads} heads do not divide",
         )
-        paired = values.reshape(heads, len(values) // (2 * heads), 2, *values.shape[1:])
-        values = paired.swapaxes(1, 2).reshape(values.shape)
+        values = halved(values, heads)
     return values
+
+
+def halved(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows [heads * H, ...] of q or k with the two of rotary pair i at i and i + H/2 of their head: as everywhere but
+    in PAIRED architectures, whose converter puts them at 2i and 2i + 1."""
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)

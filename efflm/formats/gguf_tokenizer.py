@@ -4,6 +4,7 @@ Two kinds: byte-level BPE ("gpt2"), whose merges the file lists and whose way to
 BPE with bytes to fall back on ("llama"), whose merges follow from its scores.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +168,6 @@ def _sentencepiece(
     if prefixed:
         written.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     before = [{"type": "Prepend", "prepend": "▁"}] if prefixed else []
-    mergeable = [
-        index for index in range(len(tokens)) if types[index] not in (UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE)
-    ]
     return {
         "normalizer": {"type": "Sequence", "normalizers": [*before, space]},
         "decoder": {"type": "Sequence", "decoders": written},
@@ -179,23 +177,25 @@ def _sentencepiece(
             "fuse_unk": True,
             "byte_fallback": True,
             "vocab": vocabulary,
-            "merges": _merges(tokens, vocabulary, mergeable, scores, where),
+            "merges": merges_of(tokens, types, scores, where),
         },
     }
 
 
-def _merges(
-    tokens: list[str], vocabulary: dict[str, int], mergeable: list[int], scores: np.ndarray, where: Path
+def merges_of(
+    tokens: Sequence[str], types: Sequence[int], scores: Sequence[float], where: Any
 ) -> list[tuple[str, str]]:
     """SentencePiece joins the two neighbours whose union scores highest: every way to halve a token into two tokens is
     a merge, ranked by the token's score, and longer left halves first among equals."""
+    known = {token for token, kind in zip(tokens, types, strict=True) if kind != UNUSED}
+    mergeable = [i for i, kind in enumerate(types) if kind not in (UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE)]
     halves = []
     for index in mergeable:
         token = tokens[index]
         if len(token) > LONGEST:
             raise InputError(f"{where}: token {index} has {len(token)} characters, more than {LONGEST}")
         for cut in range(1, len(token)):
-            if token[:cut] in vocabulary and token[cut:] in vocabulary:
+            if token[:cut] in known and token[cut:] in known:
                 halves.append((scores[index], token[:cut], token[cut:]))
     halves.sort(key=lambda half: (-half[0], -len(half[1])))
     return [(left, right) for _, left, right in halves]

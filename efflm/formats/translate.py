@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from efflm import trees
 from efflm.cli import progress
 from efflm.config import InputError, require
-from efflm.config.model import ModelConfig
+from efflm.config.model import BlockConfig, ModelConfig
 from efflm.formats import buffers, hf_config, packed_config
 from efflm.formats.families import FAMILIES, Family, Place
 from efflm.formats.hf_values import MOST
@@ -28,16 +28,22 @@ ROWS = 1024  # of two matrices that are compared at a time
 
 
 def to_model(
-    description: dict[str, Any], source: Tensors, *, dtype: str | None = None, mesh: Mesh | None = None
+    description: dict[str, Any],
+    source: Tensors,
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    blocks: tuple[BlockConfig, ...] | None = None,
 ) -> LanguageModel:
     """The model that `description`, what a config.json holds, and the tensors make, laid on the mesh.
 
-    dtype: of all floats; None keeps each as it is stored. Quantized matrices are QArrays with the codes of the file.
-    One tensor is in the process's memory at a time, beside the model. Raises InputError, before any weight is placed,
-    for a family or setting that is not supported and for tensors that are missing, of another shape, or unknown. An
-    output layer of its own counts, whatever the config says of it.
+    dtype: of all floats; None keeps each as it is stored. blocks: the layers, where they differ from each other, which
+    no config.json says. Quantized matrices are QArrays with the codes of the file. One tensor is in the process's
+    memory at a time, beside the model. Raises InputError, before any weight is placed, for a family or setting that is
+    not supported and for tensors that are missing, of another shape, or unknown. An output layer of its own counts,
+    whatever the config says of it.
     """
-    config, weights = read_weights(description, source, dtype, mesh or meshes.make_mesh())
+    config, weights = read_weights(description, source, dtype, mesh or meshes.make_mesh(), blocks)
     tree = trees.unflatten(dict(weights))
     named = description.get("torch_dtype") or description.get("dtype") or main_dtype(tree)
     precision = precision_of(dtype or named)
@@ -47,7 +53,11 @@ def to_model(
 
 
 def read_weights(
-    description: dict[str, Any], source: Tensors, dtype: str | None, mesh: Mesh
+    description: dict[str, Any],
+    source: Tensors,
+    dtype: str | None,
+    mesh: Mesh,
+    blocks: tuple[BlockConfig, ...] | None = None,
 ) -> tuple[ModelConfig, Iterator[tuple[str, Any]]]:
     """The config, in float32, and each leaf by its path as it is read. See `to_model`."""
     require_dtype(dtype)
@@ -55,7 +65,7 @@ def read_weights(
     settings = dict(description)
     quantized = packed_config.read(settings.pop("quantization_config", None))
     config = hf_config.read(family.config, settings, layers_at_most=max(1, len(source.shapes)))
-    config = _with_own_head(family, config, source)
+    config = _with_own_head(family, dataclasses.replace(config, blocks=blocks or config.blocks), source)
     wanted = {path: param.shape for path, param in params.table(config).items()}
     names, matrices, beside = _names(family, config, quantized, source.shapes)
     buffers.require_harmless(beside, source, config)

@@ -131,11 +131,14 @@ def watched(tmp_path):
 
 
 @pytest.mark.parametrize("harm", [damaged, misnumbered])
-@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
-def test_damaged_gguf_files(watched, architecture, harm):
+@pytest.mark.parametrize(("architecture", "kind"), [("llama", "Q8_0"), ("qwen3", "MXFP4"), ("deci", "TQ2_0")])
+def test_damaged_gguf_files(watched, architecture, kind, harm):
     path = watched / "a.gguf"
-    weights = gguf_files.weights(np.random.default_rng(0), architecture, width=64, hidden=64)
-    whole = gguf_files.write(path, weights, architecture, kind="Q8_0").read_bytes()
+    width = 256 if kind == "TQ2_0" else 64
+    weights = gguf_files.weights(np.random.default_rng(0), architecture, width=width, hidden=width)
+    by_layer = {"attention.head_count": [8, 8], "attention.head_count_kv": [4, 4], "feed_forward_length": [width] * 2}
+    metadata = by_layer if architecture == "deci" else {}
+    whole = gguf_files.write(path, weights, architecture, kind=kind, metadata=metadata).read_bytes()
     gguf_model.load(path)
     header = whole.index(b"token_embd") + 2000
     draw, refused = random.Random(architecture), 0
