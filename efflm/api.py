@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 
@@ -28,7 +28,7 @@ from efflm.config import AskedPrecision, InputError, at_home, require
 from efflm.data import corpora, dataset, enwik8, loader
 from efflm.evaluate import scoring
 from efflm.evaluate.windows import Scoring
-from efflm.formats import compressed_tensors, huggingface, saved, sources
+from efflm.formats import compressed_tensors, gguf_export, huggingface, saved, sources
 from efflm.infer import speculative
 from efflm.infer.generate import generate as generate_ids
 from efflm.infer.sampling import Sampling
@@ -216,7 +216,13 @@ def generate(
 
 
 def save(
-    path: SOURCE, model: LanguageModel | None = None, tokenizer: Tokenizer | None = None, *, format: str = "efflm"
+    path: SOURCE,
+    model: LanguageModel | None = None,
+    tokenizer: Tokenizer | None = None,
+    *,
+    format: str = "efflm",
+    kind: str = "",
+    check: bool = True,
 ) -> Path:
     """Write the model and its tokenizer, all or nothing; `load` and every --model read them back. Returns the path of
     the weights.
@@ -225,8 +231,11 @@ def save(
     which model.safetensors is written, or a name that ends in .safetensors, with tokenizer.json beside it; an earlier
     save there is replaced, other things are not. path of all others: a folder that holds nothing yet. "huggingface":
     floats, which transformers and other programs load unchanged; float32 where the model is compressed.
-    "compressed-tensors": quantized matrices as transformers and vLLM read them. What such a format cannot hold as it is
-    is told on stderr, with its bytes.
+    "compressed-tensors": quantized matrices as transformers and vLLM read them. "gguf": a file for llama.cpp, with the
+    codes of compressed weights as they are; path: a name that ends in .gguf, not there yet. What such a format cannot
+    hold as it is is told on stderr, with its bytes.
+    kind: with "gguf", what all matrices are rounded to, such as F16 or Q8_0; "": what holds their numbers, or an error
+    where nothing does. check: with "gguf", compare logits with llama.cpp's, where llama_cpp is installed.
     """
     require(
         arguments.is_path(path),
@@ -235,16 +244,17 @@ def save(
     require(format in FORMATS, f"format is {arguments.shown(format)}: choose {' or '.join(FORMATS)}")
     arguments.require_model(model)
     arguments.require_tokenizer(tokenizer, model, "saving needs")
+    require(not kind or format == "gguf", f"kind is {arguments.shown(kind)}, but that is for the format gguf")
     file = Path(at_home(os.fspath(path)))
     try:
-        return FORMATS[format](file, model, tokenizer)
+        return FORMATS[format](file, model, tokenizer, kind=kind, check=check)
     except OSError as error:
         raise InputError(
             f"cannot write {file} ({error.strerror or error}): give another path, or free some space"
         ) from None
 
 
-def _save_own(file: Path, model: LanguageModel, tokenizer: Tokenizer) -> Path:
+def _save_own(file: Path, model: LanguageModel, tokenizer: Tokenizer, **_: Any) -> Path:
     if file.suffix != ".safetensors":
         require(not (file / "checkpoint").exists(), f"{file} holds another model (checkpoint): give another path")
         file = file / sources.OWN
@@ -253,21 +263,32 @@ def _save_own(file: Path, model: LanguageModel, tokenizer: Tokenizer) -> Path:
     return file
 
 
-def _save_huggingface(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> Path:
-    return _told(huggingface.save(folder, model, tokenizer), folder / huggingface.WEIGHTS)
+def _save_huggingface(folder: Path, model: LanguageModel, tokenizer: Tokenizer, **_: Any) -> Path:
+    return _told(huggingface.save(folder, model, tokenizer), folder / huggingface.WEIGHTS, folder)
 
 
-def _save_compressed_tensors(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> Path:
-    return _told(compressed_tensors.save(folder, model, tokenizer), folder / huggingface.WEIGHTS)
+def _save_compressed_tensors(folder: Path, model: LanguageModel, tokenizer: Tokenizer, **_: Any) -> Path:
+    return _told(compressed_tensors.save(folder, model, tokenizer), folder / huggingface.WEIGHTS, folder)
 
 
-def _told(lines: Sequence[str], file: Path) -> Path:
+def _save_gguf(file: Path, model: LanguageModel, tokenizer: Tokenizer, kind: str, check: bool) -> Path:
+    made = grammar.of_lineage(model.about.get("lineage", ()))
+    return _told(gguf_export.save(file, model, tokenizer, kind=kind, check=check, made=made), file, file)
+
+
+def _told(lines: Sequence[str], file: Path, name: Path) -> Path:
     for line in lines:
-        print(f"{file.parent}: {line}", file=sys.stderr)
+        print(f"{name}: {line}", file=sys.stderr)
     return file
 
 
-FORMATS = {"efflm": _save_own, "huggingface": _save_huggingface, compressed_tensors.FORMAT: _save_compressed_tensors}
+# Each writes a model and its tokenizer to a path, as `kind` and `check` say, and returns the path of the weights.
+FORMATS = {
+    "efflm": _save_own,
+    "huggingface": _save_huggingface,
+    compressed_tensors.FORMAT: _save_compressed_tensors,
+    "gguf": _save_gguf,
+}
 
 
 def context_for(

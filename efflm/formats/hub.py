@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub, through its library: its cache, its offline mode, its login."""
+"""Models on the Hugging Face hub, from there and to it, through its library: its cache, offline mode and login."""
 
 import re
 from pathlib import Path
@@ -60,3 +60,33 @@ def fetch(source: str) -> Path:
         told = next((words for kind, words in problems.items() if isinstance(error, kind)), "")
         said = " ".join(str(error).split())[:300]
         raise InputError(told or f"{name} cannot be fetched from the hub: {said}") from None
+
+
+def require_name(name: str) -> None:
+    """Raise InputError unless a model can be pushed under this name."""
+    require("/" in name and bool(_NAME.fullmatch(name)), f"{name!r:.80} names no model of the hub: give org/name")
+
+
+def push(path: Path, name: str) -> str:
+    """Send a file and its card, or all files of a folder, to the model `org/name` of the hub; its address.
+
+    The model is made there if need be. Raises InputError if the hub cannot be reached or does not take it.
+    """
+    from huggingface_hub import HfApi, errors
+
+    require_name(name)
+    hub = HfApi()
+    try:
+        address = hub.create_repo(name, exist_ok=True)
+        if path.is_dir():
+            hub.upload_folder(repo_id=name, folder_path=path)
+        else:
+            hub.upload_file(repo_id=name, path_or_fileobj=path, path_in_repo=path.name)
+            hub.upload_file(repo_id=name, path_or_fileobj=path.with_name(f"{path.name}.md"), path_in_repo="README.md")
+        return str(address)
+    except (OSError, ValueError, errors.HTTPError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{path} cannot be sent to {name} on the Hugging Face hub ({said}): log in with `hf auth login` as one who "
+            "may write there"
+        ) from None
