@@ -34,9 +34,9 @@ def language_model_loss(
 
     def sums(params, frozen, batch, weights_BT):
         del frozen
-        (x_BTD, w, tied), _ = _final_states(model, params, batch)
-        how = {"tied": tied, "cap": config.logit_cap, "z_weight": z_loss}
-        total, nll = ops.cross_entropy(x_BTD, w, batch["targets"], weights_BT, **how)
+        x_BTD, _ = model.apply({"params": params}, **_inputs(batch), method=Transformer.final_states)
+        how = {"tied": config.tied, "cap": config.logit_cap, "z_weight": z_loss}
+        total, nll = ops.cross_entropy(x_BTD, _reader(params, config), batch["targets"], weights_BT, **how)
         return {"loss": total} | ({"cross_entropy": nll} if z_loss else {})
 
     return _mean_over_tokens(sums)
@@ -162,9 +162,8 @@ def sums_against(
     x_BTD, reference_BTD: final states for a batch that has targets and segments. params: hold the output layer, which
     reads both.
     """
-    weights_BT, tied = target_weights(batch), config.tied
-    w = params["embedding" if tied else "unembedding"]
-    outputs = (x_BTD, w, tied), (reference_BTD, w, tied)
+    weights_BT, w = target_weights(batch), _reader(params, config)
+    outputs = (x_BTD, w, config.tied), (reference_BTD, w, config.tied)
     how = {"temperature": 1.0, "share": 1.0} | _of_logits(config, config)
     _, kl, nll = ops.distillation(*outputs, batch["targets"], weights_BT, **how)
     return nll, kl, jnp.sum(weights_BT)
@@ -181,10 +180,19 @@ def _final_states(
 ) -> tuple[tuple[jax.Array, Any, bool], Gathered]:
     """Final states [B, T, D] of a batch of `data.packing`, the output layer that reads them and whether it is tied; and
     what is asked for of all layers."""
-    inputs = {"tokens": batch["inputs"], "segments": batch["segments"], "positions": batch["positions"]}
-    x_BTD, found = final_states_and_gathered(model, params, **inputs, outputs=outputs, probabilities=probabilities)
-    tied = model.config.tied
-    return (x_BTD, params["embedding" if tied else "unembedding"], tied), found
+    x_BTD, found = final_states_and_gathered(
+        model, params, **_inputs(batch), outputs=outputs, probabilities=probabilities
+    )
+    return (x_BTD, _reader(params, model.config), model.config.tied), found
+
+
+def _inputs(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {"tokens": batch["inputs"], "segments": batch["segments"], "positions": batch["positions"]}
+
+
+def _reader(params: Any, config: ModelConfig) -> Any:
+    """The output layer's weight."""
+    return params["embedding" if config.tied else "unembedding"]
 
 
 def _of_logits(student: ModelConfig, teacher: ModelConfig) -> dict[str, Any]:
