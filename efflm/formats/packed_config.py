@@ -1,7 +1,6 @@
 """What the quantization_config of a config.json says of each matrix: compressed-tensors, GPTQ and AWQ; and back."""
 
 import dataclasses
-import functools
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -10,7 +9,6 @@ from efflm.config import InputError, require
 from efflm.ops.format import Activations, Bits
 
 REMEDY = "give the model before it was quantized, or a GGUF file of it"
-MOST_TARGETS = 20_000  # each is compared with each module
 # Keys that change no logits: how the codes were found, and what only writing or running elsewhere reads.
 _HARMLESS = """
     quant_method method version global_compression_ratio desc_act sym true_sequential damp_percent damp_auto_increment
@@ -45,24 +43,17 @@ class Scheme:
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """rules: (targets, scheme); a target is a module's name, "re:" and a pattern, or "Linear". ignore: likewise."""
+    """What each linear layer is, None for floats: by its name, by the patterns that match it, or by "Linear" among the
+    names, in this order, as in compressed-tensors; a pattern with None goes before all."""
 
-    rules: tuple[tuple[tuple[str, ...], Scheme], ...]
-    ignore: tuple[str, ...] = ()
+    named: Mapping[str, Scheme | None]
+    patterns: tuple[tuple[str, Scheme | None], ...] = ()
 
     def of(self, module: str) -> Scheme | None:
-        """The scheme of a linear layer; None: its weight is one of floats. Names go before patterns, and these before
-        kinds, as in compressed-tensors."""
-        fits = lambda target: target == "Linear" or _matches(target, module)
-        if any(map(fits, self.ignore)):
+        fits = [scheme for pattern, scheme in self.patterns if re.match(pattern, module)]
+        if None in fits:
             return None
-        rank = lambda target: 2 if target == "Linear" else int(target.startswith("re:"))
-        found = [(rank(target), scheme) for targets, scheme in self.rules for target in targets if fits(target)]
-        return min(found, key=lambda each: each[0])[1] if found else None
-
-
-def _matches(target: str, module: str) -> bool:
-    return bool(re.match(target[3:], module)) if target.startswith("re:") else target == module
+        return self.named[module] if module in self.named else next(iter(fits), self.named.get("Linear"))
 
 
 def read(values: Any) -> Quantized | None:
@@ -87,7 +78,7 @@ def _gptq(values: dict[str, Any]) -> Quantized:
     layout = values.get("checkpoint_format") or values.get("format") or "gptq"
     _require_one_of({"checkpoint_format": layout}, "checkpoint_format", "gptq", "gptq_v2")
     scheme = Scheme(layout=layout, bits=_bits(values, "bits"), group=_group(values), symmetric=False)
-    return Quantized(((("Linear",), scheme),))
+    return Quantized({"Linear": scheme})
 
 
 def _awq(values: dict[str, Any]) -> Quantized:
@@ -97,7 +88,7 @@ def _awq(values: dict[str, Any]) -> Quantized:
     layout = next((values[key] for key in layouts if values.get(key)), "gemm")
     _require_one_of({"version": layout}, "version", "gemm", "GEMM")
     _require_one_of(given, "bits", 4)
-    return Quantized(((("Linear",), Scheme(layout="awq", bits=4, group=_group(given), symmetric=False)),))
+    return Quantized({"Linear": Scheme(layout="awq", bits=4, group=_group(given), symmetric=False)})
 
 
 # --- compressed-tensors ----------------------------------------------------------------------------------------------
@@ -111,12 +102,14 @@ def _compressed_tensors(values: dict[str, Any]) -> Quantized:
     _require_known(values, "format", "quantization_status", "config_groups", "ignore", *dense)
     _require_one_of({"quantization_status": "compressed"} | values, "quantization_status", "compressed")
     _require_one_of(values, "format", None, *_LAYOUTS, _MIXED)
+    named: dict[str, Scheme | None] = {}
+    patterns: list[tuple[str, Scheme | None]] = []
     groups = _object(values, "config_groups")
-    rules = [
-        (_targets(group.get("targets")), _scheme(group, values.get("format")))
-        for group in map(functools.partial(_object, groups), groups)
-    ]
-    return Quantized(tuple(rules), _targets(values.get("ignore") or []))
+    for key in groups:
+        group = _object(groups, key)
+        _add(group.get("targets"), _scheme(group, values.get("format")), named, patterns)
+    _add(values.get("ignore") or [], None, named, patterns)
+    return Quantized(named, tuple(patterns))
 
 
 def _scheme(group: dict[str, Any], format_: Any) -> Scheme:
@@ -147,21 +140,27 @@ def _scheme(group: dict[str, Any], format_: Any) -> Scheme:
     )
 
 
-def _targets(found: Any) -> tuple[str, ...]:
+def _add(
+    targets: Any, scheme: Scheme | None, named: dict[str, Scheme | None], patterns: list[tuple[str, Scheme | None]]
+) -> None:
+    """Put the scheme of these targets, names or "re:" and a pattern, where it belongs; an earlier one stays unless this
+    is None. Raises InputError for what is no pattern or could match for ever."""
     require(
-        isinstance(found, list) and len(found) <= MOST_TARGETS and all(isinstance(target, str) for target in found),
-        f"{_shown(found)} in the quantization_config must be a list of at most {MOST_TARGETS:,} modules",
+        isinstance(targets, list) and all(isinstance(target, str) for target in targets),
+        f"{_shown(targets)} in the quantization_config must be a list of modules",
     )
-    for pattern in (target[3:] for target in found if target.startswith("re:")):
-        slow = len(pattern) > 200 or _SLOW.search(pattern) or sum(map(pattern.count, "*+")) > 3
-        require(
-            not slow, f"the pattern {pattern!r:.60} in the quantization_config could take too long: name the modules"
-        )
+    for target in targets:
+        if not target.startswith("re:"):
+            named[target] = scheme if scheme is None else named.get(target, scheme)
+            continue
+        pattern = target[3:]
+        slow = len(pattern) > 200 or _SLOW.search(pattern) or sum(map(pattern.count, "*+")) > 3 or len(patterns) > 200
+        require(not slow, f"the pattern {_shown(pattern)} in the quantization_config could take too long: name modules")
         try:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
-            raise InputError(f"{pattern!r:.60} in the quantization_config is no pattern ({error})") from None
-    return tuple(found)
+            raise InputError(f"{_shown(pattern)} in the quantization_config is no pattern ({error})") from None
+        patterns.append((pattern, scheme))
 
 
 def write(schemes: Mapping[str, Scheme | None]) -> dict[str, Any]:
