@@ -235,7 +235,7 @@ def save(
     codes of compressed weights as they are; path: a name that ends in .gguf, not there yet. What such a format cannot
     hold as it is is told on stderr, with its bytes.
     kind: with "gguf", what all matrices are rounded to, such as F16 or Q8_0; "": what holds their numbers, or an error
-    where nothing does. check: with "gguf", compare logits with llama.cpp's, where llama_cpp is installed.
+    where nothing does. check: compare logits with those of llama.cpp or transformers, where it is installed.
     """
     require(
         arguments.is_path(path),
@@ -263,12 +263,12 @@ def _save_own(file: Path, model: LanguageModel, tokenizer: Tokenizer, **_: Any) 
     return file
 
 
-def _save_huggingface(folder: Path, model: LanguageModel, tokenizer: Tokenizer, **_: Any) -> Path:
-    return _told(huggingface.save(folder, model, tokenizer), folder / huggingface.WEIGHTS, folder)
+def _save_huggingface(folder: Path, model: LanguageModel, tokenizer: Tokenizer, check: bool, **_: Any) -> Path:
+    return _told(huggingface.save(folder, model, tokenizer, check), folder / huggingface.WEIGHTS, folder)
 
 
-def _save_compressed_tensors(folder: Path, model: LanguageModel, tokenizer: Tokenizer, **_: Any) -> Path:
-    return _told(compressed_tensors.save(folder, model, tokenizer), folder / huggingface.WEIGHTS, folder)
+def _save_compressed_tensors(folder: Path, model: LanguageModel, tokenizer: Tokenizer, check: bool, **_: Any) -> Path:
+    return _told(compressed_tensors.save(folder, model, tokenizer, check), folder / huggingface.WEIGHTS, folder)
 
 
 def _save_gguf(file: Path, model: LanguageModel, tokenizer: Tokenizer, kind: str, check: bool) -> Path:

@@ -20,10 +20,11 @@ FORMAT = "compressed-tensors"
 FLOATS = 'give format="huggingface", which writes floats'
 
 
-def save(folder: Path, model: LanguageModel, tokens: Tokenizer) -> list[str]:
+def save(folder: Path, model: LanguageModel, tokens: Tokenizer, check: bool = False) -> list[str]:
     """Write a directory, whole or not at all, in which the codes and scales of the matrices inside the layers are those
     of the model. Embeddings and the output layer are floats there: no engine reads others. Codes of 3 bits become the
-    same codes of 4. Returns what this costs. Raises InputError for what the format has no form for.
+    same codes of 4. check: see huggingface.save. Returns what this costs. Raises InputError for what the format has no
+    form for.
     """
     params = trees.map_with_path(_as_written, model.params)
     pairs = [(path, w, dict(trees.flatten(params))[path]) for path, w in trees.flatten(model.params)]
@@ -43,7 +44,7 @@ def save(folder: Path, model: LanguageModel, tokens: Tokenizer) -> list[str]:
         said.append(f"codes of 3 bits: written as the same codes of 4 bits, {more:,} bytes more")
     if any(isinstance(after, QArray) and after.zeros is not None for _, _, after in pairs):
         said.append("zero points are as llm-compressor writes them, which transformers 5.24 does not load")
-    return huggingface.write(folder, model.replace(params=params).with_about(model.about), tokens, FORMAT, said)
+    return huggingface.write(folder, model.replace(params=params).with_about(model.about), tokens, FORMAT, said, check)
 
 
 def _as_written(path: str, w: Any) -> Any:

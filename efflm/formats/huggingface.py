@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from efflm import trees
 from efflm.cli.run_directory import whole, write_json
 from efflm.config import InputError, require
-from efflm.formats import card, packed_config, tensors
+from efflm.formats import card, packed_config, tensors, transformers_check
 from efflm.formats.tensors import FLOATING, Tensors
 from efflm.formats.translate import describe, main_dtype, precision_of, read_weights, schemes, to_model, to_tensors
 from efflm.model import LanguageModel
@@ -77,25 +77,27 @@ def rounds(weight: Any) -> bool:
     return getattr(getattr(weight, "base", weight), "activations", "float") != "float"
 
 
-def save(folder: Path, model: LanguageModel, tokens: Tokenizer) -> list[str]:
+def save(folder: Path, model: LanguageModel, tokens: Tokenizer, check: bool = False) -> list[str]:
     """Write a directory of floats that transformers loads, whole or not at all; one tensor is held in memory at a time.
     Of a model with compressed weights all weights are float32, those that its own are said to stand for exactly.
 
     For the qwen2 family, transformers 5 reads the vocabulary but splits text as Qwen does, with any tokenizer.
 
-    Returns what is to be said of it. Raises InputError if the folder holds something already, or no family has such a
-    model.
+    check: transformers computes with it, where it is installed. Returns what is to be said of it. Raises InputError if
+    the folder holds something already, no family has such a model, or what was written is not the model.
     """
     compressed = [path for path, leaf in trees.flatten(model.params) if getattr(leaf, "dtype", None) not in FLOATING]
     said = [f"{len(compressed)} compressed weights are written as float32"] if compressed else []
     said += [ACTIVATIONS] * any(map(rounds, (leaf for _, leaf in trees.flatten(model.params))))
     params = trees.map_with_path(lambda _, leaf: AsFloats(leaf), model.params) if compressed else model.params
-    return write(folder, model.replace(params=params).with_about(model.about), tokens, "huggingface", said)
+    return write(folder, model.replace(params=params).with_about(model.about), tokens, "huggingface", said, check)
 
 
-def write(folder: Path, model: LanguageModel, tokens: Tokenizer, format: str, said: list[str]) -> list[str]:
+def write(
+    folder: Path, model: LanguageModel, tokens: Tokenizer, format: str, said: list[str], check: bool
+) -> list[str]:
     """Write a model of floats and of QArrays as compressed-tensors has them, and read it back. Returns what is said and
-    what else there is to say."""
+    what else there is to say. See `save`."""
     require(
         not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
         f"{folder} exists already: give a folder that does not, or remove it",
@@ -117,8 +119,10 @@ def write(folder: Path, model: LanguageModel, tokens: Tokenizer, format: str, sa
         tokens.save(partial / "tokenizer.json")
         write_json(partial / "generation_config.json", ends | {"eos_token_id": tokens.ends or None})
         tensors.write_safetensors(partial / WEIGHTS, to_tensors(model, family))
-        (partial / card.FILE).write_text(card.text(model, folder.name, format, said), encoding="utf-8")
         _require_as_written(partial, model)
+        if check:
+            said = [*said, transformers_check.in_transformers(partial, load_weights(partial), tokens)]
+        (partial / card.FILE).write_text(card.text(model, folder.name, format, said), encoding="utf-8")
     return said
 
 

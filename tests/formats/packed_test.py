@@ -15,7 +15,7 @@ from efflm.compress import grammar, recipe
 from efflm.compress.quantize import quantize
 from efflm.compress.step import Context
 from efflm.config import InputError
-from efflm.formats import compressed_tensors, efflm_file, huggingface, packed, tensors
+from efflm.formats import compressed_tensors, efflm_file, gguf_check, huggingface, packed, tensors, transformers_check
 from efflm.model import LanguageModel
 from efflm.model.params import in_layer
 from efflm.ops import QArray
@@ -391,6 +391,30 @@ def test_a_model_is_written_whole_and_as_it_is_or_not_at_all(tmp_path, monkeypat
     with pytest.raises(InputError, match="block_0/attention/query/kernel is not read back as it was written"):
         compressed_tensors.save(tmp_path / "model", model, small_tokenizer())
     assert not list(tmp_path.iterdir())
+
+
+def test_what_transformers_computes_otherwise_is_not_left_behind(tmp_path, monkeypatch):
+    """With a program in its place, which gives the model's logits, others, or none."""
+    model, tokens = tiny.model(), small_tokenizer()
+    model = model.replace(params=quantize(model.params))
+    ids = np.array([tokens.encode(gguf_check.TEXT)[:64]], np.int32)
+    monkeypatch.setattr(transformers_check.importlib.util, "find_spec", lambda name: name)
+
+    def save(program):
+        monkeypatch.setattr(transformers_check, "PROGRAM", f"import sys, numpy\n{program}")
+        return compressed_tensors.save(tmp_path / "model", model, tokens, check=True)[-1]
+
+    compressed_tensors.save(tmp_path / "known", model, tokens)
+    np.save(tmp_path / "logits.npy", gguf_check.logits(huggingface.load_weights(tmp_path / "known"), ids))
+    right = f"numpy.load({str(tmp_path / 'logits.npy')!r})"
+    with pytest.raises(InputError, match="transformers does not load what was written: ValueError: no such kind"):
+        save("raise ValueError('no such kind')")
+    with pytest.raises(InputError, match="transformers' logits differ from the model's by"):
+        save(f"numpy.save(sys.argv[3], {right}[:, ::-1])")
+    assert not (tmp_path / "model").exists()
+    said = save(f"assert numpy.load(sys.argv[2]).shape == {ids.shape}\nnumpy.save(sys.argv[3], {right})")
+    assert "differ by 0 of their standard deviation" in said
+    assert said in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_a_card_tells_where_a_model_is_from(tmp_path):
