@@ -94,6 +94,7 @@ class Mixed:
         require(self.average_bits > 0, f"average_bits is {self.average_bits}, but must be positive")
         require(0 <= self.budget <= 1, f"budget is {self.budget}, but must be a share, or 0 for average_bits")
         require(self.rows > 0, f"rows is {self.rows}, but must be positive")
+        _ = self.formats  # which check themselves
 
     @property
     def formats(self) -> tuple[Format, ...]:
