@@ -167,11 +167,13 @@ def watchdog(training: Training, least: float = 60.0, times: float = 10.0, look:
                     flush=True,
                 )
 
-    threading.Thread(target=watch, name="watchdog", daemon=True).start()
+    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
+    thread.start()
     try:
         yield lambda: dispatched.append((training.step, training.metrics["loss"]))
     finally:
         over.set()
+        thread.join()  # a thread that is in JAX when Python ends aborts the process
 
 
 @_told

@@ -21,7 +21,8 @@ WORDS = {
     "recipe", "chains", "orders", "optimizers", "multipliers", "profile_steps",  # names
     "phases", "precisions", "prompts", "batches", "contexts", "policies", "bits", "groups", "layers", "ahead",  # lists
     "prompt", "system", "stop", "peer", "scope", "pattern", "hardware", "coordinator", "wandb",
-    "domains",  # pairs that hold paths: see below
+    "format", "kind", "push",  # of an export
+    "domains", "models",  # several that hold paths: see below
 }  # fmt: skip
 
 
