@@ -66,7 +66,7 @@ def protocols(run: Run, config: ModelConfig) -> tuple[Protocol, Protocol]:
 
 
 def measure(run: Run, shape: ModelShape, train: TrainConfig) -> Measured:
-    """A compiled training step on random tokens, then prefill and decode of a fresh model."""
+    """A compiled training step on random tokens, then prefill and decode of a randomly initialized model."""
     config, policy = shape.config(), POLICIES[train.policy]
     mesh = meshes.data_parallel(train.batch, train.accumulate)
     timed = timed_step(config, train, mesh)

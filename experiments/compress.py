@@ -1,9 +1,9 @@
 """Compress a model by one chain of steps or several, and show before and after side by side.
 
-    python -m experiments.compress --model=runs/quickstart --recipe=w8a8
-    python -m experiments.compress --model=runs/quickstart --recipe=magnitude@0.3,w8a16
-    python -m experiments.compress --model=smollm2 --recipe="w8a16 gptq@3,distill@0.5 wanda@2:4" --text=notes.txt
-    python -m experiments.compress --model=smollm2 --recipe=runs/compress/recipe.toml
+    bash launch/run.sh experiments.compress --model=runs/quickstart --recipe=w8a8
+    bash launch/run.sh experiments.compress --model=runs/quickstart --recipe=magnitude@0.3,w8a16
+    bash launch/run.sh experiments.compress --model=smollm2 --recipe="w8a16 gptq@3,distill@0.5" --text=notes.txt
+    bash launch/run.sh experiments.compress --model=smollm2 --recipe=runs/compress/recipe.toml
 
 How chains are written is said in efflm/compress/grammar.py. Expect a table of all models, and in the run directory each
 compressed one as `<chain>.safetensors`, with + between steps, the tokenizer, `recipe.toml` with the chains,

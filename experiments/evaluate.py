@@ -1,9 +1,9 @@
 """Measure a model: likelihood of text, divergence from a reference, size, and speed on this machine.
 
-    python -m experiments.evaluate --model=runs/quickstart
-    python -m experiments.evaluate --model=runs/quickstart/models/w8a8.safetensors --reference=runs/quickstart
-    python -m experiments.evaluate --models="smollm2 someone/gptq-int4 runs/w4a16"
-    python -m experiments.evaluate --model=smollm2 --text=~/notes --score.documents=0 --score.tokens=0
+    bash launch/run.sh experiments.evaluate --model=runs/quickstart
+    bash launch/run.sh experiments.evaluate --model=runs/quickstart/models/w8a8.safetensors --reference=runs/quickstart
+    bash launch/run.sh experiments.evaluate --models="smollm2 someone/gptq-int4 runs/w4a16"
+    bash launch/run.sh experiments.evaluate --model=smollm2 --text=~/notes --score.documents=0 --score.tokens=0
 
 Expect a table with the protocol below it; with --run_dir also results.json in that directory. Text is read and scored
 as a stream: memory does not grow with it.

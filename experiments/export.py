@@ -1,8 +1,8 @@
 """Write a model in the format of another program, and try the file there.
 
-    python -m experiments.export --model=runs/quickstart/models/w4a16.safetensors --out=runs/w4a16.gguf
-    python -m experiments.export --model=smollm2 --out=runs/smollm2-q8.gguf --kind=Q8_0
-    python -m experiments.export --model=runs/mine --out=runs/mine-hf --format=huggingface --push=org/name
+    bash launch/run.sh experiments.export --model=runs/quickstart/models/w4a16.safetensors --out=runs/w4a16.gguf
+    bash launch/run.sh experiments.export --model=smollm2 --out=runs/smollm2-q8.gguf --kind=Q8_0
+    bash launch/run.sh experiments.export --model=runs/mine --out=runs/mine-hf --format=huggingface --push=org/name
 
 Expect the path on stdout, a model card in or beside what is written, and on stderr what that has not of the model, how
 far its numbers and the logits that the other program computes with it are from the model's, and its bytes. Weights are

@@ -1,8 +1,8 @@
 """Write text with a model: a continuation of a prompt, or with --chat an answer to it, shown while it is generated.
 
-    python -m experiments.generate --model=smollm2 --prompt="The capital of France is" --temperature=0
-    python -m experiments.generate --model=smollm2 --chat --prompt="Name three rivers." --max_tokens=128
-    cat notes.txt | python -m experiments.generate --model=runs/quickstart --prompt=- > more.txt
+    bash launch/run.sh experiments.generate --model=smollm2 --prompt="The capital of France is" --temperature=0
+    bash launch/run.sh experiments.generate --model=smollm2 --chat --prompt="Name three rivers." --max_tokens=128
+    cat notes.txt | bash launch/run.sh experiments.generate --model=runs/quickstart --prompt=- > more.txt
 
 Expect the text on stdout and nothing else there; on stderr the time to the first token and tokens a second, and
 separately the time that compiling took. What was compiled once is reused by the next run.

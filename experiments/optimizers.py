@@ -1,8 +1,8 @@
 """What does adaptive optimization buy? Every optimizer at its own best learning rate, for the same number of steps.
 
-    python -m experiments.optimizers --reduced      # 3 minutes on two cores
-    python -m experiments.optimizers                # about 45 runs of one to two minutes
-    python -m experiments.optimizers --optimizers=adamw,muon --seeds=2 --run_dir=runs/muon
+    bash launch/run.sh experiments.optimizers --reduced      # 3 minutes on two cores
+    bash launch/run.sh experiments.optimizers                # about 45 runs of one to two minutes
+    bash launch/run.sh experiments.optimizers --optimizers=adamw,muon --seeds=2 --run_dir=runs/muon
 
 Expect a table in the terminal and, in the run directory, report.html with loss curves against steps and against
 seconds, results.json, and the metrics of every run (curves/).

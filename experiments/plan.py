@@ -1,9 +1,9 @@
 """Plan a run for hardware that is not here: one device's memory, traffic and time, from the real program.
 
-    python -m experiments.plan --model=llama3-8b --mesh.fsdp=64
-    python -m experiments.plan --model=llama3-70b --hardware=v5p:8x8x8
-    python -m experiments.plan --model=llama3-8b --hardware=h200 --devices=64 --search
-    python -m experiments.plan --model=llama3-70b --hardware=h100 --phase=decode --int8 --mesh.fsdp=1 --mesh.tensor=8
+    bash launch/run.sh experiments.plan --model=llama3-8b --mesh.fsdp=64
+    bash launch/run.sh experiments.plan --model=llama3-70b --hardware=v5p:8x8x8
+    bash launch/run.sh experiments.plan --model=llama3-8b --hardware=h200 --devices=64 --search
+    bash launch/run.sh experiments.plan --model=llama3-70b --hardware=h100 --phase=decode --int8 --mesh.tensor=8
 
 Expect, in about a minute, tables of what each device holds, of the collectives in the compiled step, and of the times
 that compute, memory and network take at the least on the named hardware; and whether it fits. The step that is compiled

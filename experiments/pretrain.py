@@ -1,7 +1,7 @@
 """Train a language model from scratch on a text corpus, and keep a checkpoint.
 
-    python -m experiments.pretrain --corpus=stdlib --run_dir=runs/pretrain --train.steps=200 --model.layers=6
-    python -m experiments.pretrain --corpus=FOLDER --train.batch=16 --train.length=512 --train.learning_rate=1e-3
+    bash launch/run.sh experiments.pretrain --corpus=stdlib --run_dir=runs/pretrain --train.steps=200 --model.layers=6
+    bash launch/run.sh experiments.pretrain --corpus=FOLDER --train.length=512 --train.learning_rate=1e-3
 
 Expect `checkpoint/`, `tokenizer.json`, `metrics.jsonl`, `tensorboard/` and `loss.png` in the run directory, and a
 validation loss at the end. While it trains, `state/` holds what the same command resumes from when it was

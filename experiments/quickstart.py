@@ -46,8 +46,8 @@ NOTES = {
     "magnitude50_trained": "magnitude50, then trained briefly with the zeros kept: more text than the dense model saw",
     "magnitude70": "the smaller 70% of every matrix in the layers set to zero",
     "sparsegpt70": "as many, chosen by calibration text, the remaining weights compensating",
-    "student_scratch": "half the layers, fresh weights, trained on text alone",
-    "student_distilled": "the same fresh student on the same batches, taught by the dense model",
+    "student_scratch": "half the layers, randomly initialized, trained on text alone",
+    "student_distilled": "the same randomly initialized student on the same batches, taught by the dense model",
     "shrink_distill_int8": "half the layers, begun with the dense model's own, distilled, then int8 matrices; in all "
     "it has seen more text than the dense model, which can make it the better one",
 }

@@ -1,7 +1,7 @@
 """Which matrices of a model need their bits: what it costs to round each one alone, in each format.
 
-    python -m experiments.sensitivity --model=runs/quickstart
-    python -m experiments.sensitivity --model=smollm2 --bits=4,3 --unit=layer --rows=4 --run_dir=runs/sensitivity
+    bash launch/run.sh experiments.sensitivity --model=runs/quickstart
+    bash launch/run.sh experiments.sensitivity --model=smollm2 --bits=4,3 --unit=layer --run_dir=runs/layers
 
 Expect, after a bar with the time left, a table whose first rows cost most loss for each byte that they save: the
 increase of the mean next-token loss over calibration text when that matrix alone is rounded, the divergence of the

@@ -1,11 +1,11 @@
 """What chains of steps cost and save, and what recovers a model that was made smaller: means over seeds.
 
-    python -m experiments.sweep --model=runs/pretrain --chains=methods --seeds=3
-    python -m experiments.sweep --model=runs/pretrain --chains=recovery
-    python -m experiments.sweep --model=smollm2 --corpus=notes/ --precision=auto --seeds=3 --chains="width@0.3
+    bash launch/run.sh experiments.sweep --model=runs/pretrain --chains=methods --seeds=3
+    bash launch/run.sh experiments.sweep --model=runs/pretrain --chains=recovery
+    bash launch/run.sh experiments.sweep --model=smollm2 --corpus=notes/ --precision=auto --seeds=3 --chains="width@0.3
       width@0.3,finetune width@0.3,distill"
-    python -m experiments.sweep --model=runs/pretrain --chains= --orders="width@0.3 distill w8a16"
-    python -m experiments.sweep --model=smollm2 --chains="gptq3 wanda50" --domains="wiki=a/ books=b/ code=stdlib"
+    bash launch/run.sh experiments.sweep --model=runs/pretrain --chains= --orders="width@0.3 distill w8a16"
+    bash launch/run.sh experiments.sweep --model=smollm2 --chains="gptq3 wanda50" --domains="books=b/ code=stdlib"
 
 A chain is steps or recipes joined by commas (efflm/compress/grammar.py). finetune, distill and adapt train for --steps,
 with @ for a share of them: "width@0.2,distill@0.5,width@0.2,distill@0.5" prunes and distills in turn. Flags such as
@@ -18,9 +18,10 @@ anew after each model, and report.html with loss against bytes and its Pareto fr
 against sparsity where chains are NAME@NUMBER, and for domains a table of calibration text against test text.
 
 Protocol: everything is of the training split but the text that is scored, which is of the test split. A seed draws the
-batches, the calibration text and fresh weights; chains that read no text run once. Shown are the mean over seeds, their
-standard deviation, and the standard error over test documents. Recovered: the share that training took away of the loss
-that the steps before it had brought. Speed is measured for the first model of each shape, in turn with the first model.
+batches, the calibration text and random weights; chains that read no text run once. Shown are the mean over seeds,
+their standard deviation, and the standard error over test documents. Recovered: the share that training took away of
+the loss that the steps before it had brought. Speed is measured for the first model of each shape, in turn with the
+first model.
 """
 
 import dataclasses
@@ -62,7 +63,7 @@ METHODS += [f"{name}@{share}" for name in swept.SHARES for share in (0.3, 0.5, 0
 METHODS += ["w8a16", "w8a8", "w8a8_static", "smoothquant_w8a8_static", "smoothquant_w8a8", "awq4"]
 METHODS += ["magnitude24", "wanda24", "sparsegpt24", "wanda50_w8a8"]
 RECOVERY = ["width@0.3", "width@0.3,finetune", "width@0.3,distill", f"width@0.3,{SECONDS}"]
-RECOVERY += ["width@0.3,depth@0.001[init=random],finetune"]  # all layers stay, with fresh weights
+RECOVERY += ["width@0.3,depth@0.001[init=random],finetune"]  # all layers stay, randomly initialized
 RECOVERY += ["depth@0.5", "depth@0.5,finetune", "depth@0.5,distill"]
 Measure = Callable[[LanguageModel], Quality]
 CHAINS = {"methods": " ".join(METHODS), "recovery": " ".join(RECOVERY)}
@@ -272,9 +273,9 @@ def protocol(run: Run, dense: LanguageModel, read: Any, one_pass: float, tested:
     if read:
         (count, length), share = read["inputs"].shape, overlap.share(read, tested)
         yield (
-            f"Calibration: {count} rows of {length} tokens of the training split, {run.seeds} draws; a forward pass "
-            f"over them took {one_pass:.1f} s. {share:.2%} of the {overlap.LENGTH}-token sequences of the test text "
-            "are in the first draw too."
+            f"Calibration: {count} rows of {length} tokens of the training split, {run.seeds} calibration samples; a "
+            f"forward pass over them took {one_pass:.1f} s. {share:.2%} of the {overlap.LENGTH}-token sequences of the "
+            "test text are in the first calibration sample too."
         )
 
 

@@ -155,7 +155,7 @@ def test_every_program_has_the_flag_of_the_kernels(monkeypatch, capsys):
 
 DOC = """What it does, in a sentence that is long enough to be wrapped on a terminal that is narrow.
 
-    python -m experiments.it --model.width=64 --seed=3 --notrain.scan
+    bash launch/run.sh experiments.it --model.width=64 --seed=3 --notrain.scan
 
 Expect a result.
 """
@@ -225,7 +225,7 @@ def test_help_hides_what_scripts_set(monkeypatch, capsys):
 @pytest.mark.parametrize("columns", [60, 100])
 def test_help_fits_the_terminal(monkeypatch, capsys, columns):
     out = helped(monkeypatch, capsys, "--helpfull", columns=columns)
-    commands = [line for line in out.splitlines() if line.startswith("    python")]
+    commands = [line for line in out.splitlines() if line.startswith("    bash")]
     assert len(commands) == 1
     assert max(len(line) for line in out.splitlines() if line not in commands) <= columns
 

@@ -75,7 +75,7 @@ def test_the_front_pages_code_works(tmp_path, monkeypatch, capsys):
     assert before.bits_per_byte != after.bits_per_byte
     assert after.bytes < 0.5 * before.bytes
     said = capsys.readouterr().out
-    assert "KL to dense" in said
+    assert "KL to the original" in said
     assert f"{after.bits_per_byte} {after.bits_per_byte_stderr}\n" in said
     again, tokenizer = load_model(tmp_path / "runs" / "small")
     assert tokenizer.digest == names["tokenizer"].digest

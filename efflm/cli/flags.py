@@ -144,4 +144,4 @@ def _run(main: Callable[..., None], doc: str, argv: list[str], groups: dict[str,
 
 def command_line(module: str, argv: list[str]) -> str:
     """The command that does this run again."""
-    return shlex.join(["python", "-m", module, *argv[1:]])
+    return shlex.join(["bash", "launch/run.sh", module, *argv[1:]])

@@ -81,7 +81,7 @@ def _tradeoff(rows: Sequence[Row], costs: Sequence[tuple[float, Any]], label: st
     """costs: of each row, and what it may be."""
     points = [
         Point(
-            row.name, cost, row.bits_per_byte_over_dense or 0.0, row.bits_per_byte_over_dense_stderr,
+            row.name, cost, row.bits_per_byte_increase or 0.0, row.bits_per_byte_increase_stderr,
             f"{row.name}: {cost:.3g} {unit}, {_loss(row)}", span,
         )
         for row, (cost, span) in zip(rows, costs, strict=True)
@@ -93,9 +93,9 @@ def _tradeoff(rows: Sequence[Row], costs: Sequence[tuple[float, Any]], label: st
 
 
 def _loss(row: Row) -> str:
-    if row.bits_per_byte_over_dense is None:
+    if row.bits_per_byte_increase is None:
         return "the reference"
-    words = numbers.with_error(row.bits_per_byte_over_dense, row.bits_per_byte_over_dense_stderr, sign=True)
+    words = numbers.with_error(row.bits_per_byte_increase, row.bits_per_byte_increase_stderr, sign=True)
     return " ".join(filter(None, words)) + " bits/byte"
 
 

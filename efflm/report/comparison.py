@@ -25,7 +25,7 @@ from efflm.evaluate.quality import Quality
 from efflm.evaluate.throughput import Rate
 from efflm.report.rows import PHASES, Row
 
-QUALITIES = {"loss": "bits_per_byte_over_dense", "divergence": "kl_to_dense", "agreement": "top1_agreement"}
+QUALITIES = {"loss": "bits_per_byte_increase", "divergence": "kl_to_original", "agreement": "top1_agreement"}
 FIGURES = (*PHASES, *QUALITIES)  # those that have errors: bytes have none
 CHANCE = 0.05  # that any of the differences that count is chance
 LIKE = 0.01  # bytes and speeds that differ by less are alike
@@ -151,8 +151,8 @@ def figure_of(row: Row, figure: str) -> tuple[float, float | None]:
 
 def times(row: Row, phase: str) -> tuple[float, float | None]:
     """How many times the speed of the first row, and its error; of that row itself once, exactly."""
-    value = getattr(row, f"{phase}_over_dense")
-    return (1.0, 0.0) if value is None else (value, getattr(row, f"{phase}_over_dense_stderr"))
+    value = getattr(row, f"{phase}_speedup")
+    return (1.0, 0.0) if value is None else (value, getattr(row, f"{phase}_speedup_stderr"))
 
 
 def protocol(compared: Comparison) -> str:

@@ -131,7 +131,7 @@ def make(
     """
     other, base_rates = base or (None, None)
     none, words, speeds = (None, None), [note], {}
-    ratios = {f"{phase}_over_dense": none for phase in PHASES}
+    ratios = {f"{phase}_speedup": none for phase in PHASES}
     if rates and base_rates:
         ratios = {name: throughput.ratio(*pair) for name, *pair in zip(ratios, rates, base_rates, strict=True)}
         shown = zip(PHASES, ratios.values(), strict=True)
@@ -141,9 +141,9 @@ def make(
         speeds[f"{phase}_spread"] = rate and (round(rate.low, 1), round(rate.high, 1))
     with_errors = ratios | {
         "bits_per_byte": quality.bits_per_byte(measured),
-        "bits_per_byte_over_dense": quality.paired_difference(measured, other) if other else none,
+        "bits_per_byte_increase": quality.paired_difference(measured, other) if other else none,
         "perplexity": quality.perplexity(measured),
-        "kl_to_dense": quality.divergence(measured) if other else none,
+        "kl_to_original": quality.divergence(measured) if other else none,
         "top1_agreement": quality.agreement(measured) if other else none,
     }
     figures = {

@@ -17,7 +17,15 @@ from efflm.report.rows import Row
 from efflm.report.table import figure
 
 BITS, SHARES = ("quantize", "gptq"), ("magnitude", "wanda", "sparsegpt")  # families of the two sweeps
-OVER = ("over_dense", "over_dense_stderr", "over_dense_deviation", "error", "kl", "cost", "cost_error")
+OVER = (
+    "bits_per_byte_increase",
+    "bits_per_byte_increase_stderr",
+    "bits_per_byte_increase_deviation",
+    "error",
+    "kl",
+    "cost",
+    "cost_error",
+)
 TOOK = ("recovered", "calibration", "passes", "memory", "prefill", "decode")
 
 
@@ -39,21 +47,22 @@ def alone(name: str, model: LanguageModel, made: Sequence[Quality], **figures: A
 def row(name: str, model: LanguageModel, made: Sequence[Quality], before: Quality, first: Row, **figures: Any) -> Row:
     """What a chain made of the first model. model: of the last seed; made: of each.
 
-    Figures are means over seeds. over_dense: bits per byte over the first model, on the same documents; its stderr over
+    Figures are means over seeds. bits_per_byte_increase: over the first model, on the same documents; its stderr over
     documents, its deviation over seeds; error: of both, None of one document. saved: bytes, as a share of the first
-    model's. cost: over_dense divided by saved. recovered: the share that training took away of the loss that what came
-    before it had brought. tokens, seconds: of the steps that train. passes: seconds to make the model over those of a
-    plain forward pass over the calibration text. memory: the most bytes held meanwhile beyond what was held before.
-    calibration: the expected calibration error (evaluate.quality). prefill, decode: speed over the first model's.
+    model's. cost: that increase divided by saved. recovered: the share that training took away of the loss that what
+    came before it had brought. tokens, seconds: of the steps that train. passes: seconds to make the model over those
+    of a plain forward pass over the calibration text. memory: the most bytes held meanwhile beyond what was held
+    before. calibration: the expected calibration error (evaluate.quality). prefill, decode: speed over the first
+    model's.
     """
     over, stderr, deviation = quality.mean_difference(made, before)
     error = None if stderr is None else math.hypot(stderr, (deviation or 0.0) / math.sqrt(len(made)))
     own = alone(name, model, made, **figures)
     saved = 1 - own.bytes / first.bytes
     return own.but(
-        over_dense=over,
-        over_dense_stderr=stderr,
-        over_dense_deviation=deviation,
+        bits_per_byte_increase=over,
+        bits_per_byte_increase_stderr=stderr,
+        bits_per_byte_increase_deviation=deviation,
         error=error,
         kl=float(np.mean([quality.divergence(each)[0] for each in made])),
         saved=saved,
@@ -67,11 +76,15 @@ def recovered(parts: Sequence[str], train: Sequence[bool], row: Row, found: Mapp
     chain so far."""
     cut = train.index(True) if any(train) else len(parts)
     base = found.get(",".join(parts[:cut])) if 0 < cut < len(parts) and all(train[cut:]) else None
-    return 1 - row.over_dense / base.over_dense if base and base.over_dense > 0 else None
+    return (
+        1 - row.bits_per_byte_increase / base.bits_per_byte_increase
+        if base and base.bits_per_byte_increase > 0
+        else None
+    )
 
 
 def words(row: Row) -> str:
-    over = " ".join(filter(None, numbers.signed(row.over_dense, row.error)))
+    over = " ".join(filter(None, numbers.signed(row.bits_per_byte_increase, row.error)))
     return f"{over} bits per byte over the first model, {row.saved:.1%} of its bytes saved"
 
 
@@ -83,10 +96,17 @@ COLUMNS = (
     figure("MB", "bytes", numbers.megabytes),
     figure("bytes saved", "saved", "{:.1%}".format),
     figure("bits/byte", "bits_per_byte", FOUR),
-    figure("over dense", "over_dense", numbers.signed, "over_dense_stderr", "reference", 0.0),
-    figure("s.d. of seeds", "over_dense_deviation", FOUR),
+    figure(
+        "increase over the original",
+        "bits_per_byte_increase",
+        numbers.signed,
+        "bits_per_byte_increase_stderr",
+        "reference",
+        0.0,
+    ),
+    figure("s.d. of seeds", "bits_per_byte_increase_deviation", FOUR),
     figure("perplexity ± s.d.", "perplexity", numbers.perplexity, "perplexity_deviation"),
-    figure("KL to dense", "kl", FOUR),
+    figure("KL to the original", "kl", FOUR),
     figure("bits/byte lost ÷ bytes saved", "cost", numbers.signed, "cost_error"),
     figure("recovered", "recovered", "{:.0%}".format),
     figure("tokens trained on", "tokens", some("{:,}".format)),
@@ -138,7 +158,7 @@ def front(rows: Sequence[Row]) -> Chart:
     """Loss against bytes, and the recipes that no other one beats in both."""
     points = []
     for row in rows:
-        cost, loss = row.bytes / 1e6, row.over_dense or 0.0
+        cost, loss = row.bytes / 1e6, row.bits_per_byte_increase or 0.0
         points.append(Point(row.name, cost, loss, row.error, f"{row.name}: {cost:.4g} MB, {loss:+.4f} bits/byte"))
     figure, best = plots.tradeoff(points, "MB on disk")
     listed = f"Not beaten: {', '.join(each.name for each in best)}."

@@ -80,13 +80,13 @@ COLUMNS: Columns = (  # of the rows of rows.make
     figure("model", "name", str),
     Column("parameters", _parameters, lambda row: row.parameters, "size"),
     figure("MB on disk", "bytes", numbers.megabytes, group="size", best="smallest"),
-    figure("matmuls in", "precision", str, group="speed"),
+    figure("compute dtype", "precision", str, group="speed"),
     _speed("prefill"),
     _speed("decode"),
     _quality("bits/byte", "bits_per_byte", numbers.with_error),
-    _quality("over dense", "bits_per_byte_over_dense", numbers.signed),
+    _quality("increase over the original", "bits_per_byte_increase", numbers.signed),
     _quality("perplexity", "perplexity", numbers.perplexity),
-    _quality("KL to dense", "kl_to_dense", numbers.with_error),
+    _quality("KL to the original", "kl_to_original", numbers.with_error),
     _quality("same top-1", "top1_agreement", numbers.percent, 1.0),
 )
 

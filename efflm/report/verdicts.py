@@ -195,7 +195,7 @@ def _speed(row: Row, phase: str, compared: Comparison) -> str:
 def _loss(row: Row, compared: Comparison) -> str:
     whole, limit = compared.rows[0].bits_per_byte, compared.limits.loss
     over, error = _over(row) / whole, _error(row) / whole
-    if row.bits_per_byte_over_dense_stderr is None:
+    if row.bits_per_byte_increase_stderr is None:
         return f"loss {numbers.fixed(100 * over, 2, sign=True)}%, of one document, so without an error"
     words = f"loss {_joined(*numbers.percent(over, error, sign=True, most=3))}"
     if abs(over) <= compared.errors * error:

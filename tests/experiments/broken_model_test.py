@@ -66,7 +66,7 @@ def test_a_broken_model_is_reported(folder, tmp_path, capsys, model):
         assert "> 1e308" in said
         assert "&gt; 1e308" in page
     else:
-        assert before["bits_per_byte"] is after["bits_per_byte_over_dense"] is None
+        assert before["bits_per_byte"] is after["bits_per_byte_increase"] is None
         assert "nan" in said
 
 

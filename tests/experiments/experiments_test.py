@@ -47,7 +47,7 @@ NAMES = [
 ]  # fmt: skip
 FIELDS = {
     "name", "parameters", "nonzeros", "bytes", "prefill_tokens_per_second", "decode_tokens_per_second",
-    "bits_per_byte", "bits_per_byte_stderr", "kl_to_dense", "top1_agreement", "note",
+    "bits_per_byte", "bits_per_byte_stderr", "kl_to_original", "top1_agreement", "note",
 }  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def test_quickstart_leaves_the_whole_evidence(trained):
         assert row["bytes"] == (trained / "models" / f"{row['name']}.safetensors").stat().st_size
         assert row["prefill_tokens_per_second"] > 0
     by = {row["name"]: row for row in rows}
-    assert by["float32"]["kl_to_dense"] is None  # the reference
+    assert by["float32"]["kl_to_original"] is None  # the reference
     for row in rows:
         written = sum(row["component_bytes"].values())
         assert row["bytes"] - 5000 - 70 * 40 < written < row["bytes"], row["name"]
@@ -278,7 +278,7 @@ def test_compress_and_evaluate_a_trained_run(trained, tmp_path, monkeypatch):
         f"--run_dir={tmp_path / 'seen'}")  # fmt: skip
     reference, seen = rows_of(tmp_path / "seen")
     assert reference["bits_per_byte"] == before["bits_per_byte"]
-    for field in ("bits_per_byte", "kl_to_dense", "top1_agreement_stderr", "perplexity", "nonzeros", "bytes"):
+    for field in ("bits_per_byte", "kl_to_original", "top1_agreement_stderr", "perplexity", "nonzeros", "bytes"):
         assert seen[field] == after[field], field
 
 
@@ -293,7 +293,7 @@ def test_any_number_of_models_in_one_report(trained, tmp_path, capsys):
     run(evaluate, f"--models={models}", *flags, f"--run_dir={tmp_path / 'out'}")
     first, packed, floats = rows_of(tmp_path / "out")
     assert [packed["name"], floats["name"]] == ["their compressed-tensors", "their huggingface"]
-    assert first["kl_to_dense"] is None
+    assert first["kl_to_original"] is None
     assert packed["bits_per_byte"] == pytest.approx(floats["bits_per_byte"], rel=1e-6) != first["bits_per_byte"]
     assert packed["nonzeros"] == floats["nonzeros"] < first["nonzeros"]
     assert packed["bytes"] < floats["bytes"]
@@ -315,7 +315,7 @@ def test_several_recipes_in_one_report(trained, corpus, tmp_path):
     names = ["w8a16", "magnitude24", "depth[layers=1,init=random]+finetune[steps=3]"]
     assert [row["name"] for row in results["rows"]] == ["before", *names]
     before, w8a16, magnitude24, student = results["rows"]
-    assert 0 < w8a16["kl_to_dense"] < magnitude24["kl_to_dense"] < student["kl_to_dense"]
+    assert 0 < w8a16["kl_to_original"] < magnitude24["kl_to_original"] < student["kl_to_original"]
     assert before["top1_agreement"] is None
     assert student["parameters"] < before["parameters"]
     quality = results["protocol"][0]

@@ -71,7 +71,7 @@ def test_compress_says_what_the_weights_were(model, text, tmp_path, capsys):
     launch(evaluate.main, "", ["x", f"--model={out / 'w8a16.safetensors'}", f"--reference={model}", f"--text={text}",
            f"--run_dir={again}"], run=evaluate.Run(), mesh=MeshConfig(data=1), **SHARED)  # fmt: skip
     _, row = results(again)["rows"]
-    for field in ("bits_per_byte", "kl_to_dense", "perplexity"):
+    for field in ("bits_per_byte", "kl_to_original", "perplexity"):
         assert row[field] == w8a16[field], field
     assert ".safetensors, dequantized Q4_1" in row["note"]
 

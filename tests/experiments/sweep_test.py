@@ -33,13 +33,13 @@ def test_every_method_has_a_row_and_every_family_a_curve(folder, tmp_path, capsy
     domains = f"--domains=numbers={folder / 'numbers'} letters={folder / 'letters'}"
     rows, grids = run(folder, out, "--seeds=2", f"--chains={' '.join(chains)}", domains)
     before, *made = rows.values()
-    assert before["over_dense"] is None
+    assert before["bits_per_byte_increase"] is None
     assert [row["name"] for row in made] == chains
     assert {name: row["seeds"] for name, row in rows.items() if row["seeds"] > 1} == {"gptq@3": 2, "wanda@0.5": 2}
     for row in made:
         assert row["saved"] == pytest.approx(1 - row["bytes"] / before["bytes"])
-        assert row["cost"] == pytest.approx(row["over_dense"] / row["saved"])
-        assert (row["over_dense_deviation"] is None) == (row["seeds"] == 1)
+        assert row["cost"] == pytest.approx(row["bits_per_byte_increase"] / row["saved"])
+        assert (row["bits_per_byte_increase_deviation"] is None) == (row["seeds"] == 1)
         assert row["passes"] > 0
     assert grids.keys() == set(chains)
     grid = grids["wanda@0.5"]
@@ -77,9 +77,9 @@ def test_chains_share_what_they_begin_with_and_say_what_recovers_them(
     pruned, text, distilled, longer = (rows[f"width@0.2{rest}"] for rest in rests)
     for row in (text, distilled, longer):
         assert (row["parameters"], row["seeds"]) == (pruned["parameters"], 2)
-        lost = pruned["over_dense"]
-        assert row["recovered"] == (pytest.approx(1 - row["over_dense"] / lost) if lost > 0 else None)
-        assert row["over_dense_deviation"] > 0
+        lost = pruned["bits_per_byte_increase"]
+        assert row["recovered"] == (pytest.approx(1 - row["bits_per_byte_increase"] / lost) if lost > 0 else None)
+        assert row["bits_per_byte_increase_deviation"] > 0
         assert row["memory"] >= pruned["memory"] > 0
         assert row["passes"] > pruned["passes"]
     assert text["tokens"] == distilled["tokens"] == 4 * ROWS * 32
@@ -87,7 +87,9 @@ def test_chains_share_what_they_begin_with_and_say_what_recovers_them(
     assert pruned["seconds"] == 0 < text["seconds"]
     adapted, rounded = rows["w3a16,adapt"], rows["w3a16"]
     assert adapted["tokens"] == text["tokens"]
-    assert adapted["recovered"] == pytest.approx(1 - adapted["over_dense"] / rounded["over_dense"])
+    assert adapted["recovered"] == pytest.approx(
+        1 - adapted["bits_per_byte_increase"] / rounded["bits_per_byte_increase"]
+    )
     assert {steps[0].rank for steps in ran if type(steps[0]) is Adapt} == {3}
     assert all(0 < row["calibration"] < 1 for row in rows.values())
     assert rows["width@0.2,distill[cache=top_k]"]["tokens"] == text["tokens"]

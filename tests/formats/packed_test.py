@@ -422,7 +422,7 @@ def test_a_card_tells_where_a_model_is_from(tmp_path):
     after, records = recipe.apply(model, grammar.chain("quantize"), Context(mesh=meshes.make_mesh()))
     about = {"source": "hf:org/name", "lineage": [dataclasses.asdict(record) for record in records]}
     about |= {
-        "command": "python -m experiments.export",
+        "command": "bash launch/run.sh experiments.export",
         "figures": {"bits per byte": "1.25 | +-0.01"},
         "protocol": ["x"],
     }
@@ -433,5 +433,5 @@ def test_a_card_tells_where_a_model_is_from(tmp_path):
     assert "- compressed-tensors" in head
     assert "| Quantize |" in body
     assert "| bits per byte | 1.25 \\| +-0.01 |" in body
-    assert "    python -m experiments.export" in body
+    assert "    bash launch/run.sh experiments.export" in body
     assert "embedding: written as float32" in body

@@ -30,7 +30,14 @@ def test_what_differs_by_chance_alone_is_hardly_ever_called_better(rng):
         one = rng.normal(0, 1, (8, 2))
         rows = [
             row(
-                str(i), 4.0, 14000, 400, 0.01 + 0.001 * x, 0.001, kl_to_dense=0.01 + 0.001 * y, kl_to_dense_stderr=0.001
+                str(i),
+                4.0,
+                14000,
+                400,
+                0.01 + 0.001 * x,
+                0.001,
+                kl_to_original=0.01 + 0.001 * y,
+                kl_to_original_stderr=0.001,
             )
             for i, (x, y) in enumerate(one)
         ]
@@ -52,7 +59,7 @@ def test_errors_of_quality_are_paired_over_documents(rng):
     found = {"a": of_documents(rng, 0.010, 0.90, common), "b": of_documents(rng, 0.011, 0.89, common)}
     rows = []
     for name, each in found.items():
-        figures = {"kl_to_dense": quality.divergence(each), "top1_agreement": quality.agreement(each)}
+        figures = {"kl_to_original": quality.divergence(each), "top1_agreement": quality.agreement(each)}
         fields = {
             f"{figure}{end}": value for figure, pair in figures.items() for end, value in zip(("", "_stderr"), pair)
         }
@@ -87,10 +94,10 @@ def test_speeds_of_different_times_are_compared_through_the_first_model(tmp_path
     for name, (own, base) in list(rates.items())[1:]:
         ratio, error = throughput.ratio(own[0], base[0])
         assert ratio == pytest.approx(2.0, rel=0.02)
-        fields = {f"{phase}_over_dense{end}": x for phase in ("prefill", "decode") for end, x in
+        fields = {f"{phase}_speedup{end}": x for phase in ("prefill", "decode") for end, x in
                   (("", ratio), ("_stderr", error))}  # fmt: skip
         made = row(name, 4.0 if name == "a" else 4.01, own[0].median, own[1].median, 0.0, **fields)
-        rows.append(made.but(kl_to_dense=0.0, top1_agreement=1.0))
+        rows.append(made.but(kl_to_original=0.0, top1_agreement=1.0))
     compared = Comparison(rows, Limits(), {}, rates)
     for pair in (rows[1:], rows[:0:-1]):
         assert not compared.better(*pair, "decode")

@@ -9,12 +9,12 @@ ROW = rows.Row("w8a16", note="<b>bold & free</b>", figures=dict(  # noqa: C408
     component_bytes={"embedding": 1_000_000, "feedforward": 3_000_000},
     prefill_tokens_per_second=14000.0,
     prefill_spread=(13000.0, 15000.0), decode_tokens_per_second=1400.0, decode_spread=(1300.0, 1500.0),
-    prefill_over_dense=1.0, prefill_over_dense_stderr=0.02, decode_over_dense=3.5, decode_over_dense_stderr=0.02,
-    bits_per_byte=2.2, bits_per_byte_stderr=0.07, bits_per_byte_over_dense=0.001,
-    bits_per_byte_over_dense_stderr=0.0005, perplexity=12.5, perplexity_stderr=0.25,
-    kl_to_dense=0.001, kl_to_dense_stderr=0.0002, top1_agreement=0.995, top1_agreement_stderr=0.001,
+    prefill_speedup=1.0, prefill_speedup_stderr=0.02, decode_speedup=3.5, decode_speedup_stderr=0.02,
+    bits_per_byte=2.2, bits_per_byte_stderr=0.07, bits_per_byte_increase=0.001,
+    bits_per_byte_increase_stderr=0.0005, perplexity=12.5, perplexity_stderr=0.25,
+    kl_to_original=0.001, kl_to_original_stderr=0.0002, top1_agreement=0.995, top1_agreement_stderr=0.001,
 ))  # fmt: skip
-OVER = ("bits_per_byte_over_dense", "kl_to_dense", "top1_agreement", "prefill_over_dense", "decode_over_dense")
+OVER = ("bits_per_byte_increase", "kl_to_original", "top1_agreement", "prefill_speedup", "decode_speedup")
 NONE = dict.fromkeys(f"{name}{end}" for name in OVER for end in ("", "_stderr"))
 
 
@@ -24,9 +24,9 @@ def row(
 ) -> rows.Row:  # fmt: skip
     """A model with these figures, its speeds known to 1%; over is None for the first one, whose speeds are `first`."""
     bits = 2.0 + (over or 0.0)
-    ratios = {"prefill_over_dense": prefill / first[0], "decode_over_dense": decode / first[1]}
+    ratios = {"prefill_speedup": prefill / first[0], "decode_speedup": decode / first[1]}
     ratios |= {f"{name}_stderr": 0.01 * ratio for name, ratio in ratios.items()}
-    figures = {"bits_per_byte_over_dense": over, "bits_per_byte_over_dense_stderr": error, **ratios, **more}
+    figures = {"bits_per_byte_increase": over, "bits_per_byte_increase_stderr": error, **ratios, **more}
     figures = NONE if over is None else figures
     return dataclasses.replace(ROW, name=name, note=f"what {name} is").but(
         bytes=int(megabytes * 1e6), bits_per_byte=bits,
@@ -36,7 +36,7 @@ def row(
 
 
 def likeness(divergence: float, agreement: float) -> dict[str, float]:
-    return {"kl_to_dense": divergence, "kl_to_dense_stderr": 0.05 * divergence, "top1_agreement": agreement}
+    return {"kl_to_original": divergence, "kl_to_original_stderr": 0.05 * divergence, "top1_agreement": agreement}
 
 
 TEN = [

@@ -98,7 +98,7 @@ USE = """(() => {
     return [heading(words).ariaSort, names()];
   };
   const before = names();
-  const sorts = [sort("MB on disk"), sort("MB on disk"), sort("over dense"), sort("model")];
+  const sorts = [sort("MB on disk"), sort("MB on disk"), sort("increase over the original"), sort("model")];
   const details = [...document.querySelectorAll(".detail")], closed = details.every((row) => row.hidden);
   const open = document.querySelector(".open");
   open.click();
@@ -125,7 +125,7 @@ def test_in_a_browser_it_sorts_opens_and_tells(report, tmp_path):
     assert found["sorts"][0] == ["ascending", by(lambda row: row.bytes)]
     assert found["sorts"][1][0] == "descending"
     assert found["sorts"][1][1][0] == "float32"
-    assert found["sorts"][2][1] == by(lambda row: row.bits_per_byte_over_dense or 0.0)
+    assert found["sorts"][2][1] == by(lambda row: row.bits_per_byte_increase or 0.0)
     assert found["sorts"][3][1] == sorted(names)
     assert found["closed"]
     assert found["opened"] == [True, "true"]

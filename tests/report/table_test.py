@@ -13,7 +13,7 @@ from tests.report.example import NONE, ROW
 def test_the_table_names_every_column_and_note(capsys):
     table.show([ROW], ["a fact [not markup]"])
     out = capsys.readouterr().out
-    for word in ("bits/byte", "KL to dense", "w8a16", "<b>bold & free</b>", "a fact [not markup]"):
+    for word in ("bits/byte", "KL to the original", "w8a16", "<b>bold & free</b>", "a fact [not markup]"):
         assert word in out
     for figure in ("4.07", "2.200 ± 0.070", "14,000 (13,000–15,000)", "1,400 (1,300–1,500)", "+0.00100 ± 0.00050"):
         assert figure in out
@@ -46,6 +46,6 @@ def test_a_note_says_the_ratio_of_the_same_rounds():
     own, base = (Rate(*np.quantile(each, (0.5, 0.25, 0.75)), tuple(each)) for each in (200 * load, 100 * load))
     made = rows.make("a", tiny.model(), 1, "small", documents, (own, own), (documents, (base, base)))
     assert made.note == "small; prefill 2.00× ± <0.01 the first row's; decode 2.00× ± <0.01 the first row's"
-    assert (made.prefill_over_dense, made.decode_over_dense_stderr) == (2.0, 0.0)
+    assert (made.prefill_speedup, made.decode_speedup_stderr) == (2.0, 0.0)
     alone = rows.make("a", tiny.model(), 1, "dense", documents, (own, own), None)
-    assert (alone.note, alone.prefill_over_dense) == ("dense", None)
+    assert (alone.note, alone.prefill_speedup) == ("dense", None)

@@ -45,7 +45,7 @@ def test_of_ten_models():
 
 
 def test_nothing_smaller_or_faster():
-    same = row("other", 16.0, 990, 101, 0.001, kl_to_dense=0.0, kl_to_dense_stderr=0.0, top1_agreement=1.0)
+    same = row("other", 16.0, 990, 101, 0.001, kl_to_original=0.0, kl_to_original_stderr=0.0, top1_agreement=1.0)
     found = said(positive(DENSE, same))
     assert found.keys() == {"Smallest, fastest prefill and fastest decode: the dense model"}
     assert "smaller, faster in prefill or faster in decode than" in next(iter(found.values()))[1]
@@ -54,7 +54,7 @@ def test_nothing_smaller_or_faster():
 
 
 def test_a_model_that_gains_nothing_and_says_something_else_is_not_worth_it():
-    other = row("other", 16.0, 990, 101, 0.001, kl_to_dense=0.02)
+    other = row("other", 16.0, 990, 101, 0.001, kl_to_original=0.02)
     assert negative(DENSE, other)["other"].startswith(
         "float32 is what this one diverges from, by 0.02000 ± 0.00020 nats a token"
     )
@@ -89,7 +89,7 @@ def test_the_limits_are_the_users():
 
 
 def test_a_single_document_has_no_error():
-    one = row("one", 4.0, 1000, 100, 0.001, bits_per_byte_over_dense_stderr=None)
+    one = row("one", 4.0, 1000, 100, 0.001, bits_per_byte_increase_stderr=None)
     smallest = positive(DENSE, one)[0]
     assert "of one document, so without an error" in smallest.words
 
@@ -102,13 +102,13 @@ def test_equally_small_ones_are_named_and_the_better_one_wins():
 
 
 def test_of_equally_small_ones_divergence_and_agreement_decide_too():
-    likely = {"kl_to_dense": 0.03, "top1_agreement": 0.95}
+    likely = {"kl_to_original": 0.03, "top1_agreement": 0.95}
     pair = [row("other", 4.0, 1000, 100, 0.0010, **likely), row("close", 4.0, 1000, 100, 0.0011)]
     smallest = positive(DENSE, *pair)[0]
     assert smallest.name == "close"
     assert smallest.words.endswith("As good at it: other (worse in divergence and agreement).")
     assert [each.name for each in positive(DENSE, pair[0])] == ["other", "float32"]  # within 1%, but not unchanged
-    likely["kl_to_dense_stderr"] = 0.001
+    likely["kl_to_original_stderr"] = 0.001
     assert [each.name for each in positive(DENSE, row("other", 2.0, 1000, 100, 0.0010, **likely), pair[1])] == [
         "other", "float32", "close"
     ]  # fmt: skip
@@ -123,7 +123,7 @@ def test_a_model_is_not_beaten_where_it_is_better_in_something():
     assert negative(DENSE, fast, small) == {}
     slow = row("slow", 4.0, 500, 100, 0.0)
     assert negative(DENSE, fast, small, slow) == {"slow": "small is 2.00× as fast in prefill."}
-    for better in ({"kl_to_dense": 0.0005}, {"top1_agreement": 0.998}):
+    for better in ({"kl_to_original": 0.0005}, {"top1_agreement": 0.998}):
         assert negative(DENSE, fast, small, row("slow", 4.0, 500, 100, 0.0, **better)) == {}
 
 
@@ -133,7 +133,7 @@ def test_a_model_that_is_larger_and_worse_than_the_dense_one_is_not_worth_it():
 
 
 def test_a_loss_that_is_not_finite_is_worse_than_any():
-    broken = row("broken", 4.0, 1000, 100, float("nan"), kl_to_dense=float("nan"), top1_agreement=float("nan"))
+    broken = row("broken", 4.0, 1000, 100, float("nan"), kl_to_original=float("nan"), top1_agreement=float("nan"))
     assert negative(DENSE, broken) == {"broken": "its loss is not finite."}
     small = row("small", 4.0, 1000, 100, 0.0)
     assert "has a finite loss" in negative(DENSE, broken, small)["broken"]

@@ -159,7 +159,7 @@ def test_a_loaded_model_knows_which_ids_have_tokens(tmp_path, capsys):
     (tmp_path / "text").write_text("the river runs\n" * 90)
     pair = {"loaded": model, "made here": tiny.model()}
     first, second = efflm.measure(pair, tokens, tmp_path / "text", speed=False, documents=2)
-    assert second.kl_to_dense == pytest.approx(0, abs=1e-5)
+    assert second.kl_to_original == pytest.approx(0, abs=1e-5)
     assert first.bits_per_byte == second.bits_per_byte
     assert efflm.generate(model, tokens, "the", draft=tiny.model(), max_tokens=4)
     text = efflm.generate(model, tokens, ["the"] * 3, max_tokens=40, temperature=100.0)

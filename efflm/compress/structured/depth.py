@@ -1,4 +1,5 @@
-"""Depth pruning: a student with some layers of its teacher (DistilBERT, Sanh 2019, arXiv 1910.01108) or fresh ones.
+"""Depth pruning: a student with some layers of its teacher (DistilBERT, Sanh 2019, arXiv 1910.01108) or random
+weights.
 
 The layers are evenly spaced, or those that change the residual stream most (ShortGPT, Men 2024, arXiv 2403.03853).
 """
@@ -76,7 +77,7 @@ class Depth(Target):
     importance: Literal["spaced", "block_influence"] = flag(
         "spaced", "evenly spaced, or the layers whose output differs most in direction from their input"
     )
-    init: Literal["teacher", "random"] = flag("teacher", "start from the kept layers' weights, or from fresh ones")
+    init: Literal["teacher", "random"] = flag("teacher", "start from the kept layers' weights, or from random ones")
 
     def __post_init__(self):
         super().__post_init__()
