@@ -147,7 +147,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
     details = compared.details(rows.origin(run.model, about), about, records, written, run.prompt, tokens, commands)
     run_directory.write_whole(run_dir / "recipe.toml", grammar.to_toml(shared))
     texts = {name: run.prompt + samples.text(ids, tokens) for name, ids in written.items()}
-    log.results(facts, rows=measured, records=records, samples=texts)
+    log.results(facts, rows=measured, records=records, samples=texts, seed=run.seed)
     table.show(measured, facts)
     log.report(
         facts,

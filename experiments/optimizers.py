@@ -163,7 +163,8 @@ def main(run: Run, model: ModelShape, train: TrainConfig, score: Scoring) -> Non
         "is at most AdamW's at its end. A run planned to end there might do so sooner, its rate decayed by then.",
         "Seconds and tokens/s: of the fastest run of each optimizer, after its first step, which compiles.",
     ]
-    log.results(facts, rows=rows, test_bits_per_byte={name: values.tolist() for name, values in test.items()})
+    by_seed = {name: values.tolist() for name, values in test.items()}
+    log.results(facts, rows=rows, test_bits_per_byte=by_seed, seeds=run.seeds)
     table.show(rows, facts, COLUMNS)
     label = "training loss, nats a token"
     ends = "; ".join(f"{name} {curve[2][-1]:.3f}" for name, curve in curves.items())

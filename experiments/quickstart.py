@@ -121,7 +121,7 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     written = {name: samples.write(each, data.tokenizer, prompt, 48, protocol) for name, each in here.items()}
     about |= {f"train.{name}": value for name, value in dataclasses.asdict(train).items()}
     minus = {"bits_per_byte": difference, "stderr": error}
-    log.results(facts, rows=measured, distilled_minus_scratch=minus, records=records)
+    log.results(facts, rows=measured, distilled_minus_scratch=minus, records=records, seed=run.seed)
     table.show(measured, facts)
     trained = {"float32": metrics.curve(run_dir / "metrics.jsonl")}
     pairs = {name: (own, rates["float32"]) for name, own in rates.items()}

@@ -120,7 +120,7 @@ def main(run: Run) -> None:
         *rows.cautions(run.model, loaded.about, seen=""),
     ]
     kept = [dataclasses.asdict(row) | {"bits_per_token": row.bits} for row in ordered]
-    log.results(facts, loss=found.loss, tokens=found.tokens, rows=kept)
+    log.results(facts, loss=found.loss, tokens=found.tokens, rows=kept, seed=run.seed)
     table.show(shown[: run.show or None], facts, COLUMNS)
     if 0 < run.show < len(shown):
         print(f"  {len(shown) - run.show} more rows are in the report.")

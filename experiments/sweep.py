@@ -237,14 +237,14 @@ def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict[str, 
             found[chain] = row.but(recovered=share, **speeds.get(shape, {}))
             texts[chain] = grammar.write(made[-1].steps)
             log.say(f"{chain}, seed {seed}: {swept.words(found[chain])}")
-            log.results(facts, rows=[*found.values()], forward_seconds=one_pass)
+            log.results(facts, rows=[*found.values()], forward_seconds=one_pass, seeds=run.seeds)
             run_directory.write_whole(log.folder / "recipe.toml", grammar.to_toml(texts))
     grids = domains(run, score, loaded, make, log.say)
     if loads:
         timed = throughput.protocol_for(dense)
         facts.append(f"Speed: {timed}; the median over the first model's in the same rounds.{machine.most(loads)}")
     listed = list(found.values())
-    log.results(facts, rows=listed, domains=grids, forward_seconds=one_pass)
+    log.results(facts, rows=listed, domains=grids, forward_seconds=one_pass, seeds=run.seeds)
     whole = Table(caption="Each beside the first model.", columns=table.known(listed, swept.COLUMNS), rows=listed)
     domain_tables = [swept.domains(chain, grid) for chain, grid in grids.items()]
     for each, words in ((whole, facts), *((each, [each.caption]) for each in domain_tables)):

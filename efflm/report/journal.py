@@ -31,7 +31,8 @@ class Journal:
         print(f"[{time.perf_counter() - self.began:4.0f} s] {words}", flush=True)
 
     def results(self, facts: Sequence[str], **found: Any) -> None:
-        """Write results.json, in place of what it holds. found: rows, other dataclasses, and what JSON has."""
+        """Write results.json, in place of what it holds. found: rows, other dataclasses, and what JSON has;
+        seed, or how many seeds."""
         how = {"protocol": facts, "command": self.command, "versions": self.versions}
         run_directory.write_json(self.folder / "results.json", found | how)
 
