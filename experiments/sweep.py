@@ -260,7 +260,7 @@ def speed_of(dense: LanguageModel, model: LanguageModel) -> tuple[dict[str, floa
     here = [ops.prepare(sharding.on_one_device(each), jax.default_backend()) for each in (dense, model)]
     rates, load = throughput.rates(dict(zip(("first", "this"), here)), throughput.protocol_for(dense))
     pairs = zip(("prefill", "decode"), rates["this"], rates["first"], strict=True)
-    return {phase: throughput.ratio(own, base)[0] for phase, own, base in pairs}, load
+    return {f"{phase}_speedup": throughput.ratio(own, base)[0] for phase, own, base in pairs}, load
 
 
 def protocol(run: Run, dense: LanguageModel, read: Any, one_pass: float, tested: Iterable[Any]) -> Iterator[str]:

@@ -31,10 +31,14 @@ def parse(argv: list[str], **groups: Any) -> dict[str, Any]:
     flags.DEFINE_boolean("helpfull", False, "", flag_values=values)
     kinds: dict[str, Any] = {}
     paths: set[str] = set()
+    bare = ""  # the name of the field that takes the arguments without one
     for group, default in groups.items():
         hints = typing.get_type_hints(default if isinstance(default, type) else type(default))
         for field in dataclasses.fields(default):
             name = _prefix(group) + field.name
+            if field.metadata.get("bare"):
+                bare = name
+                continue
             kinds[name] = hints[field.name]
             if field.metadata.get("path"):
                 paths.add(name)
@@ -50,7 +54,7 @@ def parse(argv: list[str], **groups: Any) -> dict[str, Any]:
         raise InputError(f"--{name} is {value!r}, but must be true or false") from None
     except flags.Error as error:
         raise InputError(" ".join(str(error).split())) from None
-    require(not rest, f"unexpected argument {rest[0] if rest else ''!r}: flags are given as --name=value")
+    require(bool(bare) or not rest, f"unexpected argument {rest[0] if rest else ''!r}: flags are given as --name=value")
     if values.help or values.helpfull:
         raise HelpWanted([(_prefix(group), default) for group, default in groups.items()], values.helpfull)
     given = {
@@ -58,6 +62,8 @@ def parse(argv: list[str], **groups: Any) -> dict[str, Any]:
         for name, kind in kinds.items()
         if values[name].present
     }
+    if rest:
+        given[bare] = tuple(written.value(bare, str, at_home(each)) for each in rest)
     for name in paths & given.keys():
         try:
             given[name] = at_home(given[name])

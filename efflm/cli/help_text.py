@@ -63,7 +63,8 @@ def _entry(prefix: str, field: dataclasses.Field, default: Any, kind: type, widt
     shown, hint = plain.removeprefix(os.getcwd() + os.sep), typing.get_args(hint)[0] if type(value) is tuple else hint
     choices = [str(choice) for choice in typing.get_args(hint) if choice] if typing.get_origin(hint) is Literal else []
     words = field.metadata["help"] + (f" [{', '.join(choices)}]" if choices else "")
-    label, indent = f"  --{prefix}{field.name}={shown}", " " * (LABEL + 2)
+    label = f"  {field.name} ..." if field.metadata.get("bare") else f"  --{prefix}{field.name}={shown}"
+    indent = " " * (LABEL + 2)
     if len(label) <= LABEL:
         return _filled(words, width, indent, label.ljust(len(indent)))
     return f"{_filled(label, width, '      ', '  ')}\n{_filled(words, width, indent)}"

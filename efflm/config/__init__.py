@@ -15,12 +15,14 @@ class Stopped(Exception):
     """A run was asked to stop and did so in good order: its message is for the user, and the exit code is 0."""
 
 
-def flag(default: Any, help: str, internal: bool = False, path: bool = False) -> Any:
+def flag(default: Any, help: str, internal: bool = False, path: bool = False, bare: bool = False) -> Any:
     """A dataclass field that the bridge turns into a flag with this default and help text.
 
     internal: scripts set it, so that --help leaves it out. path: it may name a file or folder, which may begin with ~.
+    bare: a tuple of all arguments that are given without a name, in place of a flag.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "internal": internal, "path": path})
+    found = {"help": help, "internal": internal, "path": path, "bare": bare}
+    return dataclasses.field(default=default, metadata=found)
 
 
 def at_home(path: str) -> str:

@@ -13,14 +13,17 @@ for (const table of document.querySelectorAll("table.data")) {
     const down = heading.getAttribute("aria-sort") === "ascending";
     headings.forEach((each) => each.removeAttribute("aria-sort"));
     heading.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const bodies = [...table.tBodies], runs = [...new Set(bodies.map((body) => body.dataset.run))];
+    const place = (body) => 2 * runs.indexOf(body.dataset.run) + !body.classList.contains("run");  // a run stays whole
     const key = (body) => body.rows[0].cells[index].dataset.sort;
     const compare = (a, b) => {
+      if (place(a) !== place(b)) return place(a) - place(b);
       const [x, y] = [key(a), key(b)];
       const numbers = x !== "" && y !== "" && !isNaN(x) && !isNaN(y);
       if (x === "" || y === "") return (x === "") - (y === "");  // what has no figure comes last, both ways
       return (numbers ? x - y : x.localeCompare(y)) * (down ? -1 : 1);
     };
-    table.append(...[...table.tBodies].sort(compare));
+    table.append(...bodies.sort(compare));
   }));
 }
 

@@ -43,12 +43,22 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows, which have a name and a note, under columns. details: {name of a row: what it opens to beside its note}."""
+    """Rows, which have a name and a note, under columns. details: {name of a row: what it opens to beside its note}.
+
+    Rows of several runs have the figure `run`: each is compared with the first of its run. headings: {run: what is said
+    of it above its rows}.
+    """
 
     caption: str
     columns: Columns
     rows: Sequence[Any]
     details: dict[str, Detail] = dataclasses.field(default_factory=dict)
+    headings: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def runs(self) -> list[tuple[str, list[Any]]]:
+        """(run, its rows), top to bottom."""
+        return [(run, list(rows)) for run, rows in itertools.groupby(self.rows, _run)]
 
     @property
     def groups(self) -> list[tuple[str, int]]:
@@ -64,15 +74,21 @@ class Table:
         text, beside = column.pair(row)
         value = column.value(row) if column.value else None
         sort = text if column.value is None else _key(value)
-        first = column.value(self.rows[0]) if column.best and column.value else None
-        if not first or value is None or len(self.rows) < 2:
+        rows = next(rows for run, rows in self.runs if run == _run(row))
+        first = column.value(rows[0]) if column.best and column.value else None
+        if not first or value is None or len(rows) < 2:
             return Cell(text, beside, "", "", sort)
-        ratio, error, largest = value / first, 0.0, max(column.value(each) or 0.0 for each in self.rows) / first
+        ratio, error, largest = value / first, 0.0, max(column.value(each) or 0.0 for each in rows) / first
         if column.ratio:
-            (ratio, error), largest = column.ratio(row), max(column.ratio(each)[0] for each in self.rows)
+            (ratio, error), largest = column.ratio(row), max(column.ratio(each)[0] for each in rows)
             sort = _key(ratio)
-        shown = "1×" if row is self.rows[0] else numbers.ratio(ratio, (error or 0.0) / ratio)
+        shown = "1×" if row is rows[0] else numbers.ratio(ratio, (error or 0.0) / ratio)
         return Cell(text, beside, shown, f"{100 * ratio / largest:.1f}", sort)
+
+
+def _run(row: Any) -> str:
+    """The run that a row is of, "" where a table has the rows of one."""
+    return row.figures.get("run", "")
 
 
 def _key(value: float | None) -> str:

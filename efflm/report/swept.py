@@ -22,11 +22,11 @@ OVER = (
     "bits_per_byte_increase_stderr",
     "bits_per_byte_increase_deviation",
     "error",
-    "kl",
+    "kl_to_original",
     "cost",
     "cost_error",
 )
-TOOK = ("recovered", "calibration", "passes", "memory", "prefill", "decode")
+TOOK = ("recovered", "calibration", "passes", "memory", "prefill_speedup", "decode_speedup")
 
 
 def alone(name: str, model: LanguageModel, made: Sequence[Quality], **figures: Any) -> Row:
@@ -52,8 +52,7 @@ def row(name: str, model: LanguageModel, made: Sequence[Quality], before: Qualit
     model's. cost: that increase divided by saved. recovered: the share that training took away of the loss that what
     came before it had brought. tokens, seconds: of the steps that train. passes: seconds to make the model over those
     of a plain forward pass over the calibration text. memory: the most bytes held meanwhile beyond what was held
-    before. calibration: the expected calibration error (evaluate.quality). prefill, decode: speed over the first
-    model's.
+    before. calibration: the expected calibration error (evaluate.quality).
     """
     over, stderr, deviation = quality.mean_difference(made, before)
     error = None if stderr is None else math.hypot(stderr, (deviation or 0.0) / math.sqrt(len(made)))
@@ -64,7 +63,7 @@ def row(name: str, model: LanguageModel, made: Sequence[Quality], before: Qualit
         bits_per_byte_increase_stderr=stderr,
         bits_per_byte_increase_deviation=deviation,
         error=error,
-        kl=float(np.mean([quality.divergence(each)[0] for each in made])),
+        kl_to_original=float(np.mean([quality.divergence(each)[0] for each in made])),
         saved=saved,
         cost=over / saved if saved > 0 else None,
         cost_error=error / saved if saved > 0 and error is not None else None,
@@ -106,7 +105,7 @@ COLUMNS = (
     ),
     figure("s.d. of seeds", "bits_per_byte_increase_deviation", FOUR),
     figure("perplexity ± s.d.", "perplexity", numbers.perplexity, "perplexity_deviation"),
-    figure("KL to the original", "kl", FOUR),
+    figure("KL to the original", "kl_to_original", FOUR),
     figure("bits/byte lost ÷ bytes saved", "cost", numbers.signed, "cost_error"),
     figure("recovered", "recovered", "{:.0%}".format),
     figure("tokens trained on", "tokens", some("{:,}".format)),
@@ -114,8 +113,8 @@ COLUMNS = (
     figure("calibration error", "calibration", FOUR),
     figure("forward passes", "passes", "{:.2f}".format),
     figure("MB to make it", "memory", numbers.megabytes, least=0.0),
-    figure("prefill", "prefill", TIMES),
-    figure("decode", "decode", TIMES),
+    figure("prefill speedup", "prefill_speedup", TIMES),
+    figure("decode speedup", "decode_speedup", TIMES),
 )
 
 
@@ -159,7 +158,8 @@ def front(rows: Sequence[Row]) -> Chart:
     points = []
     for row in rows:
         cost, loss = row.bytes / 1e6, row.bits_per_byte_increase or 0.0
-        points.append(Point(row.name, cost, loss, row.error, f"{row.name}: {cost:.4g} MB, {loss:+.4f} bits/byte"))
+        error = row.figures.get("error", row.bits_per_byte_increase_stderr)  # of seeds too, where there were several
+        points.append(Point(row.name, cost, loss, error, f"{row.name}: {cost:.4g} MB, {loss:+.4f} bits/byte"))
     figure, best = plots.tradeoff(points, "MB on disk")
     listed = f"Not beaten: {', '.join(each.name for each in best)}."
     return plots.chart(figure, f"Loss against bytes, {len(rows)} models. {listed}", listed)

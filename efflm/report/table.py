@@ -21,7 +21,7 @@ class Column:
     text: a row's figure, or the figure and what stands beside it: its error, range or unit. value: what to sort by;
     None: the text. group: what the column belongs to, named above it. best: which way it is better; such figures are
     also shown as ratios to those of the first row. ratio: gives that ratio and its error where it was measured as such:
-    then rows are sorted by it.
+    then rows are sorted by it. figures: the names of what is shown, first the figure itself.
     """
 
     heading: str
@@ -30,6 +30,7 @@ class Column:
     group: str = ""
     best: Literal["", "smallest", "largest"] = ""
     ratio: Callable[[Any], tuple[float, float | None]] | None = None
+    figures: tuple[str, ...] = ()
 
     def pair(self, row: Any) -> tuple[str, str]:
         shown = self.text(row)
@@ -40,17 +41,20 @@ Columns = Sequence[Column]
 
 
 def figure(
-    heading: str, name: str, form: Callable[..., str | tuple[str, str]], beside: str = "", none: str = NONE,
-    least: float | None = None, **more: Any,
+    heading: str, name: str, form: Callable[..., str | tuple[str, str]], beside: str = "",
+    none: str | Callable[[Any], str] = NONE, least: float | None = None, **more: Any,
 ) -> Column:  # fmt: skip
     """The column of the figure of this name, written by form(figure), or form(figure, its error or range `beside`).
 
     none: what stands for a figure that a row does not have, which is sorted as `least`, or last. more: of Column.
     """
+    more = {"figures": tuple(filter(None, (name, beside)))} | more
 
     def text(row: Any) -> str | tuple[str, str]:
         value = getattr(row, name)
-        return none if value is None else form(value, getattr(row, beside)) if beside else form(value)
+        if value is None:
+            return none if isinstance(none, str) else none(row)
+        return form(value, getattr(row, beside)) if beside else form(value)
 
     def value(row: Any) -> float | None:
         found = getattr(row, name)
@@ -60,25 +64,27 @@ def figure(
 
 
 def _parameters(row: Any) -> tuple[str, str]:
-    zeros = row.nonzeros < 0.99 * row.parameters
+    zeros = row.nonzeros is not None and row.nonzeros < 0.99 * row.parameters
     return numbers.millions(row.parameters), f"{numbers.millions(row.nonzeros)} non-zero" if zeros else ""
 
 
 def _speed(phase: str) -> Column:
     figures, ratio = f"{phase}_tokens_per_second", lambda row: comparison.times(row, phase)
-    more = {"group": "speed", "best": "largest", "ratio": ratio}
+    shown = (figures, f"{phase}_spread", f"{phase}_speedup", f"{phase}_speedup_stderr")
+    more = {"group": "speed", "best": "largest", "ratio": ratio, "figures": shown}
     return figure(f"{phase} tok/s", figures, numbers.with_range, f"{phase}_spread", **more)
 
 
 def _quality(heading: str, name: str, form: Callable[..., tuple[str, str]], least: float = 0.0) -> Column:
     """least: that of the first row, which such figures refer to."""
-    more = {"none": "reference", "least": least, "group": "quality, ± standard error"}
+    none = lambda row: "reference" if row.bits_per_byte_increase is None else NONE
+    more = {"none": none, "least": least, "group": "quality, ± standard error"}
     return figure(heading, name, form, f"{name}_stderr", **more)
 
 
 COLUMNS: Columns = (  # of the rows of rows.make
     figure("model", "name", str),
-    Column("parameters", _parameters, lambda row: row.parameters, "size"),
+    Column("parameters", _parameters, lambda row: row.parameters, "size", figures=("parameters", "nonzeros")),
     figure("MB on disk", "bytes", numbers.megabytes, group="size", best="smallest"),
     figure("compute dtype", "precision", str, group="speed"),
     _speed("prefill"),
