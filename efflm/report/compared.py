@@ -30,7 +30,8 @@ def write(
     beside = " beside the first; × is the ratio to it. Select a name for how it was made" if several else ""
     found = [
         Section(
-            "The models", [Table(caption=f"Each model{beside}.", columns=table.COLUMNS, rows=rows, details=details)]
+            "The models",
+            [Table(caption=f"Each model{beside}.", columns=table.columns(rows), rows=rows, details=details)],
         )
     ]
     if several:

@@ -39,7 +39,7 @@ class Measured:
         return Comparison(self.rows, limits, self.figures.qualities, pairs)
 
     def __str__(self) -> str:
-        return table.text(self.rows, self.facts, table.known(self.rows))
+        return table.text(self.rows, self.facts, table.known(self.rows, table.columns(self.rows)))
 
     __repr__ = __str__
 

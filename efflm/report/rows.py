@@ -36,6 +36,14 @@ class Row:
             raise AttributeError(f"the row {self.name!r} has no {name!r}: its figures are {', '.join(self.figures)}")
         return self.figures[name]
 
+    def at(self, name: str | tuple[str, ...]) -> Any:
+        """The figure of this name, or what lies in it: at(("tasks", "arc_easy", "accuracy")); None if nothing does."""
+        first, *inner = (name,) if isinstance(name, str) else name
+        found = getattr(self, first)
+        for each in inner:
+            found = (found or {}).get(each)
+        return found
+
     def but(self, **figures: Any) -> "Row":
         """The row with other figures."""
         return dataclasses.replace(self, figures={**self.figures, **figures})

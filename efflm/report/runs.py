@@ -76,11 +76,12 @@ def side_by_side(found: Sequence[Run]) -> tuple[list[Row], Columns]:
     InputError for a run whose rows are of something else, or of an earlier version of efflm."""
     for run in found:
         _require_models(run)
-    kinds = [swept.COLUMNS if is_swept(run) else table.COLUMNS for run in sorted(found, key=is_swept)]
+    kinds = [swept.COLUMNS if is_swept(run) else table.columns(run.rows) for run in sorted(found, key=is_swept)]
     columns = {}  # each figure's once: that of the measured rows, where both kinds have one
     for column in itertools.chain(*kinds):
         columns.setdefault(column.figures[0], column)
-    none = {name: None for column in columns.values() for name in column.figures if name != "name"}
+    names = {name if isinstance(name, str) else name[0] for column in columns.values() for name in column.figures}
+    none = dict.fromkeys(names - {"name"})
     made = [Row(row.name, none | row.figures | {"run": run.name}, row.note) for run in found for row in _finite(run)]
     return made, table.known(made, [*columns.values()])
 

@@ -14,6 +14,9 @@ from efflm.report import comparison, numbers
 NONE = "—"  # what stands for a figure that was not measured
 
 
+Name = str | tuple[str, ...]  # of a figure, or of what lies in one: see Row.at
+
+
 @dataclasses.dataclass(frozen=True)
 class Column:
     """One column of a table of rows.Row.
@@ -21,7 +24,7 @@ class Column:
     text: a row's figure, or the figure and what stands beside it: its error, range or unit. value: what to sort by;
     None: the text. group: what the column belongs to, named above it. best: which way it is better; such figures are
     also shown as ratios to those of the first row. ratio: gives that ratio and its error where it was measured as such:
-    then rows are sorted by it. figures: the names of what is shown, first the figure itself.
+    then rows are sorted by it. figures: the names of what is shown (as of Row.at), first the figure itself.
     """
 
     heading: str
@@ -30,18 +33,24 @@ class Column:
     group: str = ""
     best: Literal["", "smallest", "largest"] = ""
     ratio: Callable[[Any], tuple[float, float | None]] | None = None
-    figures: tuple[str, ...] = ()
+    figures: tuple[Name, ...] = ()
 
     def pair(self, row: Any) -> tuple[str, str]:
         shown = self.text(row)
         return (shown, "") if isinstance(shown, str) else shown
+
+    def data(self, row: Any) -> dict[str, Any]:
+        """What a download has of the row: its figures by name, at full precision."""
+        if not self.figures:
+            return {self.heading: self.value(row) if self.value else self.pair(row)[0]}
+        return {name if isinstance(name, str) else ".".join(name): row.at(name) for name in self.figures}
 
 
 Columns = Sequence[Column]
 
 
 def figure(
-    heading: str, name: str, form: Callable[..., str | tuple[str, str]], beside: str = "",
+    heading: str, name: Name, form: Callable[..., str | tuple[str, str]], beside: Name = "",
     none: str | Callable[[Any], str] = NONE, least: float | None = None, **more: Any,
 ) -> Column:  # fmt: skip
     """The column of the figure of this name, written by form(figure), or form(figure, its error or range `beside`).
@@ -51,13 +60,13 @@ def figure(
     more = {"figures": tuple(filter(None, (name, beside)))} | more
 
     def text(row: Any) -> str | tuple[str, str]:
-        value = getattr(row, name)
+        value = row.at(name)
         if value is None:
             return none if isinstance(none, str) else none(row)
-        return form(value, getattr(row, beside)) if beside else form(value)
+        return form(value, row.at(beside)) if beside else form(value)
 
     def value(row: Any) -> float | None:
-        found = getattr(row, name)
+        found = row.at(name)
         return least if found is None else found
 
     return Column(heading, text, None if form is str else value, **more)
@@ -77,7 +86,7 @@ def _speed(phase: str) -> Column:
 
 def _quality(heading: str, name: str, form: Callable[..., tuple[str, str]], least: float = 0.0) -> Column:
     """least: that of the first row, which such figures refer to."""
-    none = lambda row: "reference" if row.bits_per_byte_increase is None else NONE
+    none = lambda row: "reference" if row.figures.get("bits_per_byte_increase") is None else NONE
     more = {"none": none, "least": least, "group": "quality, ± standard error"}
     return figure(heading, name, form, f"{name}_stderr", **more)
 
@@ -97,20 +106,50 @@ COLUMNS: Columns = (  # of the rows of rows.make
 )
 
 
+OF_TEXT = (  # what a row may have of each of several texts, in its figure `domains`: {text: {name: figure}}
+    ("bits/byte", "bits_per_byte", numbers.with_error),
+    ("increase over the original", "bits_per_byte_increase", numbers.signed),
+    ("KL to the original", "kl_to_original", numbers.with_error),
+)
+
+
+def columns(rows: Sequence[Any]) -> Columns:
+    """COLUMNS, and those of what only some rows have."""
+    return (*COLUMNS, *of_texts(rows))
+
+
+def of_texts(rows: Sequence[Any]) -> Columns:
+    """The columns of what the rows have of each of several texts."""
+    texts = dict.fromkeys(text for row in rows for text in row.figures.get("domains") or {})
+    every = [
+        figure(heading, path, form, (*path[:-1], f"{name}_stderr"), group=f"text: {text}")
+        for text in texts
+        for heading, name, form in OF_TEXT
+        for path in [("domains", text, name)]
+    ]
+    return known(rows, every)
+
+
 def known(rows: Sequence[Any], columns: Columns = COLUMNS) -> Columns:
     """The columns in which a row has a figure."""
     return tuple(column for column in columns if any(column.text(row) != NONE for row in rows))
 
 
-def show(rows: Sequence[Any], facts: Sequence[str], columns: Columns = COLUMNS) -> None:
-    """Print the table, then the note of each row, then `facts`."""
-    _print(_console(), rows, facts, columns)
+def labels(shown: Columns) -> list[str]:
+    """The headings, each different: with the group before it where several groups have a column of that name."""
+    headings = [column.heading for column in shown]
+    return [f"{each.group}: {each.heading}" if headings.count(each.heading) > 1 else each.heading for each in shown]
 
 
-def text(rows: Sequence[Any], facts: Sequence[str], columns: Columns = COLUMNS) -> str:
+def show(rows: Sequence[Any], facts: Sequence[str], shown: Columns | None = None) -> None:
+    """Print the table, then the note of each row, then `facts`. shown: the columns, `columns` by default."""
+    _print(_console(), rows, facts, shown or columns(rows))
+
+
+def text(rows: Sequence[Any], facts: Sequence[str], shown: Columns | None = None) -> str:
     """What `show` prints, without colors."""
     out = io.StringIO()
-    _print(Console(file=out, width=_console().width), rows, facts, columns)
+    _print(Console(file=out, width=_console().width), rows, facts, shown or columns(rows))
     return out.getvalue().rstrip()
 
 
@@ -119,13 +158,13 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=240)
 
 
-def _print(console: Console, rows: Sequence[Any], facts: Sequence[str], columns: Columns) -> None:
+def _print(console: Console, rows: Sequence[Any], facts: Sequence[str], shown: Columns) -> None:
     beside = " " if console.width >= 200 else "\n"
     table = Table(header_style="bold", pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column.heading, justify="left" if index == 0 else "right", overflow="fold")
+    for index, label in enumerate(labels(shown)):
+        table.add_column(label, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(beside.join(filter(None, column.pair(row))) for column in columns))
+        table.add_row(*(beside.join(filter(None, column.pair(row))) for column in shown))
     console.print(table)
     for row in filter(lambda row: row.note, rows):
         console.print(Text.assemble("  ", (row.name, "bold"), f": {row.note}"), soft_wrap=True)

@@ -49,3 +49,19 @@ def test_a_note_says_the_ratio_of_the_same_rounds():
     assert (made.prefill_speedup, made.decode_speedup_stderr) == (2.0, 0.0)
     alone = rows.make("a", tiny.model(), 1, "dense", documents, (own, own), None)
     assert (alone.note, alone.prefill_speedup) == ("dense", None)
+
+
+def test_each_of_several_texts_has_its_columns_under_its_own_heading():
+    one = {"bits_per_byte": 2.123456, "bits_per_byte_stderr": 0.01, "kl_to_original": None}
+    rows = [ROW.but(domains={"wiki": one}), ROW.but(domains={"wiki": one, "code": one}), ROW.but(domains=None)]
+    columns = table.of_texts(rows)
+    assert [(each.group, each.heading) for each in columns] == [
+        ("text: wiki", "bits/byte"),
+        ("text: code", "bits/byte"),
+    ]
+    assert [column.pair(row)[0] for row in rows for column in columns] == ["2.123", "—", "2.123", "2.123", "—", "—"]
+    named = ("domains.code.bits_per_byte", "domains.code.bits_per_byte_stderr")
+    assert columns[1].data(rows[1]) == dict(zip(named, (2.123456, 0.01)))
+    assert columns[1].data(rows[0]) == dict.fromkeys(named)
+    assert table.labels(columns) == ["text: wiki: bits/byte", "text: code: bits/byte"]
+    assert "text: code: bits/byte" in " ".join(table.text(rows, [], columns).replace("┃", " ").split())
