@@ -62,8 +62,8 @@ def fill_all(root: Path = ROOT) -> list[Path]:
 
 def marked_files(root: Path = ROOT) -> list[Path]:
     """The .md files that have tables; hidden folders are left out."""
-    visible = [path for path in sorted(root.rglob("*.md")) if "/." not in path.relative_to(root.parent).as_posix()]
-    return [path for path in visible if re.search(f"^{BEGIN}", path.read_text(encoding="utf-8"), re.M)]
+    there = [*sorted(root.glob("*.md")), *sorted(root.glob("[a-z]*/**/*.md"))]
+    return [path for path in there if re.search(f"^{BEGIN}", path.read_text(encoding="utf-8"), re.M)]
 
 
 def keep(run_dir: Path, name: str, folder: Path = FOLDER) -> Path:
@@ -94,13 +94,16 @@ def read(path: Path) -> dict[str, Any]:
 
 def origin(found: Mapping[str, Any]) -> str:
     """Where the figures are from, in a line."""
-    versions = found["versions"]
-    cores = f", {versions['cores']} cores" if versions["cores"] != UNKNOWN else ""
-    parts = [f"Machine: {versions['cpu']}{cores}", f"commit: {versions['commit']}", f"date: {versions['date']}"]
-    parts += [f"{name}: {found[name]}" for name in ("seed", "seeds") if name in found]
-    command = found["command"] if found["command"] == UNKNOWN else f"`{found['command']}`"
-    copied = f" Transcribed {found['transcribed']}." if "transcribed" in found else ""
-    return f"{'; '.join(parts)}; command: {command}.{copied}"
+    versions, command = found["versions"], found["command"]
+    cores = "" if versions["cores"] == UNKNOWN else f", {versions['cores']} cores"
+    told = {"machine": versions["cpu"] + cores, "commit": versions["commit"], "date": versions["date"]}
+    told |= {name: found[name] for name in ("seed", "seeds") if name in found}
+    told["command"] = UNKNOWN if command == UNKNOWN else f"`{command}`"
+    words = "; ".join(f"{name}: {value}" for name, value in told.items() if value != UNKNOWN)
+    missing = ", ".join(name for name, value in told.items() if value == UNKNOWN)
+    copied = f"transcribed {found['transcribed']}" if "transcribed" in found else ""
+    words = "; ".join(filter(None, [words, missing and f"{missing}: {UNKNOWN}", copied]))
+    return f"{words[0].upper()}{words[1:]}."
 
 
 def markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:

@@ -135,8 +135,7 @@ def test_what_prose_did_not_say_is_not_recorded(filled):
     unknown = dict.fromkeys(("date", "commit", "cpu", "cores"), published.UNKNOWN)
     made = filled(versions=unknown, command=published.UNKNOWN, transcribed="from README.md at commit adbe7ce")
     assert made.startswith(
-        "Machine: not recorded; commit: not recorded; date: not recorded; seeds: 3; command: not recorded. Transcribed "
-        "from README.md at commit adbe7ce.\n"
+        "Seeds: 3; machine, commit, date, command: not recorded; transcribed from README.md at commit adbe7ce.\n"
     )
 
 
