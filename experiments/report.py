@@ -2,10 +2,14 @@
 
     bash launch/run.sh experiments.report runs/quickstart runs/compress
     bash launch/run.sh experiments.report laptop.json server.json --run_dir=runs/both
+    bash launch/run.sh experiments.report runs/quickstart --publish
 
 Expect a table of all rows in the terminal, run by run, and report.html in the run directory. It reads what evaluate,
 compress, quickstart and sweep have written; nothing is measured. A row is compared with the first row of its own run
 alone, and below the table stands in what the runs differ: machine, commit, text, protocol.
+
+With --publish no page is made: the results are copied to experiments/results/ under the names of their run directories,
+and the tables of all .md files are made anew of what is there (efflm/report/published.py).
 """
 
 import dataclasses
@@ -15,7 +19,7 @@ from pathlib import Path
 from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
 from efflm.config import flag, require
-from efflm.report import page, runs, table
+from efflm.report import page, published, runs, table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +28,7 @@ class Run:
 
     results: tuple[str, ...] = flag((), "results.json files, or run directories that hold one", bare=True)
     run_dir: str = flag(str(run_directory.ROOT / "report"), "where to write report.html", path=True)
+    publish: bool = flag(False, "keep the results in experiments/results, and make the tables of all .md files anew")
 
     def __post_init__(self):
         folder = Path(self.run_dir).resolve()
@@ -33,6 +38,10 @@ class Run:
 
 @run_directory.locked
 def main(run: Run) -> None:
+    if run.publish:
+        for path in [*map(published.keep, run.results), *published.fill_all()]:
+            print(f"wrote {path}")
+        return
     require(bool(run.results), "there is nothing to read: give results.json files or run directories, as in runs/a")
     folder = Path(run.run_dir)
     run_directory.require_writable(folder, needs=run_directory.SMALL_FILES)

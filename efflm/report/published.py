@@ -3,14 +3,15 @@
     <!-- results: experiments/results/quickstart.json; rows=w8a8 | gptq4; columns=MB on disk | MB on disk × -->
     <!-- end -->
 
-`fill` writes there the machine, commit, date, seeds and command, then the table and the protocol. The file is what
-report.journal.Journal.results writes, of one machine and one commit. rows, columns: which of them, by name and by
-heading; default: all. A heading with × after it is the ratio to the first row. protocol=none leaves the protocol out.
+`experiments.report --publish` writes there the machine, commit, date, seeds and command, then the table and the
+protocol. The file is what report.journal.Journal.results writes, of one machine and one commit. rows, columns: which of
+them, by name and by heading; default: all. A heading with × after it is the ratio to the first row. protocol=none leaves
+the protocol out.
 
-Rows of models (report.rows.make) have the columns of report.table. Of other rows each figure is a column, with its
-error or range beside it: `loss_stderr`, `loss_deviation`, `loss_sd` or `loss_spread` of `loss`. The file may say which
-figures, and what they are called: `"columns": {"name": "recipe", "loss": "test loss"}`. A figure has no more digits
-than its error allows and than the file has; without an error it has at most four.
+Rows of models have the columns of report.table or, means over seeds, of report.swept. Of other rows each figure is a
+column, with its error or range beside it: `loss_stderr`, `loss_deviation`, `loss_sd` or `loss_spread` of `loss`. The
+file may say which figures, and what they are called: `"columns": {"name": "recipe", "loss": "test loss"}`. A figure has
+no more digits than its error allows and than the file has; without an error it has at most four.
 
 A file with the field `transcribed` was copied from prose, which that names; what the prose left out is "not recorded".
 """
@@ -19,14 +20,15 @@ import decimal
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from efflm.cli import run_directory
-from efflm.config import InputError, require
-from efflm.report import numbers, table
+from efflm.config import require
+from efflm.report import numbers, runs, swept, table
 from efflm.report.rows import Row
+from efflm.report.runs import Run
 from efflm.report.table import NONE, Column
 
 ROOT = Path(__file__).parents[2]
@@ -34,11 +36,11 @@ FOLDER = ROOT / "experiments" / "results"
 BEGIN, END = "<!-- results:", "<!-- end -->"
 MARKED = re.compile(rf"^{BEGIN} (.*?) -->\n.*?^{END}$", re.M | re.S)
 UNKNOWN = "not recorded"
-KEPT = ("rows", "protocol", "command", "versions", "seed", "seeds")
-BULK = ("component_bytes",)  # no table shows it
+KEPT = ("protocol", "command", "versions", "seed", "seeds")
+BULK = ("component_bytes",)  # a figure that no table shows
 ERRORS = ("_stderr", "_deviation", "_sd")
 BESIDE = (*ERRORS, "_spread")
-MODEL = {"precision", "bits_per_byte", "kl_to_original"}  # figures of rows.make
+MODEL = {"parameters", "bytes", "bits_per_byte", "bits_per_byte_increase"}  # figures of rows.make and of swept.row
 SHARES, TIMES, SIGNED = ("_share", "_agreement"), ("_speedup", "_ratio"), ("_increase", "_difference")
 
 
@@ -66,94 +68,86 @@ def marked_files(root: Path = ROOT) -> list[Path]:
     return [path for path in there if re.search(f"^{BEGIN}", path.read_text(encoding="utf-8"), re.M)]
 
 
-def keep(run_dir: Path, name: str, folder: Path = FOLDER) -> Path:
-    """Keep what tables need of a run's results.json as the file name.json of the folder."""
-    found = read(run_dir / "results.json")
-    rows = [{figure: value for figure, value in row.items() if figure not in BULK} for row in found["rows"]]
-    run_directory.write_json(
-        folder / f"{name}.json", {key: found[key] for key in KEPT if key in found} | {"rows": rows}
-    )
-    return folder / f"{name}.json"
+def keep(source: str, folder: Path = FOLDER) -> Path:
+    """Keep what tables need of a run's results.json in the folder, under the name of the run directory."""
+    run = read(source)
+    found = json.loads(run.file.read_bytes())
+    kept = {"rows": [{key: value for key, value in row.items() if key not in BULK} for row in found["rows"]]}
+    run_directory.write_json(folder / f"{run.name}.json", kept | {key: found[key] for key in KEPT if key in found})
+    return folder / f"{run.name}.json"
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A results.json, of one machine and one commit. Raises InputError for any other."""
-    require(path.is_file(), f"there is no {path}: run the command that writes it")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON ({error}): run the command that writes it again") from None
-    missing = [name for name in ("rows", "protocol", "command", "versions") if not found.get(name)]
-    missing += [name for name in ("date", "commit", "cpu", "cores") if not found.get("versions", {}).get(name)]
-    require(not missing, f"{path} has no {', '.join(missing)}: it is not what an experiment writes")
-    commit = found["versions"]["commit"]
-    known = re.fullmatch("[0-9a-f]{7,40}", commit) or ("transcribed" in found and commit == UNKNOWN)
-    require(bool(known), f"{path} is of commit {commit!r}, not of one that others have: commit, and measure again")
-    return found
+def read(source: str) -> Run:
+    """A results.json, or that of a run directory, of one machine and one commit. Raises InputError for any other."""
+    (run,) = runs.read([source])
+    missing = [name for name in ("date", "commit", "cpu", "cores") if not run.versions.get(name)]
+    missing += [name for name in ("rows", "command") if not getattr(run, name)]
+    require(not missing, f"{run.file} has no {', '.join(missing)}: it is not what an experiment writes")
+    commit = run.versions["commit"]
+    known = re.fullmatch("[0-9a-f]{7,40}", commit) or ("transcribed" in run.more and commit == UNKNOWN)
+    require(bool(known), f"{run.file} is of commit {commit!r}, not of one that others have: commit, and measure again")
+    return run
 
 
-def origin(found: Mapping[str, Any]) -> str:
+def origin(run: Run) -> str:
     """Where the figures are from, in a line."""
-    versions, command = found["versions"], found["command"]
-    cores = "" if versions["cores"] == UNKNOWN else f", {versions['cores']} cores"
-    told = {"machine": versions["cpu"] + cores, "commit": versions["commit"], "date": versions["date"]}
-    told |= {name: found[name] for name in ("seed", "seeds") if name in found}
-    told["command"] = UNKNOWN if command == UNKNOWN else f"`{command}`"
-    words = "; ".join(f"{name}: {value}" for name, value in told.items() if value != UNKNOWN)
+    cores = "" if run.versions["cores"] == UNKNOWN else f", {run.versions['cores']} cores"
+    told = {"machine": run.versions["cpu"] + cores, "commit": run.versions["commit"], "date": run.versions["date"]}
+    told |= {name: run.more[name] for name in ("seed", "seeds") if name in run.more}
+    told["command"] = UNKNOWN if run.command == UNKNOWN else f"`{run.command}`"
+    told |= {name: run.more[name] for name in ("transcribed",) if name in run.more}
     missing = ", ".join(name for name, value in told.items() if value == UNKNOWN)
-    copied = f"transcribed {found['transcribed']}" if "transcribed" in found else ""
-    words = "; ".join(filter(None, [words, missing and f"{missing}: {UNKNOWN}", copied]))
-    return f"{words[0].upper()}{words[1:]}."
+    words = [f"{name}: {value}" for name, value in told.items() if value != UNKNOWN]
+    line = "; ".join([*words, f"{missing}: {UNKNOWN}"] if missing else words)
+    return f"{line[0].upper()}{line[1:]}."
 
 
 def markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     """A table with the names on the left; a name that is one word is set as code."""
-    lines = [[_shown(column, row) for column in columns] for row in rows]
-    named = [[name if re.search(r"[\s`]", name) else f"`{name}`", *figures] for name, *figures in lines]
+    shown = [[" ".join(filter(None, column.pair(row))) for column in columns] for row in rows]
+    named = [[name if re.search(r"[\s`]", name) else f"`{name}`", *figures] for name, *figures in shown]
     cells = [[column.heading for column in columns], *named]
     head, *body = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in cells]
     return "".join([head, "|---|" + "---:|" * (len(columns) - 1) + "\n", *body])
 
 
-def columns_of(found: Mapping[str, Any], rows: Sequence[Row]) -> list[Column]:
-    """Those of models where each row has their figures and the file has no headings; otherwise one for each figure."""
-    if "columns" not in found and all(row.figures.keys() >= MODEL for row in rows):
-        return [column for column in table.COLUMNS if any(_shown(column, row) != NONE for row in rows)]
-    figures = dict.fromkeys(name for row in rows for name in row.figures if _is_figure(name, row.figures))
-    headings = {name: name.replace("_", " ") for name in ("name", *figures)}
-    return [_figure(name, heading) for name, heading in found.get("columns", headings).items()]
+def columns_of(run: Run) -> tuple[Sequence[Row], Sequence[Column]]:
+    """The rows, with None for what was not measured when they were written, and the columns in which one has a figure:
+    those of models, where the file has no headings and each row is one; otherwise one for each figure."""
+    single = (name for row in run.rows for name, value in row.figures.items() if not isinstance(value, dict | list))
+    there = dict.fromkeys(("name", *single))
+    if "columns" not in run.more and all(row.figures.keys() >= MODEL for row in run.rows):
+        known = swept.COLUMNS if runs.is_swept(run) else table.COLUMNS
+        columns = [column for column in known if column.figures[0] in there]
+    else:
+        headings = {name: name.replace("_", " ") for name in there if not _is_beside(name, there)}
+        headings = run.more.get("columns", headings)
+        columns = [_figure(name, heading) for name, heading in headings.items()]
+    none = {name: None for column in columns for name in column.figures if name != "name"}
+    rows = [Row(row.name, none | row.figures) for row in run.rows]
+    return rows, table.known(rows, columns)
 
 
-def _is_figure(name: str, figures: Mapping[str, Any]) -> bool:
-    """Whether it is a number or a word, and not said beside another figure."""
-    beside = any(name.endswith(end) and name.removesuffix(end) in figures for end in BESIDE)
-    return name not in ("name", "note") and not beside and isinstance(figures[name], int | float | str)
-
-
-def _shown(column: Column, row: Row) -> str:
-    """What a column shows of a row, also of one that was written before the column's figure was measured."""
-    try:
-        return " ".join(filter(None, column.pair(row)))
-    except AttributeError:  # see Row.__getattr__
-        return NONE
+def _is_beside(name: str, others: Container[str]) -> bool:
+    """Whether it is the error or the range of another figure."""
+    return any(name.endswith(end) and name.removesuffix(end) in others for end in BESIDE)
 
 
 def _figure(name: str, heading: str) -> Column:
-    """The column of one figure."""
+    """The column of one figure, or of the names."""
 
     def text(row: Row) -> str | tuple[str, str]:
-        value = row.figures.get(name)
-        beside = {end: row.figures.get(name + end) for end in BESIDE}
-        error = next((beside[end] for end in ERRORS if beside[end] is not None), None)
+        value, spread = getattr(row, name), row.figures.get(f"{name}_spread")
         if value is None or isinstance(value, str):
             return value or NONE
-        if beside["_spread"]:
-            return numbers.with_range(value, beside["_spread"])
+        if spread:
+            return numbers.with_range(value, spread)
         if name == "bytes":
             return numbers.megabytes(value)
-        return _written(name, value, error)
+        errors = [row.figures.get(name + end) for end in ERRORS]
+        return _written(name, value, next(filter(None, errors), None))
 
-    return Column(heading, text, lambda row: row.figures.get(name))
+    return Column(heading, text, lambda row: getattr(row, name), figures=(name,))
 
 
 def _written(name: str, value: float, error: float | None) -> tuple[str, str]:
@@ -201,18 +195,12 @@ def _between(what: str, root: Path) -> str:
     chosen = dict(choice.partition("=")[::2] for choice in choices)
     unknown = ", ".join(sorted(chosen.keys() - {"rows", "columns", "protocol"}))
     require(not unknown, f"{file}: {unknown} is no choice, only rows=, columns= and protocol=none are")
-    found = read(root / file)
-    rows = [Row(row["name"], row) for row in found["rows"]]
-    name, *columns = columns_of(found, rows)
+    run = read(str(root / file))
+    rows, (name, *columns) = columns_of(run)
     there = {each.heading: each for column in columns for each in (column, _ratio(column, rows[0]))}
     if "columns" in chosen:
         columns = _chosen("column", there, chosen["columns"], file)
     if "rows" in chosen:
         rows = _chosen("row", {row.name: row for row in rows}, chosen["rows"], file)
-    protocol = "" if chosen.get("protocol") == "none" else f"\nProtocol: {' '.join(found['protocol'])}\n"
-    return f"{origin(found)}\n\n{markdown(rows, [name, *columns])}{protocol}"
-
-
-if __name__ == "__main__":
-    for changed in fill_all():
-        print(changed.relative_to(ROOT))
+    protocol = "" if chosen.get("protocol") == "none" else f"\nProtocol: {' '.join(run.protocol)}\n"
+    return f"{origin(run)}\n\n{markdown(rows, [name, *columns])}{protocol}"
