@@ -4,9 +4,9 @@
     <!-- end -->
 
 `experiments.report --publish` writes there the machine, commit, date, seeds and command, then the table and the
-protocol. The file is what report.journal.Journal.results writes, of one machine and one commit. rows, columns: which of
-them, by name and by heading; default: all. A heading with × after it is the ratio to the first row. protocol=none leaves
-the protocol out.
+protocol. The file is what report.journal.Journal.results writes, of one machine and one commit. rows, columns: which
+of them, by name and by heading; default: all. A heading with × after it is the ratio to the first row. protocol=none
+leaves the protocol out.
 
 Rows of models have the columns of report.table or, means over seeds, of report.swept. Of other rows each figure is a
 column, with its error or range beside it: `loss_stderr`, `loss_deviation`, `loss_sd` or `loss_spread` of `loss`. The
