@@ -2,11 +2,11 @@
 
 What it offers by itself, each explained by help(efflm.api):
 
-load, compress, measure, generate, save
+load, compress, measure, generate, stream, save
 
 What it consists of:
 
-api         these five functions
+api         these six functions
 config      frozen dataclasses: what a run is told
 trees       paths, selection, counting and bytes of trees of weights
 precision   which dtype weights, matmuls and results have
@@ -18,7 +18,7 @@ ops         how a weight is used, whatever its format
 model       the Transformer, how its weights are sharded over a mesh, and the fastest precision on this machine
 data        corpora, packing, the order of sequences
 train       losses, the optimizer, the step, the loop, checkpoints
-infer       prefill, decode, sampling, speculative decoding
+infer       prefill, decode, sampling, speculative decoding, streaming
 compress    steps from a model to a model, and recipes that chain them
 evaluate    quality and cost
 plan        what a run would need and take on hardware that is not here
@@ -33,10 +33,10 @@ Importing it starts nothing, and is quick: JAX is imported when one of the funct
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from efflm.api import compress, generate, load, measure, save
+    from efflm.api import compress, generate, load, measure, save, stream
     from efflm.config import InputError
 
-__all__ = ["InputError", "compress", "generate", "load", "measure", "save"]
+__all__ = ["InputError", "compress", "generate", "load", "measure", "save", "stream"]
 
 
 def __getattr__(name: str) -> Any:

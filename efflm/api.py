@@ -1,4 +1,4 @@
-"""What `import efflm` offers: load, compress, measure, generate and save, thin names over the packages below.
+"""What `import efflm` offers: load, compress, measure, generate, stream and save, thin names over the packages below.
 
     model, tokenizer = efflm.load("smollm2")
     small = efflm.compress(model, "w8a8")
@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,16 +29,15 @@ from efflm.data import corpora, dataset, enwik8, loader
 from efflm.evaluate import scoring
 from efflm.evaluate.windows import Scoring
 from efflm.formats import compressed_tensors, gguf_export, huggingface, saved, sources
-from efflm.infer import speculative
+from efflm.infer import speculative, streaming
 from efflm.infer.generate import generate as generate_ids
 from efflm.infer.sampling import Sampling
 from efflm.model import LanguageModel, placement, require_same_tokenizer
 from efflm.parallel import meshes, sharding
-from efflm.report import measured, rows, samples
+from efflm.report import measured, rows
 from efflm.report.measured import Measured
-from efflm.text import fitted
+from efflm.text import encoding, fitted
 from efflm.text.chat import prompt_ids
-from efflm.text.encoding import require_characters
 from efflm.text.tokenizer import Tokenizer
 
 SOURCE = str | os.PathLike
@@ -185,6 +184,63 @@ def generate(
 
     The first call with a model lays it out for this machine and compiles; later ones of the same lengths reuse both.
     """
+    model, draft, ids = _to_write(model, draft, tokenizer, prompt, max_tokens, stop, chat, system)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    here = ops.prepared(model, jax.default_backend())
+    if draft is None:
+        new_ids = generate_ids(here, ids, max_tokens, sampling, tokenizer.stops, seed)
+    else:
+        small = ops.prepared(draft, jax.default_backend())
+        new_ids, _ = speculative.generate(here, small, ids, max_tokens, sampling, tokenizer.stops, seed, ahead)
+    texts = [encoding.until([stop])(tokenizer.stream()(new, final=True), final=True)[0] for new in new_ids]
+    return texts[0] if isinstance(prompt, str) else texts
+
+
+def stream(
+    model: LanguageModel,
+    tokenizer: Tokenizer | None = None,
+    prompt: str | None = None,
+    *,
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    stop: str = "",
+    chat: bool = False,
+    system: str = "",
+    draft: LanguageModel | None = None,
+    ahead: int = 4,
+) -> Iterator[str]:
+    """What `generate` gives for one prompt and the same arguments, in pieces as they are written.
+
+    Characters come whole, and nothing of the text `stop` comes. The model writes when it is asked for the next piece:
+    leaving the loop ends its work.
+
+        for text in efflm.stream(model, tokenizer, "The capital of France is"):
+            print(text, end="", flush=True)
+    """
+    require(not isinstance(prompt, list | tuple), "prompt is a list, but stream goes on from one text: use generate")
+    model, draft, (ids,) = _to_write(model, draft, tokenizer, prompt, max_tokens, stop, chat, system)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    settings = {"stops": [stop], "seed": seed, "draft": draft, "ahead": ahead}
+    pieces = streaming.pieces(model, tokenizer, ids, max_tokens, sampling, **settings)
+    return (piece.text for piece in pieces if piece.text)
+
+
+def _to_write(
+    model: LanguageModel,
+    draft: LanguageModel | None,
+    tokenizer: Tokenizer | None,
+    prompt: str | Sequence[str] | None,
+    max_tokens: int,
+    stop: str,
+    chat: bool,
+    system: str,
+) -> tuple[LanguageModel, LanguageModel | None, list[list[int]]]:
+    """The two models, which know the tokenizer's ids where they compare their probabilities, and the ids of the
+    prompts. Raises InputError."""
     arguments.require_model(model)
     arguments.require_tokenizer(tokenizer, model, "generating needs")
     prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -196,23 +252,13 @@ def generate(
     require(isinstance(stop, str), f"stop is {arguments.shown(stop)}, but must be text")
     texts = {"stop": stop, "system": system} | {f"prompt {i}": each for i, each in enumerate(prompts)}
     for name, each in texts.items():
-        require_characters(each, name)
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    ids = [prompt_ids(tokenizer, each, model.about, chat=chat, system=system) for each in prompts]
-    if isinstance(draft, LanguageModel):  # the two compare their probabilities
-        model, draft = (fitted.told(each, tokenizer) for each in (model, draft))
-    here = ops.prepared(model, jax.default_backend())
-    if draft is None:
-        new_ids = generate_ids(here, ids, max_tokens, sampling, tokenizer.stops, seed)
-    else:
+        encoding.require_characters(each, name)
+    if draft is not None:
         arguments.require_model(draft)
+        model, draft = (fitted.told(each, tokenizer) for each in (model, draft))
         arguments.require_tokenizer(tokenizer, draft, "drafting needs")
         require_same_tokenizer(draft, model, "draft", "model")
-        small = ops.prepared(draft, jax.default_backend())
-        new_ids, _ = speculative.generate(here, small, ids, max_tokens, sampling, tokenizer.stops, seed, ahead)
-    written = [samples.text(new, tokenizer) for new in new_ids]
-    ended = [each.partition(stop)[0] if stop else each for each in written]
-    return ended[0] if isinstance(prompt, str) else ended
+    return model, draft, [prompt_ids(tokenizer, each, model.about, chat=chat, system=system) for each in prompts]
 
 
 def save(

@@ -12,7 +12,6 @@ import dataclasses
 import io
 import sys
 import time
-from collections.abc import Callable, Iterator
 
 import jax
 
@@ -22,12 +21,10 @@ from efflm.cli.flags import launch
 from efflm.config import PRECISION, AskedPrecision, InputError, flag, require, require_positive, require_seed
 from efflm.evaluate import compiling
 from efflm.formats import sources
-from efflm.formats.sources import KINDS, Loaded
-from efflm.infer import speculative
-from efflm.infer.generate import CHUNK, stream
+from efflm.formats.sources import KINDS
+from efflm.infer import streaming
+from efflm.infer.generate import CHUNK
 from efflm.infer.sampling import Sampling
-from efflm.model import LanguageModel, require_same_tokenizer
-from efflm.text import encoding
 from efflm.text.chat import prompt_ids
 
 
@@ -46,9 +43,7 @@ class Run:
     min_p: float = flag(0.0, "draw from tokens at least this fraction as likely as the likeliest; 0: all")
     seed: int = flag(0, "seed of what is drawn")
     stop: str = flag("", "text to end before, beside the model's own stop tokens")
-    draft: str = flag(
-        "", "a smaller model that proposes tokens, by the same tokenizer; text comes at the end", path=True
-    )
+    draft: str = flag("", "a smaller model that proposes tokens, by the same tokenizer", path=True)
     ahead: int = flag(4, "with --draft: tokens that it proposes at a time")
     precision: AskedPrecision = flag("", PRECISION)
 
@@ -82,52 +77,35 @@ def main(run: Run) -> None:
     note = lambda words: print(words, file=sys.stderr, flush=True)
     began = time.perf_counter()
     loaded = sources.load(run.model, precision=run.precision)
-    model = ops.prepare(loaded.model, jax.default_backend())
-    jax.block_until_ready(model.params)
+    draft = sources.load(run.draft, precision=run.precision).model if run.draft else None
+    jax.block_until_ready([each and ops.prepared(each, jax.default_backend()) for each in (loaded.model, draft)])
     note(f"{run.model}: loaded in {time.perf_counter() - began:.1f} s")
     ids = prompt_ids(loaded.tokenizer, text, loaded.about, chat=run.chat, system=run.system)
     user_cache.use_compilation_cache()
-    clock, tokens = compiling.clock(), loaded.tokenizer
+    clock = compiling.clock()
     # Bad input is refused here, before anything is on stdout.
-    how = (run.max_tokens, run.sampling(), tokens.stops, run.seed)
-    chunks = drafted(run, loaded, model, ids, how, note) if run.draft else stream(model, [ids], *how, CHUNK)
-    times, counts = [time.perf_counter()], [0]  # after each chunk: the time, and how many tokens there are
-
-    def texts() -> Iterator[str]:
-        decode = tokens.stream()
-        for (new,) in chunks:
-            times.append(time.perf_counter())
-            counts.append(counts[-1] + len(new))
-            yield decode(new)
-        yield decode([], final=True)
-
+    how = {"stops": [run.stop], "seed": run.seed, "draft": draft, "ahead": run.ahead, "chunk": CHUNK}
+    pieces = streaming.pieces(loaded.model, loaded.tokenizer, ids, run.max_tokens, run.sampling(), **how)
+    times, counts, drafting = [time.perf_counter()], [0], None  # after each piece: the time, and how many tokens
     try:
         if not run.chat:
             sys.stdout.write(text)
-        for part in encoding.until(texts(), run.stop):
-            sys.stdout.write(part)
+        for piece in pieces:
+            times.append(time.perf_counter())
+            counts.append(piece.tokens)
+            drafting = piece.drafting
+            sys.stdout.write(piece.text)
             sys.stdout.flush()
         sys.stdout.write("\n")
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of stdout has closed it
         stdio.drop(sys.stdout)
+    if drafting:
+        note(
+            f"{run.draft}: proposed {drafting.drafted} tokens, of which {drafting.accepted} stayed "
+            f"({drafting.acceptance:.0%}); {drafting.passes} passes of {run.model}"
+        )
     note(timing(times, counts, len(ids), clock))
-
-
-def drafted(
-    run: Run, loaded: Loaded, model: LanguageModel, ids: list[int], how: tuple, note: Callable[[str], None]
-) -> list[list[list[int]]]:
-    """All new ids, as one chunk. model: the loaded one, prepared. Raises InputError for a draft with another
-    tokenizer."""
-    draft = sources.load(run.draft, precision=run.precision)
-    require_same_tokenizer(draft.model, loaded.model, "draft", "model")
-    small = ops.prepare(draft.model, jax.default_backend())
-    new, told = speculative.generate(model, small, [ids], *how, run.ahead)
-    note(
-        f"{run.draft}: proposed {told.drafted} tokens, of which {told.accepted} stayed ({told.acceptance:.0%}); "
-        f"{told.passes} passes of {run.model}"
-    )
-    return [new]
 
 
 def timing(times: list[float], counts: list[int], prompt: int, clock: compiling.Clock) -> str:

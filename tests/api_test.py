@@ -1,4 +1,4 @@
-"""The five functions of `import efflm`, as a careful and as a careless user calls them."""
+"""The six functions of `import efflm`, as a careful and as a careless user calls them."""
 
 import dataclasses
 import json

@@ -26,7 +26,7 @@ ALLOWED = {
     "ops": BASE,
     "model": BASE | {"parallel", "ops"},
     "train": BASE | {"parallel", "ops", "model"} | {f"formats.{name}" for name in ("arrays", "checkpoint", "manifest")},
-    "infer": BASE | {"parallel", "ops", "model"},
+    "infer": BASE | {"parallel", "ops", "model", "text.encoding"},
     "evaluate": BASE | {"parallel", "ops", "model", "infer", "plan", "train.losses"},
     "plan": BASE | {"parallel", "ops", "model", "train"},
     "report": BASE | {"parallel", "ops", "model", "infer", "evaluate", "plan"},

@@ -13,7 +13,7 @@ compiled program serves all lengths up to a power of two.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.struct
@@ -183,11 +183,74 @@ def decode(
     how: dict[str, Any],
     stops_K: jax.Array,
     limit: jax.Array,
+    passes: jax.Array,
     ahead: int,
 ) -> State:
-    """The state when all sequences have ended or have `limit` tokens."""
-    one = lambda state: step(target, draft, state, keys_B, how, stops_K, limit, ahead)
-    return lax.while_loop(lambda state: ~jnp.all(state.done_B), one, state)
+    """The state after `passes` passes, fewer where all sequences have ended or have `limit` tokens."""
+
+    def one(carry):
+        i, state = carry
+        return i + 1, step(target, draft, state, keys_B, how, stops_K, limit, ahead)
+
+    goes_on = lambda carry: (carry[0] < passes) & ~jnp.all(carry[1].done_B)
+    return lax.while_loop(goes_on, one, (jnp.int32(0), state))[1]
+
+
+def stream(
+    target: LanguageModel,
+    draft: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: Sampling = GREEDY,
+    stops: Sequence[int] = (),
+    seed: int = 0,
+    ahead: int = 4,
+    passes: int = 1,
+) -> Iterator[tuple[list[list[int]], Statistics]]:
+    """Continue every prompt by up to max_tokens tokens, before the first of the `stops`: the new ids of each sequence,
+    first one, then those of `passes` passes of the target at a time, and the statistics so far.
+
+    ahead: tokens that the draft proposes for each pass. Raises InputError.
+    """
+    require(type(ahead) is int and ahead > 0, f"ahead is {ahead!r}, but must be a positive whole number")
+    require_same_tokenizer(draft, target, "draft", "model")
+    padded(prompts, draft.config, max_tokens)
+    tokens_BT, lengths_B = padded(prompts, target.config, max_tokens)
+    tokens_BT = tokens_BT[:, : min(tokens_BT.shape[1], draft.config.max_length)]
+    how, keys_B = sampling.arrays(), row_keys(seed, len(prompts))
+    stops_K = np.pad(np.asarray(stops, np.int32), (0, bucket(len(stops) + 1) - len(stops)), constant_values=PAD_ID)
+    room = bucket(int(lengths_B.max()) + max_tokens + ahead + 1)  # what is proposed may go beyond the limit
+    cut = lambda ids: ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]
+
+    def chunks() -> Iterator[tuple[list[list[int]], Statistics]]:
+        logits_BV, cache = prefill(target, tokens_BT, lengths_B, cache_length=room)
+        _, draft_cache = prefill(draft, tokens_BT, lengths_B, cache_length=room)
+        first = start(logits_BV, cache, keys_B, how, stops_K)
+        B = len(prompts)
+        ids_BS = jnp.full((B, bucket(max_tokens + ahead + 1)), PAD_ID, jnp.int32).at[:, 0].set(first.token_B)
+        state = State(
+            target=first.cache,
+            draft=draft_cache.replace(length_B=draft_cache.length_B - 1),
+            before_B=jnp.take_along_axis(jnp.asarray(tokens_BT), draft_cache.length_B[:, None] - 1, axis=1)[:, 0],
+            token_B=first.token_B,
+            ids_BS=ids_BS,
+            count_B=jnp.ones(B, jnp.int32),
+            done_B=first.done_B | (max_tokens <= 1),
+            accepted=jnp.int32(0),
+            passes=jnp.int32(0),
+        )
+        shown_B = [0] * B
+        while True:
+            counts_B = np.minimum(np.asarray(state.count_B), max_tokens).tolist()
+            written = zip(np.asarray(state.ids_BS).tolist(), shown_B, counts_B, strict=True)
+            told = Statistics(ahead * int(state.passes), int(state.accepted), int(state.passes))
+            yield [cut(ids[since:until]) for ids, since, until in written], told
+            if np.all(state.done_B):
+                return
+            limits, shown_B = (np.int32(max_tokens), np.int32(passes)), counts_B
+            state = decode(target, draft, state, keys_B, how, stops_K, *limits, ahead=ahead)
+
+    return chunks()  # a generator, as in infer.generate
 
 
 def generate(
@@ -200,36 +263,6 @@ def generate(
     seed: int = 0,
     ahead: int = 4,
 ) -> tuple[list[list[int]], Statistics]:
-    """Continue every prompt by up to max_tokens tokens, before the first of the `stops`: the new ids of each sequence.
-
-    ahead: tokens that the draft proposes for each pass of the target. Raises InputError.
-    """
-    require(type(ahead) is int and ahead > 0, f"ahead is {ahead!r}, but must be a positive whole number")
-    require_same_tokenizer(draft, target, "draft", "model")
-    padded(prompts, draft.config, max_tokens)
-    tokens_BT, lengths_B = padded(prompts, target.config, max_tokens)
-    tokens_BT = tokens_BT[:, : min(tokens_BT.shape[1], draft.config.max_length)]
-    how, keys_B = sampling.arrays(), row_keys(seed, len(prompts))
-    stops_K = np.pad(np.asarray(stops, np.int32), (0, bucket(len(stops) + 1) - len(stops)), constant_values=PAD_ID)
-    room = bucket(int(lengths_B.max()) + max_tokens + ahead + 1)  # what is proposed may go beyond the limit
-    logits_BV, cache = prefill(target, tokens_BT, lengths_B, cache_length=room)
-    _, draft_cache = prefill(draft, tokens_BT, lengths_B, cache_length=room)
-    first = start(logits_BV, cache, keys_B, how, stops_K)
-    B = len(prompts)
-    ids_BS = jnp.full((B, bucket(max_tokens + ahead + 1)), PAD_ID, jnp.int32).at[:, 0].set(first.token_B)
-    state = State(
-        target=first.cache,
-        draft=draft_cache.replace(length_B=draft_cache.length_B - 1),
-        before_B=jnp.take_along_axis(jnp.asarray(tokens_BT), draft_cache.length_B[:, None] - 1, axis=1)[:, 0],
-        token_B=first.token_B,
-        ids_BS=ids_BS,
-        count_B=jnp.ones(B, jnp.int32),
-        done_B=first.done_B | (max_tokens <= 1),
-        accepted=jnp.int32(0),
-        passes=jnp.int32(0),
-    )
-    state = decode(target, draft, state, keys_B, how, stops_K, np.int32(max_tokens), ahead=ahead)
-    counts_B = np.minimum(np.asarray(state.count_B), max_tokens)
-    rows = [row[:count].tolist() for row, count in zip(np.asarray(state.ids_BS), counts_B, strict=True)]
-    cut = lambda ids: ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]
-    return [cut(ids) for ids in rows], Statistics(ahead * int(state.passes), int(state.accepted), int(state.passes))
+    """`stream` in one loop on the device: all new ids of each sequence."""
+    chunks = list(stream(target, draft, prompts, max_tokens, sampling, stops, seed, ahead, passes=max_tokens))
+    return [[token for rows, _ in chunks for token in rows[i]] for i in range(len(prompts))], chunks[-1][1]

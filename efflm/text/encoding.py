@@ -70,18 +70,25 @@ def _places(text: str) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(sizes)])
 
 
-def until(texts: Iterable[str], stop: str) -> Iterator[str]:
-    """The texts up to `stop`, which may be split over several of them; a possible beginning of it is held back."""
-    held = ""
-    for text in texts:
+def until(stops: Sequence[str]) -> Callable[..., tuple[str, bool]]:
+    """A function (text, final=False) -> what this text adds to those of the calls before, up to the first of the stops
+    to be complete, and whether there was one: then it is not called again. A stop may be split over several texts: its
+    possible beginning is held back, until final=True. An empty stop is none."""
+    stops, held = tuple(filter(None, stops)), ""
+
+    def up_to(text: str, final: bool = False) -> tuple[str, bool]:
+        nonlocal held
         held += text
-        if stop and stop in held:
-            yield held[: held.index(stop)]
-            return
-        keep = next((n for n in range(min(len(stop) - 1, len(held)), 0, -1) if stop.startswith(held[-n:])), 0)
-        yield held[: len(held) - keep]
-        held = held[len(held) - keep :]
-    yield held
+        found = [(held.index(stop) + len(stop), held.index(stop)) for stop in stops if stop in held]
+        if found:
+            return held[: min(found)[1]], True
+        begins = lambda tail: any(stop.startswith(tail) for stop in stops)
+        longest = 0 if final else min(len(held), max(map(len, stops), default=1) - 1)
+        shown = len(held) - next((n for n in range(longest, 0, -1) if begins(held[-n:])), 0)
+        text, held = held[:shown], held[shown:]
+        return text, False
+
+    return up_to
 
 
 def pieces_of(core: Any, count: int) -> list[bytes]:

@@ -17,9 +17,10 @@ from efflm.cli import run_directory
 from efflm.cli.flags import launch
 from efflm.evaluate import compiling
 from efflm.formats import efflm_file
+from efflm.infer import streaming
 from efflm.infer.generate import generate as write
 from efflm.model import LanguageModel
-from efflm.text import encoding, tokenizer
+from efflm.text import tokenizer
 from experiments import generate
 from tests import tiny
 
@@ -115,9 +116,9 @@ def test_chat_goes_through_the_template(folder, loaded, monkeypatch, tmp_path, c
     config.write_text(json.dumps(json.loads(kept) | {"chat_template": template}))
     try:
         seen = []
-        monkeypatch.setattr(generate, "stream", lambda model, prompts, *rest: seen.append(prompts) or iter([]))
+        monkeypatch.setattr(streaming, "pieces", lambda model, tokens, ids, *rest, **how: seen.append(ids) or iter([]))
         run(folder, monkeypatch, tmp_path, "--chat", "--system=the", "--prompt=cat")
-        assert words.decode(seen[0][0]) == "[system] the\n[user] cat\n[assistant]"
+        assert words.decode(seen[0]) == "[system] the\n[user] cat\n[assistant]"
         assert "cat" not in capsys.readouterr().out
     finally:
         config.write_text(kept)
@@ -161,12 +162,12 @@ def test_stdin_that_is_no_text_is_one_line(folder, monkeypatch, tmp_path, capsys
 
 
 def test_ctrl_c_leaves_the_text_and_one_line(folder, monkeypatch, tmp_path, capfd):
-    def stream(*_):
-        yield [[66]]
+    def pieces(*_, **how):
+        yield streaming.Piece("a", 1)
         os.kill(os.getpid(), signal.SIGINT)
-        yield [[66]]
+        yield streaming.Piece("b", 2)
 
-    monkeypatch.setattr(generate, "stream", stream)
+    monkeypatch.setattr(streaming, "pieces", pieces)
     before = signal.getsignal(signal.SIGINT)
     try:
         with pytest.raises(SystemExit) as stopped:
@@ -177,18 +178,6 @@ def test_ctrl_c_leaves_the_text_and_one_line(folder, monkeypatch, tmp_path, capf
     out, err = capfd.readouterr()
     assert out.startswith("the")
     assert err.splitlines()[1:] == ["stopped by Ctrl-C: what was written until now stays"]
-
-
-@given(st.text("ab\n", max_size=30), st.text("ab\n", max_size=4), st.lists(st.integers(0, 5), max_size=12))
-def test_text_ends_before_the_stop_wherever_it_is_cut(text, stop, cuts):
-    parts, rest = [], text
-    for cut in cuts:
-        parts, rest = [*parts, rest[:cut]], rest[cut:]
-    got = list(encoding.until([*parts, rest], stop))
-    assert "".join(got) == (text.split(stop)[0] if stop else text)
-    for i in range(min(len(got), len(parts))):  # held back is only what may become the stop
-        held = len("".join(parts[: i + 1])) - len("".join(got[: i + 1]))
-        assert stop.startswith("".join(parts[: i + 1])[-held:]) if held and len(got) > i + 1 else True
 
 
 def test_times_leave_compiling_out(compiled):
@@ -242,12 +231,12 @@ def test_no_time_is_negative_whatever_was_compiled_and_when(spans, start, second
 
 def test_what_was_compiled_before_the_generation_is_not_its(folder, monkeypatch, tmp_path, capsys):
     """The key of the seed, among others, is made while the input is checked."""
-    before = generate.stream
+    before = streaming.pieces
 
-    def stream(*arguments):
+    def pieces(*arguments, **how):
         jax.block_until_ready(jax.jit(lambda x: jnp.sort(jnp.sin(x) @ x))(jnp.ones((7, 7))))
-        return before(*arguments)
+        return before(*arguments, **how)
 
-    monkeypatch.setattr(generate, "stream", stream)
+    monkeypatch.setattr(streaming, "pieces", pieces)
     run(folder, monkeypatch, tmp_path, "--prompt=the", "--max_tokens=2")
     assert re.search(r"first token after \d+\.\d+ s", capsys.readouterr().err)

@@ -16,6 +16,7 @@ from efflm.config import InputError
 from efflm.data import dataset
 from efflm.evaluate import quality, windows
 from efflm.evaluate.windows import Scoring
+from efflm.text import encoding
 from efflm.text.tokenizer import SEPARATOR, Tokenizer, load
 from tests import tiny
 from tests.text.tokenizer_lines import lines
@@ -140,3 +141,28 @@ def test_half_a_surrogate_pair_is_no_text(known):
             with pytest.raises(InputError, match=rf"{name} has '\\ud83d' at character \d+, which is half of"):
                 call()
     assert tokens.decode(tokens.encode("\U0001f600")) == "\U0001f600"
+
+
+@given(
+    st.text("ab\n", max_size=30),
+    st.lists(st.text("ab\n", max_size=4), max_size=3),
+    st.lists(st.integers(0, 5), max_size=12),
+)
+def test_text_ends_before_the_first_stop_wherever_it_is_cut(text, stops, cuts):
+    """The first that is complete, of several that are complete at once the longest."""
+    real = [stop for stop in stops if stop]
+    found = [(end, end - len(stop)) for end in range(len(text) + 1) for stop in real if text[:end].endswith(stop)]
+    up_to, shown, read = encoding.until(stops), "", 0
+    for cut in cuts:
+        new, ended = up_to(text[read : read + cut])
+        shown, read = shown + new, min(read + cut, len(text))
+        assert ended == any(end <= read for end, _ in found)
+        if ended:
+            break
+        held = text[len(shown) : read]
+        assert not held or any(stop.startswith(held) and stop != held for stop in real)
+    else:
+        new, ended = up_to(text[read:], final=True)
+        shown += new
+        assert ended == bool(found)
+    assert shown == (text[: min(found)[1]] if found else text)
