@@ -84,12 +84,15 @@ def _score(
     normalizer_M, expected_normalizer_M = (jax.nn.logsumexp(x, axis=-1) for x in (logits_MV, expected_MV))
     p_MV = jnp.exp(expected_MV - expected_normalizer_M[:, None])
     of_all_M = jax.nn.logsumexp(whole_MV, axis=-1) if model.config.unused else normalizer_M
-    chosen_M = jnp.take_along_axis(whole_MV, targets_M[:, None], axis=-1)[:, 0]
+    at = lambda x_MV, index_M: jnp.take_along_axis(x_MV, index_M[:, None], axis=-1)[:, 0]
+    likeliest_M = jnp.argmax(logits_MV, axis=-1)
     return _whole(
         {
-            "bits": (of_all_M - chosen_M) / jnp.log(2.0),
+            "bits": (of_all_M - at(whole_MV, targets_M)) / jnp.log(2.0),
             "kl": jnp.sum(p_MV * (expected_MV - logits_MV), axis=-1) - expected_normalizer_M + normalizer_M,
-            "agreement": jnp.argmax(expected_MV, axis=-1) == jnp.argmax(logits_MV, axis=-1),
+            "agreement": jnp.argmax(expected_MV, axis=-1) == likeliest_M,
+            "right": likeliest_M == targets_M,
+            "confidence": jnp.exp(at(logits_MV, likeliest_M) - normalizer_M),
         }
     )
 
@@ -120,8 +123,9 @@ def score(
     targets_M: np.ndarray,
     most: int,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """bits, kl and agreement (see Quality) of each model at each of at most `most` targets. states: what each makes of
-    the text; expected_MD: the reference's, whose logits are computed once for all models."""
+    """bits, kl and agreement (see Quality) of each model at each of at most `most` targets, the probability of the
+    likeliest token there (confidence), and whether that is the target (right). states: what each makes of the text;
+    expected_MD: the reference's, whose logits are computed once for all models."""
     vocabulary = max(model.config.vocabulary for model in (reference, *models.values()))
     count = max(1, min(most, LOGITS // vocabulary))  # not the number of targets: one program for all
     outputs = {name: _without_layers(model) for name, model in models.items()}
@@ -135,7 +139,7 @@ def score(
                 given = None if model is reference else expected_MV
                 got = jax.device_get(_score(given, outputs[name], cut(states[name]), cut(targets_M)))
                 parts[name].append({figure: x[: len(targets_M) - start] for figure, x in got.items()})
-    figures = ("bits", "kl", "agreement")
+    figures = ("bits", "kl", "agreement", "right", "confidence")
     joined = lambda found, figure: np.concatenate([np.zeros(0), *(part[figure] for part in found)])
     return {name: {figure: joined(found, figure) for figure in figures} for name, found in parts.items()}
 
@@ -168,14 +172,20 @@ def measure(
         first, documents = int(owners_M.min()), int(owners_M.max())
         counts = {"bytes": block["bytes"][where], "tokens": np.ones(len(targets_M))}
         expected_MD = kept[index] if kept and index in kept else states(reference, block)
-        if kept is not None and sum(x.nbytes for x in kept.values()) + expected_MD.nbytes <= KEPT:
-            kept[index] = expected_MD
+        if kept is not None:
+            keep(kept, index, expected_MD)
         read = {name: expected_MD if model is reference else states(model, block) for name, model in models.items()}
         for name, found in score(models, read, reference, expected_MD, targets_M, where.size).items():
             sums[name] = _room_for(documents, sums[name])
             for i, field in enumerate(fields):
                 sums[name][i, first - 1 : documents] += np.bincount(owners_M - first, (counts | found)[field])
     return {name: Quality(*(of[:, :documents])) for name, of in sums.items()}
+
+
+def keep(kept: dict[int, np.ndarray], index: int, states_MD: np.ndarray) -> None:
+    """Keep the reference's states of a block, as long as all that is kept stays below KEPT."""
+    if sum(x.nbytes for x in kept.values()) + states_MD.nbytes <= KEPT:
+        kept[index] = states_MD
 
 
 def _room_for(count: int, sums: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ B batch, T query positions, S key positions, D width of the residual stream, N q
 H size of a head, F feed-forward width, V vocabulary, L layers. `x_BTD` is an array of three axes.
 """
 
+from efflm.model.attention import Branches
 from efflm.model.transformer import (
     Cache,
     Gathered,

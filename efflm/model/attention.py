@@ -1,6 +1,8 @@
 """Self-attention of one layer, with or without a KV cache."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -22,6 +24,25 @@ class LayerCache:
     values: jax.Array
 
 
+@flax.struct.dataclass
+class Branches:
+    """Sequences that share their beginnings, packed so that a token that several share is there once: it takes the
+    place of segments. The layers read packed tokens, and only attention reads each sequence by itself.
+
+    tokens_RS: int32, for each of R sequences which packed token stands at each of its S places; any where it has ended.
+    places_BT: int32, for each packed token [B, T] one of the R * S places where it stands.
+    """
+
+    tokens_RS: jax.Array
+    places_BT: jax.Array
+
+    def attend(self, attention: Callable[..., jax.Array], *packed: jax.Array, **how: Any) -> jax.Array:
+        """What `attention` gives of the sequences, as the tokens are packed. packed: queries, keys, values."""
+        merged = lambda x: x.reshape(-1, *x.shape[2:])
+        apart = (merged(x)[self.tokens_RS] for x in packed)
+        return merged(attention(*apart, None, **how))[self.places_BT]
+
+
 class Attention(nn.Module):
     """x [B, T, D], to be normalized, and the residual float32 [B, T, D] or None -> its sum with what attention gives,
     and the cache with this call's keys and values. rotary: ops.rotate's tables, or None."""
@@ -37,7 +58,7 @@ class Attention(nn.Module):
         residual_BTD: jax.Array | None,
         positions_BT: jax.Array,
         rotary: tuple[jax.Array, jax.Array] | None,
-        segments_BT: jax.Array | None,
+        segments_BT: jax.Array | Branches | None,
         cache: LayerCache | None,
     ) -> tuple[jax.Array, LayerCache | None]:
         config, block, dtype = self.config, self.block, self.policy.compute
@@ -61,7 +82,10 @@ class Attention(nn.Module):
             if gathers(self, PROBABILITIES):
                 self.sow(PROBABILITIES, "all", sequence_parallel.probabilities(q_BTNH, k_BTKH, segments_BT, **seen))
             attend = sequence_parallel.attention if sequence_parallel.is_sharded() else per_device.attention
-            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, **seen)
+            if isinstance(segments_BT, Branches):
+                out_BTNH = segments_BT.attend(attend, q_BTNH, k_BTKH, v_BTKH, **seen)
+            else:
+                out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, **seen)
         else:
             place = lambda x: sharding.constrain(x, "batch", "length", "heads", None)
             out_BTNH, *buffers = ops.cached_attention(

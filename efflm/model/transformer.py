@@ -18,7 +18,7 @@ from efflm.config import require
 from efflm.config.model import BlockConfig, ModelConfig
 from efflm.config.train import REMAT, Remat
 from efflm.model import placement
-from efflm.model.attention import Attention, LayerCache
+from efflm.model.attention import Attention, Branches, LayerCache
 from efflm.model.experts import Experts
 from efflm.model.feedforward import FeedForward
 from efflm.model.linear import OUTPUTS, PROBABILITIES, fetch, gathers
@@ -161,7 +161,8 @@ def _width_gathered(table: Any, rows: str | None) -> Any:
 class Transformer(nn.Module):
     """tokens [B, T] -> (logits [B, T, V] in the policy's output dtype, the cache after them or None).
 
-    segments: integers that tell apart the documents packed into a sequence; a token attends within its own document.
+    segments: integers that tell apart the documents packed into a sequence; a token attends within its own document. Or
+    Branches: sequences that share their beginnings, whose positions must be given.
     positions: default 0, 1, 2, ... or, with a cache, onwards from each sequence's length. With a cache, which must have
     T more free positions, segments are not supported. `scanned` reads equal layers stacked in one leading axis (see
     stack_blocks) and supports no cache. `remat` is a name in REMAT.
@@ -201,7 +202,7 @@ class Transformer(nn.Module):
         self,
         tokens: jax.Array,
         *,
-        segments: jax.Array | None = None,
+        segments: jax.Array | Branches | None = None,
         positions: jax.Array | None = None,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
