@@ -16,7 +16,8 @@ from efflm.infer.generate import bucket
 from efflm.model import Branches, LanguageModel, require_same_tokenizer
 
 BLOCK = 2048  # tokens that are read at a time
-TARGETS = 256  # of which so many are scored at a time
+ROUNDED = 16  # tokens and sequences of a block are a multiple of this
+TARGETS = 256  # tokens that are scored at a time
 
 Request = tuple[Sequence[int], Sequence[Sequence[int]]]  # ids of a context and of each continuation, none of them empty
 Group = tuple[list[int], list[tuple[int, list[int]]]]  # what is read first, and continuations with their numbers
@@ -56,7 +57,7 @@ def scores(
 ) -> dict[str, Scores]:
     """What each model makes of the continuations, and how far from the reference, which reads each block once.
 
-    models: prepared and on one device, or on one mesh. kept: as `quality.measure` has it, for the same requests. A
+    models: prepared, on one device. kept: as `quality.measure` has it, for the same requests. A
     context that is too long loses its first tokens, as lm-eval has it (see `is_cut`); a continuation must fit.
     """
     for model in models.values():
@@ -90,7 +91,8 @@ def is_cut(context: Sequence[int], continuation: Sequence[int], longest: int) ->
 
 
 def blocks(requests: Sequence[Request], longest: int) -> Iterator[Block]:
-    """All continuations, those with the longest sequences first, in blocks of about BLOCK tokens."""
+    """All continuations, those with the longest sequences first, in blocks of about BLOCK tokens. The places in a
+    sequence are a power of two, and for each of these all blocks have one shape."""
     groups = sorted(_groups(requests, longest), key=lambda group: (-_length(group), -_tokens(group)))
     packed, used = [], BLOCK
     for group in groups:
@@ -99,14 +101,15 @@ def blocks(requests: Sequence[Request], longest: int) -> Iterator[Block]:
             used = 0
         packed[-1].append(group)
         used += _tokens(group)
-    least = min(BLOCK, bucket(sum(map(_tokens, groups))))
-    count: dict[int, int] = {}  # the most sequences of any block whose sequences have so many places
+    sizes: dict[int, tuple[int, int]] = {}  # the most tokens and sequences of the blocks with so many places in each
     for part in packed:
         places = bucket(_length(part[0]))
-        count[places] = max(count.get(places, 0), bucket(sum(map(_sequences, part))))
+        size = (sum(map(_tokens, part)), sum(map(_sequences, part)))
+        sizes[places] = tuple(map(max, zip(size, sizes.get(places, (0, 0)))))
     for part in packed:
-        places, tokens = bucket(_length(part[0])), sum(map(_tokens, part))
-        yield _block(part, max(least, bucket(tokens)), (count[places], places))
+        places = bucket(_length(part[0]))
+        tokens, sequences = (-(-size // ROUNDED) * ROUNDED for size in sizes[places])
+        yield _block(part, tokens, (sequences, places))
 
 
 def _groups(requests: Sequence[Request], longest: int) -> Iterator[Group]:

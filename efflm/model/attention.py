@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 from efflm import ops
 from efflm.config.model import BlockConfig, ModelConfig
@@ -38,9 +39,9 @@ class Branches:
 
     def attend(self, attention: Callable[..., jax.Array], *packed: jax.Array, **how: Any) -> jax.Array:
         """What `attention` gives of the sequences, as the tokens are packed. packed: queries, keys, values."""
-        merged = lambda x: x.reshape(-1, *x.shape[2:])
-        apart = (merged(x)[self.tokens_RS] for x in packed)
-        return merged(attention(*apart, None, **how))[self.places_BT]
+        at = lambda x, index: jnp.take(x.reshape(-1, *x.shape[2:]), index, axis=0, mode="clip")
+        apart = (at(x, self.tokens_RS) for x in packed)
+        return at(attention(*apart, None, **how), self.places_BT)
 
 
 class Attention(nn.Module):
