@@ -40,6 +40,10 @@ def plainly(requests, logits):
     return np.concatenate([log_softmax(logits(np.array(ids)))[-count:] for ids, count in sequences])
 
 
+def logits_of(model):
+    return lambda ids: tiny.logits(model, ids[None])[0]
+
+
 def same(got, requests, p_MV, q_MV, tolerance):
     """What was scored is what `plainly` gives of the model, p, and of the reference, q."""
     targets = [np.array(end) for _, ends in requests for end in ends]
@@ -70,11 +74,12 @@ def test_every_kind_of_model_and_its_divergence(chain):
     context = Context(mesh=meshes.make_mesh(), calibration=tiny.batch(before.config))
     after = in_dtype(before, chain) if chain == "bfloat16" else recipe.apply(before, grammar.chain(chain), context)[0]
     model, requests, kept = ops.prepare(after, "cpu"), requests_of(before.config, seed=1), {}
-    p_MV, q_MV = (plainly(requests, lambda ids: tiny.logits(each, ids[None])[0]) for each in (model, before))
+    p_MV, q_MV = (plainly(requests, logits_of(each)) for each in (model, before))
     got = continuations.scores({"dense": before, "": model}, requests, before, kept)
     same(got["dense"], requests, q_MV, q_MV, 1e-4)
     same(got[""], requests, p_MV, q_MV, 0.1 if chain in ("bfloat16", "w8a8") else 1e-4)  # where sums are rounded
-    assert np.all(got["dense"].kl == 0) and list(kept) == [0]
+    assert np.all(got["dense"].kl == 0)
+    assert list(kept) == [0]
     again = continuations.scores({"": model}, requests, before, kept)[""]
     np.testing.assert_array_equal(again.kl, got[""].kl)
 
@@ -112,7 +117,7 @@ def task(*items, kind="choices"):
 
 
 def log_likelihood(model, context, continuation):
-    p_MV = plainly([(context, [continuation])], lambda ids: tiny.logits(model, ids[None])[0])
+    p_MV = plainly([(context, [continuation])], logits_of(model))
     return p_MV[np.arange(len(continuation)), continuation].sum()
 
 
@@ -122,14 +127,15 @@ def test_multiple_choice():
     got = tasks.run({"": model}, asked, BYTES, model)[""]
     assert got.tokens.tolist() == [[5, 9, 2], [4, 6, 0]]
     assert got.bytes.tolist() == [[4, 8, 2], [3, 5, 0]]  # not the space that joins a choice to the context
-    assert got.labels.tolist() == [1, 0] and got.kind == "choices" and not got.greedy.any()
+    assert (got.kind, got.labels.tolist(), got.greedy.any()) == ("choices", [1, 0], False)
     for i, item in enumerate(asked.items):
         nats = [log_likelihood(model, BYTES.prompt(item.context), [*choice.encode()]) for choice in item.choices]
         np.testing.assert_allclose(got.loglikelihoods[i, : len(nats)], nats, rtol=1e-5)
         p = np.exp(nats) / np.exp(nats).sum()
         np.testing.assert_allclose(got.confidence[i], p.max(), rtol=1e-4)
         assert got.right[i] == (p.argmax() == item.label)
-    assert got.loglikelihoods[1, 2] == -np.inf and np.all(got.kl == 0)
+    assert got.loglikelihoods[1, 2] == -np.inf
+    assert np.all(got.kl == 0)
 
 
 def test_the_last_word_is_right_if_each_of_its_tokens_is_the_likeliest():
@@ -144,7 +150,7 @@ def test_the_last_word_is_right_if_each_of_its_tokens_is_the_likeliest():
     got = tasks.run({"": model, "other": other}, asked, tokenizer, other)
     assert got[""].greedy.tolist() == [[True], [False]]
     assert got[""].right.tolist() == [True, True, True, False]  # a prediction a token
-    p_MV, q_MV = (plainly([(context, [first])], lambda ids: tiny.logits(each, ids[None])[0]) for each in (model, other))
+    p_MV, q_MV = (plainly([(context, [first])], logits_of(each)) for each in (model, other))
     np.testing.assert_allclose(got[""].confidence, np.tile(np.exp(p_MV.max(-1)), 2), rtol=1e-4)
     np.testing.assert_allclose(got[""].kl, np.mean(np.sum(np.exp(q_MV) * (q_MV - p_MV), -1)), rtol=1e-4)
     assert np.all(got["other"].kl == 0)
@@ -199,11 +205,11 @@ def test_tasks_are_found_by_name_and_by_path(tmp_path):
     assert (sky.items[1].name, sky.items[1].label, word.kind, word.name) == ("2", 1, "last word", "word")
     assert task_files.read((str(path),), TaskFiles()) == (sky,)
     assert len(task_files.read(("sky",), TaskFiles(folder=str(tmp_path), items=1))[0].items) == 1
-    with pytest.raises(InputError, match="there is no task 'see' in .*: there are sky, word; or give the path"):
+    with pytest.raises(InputError, match=r"there is no task 'see' in .*: there are sky, word; or give the path"):
         task_files.read(("see",), TaskFiles(folder=str(tmp_path)))
     with pytest.raises(InputError, match=r"no task 'sky' in .*: it has no .jsonl or .jsonl.gz files"):
         task_files.read(("sky",), TaskFiles(folder=str(tmp_path / "none")))
-    with pytest.raises(InputError, match="there is no task file .*sea.jsonl"):
+    with pytest.raises(InputError, match=r"there is no task file .*sea.jsonl"):
         task_files.read((str(tmp_path / "sea.jsonl"),), TaskFiles())
     with pytest.raises(InputError, match="two tasks are called sky"):
         task_files.read((str(path), "sky"), TaskFiles(folder=str(tmp_path)))
@@ -239,7 +245,8 @@ def test_what_is_no_task(text, message, tmp_path):
         path.write_bytes(text)
     with pytest.raises(InputError, match=message) as error:
         task_files.read((str(path),), TaskFiles())
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_what_is_no_gzip(tmp_path):
