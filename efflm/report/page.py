@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from efflm.cli.run_directory import PACKAGES, write_whole
-from efflm.report import numbers
+from efflm.cli.run_directory import PACKAGES, to_json, write_whole
+from efflm.report import numbers, table
 from efflm.report.plots import Chart
 from efflm.report.samples import Sample
 from efflm.report.table import Column, Columns
@@ -32,13 +32,14 @@ class Detail:
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """One figure: what is shown, beside it its error or range, its ratio to the first row's with the share of the
-    column's largest in percent, and what is sorted by."""
+    column's largest in percent, what is sorted by, and the figures at full precision, as JSON."""
 
     text: str
     beside: str
     ratio: str
     part: str
     sort: str
+    figures: str = "[]"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,29 +62,37 @@ class Table:
         return [(run, list(rows)) for run, rows in itertools.groupby(self.rows, _run)]
 
     @property
-    def groups(self) -> list[tuple[str, int]]:
-        """(name, how many columns), left to right; empty where no column belongs to one."""
-        groups = itertools.groupby(column.group for column in self.columns)
-        found = [(name, len(list(columns))) for name, columns in groups]
-        return found if any(name for name, _ in found) else []
+    def groups(self) -> list[tuple[str, list[tuple[int, Column]]]]:
+        """(name, its columns with their places), left to right."""
+        groups = itertools.groupby(enumerate(self.columns), lambda each: each[1].group)
+        return [(name, list(columns)) for name, columns in groups]
+
+    @property
+    def labels(self) -> list[str]:
+        return table.labels(self.columns)
+
+    def names(self, column: Column) -> str:
+        """Of the figures of its cells, as JSON."""
+        return to_json([*column.data(self.rows[0])])
 
     def detail(self, row: Any) -> Detail | None:
         return self.details.get(row.name, Detail() if row.note else None)
 
     def cell(self, column: Column, row: Any) -> Cell:
         text, beside = column.pair(row)
+        figures = to_json([*column.data(row).values()], separators=(",", ":"))
         value = column.value(row) if column.value else None
         sort = text if column.value is None else _key(value)
         rows = next(rows for run, rows in self.runs if run == _run(row))
         first = column.value(rows[0]) if column.best and column.value else None
         if not first or value is None or len(rows) < 2:
-            return Cell(text, beside, "", "", sort)
+            return Cell(text, beside, "", "", sort, figures)
         ratio, error, largest = value / first, 0.0, max(column.value(each) or 0.0 for each in rows) / first
         if column.ratio:
             (ratio, error), largest = column.ratio(row), max(column.ratio(each)[0] for each in rows)
             sort = _key(ratio)
         shown = "1×" if row is rows[0] else numbers.ratio(ratio, (error or 0.0) / ratio)
-        return Cell(text, beside, shown, f"{100 * ratio / largest:.1f}", sort)
+        return Cell(text, beside, shown, f"{100 * ratio / largest:.1f}", sort, figures)
 
 
 def _run(row: Any) -> str:
@@ -168,7 +177,7 @@ def write(
         path,
         environment.get_template("page.html").render(
             title=title, about=about, verdicts=verdicts, against=against, sections=list(numbered), facts=facts,
-            made=made, command=command, kind=lambda block: type(block).__name__,
+            made=made, command=command, kind=lambda block: type(block).__name__, absent=table.NONE,
             style=(HERE / "page.css").read_text(), script=(HERE / "page.js").read_text(),
         ),
     )  # fmt: skip

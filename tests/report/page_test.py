@@ -1,4 +1,7 @@
+import csv
 import dataclasses
+import io
+import json
 import re
 
 import numpy as np
@@ -133,6 +136,76 @@ def test_in_a_browser_it_sorts_opens_and_tells(report, tmp_path):
     assert found["left"]
     assert found["tapped"].startswith("magnitude50: 10.5 MB")
     assert found["marked"] == len(names)
+
+
+TOOLS = """(() => {
+  const tools = document.querySelector(".tools"), filter = tools.querySelector("[type=search]"), kept = [];
+  HTMLAnchorElement.prototype.click = function () { kept.push([this.download, decodeURIComponent(this.href)]); };
+  const get = (kind) => { tools.querySelector(`[data-as=${kind}]`).click(); return kept.pop(); };
+  const type = (words) => { filter.value = words; filter.dispatchEvent(new InputEvent("input")); };
+  const seen = (cells) => [...document.querySelectorAll(cells)].filter((each) => each.offsetParent);
+  const names = () => seen(".data.cards tbody").map((body) => [body.dataset.run, body.dataset.row]);
+  const labels = [...tools.querySelectorAll("label")];
+  const box = (words) => labels.find((each) => each.textContent.trim() === words).firstChild;
+  const headings = () => seen(".cards thead tr:last-child th").map((th) => th.textContent.trim());
+  const groups = () => seen(".cards .groups th").map((th) => [th.textContent, th.colSpan]);
+  const all = [get("csv"), get("json"), headings().length, groups()];
+  type(" W8, scratch,");
+  const filtered = [names(), tools.querySelector("[role=status]").textContent, get("json")[1]];
+  type("nothing of this name");
+  const none = [names(), get("csv")[1]];
+  type("");
+  box("perplexity").click();
+  const one = [box("quality, ± standard error").indeterminate, headings().length, groups()];
+  box("speed").click();
+  box("size").click();
+  box("size").click();
+  const some = [headings(), groups(), get("csv")[1].split("\\r\\n")[0]];
+  document.querySelector(".cards .sort").click();
+  return { all, filtered, none, one, some, sorted: names() };
+})()"""
+
+
+@needs_browser
+def test_in_a_browser_rows_are_filtered_columns_hidden_and_what_is_shown_downloaded(tmp_path):
+    rows = [row.but(run=run) for run in ("a", "b") for row in TEN]
+    table = Table(caption="c", columns=COLUMNS, rows=rows, headings={"a": "on a machine", "b": "on another"})
+    page.write(tmp_path / "r.html", title="t", sections=[Section("s", [table])], facts=[], made={}, command="c")
+    result = look(tmp_path / "r.html", TOOLS, tmp_path)
+    assert (result["wrong"], result["requests"], result["overflow"]) == ([], [], 0)
+    found = result["found"]
+    (file, text), (json_file, json_text), count, groups = found["all"]
+    assert (file, json_file) == ("table.csv", "table.json")
+    assert (count, groups) == (11, [["", 1], ["size", 2], ["speed", 3], ["quality, ± standard error", 5]])
+    downloaded = json.loads(json_text.partition(",")[2])
+    assert len(downloaded) == 20
+    for told, row in zip(downloaded, rows, strict=True):
+        names = [name for column in COLUMNS for name in column.figures]
+        assert told == {name: json.loads(json.dumps(row.at(name))) for name in ["run", *names]}
+    lines = [*csv.DictReader(io.StringIO(text.partition(",")[2]))]
+    for told, row in zip(lines, rows, strict=True):
+        low, high = row.prefill_spread
+        assert (told["run"], told["name"], float(told["prefill_spread_low"])) == (row.run, row.name, low)
+        for name, value in {
+            "bytes": row.bytes,
+            "kl_to_original": row.kl_to_original,
+            "prefill_spread_high": high,
+        }.items():
+            assert told[name] == "" if value is None else float(told[name]) == value
+    eight, heading = ["w8a16", "w8a8", "student_scratch"], [None]
+    assert found["filtered"][:2] == [[[run, name] for run in "ab" for name in [*heading, *eight]], "6 of 20 rows"]
+    assert [row["name"] for row in json.loads(found["filtered"][2].partition(",")[2])] == 2 * eight
+    assert found["none"] == [[], "data:text/csv;charset=utf-8,\r\n"]
+    assert found["one"] == [True, 10, [*groups[:3], [groups[3][0], 4]]]
+    quality = ["bits/byte", "increase over the original", "KL to the original", "same top-1"]
+    assert found["some"][:2] == [
+        ["model", "parameters", "MB on disk", *quality],
+        [groups[0], groups[1], [groups[3][0], 4]],
+    ]
+    assert "perplexity" not in found["some"][2]
+    assert "decode" not in found["some"][2]
+    order = sorted(row.name for row in TEN)
+    assert found["sorted"] == [[run, name] for run in "ab" for name in [*heading, *order]]
 
 
 # Every text with the color behind it: their contrast by WCAG 2.1, and what lacks 4.5.
