@@ -98,6 +98,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
     user_cache.use_compilation_cache()
     protocol, kept, qualities, timed, loads = throughput.protocol_for(dense), {}, {}, {}, []
     platform, records, sizes, written, measured, phases = jax.default_backend(), {}, {}, {}, [], []
+    noise = None  # what float rounding alone does to the first model
     prompt = prompt_ids(tokens, run.prompt, about)
     first = rows.label(about)
     dense_here = ops.prepare(sharding.on_one_device(dense), platform)
@@ -108,9 +109,10 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
         keeps = kept_in(unfinished, about, tokens, own.mesh, say) if reads_text(steps) else None
         after, records[name] = recipe.apply(dense, steps, own, keeps)
         here = ops.prepare(sharding.on_one_device(after), platform)
-        models = {name: here} if measured else {first: dense_here, name: here}
+        models = {name: here} if measured else scoring.with_rounded({first: dense_here, name: here})
         say(f"{name}: reading the text")
         found = scoring.measure(models, text, tokens, score, dense_here, kept)
+        noise = found.pop(scoring.ROUNDED, None) or noise
         for each, figures in found.items():
             say(f"{each}: {quality.words(quality.bits_per_byte(figures))} bits per byte")
         models_of = {name + KIND: Saved(after, about | {"recipe": name}, records[name])}
@@ -125,7 +127,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
             pairs.insert(0, (first, dense, sizes[BEFORE], rows.origin(run.model, about), before))
         for each, model, nbytes, note, figures in pairs:
             base = None if each == first else (before, rates[first])
-            measured.append(rows.make(each, model, nbytes, note, figures, rates[each], base))
+            measured.append(rows.make(each, model, nbytes, note, figures, rates[each], base, noise))
             qualities[each], timed[each] = figures, (rates[each], rates[first])
             if run.prompt:
                 written[each] = samples.write(models[each], tokens, prompt, run.sample, protocol)
@@ -134,7 +136,8 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
         del after, here, models, model, pairs, models_of
     listed = [text if name == text else f"{name} = {text}" for name, text in shared.items()]
     facts = [
-        f"Quality: {scoring.protocol(text, score, before)}. Divergence: from the first model.",
+        f"Quality: {scoring.protocol(text, score, before)}. Divergence: from the first model."
+        f"{scoring.rounding(noise, dense.config.precision)}",
         f"Speed: {protocol}; each model in turn with the first, whose rounds beside the second are shown: compare the "
         f"ratios, which are those of the same rounds. In brackets the quartiles.{machine.most(loads)}",
         f"Size: an uncompressed safetensors file; the source itself takes {numbers.megabytes(loaded.nbytes)} MB.",

@@ -100,9 +100,10 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     protocol, platform = Protocol().within(config.max_length), jax.default_backend()
     text, score = data.test, score.within(config.max_length, train.length, data.test.unbroken)
     here = {name: ops.prepare(sharding.on_one_device(each), platform) for name, each in models.items()}
-    qualities = scoring.measure(here, text, data.tokenizer, score, here["float32"])
+    qualities = scoring.measure(scoring.with_rounded(here), text, data.tokenizer, score, here["float32"])
+    noise = qualities.pop(scoring.ROUNDED)
     rates, load = throughput.rates(here, protocol)
-    measured = rows.collect(models, sizes, notes, qualities, rates)
+    measured = rows.collect(models, sizes, notes, qualities, rates, noise)
     roofline = machine.measure((dense.config.precision,))
     phases = analysis.inference(dense, protocol, rates["float32"], roofline)
 
@@ -111,7 +112,8 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     facts = [
         f"Distilled minus from scratch, paired over test documents: {quality.words((difference, error), '+.4f')} bits "
         f"per byte, {verdict(difference, error)}.",
-        f"Quality: {scoring.protocol(text, score, qualities['float32'])}. Smaller is better.",
+        f"Quality: {scoring.protocol(text, score, qualities['float32'])}. Smaller is better."
+        f"{scoring.rounding(noise, dense.config.precision)}",
         f"Speed: {protocol}. In brackets the quartiles.{load}",
         "Size: an uncompressed safetensors file; matrices with many zeros are stored as a bitmask and their values.",
         "One seed, one small model, one corpus: read the order of the rows, not the exact values.",

@@ -205,16 +205,18 @@ def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict[str, 
     context = functools.cache(lambda source, seed: dataclasses.replace(given(source, seed=seed), teacher=dense))
     make, (text, score, test) = Maker(run, dense, defaults, context), held_out(run, score, loaded, run.corpus)
     before, name, read = test(dense), rows.label(loaded.about), context(source, 0).calibration
+    noise = test(quality.rounded(dense))
     log.say(f"{name}: {quality.words(quality.bits_per_byte(before))} bits per byte")
     one_pass = speed.seconds_to_read(dense, read) if read else 0.0
     facts = [
-        f"Quality: {scoring.protocol(text, score, before)}. Teacher: the first model.",
+        f"Quality: {scoring.protocol(text, score, before)}. Teacher: the first model."
+        f"{scoring.rounding(noise, dense.config.precision)}",
         *protocol(run, dense, read, one_pass, itertools.islice(text, score.documents or None)),
         *rows.cautions(run.model, loaded.about, text.known),
     ]
     blocks = lambda: windows.blocks(text.sized(), loaded.tokenizer.separator, score, text.unbroken)
     error = lambda model: quality.calibration_error(model, blocks()) if run.calibration_error else None
-    first = swept.alone(name, dense, [before], calibration=error(dense))
+    first = swept.alone(name, dense, [before], calibration=error(dense), noise=rows.rounding(noise))
     found, texts, speeds, loads = {name: first}, {}, {}, []
     for chain, parts in run.parts.items():
         made, scores = [], []

@@ -97,6 +97,13 @@ def _score(
     )
 
 
+def rounded(model: LanguageModel) -> LanguageModel:
+    """The same model computed in bfloat16, or in float32 if it is computed in less. How far it is from the model is
+    what float rounding alone does: a divergence that is no larger says nothing of a compressed model."""
+    precision = "bfloat16" if model.config.precision == "float32" else "float32"
+    return model.replace(config=dataclasses.replace(model.config, precision=precision))
+
+
 def _without_layers(model: LanguageModel) -> LanguageModel:
     kept = {name: w for name, w in model.params.items() if not name.startswith("block_")}
     return model.replace(params=kept, masks=None)
@@ -222,7 +229,9 @@ def _likeliest(model: LanguageModel, x_MD: jax.Array, targets_M: jax.Array) -> t
 
 def expected_error(confidence_M: np.ndarray, correct_M: np.ndarray) -> float:
     """The expected calibration error (Guo 2017, arXiv 1706.04599, equation 3): the mean over predictions of |accuracy -
-    mean confidence| in BINS bins of equal width of the confidence."""
+    mean confidence| in BINS bins of equal width of the confidence. NaN where a confidence is not finite."""
+    if not np.all(np.isfinite(confidence_M)):
+        return math.nan
     which_M = np.clip(np.ceil(confidence_M * BINS).astype(int) - 1, 0, BINS - 1)
     sums = lambda values: np.bincount(which_M, np.asarray(values, np.float64), minlength=BINS)
     return float(np.abs(sums(correct_M) - sums(confidence_M)).sum() / len(confidence_M))

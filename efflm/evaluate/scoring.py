@@ -2,7 +2,7 @@
 measured side by side: quality, then speed, all in turn."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,11 +11,14 @@ import numpy as np
 from efflm import ops
 from efflm.cli import progress
 from efflm.evaluate import quality, throughput, windows
+from efflm.evaluate.answers import Answers
 from efflm.evaluate.quality import Block, Quality
 from efflm.evaluate.throughput import Protocol, Rate
 from efflm.evaluate.windows import Scoring
 from efflm.model import LanguageModel
 from efflm.parallel import sharding
+
+ROUNDED = "float rounding alone"  # the name beside the models' of the first one in another precision (quality.rounded)
 
 
 def measure(
@@ -37,6 +40,25 @@ def against(first: LanguageModel, text: Any, tokenizer: Any, scoring: Scoring) -
     kept: dict[int, np.ndarray] = {}
     here = sharding.on_one_device
     return lambda model: measure({"": here(model)}, text, tokenizer, scoring, here(first), kept)[""]
+
+
+def with_rounded(models: dict[str, LanguageModel]) -> dict[str, LanguageModel]:
+    """The models, and where there are several the first one in another precision too, by the name ROUNDED: what float
+    rounding alone does to the figures. It takes as long as one more model."""
+    first = next(iter(models.values()))
+    return models | ({ROUNDED: quality.rounded(first)} if len(models) > 1 else {})
+
+
+def rounding(noise: Quality | None, precision: str) -> str:
+    """What float rounding alone does, in words, "" if that was not measured. precision: of the first model."""
+    if noise is None:
+        return ""
+    other = "bfloat16" if precision == "float32" else "float32"
+    return (
+        f" Float rounding alone (the first model computed in {other}): divergence "
+        f"{quality.words(quality.divergence(noise), '.5f')} nats a token, the same likeliest token at "
+        f"{quality.words(quality.agreement(noise), '.2%')} of the tokens."
+    )
 
 
 def protocol(text: Any, scoring: Scoring, measured: Quality) -> str:
@@ -63,12 +85,15 @@ def _shown(blocks: Iterable[Block], title: str, sizes: Sequence[int], scoring: S
 @dataclasses.dataclass(frozen=True)
 class Figures:
     """What was measured, by the model's name, and in words how. rates: prefill and decode by the protocol; None where
-    speed was not measured."""
+    speed was not measured. noise: of the first model in another precision (`with_rounded`), None of a single model.
+    answers: {name: {task: its answers}}, that of ROUNDED among them."""
 
     qualities: dict[str, Quality]
     rates: dict[str, tuple[Rate, Rate]] | None
     protocol: Protocol
     facts: tuple[str, ...]
+    noise: Quality | None = None
+    answers: Mapping[str, Mapping[str, Answers]] = dataclasses.field(default_factory=dict)
 
 
 def side_by_side(
@@ -80,9 +105,11 @@ def side_by_side(
     """
     first = next(iter(models))
     here = {name: ops.prepare(model, jax.default_backend()) for name, model in models.items()}
-    found = measure(here, text, tokenizer, score, here[first])
+    found = measure(with_rounded(here), text, tokenizer, score, here[first])
+    noise = found.pop(ROUNDED, None)
     timing = throughput.protocol_for(models[first])
     rates, load = throughput.rates(here, timing) if speed else (None, "")
     against = f" Divergence: from {first}." if len(models) > 1 else ""
+    against += rounding(noise, models[first].config.precision)
     facts = [f"Quality: {protocol(text, score, found[first])}.{against}"]
-    return Figures(found, rates, timing, (*facts, *[f"Speed: {timing}.{load}"] * speed))
+    return Figures(found, rates, timing, (*facts, *[f"Speed: {timing}.{load}"] * speed), noise)

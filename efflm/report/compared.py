@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from efflm.report import numbers, page, plots, samples, table, verdicts
+from efflm.report import numbers, page, plots, samples, table, tasks, verdicts
 from efflm.report.analysis import NAMES
 from efflm.report.comparison import Comparison, protocol, times
 from efflm.report.page import Bars, Detail, Section, Table
@@ -34,6 +34,8 @@ def write(
             [Table(caption=f"Each model{beside}.", columns=table.columns(rows), rows=rows, details=details)],
         )
     ]
+    if names := tasks.names(rows):
+        found.append(Section("Tasks", [of_task(rows, task) for task in names], tasks.READING))
     if several:
         words = (
             f"Lower left is better. The line joins the models that no other one beats in both. Vertical bars are "
@@ -64,6 +66,12 @@ def write(
         made=made,
         command=command,
     )
+
+
+def of_task(rows: Sequence[Row], task: str) -> Table:
+    """The answers to one task."""
+    told = tasks.rows_of(rows, task)
+    return Table(caption=tasks.caption(task, told[0]), columns=table.TASK, rows=told)
 
 
 def tradeoffs(rows: Sequence[Row]) -> list[Chart]:

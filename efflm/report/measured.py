@@ -36,7 +36,7 @@ class Measured:
         """The rows with what their figures were made of, from which verdicts are made."""
         rates, first = self.figures.rates or {}, self.rows[0].name
         pairs = {name: (own, rates[first]) for name, own in rates.items()}
-        return Comparison(self.rows, limits, self.figures.qualities, pairs)
+        return Comparison(self.rows, limits, self.figures.qualities, pairs, self.figures.answers)
 
     def __str__(self) -> str:
         return table.text(self.rows, self.facts, table.known(self.rows, table.columns(self.rows)))
@@ -46,5 +46,5 @@ class Measured:
 
 def of(models: dict[str, LanguageModel], sizes: dict[str, int], notes: dict[str, str], found: Figures) -> Measured:
     """sizes: bytes on disk. notes: what each model is, in words."""
-    made = rows.collect(models, sizes, notes, found.qualities, found.rates)
+    made = rows.collect(models, sizes, notes, found.qualities, found.rates, found.noise, found.answers)
     return Measured(tuple(made), found.facts, found)

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from efflm import ops, trees
-from efflm.evaluate import quality, throughput
+from efflm.evaluate import answers, quality, throughput
+from efflm.evaluate.answers import Answers
 from efflm.evaluate.quality import Quality
+from efflm.evaluate.scoring import ROUNDED
 from efflm.evaluate.throughput import Rate
 from efflm.model import LanguageModel, params
 from efflm.model.params import Component
@@ -38,9 +40,10 @@ class Row:
 
     def at(self, name: str | tuple[str, ...]) -> Any:
         """The figure of this name, or what lies in it: at(("tasks", "arc_easy", "accuracy")); None if nothing does."""
-        first, *inner = (name,) if isinstance(name, str) else name
-        found = getattr(self, first)
-        for each in inner:
+        if isinstance(name, str):
+            return getattr(self, name)
+        found = self.figures
+        for each in name:
             found = (found or {}).get(each)
         return found
 
@@ -108,15 +111,28 @@ def collect(
     notes: dict[str, str],
     qualities: dict[str, Quality],
     rates: dict[str, tuple[Rate, Rate]] | None,
+    noise: Quality | None = None,
+    answered: Mapping[str, Mapping[str, Answers]] | None = None,
 ) -> list[Row]:
     """A row for each model, in order. sizes: bytes on disk. notes: what was done, to which the measured speeds are
-    added in words. rates: None where speed was not measured. Speeds and bits are compared with the first model's.
+    added in words. rates: None where speed was not measured. noise, answered: see scoring.Figures. Speeds, bits and
+    answers are compared with the first model's.
     """
     first, out, speeds = next(iter(models)), [], rates or dict.fromkeys(models)
     for name, model in models.items():
         base = None if name == first else (qualities[first], speeds[first])
-        out.append(make(name, model, sizes[name], notes[name], qualities[name], speeds[name], base))
+        told = tasks(answered or {}, name, first)
+        out.append(make(name, model, sizes[name], notes[name], qualities[name], speeds[name], base, noise, told))
     return out
+
+
+def tasks(answered: Mapping[str, Mapping[str, Answers]], name: str, first: str) -> dict[str, dict[str, Any]]:
+    """{task: what the row `name` says of it}, see answers.figures. answered: {name: {task: its answers}}."""
+    rounded = answered.get(ROUNDED, {})
+    return {
+        task: answers.figures(own, answered[first][task], rounded.get(task))
+        for task, own in answered.get(name, {}).items()
+    }
 
 
 def make(
@@ -127,6 +143,8 @@ def make(
     measured: Quality,
     rates: tuple[Rate, Rate] | None,
     base: tuple[Quality, tuple[Rate, Rate] | None] | None,
+    noise: Quality | None = None,
+    tasks: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Row:
     """What a model is, what it costs here, and how good it is.
 
@@ -135,7 +153,8 @@ def make(
     paired over documents, so its error is far below that of either alone. Of a single document there is no error. Nor
     is there a difference, divergence or agreement of the dense model itself. Speeds over the dense model's are ratios
     (see throughput.ratio) to what it did in the same rounds, perhaps at another time than those of other rows.
-    component_bytes: of the weights on disk by component.
+    component_bytes: of the weights on disk by component. noise: KL and agreement of the first model with itself in
+    another precision, which its row has. tasks: what the function of that name gives.
     """
     other, base_rates = base or (None, None)
     none, words, speeds = (None, None), [note], {}
@@ -164,7 +183,15 @@ def make(
     }
     for figure, (value, error) in with_errors.items():
         figures |= {figure: value, f"{figure}_stderr": error}
+    figures |= {"noise": rounding(noise) if noise and base is None else None, "tasks": tasks or {}}
     return Row(name, figures, "; ".join(word for word in words if word))
+
+
+def rounding(noise: Quality) -> dict[str, float | None]:
+    """What float rounding alone does (see quality.rounded), as the first row has it."""
+    (kl, kl_error), (same, same_error) = quality.divergence(noise), quality.agreement(noise)
+    figures = {"kl_to_original": kl, "kl_to_original_stderr": kl_error}
+    return figures | {"top1_agreement": same, "top1_agreement_stderr": same_error}
 
 
 def component_bytes(model: LanguageModel) -> dict[str, int]:

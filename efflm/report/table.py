@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from efflm.report import comparison, numbers
+from efflm.report import comparison, numbers, tasks
 
 NONE = "—"  # what stands for a figure that was not measured
 
@@ -51,7 +51,7 @@ Columns = Sequence[Column]
 
 def figure(
     heading: str, name: Name, form: Callable[..., str | tuple[str, str]], beside: Name = "",
-    none: str | Callable[[Any], str] = NONE, least: float | None = None, **more: Any,
+    none: str | Callable[[Any], str | tuple[str, str]] = NONE, least: float | None = None, **more: Any,
 ) -> Column:  # fmt: skip
     """The column of the figure of this name, written by form(figure), or form(figure, its error or range `beside`).
 
@@ -84,9 +84,20 @@ def _speed(phase: str) -> Column:
     return figure(f"{phase} tok/s", figures, numbers.with_range, f"{phase}_spread", **more)
 
 
+def _reference(alone: str | None) -> str | tuple[str, str]:
+    """What the first row has in place of a difference. alone: what float rounding alone changes, if that is known."""
+    return "reference" if alone is None else ("reference", f"(rounding alone: {alone})")
+
+
 def _quality(heading: str, name: str, form: Callable[..., tuple[str, str]], least: float = 0.0) -> Column:
-    """least: that of the first row, which such figures refer to."""
-    none = lambda row: "reference" if row.figures.get("bits_per_byte_increase") is None else NONE
+    """least: that of the first row, which such figures refer to. Beside it stands what float rounding alone does."""
+
+    def none(row: Any) -> str | tuple[str, str]:
+        if row.figures.get("bits_per_byte_increase") is not None:
+            return NONE
+        alone = row.at(("noise", name))
+        return _reference(None if alone is None else form(alone, row.at(("noise", f"{name}_stderr")))[0])
+
     more = {"none": none, "least": least, "group": "quality, ± standard error"}
     return figure(heading, name, form, f"{name}_stderr", **more)
 
@@ -115,7 +126,23 @@ OF_TEXT = (  # what a row may have of each of several texts, in its figure `doma
 
 def columns(rows: Sequence[Any]) -> Columns:
     """COLUMNS, and those of what only some rows have."""
-    return (*COLUMNS, *of_texts(rows))
+    return (*COLUMNS, *map(of_task, tasks.names(rows)), *of_texts(rows))
+
+
+def of_task(task: str) -> Column:
+    """The accuracy on a task, and the flips."""
+    at = lambda name: ("tasks", task, name)
+
+    def text(row: Any) -> str | tuple[str, str]:
+        if (told := row.at(("tasks", task))) is None:
+            return NONE
+        shown, spread = tasks.accuracy(told["accuracy"], told["accuracy_stderr"])
+        return shown, spread if told["changed"] is None else f"{spread} {tasks.flips(told)}".strip()
+
+    shown = ("accuracy", "accuracy_stderr", "accuracy_difference", "interval", "mcnemar_p")
+    shown += ("flips_to_right", "flips_to_wrong", "changed")
+    group = "accuracy, ± standard error, flips +to right/-to wrong"
+    return Column(task, text, lambda row: row.at(at("accuracy")), group, figures=tuple(map(at, shown)))
 
 
 def of_texts(rows: Sequence[Any]) -> Columns:
@@ -128,6 +155,33 @@ def of_texts(rows: Sequence[Any]) -> Columns:
         for path in [("domains", text, name)]
     ]
     return known(rows, every)
+
+
+def _alone(figure: str, form: Callable[..., str]) -> Callable[[Any], str | tuple[str, str]]:
+    return lambda row: _reference(None if row.at(figure) is None else form(row.at(figure)))
+
+
+def _calibration(row: Any) -> str:
+    shown = numbers.fixed(row.calibration_error, 3)
+    return shown if row.changed is None else f"{numbers.fixed(row.calibration_error_before, 3)} → {shown}"
+
+
+def _flips(row: Any) -> str:
+    return "reference" if row.changed is None else tasks.flips(row.figures)
+
+
+FIRST = {"none": "reference", "least": 0.0}
+TASK: Columns = (  # of tasks.rows_of: a table for each task
+    figure("model", "name", str),
+    figure("accuracy", "accuracy", tasks.accuracy, "accuracy_stderr"),
+    figure("difference, points", "accuracy_difference", tasks.difference, "interval", **FIRST),
+    Column("flips", _flips, lambda row: (row.flips_to_right or 0) + (row.flips_to_wrong or 0)),
+    figure("McNemar p", "mcnemar_p", "{:.2g}".format, none="reference", least=1.0),
+    figure("answers changed", "changed", "{:,}".format, none=_alone("changed_by_rounding", str), least=0.0),
+    figure("KL at the answers", "kl", numbers.with_error, "kl_stderr", _alone("kl_by_rounding", "{:.5f}".format), 0.0),
+    Column("calibration error", _calibration, lambda row: row.calibration_error),
+    figure("detectable, points", "minimum_detectable", lambda value: tasks.points(value, sign=False), **FIRST),
+)
 
 
 def known(rows: Sequence[Any], columns: Columns = COLUMNS) -> Columns:
@@ -159,6 +213,20 @@ def _console() -> Console:
 
 
 def _print(console: Console, rows: Sequence[Any], facts: Sequence[str], shown: Columns) -> None:
+    said = lambda words: console.print(f"  {words}", highlight=False, soft_wrap=True, markup=False)
+    _table(console, rows, shown)
+    for row in filter(lambda row: row.note, rows):
+        console.print(Text.assemble("  ", (row.name, "bold"), f": {row.note}"), soft_wrap=True)
+    asked = tasks.names(rows)
+    for task in asked:
+        told = tasks.rows_of(rows, task)
+        said(tasks.caption(task, told[0]))
+        _table(console, told, TASK)
+    for fact in (*facts, *[tasks.READING] * bool(asked)):
+        said(fact)
+
+
+def _table(console: Console, rows: Sequence[Any], shown: Columns) -> None:
     beside = " " if console.width >= 200 else "\n"
     table = Table(header_style="bold", pad_edge=False)
     for index, label in enumerate(labels(shown)):
@@ -166,7 +234,3 @@ def _print(console: Console, rows: Sequence[Any], facts: Sequence[str], shown: C
     for row in rows:
         table.add_row(*(beside.join(filter(None, column.pair(row))) for column in shown))
     console.print(table)
-    for row in filter(lambda row: row.note, rows):
-        console.print(Text.assemble("  ", (row.name, "bold"), f": {row.note}"), soft_wrap=True)
-    for fact in facts:
-        console.print(f"  {fact}", highlight=False, soft_wrap=True, markup=False)

@@ -1,14 +1,14 @@
 """What the figures say, in words made from them: what is smallest, what is fastest, what is not worth it here.
 
-Everything that was measured of a row counts: bytes, speed, loss, divergence and agreement. Which differences count, and
-the correction for so many comparisons, is in report.comparison.
+Everything that was measured of a row counts: bytes, speed, loss, divergence, agreement and the answers to tasks. Which
+differences count, and the correction for so many comparisons, is in report.comparison.
 """
 
 import dataclasses
 import math
 
-from efflm.report import comparison, numbers
-from efflm.report.comparison import FIGURES, PHASES, Comparison
+from efflm.report import comparison, numbers, tasks
+from efflm.report.comparison import PHASES, Comparison
 from efflm.report.rows import Row
 
 
@@ -30,17 +30,20 @@ ASKED = {
 
 
 def positive(compared: Comparison) -> list[Verdict]:
-    """The smallest and the fastest of those within limits.loss of the first row's loss; where the divergence of these
-    is beyond it, those of the rows whose divergence is not; and the smallest whose loss and divergence are within
-    limits.same, errors included. Of equally small or fast ones the answer is the one that the others beat in the fewest
-    figures. Questions with the same answer are one verdict."""
+    """The smallest and the fastest of those within limits.loss of the first row's loss that are less accurate on no
+    task; where the divergence of these is beyond it, those of the rows whose divergence is not; and the smallest whose
+    loss and divergence are within limits.same, errors included, and that changes no more answers than rounding. Of
+    equally small or fast ones the answer is the one that the others beat in the fewest figures. Questions with the same
+    answer are one verdict."""
     first, *others = compared.rows
     within, same = (_percent(limit) for limit in (compared.limits.loss, compared.limits.same))
     near = [row for row in others if _over(row) <= compared.limits.loss * first.bits_per_byte]
+    near = [row for row in near if not _less_accurate(row, compared)]
+    accurate = f"within {within} of the dense loss" + ", no task's accuracy lower beyond chance" * bool(compared.tasks)
     if not near:
-        return [Verdict(f"Within {within} of the dense loss", "", f"No model: {_nearest(others, compared)}")]
+        return [Verdict(accurate.capitalize(), "", f"No model: {_nearest(others, compared)}")]
     asked = {words: _best(near, words, compared) for words in ASKED}
-    found = _answers(asked, near, f"within {within} of the dense loss", compared)
+    found = _answers(asked, near, accurate, compared)
     missing = [words for words, answer in asked.items() if answer is None]
     if missing:
         why = "than the dense model by more than the errors of the measurements"
@@ -54,6 +57,7 @@ def positive(compared: Comparison) -> list[Verdict]:
     found += _answers(again, alike, f"within {within} of the dense loss, divergence included", compared)
     if told["smallest"] is not asked["smallest"]:
         where = f"within {same} of the dense loss, divergence and errors included"
+        where += ", no more answers changed than by float rounding" * bool(compared.tasks)
         found += _answers(told, unchanged, where, compared)
     return found
 
@@ -70,7 +74,10 @@ def _answers(asked: dict[str, Row | None], rows: list[Row], where: str, compared
 
 
 def _unchanged(row: Row, compared: Comparison) -> bool:
-    """Whether loss and divergence are within limits.same of the first row's loss, errors included."""
+    """Whether loss and divergence are within limits.same of the first row's loss, errors included, and no task has more
+    answers changed than float rounding alone changes."""
+    if any(row.tasks[task]["changed"] > (row.tasks[task]["changed_by_rounding"] or 0) for task in compared.tasks):
+        return False
     most = {"loss": compared.rows[0].bits_per_byte, "divergence": compared.nats}
     found = {figure: comparison.figure_of(row, figure) for figure in most}
     return all(
@@ -88,7 +95,7 @@ def _best(rows: list[Row], words: str, compared: Comparison) -> Row | None:
     rank = (lambda row: row.bytes) if figure == "bytes" else (lambda row: -comparison.times(row, figure)[0])
     most = min(rows, key=rank)
     equal = [row for row in rows if not compared.better(most, row, figure)]
-    beaten = lambda row: sum(compared.better(other, row, each) for other in equal for each in FIGURES)
+    beaten = lambda row: sum(compared.better(other, row, each) for other in equal for each in compared.figures)
     return min(equal, key=lambda row: (beaten(row), _over(row)))
 
 
@@ -98,20 +105,20 @@ def _ties(rows: list[Row], best: Row, which: list[str], compared: Comparison) ->
     for row in rows:
         if row is best or any(compared.better(best, row, ASKED[words][0]) for words in which):
             continue
-        worse = [figure for figure in ("bytes", *FIGURES) if compared.better(best, row, figure)]
+        worse = [figure for figure in ("bytes", *compared.figures) if compared.better(best, row, figure)]
         out.append(row.name + (f" (worse in {_listed(worse)})" if worse else ""))
     return out
 
 
 def _described(row: Row, ties: list[str], compared: Comparison) -> str:
     speeds = [_speed(row, phase, compared) for phase in PHASES]
-    words = "; ".join([_size(row, compared.rows[0]), *speeds, _loss(row, compared), *_likeness(row)])
+    words = "; ".join([_size(row, compared.rows[0]), *speeds, _loss(row, compared), *_likeness(row, compared)])
     return f"{words}." + (f" As good at it: {_listed(ties)}." if ties else "")
 
 
 def negative(compared: Comparison) -> list[Verdict]:
     """The rows that another one is better than in something and worse than in nothing; and those whose loss is beyond
-    limits.loss of the first row's, errors included, or not finite."""
+    limits.loss of the first row's, errors included, or not finite, or that are less accurate on a task."""
     first, found = compared.rows[0], []
     limit, within = compared.limits.loss * first.bits_per_byte, _percent(compared.limits.loss)
     for row in compared.rows[1:]:
@@ -125,14 +132,24 @@ def negative(compared: Comparison) -> list[Verdict]:
         elif _over(row) - compared.errors * _error(row) > limit:
             words = f"{_loss(row, compared)}, more than {within}."
             found.append(Verdict("Not worth it here", row.name, words))
+        elif lost := _less_accurate(row, compared):
+            words = f"less accurate, beyond chance: {_listed([tasks.lost(row, task) for task in lost])}."
+            found.append(Verdict("Not worth it here", row.name, words))
     return found
+
+
+def _less_accurate(row: Row, compared: Comparison) -> list[str]:
+    """The tasks on which the first row is more accurate, beyond chance."""
+    accuracies = {figure: task for figure, (kind, task) in compared.of_tasks.items() if kind == "accuracy"}
+    return [task for figure, task in accuracies.items() if compared.better(compared.rows[0], row, figure)]
 
 
 def _beats(other: Row, row: Row, compared: Comparison) -> list[str]:
     """What `other` does better than `row`; empty if nothing, or if it is worse in anything."""
-    if any(compared.worse(other, row, figure) for figure in ("bytes", *FIGURES)):
+    if any(compared.worse(other, row, figure) for figure in ("bytes", *compared.figures)):
         return []
-    found = [_reason(other, row, figure, compared) for figure in FIGURES if compared.better(other, row, figure)]
+    better = [figure for figure in compared.figures if compared.better(other, row, figure)]
+    found = [_reason(other, row, figure, compared) for figure in better]
     smaller = compared.better(other, row, "bytes")
     return [f"is {numbers.ratio(row.bytes / other.bytes)} smaller"] * smaller + found
 
@@ -143,6 +160,9 @@ def _reason(other: Row, row: Row, figure: str, compared: Comparison) -> str:
         return f"is {numbers.ratio(math.exp(value), error or 0.0)} as fast in {figure}"
     if not math.isfinite(value):
         return f"has a finite {figure}"
+    if figure in compared.of_tasks:
+        first = compared.rows[0].name if other is not compared.rows[0] else ""
+        return tasks.reason(row, *compared.of_tasks[figure], (value, error), first)
     shown, spread = numbers.with_error(value, error)
     if figure == "loss":
         return f"loses {_joined(shown, spread)} bits per byte less"
@@ -204,13 +224,16 @@ def _loss(row: Row, compared: Comparison) -> str:
     return f"{words}; {compared.errors:.1f} standard errors reach beyond the limit" if reaches else words
 
 
-def _likeness(row: Row) -> list[str]:
-    """Divergence and agreement in words."""
+def _likeness(row: Row, compared: Comparison) -> list[str]:
+    """Divergence, agreement and answers in words."""
     divergence = _joined(*numbers.with_error(*comparison.figure_of(row, "divergence")))
     agreement = _joined(*numbers.percent(*comparison.figure_of(row, "agreement")))
-    return [f"divergence {divergence} nats a token", f"the same likeliest token at {agreement} of the tokens"]
+    noise = [compared.rows[0].at(("noise", f"kl_to_original{end}")) for end in ("", "_stderr")]
+    alone = "" if noise[0] is None else f" (float rounding alone: {_joined(*numbers.with_error(*noise))})"
+    words = [f"divergence {divergence} nats a token{alone}", f"the same likeliest token at {agreement} of the tokens"]
+    return [*words, *tasks.changes(row, compared.tasks)]
 
 
 def _nearest(rows: list[Row], compared: Comparison) -> str:
     row = min(rows, key=lambda row: (not math.isfinite(_over(row)), _over(row)))
-    return f"the nearest is {'; '.join([f'{row.name}, {_loss(row, compared)}', *_likeness(row)])}."
+    return f"the nearest is {'; '.join([f'{row.name}, {_loss(row, compared)}', *_likeness(row, compared)])}."
