@@ -18,43 +18,26 @@ import jax
 from efflm import ops, user_cache
 from efflm.cli import stdio
 from efflm.cli.flags import launch
-from efflm.config import PRECISION, AskedPrecision, InputError, flag, require, require_positive, require_seed
+from efflm.cli.writing import Writing
+from efflm.config import InputError, flag, require
 from efflm.evaluate import compiling
 from efflm.formats import sources
-from efflm.formats.sources import KINDS
 from efflm.infer import streaming
 from efflm.infer.generate import CHUNK
-from efflm.infer.sampling import Sampling
 from efflm.text.chat import prompt_ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(Writing):
     """The run"""
 
-    model: str = flag("smollm2", KINDS, path=True)
     prompt: str = flag("", "what to go on from, or to answer; -: what comes on stdin")
     chat: bool = flag(False, "answer the prompt, by the model's own chat template")
     system: str = flag("", "with --chat: what the model is told before the prompt")
-    max_tokens: int = flag(64, "tokens to write at most")
-    temperature: float = flag(0.0, "0 takes the likeliest token; 1 draws as the model says, more is more random")
-    top_k: int = flag(0, "draw from the k likeliest tokens only; 0: all")
-    top_p: float = flag(1.0, "draw from the fewest tokens that have this much of the probability; 1: all")
-    min_p: float = flag(0.0, "draw from tokens at least this fraction as likely as the likeliest; 0: all")
-    seed: int = flag(0, "seed of what is drawn")
-    stop: str = flag("", "text to end before, beside the model's own stop tokens")
-    draft: str = flag("", "a smaller model that proposes tokens, by the same tokenizer", path=True)
-    ahead: int = flag(4, "with --draft: tokens that it proposes at a time")
-    precision: AskedPrecision = flag("", PRECISION)
 
     def __post_init__(self):
-        require_positive(self, "max_tokens", "ahead")
-        require_seed(self.seed)
+        super().__post_init__()
         require(self.chat or not self.system, "system is for --chat: put it into the prompt")
-        self.sampling()
-
-    def sampling(self) -> Sampling:
-        return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
 
 
 def read_prompt() -> str:

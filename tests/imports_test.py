@@ -39,6 +39,7 @@ ALLOWED = {
 ALLOWED_MODULES = {
     "cli.arguments": {"config", "model", "text", "data", "compress"},
     "cli.subject": {"config", "data", "formats"},
+    "cli.writing": {"config", "formats", "infer.sampling"},
 }
 ONE_PLACE = {
     "absl": ("cli/flags.py",),

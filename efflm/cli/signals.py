@@ -46,6 +46,16 @@ def second_interrupt_ends() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def interrupts_are_handled() -> Iterator[None]:
+    """Each Ctrl-C is a KeyboardInterrupt in here, a second one too: the caller handles them and goes on."""
+    other = signal.set_wakeup_fd(-1)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(other)
+
+
+@contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[int], str]]:
     """Gives asked(step): "SIGTERM" or "Ctrl-C" if the run was told to stop by one, which then no longer ends it; or "".
 
