@@ -1,4 +1,4 @@
-r"""Talk with a model in the terminal: each answer is shown while it is written, and the model sees what was said before.
+r"""Talk with a model in the terminal: it sees what was said before, and answers are shown while they are written.
 
     bash launch/run.sh experiments.chat --model=smollm2
     bash launch/run.sh experiments.chat --model=smollm2 --system="You answer in one word." --temperature=0.7
