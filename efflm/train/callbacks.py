@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
+from efflm.cli import progress
 from efflm.config import InputError
 from efflm.parallel import processes, sharding
 from efflm.train.metrics import Metrics
@@ -44,34 +43,30 @@ def _told(generator: Callable[..., Iterator[Callable[[], None]]]) -> Callable[..
 
 @contextlib.contextmanager
 def bar(training: Training) -> Iterator[Callable[[], None]]:
-    """A progress bar on a terminal; a line now and then elsewhere."""
-    console, title, steps, began = Console(), training.title, training.train.steps, time.perf_counter()
-    words, shown = "", training.first * 5 // steps
-    columns = ["{task.description}", BarColumn(), "{task.completed}/{task.total}", "{task.fields[words]}"]
-    columns += [TimeElapsedColumn(), "left", TimeRemainingColumn()]
-    drawn = Progress(*columns, console=console, disable=not console.is_terminal)
-    task = drawn.add_task(title, total=steps, completed=training.first, words="")
+    """A progress bar (cli.progress), and a line for the last step; where stdout is no terminal, one a fifth too."""
+    title, steps, began = training.title, training.train.steps, time.perf_counter()
+    words, parts = "", 1 if sys.stdout is not None and sys.stdout.isatty() else 5
+    shown = training.first * parts // steps
 
     def show(line: dict[str, Any]) -> None:
         nonlocal words
         words = f"loss {line['loss']:.3f}"
         words += f"  validation {line['validation_loss']:.3f}" if "validation_loss" in line else ""
         words += f"  {line['tokens_per_second']:,.0f} tokens/s" if line.get("tokens_per_second") else ""
-        drawn.update(task, words=words)
 
     def after() -> None:
         nonlocal shown
         step = training.step
         if training.last:  # so that the last words are those of the last line
             training.fetch()
-        drawn.update(task, completed=step)
-        if not console.is_terminal and (training.last or step * 5 // steps > shown):
-            shown = step * 5 // steps
+        update(step, f"step {step}/{steps}  {words}")
+        if training.last or step * parts // steps > shown:
+            shown = step * parts // steps
             left = (time.perf_counter() - began) / (step - training.first) * (steps - step)
             print(f"  {title}: step {step}/{steps}  {words}  {left:.0f} s left", flush=True)
 
     training.sinks.append(show)
-    with drawn:
+    with progress.bar(title, steps, done=training.first) as update:
         yield after
 
 
