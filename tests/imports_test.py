@@ -52,6 +52,7 @@ ONE_PLACE = {
     "matplotlib": ("report/plots.py",),
     "grain": ("data/loader.py",),
     "tensorboardX": ("train/metrics.py",),
+    "lm_eval": ("evaluate/lm_eval.py",),
 }
 
 

@@ -12,7 +12,7 @@ from efflm.config import require
 from efflm.evaluate import continuations
 from efflm.evaluate.answers import Answers
 from efflm.evaluate.continuations import Request, Scores
-from efflm.evaluate.task_files import Item, Task
+from efflm.evaluate.task_files import Task
 from efflm.model import LanguageModel
 
 
@@ -46,15 +46,16 @@ def encoded(task: Task, tokenizer: Any, longest: int) -> list[Request]:
     for item in task.items:
         pairs = [pair(tokenizer, item.context, choice) for choice in item.choices]
         for choice, (_, end) in zip(item.choices, pairs):
-            _require_readable(task, item, choice, len(end), longest)
+            where = f"{task.name}: the choice {choice!r:.60} of the item {item.name}"
+            require_readable(where, len(end), longest)
         found.append((pairs[0][0], [end for _, end in pairs]))  # the context of all choices is the same
     return found
 
 
-def _require_readable(task: Task, item: Item, choice: str, tokens: int, longest: int) -> None:
-    where = f"{task.name}: the choice {choice!r:.60} of the item {item.name}"
-    require(tokens > 0, f"{where} adds no token to the context: give a longer choice")
-    require(tokens <= longest, f"{where} has {tokens:,} tokens, but the model reads {longest:,}: leave the item out")
+def require_readable(what: str, tokens: int, longest: int) -> None:
+    """Raise InputError unless what follows a context has tokens, and not more than a model reads."""
+    require(tokens > 0, f"{what} adds no token to the context: give a longer one")
+    require(tokens <= longest, f"{what} has {tokens:,} tokens, but the model reads {longest:,}: leave it out")
 
 
 def pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:

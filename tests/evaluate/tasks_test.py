@@ -41,7 +41,17 @@ def plainly(requests, logits):
 
 
 def logits_of(model):
-    return lambda ids: tiny.logits(model, ids[None])[0]
+    """ids [T] -> logits [T, V], for all lengths by one program."""
+    longest = model.config.max_length
+    return lambda ids: np.asarray(tiny.logits(model, np.pad(ids, (0, longest - len(ids)))[None]))[0, : len(ids)]
+
+
+def likeliest(model, ids, count):
+    """The `count` ids that follow, each the likeliest."""
+    ids = list(ids)
+    for _ in range(count):
+        ids.append(int(logits_of(model)(np.array(ids))[-1].argmax()))
+    return ids[-count:]
 
 
 def same(got, requests, p_MV, q_MV, tolerance):
@@ -140,9 +150,8 @@ def test_multiple_choice():
 
 def test_the_last_word_is_right_if_each_of_its_tokens_is_the_likeliest():
     model, other = tiny.model(), tiny.model(seed=1)
-    context, first = [BOS, *b"Ada"], []
-    for _ in range(2):
-        first.append(int(tiny.logits(model, np.array([context + first]))[0, -1].argmax()))
+    context = [BOS, *b"Ada"]
+    first = likeliest(model, context, 2)
     tokens = {"!": first, "?": [first[0], first[1] ^ 1]}
     ids = lambda text: [i for letter in text for i in tokens.get(letter, [ord(letter)])]
     tokenizer = SimpleNamespace(**vars(BYTES) | {"encode": ids, "prompt": lambda text: [BOS, *ids(text)]})
