@@ -137,8 +137,13 @@ def evaluate(
     require(
         not unknown, f"lm-eval has no task {unknown}: list its tasks by lm_eval ls tasks, or give a folder of yours"
     )
-    model = adapted(model, tokenizer)
-    return package.simple_evaluate(model, tasks=list(task_names), task_manager=manager, limit=items or None)
+    return package.simple_evaluate(
+        adapted(model, tokenizer),
+        tasks=list(task_names),
+        task_manager=manager,
+        limit=items or None,
+        bootstrap_iters=0,  # it would fork this process, whose threads may hold locks: no error of a perplexity
+    )
 
 
 def _package() -> Any:
