@@ -157,6 +157,11 @@ def test_measure_gives_the_figures_and_the_table_of_the_command(source, loaded, 
     table = str(found)
     assert repr(found) == table
     assert results["protocol"][0].partition("; ")[0] in table
+    noise, row = found["dense"].noise, results["rows"][0]
+    assert 0 < noise["kl_to_original"] < found["small"].kl_to_original / 10
+    assert row["noise"] == pytest.approx(noise)
+    assert f"(rounding alone: {noise['kl_to_original']:.5f}" in " ".join(table.split())
+    assert "Float rounding alone (the first model computed in bfloat16): divergence" in found.facts[0]
     done = "magnitude@0.5,quantize[activations=int8]; "
     for words in ("bits/byte", done, "multiplies its zeros too", "are dequantized Q4_1"):
         assert words in table

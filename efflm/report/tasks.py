@@ -63,8 +63,8 @@ def changes(row: Row, tasks: Sequence[str]) -> list[str]:
         return []
     told = {task: row.tasks[task] for task in tasks}
     total = lambda figure: sum(each[figure] for each in told.values())
-    flipped = f"{total('flips_to_wrong'):,} right ones are wrong, {total('flips_to_right'):,} wrong ones right"
-    words = f"{total('changed'):,} of {total('items'):,} answers changed: {flipped}"
+    flipped = f"{total('flips_to_wrong'):,} from right to wrong, {total('flips_to_right'):,} from wrong to right"
+    words = f"{total('changed'):,} of {total('items'):,} answers changed, {flipped}"
     if None not in [each["changed_by_rounding"] for each in told.values()]:
         words += f" (float rounding alone changes {total('changed_by_rounding'):,})"
     worst = min(told, key=lambda task: told[task]["accuracy_difference"])
@@ -74,9 +74,10 @@ def changes(row: Row, tasks: Sequence[str]) -> list[str]:
 def lost(row: Row, task: str) -> str:
     """The difference of accuracy on a task."""
     told = row.tasks[task]
-    shown, interval = difference(told["accuracy_difference"], told["interval"])
+    shown, low, high = map(points, (told["accuracy_difference"], *told["interval"]))
     detectable = points(told["minimum_detectable"], sign=False)
-    return f"{task}, accuracy {shown} points {interval[:-1]}, {flips(told)}; detectable: {detectable})"
+    interval = f"95% interval {low} to {high}; detectable from {detectable} on"
+    return f"{task}: accuracy {shown} points ({interval}), flips {flips(told)}"
 
 
 def reason(row: Row, kind: str, task: str, ahead: tuple[float, float | None], first: str) -> str:

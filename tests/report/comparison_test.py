@@ -9,9 +9,9 @@ from efflm.config import InputError
 from efflm.evaluate import quality, throughput
 from efflm.evaluate.quality import Quality
 from efflm.evaluate.throughput import Rate
-from efflm.report import comparison, page, table, verdicts
+from efflm.report import comparison, page, rows, table, verdicts
 from efflm.report.comparison import FIGURES, Comparison, Limits
-from tests.report.example import TEN, row
+from tests.report.example import ANSWERS, TEN, answered, asked, row
 
 DENSE = row("dense", 16.0, 14000, 400, None)
 
@@ -145,3 +145,32 @@ def test_limits_that_contradict_are_refused():
     for given, words in (({"loss": -1.0}, "loss is -1.0, but"), ({"same": 0.1}, "same is 0.1, but must not be above")):
         with pytest.raises(InputError, match=words):
             Limits(**given)
+
+
+def test_tasks_are_compared_over_the_items_both_answer():
+    rows = asked(row("float32", 16.0, 14000, 400, None), *(row(name, 4.0, 1, 1, 0.0) for name in ("flips", "loses")))
+    paired, apart = Comparison(rows, Limits(), {}, {}, ANSWERS), Comparison(rows)
+    assert paired.count == 3 * 7
+    assert paired.figures[-2:] == ("accuracy on arc", "answers to arc")
+    for compared, error in ((paired, 0.01453), (apart, 0.01927)):
+        assert compared.ahead(rows[1], rows[2], "accuracy on arc") == pytest.approx((0.12, error), abs=1e-4)
+        assert compared.better(rows[1], rows[2], "accuracy on arc")
+        assert compared.better(rows[0], rows[1], "answers to arc")
+        assert not compared.better(rows[0], rows[1], "accuracy on arc")
+        assert compared.worse(rows[2], rows[1], "answers to arc")
+        assert "p < 0.0024" in comparison.protocol(compared)
+    assert "beyond what float rounding alone" in comparison.protocol(paired)
+    assert Comparison([rows[0], rows[1].but(tasks={})]).figures == FIGURES  # nothing to compare with
+
+
+def test_few_flips_are_not_told_apart_from_chance():
+    """Seven flips to one side have p = 0.016, beyond two standard errors, but not beyond the 5% of 14 comparisons."""
+    chosen = [1] * 7 + [0] * 293 + [1] * 200
+    known = ANSWERS | {"flips": {"arc": answered(chosen)}}
+    first = row("float32", 16.0, 14000, 400, None)
+    pair = [each.but(tasks=rows.tasks(known, each.name, "float32")) for each in (first, row("flips", 4.0, 1, 1, 0.0))]
+    compared = Comparison(pair, Limits(), {}, {}, known)
+    value, error = compared.ahead(*pair, "accuracy on arc")
+    assert value > 2.6 * error
+    assert not compared.better(*pair, "accuracy on arc")
+    assert compared.worse(*pair[::-1], "accuracy on arc")

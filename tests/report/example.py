@@ -2,6 +2,10 @@
 
 import dataclasses
 
+import numpy as np
+
+from efflm.evaluate.answers import Answers
+from efflm.evaluate.scoring import ROUNDED
 from efflm.report import rows
 
 ROW = rows.Row("w8a16", note="<b>bold & free</b>", figures=dict(  # noqa: C408
@@ -37,6 +41,35 @@ def row(
 
 def likeness(divergence: float, agreement: float) -> dict[str, float]:
     return {"kl_to_original": divergence, "kl_to_original_stderr": 0.05 * divergence, "top1_agreement": agreement}
+
+
+def answered(chosen: list[int], kl: float = 0.0) -> Answers:
+    """To a task of three choices an item, of which the first is right: these, each with a probability of 0.8."""
+    picked = np.eye(3)[chosen] > 0
+    size = np.full(picked.shape, 2)
+    sure, right = np.full(len(picked), 0.8), picked[:, 0]
+    loglikelihoods = np.log(np.where(picked, 0.8, 0.1))
+    return Answers(
+        "choices", loglikelihoods, size, size, picked, np.full(len(picked), kl), sure, right, np.zeros(len(picked), int)
+    )
+
+
+# Of 500 items the dense model has 300 right. Rounding changes 2 of its answers; "flips" has as many right, but others;
+# "loses" has 60 fewer.
+DENSE = [0] * 300 + [1] * 200
+ARC = {
+    "float32": DENSE,
+    ROUNDED: [1] + [0] * 299 + [2] + [1] * 199,
+    "same": [0] * 300 + [2, 2] + [1] * 198,
+    "flips": [1] * 20 + [0] * 300 + [1] * 180,
+    "loses": [1] * 60 + [0] * 240 + [1] * 200,
+}
+ANSWERS = {name: {"arc": answered(chosen, 0.0 if name == "float32" else 0.02)} for name, chosen in ARC.items()}
+
+
+def asked(*models: rows.Row) -> list[rows.Row]:
+    """The rows with what ANSWERS say of them; the first is the dense model's."""
+    return [each.but(tasks=rows.tasks(ANSWERS, each.name, models[0].name)) for each in models]
 
 
 TEN = [

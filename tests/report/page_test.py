@@ -14,7 +14,7 @@ from efflm.report.rows import Row
 from efflm.report.samples import Sample
 from efflm.report.table import COLUMNS, Column
 from tests.report.browser import look, needs_browser
-from tests.report.example import ROW, TEN
+from tests.report.example import ROW, TEN, asked
 
 HOSTILE = '<img src=x onerror="alert(1)"> {{ 7 * 7 }} $x$'
 MADE = {"date": "2026-01-02 03:04 UTC", "processor": "a processor", "cores": "2", "commit": "abc1234", "seed": "0"}
@@ -29,11 +29,13 @@ def phase(name):
 def report(tmp_path_factory):
     """The page of ten models and one whose name and texts are an attacker's."""
     rows = [*TEN, dataclasses.replace(TEN[-1], name=HOSTILE, note=HOSTILE)]
-    first = Sample("def f", "(x):\n    return 1")
+    first, flips = (row.tasks["arc"] for row in asked(TEN[0], dataclasses.replace(TEN[0], name="flips")))
+    rows = [row.but(tasks={f"arc {HOSTILE}": flips if index else first}) for index, row in enumerate(rows)]
+    sample = Sample("def f", "(x):\n    return 1")
     details = {
         row.name: Detail(
             lineage=[("trained", HOSTILE)],
-            samples={"float32": first, row.name: Sample("def f", "(x):", " pass", HOSTILE)},
+            samples={"float32": sample, row.name: Sample("def f", "(x):", " pass", HOSTILE)},
             agreement="The first 3 tokens are those of float32.",
             command=f"run --recipe={row.name}",
         )
@@ -55,6 +57,15 @@ def test_the_page_is_self_contained_and_escaped(report):
     assert "<img" not in text
     assert text.count("{{ 7 * 7 }}") > 5
     assert text.count("&lt;img src=x onerror=") > 5
+    assert "<h2>Tasks</h2>" in text
+    for figure in (
+        "+20/-20",
+        "(-2.5 to +2.5)",
+        "0.200 → 0.200",
+        "(rounding alone: 2)",
+        "answers changed, 20 from right",
+    ):
+        assert figure in text
     for figure in ("2.000", "± 0.070", "14,000", "(13,600–14,400)", "+0.00500", "3.45×", "abc1234", "a processor"):
         assert figure in text
     assert "-0.0000 " not in text
@@ -93,9 +104,9 @@ def test_a_bar_s_pieces_are_its_parts():
 
 
 USE = """(() => {
-  const headings = [...document.querySelectorAll(".cards thead th")];
+  const models = document.querySelector(".cards"), headings = [...models.querySelectorAll("thead th")];
   const heading = (words) => headings.find((th) => th.textContent.trim() === words);
-  const names = () => [...document.querySelectorAll(".cards tbody")].map((body) => body.dataset.row);
+  const names = () => [...models.querySelectorAll("tbody")].map((body) => body.dataset.row);
   const sort = (words) => {
     heading(words).querySelector("button").click();
     return [heading(words).ariaSort, names()];

@@ -7,7 +7,7 @@ from efflm.evaluate.quality import Quality
 from efflm.evaluate.throughput import Rate
 from efflm.report import rows, table
 from tests import tiny
-from tests.report.example import NONE, ROW
+from tests.report.example import NONE, ROW, asked
 
 
 def test_the_table_names_every_column_and_note(capsys):
@@ -65,3 +65,29 @@ def test_each_of_several_texts_has_its_columns_under_its_own_heading():
     assert columns[1].data(rows[0]) == dict.fromkeys(named)
     assert table.labels(columns) == ["text: wiki: bits/byte", "text: code: bits/byte"]
     assert "text: code: bits/byte" in " ".join(table.text(rows, [], columns).replace("┃", " ").split())
+
+
+def test_tasks_have_a_column_and_a_table_of_their_own(capsys):
+    noise = {"kl_to_original": 0.00012, "kl_to_original_stderr": 0.00001}
+    noise |= {"top1_agreement": 0.999, "top1_agreement_stderr": 0.001}
+    first, *others = (dataclasses.replace(ROW, name=name) for name in ("float32", "flips", "loses"))
+    compared = asked(first.but(**NONE, noise=noise), *others)
+    table.show(compared, ["a fact"])
+    lines = capsys.readouterr().out.splitlines()
+    cells = lambda name: [
+        [cell.strip() for cell in line.split("│")[1:]] for line in lines if line.startswith(f"│{name}")
+    ]
+    whole, task = cells("loses")
+    assert whole[-2:] == ["48.0% ± 2.2% +0/-60", ""]
+    assert task[:6] == ["loses", "48.0% ± 2.2%", "-12.0 (-14.8 to -9.1)", "+0/-60", "1.7e-18", "60"]
+    assert task[6:] == ["0.02000 ± <0.00001", "0.200 → 0.320", "4.4", ""]
+    assert cells("float32")[1][5:8] == ["reference (rounding alone: 2)", "reference (rounding alone: 0.02000)", "0.200"]
+    text = "\n".join(lines)
+    for words in (
+        "alone: 99.90%)",
+        "alone: 0.00012)",
+        "  arc: 500 items; right is what",
+        "  a fact\n  +a/-b:",
+    ):
+        assert words in text
+    assert "tasks.arc.flips_to_wrong" in table.columns(compared)[-1].data(compared[1])

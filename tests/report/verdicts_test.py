@@ -1,8 +1,11 @@
 import functools
 
+import pytest
+
+from efflm.evaluate.scoring import ROUNDED
 from efflm.report import comparison, verdicts
 from efflm.report.comparison import Comparison, Limits
-from tests.report.example import TEN
+from tests.report.example import ANSWERS, TEN, asked, likeness
 from tests.report.example import row as any_row
 
 row = functools.partial(any_row, first=(1000, 100))
@@ -145,3 +148,55 @@ def test_a_loss_that_is_not_finite_is_worse_than_any():
     assert comparison.protocol(Comparison([first, broken])).startswith(
         "Verdicts: a difference of quality counts beyond 2.6"
     )
+
+
+def with_answers(*rows, known=ANSWERS):
+    return Comparison(asked(DENSE, *rows), Limits(), {}, {}, known)
+
+
+def small(name, megabytes=4.0, **more):
+    return row(name, megabytes, 1000, 100, 0.0001, 0.0001, **likeness(0.0001, 0.999), **more)
+
+
+@pytest.mark.parametrize("known", [ANSWERS, {}])
+def test_a_model_whose_answers_changed_is_not_called_unchanged(known):
+    flips, same = small("flips"), small("same", 8.0)
+    found = said(verdicts.positive(with_answers(flips, same, known=known)))
+    where = "within 1% of the dense loss, no task's accuracy lower beyond chance"
+    name, words = found[f"Smallest {where}"]
+    assert name == "flips"
+    assert "40 of 500 answers changed, 20 from right to wrong, 20 from wrong to right (float rounding alone" in words
+    assert "arc: accuracy 0.0 points (95% interval -2.5 to +2.5; detectable from 3.6 on), flips +20/-20." in words
+    where = (
+        "within 0.1% of the dense loss, divergence and errors included, no more answers changed than by float rounding"
+    )
+    assert found[f"Smallest {where}"][0] == "same"
+    assert [each.name for each in verdicts.positive(with_answers(flips, known=known))] == ["flips", "float32"]
+
+
+def test_a_model_that_answers_fewer_items_is_not_worth_it():
+    compared = with_answers(small("loses"), small("flips", 8.0))
+    words = {each.name: each.words for each in verdicts.negative(compared)}
+    interval = "95% interval -14.8 to -9.1; detectable from 4.4 on"
+    assert words == {"loses": f"less accurate, beyond chance: arc: accuracy -12.0 points ({interval}), flips +0/-60."}
+    assert verdicts.positive(compared)[0].name == "flips"
+    assert verdicts.positive(with_answers(small("loses")))[0].words.startswith("No model: the nearest is loses")
+
+
+def test_answers_are_compared_with_what_rounding_alone_changes():
+    no_smaller = small("flips", 16.0)
+    (verdict,) = verdicts.negative(with_answers(no_smaller))
+    assert verdict.words == "float32 is what this one differs from in 40 of 500 answers to arc."
+    assert verdicts.negative(with_answers(no_smaller, known=ANSWERS | {ROUNDED: ANSWERS["flips"]})) == []
+    compared = with_answers(small("same"), small("flips"))
+    assert {each.name: each.words for each in verdicts.negative(compared)} == {
+        "flips": "same gives the answers of float32 to 7.6 ± 1.2 points more of the items of arc."
+    }
+    compared = with_answers(small("same"), small("loses"))
+    assert "is more accurate on arc by 12.0 ± 1.5 points" in verdicts.negative(compared)[0].words
+
+
+def test_the_divergence_of_rounding_alone_is_said_beside_that_of_a_model():
+    noise = {"kl_to_original": 0.0003, "kl_to_original_stderr": 0.00002}
+    words = positive(DENSE.but(noise=noise), small("small"))[0].words
+    assert "0.00001 nats a token (float rounding alone: 0.00030 ± 0.00002); the same" in words
