@@ -5,14 +5,14 @@ from collections.abc import Iterator
 
 from efflm.evaluate.scoring import Figures
 from efflm.model import LanguageModel
-from efflm.report import rows, table
+from efflm.report import notebook, rows, table
 from efflm.report.comparison import Comparison, Limits
 from efflm.report.rows import Row
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Measured:
-    """A row for each model, in order, by its index or name; printed, the table with the facts below it."""
+    """A row for each model, in order, by its index or name; printed, and in a notebook, a table with facts below it."""
 
     rows: tuple[Row, ...]
     facts: tuple[str, ...]
@@ -42,6 +42,9 @@ class Measured:
         return table.text(self.rows, self.facts, table.known(self.rows, table.columns(self.rows)))
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return notebook.shown(self.rows, self.facts)
 
 
 def of(models: dict[str, LanguageModel], sizes: dict[str, int], notes: dict[str, str], found: Figures) -> Measured:
