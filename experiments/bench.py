@@ -1,8 +1,8 @@
 """How fast is training, inference, or decoding with a draft, here and compared with other programs?
 
-    bash launch/run.sh experiments.bench --what=train --policies=float32,auto --peer="PYTHON torch_train.py"
+    bash launch/run.sh experiments.bench --what=train --peer="PYTHON experiments/peers/torch_train.py"
     bash launch/run.sh experiments.bench --what=infer --precisions=w8a8,w4a8 --phases=decode --batches=1 --portable=both
-    bash launch/run.sh experiments.bench --what=infer --peer="PYTHON openvino_infer.py --model=DIR; PYTHON llama.py"
+    bash launch/run.sh experiments.bench --what=infer --peer="PYTHON experiments/peers/openvino_infer.py --model=DIR"
     bash launch/run.sh experiments.bench --what=speculative --model=smollm2 --draft=small.safetensors --ahead=2,4,8
 
 --what=WHAT --help shows the flags of each. Expect a JSON line after each measurement, of the rounds so far, so that the
@@ -13,7 +13,7 @@ of the rounds' ratios, with _error, its standard error, and _min and _max, the l
 With --busy=N everything is also measured beside N processes that each keep a core busy (A B A B): busy_ratio is to the
 speed without. With --portable=both the native kernels are on and off in turn: portable_ratio is theirs to the portable
 forms. With --peer, ratio is to the best of what the peers print; with a draft it is to the model alone, and below 1 the
-draft makes it slower. experiments/README.md says what the other fields are and what a peer prints.
+draft makes it slower. The other fields are in experiments/README.md, what a peer prints in experiments/peers/README.md.
 """
 
 import contextlib
