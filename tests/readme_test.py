@@ -24,7 +24,8 @@ from efflm.report.comparison import Limits
 from tests import gguf_files, tiny
 
 ROOT = Path(__file__).parent.parent
-READMES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("[a-z]*/**/README.md"))
+TOPS = ("efflm", "experiments", "launch")
+READMES = sorted([*ROOT.glob("*.md"), *(file for top in TOPS for file in (ROOT / top).rglob("*.md"))])
 FRONT = (ROOT / "README.md").read_text()
 GROUPS = {
     "model": ModelShape, "train": TrainConfig, "mesh": MeshConfig, "hosts": HostsConfig,

@@ -5,8 +5,8 @@
 
 `experiments.report --publish` writes there the machine, commit, date, seeds and command, then the table and the
 protocol. The file is what report.journal.Journal.results writes, of one machine and one commit. rows, columns: which
-of them, by name and by heading; default: all. A heading with × after it is the ratio to the first row. protocol=none
-leaves the protocol out.
+of them, by name and by heading; default: all. A heading with × after it is the ratio to the first row. task=NAME: what
+the rows say of that task. protocol=none leaves the protocol out.
 
 Rows of models have the columns of report.table or, means over seeds, of report.swept. Of other rows each figure is a
 column, with its error or range beside it: `loss_stderr`, `loss_deviation`, `loss_sd` or `loss_spread` of `loss`. The
@@ -26,7 +26,7 @@ from typing import Any
 
 from efflm.cli import run_directory
 from efflm.config import require
-from efflm.report import numbers, runs, swept, table
+from efflm.report import numbers, runs, swept, table, tasks
 from efflm.report.rows import Row
 from efflm.report.runs import Run
 from efflm.report.table import NONE, Column
@@ -63,9 +63,10 @@ def fill_all(root: Path = ROOT) -> list[Path]:
 
 
 def marked_files(root: Path = ROOT) -> list[Path]:
-    """The .md files that have tables; hidden folders are left out."""
-    there = [*sorted(root.glob("*.md")), *sorted(root.glob("[a-z]*/**/*.md"))]
-    return [path for path in there if re.search(f"^{BEGIN}", path.read_text(encoding="utf-8"), re.M)]
+    """The .md files that have tables."""
+    below = (path for top in ("efflm", "experiments", "launch") for path in (root / top).rglob("*.md"))
+    marked = lambda path: re.search(f"^{BEGIN}", path.read_text(encoding="utf-8"), re.M)
+    return sorted(filter(marked, [*root.glob("*.md"), *below]))
 
 
 def keep(source: str, folder: Path = FOLDER) -> Path:
@@ -106,7 +107,7 @@ def markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     """A table with the names on the left; a name that is one word is set as code."""
     shown = [[" ".join(filter(None, column.pair(row))) for column in columns] for row in rows]
     named = [[name if re.search(r"[\s`]", name) else f"`{name}`", *figures] for name, *figures in shown]
-    cells = [[column.heading for column in columns], *named]
+    cells = [table.labels(columns), *named]
     head, *body = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in cells]
     return "".join([head, "|---|" + "---:|" * (len(columns) - 1) + "\n", *body])
 
@@ -117,13 +118,14 @@ def columns_of(run: Run) -> tuple[Sequence[Row], Sequence[Column]]:
     single = (name for row in run.rows for name, value in row.figures.items() if not isinstance(value, dict | list))
     there = dict.fromkeys(("name", *single))
     if "columns" not in run.more and all(row.figures.keys() >= MODEL for row in run.rows):
-        known = swept.COLUMNS if runs.is_swept(run) else table.COLUMNS
-        columns = [column for column in known if column.figures[0] in there]
+        known = swept.COLUMNS if runs.is_swept(run) else table.columns(run.rows)
+        columns = [column for column in known if column.figures[0] in there or not isinstance(column.figures[0], str)]
     else:
         headings = {name: name.replace("_", " ") for name in there if not _is_beside(name, there)}
         headings = run.more.get("columns", headings)
         columns = [_figure(name, heading) for name, heading in headings.items()]
-    none = {name: None for column in columns for name in column.figures if name != "name"}
+    names = (name for column in columns for name in column.figures if isinstance(name, str) and name != "name")
+    none = dict.fromkeys(names)
     rows = [Row(row.name, none | row.figures) for row in run.rows]
     return rows, table.known(rows, columns)
 
@@ -193,14 +195,21 @@ def _between(what: str, root: Path) -> str:
     """What stands between the marks. what: the file, and the choices after it."""
     file, *choices = (part.strip() for part in what.split(";"))
     chosen = dict(choice.partition("=")[::2] for choice in choices)
-    unknown = ", ".join(sorted(chosen.keys() - {"rows", "columns", "protocol"}))
-    require(not unknown, f"{file}: {unknown} is no choice, only rows=, columns= and protocol=none are")
+    unknown = ", ".join(sorted(chosen.keys() - {"rows", "columns", "task", "protocol"}))
+    require(not unknown, f"{file}: {unknown} is no choice, only rows=, columns=, task= and protocol=none are")
     run = read(str(root / file))
-    rows, (name, *columns) = columns_of(run)
+    protocol = [] if chosen.get("protocol") == "none" else list(run.protocol)
+    if task := chosen.get("task"):
+        known = ", ".join(tasks.names(run.rows))
+        require(task in tasks.names(run.rows), f"{file} has no task {task!r}, only {known}")
+        rows, (name, *columns) = tasks.rows_of(run.rows, task), table.TASK
+        protocol.insert(0, tasks.caption(task, rows[0]))
+    else:
+        rows, (name, *columns) = columns_of(run)
     there = {each.heading: each for column in columns for each in (column, _ratio(column, rows[0]))}
     if "columns" in chosen:
         columns = _chosen("column", there, chosen["columns"], file)
     if "rows" in chosen:
         rows = _chosen("row", {row.name: row for row in rows}, chosen["rows"], file)
-    protocol = "" if chosen.get("protocol") == "none" else f"\nProtocol: {' '.join(run.protocol)}\n"
-    return f"{origin(run)}\n\n{markdown(rows, [name, *columns])}{protocol}"
+    below = f"\nProtocol: {' '.join(protocol)}\n" if protocol else ""
+    return f"{origin(run)}\n\n{markdown(rows, [name, *columns])}{below}"

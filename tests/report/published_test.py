@@ -104,6 +104,19 @@ def test_models_have_the_columns_of_the_report_but_those_that_were_not_measured_
     ]
 
 
+def test_a_task_has_a_table_of_its_own(filled):
+    told = {"items": 50, "kind": "choices", "by": "bytes", "accuracy": 0.5, "accuracy_stderr": 0.071, "changed": None}
+    none = ("accuracy_difference", "interval", "flips_to_right", "flips_to_wrong", "mcnemar_p", "changed_by_rounding")
+    told |= {"calibration_error": 0.1, "minimum_detectable": None} | dict.fromkeys((*none, "kl", "kl_by_rounding"))
+    shown = filled("; task=arc; columns=accuracy | flips", rows=[{"name": "before", "tasks": {"arc": told}}])
+    assert shown.splitlines()[4] == "| `before` | 50.0% ± 7.1% | reference |"
+    assert (
+        "Protocol: arc: 50 items; right is what has the largest log-likelihood divided by its bytes. One text." in shown
+    )
+    with pytest.raises(InputError, match="has no task 'boolq', only arc"):
+        filled("; task=boolq", rows=[{"name": "before", "tasks": {"arc": told}}])
+
+
 @pytest.mark.parametrize(
     ("choices", "fields", "said"),
     [
