@@ -84,8 +84,8 @@ def test_tasks_have_a_column_and_a_table_of_their_own(capsys):
     assert cells("float32")[1][5:8] == ["reference (rounding alone: 2)", "reference (rounding alone: 0.02000)", "0.200"]
     text = "\n".join(lines)
     for words in (
-        "alone: 99.90%)",
-        "alone: 0.00012)",
+        "99.90%)",
+        "0.00012)",
         "  arc: 500 items; right is what",
         "  a fact\n  +a/-b:",
     ):
