@@ -248,11 +248,11 @@ def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict[str, 
     listed = list(found.values())
     log.results(facts, rows=listed, domains=grids, forward_seconds=one_pass, seeds=run.seeds)
     whole = Table(caption="Each beside the first model.", columns=table.known(listed, swept.COLUMNS), rows=listed)
-    domain_tables = [swept.domains(chain, grid) for chain, grid in grids.items()]
-    for each, words in ((whole, facts), *((each, [each.caption]) for each in domain_tables)):
+    of_texts = [swept.domains(grids)] if grids else []
+    for each, words in ((whole, facts), *((each, [each.caption]) for each in of_texts)):
         table.show(each.rows, words, each.columns)
     sections = [Section("Chains of steps", [whole, *swept.charts(listed), swept.front(listed)])]
-    sections += [Section("Calibration text and test text", domain_tables)] * bool(domain_tables)
+    sections += [Section("Calibration text and test text", of_texts)] * bool(of_texts)
     title = f"What steps cost, and what recovers it: {run.model}"
     log.report(facts, title=title, sections=sections, made={"seeds": run.seeds})
 

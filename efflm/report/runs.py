@@ -160,8 +160,11 @@ def sections(found: Sequence[Run], made: Sequence[Row], columns: Columns) -> lis
     ]
     shown = {"date": "date"} | MACHINE | {"quality": "what was scored"}
     columns = [figure("run", "name", str), *(figure(shown[name], name, str) for name in shown)]
+    grids = {run.name: run.more.get("domains") for run in found}
+    texts = [swept.domains(grid, f"{name}: ") for name, grid in grids.items() if grid]
     return [
         Section("The rows", [whole]),
+        *[Section("Calibration text and test text", texts)] * bool(texts),
         Section("Loss against bytes", drawn, words),
         Section("The runs", [Table(caption="How each was measured.", columns=columns, rows=about)]),
     ]

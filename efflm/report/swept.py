@@ -168,10 +168,13 @@ def front(rows: Sequence[Row]) -> Chart:
 Grid = Mapping[str, Mapping[str, float]]  # {calibration text: {test text: bits per byte over the first model}}
 
 
-def domains(chain: str, grid: Grid) -> page.Table:
-    """Rows: what was calibrated on; columns: what was tested on."""
-    tests = dict.fromkeys(test for over in grid.values() for test in over)
-    columns = [figure(f"test: {test}", test, "{:+.4f}".format) for test in tests]
-    caption = f"{chain}: bits per byte over the first model, by calibration text and test text."
-    rows = [Row(name, over) for name, over in grid.items()]
-    return page.Table(caption=caption, columns=[figure("calibrated on", "name", str), *columns], rows=rows)
+def domains(grids: Mapping[str, Grid], of: str = "") -> page.Table:
+    """A row for each chain and calibration text; columns: of each test text. grids: of each chain. of: which run."""
+    rows = [
+        Row(chain, {"text": text, "domains": {test: {"bits_per_byte_increase": each} for test, each in over.items()}})
+        for chain, grid in grids.items()
+        for text, over in grid.items()
+    ]
+    columns = [figure("chain", "name", str), figure("calibrated on", "text", str), *table.of_texts(rows)]
+    caption = f"{of}Bits per byte over the first model, by calibration text and test text."
+    return page.Table(caption=caption, columns=columns, rows=rows)

@@ -48,7 +48,7 @@ def test_every_method_has_a_row_and_every_family_a_curve(folder, tmp_path, capsy
     assert grids["w8a16"]["numbers"] == grids["w8a16"]["letters"]  # no text makes it
     said = capsys.readouterr().out
     assert "13-token sequences of the test text" in said
-    assert "test: letters" in said
+    assert "text: letters: increase" in said
     assert "prefill" not in said
     page = (out / "report.html").read_text()
     for words in ("Perplexity against bits", "Perplexity against sparsity", "Loss against bytes"):
