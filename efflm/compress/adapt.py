@@ -21,7 +21,7 @@ from efflm.model import LanguageModel
 from efflm.model.params import in_layer
 
 
-def fresh(model: LanguageModel, rank: int, seed: int) -> Any:
+def initial(model: LanguageModel, rank: int, seed: int) -> Any:
     """{"a": matrices [K, rank], "b": [rank, N]}, each under the path of a matrix [K, N] inside the layers, float32: a
     random with the variance 1 / K of its K inputs, b zero, so that nothing is changed yet (Hu 2021, section 4.1)."""
     paths = [(path, leaf.shape) for path, leaf in trees.flatten(model.params) if in_layer(path)]
@@ -56,7 +56,7 @@ def low_rank(model: LanguageModel, rank: int, seed: int, merge: bool) -> trainin
         return trees.map_with_path(one, params)
 
     return training.Parametrization(
-        start=lambda: fresh(model, rank, seed),
+        start=lambda: initial(model, rank, seed),
         seen=lambda adapters, params: finish(ops.straight_through, adapters, params),
         finished=lambda adapters: model.replace(params=finish(ops.requantize, adapters, model.params)),
         frozen=model.params,

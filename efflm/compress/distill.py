@@ -87,7 +87,7 @@ class Distill(TrainSettings):
     )
     cache: Literal["", "full", "top_k", "sampled"] = flag(
         "",
-        "run the teacher first and keep of every token all probabilities, the largest, or tokens drawn from them; "
+        "run the teacher first and keep of every token all probabilities, the largest, or tokens sampled from them; "
         "empty: it runs beside the student",
     )
     entries: int = flag(50, "with cache top_k or sampled: how many of a token")

@@ -78,7 +78,7 @@ class Generated(TrainSettings):
     share: float = flag(1.0, "of the steps, on average, that read what was written; the others read the text itself")
     prompt: int = flag(32, "tokens of a row of text that are gone on from; of its first document at most")
     new: int = flag(64, "tokens to write")
-    temperature: float = flag(1.0, "of what is drawn; 0 takes the likeliest token")
+    temperature: float = flag(1.0, "of sampling; 0 takes the likeliest token")
     divergence: ops.Divergence = flag("reverse", "by=student: of teacher and student; see Distill")
     mix: float = flag(0.5, "share of the teacher in the mixture of jensen_shannon and skew, in (0, 1)")
 

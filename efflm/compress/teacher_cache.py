@@ -5,9 +5,9 @@ Kinds, by what is kept for each token:
 - full: all probabilities, float16.
 - top_k: the K largest, divided by their sum. A student of them is too sure: the rest of the distribution is missing
   (Anshumann 2025, arXiv 2503.16870).
-- sampled: K tokens drawn from the distribution, with replacement, each with the probability 1 / K: an unbiased
+- sampled: K tokens sampled from the distribution, with replacement, each with the probability 1 / K: an unbiased
   estimate of the distribution, so of the gradient of forward KL too (the same paper, with its proposals
-  drawn from the teacher itself).
+  sampled from the teacher itself).
 """
 
 import functools

@@ -179,7 +179,7 @@ class ModelConfig:
 
     precision: of the operands of matmuls when the model is run; it does not depend on the dtype of the weights, and can
     be overridden. unused: ids without a token, as ranges (first, one past the last) in order, which loading a model
-    with its tokenizer finds: they are never drawn, and compared with nothing.
+    with its tokenizer finds: they are never generated, and compared with nothing.
     """
 
     vocabulary: int

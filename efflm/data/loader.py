@@ -31,7 +31,7 @@ def batches(rows: Rows | Stream, batch: int, seed: int) -> Callable[[int], dict[
 
 
 def sample(rows: Rows | Stream, count: int, seed: int, lower: str = "their number") -> dict[str, np.ndarray]:
-    """`count` different rows, drawn by the seed. Raises InputError if there are not as many, with what the caller can
+    """`count` different rows, chosen by the seed. Raises InputError if there are not as many, with what the caller can
     lower."""
     require(
         len(rows) >= count,

@@ -234,7 +234,7 @@ def worker(
     """A process with the model that `load` gives, while the context lasts: it is asked to measure a shape, and
     warms up before the first of its runs.
 
-    load: must be importable in a fresh process. least: seconds for which a turn goes on. Raises InputError, also where
+    load: must be importable in a new process. least: seconds for which a turn goes on. Raises InputError, also where
     a shape is longer than the model reads.
     """
     spawned = multiprocessing.get_context("spawn")  # a fork would inherit JAX's threads in an unknown state

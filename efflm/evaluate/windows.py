@@ -29,7 +29,7 @@ Sized = Iterable[tuple[int, int]]  # a document: its token ids, and the bytes of
 class Scoring:
     """How text is scored"""
 
-    documents: int = flag(64, "documents to score, drawn by a hash of their names; 0: all; of enwik8 always all")
+    documents: int = flag(64, "documents to score, chosen by a hash of their names; 0: all; of enwik8 always all")
     tokens: int = flag(512, "tokens of each document to score, its first; 0: all; of enwik8 always all")
     window: int = flag(0, "tokens the model reads at once; 0: as many as it was trained on, at most 1024")
     stride: int = flag(0, "tokens from one window to the next, of which only the new ones are scored; 0: the window")
@@ -123,13 +123,13 @@ def _pieces(documents: Iterable[Sized], separator: int, scoring: Scoring, unbrok
 def _windows(stream: Iterator[tuple[int, int, int]], scoring: Scoring) -> Iterator[Piece]:
     """The windows of one stream of (token, its bytes, 1 + its document; 0 for a separator). A target that a window
     before has scored has no document."""
-    held, fresh = _taken(stream, scoring.window + 1), 0  # at most a window and one; targets already scored
-    while held.shape[1] - 1 > fresh:
+    held, scored = _taken(stream, scoring.window + 1), 0  # at most a window and one; targets already scored
+    while held.shape[1] - 1 > scored:
         owners = held[2, 1:].copy()
-        owners[:fresh] = 0
+        owners[:scored] = 0
         yield held[0, :-1], held[0, 1:], held[1, 1:], owners
         more = _taken(stream, scoring.step) if held.shape[1] > scoring.window else held[:, :0]
-        fresh = max(0, held.shape[1] - 1 - scoring.step)
+        scored = max(0, held.shape[1] - 1 - scoring.step)
         held = np.concatenate([held[:, scoring.step :], more], axis=1)
 
 

@@ -28,7 +28,7 @@ def gathers(module: nn.Module, collection: str = READ) -> bool:
 def fetch(module: nn.Module, config: ModelConfig, name: str) -> Any:
     """The weight `name` of a module: an array or a compressed weight; None where the config has no such weight.
 
-    Its logical shape must be the one in `params.table(config)`, which fresh weights are made from. Raises ValueError.
+    Its logical shape must be the one in `params.table(config)`, which weights are initialized from. Raises ValueError.
     """
     path = "/".join(params.unstacked(part) for part in (*module.path, name))
     wanted = params.table(config).get(path)

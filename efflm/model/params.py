@@ -18,7 +18,9 @@ from efflm.config.model import BlockConfig, ModelConfig
 
 Role = Literal["embedding", "positions", "linear", "router", "unembedding", "norm", "bias", "trained_beside"]
 Component = Literal["embedding", "projections", "feedforward", "norms", "output"]
-STDDEV = 0.02  # of fresh matrices and embeddings, as in GPT-2: what a layer adds stays small beside its input
+STDDEV = (
+    0.02  # of randomly initialized matrices and embeddings, as in GPT-2: what a layer adds stays small beside its input
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class Param:
         return self.role == "linear"
 
     def initialize(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """Fresh float32 weights."""
+        """Randomly initialized float32 weights."""
         makers = {"ones": nn.initializers.ones, "zeros": nn.initializers.zeros}
         return makers.get(self.init, nn.initializers.normal(self.stddev))(key, shape)
 

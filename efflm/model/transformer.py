@@ -274,7 +274,7 @@ def final_states_and_gathered(
 
 
 def init_params(config: ModelConfig, seed: int, mesh: Mesh | None = None) -> dict[str, Any]:
-    """Fresh float32 weights, which depend on config and seed alone; on a mesh each device makes only its own part."""
+    """Random float32 weights, which depend on config and seed alone; on a mesh each device makes only its own part."""
     make, key = functools.partial(_init, config), jax.random.key(seed)
     if mesh is None:
         return make(key)

@@ -21,7 +21,7 @@ from efflm.train.step import place
 
 
 def random_task(config: ModelConfig, train: TrainConfig, mesh: Mesh | None = None, seed: int = 0) -> trainer.Task:
-    """Training a fresh model on random tokens."""
+    """Training a randomly initialized model on random tokens."""
     batches = lambda step: random_rows(train.batch, train.length, config.vocabulary, step)
     return trainer.model_task(config, train, lambda: init_params(config, seed, mesh), batches)
 
@@ -50,7 +50,7 @@ class TimedStep:
 
 
 def timed_step(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> TimedStep:
-    """The step of a fresh model on one batch of random tokens, ready to be timed."""
+    """The step of a randomly initialized model on one batch of random tokens, ready to be timed."""
     task = random_task(config, train, mesh)
     _, init, _ = trainer.prepared(task, mesh)
     step, arguments = training_step(config, train, mesh)

@@ -38,11 +38,11 @@ class TrainState:
 def make_init(optimizer: optax.GradientTransformation, like: TrainState):
     """init(trainable, loss_scale, masks) -> the first state, with the shardings of `like`. `trainable` is donated."""
     where = jax.tree.map(lambda leaf: leaf.sharding, like)
-    fresh = jax.jit(functools.partial(_fresh, optimizer), donate_argnums=0, out_shardings=where)
+    initial = jax.jit(functools.partial(_initial, optimizer), donate_argnums=0, out_shardings=where)
 
     def init(trainable: Any, loss_scale: LossScale | None, masks: Any) -> TrainState:
         # Only a buffer that lies where its result will lie can become it.
-        return fresh(jax.device_put(trainable, where.trainable, donate=True), loss_scale, masks)
+        return initial(jax.device_put(trainable, where.trainable, donate=True), loss_scale, masks)
 
     return init
 
@@ -55,11 +55,11 @@ def abstract_state(
     masks: Any = None,
 ) -> TrainState:
     """The shapes, dtypes and shardings of the first state, with nothing allocated."""
-    shapes = jax.eval_shape(functools.partial(_fresh, optimizer), trainable, loss_scale, masks)
+    shapes = jax.eval_shape(functools.partial(_initial, optimizer), trainable, loss_scale, masks)
     return placement.placed(shapes, mesh)
 
 
-def _fresh(
+def _initial(
     optimizer: optax.GradientTransformation, trainable: Any, loss_scale: LossScale | None, masks: Any
 ) -> TrainState:
     moments = optimizer.init(cast(trainable, jnp.float32))  # float32, also for weights of another dtype
