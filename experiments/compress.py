@@ -34,7 +34,7 @@ from efflm.formats import efflm_file, saved, sources
 from efflm.formats.saved import Saved
 from efflm.model import LanguageModel
 from efflm.parallel import meshes, sharding
-from efflm.report import analysis, compared, numbers, rows, samples, table
+from efflm.report import analysis, compared, numbers, rows, samples, table, verdicts
 from efflm.report.comparison import Comparison, Limits
 from efflm.report.journal import Journal
 from efflm.text import fitted
@@ -59,7 +59,7 @@ class Run(Subject):
     run_dir: str = flag(str(run_directory.ROOT / "compress"), "where everything is written", path=True)
     batch: int = flag(8, "sequences in a batch, where a step trains")
     length: int = flag(256, "tokens in a sequence, where a step trains")
-    seed: int = flag(0, "seed of what a step draws at random")
+    seed: int = flag(0, "seed of the random numbers of steps")
     prompt: str = flag("The capital of France is", "prompt that each model continues in the report; empty: none")
     sample: int = flag(32, "tokens of that continuation")
 
@@ -150,13 +150,15 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
     details = compared.details(rows.origin(run.model, about), about, records, written, run.prompt, tokens, commands)
     run_directory.write_whole(run_dir / "recipe.toml", grammar.to_toml(shared))
     texts = {name: run.prompt + samples.text(ids, tokens) for name, ids in written.items()}
-    log.results(facts, rows=measured, records=records, samples=texts, seed=run.seed)
+    comparison = Comparison(measured, limits, qualities, timed)
+    said = {"samples": texts, "verdicts": verdicts.positive(comparison)}
+    log.results(facts, rows=measured, records=records, seed=run.seed, **said)
     table.show(measured, facts)
     log.report(
         facts,
         compared.write,
         title=f"{run.model} by {', '.join(plans)}: what it saves and what it costs",
-        comparison=Comparison(measured, limits, qualities, timed),
+        comparison=comparison,
         details=details,
         curves=dict(pair for name in plans for pair in metrics.curves(curves / name, name)),
         phases=phases,

@@ -27,7 +27,7 @@ from efflm.evaluate.windows import Scoring
 from efflm.formats import saved
 from efflm.formats.saved import Saved
 from efflm.parallel import meshes, sharding
-from efflm.report import analysis, compared, rows, samples, table
+from efflm.report import analysis, compared, rows, samples, table, verdicts
 from efflm.report.comparison import Comparison, Limits
 from efflm.report.journal import Journal
 from efflm.text.chat import prompt_ids
@@ -35,7 +35,7 @@ from efflm.train import metrics
 from experiments import pretrain
 
 NOTES = {
-    "float32": "the dense model that all others are compared with",
+    "float32": "the original that all others are compared with",
     "bfloat16": "every weight cast to bfloat16, matmuls in bfloat16, sums in float32",
     "w8a16": "int8 matrices, one scale for each output channel; activations in floating point",
     "w8a8": "the same int8 matrices, activations in int8, one scale per token",
@@ -43,13 +43,13 @@ NOTES = {
     "gptq4": "the same bits, each rounding compensated by the weights that are not yet rounded, on calibration text",
     "magnitude50": "the smaller half of every matrix in the layers set to zero",
     "magnitude24": "two of every four inputs set to zero",
-    "magnitude50_trained": "magnitude50, then trained briefly with the zeros kept: more text than the dense model saw",
+    "magnitude50_trained": "magnitude50, then trained briefly with the zeros kept: more text than the original saw",
     "magnitude70": "the smaller 70% of every matrix in the layers set to zero",
     "sparsegpt70": "as many, chosen by calibration text, the remaining weights compensating",
     "student_scratch": "half the layers, randomly initialized, trained on text alone",
-    "student_distilled": "the same randomly initialized student on the same batches, taught by the dense model",
-    "shrink_distill_int8": "half the layers, begun with the dense model's own, distilled, then int8 matrices; in all "
-    "it has seen more text than the dense model, which can make it the better one",
+    "student_distilled": "the same randomly initialized student on the same batches, taught by the original",
+    "shrink_distill_int8": "half the layers, begun with the original's own, distilled, then int8 matrices; in all "
+    "it has seen more text than the original, which can make it the better one",
 }
 
 
@@ -123,16 +123,18 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
     written = {name: samples.write(each, data.tokenizer, prompt, 48, protocol) for name, each in here.items()}
     about |= {f"train.{name}": value for name, value in dataclasses.asdict(train).items()}
     minus = {"bits_per_byte": difference, "stderr": error}
-    log.results(facts, rows=measured, distilled_minus_scratch=minus, records=records, seed=run.seed)
+    pairs = {name: (own, rates["float32"]) for name, own in rates.items()}
+    comparison = Comparison(measured, limits, qualities, pairs)
+    said = {"verdicts": verdicts.positive(comparison), "distilled_minus_scratch": minus}
+    log.results(facts, rows=measured, records=records, seed=run.seed, **said)
     table.show(measured, facts)
     trained = {"float32": metrics.curve(run_dir / "metrics.jsonl")}
-    pairs = {name: (own, rates["float32"]) for name, own in rates.items()}
     again = commands(run, train, list(models), log.command)
     log.report(
         facts,
         compared.write,
         title="What each way of making a language model cheaper buys, and what it costs",
-        comparison=Comparison(measured, limits, qualities, pairs),
+        comparison=comparison,
         details=compared.details("", about, records, written, PROMPT, data.tokenizer, again),
         curves=trained | dict(pair for name in models for pair in metrics.curves(run_dir / "curves" / name, name)),
         phases=phases,

@@ -9,7 +9,7 @@ compress, quickstart and sweep have written; nothing is measured. A row is compa
 alone, and below the table stands in what the runs differ: machine, commit, text, protocol.
 
 With --publish no page is made: the results are copied to experiments/results/ under the names of their run directories,
-and the tables of all .md files are made anew of what is there (efflm/report/published.py).
+and of what is there the tables of all .md files and the picture of README.md are made anew (efflm/report/published.py).
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from pathlib import Path
 from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
 from efflm.config import flag, require
-from efflm.report import page, published, runs, table
+from efflm.report import page, picture, published, runs, table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Run:
 @run_directory.locked
 def main(run: Run) -> None:
     if run.publish:
-        for path in [*map(published.keep, run.results), *published.fill_all()]:
+        for path in [*map(published.keep, run.results), *published.fill_all(), *picture.renew()]:
             print(f"wrote {path}")
         return
     require(bool(run.results), "there is nothing to read: give results.json files or run directories, as in runs/a")

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import io
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,7 +77,7 @@ def tradeoff(models: Sequence[Point], label: str) -> tuple[Any, list[Point]]:
         low, high = (ys - error).min(), (ys + error).max()
         axis.set_ylim(min(-2 * LINEAR, 1.6 * low), max(2 * LINEAR, 2.2 * high))
         axis.set_xlabel(label)
-        axis.set_ylabel(f"bits per byte over {first}", parse_math=False)
+        axis.set_ylabel(f"increase in bits per byte over {first}", parse_math=False)
         for x, y, each in zip(xs, ys, models):  # what reacts to the pointer: larger than what is seen
             axis.plot(x, y, "o", markersize=17, color=ACCENT, alpha=0, zorder=5, gid=_gid(each.tip, each.name))
         axis.figure.canvas.draw()
@@ -215,18 +216,46 @@ def roofline(points: dict[str, tuple[float, float, float | None]], roof: tuple[s
         return axis.figure
 
 
+def beside(blocks: Sequence[tuple[str, str, str]], figure: Any, about: str) -> Any:
+    """A figure of 12 x 6 inches at 100 pixels each: on the left (heading, name, words) from the top down, as many
+    as have room, on the right the other figure as `save` writes it; about: a line at the bottom."""
+    from matplotlib import image, patches
+
+    with _panel(6, 12, dpi=100) as axis:
+        whole, pixels = axis.figure, image.imread(io.BytesIO(_written(figure, "png")))
+        axis.set_axis_off()
+        right = 1190 - pixels.shape[1]
+        whole.figimage(pixels, right, 300 - pixels.shape[0] // 2)
+        write = lambda x, y, text, **how: whole.text(x / 1200, y / 600, text, va="top", parse_math=False, **how)
+        y = 575
+        for heading, name, words in blocks:
+            words = textwrap.wrap(words, (right - 50) // 8)
+            height = 60 + 19 * len(words)
+            if y - height < 45:
+                break
+            bar = patches.Rectangle((20 / 1200, (y - height + 12) / 600), 4 / 1200, (height - 10) / 600, color=ACCENT)
+            whole.add_artist(bar)
+            write(36, y, heading, fontsize=10, color=MUTED)
+            write(36, y - 18, name, fontsize=14, fontweight="bold")
+            for line, text in enumerate(words):
+                write(36, y - 45 - 19 * line, text, fontsize=10.5)
+            y -= height + 12
+        write(36, 30, about, fontsize=8.5, color=MUTED)
+        return whole
+
+
 # --- from figures to files and pages ---------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _panel(height: float = 3.7, **how: Any) -> Iterator[Any]:
+def _panel(height: float = 3.7, width: float = 4.7, **how: Any) -> Iterator[Any]:
     """The axes of a new figure, while what is drawn has STYLE."""
     import matplotlib  # here, for its only use: it is slow to import
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        yield FigureCanvasAgg(Figure(figsize=(4.7, height), **how)).figure.subplots()
+        yield FigureCanvasAgg(Figure(figsize=(width, height), **how)).figure.subplots()
 
 
 def _gid(tip: str, name: str) -> str:
@@ -234,9 +263,9 @@ def _gid(tip: str, name: str) -> str:
     return f"tip:{tip}\t{name}"
 
 
-def save(figure: Any, path: Path) -> None:
-    """The figure as a PNG file."""
-    write_whole(path, _written(figure, "png"))
+def save(figure: Any, path: Path, **how: Any) -> None:
+    """The figure as a PNG file. how: what differs from the way that plots of the page are saved."""
+    write_whole(path, _written(figure, "png", **how))
 
 
 def chart(figure: Any, alt: str, caption: str) -> Chart:
@@ -263,11 +292,11 @@ def _mark(found: re.Match) -> str:
     return f'<g class="mark" tabindex="0" role="img" aria-label="{tip}" data-tip="{tip}" data-row="{name}">'
 
 
-def _written(figure: Any, kind: str) -> bytes:
+def _written(figure: Any, kind: str, **how: Any) -> bytes:
     import matplotlib
 
     buffer, none = io.BytesIO(), {"png": {"Software": None}, "svg": {"Date": None}}[kind]
-    how = {"dpi": 130, "bbox_inches": "tight", "pad_inches": 0.05, "transparent": kind == "svg"}
+    how = {"metadata": none, "dpi": 130, "bbox_inches": "tight", "pad_inches": 0.05, "transparent": kind == "svg"} | how
     with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format=kind, metadata=none, **how)
+        figure.savefig(buffer, format=kind, **how)
     return buffer.getvalue()

@@ -5,17 +5,20 @@
 
 `experiments.report --publish` writes there the machine, commit, date, seeds and command, then the table and the
 protocol. The file is what report.journal.Journal.results writes, of one machine and one commit. rows, columns: which
-of them, by name and by heading; default: all. A heading with × after it is the ratio to the first row. task=NAME: what
-the rows say of that task. protocol=none leaves the protocol out.
+of them, by name and by heading; default: all. `w8a16 as half the memory` has a row under another name, and so have
+columns. A heading with × after it is the ratio to the first row. task=NAME: what the rows say of that task alone.
+protocol=none leaves the protocol out.
 
-Rows of models have the columns of report.table or, means over seeds, of report.swept. Of other rows each figure is a
-column, with its error or range beside it: `loss_stderr`, `loss_deviation`, `loss_sd` or `loss_spread` of `loss`. The
-file may say which figures, and what they are called: `"columns": {"name": "recipe", "loss": "test loss"}`. A figure has
-no more digits than its error allows and than the file has; without an error it has at most four.
+Rows of models have the columns of report.table or, means over seeds, of report.swept; those of tasks are called `TASK:
+HEADING`. Of other rows each figure is a column, with its error or range beside it: `loss_stderr`, `loss_deviation`,
+`loss_sd` or `loss_spread` of `loss`. The file may say which figures, and what they are called: `"columns": {"name":
+"recipe", "loss": "test loss"}`. A figure has no more digits than its error allows and than the file has; without an
+error it has at most four.
 
 A file with the field `transcribed` was copied from prose, which that names; what the prose left out is "not recorded".
 """
 
+import dataclasses
 import decimal
 import json
 import math
@@ -36,7 +39,7 @@ FOLDER = ROOT / "experiments" / "results"
 BEGIN, END = "<!-- results:", "<!-- end -->"
 MARKED = re.compile(rf"^{BEGIN} (.*?) -->\n.*?^{END}$", re.M | re.S)
 UNKNOWN = "not recorded"
-KEPT = ("protocol", "command", "versions", "seed", "seeds")
+KEPT = ("verdicts", "protocol", "command", "versions", "seed", "seeds")
 BULK = ("component_bytes",)  # a figure that no table shows
 ERRORS = ("_stderr", "_deviation", "_sd")
 BESIDE = (*ERRORS, "_spread")
@@ -125,9 +128,16 @@ def columns_of(run: Run) -> tuple[Sequence[Row], Sequence[Column]]:
         headings = run.more.get("columns", headings)
         columns = [_figure(name, heading) for name, heading in headings.items()]
     names = (name for column in columns for name in column.figures if isinstance(name, str) and name != "name")
-    none = dict.fromkeys(names)
+    none = dict.fromkeys((*names, "tasks"))
     rows = [Row(row.name, none | row.figures) for row in run.rows]
+    columns += [_of_task(task, column) for task in tasks.names(rows) for column in table.TASK[1:]]
     return rows, table.known(rows, columns)
+
+
+def _of_task(task: str, column: Column) -> Column:
+    """A column of the table of a task."""
+    text = lambda row: column.text(Row(row.name, row.tasks[task]))
+    return Column(f"{task}: {column.heading}", text)
 
 
 def _is_beside(name: str, others: Container[str]) -> bool:
@@ -183,12 +193,12 @@ def _ratio(column: Column, first: Row) -> Column:
     return Column(f"{column.heading} ×", text)
 
 
-def _chosen(kind: str, there: Mapping[str, Any], names: str, file: str) -> list[Any]:
-    """Those of the names, in their order."""
-    wanted = [name.strip() for name in names.split("|")]
-    for name in wanted:
+def _chosen(kind: str, there: Mapping[str, Any], names: str, file: str) -> dict[str, Any]:
+    """Those of the names, in their order, by what they are to be called."""
+    wanted = [[part.strip() for part in name.partition(" as ")[::2]] for name in names.split("|")]
+    for name, _ in wanted:
         require(name in there, f"{file} has no {kind} {name!r}, only {' | '.join(there)}")
-    return [there[name] for name in wanted]
+    return {called or name: there[name] for name, called in wanted}
 
 
 def _between(what: str, root: Path) -> str:
@@ -208,8 +218,10 @@ def _between(what: str, root: Path) -> str:
         rows, (name, *columns) = columns_of(run)
     there = {each.heading: each for column in columns for each in (column, _ratio(column, rows[0]))}
     if "columns" in chosen:
-        columns = _chosen("column", there, chosen["columns"], file)
+        wanted = _chosen("column", there, chosen["columns"], file)
+        columns = [dataclasses.replace(column, heading=called) for called, column in wanted.items()]
     if "rows" in chosen:
-        rows = _chosen("row", {row.name: row for row in rows}, chosen["rows"], file)
+        wanted = _chosen("row", {row.name: row for row in rows}, chosen["rows"], file)
+        rows = [dataclasses.replace(row, name=called) for called, row in wanted.items()]
     below = f"\nProtocol: {' '.join(protocol)}\n" if protocol else ""
     return f"{origin(run)}\n\n{markdown(rows, [name, *columns])}{below}"

@@ -2,9 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from efflm.config import InputError
+from efflm.evaluate import answers
+from efflm.evaluate.answers import Answers
 from efflm.report import published
 from efflm.report.journal import Journal
 
@@ -73,6 +76,10 @@ def test_rows_columns_and_ratios_are_chosen_and_the_file_has_the_headings(filled
     made = filled("; rows=gptq@4; columns=MB × | test loss; protocol=none", columns=columns)
     table = "| recipe | MB × | test loss |\n|---|---:|---:|\n| `gptq@4` | 0.18× | 2.500 ± 0.004 |\n"
     assert made == f"{WHERE}\n{table}"
+    renamed = filled(
+        "; rows=gptq@4 as small: `gptq@4`; columns=MB × as size | test loss; protocol=none", columns=columns
+    )
+    assert renamed == made.replace("MB ×", "size").replace("`gptq@4`", "small: `gptq@4`")
 
 
 @pytest.mark.parametrize(
@@ -115,6 +122,24 @@ def test_a_task_has_a_table_of_its_own(filled):
     )
     with pytest.raises(InputError, match="has no task 'boolq', only arc"):
         filled("; task=boolq", rows=[{"name": "before", "tasks": {"arc": told}}])
+
+
+def test_tasks_have_columns_under_their_names(filled):
+    figures = {"parameters": 4_000_000, "bytes": 4_070_000, "bits_per_byte": 2.19, "bits_per_byte_increase": None}
+    labels, ones, likely = np.arange(20) % 2, np.ones((20, 2), int), np.linspace(-9, -1, 40).reshape(20, 2)
+    of = lambda logs: Answers(
+        "choices", logs, ones, ones, ones > 1, np.zeros(20), np.full(20, 0.5), labels == 1, labels
+    )
+    first, other = of(likely), of(np.where(np.arange(20)[:, None] < 3, -likely, likely))  # chosen: 1; in three items 0
+    told = {"a": answers.figures(first, first), "b": answers.figures(other, first)}
+    rows = [{"name": name, "tasks": {"arc_easy": each}} | figures for name, each in told.items()]
+    made = filled("; columns=arc_easy: accuracy | arc_easy: flips as flips; protocol=none", rows=rows)
+    assert made.splitlines()[2:] == [
+        "| model | arc_easy: accuracy | flips |",
+        "|---|---:|---:|",
+        "| `a` | 50% ± 11% | reference |",
+        "| `b` | 55% ± 11% | +2/-1 |",
+    ]
 
 
 @pytest.mark.parametrize(
