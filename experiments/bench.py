@@ -7,8 +7,9 @@
 
 --what=WHAT --help shows the flags of each. Expect a JSON line after each measurement, of the rounds so far, so that the
 last lines count and an interrupt loses one: tokens_per_second (median of the rounds), low, high (the least and the
-greatest). Everything takes turns in every round, and what is compared is compared within a round: a ratio is the median
-of the rounds' ratios, with _error, its standard error, and _min and _max, the least and the greatest of a round.
+greatest). With --run_dir the last lines are in its results.json. Everything takes turns in every round, and what is
+compared is compared within a round: a ratio is the median of the rounds' ratios, with _error, its standard error, and
+_min and _max, the least and the greatest of a round.
 
 With --busy=N everything is also measured beside N processes that each keep a core busy (A B A B): busy_ratio is to the
 speed without. With --portable=both the native kernels are on and off in turn: portable_ratio is theirs to the portable
@@ -25,6 +26,7 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -33,7 +35,7 @@ import numpy as np
 
 from efflm import ops, trees, user_cache
 from efflm.cli import progress, run_directory
-from efflm.cli.flags import launch
+from efflm.cli.flags import command_line, launch
 from efflm.cli.subject import Subject
 from efflm.config import InputError, flag, require, require_positive
 from efflm.config.model import ModelShape
@@ -48,9 +50,11 @@ from efflm.infer import generate, speculative
 from efflm.infer.sampling import Sampling
 from efflm.model import LanguageModel, autotune, params, require_same_tokenizer
 from efflm.model.presets import PRESETS
-from efflm.parallel import meshes
+from efflm.parallel import meshes, processes
 from efflm.plan import work
 from efflm.precision import POLICIES
+from efflm.report.journal import Journal
+from efflm.report.rows import Row
 from efflm.train.aot import timed_step
 
 Policy = Literal[*POLICIES, autotune.AUTO]
@@ -65,6 +69,7 @@ class Bench:
     rounds: int = flag(3, "times everything is measured, in turn")
     busy: int = flag(0, "processes that each keep a core busy, beside which everything is measured too; 0: none")
     peer: str = flag("", "command of a peer to run in turn, or several with ; between them; it prints JSON lines")
+    run_dir: str = flag("", "where to write the last lines as results.json; default: nowhere", path=True)
 
     def __post_init__(self):
         require_positive(self, "rounds")
@@ -121,17 +126,27 @@ class Speculative(Subject, Bench):
         require(not self.peer, "peer is for --what=train and --what=infer: leave it out")
 
 
-def said(line: dict[str, Any]) -> None:
-    print(run_directory.to_json(line), flush=True)
+def teller(run: Bench, what: str) -> Callable[[str, dict[str, Any]], None]:
+    """Prints each line, and with a run directory writes the last of each name to results.json. what: is measured."""
+    log, rows = Journal(run.run_dir, command_line("experiments.bench", sys.argv)), {}
+    facts = [what, f"All in turn in each of {run.rounds} rounds; their median, and that of the ratios in them."]
+
+    def say(name: str, line: dict[str, Any]) -> None:
+        print(run_directory.to_json(line), flush=True)
+        rows[name] = Row(name, line)
+        if run.run_dir and processes.is_first():
+            log.results(facts, rows=[*rows.values()])
+
+    return say
 
 
+@run_directory.locked
 def train(run: Train, model: ModelShape, train: TrainConfig, mesh: MeshConfig) -> None:
     require(not run.peer or jax.process_count() == 1, "a peer is measured on one host only: leave --peer out")
     devices = meshes.mesh_for(mesh, train.batch, train.length, train.accumulate)
     config, tokens = model.config(), train.batch * train.length
-    say = lambda line: print(line, file=sys.stderr)
-    names = run.policies
-    chosen = {name: autotune.training(config, dataclasses.replace(train, policy=name), say) for name in names}
+    told, names = lambda line: print(line, file=sys.stderr), run.policies
+    chosen = {name: autotune.training(config, dataclasses.replace(train, policy=name), told) for name in names}
     steps = {name: timed_step(config, each, devices) for name, each in chosen.items()}
     dtypes = {name: POLICIES[each.policy].compute for name, each in chosen.items()}
     with progress.bar("measuring the machine", live=False):
@@ -148,11 +163,13 @@ def train(run: Train, model: ModelShape, train: TrainConfig, mesh: MeshConfig) -
         like = [line for line in lines if name != "float32" or line["dtype"] == "float32"]
         return max(((line["tokens_per_second"], line["dtype"]) for line in like), default=None)
 
+    shape = f"{model.family}, {model.layers} layers of width {model.width}, vocabulary {model.vocabulary:,}"
+    say = teller(run, f"A training step of {train.batch} x {train.length} tokens ({shape}).")
     for turn in run.turns({name: functools.partial(timed, name) for name in names}, best):
         name, step, found = turn.subject, steps[turn.subject], turn.line()
         known = {"name": f"train_{name}", "policy": chosen[name].policy} | found
         known["mfu"] = round(flops * found["tokens_per_second"] / (peak_devices * peaks[dtypes[name]]), 4)
-        said(known | {"compile_seconds": round(step.compile_seconds, 2), "peak_bytes": step.peak_bytes})
+        say(known["name"], known | {"compile_seconds": round(step.compile_seconds, 2), "peak_bytes": step.peak_bytes})
 
 
 def shapes(run: Infer) -> list[Shape]:
@@ -176,11 +193,13 @@ def loaded(model: str, precision: str) -> LanguageModel:
     return in_precision(LanguageModel(PRESETS[model], trees.unflatten(weights)), precision)
 
 
+@run_directory.locked
 def infer(run: Infer) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU several processes share its memory
     names, todo = run.precisions, shapes(run)
     with progress.bar("measuring the machine", live=False):
         bandwidth = machine.read_bandwidth()
+    say = teller(run, f"Prefill and greedy decoding of {run.model}.")
     answers: dict[Any, list[Answer]] = {each: [] for each in itertools.product(todo, names)}
     with contextlib.ExitStack() as held:
         # One after the other, so that none is loading while another is measured.
@@ -206,7 +225,9 @@ def infer(run: Infer) -> None:
                 "resident_bytes": last.resident_bytes,
                 "kernels": last.kernels,
             }
-            said(known | against_portable(shape, quiet))
+            words = {"prefill": f"prefill of {shape.context}", "decode": f"decode after {shape.context}"}[shape.phase]
+            words += f", {shape.batch} sequences" * (shape.batch > 1)
+            say(f"{name}, {words}", known | against_portable(shape, quiet))
 
 
 def rate(shape: Shape, turns_: list[list[float]]) -> float:
@@ -224,6 +245,7 @@ def against_portable(shape: Shape, found: list[Answer]) -> dict[str, Any]:
     return known | turns.compared("portable_ratio", native, portable)
 
 
+@run_directory.locked
 def draft(run: Speculative) -> None:
     require(bool(run.draft), "--draft is missing: give a smaller model with the same tokenizer")
     target, small = (sources.load(each, precision=run.precision) for each in (run.model, run.draft))
@@ -249,6 +271,8 @@ def draft(run: Speculative) -> None:
     subjects = {ahead: functools.partial(written, ahead) for ahead in (0, *sorted(set(run.ahead)))}
     for compiles in subjects.values():
         compiles()
+    asked = f"{len(prompts)} prompts of {run.prompt_tokens} tokens, {run.max_tokens} new"
+    say = teller(run, f"{run.model} with the draft {run.draft}, {asked}.")
     alone: list[float] = []
     for turn in run.turns(subjects):
         alone, line = alone or turn.rates, {"ahead": turn.subject} | turn.line()
@@ -258,9 +282,8 @@ def draft(run: Speculative) -> None:
             line |= {"acceptance": round(accepted / drafted, 3)}
             line |= {"tokens_per_pass": round((accepted + passes) / passes, 2)}
             line |= turns.compared("ratio", turn.rates, alone)
-        said(line)
-    cpu = run_directory.machine()["cpu"]
-    print(f"  {len(prompts)} prompts of {run.prompt_tokens} tokens, {run.max_tokens} new, on {cpu}")
+        say(f"{ahead} ahead" if ahead else "alone", line)
+    print(f"  {asked}, on {run_directory.machine()['cpu']}")
 
 
 def unknown(run: Bench) -> None:

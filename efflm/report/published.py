@@ -41,10 +41,11 @@ MARKED = re.compile(rf"^{BEGIN} (.*?) -->\n.*?^{END}$", re.M | re.S)
 UNKNOWN = "not recorded"
 KEPT = ("verdicts", "protocol", "command", "versions", "seed", "seeds")
 BULK = ("component_bytes",)  # a figure that no table shows
-ERRORS = ("_stderr", "_deviation", "_sd")
+ERRORS = ("_stderr", "_error", "_deviation", "_sd")
 BESIDE = (*ERRORS, "_spread")
 MODEL = {"parameters", "bytes", "bits_per_byte", "bits_per_byte_increase"}  # figures of rows.make and of swept.row
-SHARES, TIMES, SIGNED = ("_share", "_agreement"), ("_speedup", "_ratio"), ("_increase", "_difference")
+MEGABYTES = {"bytes": "MB", "peak_bytes": "peak MB", "resident_bytes": "MB in memory"}
+SHARES, TIMES, SIGNED = ("_share", "_agreement"), ("_speedup", "ratio"), ("_increase", "_difference")
 
 
 def fill(text: str, root: Path = ROOT) -> str:
@@ -124,7 +125,8 @@ def columns_of(run: Run) -> tuple[Sequence[Row], Sequence[Column]]:
         known = swept.COLUMNS if runs.is_swept(run) else table.columns(run.rows)
         columns = [column for column in known if column.figures[0] in there or not isinstance(column.figures[0], str)]
     else:
-        headings = {name: name.replace("_", " ") for name in there if not _is_beside(name, there)}
+        alone = (name for name in there if not _is_beside(name, there))
+        headings = {name: MEGABYTES.get(name, name.replace("_", " ")) for name in alone}
         headings = run.more.get("columns", headings)
         columns = [_figure(name, heading) for name, heading in headings.items()]
     names = (name for column in columns for name in column.figures if isinstance(name, str) and name != "name")
@@ -154,7 +156,7 @@ def _figure(name: str, heading: str) -> Column:
             return value or NONE
         if spread:
             return numbers.with_range(value, spread)
-        if name == "bytes":
+        if name in MEGABYTES:
             return numbers.megabytes(value)
         errors = [row.figures.get(name + end) for end in ERRORS]
         return _written(name, value, next(filter(None, errors), None))

@@ -75,10 +75,10 @@ def narrow(**changes):
     return bench.Infer(**{"precisions": ("w8a8",), "batches": (1,), "contexts": (16,), "prompts": (512,)} | changes)
 
 
-def test_each_measurement_is_written_when_it_is_done_and_compared_with_the_peer(stand_ins, peer, capsys):
+def test_each_measurement_is_written_when_it_is_done_and_compared_with_the_peer(stand_ins, peer, capsys, tmp_path):
     asked, rounds = stand_ins
     rounds += [[[1.0, 4.0, 1.0]], [[1.0]], [[0.5]], [[2.0]]]  # decode, prefill; decode, prefill
-    bench.infer(narrow(rounds=2, peer=f"{peer}; {peer}"))
+    bench.infer(narrow(rounds=2, peer=f"{peer}; {peer}", run_dir=str(tmp_path / "run")))
     decode, prefill = Shape("decode", 1, 16, 64), Shape("prefill", 1, 512)
     assert asked == [decode, prefill] * 2
     found = lines(capsys)
@@ -91,6 +91,9 @@ def test_each_measurement_is_written_when_it_is_done_and_compared_with_the_peer(
     assert last["bandwidth_fraction"] == pytest.approx(96 * 2e6 / 1e9)
     assert (last["ratio"], last["ratio_min"], last["ratio_max"]) == (0.96, 0.64, 1.28)  # of the peer's int8
     assert last["ratio_error"] > 0
+    kept = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert kept["rows"][0] == {"name": "w8a8, decode after 16"} | last | {"note": ""}
+    assert kept["rows"][1] == {"name": "w8a8, prefill of 512"} | found[3] | {"note": ""}
     assert found[3]["peer"] == "stand-in int8"
     assert found[3]["ratio"] == pytest.approx((512 + 256) / 2 / 2000)
 

@@ -62,7 +62,7 @@ def test_every_result_is_small_and_in_a_table():
 def test_a_table_says_where_it_is_from_and_has_the_digits_that_errors_allow(filled):
     assert filled() == (
         f"{WHERE}\n"
-        "| name | bytes | loss | steps |\n"
+        "| name | MB | loss | steps |\n"
         "|---|---:|---:|---:|\n"
         "| `before` | 16.00 | 2.197 | 1,200 |\n"
         r"| half \| 2:4 | 4.00 | 2.203 ± 0.012 | — |" + "\n"
@@ -146,7 +146,7 @@ def test_tasks_have_columns_under_their_names(filled):
     ("choices", "fields", "said"),
     [
         ("; rows=w8a8", {}, r"made.json has no row 'w8a8', only before \| half \| 2:4 \| gptq@4"),
-        ("; columns=speed", {}, r"made.json has no column 'speed', only bytes \| bytes × \| loss"),
+        ("; columns=speed", {}, r"made.json has no column 'speed', only MB \| MB × \| loss"),
         ("; sort=loss", {}, "made.json: sort is no choice"),
         ("", {"versions": VERSIONS | {"commit": "adbe7ce, changed"}}, "of commit 'adbe7ce, changed'"),
         ("", {"versions": VERSIONS | {"commit": "adbe7ce and ef4d56a"}, "transcribed": "from prose"}, "of commit"),
