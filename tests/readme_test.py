@@ -1,5 +1,6 @@
 """The code in the READMEs runs, and what they name exists."""
 
+import json
 import re
 from pathlib import Path
 
@@ -61,6 +62,23 @@ def test_the_front_page_is_short_and_begins_with_what_a_newcomer_does_first():
     first_screen = "\n".join(FRONT.splitlines()[:60])
     for wanted in ("\n## Install\n", "bash launch/run.sh", "```python\n", "efflm.save(", "](.assets/quickstart.png)"):
         assert wanted in first_screen, wanted
+
+
+@pytest.mark.parametrize(
+    ("what", "file", "at", "speed", "ratio"),
+    [
+        ("decode of", "kernels_xeon", {"name": "w8a8"}, "decode_16", "decode_16_ratio"),
+        ("prefill of", "kernels_xeon", {"name": "w8a8"}, "prefill_512", "prefill_512_ratio"),
+        ("training, 6 layers x 384, float32", "train_speed", {"policy": "float32"}, "tokens_per_second", "peer_ratio"),
+    ],
+)
+def test_the_figures_of_the_first_screen_are_those_of_the_results(what, file, at, speed, ratio):
+    found = json.loads((ROOT / "experiments" / "results" / f"{file}.json").read_text())
+    row = next(row for row in found["rows"] if at.items() <= row.items())
+    (line,) = re.findall(rf"^\| {what}.*\|$", FRONT, re.M)
+    assert line.endswith(f"| {row[speed]:,} | {line.rpartition('| ')[2]}")
+    assert f"| {row[ratio]:g} times " in line
+    assert f"commit {found['versions']['commit']}" in FRONT
 
 
 def test_the_front_pages_code_works(tmp_path, monkeypatch, capsys):
