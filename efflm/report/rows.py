@@ -149,9 +149,9 @@ def make(
     """What a model is, what it costs here, and how good it is.
 
     rates: prefill and decode; None: not measured. base: the first row's measurements, made in turn with these; None for
-    that row itself. Of its figures, spreads are the quartiles of the repeats. The difference to the dense model is
+    that row itself. Of its figures, spreads are the quartiles of the repeats. The difference to the original is
     paired over documents, so its error is far below that of either alone. Of a single document there is no error. Nor
-    is there a difference, divergence or agreement of the dense model itself. Speeds over the dense model's are ratios
+    is there a difference, divergence or agreement of the original itself. Speeds over the original's are ratios
     (see throughput.ratio) to what it did in the same rounds, perhaps at another time than those of other rows.
     component_bytes: of the weights on disk by component. noise: KL and agreement of the first model with itself in
     another precision, which its row has. tasks: what the function of that name gives.

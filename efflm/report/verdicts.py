@@ -1,4 +1,4 @@
-"""What the figures say, in words made from them: what is smallest, what is fastest, what is not worth it here.
+"""What the figures say, in words made from them: what is smallest and fastest, what is not worth it on this machine.
 
 Everything that was measured of a row counts: bytes, speed, loss, divergence, agreement and the answers to tasks. Which
 differences count, and the correction for so many comparisons, is in report.comparison.
@@ -39,24 +39,26 @@ def positive(compared: Comparison) -> list[Verdict]:
     within, same = (_percent(limit) for limit in (compared.limits.loss, compared.limits.same))
     near = [row for row in others if _over(row) <= compared.limits.loss * first.bits_per_byte]
     near = [row for row in near if not _less_accurate(row, compared)]
-    accurate = f"within {within} of the dense loss" + ", no task's accuracy lower beyond chance" * bool(compared.tasks)
+    accurate = f"within {within} of the original's loss" + ", no task's accuracy lower beyond chance" * bool(
+        compared.tasks
+    )
     if not near:
         return [Verdict(accurate.capitalize(), "", f"No model: {_nearest(others, compared)}")]
     asked = {words: _best(near, words, compared) for words in ASKED}
     found = _answers(asked, near, accurate, compared)
     missing = [words for words, answer in asked.items() if answer is None]
     if missing:
-        why = "than the dense model by more than the errors of the measurements"
+        why = "than the original by more than the errors of the measurements"
         words = f"No model within {within} is {_listed([ASKED[each][1] for each in missing], 'or')} {why}."
-        found.append(Verdict(f"{_listed(missing).capitalize()}: the dense model", first.name, words))
+        found.append(Verdict(f"{_listed(missing).capitalize()}: the original", first.name, words))
     alike = [row for row in near if comparison.figure_of(row, "divergence")[0] <= compared.limits.loss * compared.nats]
     unchanged = [row for row in near if _unchanged(row, compared)]
     told = {"smallest": _best(unchanged, "smallest", compared)}
     again = {words: _best(alike, words, compared) for words in ASKED}
     again = {words: row for words, row in again.items() if row not in (asked[words], told.get(words))}
-    found += _answers(again, alike, f"within {within} of the dense loss, divergence included", compared)
+    found += _answers(again, alike, f"within {within} of the original's loss, divergence included", compared)
     if told["smallest"] is not asked["smallest"]:
-        where = f"within {same} of the dense loss, divergence and errors included"
+        where = f"within {same} of the original's loss, divergence and errors included"
         where += ", no more answers changed than by float rounding" * bool(compared.tasks)
         found += _answers(told, unchanged, where, compared)
     return found
@@ -126,15 +128,15 @@ def negative(compared: Comparison) -> list[Verdict]:
         reasons = {name: why for name, why in reasons.items() if why}
         if reasons:
             name = max(reasons, key=lambda each: (len(reasons[each]), each != first.name))
-            found.append(Verdict("Not worth it here", row.name, f"{name} {_listed(reasons[name])}."))
+            found.append(Verdict("Not worth it on this machine", row.name, f"{name} {_listed(reasons[name])}."))
         elif not math.isfinite(row.bits_per_byte):
-            found.append(Verdict("Not worth it here", row.name, "its loss is not finite."))
+            found.append(Verdict("Not worth it on this machine", row.name, "its loss is not finite."))
         elif _over(row) - compared.errors * _error(row) > limit:
             words = f"{_loss(row, compared)}, more than {within}."
-            found.append(Verdict("Not worth it here", row.name, words))
+            found.append(Verdict("Not worth it on this machine", row.name, words))
         elif lost := _less_accurate(row, compared):
             words = f"less accurate, beyond chance: {_listed([tasks.lost(row, task) for task in lost])}."
-            found.append(Verdict("Not worth it here", row.name, words))
+            found.append(Verdict("Not worth it on this machine", row.name, words))
     return found
 
 

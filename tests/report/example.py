@@ -54,7 +54,7 @@ def answered(chosen: list[int], kl: float = 0.0) -> Answers:
     )
 
 
-# Of 500 items the dense model has 300 right. Rounding changes 2 of its answers; "flips" has as many right, but others;
+# Of 500 items the original has 300 right. Rounding changes 2 of its answers; "flips" has as many right, but others;
 # "loses" has 60 fewer.
 DENSE = [0] * 300 + [1] * 200
 ARC = {
@@ -68,7 +68,7 @@ ANSWERS = {name: {"arc": answered(chosen, 0.0 if name == "float32" else 0.02)} f
 
 
 def asked(*models: rows.Row) -> list[rows.Row]:
-    """The rows with what ANSWERS say of them; the first is the dense model's."""
+    """The rows with what ANSWERS say of them; the first is the original's."""
     return [each.but(tasks=rows.tasks(ANSWERS, each.name, models[0].name)) for each in models]
 
 

@@ -26,17 +26,17 @@ def said(found):
 
 def test_of_ten_models():
     found = said(positive(*TEN))
-    name, words = found["Smallest, fastest prefill and fastest decode within 1% of the dense loss"]
+    name, words = found["Smallest, fastest prefill and fastest decode within 1% of the original's loss"]
     assert name == "shrink_distill_int8"
     assert "6.15× smaller" in words
     assert "decode 3.45× as fast" in words
     assert "+0.32% ± 0.10%" in words
     assert "divergence 0.250 ± 0.013 nats a token; the same likeliest token at 75.00% ± 0.10% of the tokens" in words
-    name, words = found["Smallest within 0.1% of the dense loss, divergence and errors included"]
+    name, words = found["Smallest within 0.1% of the original's loss, divergence and errors included"]
     assert name == "w8a16"
     assert "no difference beyond 3.7 standard errors" in words
     assert "prefill as fast, within the errors" in words
-    name, words = found["Fastest decode within 1% of the dense loss, divergence included"]
+    name, words = found["Fastest decode within 1% of the original's loss, divergence included"]
     assert name == "bfloat16"
     assert "decode 1.60× as fast" in words
     against = negative(*TEN)
@@ -50,10 +50,10 @@ def test_of_ten_models():
 def test_nothing_smaller_or_faster():
     same = row("other", 16.0, 990, 101, 0.001, kl_to_original=0.0, kl_to_original_stderr=0.0, top1_agreement=1.0)
     found = said(positive(DENSE, same))
-    assert found.keys() == {"Smallest, fastest prefill and fastest decode: the dense model"}
+    assert found.keys() == {"Smallest, fastest prefill and fastest decode: the original"}
     assert "smaller, faster in prefill or faster in decode than" in next(iter(found.values()))[1]
     assert "divergence exactly 0 nats a token" in positive(DENSE, same.but(bytes=1))[0].words
-    assert negative(DENSE, same) == {}  # no worse than the dense model, by the errors
+    assert negative(DENSE, same) == {}  # no worse than the original, by the errors
 
 
 def test_a_model_that_gains_nothing_and_says_something_else_is_not_worth_it():
@@ -84,11 +84,11 @@ def test_a_model_that_nothing_beats_but_that_loses_too_much_is_not_worth_it():
 def test_the_limits_are_the_users():
     close = row("close", 4.0, 1000, 100, 0.018, 0.0001)
     assert "within 1% of" in positive(DENSE, close)[0].heading
-    assert positive(DENSE, close, loss=0.005)[0].heading == "Within 0.5% of the dense loss"
+    assert positive(DENSE, close, loss=0.005)[0].heading == "Within 0.5% of the original's loss"
     same = {
         each.heading: each.name for each in positive(DENSE, close, row("s", 8.0, 1000, 100, 0.003, 1e-4), same=2e-3)
     }
-    assert same["Smallest within 0.2% of the dense loss, divergence and errors included"] == "s"
+    assert same["Smallest within 0.2% of the original's loss, divergence and errors included"] == "s"
 
 
 def test_a_single_document_has_no_error():
@@ -162,14 +162,13 @@ def small(name, megabytes=4.0, **more):
 def test_a_model_whose_answers_changed_is_not_called_unchanged(known):
     flips, same = small("flips"), small("same", 8.0)
     found = said(verdicts.positive(with_answers(flips, same, known=known)))
-    where = "within 1% of the dense loss, no task's accuracy lower beyond chance"
+    where = "within 1% of the original's loss, no task's accuracy lower beyond chance"
     name, words = found[f"Smallest {where}"]
     assert name == "flips"
     assert "40 of 500 answers changed, 20 from right to wrong, 20 from wrong to right (float rounding alone" in words
     assert "arc: accuracy 0.0 points (95% interval -2.5 to +2.5; detectable from 3.6 on), flips +20/-20." in words
-    where = (
-        "within 0.1% of the dense loss, divergence and errors included, no more answers changed than by float rounding"
-    )
+    where = "within 0.1% of the original's loss, divergence and errors included"
+    where += ", no more answers changed than by float rounding"
     assert found[f"Smallest {where}"][0] == "same"
     assert [each.name for each in verdicts.positive(with_answers(flips, known=known))] == ["flips", "float32"]
 
