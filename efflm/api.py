@@ -26,7 +26,8 @@ from efflm.compress import grammar, recipe
 from efflm.compress.step import Calibration, Context, Step, calibrates, reads_text, trains
 from efflm.config import AskedPrecision, InputError, at_home, require
 from efflm.data import corpora, dataset, enwik8, loader
-from efflm.evaluate import scoring
+from efflm.evaluate import scoring, task_files
+from efflm.evaluate.task_files import TaskFiles
 from efflm.evaluate.windows import Scoring
 from efflm.formats import compressed_tensors, gguf_export, huggingface, saved, sources
 from efflm.infer import speculative, streaming
@@ -122,6 +123,9 @@ def measure(
     window: int = 0,
     stride: int = 0,
     held_out: bool | None = None,
+    tasks: SOURCE | Sequence[SOURCE] = (),
+    task_items: int = 0,
+    task_folder: SOURCE = "tasks",
     speed: bool = True,
     strict: bool = False,
 ) -> Measured:
@@ -131,14 +135,18 @@ def measure(
     text: a file or folder, "stdlib" or "enwik8". Scored is its test split, which `compress` and pretraining leave out;
     held_out=False: all of a file or folder, as --text has it, which is also the default of a file too short to split
     (4 KiB) while no model has read text in a step. documents, tokens: how many documents, and tokens of
-    each; 0: all. window, stride: as experiments.evaluate has them. speed: time prefill and decode too. Bytes are those
-    of the file that `save` writes, to 1%.
+    each; 0: all. window, stride: as experiments.evaluate has them. tasks: files of items to answer
+    (see efflm.evaluate.task_files), each a path, or its name in task_folder; task_items: of each, its first; 0: all.
+    speed: time prefill and decode too. Bytes are those of the file that `save` writes, to 1%.
     """
     named = arguments.named(models)
     for model in named.values():
         arguments.require_tokenizer(tokenizer, model, "measuring needs")
     named = {name: fitted.told(model, tokenizer) for name, model in named.items()}
     lineages = {name: model.about.get("lineage", ()) for name, model in named.items()}
+    require(type(task_items) is int, f"task_items is {arguments.shown(task_items)}, but must be an integer")
+    files = TaskFiles(items=task_items, folder=os.fspath(task_folder))
+    asked = task_files.read([tasks] if arguments.is_path(tasks) else tasks, files)
     require(text is not None, f"measuring needs text: give {arguments.TEXT}")
     source, first = arguments.text_of(text), next(iter(named.values()))
     if held_out is None:
@@ -153,7 +161,7 @@ def measure(
     here = {name: sharding.on_one_device(model) for name, model in named.items()}
     sizes = {name: ops.stored_nbytes(model.params, model.masks) for name, model in named.items()}
     notes = {name: rows.note(grammar.of_lineage(lineages[name]), model) for name, model in named.items()}
-    found = scoring.side_by_side(here, scored, tokenizer, score, speed)
+    found = scoring.side_by_side(here, scored, tokenizer, score, speed, asked)
     cautions = rows.cautions(next(iter(named)), first.about, scored.known)
     return measured.of(here, sizes, notes, dataclasses.replace(found, facts=(*found.facts, *cautions)))
 

@@ -4,6 +4,7 @@
     bash launch/run.sh experiments.compress --model=runs/quickstart --recipe=magnitude@0.3,w8a16
     bash launch/run.sh experiments.compress --model=smollm2 --recipe="w8a16 gptq@3,distill@0.5" --text=notes.txt
     bash launch/run.sh experiments.compress --model=smollm2 --recipe=runs/compress/recipe.toml
+    bash launch/run.sh experiments.compress --model=smollm2 --recipe="w8a8 wanda@0.5" --tasks=arc_easy,hellaswag
 
 How chains are written is said in efflm/compress/grammar.py. Expect a table of all models, and in the run directory each
 compressed one as `<chain>.safetensors`, with + between steps, the tokenizer, `recipe.toml` with the chains,
@@ -28,7 +29,8 @@ from efflm.compress import grammar, recipe
 from efflm.compress.step import Calibration, Record, reads_text
 from efflm.config import InputError, flag, require, require_positive, require_seed
 from efflm.data import dataset
-from efflm.evaluate import machine, quality, scoring, throughput
+from efflm.evaluate import machine, quality, scoring, task_files, tasks, throughput
+from efflm.evaluate.task_files import TaskFiles
 from efflm.evaluate.windows import Scoring
 from efflm.formats import efflm_file, saved, sources
 from efflm.formats.saved import Saved
@@ -50,6 +52,7 @@ class Run(Subject):
     """The run"""
 
     text: str = flag("", "file or folder of UTF-8 text, scored whole; default: the test split of --corpus", path=True)
+    tasks: tuple[str, ...] = flag((), task_files.ASKED)
     recipe: str = flag(
         "w8a16",
         "steps joined by commas, as in gptq@3,distill@0.5; chains with spaces between them are compared. Or a .toml "
@@ -70,7 +73,7 @@ class Run(Subject):
 
 
 @run_directory.locked
-def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **steps: dict) -> None:
+def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles, limits: Limits, **steps: dict) -> None:
     log = Journal(run.run_dir, command_line("experiments.compress", sys.argv))
     say, run_dir, curves = log.say, log.folder, log.folder / "curves"
     changes = {kind: steps[name] for name, kind in recipe.STEPS.items()}
@@ -78,6 +81,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
     plans = {grammar.file_name(name): steps for name, steps in chains.items()}
     shared = {name: grammar.write(steps) for name, steps in chains.items()}
     run_directory.require_writable(run_dir, needs=run_directory.SMALL_FILES)
+    asked = task_files.read(run.tasks, task)
     loaded = sources.load(run.model, precision=run.precision, mesh=meshes.data_parallel(run.batch))
     dense, tokens, about = loaded.model, loaded.tokenizer, loaded.about
     recipe.require_finite(dense)
@@ -90,6 +94,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
     if text.left_out:
         say(text.left_out)
     score = score.within(dense.config.max_length, about.get("train.length", 0), text.unbroken)
+    of_tasks = tasks.described(asked, tokens, dense.config.max_length)
     context = api.context_for(
         [step for steps in plans.values() for step in steps],
         dataset.source_of(run.corpus, about), dataset.cache(), dense, tokens,
@@ -102,6 +107,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
     prompt = prompt_ids(tokens, run.prompt, about)
     first = rows.label(about)
     dense_here = ops.prepare(sharding.on_one_device(dense), platform)
+    answering, answers = tasks.answering(asked, tokens, dense_here), {}
     for name, steps in plans.items():
         say(f"{name}: {grammar.write(steps)}")
         own = dataclasses.replace(context, metrics=curves / name, cache=run_dir / "teacher" / name)
@@ -113,6 +119,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
         say(f"{name}: reading the text")
         found = scoring.measure(models, text, tokens, score, dense_here, kept)
         noise = found.pop(scoring.ROUNDED, None) or noise
+        answers |= answering(models) if asked else {}
         for each, figures in found.items():
             say(f"{each}: {quality.words(quality.bits_per_byte(figures))} bits per byte")
         models_of = {name + KIND: Saved(after, about | {"recipe": name}, records[name])}
@@ -127,7 +134,8 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
             pairs.insert(0, (first, dense, sizes[BEFORE], rows.origin(run.model, about), before))
         for each, model, nbytes, note, figures in pairs:
             base = None if each == first else (before, rates[first])
-            measured.append(rows.make(each, model, nbytes, note, figures, rates[each], base, noise))
+            told = rows.tasks(answers, each, first)
+            measured.append(rows.make(each, model, nbytes, note, figures, rates[each], base, noise, told))
             qualities[each], timed[each] = figures, (rates[each], rates[first])
             if run.prompt:
                 written[each] = samples.write(models[each], tokens, prompt, run.sample, protocol)
@@ -138,6 +146,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
     facts = [
         f"Quality: {scoring.protocol(text, score, before)}. Divergence: from the first model."
         f"{scoring.rounding(noise, dense.config.precision)}",
+        *of_tasks,
         f"Speed: {protocol}; each model in turn with the first, whose rounds beside the second are shown: compare the "
         f"ratios, which are those of the same rounds. In brackets the quartiles.{machine.most(loads)}",
         f"Size: an uncompressed safetensors file; the source itself takes {numbers.megabytes(loaded.nbytes)} MB.",
@@ -150,7 +159,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, limits: Limits, **s
     details = compared.details(rows.origin(run.model, about), about, records, written, run.prompt, tokens, commands)
     run_directory.write_whole(run_dir / "recipe.toml", grammar.to_toml(shared))
     texts = {name: run.prompt + samples.text(ids, tokens) for name, ids in written.items()}
-    comparison = Comparison(measured, limits, qualities, timed)
+    comparison = Comparison(measured, limits, qualities, timed, answers)
     said = {"samples": texts, "verdicts": verdicts.positive(comparison)}
     log.results(facts, rows=measured, records=records, seed=run.seed, **said)
     table.show(measured, facts)
@@ -203,4 +212,5 @@ def command_for(text: str, argv: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    launch(main, __doc__, run=Run(), calibration=Calibration(), score=Scoring(), limits=Limits(), **recipe.STEPS)
+    groups = {"calibration": Calibration(), "score": Scoring(), "task": TaskFiles(), "limits": Limits()}
+    launch(main, __doc__, run=Run(), **groups, **recipe.STEPS)

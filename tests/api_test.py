@@ -17,6 +17,7 @@ from efflm.compress.quantize import Quantize
 from efflm.compress.step import digest
 from efflm.config.parallel import MeshConfig
 from efflm.data import dataset
+from efflm.evaluate.task_files import TaskFiles
 from efflm.evaluate.windows import Scoring
 from efflm.formats import sources
 from efflm.model import LanguageModel
@@ -137,7 +138,10 @@ def test_training_keeps_the_masks_and_a_step_of_ones_own_gets_the_text(loaded, f
 def test_measure_gives_the_figures_and_the_table_of_the_command(source, loaded, folder, tmp_path, capsys):
     model, tokenizer = loaded
     small = efflm.compress(model, "magnitude50,w8a8")
-    found = efflm.measure({"dense": model, "small": small}, tokenizer, folder, **SHORT, held_out=False, speed=False)
+    task = tmp_path / "nouns.jsonl"
+    task.write_text('{"id": 1, "context": "the", "choices": [" tin", " thing"], "label": 1}\n' * 2)
+    settings = SHORT | {"held_out": False, "speed": False, "tasks": task, "task_items": 1}
+    found = efflm.measure({"dense": model, "small": small}, tokenizer, folder, **settings)
     assert [row.name for row in found] == ["dense", "small"]
     assert isinstance(found["small"], Row)
     assert found["small"] is found[1] is found.rows[1]
@@ -146,13 +150,15 @@ def test_measure_gives_the_figures_and_the_table_of_the_command(source, loaded, 
     efflm.save(tmp_path / "small", small, tokenizer)
     flags = [f"--score.{name}={value}" for name, value in SHORT.items()]
     launch(evaluate.main, "", ["x", f"--model={tmp_path / 'small'}", f"--reference={source}", f"--text={folder}",
-           f"--run_dir={tmp_path / 'out'}", *flags],
-           run=evaluate.Run(), score=Scoring(), mesh=MeshConfig(data=1), limits=Limits())  # fmt: skip
+           f"--run_dir={tmp_path / 'out'}", f"--tasks={task}", "--task.items=1", *flags],
+           run=evaluate.Run(), score=Scoring(), task=TaskFiles(), mesh=MeshConfig(data=1), limits=Limits())  # fmt: skip
     shown = capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     row = next(row for row in results["rows"] if row["name"] == "small")
     for field in ("bits_per_byte", "bits_per_byte_stderr", "perplexity", "nonzeros", "precision"):
         assert row[field] == getattr(found["small"], field), field
+    assert row["tasks"]["nouns"]["accuracies"] == found["small"].tasks["nouns"]["accuracies"]
+    assert row["tasks"]["nouns"]["items"] == 1
     assert row["bytes"] == pytest.approx(found["small"].bytes, rel=0.01, abs=1 << 16)
     table = str(found)
     assert repr(found) == table

@@ -11,6 +11,7 @@ from efflm.cli.flags import launch
 from efflm.compress import recipe
 from efflm.compress.step import Calibration
 from efflm.data import dataset
+from efflm.evaluate.task_files import TaskFiles
 from efflm.evaluate.windows import Scoring
 from efflm.model import init_params
 from efflm.report.comparison import Limits
@@ -33,12 +34,12 @@ OF_COMMANDS = {
 COMMANDS = {
     "compress": (
         compress,
-        {"calibration": Calibration(), "limits": Limits()} | recipe.STEPS,
+        {"calibration": Calibration(), "task": TaskFiles(), "limits": Limits()} | recipe.STEPS,
         "--recipe=wanda50 --calibration.length=64",
     ),
     "trained": (
         compress,
-        {"calibration": Calibration(), "limits": Limits()} | recipe.STEPS,
+        {"calibration": Calibration(), "task": TaskFiles(), "limits": Limits()} | recipe.STEPS,
         "--recipe=magnitude50_trained",
     ),
     "calibrated": (sweep, {"calibration": Calibration()} | recipe.STEPS, "--chains=wanda50 --calibration.length=64"),

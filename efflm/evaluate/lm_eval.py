@@ -128,22 +128,29 @@ def adapted(model: LanguageModel, tokenizer: Any) -> Any:
 
 
 def evaluate(
-    model: LanguageModel, tokenizer: Any, task_names: Sequence[str], folder: Path | None = None, items: int = 0
+    model: LanguageModel, tokenizer: Any, names: Sequence[str], folder: str | Path = "", items: int = 0
 ) -> dict[str, Any]:
-    """What lm-eval finds: its results. folder: of more tasks (.yaml); items: of each task, its first; 0: all."""
-    package = _package()
-    manager = package.tasks.TaskManager(include_path=folder and str(folder))
-    unknown = ", ".join(sorted(set(task_names) - set(manager.all_tasks)))
-    require(
-        not unknown, f"lm-eval has no task {unknown}: list its tasks by lm_eval ls tasks, or give a folder of yours"
-    )
-    return package.simple_evaluate(
+    """What lm-eval finds: its results. names, folder: see `tasks_of`; items: of each task, its first; 0: all."""
+    return _package().simple_evaluate(
         adapted(model, tokenizer),
-        tasks=list(task_names),
-        task_manager=manager,
+        tasks=list(names),
+        task_manager=tasks_of(names, folder),
         limit=items or None,
         bootstrap_iters=0,  # it would fork this process, whose threads may hold locks: no error of a perplexity
     )
+
+
+def tasks_of(names: Sequence[str], folder: str | Path = "") -> Any:
+    """lm-eval's tasks, and those of a folder of .yaml files if it is there. Raises InputError for names of no task."""
+    manager = _package().tasks.TaskManager(include_path=str(folder) if folder and Path(folder).is_dir() else None)
+    unknown = ", ".join(sorted(set(names) - set(manager.all_tasks)))
+    require(not unknown, f"lm-eval has no task {unknown}: `lm_eval ls tasks` lists its own, or give a folder of yours")
+    return manager
+
+
+def table(found: dict[str, Any]) -> str:
+    """What `evaluate` found, as lm-eval shows it."""
+    return _package().utils.make_table(found)
 
 
 def _package() -> Any:
@@ -151,6 +158,7 @@ def _package() -> Any:
         import lm_eval
         import lm_eval.api.model
         import lm_eval.tasks
+        import lm_eval.utils
     except ImportError:
         raise InputError("lm-eval is not installed: pip install lm-eval") from None
     return lm_eval

@@ -10,9 +10,10 @@ import numpy as np
 
 from efflm import ops
 from efflm.cli import progress
-from efflm.evaluate import quality, throughput, windows
+from efflm.evaluate import quality, tasks, throughput, windows
 from efflm.evaluate.answers import Answers
 from efflm.evaluate.quality import Block, Quality
+from efflm.evaluate.task_files import Task
 from efflm.evaluate.throughput import Protocol, Rate
 from efflm.evaluate.windows import Scoring
 from efflm.model import LanguageModel
@@ -97,19 +98,27 @@ class Figures:
 
 
 def side_by_side(
-    models: dict[str, LanguageModel], text: Any, tokenizer: Any, score: Scoring, speed: bool = True
+    models: dict[str, LanguageModel],
+    text: Any,
+    tokenizer: Any,
+    score: Scoring,
+    speed: bool = True,
+    asked: Sequence[Task] = (),
 ) -> Figures:
-    """Score a text (see data.dataset.Text) and time prefill and decode, all models in turn.
+    """Score a text (see data.dataset.Text), answer tasks, and time prefill and decode, all models in turn.
 
     models: not prepared for kernels yet; differences are those to the first. score: as `Scoring.within` says.
     """
     first = next(iter(models))
     here = {name: ops.prepare(model, jax.default_backend()) for name, model in models.items()}
+    longest = min(model.config.max_length for model in models.values())
+    of_tasks = tasks.described(asked, tokenizer, longest)  # first: it raises for items that no model can read
     found = measure(with_rounded(here), text, tokenizer, score, here[first])
+    answers = tasks.answering(asked, tokenizer, here[first])(with_rounded(here)) if asked else {}
     noise = found.pop(ROUNDED, None)
     timing = throughput.protocol_for(models[first])
     rates, load = throughput.rates(here, timing) if speed else (None, "")
     against = f" Divergence: from {first}." if len(models) > 1 else ""
     against += rounding(noise, models[first].config.precision)
-    facts = [f"Quality: {protocol(text, score, found[first])}.{against}"]
-    return Figures(found, rates, timing, (*facts, *[f"Speed: {timing}.{load}"] * speed), noise)
+    facts = [f"Quality: {protocol(text, score, found[first])}.{against}", *of_tasks]
+    return Figures(found, rates, timing, (*facts, *[f"Speed: {timing}.{load}"] * speed), noise, answers)

@@ -20,6 +20,7 @@ from efflm.config import InputError, at_home, flag, require
 from efflm.evaluate.answers import Kind
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
+ASKED = "tasks to answer, commas between them: files of items (JSON lines), or their names in task.folder"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,9 +53,9 @@ class Task:
     items: tuple[Item, ...]
 
 
-def read(names: Sequence[str], files: TaskFiles) -> tuple[Task, ...]:
+def read(names: Sequence[str | os.PathLike], files: TaskFiles) -> tuple[Task, ...]:
     """The tasks, each by its name in the folder or the path of its file. Raises InputError for what is no task."""
-    paths = [_path(name, Path(files.folder)) for name in names if name]
+    paths = [_path(os.fspath(name), Path(at_home(files.folder))) for name in names if name]
     called = [path.name.removesuffix(".gz").removesuffix(".jsonl") for path in paths]
     twice = next((name for name in called if called.count(name) > 1), "")
     require(not twice, f"two tasks are called {twice}: give each once, or rename one of the files")
@@ -126,8 +127,3 @@ def _item(line: bytes, where: str) -> Item:
 
 def _shown(value: Any) -> str:
     return f"{value!r:.60}"
-
-
-def names(task_list: Sequence[str | os.PathLike]) -> tuple[str, ...]:
-    """Tasks as a caller in Python gives them: one, or several."""
-    return (task_list,) if isinstance(task_list, str) else tuple(map(os.fspath, task_list))

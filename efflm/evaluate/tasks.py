@@ -3,6 +3,7 @@ is. Text is tokenized as lm-eval does it, so that the figures are the same.
 """
 
 import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,13 +32,31 @@ def run(
     return {name: _answers(task, requests, each) for name, each in found.items()}
 
 
-def described(task: Task, tokenizer: Any, longest: int) -> str:
-    """What was asked and how, in words."""
-    requests = encoded(task, tokenizer, longest)
-    cut = sum(any(continuations.is_cut(context, end, longest) for end in ends) for context, ends in requests)
-    how = "the likeliest of several choices" if task.kind == "choices" else "whether each token of a word is likeliest"
-    left = f"; of {cut:,} the context is cut on the left to the model's {longest:,} tokens" if cut else ""
-    return f"{task.name}: {len(task.items):,} items, {how}, without examples{left}"
+def answering(
+    found: Sequence[Task], tokenizer: Any, reference: LanguageModel
+) -> Callable[[dict[str, LanguageModel]], dict[str, dict[str, Answers]]]:
+    """A function that gives {name: {task: answers}} of models by name. What the reference makes of the items is
+    computed once."""
+    kept: list[dict[int, np.ndarray]] = [{} for _ in found]
+
+    def answered(models: dict[str, LanguageModel]) -> dict[str, dict[str, Answers]]:
+        each = {task.name: run(models, task, tokenizer, reference, own) for task, own in zip(found, kept)}
+        return {name: {task: answers[name] for task, answers in each.items()} for name in models}
+
+    return answered
+
+
+def described(found: Sequence[Task], tokenizer: Any, longest: int) -> list[str]:
+    """What was asked and how, in words; nothing where nothing was. Raises InputError for an item that a model of so
+    many tokens cannot read."""
+    asked = []
+    for task in found:
+        requests = encoded(task, tokenizer, longest)
+        cut = sum(any(continuations.is_cut(context, end, longest) for end in ends) for context, ends in requests)
+        how = "multiple choice" if task.kind == "choices" else "the last word, right if each of its tokens is likeliest"
+        left = f"; the context of {cut:,} is cut on the left to the model's {longest:,} tokens" if cut else ""
+        asked.append(f"{task.name}, {len(task.items):,} items, {how}{left}")
+    return [f"Tasks: {'; '.join(asked)}. Without examples, tokenized and scored as lm-eval does it."] if asked else []
 
 
 def encoded(task: Task, tokenizer: Any, longest: int) -> list[Request]:

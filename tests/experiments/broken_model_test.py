@@ -9,6 +9,7 @@ from efflm.cli.flags import launch
 from efflm.compress import recipe
 from efflm.compress.step import Calibration
 from efflm.config.parallel import MeshConfig
+from efflm.evaluate.task_files import TaskFiles
 from efflm.evaluate.windows import Scoring
 from efflm.report import table
 from efflm.report.comparison import Limits
@@ -21,10 +22,17 @@ GROUPS = {
         "run": compress.Run(),
         "calibration": Calibration(),
         "score": Scoring(),
+        "task": TaskFiles(),
         "limits": Limits(),
         **recipe.STEPS,
     },
-    evaluate: {"run": evaluate.Run(), "score": Scoring(), "mesh": MeshConfig(data=1), "limits": Limits()},
+    evaluate: {
+        "run": evaluate.Run(),
+        "score": Scoring(),
+        "task": TaskFiles(),
+        "mesh": MeshConfig(data=1),
+        "limits": Limits(),
+    },
 }
 
 

@@ -11,6 +11,7 @@ from efflm.compress.finetune import Finetune
 from efflm.compress.magnitude import Magnitude
 from efflm.compress.step import Calibration
 from efflm.config import InputError
+from efflm.evaluate.task_files import TaskFiles
 from efflm.evaluate.windows import Scoring
 from efflm.report.comparison import Limits
 from efflm.text import tokenizer
@@ -30,8 +31,8 @@ def model(tmp_path):
 def run(model, out, *flags):
     flags = ["x", f"--model={model}", f"--text={model.parent / 't.txt'}", f"--run_dir={out}", "--score.documents=1",
              "--score.tokens=12", "--prompt=", *flags]  # fmt: skip
-    launch(compress.main, "", flags, run=compress.Run(), calibration=Calibration(), score=Scoring(), limits=Limits(),
-           **recipe.STEPS)  # fmt: skip
+    launch(compress.main, "", flags, run=compress.Run(), calibration=Calibration(), score=Scoring(), task=TaskFiles(),
+           limits=Limits(), **recipe.STEPS)  # fmt: skip
 
 
 def test_a_recipe_with_other_settings_has_another_name():

@@ -26,6 +26,7 @@ from efflm.compress.step import Calibration
 from efflm.config.model import ModelShape
 from efflm.config.parallel import MeshConfig
 from efflm.config.train import Optimizer, TrainConfig
+from efflm.evaluate.task_files import TaskFiles
 from efflm.evaluate.windows import Scoring
 from efflm.formats import checkpoint
 from efflm.parallel import meshes
@@ -62,10 +63,13 @@ def run(module, *argv):
             "mesh": MeshConfig(),
         },
         compress: {
-            "run": compress.Run(), "calibration": Calibration(), "score": Scoring(), "limits": Limits(),
-            **recipe.STEPS,
+            "run": compress.Run(), "calibration": Calibration(), "score": Scoring(), "task": TaskFiles(),
+            "limits": Limits(), **recipe.STEPS,
         },
-        evaluate: {"run": evaluate.Run(), "score": Scoring(), "mesh": MeshConfig(data=1), "limits": Limits()},
+        evaluate: {
+            "run": evaluate.Run(), "score": Scoring(), "task": TaskFiles(), "mesh": MeshConfig(data=1),
+            "limits": Limits(),
+        },
     }[module]  # fmt: skip
     launch(module.main, module.__doc__, ["x", *argv], **groups)
 
@@ -258,15 +262,18 @@ def test_scanned_pretraining_leaves_an_unstacked_checkpoint(corpus, tmp_path, fa
     assert "bits per byte" in capsys.readouterr().out
 
 
-def test_compress_and_evaluate_a_trained_run(trained, tmp_path, monkeypatch):
+def test_compress_and_evaluate_a_trained_run(trained, tmp_path, monkeypatch, capsys):
     out, asked, require = tmp_path / "out", [], run_directory.require_writable
     monkeypatch.setattr(
         run_directory, "require_writable", lambda path, needs: asked.append(needs) or require(path, needs)
     )
     begun, write = [], samples.write
     monkeypatch.setattr(samples, "write", lambda *given: begun.append(given[2]) or write(*given))
-    run(compress, f"--model={trained}", "--recipe=magnitude50,w8a8", "--magnitude.sparsity=0.25", "--score.window=16",
-        "--sample=4", f"--run_dir={out}")  # fmt: skip
+    items = [{"id": i, "context": f"The {i}", "choices": [" river", " sky"], "label": i % 2} for i in range(3)]
+    (tmp_path / "nouns.jsonl").write_text("\n".join(map(json.dumps, items)))
+    flags = ["--score.window=16", "--tasks=nouns", f"--task.folder={tmp_path}"]
+    run(compress, f"--model={trained}", "--recipe=magnitude50,w8a8", "--magnitude.sparsity=0.25", *flags, "--sample=4",
+        f"--run_dir={out}")  # fmt: skip
     before, after = rows_of(out)
     tokenizer = efflm.load(trained)[1]
     assert begun == [[tokenizer.separator, *tokenizer.encode("The capital of France is")]] * 2  # as the text it read
@@ -274,12 +281,18 @@ def test_compress_and_evaluate_a_trained_run(trained, tmp_path, monkeypatch):
     assert after["name"] == "magnitude@0.25+quantize[activations=int8]"  # another file than that of the recipe itself
     layers = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48)
     assert before["nonzeros"] - after["nonzeros"] >= layers // 4
-    run(evaluate, f"--model={out / after['name']}.safetensors", f"--reference={trained}", "--score.window=16",
+    run(evaluate, f"--model={out / after['name']}.safetensors", f"--reference={trained}", *flags,
         f"--run_dir={tmp_path / 'seen'}")  # fmt: skip
     reference, seen = rows_of(tmp_path / "seen")
     assert reference["bits_per_byte"] == before["bits_per_byte"]
     for field in ("bits_per_byte", "kl_to_original", "top1_agreement_stderr", "perplexity", "nonzeros", "bytes"):
         assert seen[field] == after[field], field
+    assert (seen["tasks"]["nouns"], reference["tasks"]) == (after["tasks"]["nouns"], before["tasks"])
+    assert (after["tasks"]["nouns"]["items"], before["tasks"]["nouns"]["changed"]) == (3, None)
+    assert "Tasks: nouns, 3 items, multiple choice. " in (out / "results.json").read_text()
+    with pytest.raises(SystemExit):
+        run(evaluate, f"--model={trained}", "--tasks=nouns,verbs", f"--task.folder={tmp_path}")
+    assert f"there is no task 'verbs' in {tmp_path}: there are nouns" in capsys.readouterr().err
 
 
 def test_any_number_of_models_in_one_report(trained, tmp_path, capsys):

@@ -10,12 +10,13 @@ from efflm.cli.flags import launch
 from efflm.compress import recipe
 from efflm.compress.step import Calibration
 from efflm.config.parallel import MeshConfig
+from efflm.evaluate.task_files import TaskFiles
 from efflm.evaluate.windows import Scoring
 from efflm.report.comparison import Limits
 from experiments import compress, evaluate, generate
 from tests import gguf_files
 
-SHARED = {"score": Scoring(), "limits": Limits()}
+SHARED = {"score": Scoring(), "task": TaskFiles(), "limits": Limits()}
 
 
 @pytest.fixture(scope="module")
