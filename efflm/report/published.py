@@ -15,7 +15,7 @@ HEADING`. Of other rows each figure is a column, with its error or range beside 
 "recipe", "loss": "test loss"}`. A figure has no more digits than its error allows and than the file has; without an
 error it has at most four.
 
-A file with the field `transcribed` was copied from prose, which that names; what the prose left out is "not recorded".
+A file with the field `transcribed` was copied from prose, which that names; what that left out is "not recorded".
 """
 
 import dataclasses
@@ -100,10 +100,10 @@ def origin(run: Run) -> str:
     told = {"machine": run.versions["cpu"] + cores, "commit": run.versions["commit"], "date": run.versions["date"]}
     told |= {name: run.more[name] for name in ("seed", "seeds") if name in run.more}
     told["command"] = UNKNOWN if run.command == UNKNOWN else f"`{run.command}`"
-    told |= {name: run.more[name] for name in ("transcribed",) if name in run.more}
     missing = ", ".join(name for name, value in told.items() if value == UNKNOWN)
     words = [f"{name}: {value}" for name, value in told.items() if value != UNKNOWN]
-    line = "; ".join([*words, f"{missing}: {UNKNOWN}"] if missing else words)
+    words += [f"{missing}: {UNKNOWN}"] * bool(missing) + ["transcribed"] * ("transcribed" in run.more)
+    line = "; ".join(words)
     return f"{line[0].upper()}{line[1:]}."
 
 
@@ -130,15 +130,15 @@ def columns_of(run: Run) -> tuple[Sequence[Row], Sequence[Column]]:
         headings = run.more.get("columns", headings)
         columns = [_figure(name, heading) for name, heading in headings.items()]
     names = (name for column in columns for name in column.figures if isinstance(name, str) and name != "name")
-    none = dict.fromkeys((*names, "tasks"))
+    none = dict.fromkeys(names)
     rows = [Row(row.name, none | row.figures) for row in run.rows]
-    columns += [_of_task(task, column) for task in tasks.names(rows) for column in table.TASK[1:]]
     return rows, table.known(rows, columns)
 
 
 def _of_task(task: str, column: Column) -> Column:
-    """A column of the table of a task."""
-    text = lambda row: column.text(Row(row.name, row.tasks[task]))
+    """A column of the table of a task, for rows of models."""
+    told = lambda row: row.at(("tasks", task))
+    text = lambda row: column.text(Row(row.name, told(row))) if told(row) else NONE
     return Column(f"{task}: {column.heading}", text)
 
 
@@ -219,6 +219,8 @@ def _between(what: str, root: Path) -> str:
     else:
         rows, (name, *columns) = columns_of(run)
     there = {each.heading: each for column in columns for each in (column, _ratio(column, rows[0]))}
+    of_tasks = [_of_task(each, column) for each in tasks.names(rows) for column in table.TASK[1:]]
+    there |= {column.heading: column for column in of_tasks}
     if "columns" in chosen:
         wanted = _chosen("column", there, chosen["columns"], file)
         columns = [dataclasses.replace(column, heading=called) for called, column in wanted.items()]

@@ -169,9 +169,7 @@ def test_a_table_must_end(tmp_path):
 def test_what_prose_did_not_say_is_not_recorded(filled):
     unknown = dict.fromkeys(("date", "commit", "cpu", "cores"), published.UNKNOWN)
     made = filled(versions=unknown, command=published.UNKNOWN, transcribed="from README.md at commit adbe7ce")
-    assert made.startswith(
-        "Seeds: 3; transcribed: from README.md at commit adbe7ce; machine, commit, date, command: not recorded.\n"
-    )
+    assert made.startswith("Seeds: 3; machine, commit, date, command: not recorded; transcribed.\n")
 
 
 def test_the_results_of_a_run_are_kept_without_what_no_table_shows(tmp_path, monkeypatch):
