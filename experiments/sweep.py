@@ -17,8 +17,8 @@ Expect a table in the terminal, and in the run directory recipe.toml with the ch
 anew after each model, and report.html with loss against bytes and its Pareto front, with perplexity against bits and
 against sparsity where chains are NAME@NUMBER, and for domains a table of calibration text against test text.
 
-Protocol: everything is of the training split but the text that is scored, which is of the test split. A seed draws the
-batches, the calibration text and random weights; chains that read no text run once. Shown are the mean over seeds,
+Protocol: everything is of the training split but the text that is scored, which is of the test split. A seed chooses
+batches, calibration text and random weights; chains that read no text run once. Shown are the mean over seeds,
 their standard deviation, and the standard error over test documents. Recovered: the share that training took away of
 the loss that the steps before it had brought. Speed is measured for the first model of each shape, in turn with the
 first model.

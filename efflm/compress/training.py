@@ -90,7 +90,7 @@ def text_of(step: TrainSettings, context: Context) -> Batches:
 
 
 def measured(step: Any, model: LanguageModel, context: Context) -> Any:
-    """The step, the policy that is the fastest here in place of policy="auto" (see model.autotune)."""
+    """The step, the policy that is the fastest on this machine in place of policy="auto" (see model.autotune)."""
     if getattr(step, "policy", "") != autotune.AUTO:
         return step
     picked = autotune.trained(model, *text_of(step, context)(0)["inputs"].shape)

@@ -64,7 +64,7 @@ def require_choices(config: Any, prefix: str = "") -> None:
 
 
 def require_seed(value: int) -> None:
-    """JAX drops what is beyond 32 bits: without this, different seeds would draw the same."""
+    """JAX drops what is beyond 32 bits: without this, different seeds would give the same numbers."""
     require(0 <= value < 1 << 32, f"seed is {value}, but must be from 0 to {(1 << 32) - 1}")
 
 
@@ -75,6 +75,6 @@ def require_sparsity(value: float) -> None:
 Precision = Literal["float32", "bfloat16"]
 AskedPrecision = Literal["", "float32", "bfloat16", "auto"]
 PRECISION = (  # the flag's help
-    "dtype of the operands of matmuls; auto measures for a second which one is faster here; default: what the model "
-    "was saved for"
+    "dtype of the operands of matmuls; auto measures for a second which one is faster on this machine; default: "
+    "what the model was saved for"
 )

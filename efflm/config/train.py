@@ -98,7 +98,7 @@ class TrainConfig(TrainSettings):
         "float32",
         "dtype of the matmuls, over float32 weights and moments; bfloat16_pure keeps the weights in bfloat16 too, "
         "rounded stochastically; float16 scales the loss dynamically; auto measures for a second whether float32 or "
-        "bfloat16 is faster here",
+        "bfloat16 is faster on this machine",
     )
 
     def __post_init__(self):
