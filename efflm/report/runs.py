@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from efflm.config import InputError, require
 from efflm.report import rows, swept, table
 from efflm.report.comparison import EXACT
 from efflm.report.page import Section, Table
+from efflm.report.plots import Chart
 from efflm.report.rows import Row
 from efflm.report.table import Columns, figure
 
@@ -111,9 +113,9 @@ def _finite(run: Run) -> Iterator[Row]:
 
 
 def quality_protocol(run: Run) -> str:
-    """What was scored and how, without the sentence that says what differences are to."""
+    """What was scored and how, which is one sentence (scoring.protocol), without those about differences after it."""
     words = next((each for each in run.protocol if each.startswith("Quality: ")), "Quality: unknown.")
-    return words.rpartition(". ")[0] or words.rstrip(".")
+    return re.split(r"\. (?=[A-Z])", words)[0].rstrip(".")
 
 
 def comparable(found: Sequence[Run]) -> list[list[Run]]:
@@ -152,7 +154,7 @@ def sections(found: Sequence[Run], made: Sequence[Row], columns: Columns) -> lis
     """Of the page. made, columns: as `side_by_side` gives them."""
     caption = "Each row beside the first of its own run; × is the ratio to it."
     whole = Table(caption=caption, columns=columns, rows=made, headings={run.name: run.machine for run in found})
-    drawn = [swept.front(list(_losses(group, made))) for group in comparable(found)]
+    drawn = [_plot(group, made) for group in comparable(found)]
     words = "A plot has the rows of runs of the same machine, commit, protocol, text and first model."
     about = [
         Row(run.name, {**run.versions, "quality": quality_protocol(run).removeprefix("Quality: ")}, run.command)
@@ -168,6 +170,11 @@ def sections(found: Sequence[Run], made: Sequence[Row], columns: Columns) -> lis
         Section("Loss against bytes", drawn, words),
         Section("The runs", [Table(caption="How each was measured.", columns=columns, rows=about)]),
     ]
+
+
+def _plot(group: Sequence[Run], made: Sequence[Row]) -> Chart:
+    chart, names = swept.front(list(_losses(group, made))), ", ".join(run.name for run in group)
+    return dataclasses.replace(chart, alt=f"{names}: {chart.alt}", caption=f"{names}: {chart.caption}")
 
 
 def _losses(group: Sequence[Run], made: Sequence[Row]) -> Iterator[Row]:

@@ -52,7 +52,7 @@ def test_a_row_is_compared_with_the_first_of_its_own_run(tmp_path):
         ({"facts": ["Quality: 4 of 5 documents of text. Divergence: from float32."]}, "differ in what was scored,"),
         ({"rows": [row.but(bits_per_byte=row.bits_per_byte + 0.001) for row in TEN[:3]]}, "first model or text,"),
         ({}, "of another run: their speeds are of different rounds"),
-        ({"facts": ["Quality: 5 of 5 documents of text. Smaller is better."]}, "of another run: their speeds"),
+        ({"facts": ["Quality: 5 of 5 documents of text. Smaller is better. More."]}, "of another run: their speeds"),
         ({"rows": [row.but(bits_per_byte=row.bits_per_byte + EXACT / 9) for row in TEN[:3]]}, "another run: their"),
     ],
 )
