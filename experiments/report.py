@@ -1,12 +1,13 @@
-"""Results of several runs in one table and one page.
+"""Results of several runs in one table of one page.
 
     bash launch/run.sh experiments.report runs/quickstart runs/compress
     bash launch/run.sh experiments.report laptop.json server.json --run_dir=runs/both
     bash launch/run.sh experiments.report runs/quickstart --publish
 
-Expect a table of all rows in the terminal, run by run, and report.html in the run directory. It reads what evaluate,
-compress, quickstart and sweep have written; nothing is measured. A row is compared with the first row of its own run
-alone, and below the table stands in what the runs differ: machine, commit, text, protocol.
+Expect a table of each run in the terminal, and in the run directory report.html with all rows in one table, to filter
+and to download. It reads what evaluate, compress, quickstart and sweep have written; nothing is measured. A row is
+compared with the first row of its own run alone, and it is said in what the runs differ: machine, commit, text,
+protocol.
 
 With --publish no page is made: the results are copied to experiments/results/ under the names of their run directories,
 and of what is there the tables of all .md files and the picture of README.md are made anew (efflm/report/published.py).
@@ -47,20 +48,17 @@ def main(run: Run) -> None:
     run_directory.require_writable(folder, needs=run_directory.SMALL_FILES)
     found = runs.read(run.results)
     rows, columns = runs.side_by_side(found)
-    facts = runs.facts(found)
-    for kind in (False, True):  # side by side they would be too wide for a terminal
-        of_kind = [each for each in found if runs.is_swept(each) is kind]
-        shown, own = runs.side_by_side(of_kind)
-        if shown:
-            notes_left_out = [dataclasses.replace(row, note="") for row in shown]
-            table.show(notes_left_out, [], [table.figure("run", "run", str), *own])
-    for fact in facts:
-        print(f"  {fact}")
+    for each in found:  # side by side they would be too wide for a terminal
+        print(f"{each.name}: {each.machine}")
+        own, shown = runs.side_by_side([each])
+        table.show(own, each.protocol, shown)
+    apart, *protocols = runs.facts(found)
+    print(apart)
     page.write(
         folder / "report.html",
         title=f"{len(found)} runs" if len(found) > 1 else f"The run {found[0].name}",
         sections=runs.sections(found, rows, columns),
-        facts=facts,
+        facts=[apart, *protocols],
         made={each.name: each.machine for each in found},
         command=command_line("experiments.report", sys.argv),
     )

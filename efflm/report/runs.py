@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from efflm.config import InputError, require
-from efflm.report import rows, swept, table
+from efflm.report import compared, rows, swept, table, tasks
 from efflm.report.comparison import EXACT
 from efflm.report.page import Section, Table
 from efflm.report.plots import Chart
@@ -118,16 +118,19 @@ def quality_protocol(run: Run) -> str:
     return re.split(r"\. (?=[A-Z])", words)[0].rstrip(".")
 
 
+def _conditions(run: Run) -> dict[str, Any]:
+    """What must be the same for losses to be compared, named as it is shown. The same loss of the first models tells
+    that the model and the text are the same."""
+    first, machine = run.rows[0], {shown: run.versions.get(name) for name, shown in MACHINE.items()}
+    model = (first.parameters, round((first.bits_per_byte or 0.0) / EXACT))
+    return machine | {"what was scored": quality_protocol(run), "first model or text": model}
+
+
 def comparable(found: Sequence[Run]) -> list[list[Run]]:
-    """The runs in groups whose losses can be compared: of one machine, commit and protocol, and whose first models
-    have the same loss, which tells that the model and the text are the same. Their speeds cannot: they are not of the
-    same rounds."""
+    """The runs in groups whose losses can be compared. Their speeds cannot: they are not of the same rounds."""
     groups: dict[Any, list[Run]] = {}
     for run in found:
-        first = run.rows[0]
-        loss = round((first.bits_per_byte or 0.0) / EXACT)
-        machine = tuple(run.versions.get(name) for name in MACHINE)
-        groups.setdefault((machine, quality_protocol(run), first.parameters, loss), []).append(run)
+        groups.setdefault(tuple(_conditions(run).values()), []).append(run)
     return list(groups.values())
 
 
@@ -142,10 +145,8 @@ def facts(found: Sequence[Run]) -> list[str]:
 
 def _apart(found: Sequence[Run]) -> str:
     """What the runs differ in, in words."""
-    of = {shown: [run.versions.get(name, "unknown") for run in found] for name, shown in MACHINE.items()}
-    of |= {"what was scored": [quality_protocol(run) for run in found]}
-    of |= {"first model or text": [f"{run.rows[0].bits_per_byte:.4f} bits/byte" for run in found]}
-    differ = [shown for shown, values in of.items() if len(set(values)) > 1]
+    every = [_conditions(run) for run in found]
+    differ = [shown for shown in every[0] if len({each[shown] for each in every}) > 1]
     rounds = "their speeds are of different rounds"
     return f"the runs differ in {', '.join(differ)}, and {rounds}" if differ else rounds
 
@@ -164,8 +165,14 @@ def sections(found: Sequence[Run], made: Sequence[Row], columns: Columns) -> lis
     columns = [figure("run", "name", str), *(figure(shown[name], name, str) for name in shown)]
     grids = {run.name: run.more.get("domains") for run in found}
     texts = [swept.domains(grid, f"{name}: ") for name, grid in grids.items() if grid]
+    asked = [
+        dataclasses.replace(each, caption=f"{run.name}: {each.caption}")
+        for run in found
+        for each in (compared.of_task(run.rows, task) for task in tasks.names(run.rows))
+    ]
     return [
         Section("The rows", [whole]),
+        *[Section("Tasks", asked, tasks.READING)] * bool(asked),
         *[Section("Calibration text and test text", texts)] * bool(texts),
         Section("Loss against bytes", drawn, words),
         Section("The runs", [Table(caption="How each was measured.", columns=columns, rows=about)]),

@@ -3,9 +3,9 @@
 import dataclasses
 from html.parser import HTMLParser
 
-from efflm.report import table
+from efflm.report import table, tasks
 from efflm.report.measured import Measured
-from tests.report.example import NONE, ROW, TEN
+from tests.report.example import NONE, ROW, TEN, asked
 
 HOSTILE = '<img src=x onerror="alert(1)">'
 
@@ -60,3 +60,12 @@ def test_a_notebook_shows_the_table_the_notes_and_the_facts():
     assert body[0][headings.index("KL to the original")] == "reference"
     assert body[1][0] == HOSTILE
     assert page.items == [f"{row.name}: {row.note}" for row in rows] + [f"a fact {HOSTILE}"]
+
+
+def test_each_task_has_a_table_too():
+    page = Page(Measured((*asked(TEN[0], dataclasses.replace(TEN[1], name="flips")),), (), None)._repr_html_())
+    _, headings, _, flips = page.tables[0]
+    assert (headings[-1], flips[-1]) == ("arc", "60.0% ± 2.2% +20/-20")
+    assert page.tables[1][0] == [column.heading for column in table.TASK]
+    assert page.tables[1][2][:4] == ["flips", "60.0% ± 2.2%", "0.0 (-2.5 to +2.5)", "+20/-20"]
+    assert page.items[-1] == tasks.READING

@@ -1,5 +1,6 @@
 """Several results.json in one table: which rows are compared with which, and what is refused."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from efflm.report import page, runs, swept, table
 from efflm.report.comparison import EXACT
 from efflm.report.rows import Row
 from experiments import report
-from tests.report.example import TEN
+from tests.report.example import TEN, asked
 
 VERSIONS = {"date": "2026-01-02 03:04 UTC", "cpu": "a processor", "cores": "2", "device": "1 x cpu", "commit": "abc"}
 FACTS = ["Quality: 5 of 5 documents of text. Divergence: from float32.", "Speed: batch 1."]
@@ -78,9 +79,25 @@ def test_chains_of_a_sweep_stand_beside_what_was_measured(tmp_path, capsys):
     out = tmp_path / "out"
     launch(report.main, report.__doc__, ["x", *sources, f"--run_dir={out}"], run=report.Run())
     said = capsys.readouterr().out
-    assert said.index("float32") < said.index("gptq@4") < said.index("Each row is compared")
+    assert (
+        said.index("chains: 2026") < said.index("gptq@4") < said.index("float32") < said.index("Each row is compared")
+    )
     text = (out / "report.html").read_text()
     assert [text.count(f'class="run" data-run="{name}"') for name in ("chains", "models", "")] == [1, 1, 0]
+
+
+def test_tasks_have_a_table_a_run_and_a_first_model_may_have_no_finite_loss(tmp_path):
+    rows = asked(TEN[0], dataclasses.replace(TEN[1], name="flips"))
+    broken = [row.but(bits_per_byte=float("nan")) for row in rows]
+    found, rows, columns = both(written(tmp_path, "a", rows), written(tmp_path, "b", broken))
+    assert "differ in first model or text," in runs.facts(found)[0]
+    sections = {each.heading: each.blocks for each in runs.sections(found, rows, columns)}
+    assert [each.caption.partition(";")[0] for each in sections["Tasks"]] == ["a: arc: 500 items", "b: arc: 500 items"]
+    (arc,) = [column for column in columns if column.heading == "arc"]
+    told = sections["The rows"][0].cell(arc, rows[1]).figures
+    figures = dict(zip(json.loads(sections["The rows"][0].names(arc)), json.loads(told), strict=True))
+    assert (figures["tasks.arc.accuracy"], figures["tasks.arc.flips_to_right"]) == (0.6, 20)
+    assert len(figures["tasks.arc.interval"]) == 2
 
 
 @pytest.mark.parametrize(
