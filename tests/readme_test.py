@@ -16,6 +16,7 @@ from efflm.compress.step import Calibration
 from efflm.config.model import ModelShape
 from efflm.config.parallel import HostsConfig, MeshConfig
 from efflm.config.train import TrainConfig
+from efflm.evaluate.task_files import TaskFiles
 from efflm.evaluate.windows import Scoring
 from efflm.formats.sources import load_model
 from efflm.model.params import in_layer, is_matrix
@@ -28,7 +29,7 @@ READMES = sorted([*ROOT.glob("*.md"), *(file for top in TOPS for file in (ROOT /
 FRONT = (ROOT / "README.md").read_text()
 GROUPS = {
     "model": ModelShape, "train": TrainConfig, "mesh": MeshConfig, "hosts": HostsConfig,
-    "score": Scoring, "calibration": Calibration, "limits": Limits,
+    "score": Scoring, "task": TaskFiles, "calibration": Calibration, "limits": Limits,
     **recipe.STEPS,
 }  # fmt: skip
 
@@ -69,7 +70,7 @@ def test_the_front_page_is_short_and_begins_with_what_a_newcomer_does_first():
     [
         ("decode of", "kernels_xeon", {"name": "w8a8"}, "decode_16", "decode_16_ratio"),
         ("prefill of", "kernels_xeon", {"name": "w8a8"}, "prefill_512", "prefill_512_ratio"),
-        ("training, 6 layers x 384, float32", "train_speed", {"policy": "float32"}, "tokens_per_second", "peer_ratio"),
+        ("training, 6 layers x 384, float32", "train_speed", {"policy": "float32"}, "tokens_per_second", "ratio"),
     ],
 )
 def test_the_figures_of_the_first_screen_are_those_of_the_results(what, file, at, speed, ratio):
