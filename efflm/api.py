@@ -130,7 +130,8 @@ def measure(
     strict: bool = False,
 ) -> Measured:
     """Quality on text, size and speed on this machine: what experiments.evaluate measures, for one model or for several
-    by name, the first of which the others are compared with. Print it for the table; result["name"] is a row.
+    by name, the first of which the others are compared with. Print it for the table (a notebook
+    shows it); result["name"] is a row.
 
     text: a file or folder, "stdlib" or "enwik8". Scored is its test split, which `compress` and pretraining leave out;
     held_out=False: all of a file or folder, as --text has it, which is also the default of a file too short to split

@@ -52,7 +52,7 @@ from efflm.formats import sources
 from efflm.formats.sources import Loaded
 from efflm.model import LanguageModel, autotune
 from efflm.parallel import meshes, sharding
-from efflm.report import rows, swept, table
+from efflm.report import compared, rows, swept, table
 from efflm.report.journal import Journal
 from efflm.report.page import Section, Table
 
@@ -251,7 +251,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict[str, 
     of_texts = [swept.domains(grids)] if grids else []
     for each, words in ((whole, facts), *((each, [each.caption]) for each in of_texts)):
         table.show(each.rows, words, each.columns)
-    sections = [Section("Chains of steps", [whole, *swept.charts(listed), swept.front(listed)])]
+    sections = [Section("Chains of steps", [whole, *swept.charts(listed), compared.against_bytes(listed)])]
     sections += [Section("Calibration text and test text", of_texts)] * bool(of_texts)
     title = f"What steps cost, and what recovers it: {run.model}"
     log.report(facts, title=title, sections=sections, made={"seeds": run.seeds})

@@ -76,7 +76,7 @@ def of_task(rows: Sequence[Row], task: str) -> Table:
 
 def tradeoffs(rows: Sequence[Row]) -> list[Chart]:
     """Loss over the first row against bytes, and against the time of decode and of prefill as a share of its time."""
-    drawn = [_tradeoff(rows, [(row.bytes / 1e6, None) for row in rows], "MB on disk", "MB")]
+    drawn = [against_bytes(rows)]
     for phase, label in (("decode", "a decoded token"), ("prefill", "a token of prefill")):
         costs = []
         for ratio, error in (times(row, phase) for row in rows):
@@ -86,11 +86,16 @@ def tradeoffs(rows: Sequence[Row]) -> list[Chart]:
     return drawn
 
 
+def against_bytes(rows: Sequence[Row]) -> Chart:
+    """Loss over the first row against bytes, also of the rows of report.swept."""
+    return _tradeoff(rows, [(row.bytes / 1e6, None) for row in rows], "MB on disk", "MB")
+
+
 def _tradeoff(rows: Sequence[Row], costs: Sequence[tuple[float, Any]], label: str, unit: str) -> Chart:
     """costs: of each row, and what it may be."""
     points = [
         Point(
-            row.name, cost, row.bits_per_byte_increase or 0.0, row.bits_per_byte_increase_stderr,
+            row.name, cost, row.bits_per_byte_increase or 0.0, _error(row),
             f"{row.name}: {cost:.3g} {unit}, {_loss(row)}", span,
         )
         for row, (cost, span) in zip(rows, costs, strict=True)
@@ -101,10 +106,15 @@ def _tradeoff(rows: Sequence[Row], costs: Sequence[tuple[float, Any]], label: st
     return plots.chart(figure, alt, f"Not beaten, by the medians: {', '.join(each.name for each in front)}.")
 
 
+def _error(row: Row) -> float | None:
+    """Of its increase: of seeds too, where there were several."""
+    return row.figures.get("error", row.bits_per_byte_increase_stderr)
+
+
 def _loss(row: Row) -> str:
     if row.bits_per_byte_increase is None:
         return "the reference"
-    words = numbers.with_error(row.bits_per_byte_increase, row.bits_per_byte_increase_stderr, sign=True)
+    words = numbers.with_error(row.bits_per_byte_increase, _error(row), sign=True)
     return " ".join(filter(None, words)) + " bits/byte"
 
 

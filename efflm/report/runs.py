@@ -180,7 +180,7 @@ def sections(found: Sequence[Run], made: Sequence[Row], columns: Columns) -> lis
 
 
 def _plot(group: Sequence[Run], made: Sequence[Row]) -> Chart:
-    chart, names = swept.front(list(_losses(group, made))), ", ".join(run.name for run in group)
+    chart, names = compared.against_bytes(list(_losses(group, made))), ", ".join(run.name for run in group)
     return dataclasses.replace(chart, alt=f"{names}: {chart.alt}", caption=f"{names}: {chart.caption}")
 
 

@@ -12,7 +12,7 @@ from efflm.evaluate import quality
 from efflm.evaluate.quality import Quality
 from efflm.model import LanguageModel
 from efflm.report import numbers, page, plots, table
-from efflm.report.plots import Chart, Point
+from efflm.report.plots import Chart
 from efflm.report.rows import Row
 from efflm.report.table import figure
 
@@ -151,18 +151,6 @@ def charts(rows: Sequence[Row]) -> list[Chart]:
             plots.chart(figure, alt, f"Perplexity against {of}; dotted: the model before. Bars: s.d. of seeds.")
         )
     return drawn
-
-
-def front(rows: Sequence[Row]) -> Chart:
-    """Loss against bytes, and the recipes that no other one beats in both."""
-    points = []
-    for row in rows:
-        cost, loss = row.bytes / 1e6, row.bits_per_byte_increase or 0.0
-        error = row.figures.get("error", row.bits_per_byte_increase_stderr)  # of seeds too, where there were several
-        points.append(Point(row.name, cost, loss, error, f"{row.name}: {cost:.4g} MB, {loss:+.4f} bits/byte"))
-    figure, best = plots.tradeoff(points, "MB on disk")
-    listed = f"Not beaten: {', '.join(each.name for each in best)}."
-    return plots.chart(figure, f"Loss against bytes, {len(rows)} models. {listed}", listed)
 
 
 Grid = Mapping[str, Mapping[str, float]]  # {calibration text: {test text: bits per byte over the first model}}

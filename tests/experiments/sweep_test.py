@@ -51,7 +51,7 @@ def test_every_method_has_a_row_and_every_family_a_curve(folder, tmp_path, capsy
     assert "text: letters: increase" in said
     assert "prefill" not in said
     page = (out / "report.html").read_text()
-    for words in ("Perplexity against bits", "Perplexity against sparsity", "Loss against bytes"):
+    for words in ("Perplexity against bits", "Perplexity against sparsity", "Loss over before against MB on disk"):
         assert words in page
     assert grammar.parts(str(out / "recipe.toml"))["w8a16"] == ["quantize"]
 
@@ -111,7 +111,7 @@ def test_chains_share_what_they_begin_with_and_say_what_recovers_them(
         "recovered",
     ):
         assert words in said
-    assert "Loss against bytes" in (tmp_path / "out" / "report.html").read_text()
+    assert "against MB on disk" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_part_that_does_not_exist_is_refused():
