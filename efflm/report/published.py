@@ -10,10 +10,10 @@ columns. A heading with × after it is the ratio to the first row. task=NAME: wh
 protocol=none leaves the protocol out.
 
 Rows of models have the columns of report.table or, means over seeds, of report.swept; those of tasks are called `TASK:
-HEADING`. Of other rows each figure is a column, with its error or range beside it: `loss_stderr`, `loss_deviation`,
-`loss_sd` or `loss_spread` of `loss`. The file may say which figures, and what they are called: `"columns": {"name":
-"recipe", "loss": "test loss"}`. A figure has no more digits than its error allows and than the file has; without an
-error it has at most four.
+HEADING`. Of other rows each figure is a column, with its error or range beside it: `loss_stderr`, `_error`,
+`_deviation`, `_sd` or `_spread` of `loss`. The file may say which figures, and what they are called: `"columns":
+{"name": "recipe", "loss": "test loss"}`. A figure has no more digits than its error allows and than the file has;
+without an error it has at most four.
 
 A file with the field `transcribed` was copied from prose, which that names; what that left out is "not recorded".
 """
