@@ -75,7 +75,7 @@ def main(run: Run) -> None:
             sys.stdout.write(text)
         for piece in pieces:
             times.append(time.perf_counter())
-            counts.append(piece.tokens)
+            counts.append(counts[-1] + len(piece.ids))
             drafting = piece.drafting
             sys.stdout.write(piece.text)
             sys.stdout.flush()

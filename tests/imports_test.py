@@ -29,6 +29,7 @@ ALLOWED = {
     "infer": BASE | {"parallel", "ops", "model", "text.encoding"},
     "evaluate": BASE | {"parallel", "ops", "model", "infer", "plan", "train.losses"},
     "plan": BASE | {"parallel", "ops", "model", "train"},
+    "serve": BASE | {"ops", "model", "infer", "text"},
     "report": BASE | {"parallel", "ops", "model", "infer", "evaluate", "plan"},
     "compress": BASE | {"parallel", "ops", "model", "infer", "train"},
     "data": BASE | {"text"},

@@ -122,7 +122,6 @@ def padded(prompts: Sequence[Sequence[int]], config: ModelConfig, new: int) -> t
     A model is asked for no position beyond its max_length: learned positions end there, others were not trained.
     """
     require(len(prompts) > 0, "there is no prompt: give at least one")
-    require(new > 0, f"max_tokens is {new}, but must be positive")
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     require(lengths_B.min() > 0, f"prompt {lengths_B.argmin()} is empty: give it at least one token")
     longest = int(lengths_B.max())
@@ -156,6 +155,7 @@ def stream(
 
     A sequence ends before the first of the `stops`, or after max_tokens. Raises InputError.
     """
+    require(max_tokens > 0, f"max_tokens is {max_tokens}, but must be positive")
     tokens_BT, lengths_B = padded(prompts, model.config, max_tokens)
     how, keys_B = sampling.arrays(), row_keys(seed, len(prompts))
     stops_K = np.pad(np.asarray(stops, np.int32), (0, bucket(len(stops) + 1) - len(stops)), constant_values=PAD_ID)

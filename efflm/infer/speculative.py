@@ -213,6 +213,7 @@ def stream(
     ahead: tokens that the draft proposes for each pass. Raises InputError.
     """
     require(type(ahead) is int and ahead > 0, f"ahead is {ahead!r}, but must be a positive whole number")
+    require(max_tokens > 0, f"max_tokens is {max_tokens}, but must be positive")
     require_same_tokenizer(draft, target, "draft", "model")
     padded(prompts, draft.config, max_tokens)
     tokens_BT, lengths_B = padded(prompts, target.config, max_tokens)

@@ -13,12 +13,12 @@ from efflm.text import encoding
 
 
 class Piece(NamedTuple):
-    """text: what follows the piece before it, "" where a character is not complete. tokens: written so far. end: of the
+    """text: what follows the piece before it, "" where a character is not complete. ids: the new tokens. end: of the
     last piece why it is the last: "length" for max_tokens, "stop" for a stop token or text. drafting: with a draft, how
     its tokens fared so far."""
 
     text: str
-    tokens: int
+    ids: list[int]
     end: str = ""
     drafting: speculative.Statistics | None = None
 
@@ -57,9 +57,10 @@ def pieces(
             text, stopped = up_to(decode(new))
             if stopped:
                 break
-            yield Piece(text, tokens, "", drafting)
+            yield Piece(text, new, "", drafting)
         else:
-            text, stopped = up_to(decode([], final=True), final=True)
-        yield Piece(text, tokens, "length" if tokens == max_tokens and not stopped else "stop", drafting)
+            new = []
+            text, stopped = up_to(decode(new, final=True), final=True)
+        yield Piece(text, new, "length" if tokens == max_tokens and not stopped else "stop", drafting)
 
     return texts()

@@ -76,10 +76,10 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(folder, talk, monkeypatch, caps
 
     def pieces(model, words, ids, *_, **how):
         seen.append(words.decode(ids))
-        yield streaming.Piece("the ", 1)
+        yield streaming.Piece("the ", [1])
         if len(seen) == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        yield streaming.Piece("mat", 2, "stop")
+        yield streaming.Piece("mat", [2], "stop")
 
     monkeypatch.setattr(streaming, "pieces", pieces)
     monkeypatch.setattr(Stdin, "isatty", lambda _: True)

@@ -163,9 +163,9 @@ def test_stdin_that_is_no_text_is_one_line(folder, monkeypatch, tmp_path, capsys
 
 def test_ctrl_c_leaves_the_text_and_one_line(folder, monkeypatch, tmp_path, capfd):
     def pieces(*_, **how):
-        yield streaming.Piece("a", 1)
+        yield streaming.Piece("a", [66])
         os.kill(os.getpid(), signal.SIGINT)
-        yield streaming.Piece("b", 2)
+        yield streaming.Piece("b", [66])
 
     monkeypatch.setattr(streaming, "pieces", pieces)
     before = signal.getsignal(signal.SIGINT)

@@ -38,20 +38,23 @@ def test_characters_of_several_tokens_come_whole(words, monkeypatch):
     monkeypatch.setattr(generate, "stream", lambda *_: iter([[[i]] for i in ids]))
     got = list(streaming.pieces(tiny.model(), words, [1], len(ids)))
     assert [piece.text for piece in got if piece.text] == ["a", "ü", "😀", "!", "\ufffd"]
-    assert [piece.tokens for piece in got] == [*range(1, len(ids) + 1), len(ids)]
+    assert [piece.ids for piece in got] == [*([token] for token in ids), []]
     assert [piece.end for piece in got if piece.end] == ["length"]
 
 
 def test_the_end_says_why(words):
     model = varied(tiny.CONFIGS["llama"])
-    ends = lambda tokens, **how: list(streaming.pieces(model, words, [5, 9], tokens, **how))[-1][1:3]
-    whole = list(streaming.pieces(model, words, [5, 9], 12))
-    text = "".join(piece.text for piece in whole)
-    assert ends(12) == (12, "length")
-    assert ends(12, stops=["", text[-1:]])[1] == "stop"
+
+    def ends(words, **how):
+        got = list(streaming.pieces(model, words, [5, 9], 12, **how))
+        assert [piece.end for piece in got[:-1]] == [""] * (len(got) - 1)
+        return [token for piece in got for token in piece.ids], got[-1].end
+
     (ids,) = generate.generate(model, [[5, 9]], 12)
+    assert ends(words) == (ids, "length")
+    assert ends(words, stops=["", words.stream()(ids, final=True)[-1]])[1] == "stop"
     stopping = tokenizer.Tokenizer(words.core, words.names, extra_stops=(ids[6],))
-    assert list(streaming.pieces(model, stopping, [5, 9], 12))[-1][1:3] == (ids.index(ids[6]), "stop")
+    assert ends(stopping) == (ids[: ids.index(ids[6])], "stop")
 
 
 @pytest.mark.parametrize("drafted", [False, True])
