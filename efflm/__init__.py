@@ -20,6 +20,7 @@ data        corpora, packing, the order of sequences
 train       losses, the optimizer, the step, the loop, checkpoints
 infer       prefill, decode, sampling, speculative decoding, streaming
 compress    steps from a model to a model, and recipes that chain them
+serve       OpenAI's API as an ASGI application
 evaluate    quality and cost
 plan        what a run would need and take on hardware that is not here
 formats     models on disk

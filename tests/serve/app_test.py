@@ -31,6 +31,11 @@ def writer():
     return Writer("tiny", varied(tiny.LLAMA), words, None, 4, limit=40)
 
 
+def run(work):
+    """What it gives; a failure where it waits for ever."""
+    return asyncio.run(asyncio.wait_for(work, 60))
+
+
 async def send_to(app, path, body=None, method="POST", kind=b"application/json", leave=None, parts=1):
     """One request: status, headers and body of the answer. leave: an event at which the client hangs up."""
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -58,7 +63,7 @@ async def send_to(app, path, body=None, method="POST", kind=b"application/json",
 
 
 def ask(writer, path="/v1/completions", waiting=4, **body):
-    status, headers, answer = asyncio.run(send_to(application(writer, waiting), path, body))
+    status, headers, answer = run(send_to(application(writer, waiting), path, body))
     assert status == 200, answer
     if headers["content-type"] == "application/json":
         return json.loads(answer)
@@ -190,7 +195,7 @@ def test_bad_requests_are_refused_in_one_line_of_openais_form(writer, path, bad)
     app = application(writer, 4)
     for message, bodies in bad.items():
         for body in bodies:
-            status, _, answer = asyncio.run(send_to(app, path, body))
+            status, _, answer = run(send_to(app, path, body))
             error = json.loads(answer)["error"]
             assert message in error["message"], body
             assert "\n" not in error["message"]
@@ -214,13 +219,13 @@ def test_fields_that_ask_for_nothing_are_taken():
 
 def test_other_paths_methods_kinds_and_sizes_are_told(writer):
     app = application(writer, 4)
-    get = lambda path, method="GET": asyncio.run(send_to(app, path, b"", method))
+    get = lambda path, method="GET": run(send_to(app, path, b"", method))
     assert json.loads(get("/health")[2]) == {"status": "ok"}
     assert json.loads(get("/v1/models")[2])["data"][0]["id"] == "tiny"
     assert get("/v1/nothing")[0] == 404
     status, headers, _ = get("/v1/completions")
     assert (status, headers["allow"]) == (405, "POST")
-    of = lambda body, **how: asyncio.run(send_to(app, "/v1/completions", body, **how))
+    of = lambda body, **how: run(send_to(app, "/v1/completions", body, **how))
     assert of({"prompt": "a"}, kind=b"text/plain")[0] == 415
     assert of({"prompt": "a", "model": "other"})[0] == 404
     status, _, answer = of(b"x" * (10 << 20), parts=100)
@@ -275,7 +280,7 @@ def test_requests_have_their_turns_in_order_and_too_many_are_told_to_come_back()
         assert [(await each)[0] for each in (first, third, fourth)] == [200] * 3
         assert slow.log == [line for name in "ace" for line in (f"{name}0", f"{name}1", f"{name}2", f"{name} closed")]
 
-    asyncio.run(all_at_once())
+    run(all_at_once())
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -297,7 +302,7 @@ def test_a_client_that_hangs_up_stops_its_text_at_the_next_token(stream):
         with pytest.raises(AssertionError):  # the stream was left unfinished, or nothing was sent
             assert await leaving is not None
 
-    asyncio.run(left())
+    run(left())
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -318,7 +323,7 @@ def test_our_own_mistakes_are_told_without_the_text_and_the_next_request_is_serv
         first = await send_to(app, "/v1/completions", {"prompt": "secret", "stream": stream})
         return first, await send_to(app, "/v1/completions", {"prompt": "good"})
 
-    (status, _, answer), (other, *_) = asyncio.run(both())
+    (status, _, answer), (other, *_) = run(both())
     assert (status, other) == (200 if stream else 500, 200)
     assert '"server_error"' in answer.decode().split("\n\n")[-2 if stream else 0]
     err = capsys.readouterr().err
@@ -339,4 +344,4 @@ def test_a_client_that_sends_nothing_is_told(monkeypatch):
         await application(Slow(), 1)(scope, asyncio.Event().wait, send)
         return got[0]["status"]
 
-    assert asyncio.run(silent()) == 408
+    assert run(silent()) == 408
