@@ -60,6 +60,7 @@ def _read(name: str, file: Path) -> Run:
         raise InputError(f"{file} is not JSON ({error}): give a {FILE} that a command of efflm wrote") from None
     kinds = {"protocol": list, "command": str, "versions": dict}
     known = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in kinds.items())
+    known = known and all(isinstance(each, str) for each in (*found["protocol"], *found["versions"].values()))
     require(
         known and _are_rows(found.get("rows", [])),
         f"{file} lacks {', '.join(kinds)} or rows as a {FILE} has them: give one that a command of efflm wrote",
@@ -97,9 +98,13 @@ def _require_models(run: Run) -> None:
     figures, again = {name for row in run.rows for name in row.figures}, f"run it again: {run.command}"
     old = not figures.isdisjoint(OLD)
     require(not old, f"{run.file} is of an earlier efflm, whose figures had other names: {again}")
-    first = {"name", "bytes", "parameters", "bits_per_byte", "perplexity", INCREASE}
+    exact, measured = ("bytes", "parameters"), ("bits_per_byte", "perplexity", INCREASE)
+    is_model = lambda row: (
+        all(isinstance(row.figures.get(name), int | float) for name in exact)
+        and all(isinstance(row.figures.get(name, ""), float | int | None) for name in measured)
+    )
     require(
-        bool(run.rows) and all(first <= {"name", *row.figures} for row in run.rows),
+        bool(run.rows) and all(map(is_model, run.rows)),
         f"{run.file} holds no rows of models (it is of: {run.command}): give those of evaluate, compress, quickstart "
         "or sweep",
     )

@@ -203,7 +203,8 @@ def show(rows: Sequence[Any], facts: Sequence[str], shown: Columns | None = None
 def text(rows: Sequence[Any], facts: Sequence[str], shown: Columns | None = None) -> str:
     """What `show` prints, without colors."""
     out = io.StringIO()
-    _print(Console(file=out, width=_console().width), rows, facts, shown or columns(rows))
+    console = Console(file=out, width=_console().width, force_jupyter=False)  # which would show it, and not write it
+    _print(console, rows, facts, shown or columns(rows))
     return out.getvalue().rstrip()
 
 

@@ -1,7 +1,12 @@
 """What a notebook shows of what was measured, as a parser reads it."""
 
+import builtins
 import dataclasses
 from html.parser import HTMLParser
+
+import pytest
+from rich import jupyter
+from rich.console import Console
 
 from efflm.report import table, tasks
 from efflm.report.measured import Measured
@@ -60,6 +65,16 @@ def test_a_notebook_shows_the_table_the_notes_and_the_facts():
     assert body[0][headings.index("KL to the original")] == "reference"
     assert body[1][0] == HOSTILE
     assert page.items == [f"{row.name}: {row.note}" for row in rows] + [f"a fact {HOSTILE}"]
+
+
+def test_in_a_notebook_the_text_is_the_table_and_nothing_else_is_shown(monkeypatch):
+    shell = type("ZMQInteractiveShell", (), {})()
+    monkeypatch.setattr(builtins, "get_ipython", lambda: shell, raising=False)
+    assert Console().is_jupyter
+    monkeypatch.setattr(jupyter, "display", lambda segments, text: pytest.fail(f"shown: {text}"))
+    said = str(Measured((ROW,), ("a fact",), None))
+    assert "4.07" in said
+    assert said.endswith("a fact")
 
 
 def test_each_task_has_a_table_too():

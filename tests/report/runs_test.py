@@ -110,6 +110,8 @@ def test_tasks_have_a_table_a_run_and_a_first_model_may_have_no_finite_loss(tmp_
         ("[]", "lacks protocol, command, versions or rows"),
         ('{"rows": [1], "protocol": [], "command": "c", "versions": {}}', "lacks protocol, command, versions or rows"),
         ('{"rows": [{"name": "a", "loss": 1}], "protocol": [], "command": "c 1", "versions": {}}', "(it is of: c 1)"),
+        ('{"rows": [{"name": "a", "bytes": "x"}], "protocol": [], "command": "c 1", "versions": {}}', "it is of: c 1"),
+        ('{"rows": [], "protocol": [1], "command": "c 1", "versions": {}}', "lacks protocol"),
         ('{"components": [], "protocol": [], "command": "c 1", "versions": {}}', "holds no rows of models"),
         ('{"rows": [{"name": "a", "over_dense": 1}], "protocol": [], "command": "c 1", "versions": {}}', "again: c 1"),
     ],
