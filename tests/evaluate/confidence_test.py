@@ -14,6 +14,7 @@ def test_it_is_the_gap_in_each_bin():
     gaps = abs(0.5 - 0.905) * 2 + abs(0.0 - 0.2) + abs(1 - 0.25) + abs(1 - 0.5)  # 0.2 and 0.25 are in two bins of 15
     assert quality.expected_error(sure, correct) == pytest.approx(gaps / 5)
     assert quality.expected_error(np.array([1.0, 0.0]), np.array([True, False])) == 0
+    assert np.isnan(quality.expected_error(np.array([0.5, np.nan]), np.array([True, False])))
 
 
 def test_a_model_that_draws_as_it_says_has_a_small_error():

@@ -195,6 +195,13 @@ def test_answers_are_compared_with_what_rounding_alone_changes():
     assert "is more accurate on arc by 12.0 ± 1.5 points" in verdicts.negative(compared)[0].words
 
 
+def test_a_faster_model_whose_answers_changed_does_not_beat_the_other():
+    pair = [row("flips", 4.0, 1000, 200, 0.0, **likeness(0.0001, 0.999)), row("same", 4.0, 1000, 100, 0.0)]
+    pair[1] = pair[1].but(**likeness(0.0001, 0.999))
+    assert verdicts.negative(with_answers(*pair)) == []
+    assert negative(DENSE, *pair) == {"same": "flips is 2.00× as fast in decode."}
+
+
 def test_the_divergence_of_rounding_alone_is_said_beside_that_of_a_model():
     noise = {"kl_to_original": 0.0003, "kl_to_original_stderr": 0.00002}
     words = positive(DENSE.but(noise=noise), small("small"))[0].words
