@@ -188,7 +188,7 @@ def _ratio(column: Column, first: Row) -> Column:
 
     def text(row: Row) -> str | tuple[str, str]:
         if column.ratio:
-            return numbers.times(*column.ratio(row))
+            return numbers.times(*column.ratio(row)) if column.ratio(row) != (1.0, 0.0) else "1×"  # the first row
         value, base = column.value(row), column.value(first)
         return numbers.ratio(value / base) if value is not None and base else NONE
 
