@@ -57,13 +57,19 @@ def test_a_row_is_compared_with_the_first_of_its_own_run(tmp_path):
         ({"rows": [row.but(bits_per_byte=row.bits_per_byte + EXACT / 9) for row in TEN[:3]]}, "another run: their"),
     ],
 )
-def test_losses_are_in_one_plot_only_where_nothing_differs(tmp_path, other, words):
-    found, rows, columns = both(written(tmp_path, "a"), written(tmp_path, "b", **other))
+def test_losses_are_comparable_only_where_nothing_differs(tmp_path, other, words):
+    found = runs.read([written(tmp_path, "a"), written(tmp_path, "b", **other)])
     assert words in runs.facts(found)[0]
     same = words.startswith(("of another", "another"))
     assert len(runs.comparable(found)) == (1 if same else 2)
-    plots = runs.sections(found, rows, columns)[1].blocks
-    assert [f"{count} models" in plot.alt for plot, count in zip(plots, [5] if same else [3, 3])] == len(plots) * [True]
+
+
+def test_comparable_losses_are_in_one_plot_and_others_in_their_own(tmp_path):
+    sources = [written(tmp_path, "a"), written(tmp_path, "b"), written(tmp_path, "c", commit="def")]
+    plots = next(each.blocks for each in runs.sections(*both(*sources)) if each.heading == "Loss against bytes")
+    assert [plot.alt.partition(" models")[0] for plot in plots] == [
+        f"{names}: Loss over float32 against MB on disk, {count}" for names, count in (("a, b", 5), ("c", 3))
+    ]
 
 
 def test_chains_of_a_sweep_stand_beside_what_was_measured(tmp_path, capsys):
