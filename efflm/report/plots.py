@@ -229,16 +229,18 @@ def beside(blocks: Sequence[tuple[str, str, str]], figure: Any, about: str) -> A
         write = lambda x, y, text, **how: whole.text(x / 1200, y / 600, text, va="top", parse_math=False, **how)
         y = 575
         for heading, name, words in blocks:
-            words = textwrap.wrap(words, (right - 50) // 8)
-            height = 60 + 19 * len(words)
+            above, below = textwrap.wrap(heading, (right - 50) // 7), textwrap.wrap(words, (right - 50) // 8)
+            height = 44 + 17 * len(above) + 19 * len(below)
             if y - height < 45:
                 break
-            bar = patches.Rectangle((20 / 1200, (y - height + 12) / 600), 4 / 1200, (height - 10) / 600, color=ACCENT)
-            whole.add_artist(bar)
-            write(36, y, heading, fontsize=10, color=MUTED)
-            write(36, y - 18, name, fontsize=14, fontweight="bold")
-            for line, text in enumerate(words):
-                write(36, y - 45 - 19 * line, text, fontsize=10.5)
+            at = (20 / 1200, (y - height + 12) / 600)
+            whole.add_artist(patches.Rectangle(at, 4 / 1200, (height - 10) / 600, color=ACCENT))
+            for line, text in enumerate(above):
+                write(36, y - 17 * line, text, fontsize=10, color=MUTED)
+            under = y - 17 * len(above)
+            write(36, under - 1, name, fontsize=14, fontweight="bold")
+            for line, text in enumerate(below):
+                write(36, under - 28 - 19 * line, text, fontsize=10.5)
             y -= height + 12
         write(36, 30, about, fontsize=8.5, color=MUTED)
         return whole
