@@ -9,6 +9,7 @@ Its figures on items in a file are those of evaluate.tasks, which asks by the sa
 """
 
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from efflm.parallel import sharding
 ROWS = 16  # texts that are written side by side
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # what tasks call the most tokens
 WRITTEN = 256  # tokens, where a task says nothing
+RESAMPLED = 1000  # draws for the standard error of a perplexity
 SAMPLED = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -131,12 +133,14 @@ def evaluate(
     model: LanguageModel, tokenizer: Any, names: Sequence[str], folder: str | Path = "", items: int = 0
 ) -> dict[str, Any]:
     """What lm-eval finds: its results. names, folder: see `tasks_of`; items: of each task, its first; 0: all."""
-    return _package().simple_evaluate(
+    package = _package()
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # read by lm-eval: it would fork, and threads here may hold locks
+    return package.simple_evaluate(
         adapted(model, tokenizer),
         tasks=list(names),
         task_manager=tasks_of(names, folder),
         limit=items or None,
-        bootstrap_iters=0,  # it would fork this process, whose threads may hold locks: no error of a perplexity
+        bootstrap_iters=RESAMPLED,
     )
 
 
