@@ -55,7 +55,7 @@ class Answering:
         as there is room for. args: the text."""
         windows = [list(self._windows(*request.args)) for request in requests]
         found = iter(self._scored([window for each in windows for window in each]))
-        return [sum(nats for nats, _ in itertools.islice(found, len(each))) for each in windows]
+        return [sum((nats for nats, _ in itertools.islice(found, len(each))), 0.0) for each in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """What the model writes until a stop string or token. args: the context, and settings as tasks have them."""

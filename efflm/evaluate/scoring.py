@@ -114,7 +114,8 @@ def side_by_side(
     longest = min(model.config.max_length for model in models.values())
     of_tasks = tasks.described(asked, tokenizer, longest)  # first: it raises for items that no model can read
     found = measure(with_rounded(here), text, tokenizer, score, here[first])
-    answers = tasks.answering(asked, tokenizer, here[first])(with_rounded(here)) if asked else {}
+    whole = {name: sharding.on_one_device(model) for name, model in here.items()} if asked else {}
+    answers = tasks.answering(asked, tokenizer, whole[first])(with_rounded(whole)) if asked else {}
     noise = found.pop(ROUNDED, None)
     timing = throughput.protocol_for(models[first])
     rates, load = throughput.rates(here, timing) if speed else (None, "")
