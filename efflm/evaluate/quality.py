@@ -9,7 +9,7 @@ Logits, which are by far the largest arrays here, exist for a slice of tokens at
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -23,7 +23,7 @@ from efflm.parallel import sharding
 from efflm.precision import policy_for
 
 LOGITS = 1 << 25  # logits held at a time, of the model and as many of the reference
-LIKELIEST, BINS = 512, 15  # of `calibration_error`: tokens whose logits are held at a time, and bins
+BINS = 15  # of `expected_error`
 KEPT = 1 << 28  # bytes of the reference's states that `measure` may keep for the next model
 
 Block = dict[str, np.ndarray]
@@ -161,32 +161,44 @@ def measure(
     reference: LanguageModel,
     kept: dict[int, np.ndarray] | None = None,
 ) -> dict[str, Quality]:
-    """How good each model is, and how far from the reference, which reads each block once.
+    """How good each model is, and how far from the reference, which reads each block once. kept: see `by_target`."""
+    fields = [field.name for field in dataclasses.fields(Quality)]
+    sums = {name: np.zeros((len(fields), 0)) for name in models}
+    documents = 0
+    for where, found in by_target(models, blocks, reference, kept):
+        owners_M = where["documents"]
+        first, documents = int(owners_M.min()), int(owners_M.max())
+        counts = {"bytes": where["bytes"], "tokens": np.ones(len(owners_M))}
+        for name, figures in found.items():
+            sums[name] = _room_for(documents, sums[name])
+            for i, field in enumerate(fields):
+                sums[name][i, first - 1 : documents] += np.bincount(owners_M - first, (counts | figures)[field])
+    return {name: Quality(*(of[:, :documents])) for name, of in sums.items()}
+
+
+def by_target(
+    models: dict[str, LanguageModel],
+    blocks: Iterable[Block],
+    reference: LanguageModel,
+    kept: dict[int, np.ndarray] | None = None,
+) -> Iterator[tuple[Block, dict[str, dict[str, np.ndarray]]]]:
+    """Block by block, the fields of a block at the targets that are scored [M], and of each model what `score` gives there.
 
     kept: filled with the reference's states of the first blocks, up to KEPT bytes; given again with the same reference
     and text, it spares reading these. Raises InputError if a model has other tokens than the reference.
     """
     for model in models.values():
         require_same_tokenizer(model, reference, "model", "reference")
-    fields = [field.name for field in dataclasses.fields(Quality)]
-    sums = {name: np.zeros((len(fields), 0)) for name in models}
-    documents = 0
     for index, block in enumerate(blocks):
         where = block["documents"] > 0
         if not where.any():
             continue
-        owners_M, targets_M = block["documents"][where], block["targets"][where]
-        first, documents = int(owners_M.min()), int(owners_M.max())
-        counts = {"bytes": block["bytes"][where], "tokens": np.ones(len(targets_M))}
         expected_MD = kept[index] if kept and index in kept else states(reference, block)
         if kept is not None:
             keep(kept, index, expected_MD)
         read = {name: expected_MD if model is reference else states(model, block) for name, model in models.items()}
-        for name, found in score(models, read, reference, expected_MD, targets_M, where.size).items():
-            sums[name] = _room_for(documents, sums[name])
-            for i, field in enumerate(fields):
-                sums[name][i, first - 1 : documents] += np.bincount(owners_M - first, (counts | found)[field])
-    return {name: Quality(*(of[:, :documents])) for name, of in sums.items()}
+        fields = {name: array[where] for name, array in block.items()}
+        yield fields, score(models, read, reference, expected_MD, fields["targets"], where.size)
 
 
 def keep(kept: dict[int, np.ndarray], index: int, states_MD: np.ndarray) -> None:
@@ -206,25 +218,8 @@ def _room_for(count: int, sums: np.ndarray) -> np.ndarray:
 
 def calibration_error(model: LanguageModel, blocks: Iterable[Block]) -> float:
     """The expected calibration error of the likeliest next token over a text."""
-    confidence, correct = [], []
-    for block in blocks:
-        where = block["documents"] > 0
-        if not where.any():
-            continue
-        states_MD, targets_M = states(model, block), block["targets"][where]
-        for start in range(0, len(targets_M), LIKELIEST):
-            cut = lambda x, start=start: _filled(x[start : start + LIKELIEST], LIKELIEST)
-            found = jax.device_get(_likeliest(model, cut(states_MD), cut(targets_M)))
-            confidence.append(found[0][: len(targets_M) - start])
-            correct.append(found[1][: len(targets_M) - start])
-    return expected_error(np.concatenate(confidence), np.concatenate(correct))
-
-
-@jax.jit
-def _likeliest(model: LanguageModel, x_MD: jax.Array, targets_M: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The probability of the likeliest token, and whether it is the target."""
-    logits_MV = _expected(model, x_MD)
-    return jnp.max(jax.nn.softmax(logits_MV, axis=-1), axis=-1), jnp.argmax(logits_MV, axis=-1) == targets_M
+    found = [figures[""] for _, figures in by_target({"": model}, blocks, model)]
+    return expected_error(*(np.concatenate([each[name] for each in found]) for name in ("confidence", "right")))
 
 
 def expected_error(confidence_M: np.ndarray, correct_M: np.ndarray) -> float:
