@@ -16,6 +16,7 @@ from efflm.config import flag, require, require_positive
 from efflm.config.train import TrainSettings
 from efflm.model import LanguageModel
 from efflm.train.trainer import Batches
+from efflm.train.training import Callback
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,8 @@ class Context:
     batches: step -> a batch to train on (see data.packing). calibration: a batch whose activations a step may look at.
     teacher: what to imitate; a recipe fills in the model it started from. corpus, tokenizer: digests of the text that
     batches and calibration are from and of what made tokens of it, for the records. metrics: the file that a step which
-    trains writes its metrics to; of a recipe the folder, in which each step has a file.
+    trains writes its metrics to; of a recipe the folder, in which each step has a file. watched: callbacks of such a
+    step's training, which may add to its metrics (see train.callbacks).
     cache: the folder that a teacher's cache is kept in; None: one that is removed after use.
     """
 
@@ -47,6 +49,7 @@ class Context:
     corpus: str = ""
     tokenizer: str = ""
     metrics: Path | None = None
+    watched: tuple[Callback, ...] = ()
     cache: Path | None = None
     mesh: Mesh
 

@@ -162,6 +162,6 @@ def train(
         masks=ops.mask_tree(jax.eval_shape(start), parametrization.masks),
         finish=lambda trained: parametrization.finished(cast(trained, jnp.float32)),
     )
-    title, watched = type(step).__name__.lower(), [callbacks.lines(context.metrics)]
+    title, watched = type(step).__name__.lower(), [*context.watched, callbacks.lines(context.metrics)]
     after = trainer.fit(task, mesh=context.mesh, seed=context.seed, title=title, watched=watched)
     return after, record(step, model, after, context)

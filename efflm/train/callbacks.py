@@ -113,8 +113,10 @@ def profile(training: Training, first: int, last: int, folder: Path) -> Iterator
 
 
 @_told
-def validation(training: Training, batches: Sequence[dict[str, Any]], every: int) -> Iterator[Callable[[], None]]:
-    """The mean loss on the same held-out batches every so many steps and at the end, as "validation_loss": the
+def validation(
+    training: Training, batches: Sequence[dict[str, Any]], every: int, name: str = "validation_loss"
+) -> Iterator[Callable[[], None]]:
+    """The mean loss on the same batches, as a rule held out, every so many steps and at the end, under this name: the
     cross-entropy where a loss has other parts. Its seconds do not count in rates."""
 
     @jax.jit
@@ -130,7 +132,7 @@ def validation(training: Training, batches: Sequence[dict[str, Any]], every: int
             began, told = time.perf_counter(), (state.optimizer, state.trainable, training.frozen)
             found = jax.device_get([evaluate(*told, place(batch, training.mesh)) for batch in batches])
             total = sum(float(weight) for _, weight in found)
-            training.metrics["validation_loss"] = sum(float(loss * weight) for loss, weight in found) / total
+            training.metrics[name] = sum(float(loss * weight) for loss, weight in found) / total
             training.show()
             training.paused += time.perf_counter() - began
 
