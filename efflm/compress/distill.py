@@ -143,4 +143,5 @@ class Distill(TrainSettings):
             where = context.cache or Path(folder) / "teacher"
             batches, size = teacher_cache.batches_with(where, teacher, context, self.steps, self.cache, self.entries)
             print(f"  the teacher's cache: {size:,} bytes a token", flush=True)
-            return training.train(self, model, context, training.full(model), objective, batches)
+            own = dataclasses.replace(context, watched=())  # other text has no part in the cache
+            return training.train(self, model, own, training.full(model), objective, batches)

@@ -60,3 +60,19 @@ def size(nbytes: float) -> str:
         if nbytes >= unit:
             return f"{nbytes / unit:.2f} {name}"
     return f"{nbytes:.0f} B"
+
+
+def nbytes(name: str, text: str) -> float:
+    """The bytes that `text` says, as `size` writes them: 60MB, 1.5 GB. Raises InputError."""
+    units = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "KB": 1e3, "B": 1.0}
+    unit = next((each for each in units if text.strip().upper().endswith(each)), "")
+    number = value(name, float, text.strip()[: len(text.strip()) - len(unit)].strip())
+    require(number > 0, f"{name} is {text!r}, but must be positive")
+    return number * units.get(unit, 1.0)
+
+
+def share(name: str, text: str) -> float:
+    """The share that `text` says: 1% or 0.01. Raises InputError."""
+    number = value(name, float, text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
+    require(number >= 0, f"{name} is {text!r}, but must not be negative")
+    return number

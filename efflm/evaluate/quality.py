@@ -283,6 +283,11 @@ def paired_difference(
     return _ratio(getattr(first, name) - getattr(second, name), first.tokens)
 
 
+def relative_increase(first: Quality, before: Quality) -> Figure:
+    """The loss of `first` over that of `before` on the same documents, as a share of the latter."""
+    return _ratio(first.bits - before.bits, before.bits)
+
+
 def mean_difference(made: Sequence[Quality], before: Quality) -> tuple[float, float | None, float | None]:
     """Over seeds, the mean of the paired differences of bits per byte; the mean of their errors over documents, None
     where they are not known; and their deviation over seeds."""

@@ -1,0 +1,102 @@
+"""A search within an allowed loss, in lines, in a table and as a Pareto front."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from efflm.evaluate import quality
+from efflm.evaluate.search import FIRST, Search
+from efflm.report import numbers, plots
+from efflm.report.plots import Chart, Point
+from efflm.report.rows import Row
+from efflm.report.table import figure
+
+TARGETS = {  # of each, what it is, how it is written, and the unit of an axis
+    "bytes": ("MB on disk", numbers.megabytes, 1e6),
+    "memory": ("MB in memory", numbers.megabytes, 1e6),
+    "latency": ("times the first model's time", "{:.2f}".format, 1.0),
+}
+
+
+def percent(value: float, error: float | None = None) -> str:
+    return " ".join(filter(None, numbers.percent(value, error, sign=True)))
+
+
+def cost(target: str, value: float) -> str:
+    unit, form, _ = TARGETS[target]
+    return f"{form(value)} {unit}"
+
+
+def words(search: Search, target: str, name: str) -> str:
+    """What is known of a candidate so far."""
+    increase, documents = percent(*search.increase(name)), len(search.selected(name)[0].bits)
+    return f"{name}: {cost(target, search.costs[name])}, loss {increase} over {documents} documents"
+
+
+def tested(test: Mapping[str, Any], allowed: float) -> str:
+    """What the unseen text said of a candidate."""
+    if test["bound"] is None:
+        return f"{test['name']}: not tested, since another one that was accepted is as small"
+    within = "" if math.isinf(allowed) else f" ({percent(allowed)} is allowed)"
+    verdict = "accepted" if test["accepted"] else "refused"
+    sure = f"below {percent(test['bound'])} with {1 - test['level']:.2%} confidence"
+    return f"{verdict} {test['name']}: on unseen text loss {percent(*test['increase'])}, {sure}{within}"
+
+
+def outcome(search: Search, target: str) -> str:
+    """What was found, in words."""
+    best = search.best
+    if not best:
+        return "nothing was accepted: the best model within what is allowed is the model as it is"
+    return (
+        f"the best accepted is {best['name']}: {cost(target, search.costs[best['name']])}, "
+        f"loss {percent(*best['increase'])} on unseen text, below {percent(best['bound'])}"
+    )
+
+
+def rows(search: Search, target: str) -> list[Row]:
+    """The first model, and the candidates that have read selection text, by what they cost."""
+    tests, out = {test["name"]: test for test in search.tests}, []
+    for name in sorted(search.costs.keys() & search.sums.keys(), key=search.costs.get):
+        increase, selected = search.increase(name), search.selected(name)
+        test = tests.get(name, {"increase": None, "bound": None, "accepted": False, "level": None})
+        tried = "accepted" if test["accepted"] else "refused" if test["bound"] is not None else "not tested"
+        unseen = test["increase"] or (None, None)
+        figures = {"cost": search.costs[name], "documents": len(selected[0].bits)}
+        figures |= {"verdict": "the first model" if name == FIRST else tried}
+        figures |= {"increase": increase[0], "increase_stderr": increase[1], "unseen": unseen[0]}
+        figures |= {"unseen_stderr": unseen[1], "bound": test["bound"], "level": test["level"]}
+        over = quality.paired_difference(*selected)
+        figures |= {"bits_per_byte_increase": over[0], "bits_per_byte_increase_stderr": over[1]}
+        out.append(Row(name, figures))
+    return out
+
+
+def columns(target: str) -> list[Any]:
+    unit, form, _ = TARGETS[target]
+    signed = lambda value, error: numbers.percent(value, error, sign=True)
+    return [
+        figure("candidate", "name", str),
+        figure(unit, "cost", form),
+        figure("loss, selection text", "increase", signed, "increase_stderr"),
+        figure("documents", "documents", str),
+        figure("loss, unseen text", "unseen", signed, "unseen_stderr"),
+        figure("at most", "bound", percent),
+        figure("verdict", "verdict", str),
+    ]
+
+
+def front(found: list[Row], target: str) -> Chart:
+    """Loss on the selection text against the target, and which candidates no other beats in both."""
+    unit, form, scale = TARGETS[target]
+    first = [row for row in found if row.name == FIRST]
+    points = [
+        Point(
+            row.name, row.cost / scale, row.bits_per_byte_increase, row.bits_per_byte_increase_stderr,
+            f"{row.name}: {form(row.cost)} {unit}, loss {percent(row.increase, row.increase_stderr)}, {row.verdict}",
+        )
+        for row in [*first, *(row for row in found if row.name != FIRST)]
+    ]  # fmt: skip
+    drawn, best = plots.tradeoff(points, unit)
+    listed = f"Loss on the selection text. Not beaten there: {', '.join(each.name for each in best)}."
+    return plots.chart(drawn, f"{listed} {len(points)} models.", listed)
