@@ -5,7 +5,6 @@
     bash launch/run.sh experiments.sweep --model=smollm2 --corpus=notes/ --precision=auto --seeds=3 --chains="width@0.3
       width@0.3,finetune width@0.3,distill"
     bash launch/run.sh experiments.sweep --model=runs/pretrain --chains= --orders="width@0.3 distill w8a16"
-    bash launch/run.sh experiments.sweep --model=smollm2 --chains="gptq3 wanda50" --domains="books=b/ code=stdlib"
 
 A chain is steps or recipes joined by commas (efflm/compress/grammar.py). finetune, distill and adapt train for --steps,
 with @ for a share of them: "width@0.2,distill@0.5,width@0.2,distill@0.5" prunes and distills in turn. Flags such as
@@ -15,7 +14,7 @@ methods, which are calibrated, at several bits and sparsities, and recovery, way
 
 Expect a table in the terminal, and in the run directory recipe.toml with the chains, results.json, which is written
 anew after each model, and report.html with loss against bytes and its Pareto front, with perplexity against bits and
-against sparsity where chains are NAME@NUMBER, and for domains a table of calibration text against test text.
+against sparsity where chains are NAME@NUMBER.
 
 Protocol: everything is of the training split but the text that is scored, which is of the test split. A seed chooses
 batches, calibration text and random weights; chains that read no text run once. Shown are the mean over seeds,
@@ -43,13 +42,12 @@ from efflm.compress.adapt import Adapt
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
 from efflm.compress.step import Calibration, Context, Step, reads_text, trains
-from efflm.config import at_home, flag, require, require_positive
+from efflm.config import flag, require, require_positive
 from efflm.data import dataset, overlap
 from efflm.evaluate import machine, quality, scoring, speed, throughput, windows
 from efflm.evaluate.quality import Quality
 from efflm.evaluate.windows import Scoring
 from efflm.formats import sources
-from efflm.formats.sources import Loaded
 from efflm.model import LanguageModel, autotune
 from efflm.parallel import meshes, sharding
 from efflm.report import compared, rows, swept, table
@@ -75,7 +73,6 @@ class Run(Subject):
 
     chains: str = flag("recovery", "chains with spaces between them, a .toml file of them, or a list: see above")
     orders: str = flag("", "parts of which every order is a chain, as in 'width@0.3 distill w8a16'; empty: none")
-    domains: str = flag("", "corpora to calibrate on and to test, as in 'wiki=a/ code=stdlib'; empty: none")
     steps: int = flag(150, "optimizer steps of distill, finetune and adapt")
     learning_rate: float = flag(5e-4, "peak learning rate of distill and finetune")
     batch: int = flag(8, "sequences in a training batch")
@@ -93,21 +90,13 @@ class Run(Subject):
                 needed = [",".join([*parts[:index], kind]) for kind in TIMED]
                 listed = all(each in self.parts for each in needed)
                 require(listed, f"{chain}: {SECONDS} takes its time from {' and '.join(needed)}: list them too")
-        _ = steps_in(self.parts.values()), self.pairs  # which check steps and paths
+        _ = steps_in(self.parts.values())  # which checks them
 
     @property
     def parts(self) -> dict[str, list[str]]:
         """{chain: its parts}."""
         orders = itertools.permutations(grammar.parts(self.orders))
         return grammar.parts(CHAINS.get(self.chains, self.chains)) | grammar.parts(" ".join(map(",".join, orders)))
-
-    @property
-    def pairs(self) -> dict[str, str]:
-        """Of the domains, by their names."""
-        pairs = [pair.partition("=") for pair in self.domains.split()]
-        for name, equals, _ in pairs:
-            require(bool(equals), f"domains holds {name!r}, but must be NAME=CORPUS, as in code=stdlib")
-        return {name: at_home(corpus) for name, _, corpus in pairs}
 
 
 def defaults_of(run: Run, given: dict[str, dict[str, Any]]) -> grammar.Defaults:
@@ -155,21 +144,21 @@ class Maker:
     run: Run
     dense: LanguageModel
     defaults: grammar.Defaults
-    context: Callable[[str, int], Context]  # of a corpus and a seed
+    context: Callable[[int], Context]  # of a seed
     kept: dict[Any, Made] = dataclasses.field(default_factory=dict)
     seconds: dict[Any, float] = dataclasses.field(default_factory=dict)  # of the last part of each chain
 
-    def __call__(self, parts: list[str], source: str, seed: int) -> Made:
+    def __call__(self, parts: list[str], seed: int) -> Made:
         if not parts:
             return Made(self.dense)
-        key = lambda last: (*parts[:-1], last, source, seed)
+        key = lambda last: (*parts[:-1], last, seed)
         mine = key(parts[-1])
         if mine in self.kept:
             return self.kept[mine]
-        before = self(parts[:-1], source, seed)
+        before = self(parts[:-1], seed)
         text, teacher = (self.seconds.get(key(kind), 1.0) for kind in TIMED)
         steps = steps_of(parts[-1], self.defaults, teacher / text)
-        work = functools.partial(recipe.apply, before.model, steps, self.context(source, seed))
+        work = functools.partial(recipe.apply, before.model, steps, self.context(seed))
         (model, _), took, above = speed.cost_of(work)
         self.seconds[mine], training = took, before.training + took * trains(steps)
         memory = max(before.memory, above or 0)
@@ -177,13 +166,6 @@ class Maker:
         if not trains(made.steps) and any(parts == other[: len(parts)] != other for other in self.run.parts.values()):
             self.kept[mine] = made
         return made
-
-
-def held_out(run: Run, score: Scoring, loaded: Loaded, corpus: str) -> tuple[Any, Scoring, Measure]:
-    """The held-out text of a corpus, how it is scored, and what scores a model on it."""
-    text = dataset.to_score("", corpus, loaded.about, loaded.tokenizer, dataset.cache(), run.strict)
-    score = score.within(loaded.model.config.max_length, loaded.about.get("train.length", 0), text.unbroken)
-    return text, score, scoring.against(loaded.model, text, loaded.tokenizer, score)
 
 
 @run_directory.locked
@@ -202,9 +184,12 @@ def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict[str, 
         api.context_for, steps_in(run.parts.values()), cache=dataset.cache(), model=dense, tokenizer=loaded.tokenizer,
         batch=run.batch, length=run.length, calibration=calibration, lower=api.FLAGS, strict=run.strict,
     )  # fmt: skip
-    context = functools.cache(lambda source, seed: dataclasses.replace(given(source, seed=seed), teacher=dense))
-    make, (text, score, test) = Maker(run, dense, defaults, context), held_out(run, score, loaded, run.corpus)
-    before, name, read = test(dense), rows.label(loaded.about), context(source, 0).calibration
+    context = functools.cache(lambda seed: dataclasses.replace(given(source, seed=seed), teacher=dense))
+    make = Maker(run, dense, defaults, context)
+    text = dataset.to_score("", run.corpus, loaded.about, loaded.tokenizer, dataset.cache(), run.strict)
+    score = score.within(dense.config.max_length, loaded.about.get("train.length", 0), text.unbroken)
+    test = scoring.against(dense, text, loaded.tokenizer, score)
+    before, name, read = test(dense), rows.label(loaded.about), context(0).calibration
     noise = test(quality.rounded(dense))
     log.say(f"{name}: {quality.words(quality.bits_per_byte(before))} bits per byte")
     one_pass = speed.seconds_to_read(dense, read) if read else 0.0
@@ -221,7 +206,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict[str, 
     for chain, parts in run.parts.items():
         made, scores = [], []
         for seed in range(run.seeds if reads_text(steps_in([parts])) else 1):
-            made.append(make(parts, source, seed))
+            made.append(make(parts, seed))
             model = made[-1].model
             scores.append(test(model))
             row = swept.row(
@@ -241,18 +226,14 @@ def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict[str, 
             log.say(f"{chain}, seed {seed}: {swept.words(found[chain])}")
             log.results(facts, rows=[*found.values()], forward_seconds=one_pass, seeds=run.seeds)
             run_directory.write_whole(log.folder / "recipe.toml", grammar.to_toml(texts))
-    grids = domains(run, score, loaded, make, log.say)
     if loads:
         timed = throughput.protocol_for(dense)
         facts.append(f"Speed: {timed}; the median over the first model's in the same rounds.{machine.most(loads)}")
     listed = list(found.values())
-    log.results(facts, rows=listed, domains=grids, forward_seconds=one_pass, seeds=run.seeds)
+    log.results(facts, rows=listed, forward_seconds=one_pass, seeds=run.seeds)
     whole = Table(caption="Each beside the first model.", columns=table.known(listed, swept.COLUMNS), rows=listed)
-    of_texts = [swept.domains(grids)] if grids else []
-    for each, words in ((whole, facts), *((each, [each.caption]) for each in of_texts)):
-        table.show(each.rows, words, each.columns)
+    table.show(whole.rows, facts, whole.columns)
     sections = [Section("Chains of steps", [whole, *swept.charts(listed), compared.against_bytes(listed)])]
-    sections += [Section("Calibration text and test text", of_texts)] * bool(of_texts)
     title = f"What steps cost, and what recovers it: {run.model}"
     log.report(facts, title=title, sections=sections, made={"seeds": run.seeds})
 
@@ -279,19 +260,6 @@ def protocol(run: Run, dense: LanguageModel, read: Any, one_pass: float, tested:
             f"forward pass over them took {one_pass:.1f} s. {share:.2%} of the {overlap.LENGTH}-token sequences of the "
             "test text are in the first calibration sample too."
         )
-
-
-def domains(run: Run, score: Scoring, loaded: Loaded, make: Maker, say: Callable[[str], None]) -> dict[str, swept.Grid]:
-    """{chain: {calibration domain: {test domain: bits per byte over the first model}}}."""
-    tests = {name: held_out(run, score, loaded, corpus)[2] for name, corpus in run.pairs.items()}
-    before = {name: test(loaded.model) for name, test in tests.items()}
-    found: dict[str, Any] = {chain: {} for chain in run.parts if tests}
-    for chain, (domain, corpus) in itertools.product(found, run.pairs.items()):
-        model = make(run.parts[chain], corpus, 0).model
-        over = {name: quality.paired_difference(test(model), before[name])[0] for name, test in tests.items()}
-        found[chain][domain] = over
-        say(f"{chain} calibrated on {domain}: " + ", ".join(f"{name} {value:+.4f}" for name, value in over.items()))
-    return found
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ def by_target(
     reference: LanguageModel,
     kept: dict[int, np.ndarray] | None = None,
 ) -> Iterator[tuple[Block, dict[str, dict[str, np.ndarray]]]]:
-    """Block by block, the fields of a block at the targets that are scored [M], and of each model what `score` gives there.
+    """Block by block, the fields of a block at the targets that are scored [M], and what `score` gives of each model.
 
     kept: filled with the reference's states of the first blocks, up to KEPT bytes; given again with the same reference
     and text, it spares reading these. Raises InputError if a model has other tokens than the reference.
@@ -227,9 +227,13 @@ def expected_error(confidence_M: np.ndarray, correct_M: np.ndarray) -> float:
     mean confidence| in BINS bins of equal width of the confidence. NaN where a confidence is not finite."""
     if not np.all(np.isfinite(confidence_M)):
         return math.nan
-    which_M = np.clip(np.ceil(confidence_M * BINS).astype(int) - 1, 0, BINS - 1)
-    sums = lambda values: np.bincount(which_M, np.asarray(values, np.float64), minlength=BINS)
+    sums = lambda values: np.bincount(bin_of(confidence_M), np.asarray(values, np.float64), minlength=BINS)
     return float(np.abs(sums(correct_M) - sums(confidence_M)).sum() / len(confidence_M))
+
+
+def bin_of(confidence_M: np.ndarray) -> np.ndarray:
+    """Which of the BINS each is in; the upper end belongs to a bin."""
+    return np.clip(np.ceil(confidence_M * BINS).astype(int) - 1, 0, BINS - 1)
 
 
 # --- figures: a mean over all tokens or bytes, and its standard error over documents ---------------------------------
@@ -240,13 +244,13 @@ Figure = tuple[float, float | None]  # the error of a single document is not kno
 
 def bits_per_byte(quality: Quality) -> Figure:
     """All bits over all bytes."""
-    return _ratio(quality.bits, quality.bytes)
+    return ratio(quality.bits, quality.bytes)
 
 
 def perplexity(quality: Quality) -> Figure:
     """exp of the mean nats a token; depends on the tokenizer, as bits per byte do not. The error is to first order.
     Infinity, without an error, where that is beyond the largest number."""
-    nats, error = _ratio(quality.bits * math.log(2), quality.tokens)
+    nats, error = ratio(quality.bits * math.log(2), quality.tokens)
     try:
         return math.exp(nats), None if error is None else math.exp(nats) * error
     except OverflowError:
@@ -255,12 +259,12 @@ def perplexity(quality: Quality) -> Figure:
 
 def divergence(quality: Quality) -> Figure:
     """KL(reference || model) in nats a token."""
-    return _ratio(quality.kl, quality.tokens)
+    return ratio(quality.kl, quality.tokens)
 
 
 def agreement(quality: Quality) -> Figure:
     """The share of tokens at which model and reference rank the same one first."""
-    return _ratio(quality.agreement, quality.tokens)
+    return ratio(quality.agreement, quality.tokens)
 
 
 def words(figure: Figure, form: str = ".4f") -> str:
@@ -278,14 +282,14 @@ def paired_difference(
     What both find hard cancels, so the error is far below that of either alone.
     """
     if figure == "loss":
-        return _ratio(first.bits - second.bits, first.bytes)
+        return ratio(first.bits - second.bits, first.bytes)
     name = {"divergence": "kl", "agreement": "agreement"}[figure]
-    return _ratio(getattr(first, name) - getattr(second, name), first.tokens)
+    return ratio(getattr(first, name) - getattr(second, name), first.tokens)
 
 
 def relative_increase(first: Quality, before: Quality) -> Figure:
     """The loss of `first` over that of `before` on the same documents, as a share of the latter."""
-    return _ratio(first.bits - before.bits, before.bits)
+    return ratio(first.bits - before.bits, before.bits)
 
 
 def mean_difference(made: Sequence[Quality], before: Quality) -> tuple[float, float | None, float | None]:
@@ -300,10 +304,10 @@ def deviation(values: Sequence[float]) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 and np.all(np.isfinite(values)) else None
 
 
-def _ratio(numerators: np.ndarray, denominators: np.ndarray) -> Figure:
+def ratio(numerators: np.ndarray, denominators: np.ndarray) -> Figure:
     """sum / sum, and its standard error by linearization (Cochran, Sampling Techniques, section 6.3)."""
-    count, ratio = len(numerators), numerators.sum() / denominators.sum()
+    count, value = len(numerators), numerators.sum() / denominators.sum()
     if count < 2:
-        return float(ratio), None
-    residuals = numerators - ratio * denominators
-    return float(ratio), float(np.sqrt(count / (count - 1) * np.sum(residuals**2)) / denominators.sum())
+        return float(value), None
+    residuals = numerators - value * denominators
+    return float(value), float(np.sqrt(count / (count - 1) * np.sum(residuals**2)) / denominators.sum())

@@ -31,9 +31,13 @@ def measure(
     kept: dict[int, np.ndarray] | None = None,
 ) -> dict[str, Quality]:
     """`quality.measure` of a text (see data.dataset.Text) in the tokens of its tokenizer. scoring: as `within` says."""
-    blocks = windows.blocks(text.sized(), tokenizer.separator, scoring, text.unbroken)
-    blocks = _shown(blocks, f"reading {text.name}", text.sizes, scoring)
-    return quality.measure(models, blocks, reference, kept)
+    return quality.measure(models, blocks(text, tokenizer, scoring), reference, kept)
+
+
+def blocks(text: Any, tokenizer: Any, scoring: Scoring) -> Iterator[Block]:
+    """The text in blocks, with a bar."""
+    found = windows.blocks(text.sized(), tokenizer.separator, scoring, text.unbroken)
+    return _shown(found, f"reading {text.name}", text.sizes, scoring)
 
 
 def against(first: LanguageModel, text: Any, tokenizer: Any, scoring: Scoring) -> Callable[[LanguageModel], Quality]:

@@ -1,15 +1,17 @@
 """Models of efflm's own format in a folder, with the one tokenizer that all of them need."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
 
 from efflm.cli.run_directory import write_together
 from efflm.config import InputError, require
 from efflm.formats import efflm_file
 from efflm.model import LanguageModel
-from efflm.text import tokenizer
+from efflm.text import fitted, tokenizer
 from efflm.text.tokenizer import FILE, Tokenizer
 
 
@@ -32,6 +34,15 @@ def save(folder: Path, models: Mapping[str, Saved], tokens: Tokenizer) -> dict[s
     writers = {name: functools.partial(write, name=name, saved=saved) for name, saved in models.items()}
     write_together(folder, writers | tokens.files())
     return sizes
+
+
+def once(file: Path, tokens: Tokenizer, mesh: Mesh, make: Callable[[], Saved]) -> LanguageModel:
+    """The model in the file, which is made, and written with its tokenizer, where it is not there."""
+    if file.exists():
+        return fitted.told(efflm_file.load(file, mesh)[0], tokens)
+    made = make()
+    save(file.parent, {file.name: made}, tokens)
+    return made.model
 
 
 def require_free(folder: Path, names: Sequence[str], tokens: Tokenizer, remedy: str) -> None:

@@ -166,13 +166,6 @@ def make(
     for phase, rate in zip(PHASES, rates or none, strict=True):
         speeds[f"{phase}_tokens_per_second"] = rate and round(rate.median, 1)
         speeds[f"{phase}_spread"] = rate and (round(rate.low, 1), round(rate.high, 1))
-    with_errors = ratios | {
-        "bits_per_byte": quality.bits_per_byte(measured),
-        "bits_per_byte_increase": quality.paired_difference(measured, other) if other else none,
-        "perplexity": quality.perplexity(measured),
-        "kl_to_original": quality.divergence(measured) if other else none,
-        "top1_agreement": quality.agreement(measured) if other else none,
-    }
     figures = {
         "precision": model.config.precision,
         "parameters": trees.count(model.params),
@@ -181,10 +174,30 @@ def make(
         "component_bytes": component_bytes(model),
         **speeds,
     }
-    for figure, (value, error) in with_errors.items():
-        figures |= {figure: value, f"{figure}_stderr": error}
+    figures |= with_errors(ratios) | of_text(measured, other)
     figures |= {"noise": rounding(noise) if noise and base is None else None, "tasks": tasks or {}}
     return Row(name, figures, "; ".join(word for word in words if word))
+
+
+def of_text(measured: Quality, other: Quality | None) -> dict[str, float | None]:
+    """How good a model is on a text, and how far from the first one there, with errors. other: the first model's sums;
+    None for that model itself, which has no such difference."""
+    none = (None, None)
+    return with_errors(
+        {
+            "bits_per_byte": quality.bits_per_byte(measured),
+            "bits_per_byte_increase": quality.paired_difference(measured, other) if other else none,
+            "perplexity": quality.perplexity(measured),
+            "kl_to_original": quality.divergence(measured) if other else none,
+            "top1_agreement": quality.agreement(measured) if other else none,
+        }
+    )
+
+
+def with_errors(figures: Mapping[str, Any]) -> dict[str, float | None]:
+    """Each value, and its error as NAME_stderr."""
+    parts = ({name: value, f"{name}_stderr": error} for name, (value, error) in figures.items())
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def rounding(noise: Quality) -> dict[str, float | None]:

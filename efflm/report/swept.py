@@ -11,7 +11,7 @@ from efflm import ops, trees
 from efflm.evaluate import quality
 from efflm.evaluate.quality import Quality
 from efflm.model import LanguageModel
-from efflm.report import numbers, page, plots, table
+from efflm.report import numbers, plots, table
 from efflm.report.plots import Chart
 from efflm.report.rows import Row
 from efflm.report.table import figure
@@ -151,18 +151,3 @@ def charts(rows: Sequence[Row]) -> list[Chart]:
             plots.chart(figure, alt, f"Perplexity against {of}; dotted: the model before. Bars: s.d. of seeds.")
         )
     return drawn
-
-
-Grid = Mapping[str, Mapping[str, float]]  # {calibration text: {test text: bits per byte over the first model}}
-
-
-def domains(grids: Mapping[str, Grid], of: str = "") -> page.Table:
-    """A row for each chain and calibration text; columns: of each test text. grids: of each chain. of: which run."""
-    rows = [
-        Row(chain, {"text": text, "domains": {test: {"bits_per_byte_increase": each} for test, each in over.items()}})
-        for chain, grid in grids.items()
-        for text, over in grid.items()
-    ]
-    columns = [figure("chain", "name", str), figure("calibrated on", "text", str), *table.of_texts(rows)]
-    caption = f"{of}Bits per byte over the first model, by calibration text and test text."
-    return page.Table(caption=caption, columns=columns, rows=rows)

@@ -13,7 +13,7 @@ import efflm
 import experiments
 from efflm.cli import flags
 from efflm.config import InputError
-from experiments import sweep
+from experiments import limits
 from tests import gguf_files
 
 # Of the flags that are text, those that are no path. One more is a path unless it is listed here.
@@ -22,6 +22,7 @@ WORDS = {
     "phases", "precisions", "prompts", "batches", "contexts", "policies", "bits", "groups", "layers", "ahead",  # lists
     "prompt", "system", "stop", "peer", "scope", "pattern", "hardware", "coordinator", "wandb",
     "format", "kind", "push",  # of an export
+    "loss", "bytes", "tasks",  # of a budget, and what is answered
     "domains", "models",  # several that hold paths: see below
 }  # fmt: skip
 
@@ -67,12 +68,12 @@ def test_a_path_may_begin_at_home(found, monkeypatch, tmp_path):
         got("~nobody-of-this-name/x")
 
 
-def test_the_domains_of_a_sweep_may_begin_at_home(monkeypatch, tmp_path):
+def test_domains_may_begin_at_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    run = sweep.Run(domains="wiki=~/a=b code=stdlib")
+    run = limits.Run(domains="wiki=~/a=b code=stdlib")
     assert run.pairs == {"wiki": f"{tmp_path}/a=b", "code": "stdlib"}
     with pytest.raises(InputError, match="home folder it names is not known"):
-        sweep.Run(domains="wiki=~nobody-of-this-name/a")
+        limits.Run(domains="wiki=~nobody-of-this-name/a")
 
 
 def test_the_functions_of_the_library_take_paths_at_home(monkeypatch, tmp_path):

@@ -20,18 +20,17 @@ GROUPS = {
 
 
 def run(folder, out, *flags):
-    """The table of results.json, and what was calibrated on what."""
+    """The table of results.json."""
     given = [f"--model={folder / 'model'}", f"--corpus={folder / 'numbers'}", f"--run_dir={out}", "--nospeed"]
     given += [f"--batch={ROWS}", *flags]
     launch(sweep.main, sweep.__doc__, ["x", *given], **GROUPS)
     found = json.loads((out / "results.json").read_text())
-    return {row["name"]: row for row in found["rows"]}, found["domains"]
+    return {row["name"]: row for row in found["rows"]}
 
 
 def test_every_method_has_a_row_and_every_family_a_curve(folder, tmp_path, capsys):
     out, chains = tmp_path / "runs" / "out", ["quantize@4", "gptq@3", "wanda@0.5", "w8a16"]
-    domains = f"--domains=numbers={folder / 'numbers'} letters={folder / 'letters'}"
-    rows, grids = run(folder, out, "--seeds=2", f"--chains={' '.join(chains)}", domains)
+    rows = run(folder, out, "--seeds=2", f"--chains={' '.join(chains)}")
     before, *made = rows.values()
     assert before["bits_per_byte_increase"] is None
     assert [row["name"] for row in made] == chains
@@ -41,14 +40,8 @@ def test_every_method_has_a_row_and_every_family_a_curve(folder, tmp_path, capsy
         assert row["cost"] == pytest.approx(row["bits_per_byte_increase"] / row["saved"])
         assert (row["bits_per_byte_increase_deviation"] is None) == (row["seeds"] == 1)
         assert row["passes"] > 0
-    assert grids.keys() == set(chains)
-    grid = grids["wanda@0.5"]
-    assert grid.keys() == grid["numbers"].keys() == {"numbers", "letters"}
-    assert grid["numbers"] != grid["letters"]
-    assert grids["w8a16"]["numbers"] == grids["w8a16"]["letters"]  # no text makes it
     said = capsys.readouterr().out
     assert "13-token sequences of the test text" in said
-    assert "text: letters: increase" in said
     assert "prefill" not in said
     page = (out / "report.html").read_text()
     for words in ("Perplexity against bits", "Perplexity against sparsity", "Loss over before against MB on disk"):
@@ -64,7 +57,7 @@ def test_chains_share_what_they_begin_with_and_say_what_recovers_them(
         recipe, "apply", lambda model, steps, context: ran.append(steps) or steps_run(model, steps, context)
     )
     auto_picks("bfloat16")
-    rows, _ = run(
+    rows = run(
         folder, tmp_path / "out", "--seeds=2", "--steps=4", "--length=32", "--learning_rate=3e-3",
         "--distill.weight=1.0", "--distill.entries=9", "--adapt.rank=3", "--calibration_error", "--precision=auto",
         "--chains=width@0.2 width@0.2,finetune width@0.2,distill width@0.2,finetune@seconds "
@@ -127,8 +120,6 @@ def test_a_part_that_does_not_exist_is_refused():
     ):
         with pytest.raises(InputError, match=words):
             sweep.Run(chains=chains)
-    with pytest.raises(InputError, match="domains holds 'code'"):
-        sweep.Run(domains="code")
     assert len(sweep.Run(chains="", orders="width@0.3 distill w8a16").parts) == 6
 
 
