@@ -212,9 +212,14 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles) ->
     score = score.within(dense.config.max_length, about.get("train.length", 0), unbroken)
     make, domain = Maker(run, loaded, calibration), next(iter(texts))
     here = lambda model: ops.prepare(sharding.on_one_device(model), jax.default_backend())
-    made = {first: dense} | {name: make(name, source) for name in run.parts}
-    models = {name: here(model) for name, model in made.items()}
-    seen = {name: read(models, text, tokens, score) for name, text in texts.items()}
+    made = {first: dense}
+    for name in run.parts:
+        made[name] = make(name, source)
+        log.say(f"{name}: made")
+    models, seen = {name: here(model) for name, model in made.items()}, {}
+    for name, text in texts.items():
+        seen[name] = read(models, text, tokens, score)
+        log.say(f"{name}: {text.name} read by {len(models)} models")
     text = prepared(run, loaded, source).train
     counts = np.bincount(text[:COUNTED]["targets"].ravel(), minlength=dense.config.vocabulary)
     answered: dict[str, dict[str, Answers]] = {name: {} for name in models}
