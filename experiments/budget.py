@@ -22,6 +22,7 @@ too; results.json; and report.html with the Pareto front. --check: a third text 
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from efflm import api, ops, trees, user_cache
 from efflm.cli import run_directory
@@ -45,9 +47,11 @@ from efflm.compress.finetune import Finetune
 from efflm.compress.step import Calibration, Context, Step, calibrates, digest, trains
 from efflm.config import InputError, flag, require, require_choices, require_positive, written
 from efflm.data import dataset, overlap
-from efflm.evaluate import acceptance, quality, scoring, throughput
+from efflm.evaluate import acceptance, quality, scoring, task_files, tasks, throughput
+from efflm.evaluate.answers import Answers, correct, usual
 from efflm.evaluate.quality import Quality
 from efflm.evaluate.search import FINALISTS, FIRST, UNSEEN, Search, between
+from efflm.evaluate.task_files import TaskFiles
 from efflm.evaluate.windows import Scoring
 from efflm.formats import efflm_file, saved, sources
 from efflm.formats.saved import Saved
@@ -78,6 +82,8 @@ class Run(Subject):
     loss: str = flag("", "the share by which the loss may rise, as 1%, which is the default")
     bytes: str = flag("", "in place of --loss: the bytes that the model may take, as 60MB; the least loss is searched")
     target: Literal["bytes", "latency", "memory"] = flag("bytes", "what is to be small within the allowed loss")
+    tasks: tuple[str, ...] = flag((), task_files.ASKED)
+    flips: str = flag("5%", "with --tasks: the share of answers that may become right or wrong")
     minutes: float = flag(30.0, "how long the search may take, the acceptance included")
     chains: str = flag("", "chains to begin with, spaces between them, or a .toml file of them; empty: a list")
     context: int = flag(1024, "positions of the key-value cache whose memory counts")
@@ -95,7 +101,7 @@ class Run(Subject):
         require(not (self.loss and self.bytes), "loss and bytes are both given: one is searched within the other")
         require(not self.bytes or self.target == "bytes", f"bytes goes with target=bytes, but that is {self.target}")
         require(bool(self.parts), f"chains is {self.chains!r}: give at least one chain")
-        _ = self.allowed, self.most, [self.steps_of(name) for name in self.parts]
+        _ = self.allowed, self.most, self.allowed_flips, [self.steps_of(name) for name in self.parts]
 
     @property
     def parts(self) -> list[str]:
@@ -112,13 +118,19 @@ class Run(Subject):
         return math.inf if self.bytes else written.share("loss", self.loss or "1%")
 
     @property
+    def allowed_flips(self) -> float:
+        return written.share("flips", self.flips)
+
+    @property
     def most(self) -> float:
         """Bytes."""
         return written.nbytes("bytes", self.bytes) if self.bytes else math.inf
 
     @property
     def claim(self) -> str:
-        return f"at most {self.most:.0f} bytes" if self.bytes else f"{self.target} within {self.allowed:g}"
+        """What the acceptance shows, in words."""
+        answers = f", {self.flips} of the answers to {', '.join(self.tasks)}" if self.tasks else ""
+        return f"at most {self.most:.0f} bytes" if self.bytes else f"{self.target} within {self.allowed:g}{answers}"
 
 
 def prepared(model: LanguageModel) -> LanguageModel:
@@ -184,11 +196,12 @@ def part(text: Any, start: int, end: int) -> Any:
 
 
 @run_directory.locked
-def main(run: Run, calibration: Calibration, score: Scoring) -> None:
+def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles) -> None:
     log = Journal(run.run_dir, command_line("experiments.budget", sys.argv))
     deadline = time.monotonic() + 60 * run.minutes
     run_directory.require_writable(log.folder, needs=run_directory.SMALL_FILES)
     user_cache.use_compilation_cache()
+    asked = task_files.read(run.tasks, task)
     loaded = sources.load(run.model, precision=run.precision, mesh=meshes.data_parallel(run.batch))
     dense, tokens, about = loaded.model, loaded.tokenizer, loaded.about
     recipe.require_finite(dense)
@@ -238,12 +251,23 @@ def main(run: Run, calibration: Calibration, score: Scoring) -> None:
             log.say(f"{name} cannot be made: {error}")
         kept()
 
+    @functools.cache
+    def answers(name: str) -> dict[str, Answers]:
+        return tasks.answering(asked, tokens, prepared(dense))({name: prepared(made(name))})[name]
+
+    def flips(name: str) -> tuple[int, int]:
+        """Answers that are right in one model and wrong in the other, and of how many."""
+        pairs = [(own, answers(FIRST)[task]) for task, own in answers(name).items()]
+        right = [[correct(each, usual(first)) for each in (first, own)] for own, first in pairs]
+        return sum(int(np.sum(a != b)) for a, b in right), sum(len(a) for a, _ in right)
+
     costs = tried["costs"].setdefault(run.target, {})
     kept = lambda: run_directory.write_json(log.folder / "tried.json", tried)
     search = Search(
         parts=len(ends) - 1, allowed=run.allowed, most=run.most, sums=tried["sums"], costs=costs,
         tests=tried["tests"].setdefault(run.claim, []), measure=measure, kept=kept,
         say=lambda name: log.say(budgeted.words(search, run.target, name)),
+        flips=flips if asked else None, allowed_flips=run.allowed_flips,
     )  # fmt: skip
     for text in texts:
         search.read(FIRST, text)
@@ -338,4 +362,4 @@ def check(run: Run, made: Candidates, name: str, score: Scoring, say: Callable[[
 
 
 if __name__ == "__main__":
-    launch(main, __doc__, run=Run(), calibration=Calibration(rows=32, length=256), score=Scoring())
+    launch(main, __doc__, run=Run(), calibration=Calibration(rows=32, length=256), score=Scoring(), task=TaskFiles())

@@ -41,7 +41,6 @@ from efflm.compress.step import Calibration, Context, Step, digest, reads_text, 
 from efflm.config import at_home, flag, require, require_positive, require_seed
 from efflm.data import corpora, dataset, overlap
 from efflm.evaluate import limits, probes, quality, scoring, task_files, tasks
-from efflm.evaluate.answers import Answers
 from efflm.evaluate.limits import Targets
 from efflm.evaluate.task_files import TaskFiles
 from efflm.evaluate.windows import Scoring
@@ -69,7 +68,7 @@ class Run(Subject):
     chains: str = flag("w8a8 gptq@4 wanda@0.5 width@0.3,distill", "chains with spaces between them, or a .toml file")
     domains: str = flag("", "texts to test on, as in 'wiki=a/ code=stdlib'; empty: --corpus alone")
     matrix: bool = flag(False, "make each chain that reads text from each domain too")
-    tasks: str = flag("", "tasks whose accuracy is compared with the loss, commas between them")
+    tasks: tuple[str, ...] = flag((), task_files.ASKED)
     probes: int = flag(64, "items of each generated task")
     steps: int = flag(100, "optimizer steps of distill and finetune")
     learning_rate: float = flag(5e-4, "peak learning rate of both")
@@ -201,7 +200,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles) ->
     log = Journal(run.run_dir, command_line("experiments.limits", sys.argv))
     run_directory.require_writable(log.folder, needs=run_directory.SMALL_FILES)
     user_cache.use_compilation_cache()
-    asked = task_files.read(run.tasks.split(","), task)
+    asked = task_files.read(run.tasks, task)
     loaded = sources.load(run.model, precision=run.precision, mesh=meshes.data_parallel(run.batch))
     dense, tokens, about, first = loaded.model, loaded.tokenizer, loaded.about, rows.label(loaded.about)
     recipe.require_finite(dense)
@@ -222,10 +221,8 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles) ->
         log.say(f"{name}: {text.name} read by {len(models)} models")
     text = prepared(run, loaded, source).train
     counts = np.bincount(text[:COUNTED]["targets"].ravel(), minlength=dense.config.vocabulary)
-    answered: dict[str, dict[str, Answers]] = {name: {} for name in models}
-    for each in (*asked, *probes.tasks(probes.rare_words(tokens, counts, RARE), run.probes, run.seed)):
-        for name, answers in tasks.run(models, each, tokens, models[first]).items():
-            answered[name][each.name] = answers
+    made_up = probes.tasks(probes.rare_words(tokens, counts, RARE), run.probes, run.seed)
+    answered = tasks.answering([*asked, *made_up], tokens, models[first])(models)
     told = {name: rows.tasks(answered, name, first) for name in models}
     listed = [row_of(name, model, seen, first, counts, told[name]) for name, model in made.items()]
     context = make.context(source)
@@ -247,7 +244,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles) ->
         accuracy = [np.mean([row.tasks[each.name]["accuracy"] for each in asked]) for row in listed]
         order = limits.rank_correlation([-row.bits_per_byte for row in listed], accuracy)
         facts.append(f"Loss and accuracy rank the models alike by {order:.2f} (Spearman)." if order is not None else "")
-    log.results(facts, rows=listed, overlap=shares, curves=found, matrix=grids, rank_correlation=order)
+    log.results(facts, rows=listed, overlap=shares, curves=found, domains=grids, rank_correlation=order)
     grouped, generated = limited.tables(listed), limited.generated(listed)
     table.show(listed, facts)
     for each in grouped.values():
@@ -255,7 +252,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles) ->
     whole = page.Table(caption="Loss by domain.", columns=table.columns(listed), rows=listed)
     charts = [limited.curves(name, each) for name, each in found.items()]
     sections = [
-        Section("Generality", [whole, *(limited.matrix(chain, grid) for chain, grid in grids.items())]),
+        Section("Generality", [whole, *[limited.domains(grids)] * bool(grids)]),
         *[Section("Overfitting", charts)] * bool(charts),
         Section("Confidence", [grouped["calibration"], grouped["frequency"], *generated]),
         Section("Length", [grouped["position"]]),

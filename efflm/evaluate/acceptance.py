@@ -33,6 +33,11 @@ def bound(increase: Figure, documents: int, level: float) -> float:
     return np.inf if error is None else float(value + special.stdtrit(documents - 1, 1 - level) * error)
 
 
+def share_bound(count: int, items: int, level: float) -> float:
+    """The upper end of the exact one-sided interval of a share (Clopper and Pearson 1934)."""
+    return float(special.betaincinv(count + 1, items - count, 1 - level)) if count < items else 1.0
+
+
 def layers(points: Sequence[tuple[float, float]]) -> list[int]:
     """Of each point (cost, loss): 1 on the Pareto front, 2 on the front of what is left without that, and so on."""
     found, left, layer = [0] * len(points), set(range(len(points))), 0

@@ -26,9 +26,10 @@ class Search:
 
     sums: {name: {text: {field of Quality: list}}}, costs: {name: what is to be small}, tests: those of the acceptance
     text so far, in their order; all as JSON has them, and all that a search needs to go on. allowed: the increase of
-    the loss, as a share; most: the cost, where the least loss is wanted in place of that. measure(name, text) reads one
-    unless there is no time left for it (None). say(name): called when a candidate has read a part more; kept(): when a
-    figure is new.
+    the loss, as a share; most: the cost, where the least loss is wanted in place of that. measure(name, text) reads
+    one unless there is no time left for it (None). flips(name): how many answers are right in one model and wrong in
+    the other, and of how many, of which at most the share allowed_flips may be; None where no tasks are given.
+    say(name): called when a candidate has read a part more; kept(): when a figure is new.
     """
 
     parts: int
@@ -40,6 +41,8 @@ class Search:
     measure: Callable[[str, str], Quality | None]
     say: Callable[[str], None]
     kept: Callable[[], None]
+    flips: Callable[[str], tuple[int, int]] | None = None
+    allowed_flips: float = 1.0
 
     @property
     def by_loss(self) -> bool:
@@ -106,6 +109,10 @@ class Search:
                 test["increase"] = quality.relative_increase(own, first)
                 test["bound"] = acceptance.bound(test["increase"], len(own.bits), level)
                 test["accepted"] = math.isfinite(test["bound"]) and test["bound"] <= self.allowed
+                if test["accepted"] and self.flips:  # both must hold, each at this level
+                    test["flips"] = self.flips(name)
+                    test["flips_bound"] = acceptance.share_bound(*test["flips"], level)
+                    test["accepted"] = test["flips_bound"] <= self.allowed_flips
             self.tests.append(test)
             self.kept()
             yield test

@@ -40,7 +40,10 @@ def tested(test: Mapping[str, Any], allowed: float) -> str:
     within = "" if math.isinf(allowed) else f" ({percent(allowed)} is allowed)"
     verdict = "accepted" if test["accepted"] else "refused"
     sure = f"below {percent(test['bound'])} with {1 - test['level']:.2%} confidence"
-    return f"{verdict} {test['name']}: on unseen text loss {percent(*test['increase'])}, {sure}{within}"
+    flips = ""
+    if "flips" in test:
+        flips = "; {} of {} answers flip".format(*test["flips"]) + f", below {100 * test['flips_bound']:.2g}%"
+    return f"{verdict} {test['name']}: on unseen text loss {percent(*test['increase'])}, {sure}{within}{flips}"
 
 
 def outcome(search: Search, target: str) -> str:

@@ -8,10 +8,10 @@ import numpy as np
 from efflm.evaluate.quality import Figure
 from efflm.report import numbers, page, plots, tasks
 from efflm.report.plots import Chart
-from efflm.report.rows import Row
-from efflm.report.table import TASK, Column, figure
+from efflm.report.rows import Row, with_errors
+from efflm.report.table import TASK, Column, figure, of_texts
 
-Grid = Mapping[str, Mapping[str, Figure | None]]  # {row: {group: figure}}
+Grid = Mapping[str, Figure]  # {test text: figure}
 
 
 def json(groups: Mapping[str, Figure]) -> dict[str, dict[str, float | None]]:
@@ -19,14 +19,12 @@ def json(groups: Mapping[str, Figure]) -> dict[str, dict[str, float | None]]:
     return {group: {"value": value, "stderr": error} for group, (value, error) in groups.items()}
 
 
-def columns(
-    rows: Sequence[Row], name: str, form: Callable[..., Any], heading: str = "", own: str = "model"
-) -> list[Column]:
-    """Of the figures by group that rows have under this name: the row's own, then a column for each group."""
+def columns(rows: Sequence[Row], name: str, form: Callable[..., Any]) -> list[Column]:
+    """Of the figures by group that rows have under this name, a column for each group."""
     groups = dict.fromkeys(group for row in rows for group in row.figures[name])
     path = lambda group, what: (name, group, what)
-    shown = [figure(f"{heading}{g}", path(g, "value"), form, path(g, "stderr")) for g in groups]
-    return [figure(own, "name", str), *shown]
+    shown = [figure(g, path(g, "value"), form, path(g, "stderr")) for g in groups]
+    return [figure("model", "name", str), *shown]
 
 
 def share(value: float, error: float | None) -> tuple[str, str]:
@@ -58,11 +56,15 @@ def generated(rows: Sequence[Row]) -> list[page.Table]:
     return [page.Table(caption=tasks.caption(task, own[0]), columns=TASK, rows=own) for task, own in told.items()]
 
 
-def matrix(chain: str, grid: Grid) -> page.Table:
-    """Rows: what was calibrated or trained on; columns: what was tested on."""
-    caption = f"{chain}: bits per byte over the first model, by the text that it was made from and the test text."
-    rows = [Row(name, {"tests": json(over)}) for name, over in grid.items()]
-    return page.Table(caption=caption, columns=columns(rows, "tests", numbers.signed, "test: ", "made from"), rows=rows)
+def domains(grids: Mapping[str, Mapping[str, Grid]], of: str = "") -> page.Table:
+    """A row for each chain and text that it was made from; columns: of each test text. grids: {chain: {text: {test
+    text: bits per byte over the first model, and the error}}}. of: which run."""
+    told = lambda over: {test: with_errors({"bits_per_byte_increase": each}) for test, each in over.items()}
+    found = [(chain, text, told(over)) for chain, grid in grids.items() for text, over in grid.items()]
+    rows = [Row(chain, {"text": text, "domains": over}) for chain, text, over in found]
+    columns = [figure("chain", "name", str), figure("made from", "text", str), *of_texts(rows)]
+    caption = f"{of}Bits per byte over the first model, by the text that a chain is made from and the test text."
+    return page.Table(caption=caption, columns=columns, rows=rows)
 
 
 def curves(chain: str, found: Mapping[str, Any]) -> Chart:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from efflm.config import InputError, require
-from efflm.report import compared, rows, swept, table, tasks
+from efflm.report import compared, limited, rows, swept, table, tasks
 from efflm.report.comparison import EXACT
 from efflm.report.page import Section, Table
 from efflm.report.plots import Chart
@@ -169,7 +169,7 @@ def sections(found: Sequence[Run], made: Sequence[Row], columns: Columns) -> lis
     shown = {"date": "date"} | MACHINE | {"quality": "what was scored"}
     columns = [figure("run", "name", str), *(figure(shown[name], name, str) for name in shown)]
     grids = {run.name: run.more.get("domains") for run in found}
-    texts = [swept.domains(grid, f"{name}: ") for name, grid in grids.items() if grid]
+    texts = [limited.domains(grid, f"{name}: ") for name, grid in grids.items() if grid]
     asked = [
         dataclasses.replace(each, caption=f"{run.name}: {each.caption}")
         for run in found
@@ -178,7 +178,7 @@ def sections(found: Sequence[Run], made: Sequence[Row], columns: Columns) -> lis
     return [
         Section("The rows", [whole]),
         *[Section("Tasks", asked, tasks.READING)] * bool(asked),
-        *[Section("Calibration text and test text", texts)] * bool(texts),
+        *[Section("Text that chains are made from and test text", texts)] * bool(texts),
         Section("Loss against bytes", drawn, words),
         Section("The runs", [Table(caption="How each was measured.", columns=columns, rows=about)]),
     ]

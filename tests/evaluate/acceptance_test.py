@@ -55,3 +55,11 @@ def test_how_often_resampled_documents_hold(rng):
     exact = np.mean([(after.bits[d].sum() / 4000 - 1) <= 0.02 for d in rng.integers(0, 40, (4000, 40))])
     assert acceptance.held(after, before, 0.02, times=4000) == pytest.approx(exact, abs=0.04)
     assert acceptance.held(after, before, 1.0) == 1.0
+
+
+def test_the_bound_of_a_share_is_exact():
+    for count, items in ((0, 20), (3, 50), (50, 50)):
+        wanted = 1.0 if count == items else stats.beta.ppf(0.98, count + 1, items - count)
+        found = acceptance.share_bound(count, items, 0.02)
+        assert found == pytest.approx(wanted)
+        assert count == items or stats.binom.cdf(count, items, found) == pytest.approx(0.02)

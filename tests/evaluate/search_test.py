@@ -121,3 +121,15 @@ def test_settings_between_a_good_one_and_a_bad_one():
     good = {"mixed@4": False, "mixed@6": True, "w@0.2,x@0.5": True, "w@0.4,x@0.5": False, "w@0.4,x@0.9": False}
     good |= {"magnitude@2:4": True, "magnitude@4:8": False, "w8a16": True, "near@0.50": True, "near@0.51": False}
     assert between(list(good), good.get) == ["mixed@5", "w@0.3,x@0.5"]
+
+
+def test_with_tasks_the_answers_must_hold_too(rng):
+    asked = []
+    found = searched({"a": 0.0, "b": 0.0, "c": 0.5}, {"a": 3.0, "b": 2.0, "c": 1.0}, rng, spread=0.002, halve=False)
+    found.flips, found.allowed_flips = lambda name: asked.append(name) or ((0, 400) if name == "a" else (40, 400)), 0.05
+    found.halve(["a", "b", "c"])
+    tests = {test["name"]: test for test in found.accept()}
+    assert found.best["name"] == "a"
+    assert tests["b"]["bound"] <= 0.02
+    assert (tests["b"]["accepted"], tests["b"]["flips"]) == (False, (40, 400))
+    assert sorted(asked) == ["a", "b"]  # the one that loses too much is not asked

@@ -15,6 +15,7 @@ from efflm.config import InputError
 from efflm.config.train import TrainSettings
 from efflm.data import dataset
 from efflm.evaluate import scoring, windows
+from efflm.evaluate.task_files import TaskFiles
 from efflm.evaluate.windows import Scoring
 from efflm.formats import efflm_file
 from efflm.parallel import meshes
@@ -61,7 +62,7 @@ def run(words, out, *flags):
     given += [f"--length={LENGTH}", "--minutes=60", *flags]
     launch(
         budget.main, budget.__doc__, ["x", *given],
-        run=budget.Run(), calibration=Calibration(rows=6, length=32), score=Scoring(),
+        run=budget.Run(), calibration=Calibration(rows=6, length=32), score=Scoring(), task=TaskFiles(),
     )  # fmt: skip
     return json.loads((out / "results.json").read_text())
 

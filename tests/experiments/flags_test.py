@@ -22,7 +22,7 @@ WORDS = {
     "phases", "precisions", "prompts", "batches", "contexts", "policies", "bits", "groups", "layers", "ahead",  # lists
     "prompt", "system", "stop", "peer", "scope", "pattern", "hardware", "coordinator", "wandb",
     "format", "kind", "push",  # of an export
-    "loss", "bytes", "tasks",  # of a budget, and what is answered
+    "loss", "flips", "bytes",  # of a budget
     "domains", "models",  # several that hold paths: see below
 }  # fmt: skip
 

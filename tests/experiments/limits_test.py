@@ -41,7 +41,7 @@ def test_every_limit_is_in_the_report_and_nothing_is_made_twice(folder, tmp_path
     assert gptq["tasks"].keys() >= {"mine", "digits", "sums", "names", "long-range copies"}
     assert before["calibration"].keys() == {"error"}
     assert narrow["calibration"].keys() == {"error", "difference"}
-    grid = found["matrix"]["gptq@3"]
+    grid = found["domains"]["gptq@3"]
     assert grid["numbers"]["letters"] != grid["letters"]["letters"]
     assert grid["numbers"]["numbers"][0] == pytest.approx(gptq["bits_per_byte_increase"], abs=1e-5)
     assert set(found["curves"]["width@0.2,distill"]) == {"text trained on", "calibration text", "held-out text"}
