@@ -49,10 +49,11 @@ from efflm.formats.saved import Saved
 from efflm.formats.sources import OWN, Loaded
 from efflm.model import LanguageModel
 from efflm.parallel import meshes, sharding
-from efflm.report import limited, numbers, page, rows, table
+from efflm.report import compared, limited, numbers, page, rows, table
 from efflm.report.journal import Journal
 from efflm.report.page import Section
 from efflm.report.rows import Row
+from efflm.report.tasks import READING
 from efflm.train import callbacks, metrics
 
 CURVES = {"text trained on": "trained_loss", "calibration text": "calibration_loss", "held-out text": "held_out_loss"}
@@ -245,7 +246,8 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles) ->
         order = limits.rank_correlation([-row.bits_per_byte for row in listed], accuracy)
         facts.append(f"Loss and accuracy rank the models alike by {order:.2f} (Spearman)." if order is not None else "")
     log.results(facts, rows=listed, overlap=shares, curves=found, domains=grids, rank_correlation=order)
-    grouped, generated = limited.tables(listed), limited.generated(listed)
+    grouped = limited.tables(listed)
+    answers = [compared.of_task(listed, each) for each in listed[0].tasks]
     table.show(listed, facts)
     for each in grouped.values():
         table.show(each.rows, [each.caption], each.columns)
@@ -254,7 +256,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles) ->
     sections = [
         Section("Generality", [whole, *[limited.domains(grids)] * bool(grids)]),
         *[Section("Overfitting", charts)] * bool(charts),
-        Section("Confidence", [grouped["calibration"], grouped["frequency"], *generated]),
+        Section("Confidence", [grouped["calibration"], grouped["frequency"], *answers], READING),
         Section("Length", [grouped["position"]]),
     ]
     log.report(facts, title=f"Where compressed models fail: {run.model}", sections=sections, made={"seed": run.seed})

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from efflm.evaluate.quality import Figure
-from efflm.report import numbers, page, plots, tasks
+from efflm.report import numbers, page, plots
 from efflm.report.plots import Chart
 from efflm.report.rows import Row, with_errors
-from efflm.report.table import TASK, Column, figure, of_texts
+from efflm.report.table import Column, figure, of_texts
 
 Grid = Mapping[str, Figure]  # {test text: figure}
 
@@ -48,12 +48,6 @@ def tables(rows: Sequence[Row]) -> dict[str, page.Table]:
         Row(row.name, {name: row.at(name) for name in ("by_position", "by_frequency", "calibration")}) for row in rows
     ]
     return {name: page.Table(caption=caption, columns=shown, rows=alone) for name, (caption, shown) in made.items()}
-
-
-def generated(rows: Sequence[Row]) -> list[page.Table]:
-    """A table for each task."""
-    told = {task: tasks.rows_of(rows, task) for task in tasks.names(rows)}
-    return [page.Table(caption=tasks.caption(task, own[0]), columns=TASK, rows=own) for task, own in told.items()]
 
 
 def domains(grids: Mapping[str, Mapping[str, Grid]], of: str = "") -> page.Table:

@@ -6,6 +6,7 @@ from efflm.cli.flags import launch
 from efflm.compress import recipe
 from efflm.compress.step import Calibration
 from efflm.config import InputError
+from efflm.evaluate import tasks
 from efflm.evaluate.task_files import TaskFiles
 from efflm.evaluate.windows import Scoring
 from experiments import limits
@@ -20,8 +21,12 @@ def run(folder, out, *flags):
     return json.loads((out / "results.json").read_text())
 
 
-def test_every_limit_is_in_the_report_and_nothing_is_made_twice(folder, tmp_path, monkeypatch, capsys):
-    made, apply = [], recipe.apply
+def test_every_limit_is_in_the_report_and_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch, capsys):
+    made, apply, answer = [], recipe.apply, tasks.answering
+
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(
         recipe, "apply", lambda model, steps, context: made.append(steps) or apply(model, steps, context)
     )
@@ -29,7 +34,13 @@ def test_every_limit_is_in_the_report_and_nothing_is_made_twice(folder, tmp_path
     (tmp_path / "mine.jsonl").write_text(json.dumps(task) + "\n" + json.dumps(task | {"id": "2", "label": 1}))
     out, domains = tmp_path / "out", f"--domains=numbers={folder / 'numbers'} letters={folder / 'letters'}"
     flags = [domains, "--chains=gptq@3 width@0.2,distill", "--matrix", f"--tasks={tmp_path / 'mine.jsonl'}"]
+    monkeypatch.setattr(tasks, "answering", interrupted)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(folder, out, *flags)
+    assert len(made) == 2
+    monkeypatch.setattr(tasks, "answering", answer)
     found = run(folder, out, *flags)
+    assert len(made) == 4  # two chains of two domains, each made once
     before, gptq, narrow = found["rows"]
     assert before["bits_per_byte_increase"] is None
     assert gptq["domains"].keys() == {"numbers", "letters"}
@@ -60,9 +71,6 @@ def test_every_limit_is_in_the_report_and_nothing_is_made_twice(folder, tmp_path
         "long-range copies:",
     ):
         assert words in page
-    assert len(made) == 4  # two chains of two domains
-    assert run(folder, out, *flags)["rows"] == found["rows"]
-    assert len(made) == 4
     assert "gptq@3 made from letters: numbers" in capsys.readouterr().out
 
 
