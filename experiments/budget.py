@@ -30,7 +30,6 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +44,7 @@ from efflm.compress import grammar, recipe
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
 from efflm.compress.step import Calibration, Context, Step, calibrates, digest, trains
-from efflm.config import InputError, flag, require, require_choices, require_positive, written
+from efflm.config import InputError, flag, require, require_choices, require_positive, require_seed, written
 from efflm.data import dataset, overlap
 from efflm.evaluate import acceptance, quality, scoring, task_files, tasks, throughput
 from efflm.evaluate.answers import Answers, correct, usual
@@ -53,7 +52,7 @@ from efflm.evaluate.quality import Quality
 from efflm.evaluate.search import FINALISTS, FIRST, UNSEEN, Search, between
 from efflm.evaluate.task_files import TaskFiles
 from efflm.evaluate.windows import Scoring
-from efflm.formats import efflm_file, saved, sources
+from efflm.formats import saved, sources
 from efflm.formats.saved import Saved
 from efflm.formats.sources import OWN, Loaded
 from efflm.model import LanguageModel
@@ -63,20 +62,54 @@ from efflm.precision import policy_for
 from efflm.report import budgeted, rows, table
 from efflm.report.journal import Journal
 from efflm.report.page import Section, Table
-from efflm.text import fitted
 
-QUICK = "w8a16 w8a8 quantize@4[activations=int8] smoothquant_w8a8 gptq@4 gptq@3"
-QUICK += " mixed@5[rows=2] mixed@4[rows=2] mixed@3.5[rows=2] gptq@4[embeddings=4] tuned@4 tuned@3"
-NARROW = " width@0.05,w8a8 width@0.15,w8a8 depth@0.07,w8a8 width@0.2,distill,w8a8 width@0.3,distill,w8a8"
-SPARSE = " wanda@0.2,w8a16 wanda@0.4,w8a16 sparsegpt@0.2,w8a16 sparsegpt@0.5,w8a16"
-CHAINS = {"bytes": QUICK + NARROW + SPARSE, "memory": QUICK + NARROW, "latency": QUICK + NARROW}
+CHAINS = (  # to begin with, the cheapest first; those that train are tried where the minutes allow
+    "w8a16 w8a8 quantize@4[activations=int8] smoothquant_w8a8 width@0.05,w8a8 width@0.15,w8a8 depth@0.07,w8a8 gptq@4 "
+    "gptq@3 gptq@4[embeddings=4] mixed@5[rows=2] mixed@3.5[rows=2] tuned@4 tuned@3 wanda@0.2,w8a16 wanda@0.4,w8a16 "
+    "sparsegpt@0.2,w8a16 sparsegpt@0.5,w8a16 width@0.2,distill,w8a8 width@0.3,distill,w8a8"
+)
 SHARES = (0.25, 0.5, 1.0)  # of the selection text that candidates have read before each halving
 MAKING = 0.6  # of the time left, the share in which a round may make candidates
 FORWARD_PASSES = 4  # that a training step on as many tokens takes, with a teacher
+RESAMPLINGS = 20  # of the documents of --check
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run(Subject):
+class Making(Subject):
+    """The run"""
+
+    steps: int = flag(100, "optimizer steps of distill and finetune")
+    learning_rate: float = flag(5e-4, "peak learning rate of both")
+    batch: int = flag(8, "sequences in a training batch")
+    length: int = flag(256, "tokens in each")
+    seed: int = flag(0, "seed of what is drawn: batches, calibration text")
+    run_dir: str = flag("", "where everything is written", path=True)
+
+    def __post_init__(self):
+        require_seed(self.seed)
+        require_positive(self, "steps", "learning_rate", "batch", "length")
+        require(bool(self.parts), f"chains is {self.chains!r}: give at least one chain")
+        _ = [self.steps_of(name) for name in self.parts]
+
+    @property
+    def parts(self) -> list[str]:
+        """The chains, each as it is written."""
+        return [",".join(each) for each in grammar.parts(self.chains).values()]
+
+    def steps_of(self, name: str) -> tuple[Step, ...]:
+        usual = {"steps": self.steps, "learning_rate": self.learning_rate}
+        return grammar.steps_of(grammar.parts(name)[name], {Distill: usual, Finetune: usual})
+
+    def context(self, source: str, loaded: Loaded, calibration: Calibration) -> Context:
+        """What the chains read of a corpus."""
+        steps, how = [step for name in self.parts for step in self.steps_of(name)], {"lower": api.FLAGS}
+        how |= {name: getattr(self, name) for name in ("batch", "length", "seed", "strict")}
+        cache, model, tokens = dataset.cache(), loaded.model, loaded.tokenizer
+        return api.context_for(steps, source, cache, model, tokens, calibration=calibration, **how)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(Making):
     """The run"""
 
     loss: str = flag("", "the share by which the loss may rise, as 1%, which is the default")
@@ -85,41 +118,23 @@ class Run(Subject):
     tasks: tuple[str, ...] = flag((), task_files.ASKED)
     flips: str = flag("5%", "with --tasks: the share of answers that may become right or wrong")
     minutes: float = flag(30.0, "how long the search may take, the acceptance included")
-    chains: str = flag("", "chains to begin with, spaces between them, or a .toml file of them; empty: a list")
-    context: int = flag(1024, "positions of the key-value cache whose memory counts")
+    chains: str = flag(CHAINS, "chains to begin with, spaces between them, or a .toml file of them")
+    context_length: int = flag(1024, "positions of the key-value cache whose memory counts")
     check: str = flag("", "file or folder of a third text, to check the accepted model on", path=True)
-    steps: int = flag(100, "optimizer steps of distill and finetune")
-    learning_rate: float = flag(5e-4, "peak learning rate of both")
-    batch: int = flag(8, "sequences in a training batch")
-    length: int = flag(256, "tokens in each")
-    seed: int = flag(0, "seed of the batches and of the calibration text")
     run_dir: str = flag(str(run_directory.ROOT / "budget"), "where everything is written", path=True)
 
     def __post_init__(self):
+        super().__post_init__()
         require_choices(self)
-        require_positive(self, "minutes", "context", "steps", "learning_rate", "batch", "length")
+        require_positive(self, "minutes", "context_length")
         require(not (self.loss and self.bytes), "loss and bytes are both given: one is searched within the other")
         require(not self.bytes or self.target == "bytes", f"bytes goes with target=bytes, but that is {self.target}")
-        require(bool(self.parts), f"chains is {self.chains!r}: give at least one chain")
-        _ = self.allowed, self.most, self.allowed_flips, [self.steps_of(name) for name in self.parts]
-
-    @property
-    def parts(self) -> list[str]:
-        """The chains to begin with, each as it is written."""
-        return [",".join(each) for each in grammar.parts(self.chains or CHAINS[self.target]).values()]
-
-    def steps_of(self, name: str) -> tuple[Step, ...]:
-        usual = {"steps": self.steps, "learning_rate": self.learning_rate}
-        return grammar.steps_of(grammar.parts(name)[name], {Distill: usual, Finetune: usual})
+        _ = self.allowed, self.most, written.share("flips", self.flips)
 
     @property
     def allowed(self) -> float:
         """The increase of the loss, as a share."""
         return math.inf if self.bytes else written.share("loss", self.loss or "1%")
-
-    @property
-    def allowed_flips(self) -> float:
-        return written.share("flips", self.flips)
 
     @property
     def most(self) -> float:
@@ -128,9 +143,13 @@ class Run(Subject):
 
     @property
     def claim(self) -> str:
-        """What the acceptance shows, in words."""
+        """What the acceptance shows."""
         answers = f", {self.flips} of the answers to {', '.join(self.tasks)}" if self.tasks else ""
-        return f"at most {self.most:.0f} bytes" if self.bytes else f"{self.target} within {self.allowed:g}{answers}"
+        return (
+            f"the least loss in {self.bytes}"
+            if self.bytes
+            else f"the least {self.target} within {self.allowed:.3%}{answers}"
+        )
 
 
 def prepared(model: LanguageModel) -> LanguageModel:
@@ -143,43 +162,14 @@ def cost_of(run: Run, model: LanguageModel, first: LanguageModel) -> float:
         return ops.stored_nbytes(model.params, model.masks)
     here = prepared(model)
     if run.target == "memory":
-        cache = work.kv_cache_bytes(model.config, 1, run.context, policy_for(model.config))
+        cache = work.kv_cache_bytes(model.config, 1, run.context_length, policy_for(model.config))
         return trees.nbytes(here.params) + cache
-    timing = throughput.protocol_for(first)
-    rates, _ = throughput.rates({"": here, FIRST: prepared(first)}, timing)
-    own, base = (
-        [timing.prompt / read + timing.new / write for read, write in zip(*(rate.rounds for rate in rates[name]))]
-        for name in ("", FIRST)
-    )
-    return throughput.paired(own, base)[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidates:
-    """Makes the models of chains once, each kept in a file."""
-
-    run: Run
-    loaded: Loaded
-    context: Context
-
-    def file(self, name: str) -> Path:
-        return Path(self.run.run_dir) / "candidates" / f"{grammar.file_name(name)}.safetensors"
-
-    def __call__(self, name: str) -> LanguageModel:
-        if name == FIRST:
-            return self.loaded.model
-        file, tokens = self.file(name), self.loaded.tokenizer
-        if file.exists():
-            return fitted.told(efflm_file.load(file, self.context.mesh)[0], tokens)
-        model, records = recipe.apply(self.loaded.model, self.run.steps_of(name), self.context)
-        saved.save(file.parent, {file.name: Saved(model, self.loaded.about | {"recipe": name}, records)}, tokens)
-        return model
-
-    def keep_best(self, name: str) -> None:
-        """As the model of the run directory."""
-        self(name)
-        with run_directory.whole(Path(self.run.run_dir) / OWN) as partial:
-            shutil.copy(self.file(name), partial)
+    if model is first:
+        return 1.0
+    timing, seconds = throughput.protocol_for(first), []
+    for read, wrote in throughput.rates({"": here, FIRST: prepared(first)}, timing)[0].values():
+        seconds.append(timing.prompt / np.array(read.rounds) + timing.new / np.array(wrote.rounds))
+    return throughput.paired(*seconds)[0]
 
 
 def begun(file: Path, key: str) -> dict[str, Any]:
@@ -190,9 +180,12 @@ def begun(file: Path, key: str) -> dict[str, Any]:
     return found
 
 
-def part(text: Any, start: int, end: int) -> Any:
-    """Some documents of a dataset.Text."""
-    return dataclasses.replace(text, parts=text.parts[start:end], sizes=text.sizes[start:end])
+def is_chain(name: str) -> bool:
+    """Whether there is such a setting: there are no 3.5 bits."""
+    try:
+        return bool(grammar.chain(name))
+    except InputError:
+        return False
 
 
 @run_directory.locked
@@ -206,26 +199,31 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles) ->
     dense, tokens, about = loaded.model, loaded.tokenizer, loaded.about
     recipe.require_finite(dense)
     saved.require_free(log.folder, [OWN], tokens, "give another --run_dir")
-    source, steps = dataset.source_of(run.corpus, about), [step for name in run.parts for step in run.steps_of(name)]
+    source = dataset.source_of(run.corpus, about)
     held = [dataset.held_out(source, tokens, dataset.cache(), split, run.strict) for split in dataset.HELD_OUT]
     score = score.within(dense.config.max_length, about.get("train.length", 0), held[0].unbroken)
-    context = api.context_for(
-        steps, source, dataset.cache(), dense, tokens, batch=run.batch, length=run.length, calibration=calibration,
-        seed=run.seed, lower=api.FLAGS, strict=run.strict,
-    )  # fmt: skip
+    context = run.context(source, loaded, calibration)
     counts = [min(score.documents or len(text), len(text)) for text in held]
     ends = [0, *dict.fromkeys(math.ceil(share * counts[0]) for share in SHARES)]
-    texts = {str(i): part(held[0], *pair) for i, pair in enumerate(itertools.pairwise(ends))}
-    texts[UNSEEN] = part(held[1], 0, counts[1])
-    same = [digest(dense), source, tokens.digest, score, calibration, run.context, run.seed]
-    same += [run.steps, run.learning_rate, run.batch, run.length]
+    texts = {str(i): held[0].part(*pair) for i, pair in enumerate(itertools.pairwise(ends))}
+    texts[UNSEEN] = held[1].part(0, counts[1])
+    same = [digest(dense), source, tokens.digest, score, calibration, run.context_length]
+    same += [run.seed, run.steps, run.learning_rate, run.batch, run.length]
     tried = begun(log.folder / "tried.json", hashlib.sha256(repr(same).encode()).hexdigest()[:16])
-    made = Candidates(run, loaded, context)
+    costs, problems = tried["costs"].setdefault(run.target, {}), tried["problems"]
+    file = lambda name: log.folder / "candidates" / f"{grammar.file_name(name)}.safetensors"
 
     def left() -> float:
         """Seconds, without those that it takes to test."""
         unseen = sum(tried["sums"].get(FIRST, {}).get(UNSEEN, {}).get("tokens", ()))
         return deadline - FINALISTS * unseen * tried["second_a_token"] - time.monotonic()
+
+    def made(name: str) -> LanguageModel:
+        def apply() -> Saved:
+            model, records = recipe.apply(dense, run.steps_of(name), context)
+            return Saved(model, about | {"recipe": name}, records)
+
+        return dense if name == FIRST else saved.once(file(name), tokens, context.mesh, apply)
 
     def measure(name: str, text: str) -> Quality | None:
         if name != FIRST and text != UNSEEN and left() < 0:
@@ -247,7 +245,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles) ->
             costs[name] = cost_of(run, made(name), dense)
             log.say(f"{name}: {budgeted.cost(run.target, costs[name])}, made in {time.monotonic() - start:.0f} s")
         except InputError as error:
-            tried["problems"][name] = str(error)
+            problems[name] = str(error)
             log.say(f"{name} cannot be made: {error}")
         kept()
 
@@ -258,31 +256,36 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles) ->
     def flips(name: str) -> tuple[int, int]:
         """Answers that are right in one model and wrong in the other, and of how many."""
         pairs = [(own, answers(FIRST)[task]) for task, own in answers(name).items()]
-        right = [[correct(each, usual(first)) for each in (first, own)] for own, first in pairs]
-        return sum(int(np.sum(a != b)) for a, b in right), sum(len(a) for a, _ in right)
+        differ = [correct(own, usual(first)) != correct(first, usual(first)) for own, first in pairs]
+        return int(sum(map(np.sum, differ))), sum(map(len, differ))
 
-    costs = tried["costs"].setdefault(run.target, {})
     kept = lambda: run_directory.write_json(log.folder / "tried.json", tried)
     search = Search(
         parts=len(ends) - 1, allowed=run.allowed, most=run.most, sums=tried["sums"], costs=costs,
         tests=tried["tests"].setdefault(run.claim, []), measure=measure, kept=kept,
         say=lambda name: log.say(budgeted.words(search, run.target, name)),
-        flips=flips if asked else None, allowed_flips=run.allowed_flips,
+        flips=flips if asked else None, allowed_flips=written.share("flips", run.flips),
     )  # fmt: skip
+
+    def keep_best() -> None:
+        """As the model of the run directory; until one is accepted that is the first model."""
+        if not search.best:
+            saved.save(log.folder, {OWN: Saved(dense, about)}, tokens)
+            return
+        made(search.best["name"])
+        with run_directory.whole(log.folder / OWN) as partial:
+            shutil.copy(file(search.best["name"]), partial)
+
     for text in texts:
         search.read(FIRST, text)
-    costs[FIRST] = 1.0 if run.target == "latency" else cost_of(run, dense, dense)
-    if search.best:
-        made.keep_best(search.best["name"])
-    else:
-        saved.save(log.folder, {OWN: Saved(dense, about)}, tokens)
+    costs[FIRST] = cost_of(run, dense, dense)
+    keep_best()
     unseen = search.read(FIRST, UNSEEN)
     log.say(f"{run.model}: {quality.words(quality.bits_per_byte(unseen))} bits per byte of unseen text")
-    facts = [*protocol(run, score, texts, context, unseen), *rows.cautions(run.model, about, held[1].known)]
     names = sorted(run.parts, key=lambda name: 2 * trains(run.steps_of(name)) + calibrates(run.steps_of(name)))
     while left() > 0:
         until, before = time.monotonic() + MAKING * left(), len(costs)
-        for name in (name for name in names if name not in costs and name not in tried["problems"]):
+        for name in (name for name in names if name not in costs and name not in problems):
             if time.monotonic() < until:
                 make(name)
         least = min(costs, key=costs.get)
@@ -295,71 +298,45 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles) ->
         for test in search.accept():
             log.say(budgeted.tested(test, run.allowed))
             if search.best is test:
-                made.keep_best(test["name"])
+                keep_best()
         for name in costs.keys() - {*on, (search.best or {}).get("name")}:
-            made.file(name).unlink(missing_ok=True)
-        log.results(facts, rows=budgeted.rows(search, run.target), tests=search.tests, best=search.best)
+            file(name).unlink(missing_ok=True)
         new = [name for name in between([*costs.keys() - {FIRST}], search.good) if is_chain(name)]
         if len(costs) == before and not new:
             break
         names = [*run.parts, *new]
-    log.say(budgeted.outcome(search, run.target))
-    listed = budgeted.rows(search, run.target)
-    checked = check(run, made, search.best["name"], score, log.say) if run.check and search.best else None
-    log.results(facts, rows=listed, tests=search.tests, best=search.best, check=checked)
+    outcome = budgeted.outcome(search, run.target)
+    log.say(outcome)
+    listed, checked = budgeted.rows(search, run.target), None
+    if run.check and search.best:
+        third = dataset.to_score(run.check, "", about, tokens, dataset.cache(), run.strict)
+        here = [prepared(made(name)) for name in (search.best["name"], FIRST)]
+        pair = [scoring.measure({"": model}, third, tokens, score, model)[""] for model in here]
+        checked = budgeted.checked(third.name, *pair, run.allowed, RESAMPLINGS)
+        log.say(f"{search.best['name']} {checked['words']}")
+    facts = [*protocol(texts, score, context, unseen), *rows.cautions(run.model, about, held[1].known)]
+    log.results(facts, rows=listed, tests=search.tests, best=search.best, check=checked, claim=run.claim, seed=run.seed)
     whole = Table(caption="By cost; loss over the first model's.", columns=budgeted.columns(run.target), rows=listed)
-    table.show(listed, [budgeted.outcome(search, run.target), *facts], whole.columns)
-    title = f"{run.model}: {'the least loss' if run.bytes else f'the least {run.target}'} {run.claim}"
-    section = Section("Candidates", [budgeted.front(listed, run.target), whole], budgeted.outcome(search, run.target))
-    log.report(facts, title=title, sections=[section], made={"seed": run.seed})
+    table.show(listed, [outcome, *facts], whole.columns)
+    section = Section("Candidates", [budgeted.front(listed, run.target), whole], outcome)
+    log.report(facts, title=f"{run.model}: {run.claim}", sections=[section], made={"seed": run.seed})
 
 
-def is_chain(name: str) -> bool:
-    """Whether there is such a setting: there are no 3.5 bits."""
-    try:
-        return bool(grammar.chain(name))
-    except InputError:
-        return False
-
-
-def protocol(run: Run, score: Scoring, texts: dict[str, Any], context: Context, unseen: Quality) -> list[str]:
+def protocol(texts: dict[str, Any], score: Scoring, context: Context, unseen: Quality) -> list[str]:
     """What is said of the figures. unseen: of the first model on the acceptance text."""
-    selection = sum(len(text) for name, text in texts.items() if name != UNSEEN)
-    read = context.calibration
-    out = [f"Unseen text: {scoring.protocol(texts[UNSEEN], score, unseen)}."]
-    out.append(f"Selection: {selection} documents of the validation split, of which candidates read ever more.")
+    selection, read = sum(len(text) for name, text in texts.items() if name != UNSEEN), context.calibration
+    out = [
+        f"Unseen text: {scoring.protocol(texts[UNSEEN], score, unseen)}.",
+        f"Selection: {selection} documents of the validation split, of which candidates read ever more.",
+    ]
     if read:
-        rows_, length = read["inputs"].shape
-        share = overlap.share(read, itertools.islice(texts[UNSEEN], None))
-        out.append(
-            f"Calibration: {rows_} rows of {length} tokens of the training split; {share:.2%} of the "
-            f"{overlap.LENGTH}-token sequences of the unseen text are in them too."
-        )
-    out.append(
-        "Accepted: the upper end of a one-sided interval of the loss over the first model's, paired over documents "
-        f"(Student's t). The chance that any candidate is accepted wrongly is {acceptance.CHANCE:.0%}: test j has the "
-        "share 1 / (j (j + 1)) of it, and what it accepts hands its share on (fallback procedure). That holds for text "
-        "such as the unseen documents, drawn like them."
-    )
-    return out
-
-
-def check(run: Run, made: Candidates, name: str, score: Scoring, say: Callable[[str], None]) -> dict[str, Any]:
-    """The accepted model on a third text: the increase, and in how many resamplings of its documents it is within what
-    was allowed."""
-    loaded, times = made.loaded, 20
-    text = dataset.to_score(run.check, "", loaded.about, loaded.tokenizer, dataset.cache(), run.strict)
-    models = [prepared(made(each)) for each in (name, FIRST)]
-    read = lambda model: scoring.measure({"": model}, text, loaded.tokenizer, score, model)[""]
-    own, first = map(read, models)
-    increase = quality.relative_increase(own, first)
-    share = acceptance.held(own, first, run.allowed, times)
-    said = budgeted.percent(*increase)
-    say(
-        f"{name} on {text.name}: loss {said}, within what is allowed in {share:.0%} of {times} resamplings of documents"
-    )
-    return {"text": text.name, "increase": increase, "documents": len(own.bits), "held": share, "resamplings": times}
+        rows, length = read["inputs"].shape
+        held = overlap.words(overlap.share(read, texts[UNSEEN]), "the unseen text")
+        out.append(f"Calibration: {rows} rows of {length} tokens of the training split. {held}")
+    return [*out, acceptance.PROTOCOL]
 
 
 if __name__ == "__main__":
-    launch(main, __doc__, run=Run(), calibration=Calibration(rows=32, length=256), score=Scoring(), task=TaskFiles())
+    launch(
+        main, __doc__, run=Run(), calibration=Calibration(rows=32, length=256), score=Scoring(), task=TaskFiles(),
+    )  # fmt: skip

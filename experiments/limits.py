@@ -27,18 +27,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from efflm import api, ops, user_cache
 from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
-from efflm.cli.subject import Subject
 from efflm.compress import grammar, recipe
-from efflm.compress.distill import Distill
-from efflm.compress.finetune import Finetune
-from efflm.compress.step import Calibration, Context, Step, digest, reads_text, trains
-from efflm.config import at_home, flag, require, require_positive, require_seed
+from efflm.compress.step import Calibration, Context, digest, reads_text, trains
+from efflm.config import at_home, flag, require, require_positive
 from efflm.data import corpora, dataset, overlap
 from efflm.evaluate import limits, probes, quality, scoring, task_files, tasks
 from efflm.evaluate.limits import Targets
@@ -48,13 +44,14 @@ from efflm.formats import saved, sources
 from efflm.formats.saved import Saved
 from efflm.formats.sources import OWN, Loaded
 from efflm.model import LanguageModel
-from efflm.parallel import meshes, sharding
+from efflm.parallel import meshes
 from efflm.report import compared, limited, numbers, page, rows, table
 from efflm.report.journal import Journal
 from efflm.report.page import Section
 from efflm.report.rows import Row
 from efflm.report.tasks import READING
 from efflm.train import callbacks, metrics
+from experiments.budget import Making, prepared
 
 CURVES = {"text trained on": "trained_loss", "calibration text": "calibration_loss", "held-out text": "held_out_loss"}
 COUNTED = 1 << 14  # rows of the training text in which tokens are counted, at most
@@ -63,7 +60,7 @@ RARE = 200  # words to draw the rare ones from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run(Subject):
+class Run(Making):
     """The run"""
 
     chains: str = flag("w8a8 gptq@4 wanda@0.5 width@0.3,distill", "chains with spaces between them, or a .toml file")
@@ -71,26 +68,12 @@ class Run(Subject):
     matrix: bool = flag(False, "make each chain that reads text from each domain too")
     tasks: tuple[str, ...] = flag((), task_files.ASKED)
     probes: int = flag(64, "items of each generated task")
-    steps: int = flag(100, "optimizer steps of distill and finetune")
-    learning_rate: float = flag(5e-4, "peak learning rate of both")
-    batch: int = flag(8, "sequences in a training batch")
-    length: int = flag(256, "tokens in each")
-    seed: int = flag(0, "seed of batches, of the calibration text and of generated tasks")
     run_dir: str = flag(str(run_directory.ROOT / "limits"), "where everything is written", path=True)
 
     def __post_init__(self):
-        require_seed(self.seed)
-        require_positive(self, "probes", "steps", "learning_rate", "batch", "length")
-        require(bool(self.parts), f"chains is {self.chains!r}: give at least one")
-        _ = self.pairs, [self.steps_of(name) for name in self.parts]
-
-    @property
-    def parts(self) -> dict[str, list[str]]:
-        return grammar.parts(self.chains)
-
-    def steps_of(self, name: str) -> tuple[Step, ...]:
-        usual = {"steps": self.steps, "learning_rate": self.learning_rate}
-        return grammar.steps_of(self.parts[name], {Distill: usual, Finetune: usual})
+        super().__post_init__()
+        require_positive(self, "probes")
+        _ = self.pairs  # which checks them
 
     @property
     def pairs(self) -> dict[str, str]:
@@ -116,15 +99,10 @@ class Maker:
 
     @functools.cache  # noqa: B019 (there is one Maker, until the program ends)
     def context(self, source: str) -> Context:
-        run, dense, tokens = self.run, self.loaded.model, self.loaded.tokenizer
-        steps = [step for name in run.parts for step in run.steps_of(name)]
-        context = api.context_for(
-            steps, source, dataset.cache(), dense, tokens, batch=run.batch, length=run.length,
-            calibration=self.calibration, seed=run.seed, lower=api.FLAGS, strict=run.strict,
-        )  # fmt: skip
-        if not trains(steps):
+        run, context = self.run, self.run.context(source, self.loaded, self.calibration)
+        if not context.batches:
             return context
-        held_out = prepared(run, self.loaded, source).validation_batches(run.batch, 2)
+        held_out = tokenized(run, self.loaded, source).validation_batches(run.batch, 2)
         batches = {"trained_loss": [context.batches(0)], "held_out_loss": held_out}
         if context.calibration:
             some = {name: array[: run.batch, : run.length] for name, array in context.calibration.items()}
@@ -151,7 +129,7 @@ class Maker:
         return saved.once(folder / OWN, self.loaded.tokenizer, context.mesh, make)
 
 
-def prepared(run: Run, loaded: Loaded, source: str) -> dataset.Dataset:
+def tokenized(run: Run, loaded: Loaded, source: str) -> dataset.Dataset:
     """A corpus in the tokens of the model."""
     return dataset.prepare(
         source, dataset.cache(), vocabulary=loaded.model.config.vocabulary, batch=run.batch, tokenizer=loaded.tokenizer,
@@ -192,7 +170,7 @@ def overlaps(read: Any, texts: dict[str, Any], score: Scoring, say: Callable[[st
     found = {name: overlap.share(read, documents(text)) for name, text in texts.items()} if read else {}
     for name, share in found.items():
         if share > MUCH:
-            say(f"warning: {share:.1%} of the {overlap.LENGTH}-token sequences of {name} are in the calibration text")
+            say(f"warning: {overlap.words(share, name)}")
     return found
 
 
@@ -211,16 +189,15 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles) ->
     unbroken = any(text.unbroken for text in texts.values())
     score = score.within(dense.config.max_length, about.get("train.length", 0), unbroken)
     make, domain = Maker(run, loaded, calibration), next(iter(texts))
-    here = lambda model: ops.prepare(sharding.on_one_device(model), jax.default_backend())
     made = {first: dense}
     for name in run.parts:
         made[name] = make(name, source)
         log.say(f"{name}: made")
-    models, seen = {name: here(model) for name, model in made.items()}, {}
+    models, seen = {name: prepared(model) for name, model in made.items()}, {}
     for name, text in texts.items():
         seen[name] = read(models, text, tokens, score)
         log.say(f"{name}: {text.name} read by {len(models)} models")
-    text = prepared(run, loaded, source).train
+    text = tokenized(run, loaded, source).train
     counts = np.bincount(text[:COUNTED]["targets"].ravel(), minlength=dense.config.vocabulary)
     made_up = probes.tasks(probes.rare_words(tokens, counts, RARE), run.probes, run.seed)
     answered = tasks.answering([*asked, *made_up], tokens, models[first])(models)
@@ -229,15 +206,12 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles) ->
     context = make.context(source)
     shares = overlaps(context.calibration, texts, score, log.say)
     found = {name: curves(make.folder(name, source)) for name in run.parts if trains(run.steps_of(name))}
-    grids = matrix(run, make, texts, score, here, log.say) if run.matrix else {}
+    grids = matrix(run, make, texts, score, log.say) if run.matrix else {}
     facts = [
         f"Quality: {scoring.protocol(texts[domain], score, seen[domain].quality(first))}. Divergence: from {first}.",
         f"Places, frequency and confidence: of {domain}. Made from the training split of {corpora.name_of(source)}; "
         f"tokens are counted in {min(COUNTED, len(text)):,} rows of it.",
-        *(
-            f"{share:.2%} of the {overlap.LENGTH}-token sequences of {name} are in the calibration text."
-            for name, share in shares.items()
-        ),
+        *(overlap.words(share, name) for name, share in shares.items()),
         *rows.cautions(run.model, about, texts[domain].known),
     ]
     order = None
@@ -269,17 +243,17 @@ def curves(folder: Path) -> dict[str, Any]:
     return {text: [each.tolist() for each in pair] for text, pair in found.items() if len(pair[0])}
 
 
-def matrix(
-    run: Run, make: Maker, texts: dict[str, Any], score: Scoring, here: Callable[..., Any], say: Callable[[str], None]
-) -> dict[str, Any]:
+def matrix(run: Run, make: Maker, texts: dict[str, Any], score: Scoring, say: Callable[[str], None]) -> dict[str, Any]:
     """{chain: {domain that it was made from: {test domain: bits per byte over the first model, and its error}}}."""
     loaded, out = make.loaded, {}
-    tests = {name: scoring.against(here(loaded.model), text, loaded.tokenizer, score) for name, text in texts.items()}
-    before = {name: test(here(loaded.model)) for name, test in tests.items()}
+    tests = {
+        name: scoring.against(prepared(loaded.model), text, loaded.tokenizer, score) for name, text in texts.items()
+    }
+    before = {name: test(prepared(loaded.model)) for name, test in tests.items()}
     for chain in (chain for chain in run.parts if reads_text(run.steps_of(chain))):
         out[chain] = {}
         for domain, source in run.pairs.items():
-            model = here(make(chain, source))
+            model = prepared(make(chain, source))
             over = {name: quality.paired_difference(test(model), before[name]) for name, test in tests.items()}
             out[chain][domain] = over
             say(

@@ -45,6 +45,10 @@ class Text:
     def __len__(self) -> int:
         return len(self.parts)
 
+    def part(self, start: int, end: int) -> "Text":
+        """Some of the documents."""
+        return dataclasses.replace(self, parts=self.parts[start:end], sizes=self.sizes[start:end])
+
     def __iter__(self) -> Iterator[Iterator[int]]:
         return (itertools.chain.from_iterable(ids for ids, _ in self.encode(part)) for part in self.parts)
 

@@ -30,3 +30,7 @@ def share(calibration: Mapping[str, np.ndarray], documents: Iterable[Iterable[in
         numbers = _numbers(np.fromiter(document, np.int64))
         found, total = found + int(np.isin(numbers, whole).sum()), total + len(numbers)
     return found / total if total else 0.0
+
+
+def words(share: float, name: str) -> str:
+    return f"{share:.2%} of the {LENGTH}-token sequences of {name} are in the calibration text too."

@@ -16,6 +16,11 @@ from scipy import special
 from efflm.evaluate.quality import Figure, Quality
 
 CHANCE = 0.05  # that any candidate is accepted that loses more than is allowed
+PROTOCOL = (
+    "Accepted: the upper end of a one-sided interval of the loss over the first model's, paired over documents, by "
+    f"Student's t. The chance that a candidate is accepted wrongly is {CHANCE:.0%}: test j has 1 / (j (j + 1)) of it, "
+    "and what it accepts hands its share on (fallback procedure). That holds for documents drawn like the unseen ones."
+)
 PLAUSIBLE = 2.0  # standard errors by which a candidate may miss what is allowed and still be given more text
 
 

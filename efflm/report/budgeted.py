@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from efflm.evaluate import quality
+from efflm.evaluate import acceptance, quality
+from efflm.evaluate.quality import Quality
 from efflm.evaluate.search import FIRST, Search
 from efflm.report import numbers, plots
 from efflm.report.plots import Chart, Point
@@ -55,6 +56,14 @@ def outcome(search: Search, target: str) -> str:
         f"the best accepted is {best['name']}: {cost(target, search.costs[best['name']])}, "
         f"loss {percent(*best['increase'])} on unseen text, below {percent(best['bound'])}"
     )
+
+
+def checked(text: str, own: Quality, first: Quality, allowed: float, times: int) -> dict[str, Any]:
+    """The accepted model on a third text: the increase, and in how many resamplings of its documents it is within what
+    was allowed."""
+    increase, share = quality.relative_increase(own, first), acceptance.held(own, first, allowed, times)
+    said = f"on {text}: loss {percent(*increase)}, within what is allowed in {share:.0%} of {times} resamplings"
+    return {"words": said, "increase": increase, "documents": len(own.bits), "held": share, "resamplings": times}
 
 
 def rows(search: Search, target: str) -> list[Row]:

@@ -233,5 +233,5 @@ def _table(console: Console, rows: Sequence[Any], shown: Columns) -> None:
     for index, label in enumerate(labels(shown)):
         table.add_column(label, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(beside.join(filter(None, column.pair(row))) for column in shown))
+        table.add_row(*(Text(beside.join(filter(None, column.pair(row)))) for column in shown))
     console.print(table)

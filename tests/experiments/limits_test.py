@@ -79,7 +79,7 @@ def test_text_that_calibration_has_seen_is_warned_of(capsys):
     said = []
     shares = limits.overlaps(read, {"same": [range(40)], "other": [range(50, 90)]}, Scoring(), said.append)
     assert shares == {"same": 1.0, "other": 0.0}
-    assert said == ["warning: 100.0% of the 13-token sequences of same are in the calibration text"]
+    assert said == ["warning: 100.00% of the 13-token sequences of same are in the calibration text too."]
 
 
 def test_bad_input_is_one_line(folder, tmp_path, capsys):
