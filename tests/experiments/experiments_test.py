@@ -340,7 +340,7 @@ def test_several_recipes_in_one_report(trained, corpus, tmp_path):
     assert set(results["records"]) == set(names)
     page = (out / "report.html").read_text()
     assert "windows of 32 tokens" in page
-    assert "of the original's loss" in page
+    assert "of the original's loss" in html.unescape(page)
     assert page.count('class="detail"') == 4
     assert "training loss" in page  # of the student
     assert "--recipe=depth[layers=1,init=random],finetune[steps=3]" in html.unescape(page).replace("'", "")
