@@ -1,0 +1,1 @@
+"""The claims that experiments.claims tests: each a few lines over the library."""
