@@ -23,6 +23,7 @@ WORDS = {
     "prompt", "system", "stop", "peer", "scope", "pattern", "hardware", "coordinator", "wandb",
     "format", "kind", "push",  # of an export
     "loss", "flips", "bytes",  # of a budget
+    "claims", "budget", "row",  # of claims
     "domains", "models",  # several that hold paths: see below
 }  # fmt: skip
 
