@@ -17,7 +17,7 @@ from efflm.model import Branches, LanguageModel, require_same_tokenizer
 
 BLOCK = 2048  # tokens that are read at a time
 ROUNDED = 16  # tokens and sequences of a block are a multiple of this
-TARGETS = 256  # tokens that are scored at a time
+TARGETS = 128  # tokens that are scored at a time
 
 Request = tuple[Sequence[int], Sequence[Sequence[int]]]  # ids of a context and of each continuation, none of them empty
 Group = tuple[list[int], list[tuple[int, list[int]]]]  # what is read first, and continuations with their numbers
