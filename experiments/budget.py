@@ -301,7 +301,8 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles) ->
                 keep_best()
         for name in costs.keys() - {*on, (search.best or {}).get("name")}:
             file(name).unlink(missing_ok=True)
-        new = [name for name in between([*costs.keys() - {FIRST}], search.good) if is_chain(name)]
+        read = [name for name in costs if name != FIRST and search.sums.get(name)]
+        new = [name for name in between(read, search.good) if is_chain(name)]
         if len(costs) == before and not new:
             break
         names = [*run.parts, *new]

@@ -160,7 +160,7 @@ def row_of(name: str, model: LanguageModel, seen: dict[str, Targets], first: str
         "by_frequency": limits.by_frequency(seen[domain], name, counts),
         "calibration": {"error": error} | ({"difference": difference} if difference else {}),
     }
-    groups = {each: limited.json(figures) for each, figures in groups.items()}
+    groups = {each: limited.told(figures) for each, figures in groups.items()}
     return dataclasses.replace(shown.but(domains=figures, **groups), note=note)
 
 
@@ -219,7 +219,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles) ->
         accuracy = [np.mean([row.tasks[each.name]["accuracy"] for each in asked]) for row in listed]
         order = limits.rank_correlation([-row.bits_per_byte for row in listed], accuracy)
         facts.append(f"Loss and accuracy rank the models alike by {order:.2f} (Spearman)." if order is not None else "")
-    log.results(facts, rows=listed, overlap=shares, curves=found, domains=grids, rank_correlation=order)
+    log.results(facts, rows=listed, overlap=shares, curves=found, domains=grids, rank_correlation=order, seed=run.seed)
     grouped = limited.tables(listed)
     answers = [compared.of_task(listed, each) for each in listed[0].tasks]
     table.show(listed, facts)
@@ -245,20 +245,17 @@ def curves(folder: Path) -> dict[str, Any]:
 
 def matrix(run: Run, make: Maker, texts: dict[str, Any], score: Scoring, say: Callable[[str], None]) -> dict[str, Any]:
     """{chain: {domain that it was made from: {test domain: bits per byte over the first model, and its error}}}."""
-    loaded, out = make.loaded, {}
-    tests = {
-        name: scoring.against(prepared(loaded.model), text, loaded.tokenizer, score) for name, text in texts.items()
-    }
-    before = {name: test(prepared(loaded.model)) for name, test in tests.items()}
+    dense, tokens, out = prepared(make.loaded.model), make.loaded.tokenizer, {}
+    tests = {name: scoring.against(dense, text, tokens, score) for name, text in texts.items()}
+    before = {name: test(dense) for name, test in tests.items()}
     for chain in (chain for chain in run.parts if reads_text(run.steps_of(chain))):
         out[chain] = {}
         for domain, source in run.pairs.items():
             model = prepared(make(chain, source))
             over = {name: quality.paired_difference(test(model), before[name]) for name, test in tests.items()}
+            shown = ", ".join(f"{name} {value:+.4f}" for name, (value, _) in over.items())
+            say(f"{chain} made from {domain}: {shown}")
             out[chain][domain] = over
-            say(
-                f"{chain} made from {domain}: " + ", ".join(f"{name} {value:+.4f}" for name, (value, _) in over.items())
-            )
     return out
 
 

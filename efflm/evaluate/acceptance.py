@@ -21,7 +21,9 @@ PROTOCOL = (
     f"Student's t. The chance that a candidate is accepted wrongly is {CHANCE:.0%}: test j has 1 / (j (j + 1)) of it, "
     "and what it accepts hands its share on (fallback procedure). That holds for documents drawn like the unseen ones."
 )
-PLAUSIBLE = 2.0  # standard errors by which a candidate may miss what is allowed and still be given more text
+# Standard errors by which a candidate may miss what is allowed and still be given more text, and by which it must keep
+# to that on the selection text to be tested.
+PLAUSIBLE = 2.0
 
 
 def level(accepted: Sequence[bool], chance: float = CHANCE) -> float:
@@ -70,7 +72,7 @@ def promising(costs: Sequence[float], increases: Sequence[Figure], allowed: floa
 def held(first: Quality, before: Quality, allowed: float, times: int = 20, seed: int = 0) -> float:
     """The share of resamplings of the documents, drawn with replacement, in which the increase is at most `allowed`."""
     drawn = np.random.default_rng(seed).integers(0, len(before.bits), (times, len(before.bits)))
-    more, base = (quality_bits[drawn].sum(axis=1) for quality_bits in (first.bits, before.bits))
+    more, base = (bits[drawn].sum(axis=1) for bits in (first.bits, before.bits))
     return float(np.mean(more / base - 1 <= allowed))
 
 

@@ -9,7 +9,7 @@ from efflm.evaluate.quality import Quality
 from efflm.evaluate.search import FIRST, Search
 from efflm.report import numbers, plots
 from efflm.report.plots import Chart, Point
-from efflm.report.rows import Row
+from efflm.report.rows import Row, with_errors
 from efflm.report.table import figure
 
 TARGETS = {  # of each, what it is, how it is written, and the unit of an axis
@@ -68,19 +68,16 @@ def checked(text: str, own: Quality, first: Quality, allowed: float, times: int)
 
 def rows(search: Search, target: str) -> list[Row]:
     """The first model, and the candidates that have read selection text, by what they cost."""
-    tests, out = {test["name"]: test for test in search.tests}, []
-    for name in sorted(search.costs.keys() & search.sums.keys(), key=search.costs.get):
-        increase, selected = search.increase(name), search.selected(name)
-        test = tests.get(name, {"increase": None, "bound": None, "accepted": False, "level": None})
-        tried = "accepted" if test["accepted"] else "refused" if test["bound"] is not None else "not tested"
-        unseen = test["increase"] or (None, None)
-        figures = {"cost": search.costs[name], "documents": len(selected[0].bits)}
-        figures |= {"verdict": "the first model" if name == FIRST else tried}
-        figures |= {"increase": increase[0], "increase_stderr": increase[1], "unseen": unseen[0]}
-        figures |= {"unseen_stderr": unseen[1], "bound": test["bound"], "level": test["level"]}
-        over = quality.paired_difference(*selected)
-        figures |= {"bits_per_byte_increase": over[0], "bits_per_byte_increase_stderr": over[1]}
-        out.append(Row(name, figures))
+    tests, out = {test["name"]: test for test in search.tests if test["increase"]}, []
+    for name in sorted((name for name in search.costs if search.sums.get(name)), key=search.costs.get):
+        own, first = search.selected(name)
+        test = tests.get(name, {"increase": (None, None), "bound": None, "level": None, "accepted": None})
+        verdict = {True: "accepted", False: "refused", None: "the first model" if name == FIRST else "not tested"}
+        figures = {"cost": search.costs[name], "documents": len(own.bits), "verdict": verdict[test["accepted"]]}
+        figures |= {each: test[each] for each in ("bound", "level")}
+        over = {"increase": search.increase(name), "unseen": test["increase"]}
+        over |= {"bits_per_byte_increase": quality.paired_difference(own, first)}
+        out.append(Row(name, figures | with_errors(over)))
     return out
 
 
@@ -101,13 +98,12 @@ def columns(target: str) -> list[Any]:
 def front(found: list[Row], target: str) -> Chart:
     """Loss on the selection text against the target, and which candidates no other beats in both."""
     unit, form, scale = TARGETS[target]
-    first = [row for row in found if row.name == FIRST]
     points = [
         Point(
             row.name, row.cost / scale, row.bits_per_byte_increase, row.bits_per_byte_increase_stderr,
             f"{row.name}: {form(row.cost)} {unit}, loss {percent(row.increase, row.increase_stderr)}, {row.verdict}",
         )
-        for row in [*first, *(row for row in found if row.name != FIRST)]
+        for row in sorted(found, key=lambda row: row.name != FIRST)
     ]  # fmt: skip
     drawn, best = plots.tradeoff(points, unit)
     listed = f"Loss on the selection text. Not beaten there: {', '.join(each.name for each in best)}."

@@ -14,7 +14,7 @@ from efflm.report.table import Column, figure, of_texts
 Grid = Mapping[str, Figure]  # {test text: figure}
 
 
-def json(groups: Mapping[str, Figure]) -> dict[str, dict[str, float | None]]:
+def told(groups: Mapping[str, Figure]) -> dict[str, dict[str, float | None]]:
     """Figures by group, as a row has them."""
     return {group: {"value": value, "stderr": error} for group, (value, error) in groups.items()}
 
@@ -53,9 +53,9 @@ def tables(rows: Sequence[Row]) -> dict[str, page.Table]:
 def domains(grids: Mapping[str, Mapping[str, Grid]], of: str = "") -> page.Table:
     """A row for each chain and text that it was made from; columns: of each test text. grids: {chain: {text: {test
     text: bits per byte over the first model, and the error}}}. of: which run."""
-    told = lambda over: {test: with_errors({"bits_per_byte_increase": each}) for test, each in over.items()}
-    found = [(chain, text, told(over)) for chain, grid in grids.items() for text, over in grid.items()]
-    rows = [Row(chain, {"text": text, "domains": over}) for chain, text, over in found]
+    increase = lambda over: {test: with_errors({"bits_per_byte_increase": each}) for test, each in over.items()}
+    found = [(chain, text, over) for chain, grid in grids.items() for text, over in grid.items()]
+    rows = [Row(chain, {"text": text, "domains": increase(over)}) for chain, text, over in found]
     columns = [figure("chain", "name", str), figure("made from", "text", str), *of_texts(rows)]
     caption = f"{of}Bits per byte over the first model, by the text that a chain is made from and the test text."
     return page.Table(caption=caption, columns=columns, rows=rows)
