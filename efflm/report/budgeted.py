@@ -12,10 +12,10 @@ from efflm.report.plots import Chart, Point
 from efflm.report.rows import Row, with_errors
 from efflm.report.table import figure
 
-TARGETS = {  # of each, what it is, how it is written, and the unit of an axis
-    "bytes": ("MB on disk", numbers.megabytes, 1e6),
-    "memory": ("MB in memory", numbers.megabytes, 1e6),
-    "latency": ("times the first model's time", "{:.2f}".format, 1.0),
+TARGETS = {  # of each, its figure, what that is, how it is written, and the unit of an axis
+    "bytes": ("bytes", "MB on disk", numbers.megabytes, 1e6),
+    "memory": ("resident_bytes", "MB in memory", numbers.megabytes, 1e6),
+    "latency": ("time_ratio", "times the first model's time", "{:.2f}".format, 1.0),
 }
 
 
@@ -24,7 +24,7 @@ def percent(value: float, error: float | None = None) -> str:
 
 
 def cost(target: str, value: float) -> str:
-    unit, form, _ = TARGETS[target]
+    _, unit, form, _ = TARGETS[target]
     return f"{form(value)} {unit}"
 
 
@@ -73,35 +73,35 @@ def rows(search: Search, target: str) -> list[Row]:
         own, first = search.selected(name)
         test = tests.get(name, {"increase": (None, None), "bound": None, "level": None, "accepted": None})
         verdict = {True: "accepted", False: "refused", None: "the first model" if name == FIRST else "not tested"}
-        figures = {"cost": search.costs[name], "documents": len(own.bits), "verdict": verdict[test["accepted"]]}
-        figures |= {each: test[each] for each in ("bound", "level")}
-        over = {"increase": search.increase(name), "unseen": test["increase"]}
+        figures = {TARGETS[target][0]: search.costs[name], "documents": len(own.bits)}
+        figures |= {"verdict": verdict[test["accepted"]], "bound_share": test["bound"], "level": test["level"]}
+        over = {"selection_share": search.increase(name), "unseen_share": test["increase"]}
         over |= {"bits_per_byte_increase": quality.paired_difference(own, first)}
         out.append(Row(name, figures | with_errors(over)))
     return out
 
 
 def columns(target: str) -> list[Any]:
-    unit, form, _ = TARGETS[target]
+    name, unit, form, _ = TARGETS[target]
     signed = lambda value, error: numbers.percent(value, error, sign=True)
     return [
         figure("candidate", "name", str),
-        figure(unit, "cost", form),
-        figure("loss, selection text", "increase", signed, "increase_stderr"),
+        figure(unit, name, form),
+        figure("loss, selection text", "selection_share", signed, "selection_share_stderr"),
         figure("documents", "documents", str),
-        figure("loss, unseen text", "unseen", signed, "unseen_stderr"),
-        figure("at most", "bound", percent),
+        figure("loss, unseen text", "unseen_share", signed, "unseen_share_stderr"),
+        figure("at most", "bound_share", percent),
         figure("verdict", "verdict", str),
     ]
 
 
 def front(found: list[Row], target: str) -> Chart:
     """Loss on the selection text against the target, and which candidates no other beats in both."""
-    unit, form, scale = TARGETS[target]
+    name, unit, _, scale = TARGETS[target]
     points = [
         Point(
-            row.name, row.cost / scale, row.bits_per_byte_increase, row.bits_per_byte_increase_stderr,
-            f"{row.name}: {form(row.cost)} {unit}, loss {percent(row.increase, row.increase_stderr)}, {row.verdict}",
+            row.name, row.at(name) / scale, row.bits_per_byte_increase, row.bits_per_byte_increase_stderr,
+            f"{row.name}: {cost(target, row.at(name))}, loss {percent(row.selection_share)}, {row.verdict}",
         )
         for row in sorted(found, key=lambda row: row.name != FIRST)
     ]  # fmt: skip

@@ -77,7 +77,7 @@ def test_what_learned_the_selection_text_by_heart_is_refused_and_a_search_goes_o
     found = run(words, out, "--loss=2%", chains, f"--check={words / 'text'}")
     tests, rows = {test["name"]: test for test in found["tests"]}, {row["name"]: row for row in found["rows"]}
     learned = tests["memorize,w8a16"]
-    assert rows["memorize,w8a16"]["increase"] < -0.2  # it looks far better than the first model
+    assert rows["memorize,w8a16"]["selection_share"] < -0.2  # it looks far better than the first model
     assert found["tests"][0] is learned
     assert learned["increase"][0] > 0.02
     assert not learned["accepted"]
