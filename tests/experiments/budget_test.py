@@ -8,14 +8,15 @@ import pytest
 
 from efflm import trees
 from efflm.cli.flags import launch
-from efflm.compress import recipe
+from efflm.compress import grammar, recipe
 from efflm.compress.finetune import Finetune
 from efflm.compress.step import Calibration, Context
 from efflm.config import InputError
 from efflm.config.train import TrainSettings
 from efflm.data import dataset
-from efflm.evaluate import scoring, windows
+from efflm.evaluate import scoring, throughput, windows
 from efflm.evaluate.task_files import TaskFiles
+from efflm.evaluate.throughput import Rate
 from efflm.evaluate.windows import Scoring
 from efflm.formats import efflm_file
 from efflm.parallel import meshes
@@ -145,3 +146,20 @@ def test_bad_input_is_refused(fields, message):
 def test_shares_and_bytes_as_they_are_written():
     assert budget.Run(loss="0.5%").allowed == budget.Run(loss="0.005").allowed == pytest.approx(0.005)
     assert budget.Run(bytes="60MB").most == budget.Run(bytes="0.06 GB").most == 60e6
+
+
+def test_what_is_to_be_small(monkeypatch):
+    model = tiny.model()
+    (small, _) = recipe.apply(model, grammar.chain("w8a16"), Context(mesh=meshes.make_mesh()))
+    of = lambda target, each: budget.cost_of(budget.Run(target=target, context_length=32), each, model)
+    assert of("bytes", model) == trees.nbytes(model.params)
+    cache = 2 * 2 * 2 * 8 * 32 * 4  # keys and values of two layers, two heads of 8, 32 positions, float32
+    assert of("memory", model) == trees.nbytes(model.params) + cache
+    assert cache < of("memory", small) < 0.5 * of("memory", model)
+    rate = lambda *rounds: Rate(0.0, 0.0, 0.0, rounds)
+    timing = throughput.protocol_for(model)
+    rates = {"": (rate(64.0, 32.0), rate(16.0, 16.0)), budget.FIRST: (rate(32.0, 16.0), rate(8.0, 8.0))}
+    monkeypatch.setattr(throughput, "rates", lambda models, timing: (rates, None))
+    assert (timing.prompt, timing.new) == (64, 48)
+    assert of("latency", small) == pytest.approx(0.5)
+    assert of("latency", model) == 1.0
