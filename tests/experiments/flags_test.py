@@ -24,6 +24,7 @@ WORDS = {
     "format", "kind", "push",  # of an export
     "loss", "flips", "bytes",  # of a budget
     "claims", "budget", "row",  # of claims
+    "host",  # of a server
     "domains", "models",  # several that hold paths: see below
 }  # fmt: skip
 
