@@ -40,7 +40,7 @@ class Run:
     max_tokens: int = flag(1024, "tokens to write for one request at most")
     waiting: int = flag(32, "requests that may wait for their turn")
     draft: str = flag("", "a smaller model that proposes tokens, by the same tokenizer", path=True)
-    ahead: int = flag(4, "with --draft: tokens that it proposes at a time")
+    ahead: int = flag(4, "tokens that the draft proposes at a time")
     precision: AskedPrecision = flag("", PRECISION)
 
     def __post_init__(self):

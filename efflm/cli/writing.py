@@ -20,7 +20,7 @@ class Writing:
     seed: int = flag(0, "seed of sampling")
     stop: str = flag("", "text to end before, beside the model's own stop tokens")
     draft: str = flag("", "a smaller model that proposes tokens, by the same tokenizer", path=True)
-    ahead: int = flag(4, "with --draft: tokens that it proposes at a time")
+    ahead: int = flag(4, "tokens that the draft proposes at a time")
     precision: AskedPrecision = flag("", PRECISION)
 
     def __post_init__(self):
