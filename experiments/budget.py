@@ -283,7 +283,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles) ->
     unseen = search.read(FIRST, UNSEEN)
     log.say(f"{run.model}: {quality.words(quality.bits_per_byte(unseen))} bits per byte of unseen text")
     names = sorted(run.parts, key=lambda name: 2 * trains(run.steps_of(name)) + calibrates(run.steps_of(name)))
-    while left() > 0:
+    while True:  # once even where no minutes are left: what is known already may be accepted
         until, before = time.monotonic() + MAKING * left(), len(costs)
         for name in (name for name in names if name not in costs and name not in problems):
             if time.monotonic() < until:
@@ -294,16 +294,16 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles) ->
             f"bytes is {run.bytes}, but the smallest candidate, {least}, takes {written.size(costs[least])}: raise it, "
             "or give smaller --chains",
         )
-        on = search.halve([name for name in costs if name != FIRST and costs[name] <= run.most])
+        search.halve([name for name in costs if name != FIRST and costs[name] <= run.most])
         for test in search.accept():
             log.say(budgeted.tested(test, run.allowed))
             if search.best is test:
                 keep_best()
-        for name in costs.keys() - {*on, (search.best or {}).get("name")}:
-            file(name).unlink(missing_ok=True)
         read = [name for name in costs if name != FIRST and search.sums.get(name)]
+        for name in {*read} - {*search.ranked(read), (search.best or {}).get("name")}:
+            file(name).unlink(missing_ok=True)
         new = [name for name in between(read, search.good) if is_chain(name)]
-        if len(costs) == before and not new:
+        if left() < 0 or (len(costs) == before and not new):
             break
         names = [*run.parts, *new]
     outcome = budgeted.outcome(search, run.target)

@@ -87,12 +87,11 @@ class Search:
         costs = [self.costs[name] for name in names]
         return [names[i] for i in acceptance.promising(costs, figures, self.allowed, self.by_loss)]
 
-    def halve(self, names: Sequence[str]) -> list[str]:
-        """Have candidates read the selection text, part by part and half as many each time. Returns who read it all."""
+    def halve(self, names: Sequence[str]) -> None:
+        """Have candidates read the selection text, part by part and half as many each time."""
         for text in map(str, range(self.parts)):
             names = [name for name in names if self.read(name, text)]
             names = self.ranked(names)[: max(FINALISTS, math.ceil(len(names) / 2))]
-        return names
 
     def accept(self) -> Iterator[dict[str, Any]]:
         """Test the best of those that have read all of the selection text, in an order that this text alone decides,
