@@ -88,9 +88,14 @@ class Run:
         return float(found[1]) * UNITS[found[2]] if found else float("inf")
 
 
+def mean(value: float, deviation: float | None) -> tuple[str, str]:
+    """Of seeds that all gave the same no deviation says how many digits count."""
+    return (f"{value:.4g}", "exactly") if deviation == 0 else numbers.with_error(value, deviation)
+
+
 COLUMNS = (
     figure("effect", "name", str),
-    figure("mean ± s.d. of seeds", "effect", numbers.signed, "effect_sd"),
+    figure("mean ± s.d. of seeds", "effect", mean, "effect_sd"),
     figure("rule", "rule", str),
     figure("detectable", "detectable", numbers.three_digits),
     figure("seeds", "seeds", str),

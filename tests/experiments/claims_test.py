@@ -220,6 +220,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, flags, messa
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_figure_that_does_not_depend_on_the_seed_is_exact():
+    assert claims.mean(2.0, 0.0) == ("2", "exactly")
+    assert claims.mean(0.5123, 0.012) == ("0.512", "± 0.012")
+    assert claims.mean(0.5123, None) == ("0.5123", "")
+
+
 def test_the_list_says_every_rule(tmp_path, capsys):
     run("--list", "--claims=8,16", f"--run_dir={tmp_path}")
     said = capsys.readouterr().out
