@@ -153,13 +153,13 @@ def stream(
 ) -> Iterator[list[list[int]]]:
     """Continue every prompt: the new ids of each sequence, first one, then up to `chunk` at a time.
 
-    A sequence ends before the first of the `stops`, or after max_tokens. Raises InputError.
+    A sequence ends with the first of the `stops`, or after max_tokens. Raises InputError.
     """
     require(max_tokens > 0, f"max_tokens is {max_tokens}, but must be positive")
     tokens_BT, lengths_B = padded(prompts, model.config, max_tokens)
     how, keys_B = sampling.arrays(), row_keys(seed, len(prompts))
     stops_K = np.pad(np.asarray(stops, np.int32), (0, bucket(len(stops) + 1) - len(stops)), constant_values=PAD_ID)
-    rows = lambda ids_BS: [[int(i) for i in row if i != PAD_ID and i not in stops] for row in np.asarray(ids_BS)]
+    rows = lambda ids_BS: [[int(i) for i in row if i != PAD_ID] for row in np.asarray(ids_BS)]
 
     def chunks() -> Iterator[list[list[int]]]:
         logits_BV, cache = prefill(model, tokens_BT, lengths_B, cache_length=bucket(int(lengths_B.max()) + max_tokens))
@@ -183,9 +183,15 @@ def generate(
     stops: Sequence[int] = (),
     seed: int = 0,
 ) -> list[list[int]]:
-    """Continue every prompt by up to max_tokens tokens, in one loop on the device: the new ids of each sequence."""
+    """Continue every prompt by up to max_tokens tokens, in one loop on the device: the new ids of each sequence, which
+    ends before the first of the `stops`."""
     out: list[list[int]] = [[] for _ in prompts]
     for new in stream(model, prompts, max_tokens, sampling, stops, seed, chunk=bucket(max_tokens)):
         for row, ids in zip(out, new, strict=True):
             row += ids
-    return out
+    return [without_stop(ids, stops) for ids in out]
+
+
+def without_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
+    """The ids without the stop token that ends them, if one does."""
+    return ids[:-1] if ids and ids[-1] in stops else ids

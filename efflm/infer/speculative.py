@@ -24,7 +24,7 @@ from jax import lax
 
 from efflm import ops
 from efflm.config import require
-from efflm.infer.generate import PAD_ID, bucket, forward, padded, prefill, row_keys, start
+from efflm.infer.generate import PAD_ID, bucket, forward, padded, prefill, row_keys, start, without_stop
 from efflm.infer.sampling import GREEDY, Sampling, probabilities
 from efflm.model import Cache, LanguageModel, require_same_tokenizer
 from efflm.parallel import sharding
@@ -207,7 +207,7 @@ def stream(
     ahead: int = 4,
     passes: int = 1,
 ) -> Iterator[tuple[list[list[int]], Statistics]]:
-    """Continue every prompt by up to max_tokens tokens, before the first of the `stops`: the new ids of each sequence,
+    """Continue every prompt by up to max_tokens tokens, up to the first of the `stops`: the new ids of each sequence,
     first one, then those of `passes` passes of the target at a time, and the statistics so far.
 
     ahead: tokens that the draft proposes for each pass. Raises InputError.
@@ -221,7 +221,7 @@ def stream(
     how, keys_B = sampling.arrays(), row_keys(seed, len(prompts))
     stops_K = np.pad(np.asarray(stops, np.int32), (0, bucket(len(stops) + 1) - len(stops)), constant_values=PAD_ID)
     room = bucket(int(lengths_B.max()) + max_tokens + ahead + 1)  # what is proposed may go beyond the limit
-    cut = lambda ids: ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]
+    cut = lambda ids: ids[: next((i for i, token in enumerate(ids, 1) if token in stops), len(ids))]
 
     def chunks() -> Iterator[tuple[list[list[int]], Statistics]]:
         logits_BV, cache = prefill(target, tokens_BT, lengths_B, cache_length=room)
@@ -264,6 +264,7 @@ def generate(
     seed: int = 0,
     ahead: int = 4,
 ) -> tuple[list[list[int]], Statistics]:
-    """`stream` in one loop on the device: all new ids of each sequence."""
+    """`stream` in one loop on the device: all new ids of each sequence, which ends before the first of the `stops`."""
     chunks = list(stream(target, draft, prompts, max_tokens, sampling, stops, seed, ahead, passes=max_tokens))
-    return [[token for rows, _ in chunks for token in rows[i]] for i in range(len(prompts))], chunks[-1][1]
+    out = [[token for rows, _ in chunks for token in rows[i]] for i in range(len(prompts))]
+    return [without_stop(ids, stops) for ids in out], chunks[-1][1]

@@ -13,9 +13,9 @@ from efflm.text import encoding
 
 
 class Piece(NamedTuple):
-    """text: what follows the piece before it, "" where a character is not complete. ids: the new tokens. end: of the
-    last piece why it is the last: "length" for max_tokens, "stop" for a stop token or text. drafting: with a draft, how
-    its tokens fared so far."""
+    """text: what follows the piece before it, "" where a character is not complete. ids: the new tokens, the
+    stop token that ends the text among them. end: of the last piece why it is the last: "length" for max_tokens, "stop"
+    for a stop token or text. drafting: with a draft, how its tokens fared so far."""
 
     text: str
     ids: list[int]
@@ -51,16 +51,16 @@ def pieces(
         chunks = speculative.stream(model, draft, *how, ahead)
 
     def texts() -> Iterator[Piece]:
-        decode, up_to, tokens, drafting = tokenizer.stream(), encoding.until(stops), 0, None
+        decode, up_to, end, drafting = tokenizer.stream(), encoding.until(stops), "length", None
         for (new,), drafting in chunks:
-            tokens += len(new)
-            text, stopped = up_to(decode(new))
+            ids = generate.without_stop(new, tokenizer.stops)
+            text, stopped = up_to(decode(ids))
             if stopped:
-                break
+                yield Piece(text, new, "stop", drafting)
+                return
+            end = "length" if ids == new else "stop"
             yield Piece(text, new, "", drafting)
-        else:
-            new = []
-            text, stopped = up_to(decode(new, final=True), final=True)
-        yield Piece(text, new, "length" if tokens == max_tokens and not stopped else "stop", drafting)
+        text, stopped = up_to(decode([], final=True), final=True)
+        yield Piece(text, [], "stop" if stopped else end, drafting)
 
     return texts()

@@ -54,7 +54,8 @@ def test_the_end_says_why(words):
     assert ends(words) == (ids, "length")
     assert ends(words, stops=["", words.stream()(ids, final=True)[-1]])[1] == "stop"
     stopping = tokenizer.Tokenizer(words.core, words.names, extra_stops=(ids[6],))
-    assert ends(stopping) == (ids[: ids.index(ids[6])], "stop")
+    assert ends(stopping) == (ids[: ids.index(ids[6]) + 1], "stop")
+    assert ends(stopping, draft=half_right(model), ahead=3) == ends(stopping)
 
 
 @pytest.mark.parametrize("drafted", [False, True])

@@ -11,6 +11,7 @@ import pytest
 from scipy import special
 
 import efflm
+from efflm.infer.generate import generate
 from efflm.serve import app as module
 from efflm.serve.app import BODY, application
 from efflm.serve.requests import parse
@@ -144,6 +145,18 @@ def test_an_echo_has_the_log_probabilities_that_evaluations_add_up(writer, count
     (choice,) = ask(writer, prompt="the cat", max_tokens=3, temperature=0, logprobs=5)["choices"]
     assert [max(top.values()) for top in choice["logprobs"]["top_logprobs"]] == choice["logprobs"]["token_logprobs"]
     assert len(choice["logprobs"]["tokens"]) == 3
+
+
+def test_a_stop_token_has_its_log_probability_too(writer):
+    """lm-eval leaves out the last entry, as that of the one token it let be written, whatever that is."""
+    ids = writer.tokenizer.encode("the cat sat ünd")
+    asked = {"max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
+    (free,) = ask(writer, prompt=[ids], **asked)["choices"]
+    ((next_id,),) = generate(writer.model, [ids], 1)
+    words = dataclasses.replace(writer.tokenizer, extra_stops=(next_id,))
+    (ended,) = ask(dataclasses.replace(writer, tokenizer=words), prompt=[ids], **asked)["choices"]
+    assert ended["logprobs"] == free["logprobs"]
+    assert (ended["text"], ended["finish_reason"]) == ("the cat sat ünd", "stop")
 
 
 BAD = {
