@@ -37,7 +37,7 @@ def words(search: Search, target: str, name: str) -> str:
 def tested(test: Mapping[str, Any], allowed: float) -> str:
     """What the unseen text said of a candidate."""
     if test["bound"] is None:
-        return f"{test['name']}: not tested, since another one that was accepted is as small"
+        return f"{test['name']}: not tested, since one that was accepted is as good"
     within = "" if math.isinf(allowed) else f" ({percent(allowed)} is allowed)"
     verdict = "accepted" if test["accepted"] else "refused"
     sure = f"below {percent(test['bound'])} with {1 - test['level']:.2%} confidence"
