@@ -64,7 +64,7 @@ class Lab:
         start = start or (lambda: init_params(config, seed))
         task = trainer.model_task(config, train, start, self.data.batches(train.batch, seed), rule)
         task = dataclasses.replace(task, loss_scale=loss_scale)
-        return trainer.fit(task, mesh=self.mesh, seed=seed, title="", watched=watched)
+        return trainer.fit(task, mesh=self.mesh, seed=seed, title=f"{train.steps} steps", watched=watched)
 
     def lengths(self, seed: int) -> dict[int, LanguageModel]:
         """{steps: the model} along one run: an eighth, a quarter, half and the end of the constant learning rate, and
