@@ -90,4 +90,4 @@ def reason(row: Row, kind: str, task: str, ahead: tuple[float, float | None], fi
     if not first:
         changed, items = (row.tasks[task][figure] for figure in ("changed", "items"))
         return f"is what this one differs from in {changed:,} of {items:,} answers to {task}"
-    return f"gives the answers of {first} to {by} points more of the items of {task}"
+    return f"keeps {first}'s answers to {by} points more of the items of {task}"

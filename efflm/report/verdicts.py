@@ -151,7 +151,9 @@ def _beats(other: Row, row: Row, compared: Comparison) -> list[str]:
     if any(compared.worse(other, row, figure) for figure in ("bytes", *compared.figures)):
         return []
     better = [figure for figure in compared.figures if compared.better(other, row, figure)]
-    found = [_reason(other, row, figure, compared) for figure in better]
+    kinds = {figure: compared.of_tasks[figure] for figure in better if figure in compared.of_tasks}
+    told = {("answers", task) for kind, task in kinds.values() if kind == "accuracy"}  # the accuracy tells enough
+    found = [_reason(other, row, figure, compared) for figure in better if kinds.get(figure) not in told]
     smaller = compared.better(other, row, "bytes")
     return [f"is {numbers.ratio(row.bytes / other.bytes)} smaller"] * smaller + found
 
