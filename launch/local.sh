@@ -37,7 +37,7 @@ pids=() stopped=0 told=''
 stop() {
   if [ "$stopped" -ne 0 ]; then
     kill -KILL "${pids[@]}" 2>/dev/null || true
-    return
+    return 0 # without it: the status of what the signal came after, which may end the script
   fi
   stopped=$1
   kill -TERM "${pids[@]}" 2>/dev/null || true # each then writes its part

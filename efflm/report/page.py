@@ -73,7 +73,7 @@ class Table:
 
     def names(self, column: Column) -> str:
         """Of the figures of its cells, as JSON."""
-        return to_json([*column.data(self.rows[0])])
+        return to_json([*column.data(self.rows[0])] if self.rows else [])
 
     def detail(self, row: Any) -> Detail | None:
         return self.details.get(row.name, Detail() if row.note else None)

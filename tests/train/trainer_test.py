@@ -103,8 +103,3 @@ def test_the_code_in_the_readme_trains(index, tmp_path):
         trainer.fit(names["task"], mesh=meshes.make_mesh(), title="", watched=[callbacks.lines(file)])
         _, losses = metrics.curve(file)
         assert losses[-1] < losses[0] - 0.1
-
-
-def test_the_links_of_the_readme_lead_somewhere():
-    for link in re.findall(r"\]\(([^)]+)\)", (Path(trainer.__file__).parent / "README.md").read_text()):
-        assert (Path(trainer.__file__).parent / link).exists(), link
