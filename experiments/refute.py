@@ -60,7 +60,7 @@ COLUMNS = (
     figure("before", "before", numbers.with_error, "before_stderr"),
     figure("now", "now", numbers.with_error, "now_stderr"),
     figure("verdict before", "verdict_before", str),
-    figure("now", "verdict_now", str),
+    figure("verdict now", "verdict_now", str),
     figure("held", "held", str),
 )
 
