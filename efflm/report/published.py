@@ -7,7 +7,7 @@
 protocol. The file is what report.journal.Journal.results writes, of one machine and one commit. rows, columns: which
 of them, by name and by heading; default: all. `w8a16 as half the memory` has a row under another name, and so have
 columns. A heading with × after it is the ratio to the first row. task=NAME: what the rows say of that task alone.
-protocol=none leaves the protocol out.
+protocol=none leaves the protocol out, command=none the command.
 
 Rows of models have the columns of report.table or, means over seeds, of report.swept; those of tasks are called `TASK:
 HEADING`. Of other rows each figure is a column, with its error or range beside it: `loss_stderr`, `_error`,
@@ -94,12 +94,13 @@ def read(source: str) -> Run:
     return run
 
 
-def origin(run: Run) -> str:
+def origin(run: Run, command: bool = True) -> str:
     """Where the figures are from, in a line."""
     cores = "" if run.versions["cores"] == UNKNOWN else f", {run.versions['cores']} cores"
     told = {"machine": run.versions["cpu"] + cores, "commit": run.versions["commit"], "date": run.versions["date"]}
     told |= {name: run.more[name] for name in ("seed", "seeds") if name in run.more}
-    told["command"] = UNKNOWN if run.command == UNKNOWN else f"`{run.command}`"
+    if command:
+        told["command"] = UNKNOWN if run.command == UNKNOWN else f"`{run.command}`"
     missing = ", ".join(name for name, value in told.items() if value == UNKNOWN)
     words = [f"{name}: {value}" for name, value in told.items() if value != UNKNOWN]
     words += [f"{missing}: {UNKNOWN}"] * bool(missing) + ["transcribed"] * ("transcribed" in run.more)
@@ -207,8 +208,10 @@ def _between(what: str, root: Path) -> str:
     """What stands between the marks. what: the file, and the choices after it."""
     file, *choices = (part.strip() for part in what.split(";"))
     chosen = dict(choice.partition("=")[::2] for choice in choices)
-    unknown = ", ".join(sorted(chosen.keys() - {"rows", "columns", "task", "protocol"}))
-    require(not unknown, f"{file}: {unknown} is no choice, only rows=, columns=, task= and protocol=none are")
+    unknown = ", ".join(sorted(chosen.keys() - {"rows", "columns", "task", "protocol", "command"}))
+    require(
+        not unknown, f"{file}: {unknown} is no choice, only rows=, columns=, task=, protocol=none and command=none are"
+    )
     run = read(str(root / file))
     protocol = [] if chosen.get("protocol") == "none" else list(run.protocol)
     if task := chosen.get("task"):
@@ -228,4 +231,4 @@ def _between(what: str, root: Path) -> str:
         wanted = _chosen("row", {row.name: row for row in rows}, chosen["rows"], file)
         rows = [dataclasses.replace(row, name=called) for called, row in wanted.items()]
     below = f"\nProtocol: {' '.join(protocol)}\n" if protocol else ""
-    return f"{origin(run)}\n\n{markdown(rows, [name, *columns])}{below}"
+    return f"{origin(run, chosen.get('command') != 'none')}\n\n{markdown(rows, [name, *columns])}{below}"
