@@ -5,11 +5,10 @@ import statistics
 from collections.abc import Callable
 
 import jax
-import numpy as np
 
 from efflm import ops
 from efflm.config.model import ModelShape
-from efflm.evaluate import quality, speed
+from efflm.evaluate import limits, quality, speed
 from efflm.evaluate.speed import Shape
 from efflm.model import LanguageModel, init_params
 from experiments.claimed.claim import Claim, Effect
@@ -90,7 +89,7 @@ def flips(lab: Lab, seed: int) -> dict[str, float]:
     flipped = {chain: 100 * (1 - quality.agreement(each)[0]) for chain, each in found.items()}
     changed = {chain: abs(percent(quality.perplexity(each)[0], base)) for chain, each in found.items()}
     divergence = {chain: quality.divergence(each)[0] for chain, each in found.items()}
-    told = {name: rank_correlation(list(each.values()), list(flipped.values()))
+    told = {name: limits.rank_correlation(list(each.values()), list(flipped.values()))
             for name, each in (("perplexity", changed), ("KL", divergence))}  # fmt: skip
     return {
         **{f"{chain}: flips above {TIMES} x change of perplexity by, points": flipped[chain] - TIMES * changed[chain]
@@ -100,11 +99,6 @@ def flips(lab: Lab, seed: int) -> dict[str, float]:
         **{f"{chain}: next tokens flipped, %": flipped[chain] for chain in ("w8a8", "gptq4")},
         **{f"{chain}: change of perplexity, %": changed[chain] for chain in ("w8a8", "gptq4")},
     }  # fmt: skip
-
-
-def rank_correlation(one: list[float], other: list[float]) -> float:
-    ranks = [np.argsort(np.argsort(each)) for each in (one, other)]
-    return float(np.corrcoef(*ranks)[0, 1])
 
 
 CLAIMS = (

@@ -19,7 +19,7 @@ from efflm.evaluate.windows import Scoring
 from efflm.model import init_params
 from efflm.trees import flatten
 from experiments import claims, refute
-from experiments.claimed import claim, distillation, optimization, quantization
+from experiments.claimed import claim, distillation, optimization
 from experiments.claimed.claim import Claim, Effect, concluded, judged
 from tests import tiny
 
@@ -340,11 +340,6 @@ def test_norms_of_matrices_stay_fixed_and_steps_are_of_one_angle():
     moved = w - 0.01 * optimization.FIXED * norm(w) * u / norm(u)
     np.testing.assert_allclose(new, norm(w) * moved / norm(moved), rtol=1e-4)
     np.testing.assert_allclose(other, e - 0.01 * np.sign(e), rtol=1e-4)
-
-
-def test_rank_correlation_is_spearmans():
-    one, other = np.random.default_rng(0).normal(size=(2, 10))
-    assert quantization.rank_correlation(one, other) == pytest.approx(stats.spearmanr(one, other).statistic)
 
 
 @pytest.fixture(scope="module")
