@@ -89,7 +89,7 @@ def flips(lab: Lab, seed: int) -> dict[str, float]:
     flipped = {chain: 100 * (1 - quality.agreement(each)[0]) for chain, each in found.items()}
     changed = {chain: abs(percent(quality.perplexity(each)[0], base)) for chain, each in found.items()}
     divergence = {chain: quality.divergence(each)[0] for chain, each in found.items()}
-    told = {name: limits.rank_correlation(list(each.values()), list(flipped.values()))
+    told = {name: limits.rank_correlation([*each.values()], [*flipped.values()]) or 0.0  # where none flips
             for name, each in (("perplexity", changed), ("KL", divergence))}  # fmt: skip
     return {
         **{f"{chain}: flips above {TIMES} x change of perplexity by, points": flipped[chain] - TIMES * changed[chain]
