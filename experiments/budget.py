@@ -25,43 +25,38 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import math
 import shutil
 import sys
 import time
-from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
-from efflm import api, ops, trees, user_cache
+from efflm import ops, trees, user_cache
 from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
-from efflm.cli.subject import Subject
 from efflm.compress import grammar, recipe
-from efflm.compress.distill import Distill
-from efflm.compress.finetune import Finetune
-from efflm.compress.step import Calibration, Context, Step, calibrates, digest, trains
-from efflm.config import InputError, flag, require, require_choices, require_positive, require_seed, written
+from efflm.compress.step import Calibration, Context, calibrates, digest, trains
+from efflm.config import InputError, flag, require, require_choices, require_positive, written
 from efflm.data import dataset, overlap
-from efflm.evaluate import acceptance, quality, scoring, task_files, tasks, throughput
-from efflm.evaluate.answers import Answers, correct, usual
+from efflm.evaluate import acceptance, quality, scoring, task_files, throughput
 from efflm.evaluate.quality import Quality
-from efflm.evaluate.search import FINALISTS, FIRST, UNSEEN, Search, between
+from efflm.evaluate.search import FIRST, UNSEEN, Search, between
 from efflm.evaluate.task_files import TaskFiles
 from efflm.evaluate.windows import Scoring
 from efflm.formats import saved, sources
 from efflm.formats.saved import Saved
-from efflm.formats.sources import OWN, Loaded
+from efflm.formats.sources import OWN
 from efflm.model import LanguageModel
-from efflm.parallel import meshes, sharding
+from efflm.parallel import meshes
 from efflm.plan import work
 from efflm.precision import policy_for
 from efflm.report import budgeted, rows, table
 from efflm.report.journal import Journal
 from efflm.report.page import Section, Table
+from experiments.making.candidates import Candidates, begun
+from experiments.making.chains import Making, prepared
 
 CHAINS = (  # to begin with, the cheapest first; those that train are tried where the minutes allow
     "w8a16 w8a8 quantize@4[activations=int8] smoothquant_w8a8 width@0.05,w8a8 width@0.15,w8a8 depth@0.07,w8a8 gptq@4 "
@@ -70,42 +65,7 @@ CHAINS = (  # to begin with, the cheapest first; those that train are tried wher
 )
 SHARES = (0.25, 0.5, 1.0)  # of the selection text that candidates have read before each halving
 MAKING = 0.6  # of the time left, the share in which a round may make candidates
-FORWARD_PASSES = 4  # that a training step on as many tokens takes, with a teacher
 RESAMPLINGS = 20  # of the documents of --check
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Making(Subject):
-    """The run"""
-
-    steps: int = flag(100, "optimizer steps of distill and finetune")
-    learning_rate: float = flag(5e-4, "peak learning rate of both")
-    batch: int = flag(8, "sequences in a training batch")
-    length: int = flag(256, "tokens in each")
-    seed: int = flag(0, "seed of what is drawn: batches, calibration text")
-    run_dir: str = flag("", "where everything is written", path=True)
-
-    def __post_init__(self):
-        require_seed(self.seed)
-        require_positive(self, "steps", "learning_rate", "batch", "length")
-        require(bool(self.parts), f"chains is {self.chains!r}: give at least one chain")
-        _ = [self.steps_of(name) for name in self.parts]
-
-    @property
-    def parts(self) -> list[str]:
-        """The chains, each as it is written."""
-        return [",".join(each) for each in grammar.parts(self.chains).values()]
-
-    def steps_of(self, name: str) -> tuple[Step, ...]:
-        usual = {"steps": self.steps, "learning_rate": self.learning_rate}
-        return grammar.steps_of(grammar.parts(name)[name], {Distill: usual, Finetune: usual})
-
-    def context(self, source: str, loaded: Loaded, calibration: Calibration) -> Context:
-        """What the chains read of a corpus."""
-        steps, how = [step for name in self.parts for step in self.steps_of(name)], {"lower": api.FLAGS}
-        how |= {name: getattr(self, name) for name in ("batch", "length", "seed", "strict")}
-        cache, model, tokens = dataset.cache(), loaded.model, loaded.tokenizer
-        return api.context_for(steps, source, cache, model, tokens, calibration=calibration, **how)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,10 +112,6 @@ class Run(Making):
         )
 
 
-def prepared(model: LanguageModel) -> LanguageModel:
-    return ops.prepare(sharding.on_one_device(model), jax.default_backend())
-
-
 def cost_of(run: Run, model: LanguageModel, first: LanguageModel) -> float:
     """What is to be small."""
     if run.target == "bytes":
@@ -170,14 +126,6 @@ def cost_of(run: Run, model: LanguageModel, first: LanguageModel) -> float:
     for read, wrote in throughput.rates({"": here, FIRST: prepared(first)}, timing)[0].values():
         seconds.append(timing.prompt / np.array(read.rounds) + timing.new / np.array(wrote.rounds))
     return throughput.paired(*seconds)[0]
-
-
-def begun(file: Path, key: str) -> dict[str, Any]:
-    """What tried.json holds. Raises InputError if it is of another search."""
-    found = {"key": key, "second_a_token": 0.0, "sums": {}, "costs": {}, "tests": {}, "problems": {}}
-    found = json.loads(file.read_text()) if file.exists() else found
-    require(found["key"] == key, f"{file} is of another model, text or settings: give another --run_dir, or delete it")
-    return found
 
 
 def is_chain(name: str) -> bool:
@@ -210,108 +158,29 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles) ->
     same = [digest(dense), source, tokens.digest, score, calibration, run.context_length]
     same += [run.seed, run.steps, run.learning_rate, run.batch, run.length]
     tried = begun(log.folder / "tried.json", hashlib.sha256(repr(same).encode()).hexdigest()[:16])
-    costs, problems = tried["costs"].setdefault(run.target, {}), tried["problems"]
-    file = lambda name: log.folder / "candidates" / f"{grammar.file_name(name)}.safetensors"
-
-    def left() -> float:
-        """Seconds, without those that it takes to test."""
-        unseen = sum(tried["sums"].get(FIRST, {}).get(UNSEEN, {}).get("tokens", ()))
-        return deadline - FINALISTS * unseen * tried["second_a_token"] - time.monotonic()
-
-    def made(name: str) -> LanguageModel:
-        def apply() -> Saved:
-            model, records = recipe.apply(dense, run.steps_of(name), context)
-            return Saved(model, about | {"recipe": name}, records)
-
-        return dense if name == FIRST else saved.once(file(name), tokens, context.mesh, apply)
-
-    def measure(name: str, text: str) -> Quality | None:
-        if name != FIRST and text != UNSEEN and left() < 0:
-            return None
-        model, how, start = prepared(made(name)), dataclasses.replace(score, documents=0), time.monotonic()
-        found = scoring.measure({"": model}, texts[text], tokens, how, model)[""]
-        took = (time.monotonic() - start) / float(found.tokens.sum())
-        tried["second_a_token"] = min(took, tried["second_a_token"] or took)  # later ones compile nothing
-        return found
-
-    def make(name: str) -> None:
-        """Find the cost of a candidate, where it can be made and there is time to train it."""
-        trained = sum(step.steps for step in run.steps_of(name) if trains([step])) * run.batch * run.length
-        needed, start = FORWARD_PASSES * trained * tried["second_a_token"], time.monotonic()
-        if left() < needed:
-            log.say(f"{name}: left out for now, since it takes about {needed / 60:.0f} minutes to train")
-            return
-        try:
-            costs[name] = cost_of(run, made(name), dense)
-            log.say(f"{name}: {budgeted.cost(run.target, costs[name])}, made in {time.monotonic() - start:.0f} s")
-        except InputError as error:
-            problems[name] = str(error)
-            log.say(f"{name} cannot be made: {error}")
-        kept()
-
-    @functools.cache
-    def answers(name: str) -> dict[str, Answers]:
-        return tasks.answering(asked, tokens, prepared(dense))({name: prepared(made(name))})[name]
-
-    def flips(name: str) -> tuple[int, int]:
-        """Answers that are right in one model and wrong in the other, and of how many."""
-        pairs = [(own, answers(FIRST)[task]) for task, own in answers(name).items()]
-        differ = [correct(own, usual(first)) != correct(first, usual(first)) for own, first in pairs]
-        return int(sum(map(np.sum, differ))), sum(map(len, differ))
-
-    kept = lambda: run_directory.write_json(log.folder / "tried.json", tried)
+    costs = tried["costs"].setdefault(run.target, {})
+    own = Candidates(
+        run, log.folder, loaded, context, texts, score, asked, tried, costs, deadline, log.say,
+    )  # fmt: skip
     search = Search(
         parts=len(ends) - 1, allowed=run.allowed, most=run.most, sums=tried["sums"], costs=costs,
-        tests=tried["tests"].setdefault(run.claim, []), measure=measure, kept=kept,
+        tests=tried["tests"].setdefault(run.claim, []), measure=own.measure, kept=own.keep,
         say=lambda name: log.say(budgeted.words(search, run.target, name)),
-        flips=flips if asked else None, allowed_flips=written.share("flips", run.flips),
+        flips=own.flips if asked else None, allowed_flips=written.share("flips", run.flips),
     )  # fmt: skip
-
-    def keep_best() -> None:
-        """As the model of the run directory; until one is accepted that is the first model."""
-        if not search.best:
-            saved.save(log.folder, {OWN: Saved(dense, about)}, tokens)
-            return
-        made(search.best["name"])
-        with run_directory.whole(log.folder / OWN) as partial:
-            shutil.copy(file(search.best["name"]), partial)
-
     for text in texts:
         search.read(FIRST, text)
     costs[FIRST] = cost_of(run, dense, dense)
-    keep_best()
+    keep_best(search, own)
     unseen = search.read(FIRST, UNSEEN)
     log.say(f"{run.model}: {quality.words(quality.bits_per_byte(unseen))} bits per byte of unseen text")
-    names = sorted(run.parts, key=lambda name: 2 * trains(run.steps_of(name)) + calibrates(run.steps_of(name)))
-    while True:  # once even where no minutes are left: what is known already may be accepted
-        until, before = time.monotonic() + MAKING * left(), len(costs)
-        for name in (name for name in names if name not in costs and name not in problems):
-            if time.monotonic() < until:
-                make(name)
-        least = min(costs, key=costs.get)
-        require(
-            costs[least] <= run.most,
-            f"bytes is {run.bytes}, but the smallest candidate, {least}, takes {written.size(costs[least])}: raise it, "
-            "or give smaller --chains",
-        )
-        search.halve([name for name in costs if name != FIRST and costs[name] <= run.most])
-        for test in search.accept():
-            log.say(budgeted.tested(test, run.allowed))
-            if search.best is test:
-                keep_best()
-        read = [name for name in costs if name != FIRST and search.sums.get(name)]
-        for name in {*read} - {*search.ranked(read), (search.best or {}).get("name")}:
-            file(name).unlink(missing_ok=True)
-        new = [name for name in between(read, search.good) if is_chain(name)]
-        if left() < 0 or (len(costs) == before and not new):
-            break
-        names = [*run.parts, *new]
+    go_on(run, search, own)
     outcome = budgeted.outcome(search, run.target)
     log.say(outcome)
     listed, checked = budgeted.rows(search, run.target), None
     if run.check and search.best:
         third = dataset.to_score(run.check, "", about, tokens, dataset.cache(), run.strict)
-        here = [prepared(made(name)) for name in (search.best["name"], FIRST)]
+        here = [prepared(own.made(name)) for name in (search.best["name"], FIRST)]
         pair = [scoring.measure({"": model}, third, tokens, score, model)[""] for model in here]
         checked = budgeted.checked(third.name, *pair, run.allowed, RESAMPLINGS)
         log.say(f"{search.best['name']} {checked['words']}")
@@ -321,6 +190,45 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles) ->
     table.show(listed, [outcome, *facts], whole.columns)
     section = Section("Candidates", [budgeted.front(listed, run.target), whole], outcome)
     log.report(facts, title=f"{run.model}: {run.claim}", sections=[section], made={"seed": run.seed})
+
+
+def go_on(run: Run, search: Search, own: Candidates) -> None:
+    """Search until no minutes are left, or nothing new is to be tried."""
+    names = sorted(run.parts, key=lambda name: 2 * trains(run.steps_of(name)) + calibrates(run.steps_of(name)))
+    costs, first = search.costs, own.made(FIRST)
+    while True:  # once even where no minutes are left: what is known already may be accepted
+        until, before = time.monotonic() + MAKING * own.left, len(costs)
+        for name in (name for name in names if name not in costs and name not in own.tried["problems"]):
+            if time.monotonic() < until:
+                own.make(name, lambda model: cost_of(run, model, first), functools.partial(budgeted.cost, run.target))
+        least = min(costs, key=costs.get)
+        require(
+            costs[least] <= run.most,
+            f"bytes is {run.bytes}, but the smallest candidate, {least}, takes {written.size(costs[least])}: raise it, "
+            "or give smaller --chains",
+        )
+        search.halve([name for name in costs if name != FIRST and costs[name] <= run.most])
+        for test in search.accept():
+            own.say(budgeted.tested(test, run.allowed))
+            if search.best is test:
+                keep_best(search, own)
+        read = [name for name in costs if name != FIRST and search.sums.get(name)]
+        for name in {*read} - {*search.ranked(read), (search.best or {}).get("name")}:
+            own.file(name).unlink(missing_ok=True)
+        new = [name for name in between(read, search.good) if is_chain(name)]
+        if own.left < 0 or (len(costs) == before and not new):
+            return
+        names = [*run.parts, *new]
+
+
+def keep_best(search: Search, own: Candidates) -> None:
+    """The best accepted so far as the model of the run directory; until one is, the first model."""
+    if not search.best:
+        saved.save(own.folder, {OWN: Saved(own.loaded.model, own.loaded.about)}, own.loaded.tokenizer)
+        return
+    own.made(search.best["name"])
+    with run_directory.whole(own.folder / OWN) as partial:
+        shutil.copy(own.file(search.best["name"]), partial)
 
 
 def protocol(texts: dict[str, Any], score: Scoring, context: Context, unseen: Quality) -> list[str]:

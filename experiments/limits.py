@@ -51,7 +51,7 @@ from efflm.report.page import Section
 from efflm.report.rows import Row
 from efflm.report.tasks import READING
 from efflm.train import callbacks, metrics
-from experiments.budget import Making, prepared
+from experiments.making.chains import Making, prepared
 
 CURVES = {"text trained on": "trained_loss", "calibration text": "calibration_loss", "held-out text": "held_out_loss"}
 COUNTED = 1 << 14  # rows of the training text in which tokens are counted, at most
