@@ -135,7 +135,9 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles, li
         for each, model, nbytes, note, figures in pairs:
             base = None if each == first else (before, rates[first])
             told = rows.tasks(answers, each, first)
-            measured.append(rows.make(each, model, nbytes, note, figures, rates[each], base, noise, told))
+            measured.append(
+                rows.make(each, model, nbytes, note, figures, rates[each], base, noise, told, dense.config.tied)
+            )
             qualities[each], timed[each] = figures, (rates[each], rates[first])
             if run.prompt:
                 written[each] = samples.write(models[each], tokens, prompt, run.sample, protocol)
@@ -149,7 +151,8 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles, li
         *of_tasks,
         f"Speed: {protocol}; each model in turn with the first, whose rounds beside the second are shown: compare the "
         f"ratios, which are those of the same rounds. In brackets the quartiles.{machine.most(loads)}",
-        f"Size: an uncompressed safetensors file; the source itself takes {numbers.megabytes(loaded.nbytes)} MB.",
+        f"Size: an uncompressed safetensors file; the source itself takes {numbers.megabytes(loaded.nbytes)} MB. "
+        f"{rows.BITS}",
         f"Chains (recipe.toml): {'; '.join(listed)}.",
         *rows.cautions(run.model, about, text.known),
     ]

@@ -115,7 +115,8 @@ def main(run: pretrain.Run, model: ModelShape, train: TrainConfig, score: Scorin
         f"Quality: {scoring.protocol(text, score, qualities['float32'])}. Smaller is better."
         f"{scoring.rounding(noise, dense.config.precision)}",
         f"Speed: {protocol}. In brackets the quartiles.{load}",
-        "Size: an uncompressed safetensors file; matrices with many zeros are stored as a bitmask and their values.",
+        "Size: an uncompressed safetensors file; matrices with many zeros are stored as a bitmask and their values. "
+        f"{rows.BITS}",
         "One seed, one small model, one corpus: read the order of the rows, not the exact values.",
     ]
     about = digests | {"source": data.corpus.source, "seed": run.seed}

@@ -197,6 +197,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict[str, 
         f"Quality: {scoring.protocol(text, score, before)}. Teacher: the first model."
         f"{scoring.rounding(noise, dense.config.precision)}",
         *protocol(run, dense, read, one_pass, itertools.islice(text, score.documents or None)),
+        rows.BITS,
         *rows.cautions(run.model, loaded.about, text.known),
     ]
     blocks = lambda: windows.blocks(text.sized(), loaded.tokenizer.separator, score, text.unbroken)
@@ -210,7 +211,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, **steps: dict[str, 
             model = made[-1].model
             scores.append(test(model))
             row = swept.row(
-                chain, model, scores, before, first, calibration=error(model),
+                chain, model, scores, before, first, tied=dense.config.tied, calibration=error(model),
                 tokens=sum(step.steps for step in made[-1].steps if trains([step])) * run.batch * run.length,
                 seconds=float(np.mean([each.training for each in made])),
                 passes=made[-1].seconds / one_pass if read else None, memory=max(each.memory for each in made) or None,

@@ -50,4 +50,4 @@ class Measured:
 def of(models: dict[str, LanguageModel], sizes: dict[str, int], notes: dict[str, str], found: Figures) -> Measured:
     """sizes: bytes on disk. notes: what each model is, in words."""
     made = rows.collect(models, sizes, notes, found.qualities, found.rates, found.noise, found.answers)
-    return Measured(tuple(made), found.facts, found)
+    return Measured(tuple(made), (*found.facts, rows.BITS), found)

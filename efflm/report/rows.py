@@ -1,6 +1,7 @@
 """The rows of tables, and those of the evidence: one for each model, measured side by side."""
 
 import dataclasses
+import math
 import os
 import typing
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,11 @@ from efflm.model.params import Component
 from efflm.report import numbers
 
 PHASES = ("prefill", "decode")
+BITS = (
+    "Bits a weight: 8 x all bytes on disk (codes, scales, zero points, embeddings, output layer, masks, corrections "
+    "of low rank) over the weights of the model: pruned ones too, but neither corrections of low rank nor the output "
+    "layer that a rotation makes where the first model's is its embeddings."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +125,11 @@ def collect(
     answers are compared with the first model's.
     """
     first, out, speeds = next(iter(models)), [], rates or dict.fromkeys(models)
+    tied = models[first].config.tied
     for name, model in models.items():
         base = None if name == first else (qualities[first], speeds[first])
         told = tasks(answered or {}, name, first)
-        out.append(make(name, model, sizes[name], notes[name], qualities[name], speeds[name], base, noise, told))
+        out.append(make(name, model, sizes[name], notes[name], qualities[name], speeds[name], base, noise, told, tied))
     return out
 
 
@@ -145,6 +152,7 @@ def make(
     base: tuple[Quality, tuple[Rate, Rate] | None] | None,
     noise: Quality | None = None,
     tasks: Mapping[str, Mapping[str, Any]] | None = None,
+    tied: bool = False,
 ) -> Row:
     """What a model is, what it costs here, and how good it is.
 
@@ -154,7 +162,7 @@ def make(
     is there a difference, divergence or agreement of the original itself. Speeds over the original's are ratios
     (see throughput.ratio) to what it did in the same rounds, perhaps at another time than those of other rows.
     component_bytes: of the weights on disk by component. noise: KL and agreement of the first model with itself in
-    another precision, which its row has. tasks: what the function of that name gives.
+    another precision, which its row has. tasks: what the function of that name gives. tied: as in `bits_a_weight`.
     """
     other, base_rates = base or (None, None)
     none, words, speeds = (None, None), [note], {}
@@ -171,6 +179,7 @@ def make(
         "parameters": trees.count(model.params),
         "nonzeros": ops.nonzeros(model.params),
         "bytes": size,
+        "bits_a_weight": bits_a_weight(model, size, tied),
         "component_bytes": component_bytes(model),
         **speeds,
     }
@@ -205,6 +214,13 @@ def rounding(noise: Quality) -> dict[str, float | None]:
     (kl, kl_error), (same, same_error) = quality.divergence(noise), quality.agreement(noise)
     figures = {"kl_to_original": kl, "kl_to_original_stderr": kl_error}
     return figures | {"top1_agreement": same, "top1_agreement_stderr": same_error}
+
+
+def bits_a_weight(model: LanguageModel, size: int, tied: bool) -> float:
+    """Of `size` bytes, see BITS. tied: whether the output layer of the first model is its embeddings, so that one of
+    this model's own is a copy of them that Rotate made."""
+    again = model.params["unembedding"].shape if tied and not model.config.tied else (0,)
+    return 8 * size / (trees.count(model.params) - math.prod(again))
 
 
 def component_bytes(model: LanguageModel) -> dict[str, int]:

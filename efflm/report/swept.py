@@ -1,5 +1,6 @@
 """Chains of steps beside the model they were made of: means over seeds."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from efflm.evaluate.quality import Quality
 from efflm.model import LanguageModel
 from efflm.report import numbers, plots, table
 from efflm.report.plots import Chart
-from efflm.report.rows import Row
+from efflm.report.rows import Row, bits_a_weight
 from efflm.report.table import figure
 
 BITS, SHARES = ("quantize", "gptq"), ("magnitude", "wanda", "sparsegpt")  # families of the two sweeps
@@ -29,12 +30,14 @@ OVER = (
 TOOK = ("recovered", "calibration", "passes", "memory", "prefill_speedup", "decode_speedup")
 
 
-def alone(name: str, model: LanguageModel, made: Sequence[Quality], **figures: Any) -> Row:
-    """The row of the first model: what the others say beside it is None. made: as in `row`."""
+def alone(name: str, model: LanguageModel, made: Sequence[Quality], tied: bool = False, **figures: Any) -> Row:
+    """The row of the first model: what the others say beside it is None. made: as in `row`; tied: in rows.make."""
+    size = ops.stored_nbytes(model.params, model.masks)
     perplexities = [quality.perplexity(each)[0] for each in made]
     own = {
         "parameters": trees.count(model.params),
-        "bytes": ops.stored_nbytes(model.params, model.masks),
+        "bytes": size,
+        "bits_a_weight": bits_a_weight(model, size, tied),
         "seeds": len(made),
         "bits_per_byte": float(np.mean([quality.bits_per_byte(each)[0] for each in made])),
         "perplexity": float(np.mean(perplexities)),
@@ -93,6 +96,7 @@ COLUMNS = (
     figure("chain", "name", str),
     figure("parameters", "parameters", numbers.millions),
     figure("MB", "bytes", numbers.megabytes),
+    dataclasses.replace(table.BITS, group=""),
     figure("bytes saved", "saved", "{:.1%}".format),
     figure("bits/byte", "bits_per_byte", FOUR),
     figure(

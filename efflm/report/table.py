@@ -102,10 +102,12 @@ def _quality(heading: str, name: str, form: Callable[..., tuple[str, str]], leas
     return figure(heading, name, form, f"{name}_stderr", **more)
 
 
+BITS = figure("bits a weight", "bits_a_weight", "{:.2f}".format, group="size")  # see rows.BITS
 COLUMNS: Columns = (  # of the rows of rows.make
     figure("model", "name", str),
     Column("parameters", _parameters, lambda row: row.parameters, "size", figures=("parameters", "nonzeros")),
     figure("MB on disk", "bytes", numbers.megabytes, group="size", best="smallest"),
+    BITS,
     figure("compute dtype", "precision", str, group="speed"),
     _speed("prefill"),
     _speed("decode"),

@@ -47,7 +47,7 @@ NAMES = [
     "magnitude70", "sparsegpt70", "student_scratch", "student_distilled", "shrink_distill_int8",
 ]  # fmt: skip
 FIELDS = {
-    "name", "parameters", "nonzeros", "bytes", "prefill_tokens_per_second", "decode_tokens_per_second",
+    "name", "parameters", "nonzeros", "bytes", "bits_a_weight", "prefill_tokens_per_second", "decode_tokens_per_second",
     "bits_per_byte", "bits_per_byte_stderr", "kl_to_original", "top1_agreement", "note",
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from efflm.evaluate.scoring import ROUNDED
 from efflm.report import rows
 
 ROW = rows.Row("w8a16", note="<b>bold & free</b>", figures=dict(  # noqa: C408
-    precision="float32", parameters=4_000_000, nonzeros=3_990_000, bytes=4_070_000,
+    precision="float32", parameters=4_000_000, nonzeros=3_990_000, bytes=4_070_000, bits_a_weight=8.14,
     component_bytes={"embedding": 1_000_000, "feedforward": 3_000_000},
     prefill_tokens_per_second=14000.0,
     prefill_spread=(13000.0, 15000.0), decode_tokens_per_second=1400.0, decode_spread=(1300.0, 1500.0),

@@ -187,7 +187,7 @@ def test_in_a_browser_rows_are_filtered_columns_hidden_and_what_is_shown_downloa
     found = result["found"]
     (file, text), (json_file, json_text), count, groups = found["all"]
     assert (file, json_file) == ("table.csv", "table.json")
-    assert (count, groups) == (11, [["", 1], ["size", 2], ["speed", 3], ["quality, ± standard error", 5]])
+    assert (count, groups) == (12, [["", 1], ["size", 3], ["speed", 3], ["quality, ± standard error", 5]])
     downloaded = json.loads(json_text.partition(",")[2])
     assert len(downloaded) == 20
     for told, row in zip(downloaded, rows, strict=True):
@@ -207,10 +207,10 @@ def test_in_a_browser_rows_are_filtered_columns_hidden_and_what_is_shown_downloa
     assert found["filtered"][:2] == [[[run, name] for run in "ab" for name in [*heading, *eight]], "6 of 20 rows"]
     assert [row["name"] for row in json.loads(found["filtered"][2].partition(",")[2])] == 2 * eight
     assert found["none"] == [[], "data:text/csv;charset=utf-8,\r\n"]
-    assert found["one"] == [True, 10, [*groups[:3], [groups[3][0], 4]]]
+    assert found["one"] == [True, 11, [*groups[:3], [groups[3][0], 4]]]
     quality = ["bits/byte", "increase over the original", "KL to the original", "same top-1"]
     assert found["some"][:2] == [
-        ["model", "parameters", "MB on disk", *quality],
+        ["model", "parameters", "MB on disk", "bits a weight", *quality],
         [groups[0], groups[1], [groups[3][0], 4]],
     ]
     assert "perplexity" not in found["some"][2]

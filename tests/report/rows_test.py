@@ -1,9 +1,15 @@
 import copy
 import pickle
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from efflm import ops, trees
+from efflm.compress.rotate import untied
+from efflm.evaluate.quality import Quality
 from efflm.report import rows
+from tests import tiny
 
 
 @pytest.mark.parametrize(
@@ -36,3 +42,17 @@ def test_a_row_has_its_figures_by_name_and_says_which_they_are():
     assert pickle.loads(pickle.dumps(row)) == copy.deepcopy(row) == row
     with pytest.raises(AttributeError, match="the row 'a' has no 'byte': its figures are bytes, loss"):
         _ = row.byte
+
+
+def test_bits_a_weight_are_of_all_bytes_and_of_the_weights_of_the_model_that_it_stands_for():
+    model = tiny.model()
+    count, measured = trees.count(model.params), Quality(*np.ones((5, 3)))
+    adapter = ops.LowRank(model.params["embedding"], jnp.ones((300, 2)), jnp.ones((2, 32)))
+    masked = model.replace(masks={"embedding": np.arange(300 * 32).reshape(300, 32) % 2 > 0})
+    models = {"first": model, "more": model.replace(params=model.params | {"embedding": adapter}), "pruned": masked}
+    models["rotated"] = untied(model)
+    sizes = {name: 1000 * (index + 1) for index, name in enumerate(models)}
+    made = rows.collect(models, sizes, dict.fromkeys(models, ""), dict.fromkeys(models, measured), None)
+    assert [row.bits_a_weight * count for row in made] == pytest.approx([8000, 16000, 24000, 32000])
+    alone = rows.make("rotated", models["rotated"], 1000, "", measured, None, None)
+    assert alone.bits_a_weight * (count + 300 * 32) == pytest.approx(8000)

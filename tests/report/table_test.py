@@ -15,7 +15,14 @@ def test_the_table_names_every_column_and_note(capsys):
     out = capsys.readouterr().out
     for word in ("bits/byte", "KL to the original", "w8a16", "<b>bold & free</b>", "a fact [not markup]"):
         assert word in out
-    for figure in ("4.07", "2.200 ± 0.070", "14,000 (13,000–15,000)", "1,400 (1,300–1,500)", "+0.00100 ± 0.00050"):
+    for figure in (
+        "4.07",
+        "8.14",
+        "2.200 ± 0.070",
+        "14,000 (13,000–15,000)",
+        "1,400 (1,300–1,500)",
+        "+0.00100 ± 0.00050",
+    ):
         assert figure in out
 
 
