@@ -48,7 +48,7 @@ class _Round:
 
     def __call__(self, parts: Any, w: jax.Array, kept: jax.Array) -> jax.Array:
         _, scale, offset = parts
-        scale = jnp.where(scale > 0, scale, 1.0)  # inputs that are not there
+        scale = jnp.where(scale != 0, scale, 1.0)  # inputs that are not there
         codes = jnp.clip(jnp.round(w / scale) + offset, self.low, self.high)
         return jnp.where(kept, (codes - offset) * scale, 0.0)
 

@@ -23,40 +23,46 @@ from efflm.model.params import LOG_SCALE, in_layer
 from efflm.ops import qarray
 
 
-def rounded(w: jax.Array, log_scale: jax.Array, format: ops.Format) -> jax.Array:
-    """w [K, N] rounded to codes times exp(log_scale) [groups, N], with the gradients of LSQ (equations 1 to 3).
+def rounded(w: jax.Array, log_scale: jax.Array, sign: jax.Array, format: ops.Format) -> jax.Array:
+    """w [K, N] rounded to codes times s = sign * exp(log_scale) [groups, N], with LSQ's gradients (equations 1 to 3).
 
-    A code q = clip(w / s, -Q, Q) is rounded straight-through: the gradient for w is 1 where nothing is clipped and else
-    0, that for s is round(q) - w / s there and else +-Q. The gradient for the scale is multiplied by 1 / sqrt(n Q),
-    n weights to a scale, so that scales and weights change in proportion (section 2.2). The scale is trained by its
-    logarithm, which keeps it positive.
+    A code q = clip(w / s, low, high) is rounded straight-through: the gradient for w is 1 where nothing is clipped and
+    else 0, that for s is round(q) - w / s there and else low or high. The gradient for the scale is multiplied by
+    1 / sqrt(n high), n weights to a scale, so that scales and weights change in proportion (section 2.2). The scale is
+    trained by its logarithm, so that it keeps its sign.
     """
-    most, group = format.high, format.group_in(len(w))
-    share = 1 / math.sqrt((group or len(w)) * most)
+    group = format.group_in(len(w))
+    share = 1 / math.sqrt((group or len(w)) * format.high)
     log_scale = log_scale * share + jax.lax.stop_gradient(log_scale * (1 - share))
-    scale = qarray.by_entry(jnp.exp(log_scale), -2, group, len(w))
-    clipped = jnp.clip(w / scale, -most, most)
+    scale = qarray.by_entry(sign * jnp.exp(log_scale), -2, group, len(w))
+    clipped = jnp.clip(w / scale, format.low, format.high)
     return qarray.with_gradient_of(clipped, jnp.round(clipped)) * scale
 
 
 def learned_scales(model: LanguageModel, formats: Mapping[str, ops.Format]) -> training.Parametrization:
     """All weights, and the scales of those that have a format here, by which they are rounded. Others keep theirs."""
     weights = training.full(model)
+    floats = {path: ops.in_float32(w) for path, w in trees.flatten(model.params) if path in formats}
+    scales = {path: qarray.grid_of(w, -2, formats[path])[0] for path, w in floats.items()}
+    signs = trees.unflatten({path: jnp.sign(scale) for path, scale in scales.items()})
 
     def start():
-        params = weights.start()
-        scales = {p: jnp.log(qarray.grid_of(w, -2, formats[p])[0]) for p, w in trees.flatten(params) if p in formats}
-        return params | {LOG_SCALE: trees.unflatten(scales)}
+        return weights.start() | {LOG_SCALE: trees.unflatten({p: jnp.log(jnp.abs(s)) for p, s in scales.items()})}
 
-    def each(rounding: Callable[..., Any], elsewhere: Callable[..., Any], trainable: Any) -> Any:
-        scales = dict(trees.flatten(trainable[LOG_SCALE]))
-        one = lambda path, like, w: rounding(w, scales[path], formats[path]) if path in formats else elsewhere(w, like)
+    def each(rounding: Callable[..., Any], elsewhere: Callable[..., Any], trainable: Any, signs: Any) -> Any:
+        logs, sign = (dict(trees.flatten(tree)) for tree in (trainable[LOG_SCALE], signs))
+
+        def one(path: str, like: Any, w: jax.Array) -> Any:
+            return rounding(w, logs[path], sign[path], formats[path]) if path in formats else elsewhere(w, like)
+
         return training.of_weights(one, model, trainable)
 
-    stored = lambda w, log_scale, format: ops.quantize_array(w, -2, format, grid=(jnp.exp(log_scale), None))
-    seen = lambda trainable, _: each(rounded, ops.straight_through, trainable)
-    finished = lambda trained: model.replace(params=each(stored, ops.requantize, trained))
-    return dataclasses.replace(weights, start=start, seen=seen, finished=finished)
+    def stored(w: jax.Array, log_scale: jax.Array, sign: jax.Array, format: ops.Format) -> ops.QArray:
+        return ops.quantize_array(w, -2, format, grid=(sign * jnp.exp(log_scale), None))
+
+    seen = lambda trainable, frozen: each(rounded, ops.straight_through, trainable, frozen[LOG_SCALE])
+    finished = lambda trained: model.replace(params=each(stored, ops.requantize, trained, signs))
+    return dataclasses.replace(weights, start=start, seen=seen, finished=finished, frozen={LOG_SCALE: signs})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,30 +28,48 @@ from efflm.parallel import sharding
 from efflm.train import trainer
 from efflm.train.losses import weighted_mean
 
-LEAST_RANGE = 0.1  # the least part of its range that a group keeps
+LEAST_RANGE, MOST_RANGE = 0.1, 2.0  # the least and the largest part of its range that a group has
 
 
 # How a matrix w [K, N] is rounded, differentiably, with what is learned for it: offset V [K, N] in [-1/2, 1/2], of the
-# codes; top [groups, N] in (0, 1], the part of a group's largest magnitude that is its largest code; where the format
-# is not symmetric of its largest value, and bottom of its smallest (equations 2 and 3).
+# codes; top [groups, N], the part of a group's largest magnitude that is its least code, negative where the other sign
+# has it; where the format is not symmetric the part of its largest value that is the largest code, and bottom of its
+# smallest (equations 2 and 3).
 Learned = dict[str, jax.Array]
 
 
 def start(w: jax.Array, format: Format) -> Learned:
     """No offset, and the range with the least squared error (see ops.qarray.grid_of) where the format clips."""
-    whole = dataclasses.replace(format, clip=False)
-    ratio = qarray.grid_of(w, -2, format)[0] / qarray.grid_of(w, -2, whole)[0]
-    learned = {"offset": jnp.zeros(w.shape), "top": ratio}
-    return learned if format.symmetric else learned | {"bottom": ratio}
+    scale, zeros = qarray.grid_of(w, -2, format)
+    offset = {"offset": jnp.zeros(w.shape)}
+    if format.symmetric:
+        return offset | {"top": _within_range(scale / _whole(w, format))}
+    bottom, top = _ends(w, format)
+    part = lambda codes, end: _within_range(jnp.where(end > 0, codes * scale / jnp.where(end > 0, end, 1.0), 1.0))
+    return offset | {"top": part(format.high - zeros, top), "bottom": part(zeros - format.low, -bottom)}
+
+
+def _whole(w: jax.Array, format: Format) -> jax.Array:
+    """The scales [groups, N] of a symmetric grid for the whole range."""
+    return qarray.grid_of(w, -2, dataclasses.replace(format, clip=False))[0]
+
+
+def _ends(w: jax.Array, format: Format) -> tuple[jax.Array, jax.Array]:
+    """The smallest value of each group, at most 0, and the largest, at least 0: [groups, N]."""
+    split = qarray.grouped(w, -2, format.group_in(w.shape[-2]))
+    return jnp.minimum(jnp.min(split, axis=-2), 0.0), jnp.maximum(jnp.max(split, axis=-2), 0.0)
+
+
+def _within_range(part: jax.Array) -> jax.Array:
+    return jnp.sign(part) * jnp.clip(jnp.abs(part), LEAST_RANGE, MOST_RANGE)
 
 
 def grid(w: jax.Array, learned: Learned, format: Format) -> qarray.Grid:
     """Scales and zeros [groups, N], float32."""
-    split = qarray.grouped(w, -2, format.group_in(w.shape[-2]))
     if format.symmetric:
-        return qarray.symmetric_scale(learned["top"] * jnp.max(jnp.abs(split), axis=-2), format.high), None
-    top = learned["top"] * jnp.maximum(jnp.max(split, axis=-2), 0.0)
-    bottom = learned["bottom"] * jnp.minimum(jnp.min(split, axis=-2), 0.0)
+        return learned["top"] * _whole(w, format), None
+    bottom, top = _ends(w, format)
+    top, bottom = learned["top"] * top, learned["bottom"] * bottom
     scale = qarray.symmetric_scale(top - bottom, format.high - format.low)
     zero = qarray.with_gradient_of(-bottom / scale, jnp.round(-bottom / scale))
     return scale, jnp.clip(zero + format.low, format.low, format.high)
@@ -111,8 +129,10 @@ def signed_descent(steps: int, learning_rate: float) -> optax.GradientTransforma
 
 def _within(updates: Any, params: Any) -> Any:
     def one(path: str, update: jax.Array, value: jax.Array) -> jax.Array:
-        low, high = (-0.5, 0.5) if path.endswith("/offset") else (LEAST_RANGE, 1.0)
-        return jnp.clip(value + update, low, high) - value
+        if path.endswith("/offset"):
+            return jnp.clip(value + update, -0.5, 0.5) - value
+        sign = jnp.sign(value)
+        return sign * jnp.clip(sign * (value + update), LEAST_RANGE, MOST_RANGE) - value
 
     return trees.map_with_path(one, updates, params)
 

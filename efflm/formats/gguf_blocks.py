@@ -14,6 +14,7 @@ from efflm.formats import gguf_file
 from efflm.model import require_fits
 from efflm.ops import QArray, dequantize
 from efflm.ops.packing import unpack
+from efflm.ops.qarray import scales
 
 ROUNDED_TO = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")  # what any matrix can be written as
 FLOATS = {jnp.dtype(jnp.float32): "F32", jnp.dtype(jnp.float16): "F16", jnp.dtype(jnp.bfloat16): "BF16"}
@@ -28,9 +29,11 @@ def kind_of(weight: Any, transposed: bool, masked: bool) -> str | None:
     if transposed != (weight.axis == -2) or weight.size % 32 or weight.group % 32:
         return None
     super_blocks = weight.size % 256 == 0 and weight.group % 256 == 0
-    if weight.zeros is None or weight.bits == 3:  # of 3 bits, less the zero point, at most 4
-        small = "Q3_K" if weight.zeros is None and super_blocks else "Q4_0"
-        return {8: "Q8_0", 4: "Q4_0", 3: small}[weight.bits]
+    if weight.bits == 2 and super_blocks:
+        return "Q2_K"
+    if weight.zeros is None or weight.bits < 4:  # of 3 bits, less the zero point, from -7 to 7
+        small = "Q3_K" if weight.zeros is None and super_blocks and weight.bits == 3 else "Q4_0"
+        return {8: "Q8_0", 4: "Q4_0", 3: small, 2: "Q4_0"}[weight.bits]
     if weight.bits == 8:
         return None
     if super_blocks:
@@ -57,7 +60,7 @@ def blocks_of(name: str, weight: Any, kind: str, transposed: bool, exact: bool) 
 def _packed(name: str, weight: QArray, kind: str) -> np.ndarray:
     turned = lambda x: trees.on_host(x).T if weight.axis == -2 else trees.on_host(x)
     codes_NK = turned(unpack(trees.on_host(weight.values), weight.bits, weight.size, weight.axis)).astype(np.int16)
-    scale_NG, zeros_NG = turned(weight.scale), None if weight.zeros is None else turned(weight.zeros)
+    scale_NG, zeros_NG = turned(scales(weight)), None if weight.zeros is None else turned(weight.zeros)
     size, _ = gguf_file.SIZES[kind]
     rows, count = len(codes_NK), weight.size // size
 
@@ -116,10 +119,18 @@ def _q3_k(codes, scale, zeros):
     return high, low, parts, scale[..., None]
 
 
+def _q2_k(codes, scale, zeros):
+    """Sixteen parts of 16: their scales are 1, what each takes off is its zero point, from 0 to 3."""
+    part = np.repeat((1 | zeros + 2 << 4).astype(np.uint8)[..., None], 16, axis=-1)
+    numbers = (codes + 2).astype(np.uint8).reshape(*scale.shape, 2, 4, 32)
+    low = np.bitwise_or.reduce(numbers << np.arange(0, 8, 2, dtype=np.uint8)[:, None], axis=-2)
+    return part, low.reshape(*scale.shape, 64), scale[..., None], scale[..., None]
+
+
 def _nibbles(numbers: np.ndarray) -> np.ndarray:
     """Numbers from 0 to 15 in 16 bytes: the first half of a block in the low bits."""
     numbers = numbers.astype(np.uint8)
     return numbers[..., :16] | numbers[..., 16:] << 4
 
 
-_LAYOUTS = {"Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q4_K": _q4_k, "Q3_K": _q3_k}
+_LAYOUTS = {"Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q4_K": _q4_k, "Q3_K": _q3_k, "Q2_K": _q2_k}

@@ -27,8 +27,8 @@ from efflm.ops import QArray
 from efflm.text.tokenizer import Tokenizer
 
 # What general.file_type calls a file by the type of most of its weights.
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q3_K": 12, "Q4_K": 15}
-FILE_TYPES |= {"BF16": 32}
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
+FILE_TYPES |= {"Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "BF16": 32}
 WRITTEN = ("llama", "qwen2", "qwen3")  # mistral, within its window, is llama
 REMEDY = "set kind to F16, which writes floats, or to another such as Q8_0, to which matrices are rounded again"
 

@@ -8,7 +8,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -20,9 +19,8 @@ from efflm.formats.tensors import FLOATING, Tensors
 from efflm.formats.translate import describe, main_dtype, precision_of, read_weights, schemes, to_model, to_tensors
 from efflm.model import LanguageModel
 from efflm.model_files import inside, read_object
-from efflm.ops.qarray import dequantize
+from efflm.ops.qarray import dequantize, in_dtype
 from efflm.parallel import meshes
-from efflm.precision import cast
 from efflm.text import tokenizer
 from efflm.text.tokenizer import Tokenizer
 
@@ -66,7 +64,7 @@ class AsFloats:
         return int(np.prod(self.shape))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return trees.on_host(dequantize(cast(self.weight, jnp.float32)))
+        return trees.on_host(dequantize(in_dtype(self.weight, "float32")))
 
 
 ACTIVATIONS = "the model rounds what its int8 matmuls read, but matrices of floats multiply it as it is"

@@ -77,14 +77,12 @@ def read_weights(
         where, head_dim, name = family.place(path), _head_dim(config, path), names[path]
         if path in matrices:
             parts = matrices[path].read(source.read, source.shapes)
-            floats, across = {"scale": dtype}, dataclasses.replace(where, transpose=False)
+            across = dataclasses.replace(where, transpose=False)
             of_each = lambda part, array: array if part == "activation_scale" else taken(array, across, head_dim)
-            arrays = {
-                part: laid(f"{path}/{part}", of_each(part, array), floats.get(part), name)
-                for part, array in parts.items()
-            }
+            arrays = {part: laid(f"{path}/{part}", of_each(part, array), None, name) for part, array in parts.items()}
             matrix = matrices[path]
             static = {"bits": matrix.scheme.bits, "group": matrix.group, "activations": matrix.scheme.activations}
+            static["dtype"] = dtype or str(arrays["scale"].dtype)
             return QArray(**arrays, axis=-2, size=matrix.inputs, **static)
         tensor = source.read(name)
         require(
@@ -100,12 +98,11 @@ def read_weights(
 
 
 def main_dtype(weights: Any) -> str:
-    """The one dtype that a config.json gives a model's weights: that of most of its floats, and of float16 and
-    bfloat16 weights in one model, which neither dtype holds all of, float32."""
+    """The one dtype that a config.json gives a model's weights: that of most of them, and of float16 and bfloat16
+    weights in one model, which neither dtype holds all of, float32."""
     counts: dict[str, int] = {}
-    for _, leaf in trees.flatten(weights, inside=True):
-        if leaf.dtype in FLOATING:
-            counts[leaf.dtype.name] = counts.get(leaf.dtype.name, 0) + math.prod(leaf.shape)
+    for _, leaf in trees.flatten(weights):
+        counts[str(leaf.dtype)] = counts.get(str(leaf.dtype), 0) + math.prod(leaf.shape)
     return "float32" if {"float16", "bfloat16"} <= counts.keys() else max(counts, key=counts.__getitem__)
 
 

@@ -25,9 +25,10 @@ from efflm.model.linear import OUTPUTS, PROBABILITIES, fetch, gathers
 from efflm.model.norms import Norm
 from efflm.model.params import STACK
 from efflm.model.rotary import of_layers as rotary_tables
+from efflm.ops import qarray
 from efflm.ops.recompute import late
 from efflm.parallel.sharding import constrain
-from efflm.precision import Policy, cast
+from efflm.precision import Policy
 
 
 @flax.struct.dataclass
@@ -73,7 +74,7 @@ def in_dtype(model: LanguageModel, dtype: str) -> LanguageModel:
     Raises InputError where a number does not fit.
     """
     config = dataclasses.replace(model.config, precision="bfloat16" if dtype == "bfloat16" else "float32")
-    made = cast(model.params, dtype)
+    made = jax.tree.map(functools.partial(qarray.in_dtype, dtype=dtype), model.params, is_leaf=trees.is_leaf)
     for (path, before), (_, after) in zip(trees.flatten(model.params, inside=True), trees.flatten(made, inside=True)):
         if after.dtype != before.dtype:
             require_fits(path, before, after)

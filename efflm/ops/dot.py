@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from efflm.ops.kernels.cpu import dot as cpu
 from efflm.ops.lowrank import LowRank
 from efflm.ops.norm import normalize
-from efflm.ops.qarray import QArray, codes, dequantize, grouped, operands, rounded_rows
+from efflm.ops.qarray import QArray, codes, dequantize, grouped, operands, rounded_rows, scales
 from efflm.ops.recompute import late
 
 MATMUL = "matmul"
@@ -183,7 +183,7 @@ def _scaled(total: jax.Array, x: jax.Array, w: QArray) -> jax.Array:
     per_output = lambda part: part.astype(jnp.float32).reshape((1,) * (total.ndim - 1) + (-1,))
     if w.zeros is not None:
         total = total - jnp.sum(x.astype(jnp.float32), axis=-1, keepdims=True) * per_output(w.zeros)
-    return total * per_output(w.scale)
+    return total * per_output(scales(w))
 
 
 def _grouped_int8_matmul(x: jax.Array, w: QArray) -> jax.Array:
@@ -196,5 +196,5 @@ def _grouped_int8_matmul(x: jax.Array, w: QArray) -> jax.Array:
     if w.zeros is not None:
         sums_GM1 = jnp.sum(x_MGg.astype(jnp.int32), axis=-1).T[:, :, None]
         total_GMN = total_GMN - sums_GM1 * to_gkn(w.zeros).astype(jnp.int32)[:, None]
-    scaled_GMN = total_GMN.astype(jnp.float32) * to_gkn(w.scale).astype(jnp.float32)[:, None]
+    scaled_GMN = total_GMN.astype(jnp.float32) * to_gkn(scales(w))[:, None]
     return jnp.sum(scaled_GMN, axis=0).reshape(*x.shape[:-1], -1)

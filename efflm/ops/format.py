@@ -5,22 +5,22 @@ from typing import Literal
 
 from efflm.config import require, require_choices
 
-Bits = Literal[8, 4, 3]
+Bits = Literal[8, 4, 3, 2]
 Activations = Literal["float", "int8", "int8_static"]
-ScaleDtype = Literal["", "float32", "bfloat16"]
+ScaleDtype = Literal["", "float16", "bfloat16", "float32"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
     """bits: of a code. group: entries along the contracted axis that share a scale; 0: all of an output.
 
-    symmetric: codes within +-(2^(bits - 1) - 1), and the largest magnitude of a group is the largest code. Otherwise
-    the range of a group, widened to include 0, fills all 2^bits codes, one of which is its zero point. clip: of RATIOS
-    of that range the one with the least squared error (ops.qarray.grid_of), in place of the whole range. scales:
-    "matrix" gives all groups that of the widest range. scale_dtype: of the scales, "": that of the weight; it is also
-    the dtype of what the matrix stands for. activations: "float" multiplies in floating point (weight-only); "int8"
-    rounds the other operand too, one scale per token, computed in the matmul; "int8_static" with one scale for all,
-    known before. Raises InputError.
+    symmetric: of a group the value of the largest magnitude has the least code, -2^(bits - 1), so that scales may be
+    negative and all codes are used. Otherwise the range of a group, widened to include 0, fills all codes, one of which
+    is its zero point. clip: the range is searched for the least weighted error (ops.qarray.grid_of). scales: "matrix"
+    gives all groups that of the widest range. scale_dtype: of the scales as they are stored, "": float16, or bfloat16
+    for a matrix with a scale that float16 holds badly (ops.qarray.as_stored). activations: "float" multiplies in
+    floating point (weight-only); "int8" rounds the other operand too, one scale per token, computed in the matmul;
+    "int8_static" with one scale for all, known before. Raises InputError.
     """
 
     bits: Bits = 8
@@ -48,7 +48,7 @@ class Format:
     @property
     def low(self) -> int:
         """The least one."""
-        return -self.high if self.symmetric else -self.high - 1
+        return -(2 ** (self.bits - 1))
 
     def group_in(self, size: int) -> int:
         """Entries that share a scale along an axis of `size`; 0: all."""

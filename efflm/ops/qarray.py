@@ -2,9 +2,9 @@
 
     w ~ (codes - zeros) * scale
 
-codes are signed integers of 8, 4 or 3 bits. Below 8 they are packed along the contracted axis into bytes, the first
-code in the lowest bits: two in a byte, or eight in three bytes. Each output channel has one scale, or one for each
-`group` of entries along the contracted axis; the last group may be shorter.
+codes are signed integers of 8, 4, 3 or 2 bits. Below 8 they are packed along the contracted axis into bytes, the first
+code in the lowest bits: two or four in a byte, or eight in three bytes. Each output channel has one scale, which may be
+negative, or one for each `group` of entries along the contracted axis; the last group may be shorter.
 """
 
 import functools
@@ -13,15 +13,19 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from efflm.config import require
 from efflm.ops.format import INT8, Activations, Format
 from efflm.ops.lowrank import LowRank
 from efflm.ops.packing import pack, unpack
+from efflm.precision import cast
 
-RATIOS, LEAST_RATIO = 33, 0.36  # how many parts of a group's range are tried as its clipped range, and the least
-Grid = tuple[jax.Array, jax.Array | None]  # scales, zeros
+RATIOS = np.linspace(0.4, 1.15, 16, dtype=np.float32)  # of the range of a group, tried as its range
+SHIFTS = (-1.0, 0.0, 1.0)  # of the zero point, tried with each
+LEAST_FLOAT16, MOST_FLOAT16 = 2.0**-17, 65504.0  # between them a float16 has at least the 8 bits of a bfloat16
+Grid = tuple[jax.Array, jax.Array | None]  # scales float32, zeros int8; see as_stored
 
 
 @flax.struct.dataclass
@@ -29,12 +33,13 @@ class QArray:
     """A quantized matrix, or a stack of them with leading axes that no field below counts.
 
     values: int8 codes in the shape of the matrix, or uint8 with the contracted axis packed. scale: floating, the shape
-    of the matrix with the contracted axis reduced to the number of groups. zeros: int8 like scale, the code of zero;
-    None: 0, and codes within +-(2^(bits - 1) - 1); in the models of others the one below is a code too.
-    activation_scale: float32 [..., 1, 1] with "int8_static". axis: the contracted axis, counted from the end. size: its
-    length. bits, group, activations: see Format; group is 0 where one scale is for the whole axis.
+    of the matrix with the contracted axis reduced to the number of groups; read it by `scales`. zeros: int8 like scale,
+    the code of zero; None: 0. activation_scale: float32 [..., 1, 1] with "int8_static". axis: the contracted axis,
+    counted from the end. size: its length. dtype: of what the matrix stands for. bits, group, activations: see Format;
+    group is 0 where one scale is for the whole axis.
 
-    For every element |w - dequantize(w)| <= scale / 2, and an exact zero stays one.
+    An exact zero stays one. Of an element that the codes reach |w - dequantize(w)| <= |scale| / 2. Where a symmetric
+    range is not clipped all are reached but those next to the largest magnitude and of the other sign: |scale| there.
     """
 
     values: jax.Array
@@ -46,6 +51,7 @@ class QArray:
     group: int = flax.struct.field(pytree_node=False, default=0)
     size: int = flax.struct.field(pytree_node=False, default=0)
     activations: Activations = flax.struct.field(pytree_node=False, default="float")
+    dtype: str = flax.struct.field(pytree_node=False, default="float32")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,8 +66,8 @@ class QArray:
     @property
     def format(self) -> Format:
         """How it would be rounded again."""
-        symmetric = self.zeros is None
-        return Format(bits=self.bits, group=self.group, symmetric=symmetric, activations=self.activations)
+        kept = {name: getattr(self, name) for name in ("bits", "group", "activations")}
+        return Format(**kept, symmetric=self.zeros is None, scale_dtype=str(self.scale.dtype))
 
 
 @flax.struct.dataclass
@@ -83,6 +89,11 @@ class FakeQuantized:
 def codes(w: QArray) -> jax.Array:
     """int8 codes in the shape of the matrix."""
     return unpack(w.values, w.bits, w.size, w.axis)
+
+
+def scales(w: QArray) -> jax.Array:
+    """float32 scales of the groups, however they are stored."""
+    return w.scale.astype(jnp.float32)
 
 
 # --- rounding --------------------------------------------------------------------------------------------------------
@@ -123,11 +134,18 @@ def symmetric_scale(absmax: jax.Array, most: int) -> jax.Array:
 
 
 def quantize_array(
-    w: jax.Array, axis: int, format: Format = INT8, grid: Grid | None = None, activation_scale: jax.Array | None = None
+    w: jax.Array,
+    axis: int,
+    format: Format = INT8,
+    grid: Grid | None = None,
+    activation_scale: jax.Array | None = None,
+    importance: jax.Array | None = None,
 ) -> QArray:
     """A float matrix [..., in, out] rounded to the nearest codes of a format. Raises InputError.
 
-    axis: the contracted one. grid: the result of `grid_of`, if it is known. activation_scale: with int8_static.
+    axis: the contracted one. grid: scales and zeros, if they are known; they are rounded to what is stored. importance:
+    see `grid_of`. activation_scale: with int8_static. While it is traced, where no dtype can depend on numbers, scales
+    of the dtype "" stay float32.
     """
     require(
         (activation_scale is not None) == (format.activations == "int8_static"),
@@ -135,58 +153,113 @@ def quantize_array(
     )
     axis = axis % w.ndim - w.ndim
     size = w.shape[axis]
-    scale, zeros = grid_of(w, axis, format) if grid is None else grid
+    scale, zeros = grid_of(w, axis, format, importance) if grid is None else (as_stored(grid[0], format), grid[1])
     values = _packed(w, scale, zeros, axis, format)
     static = {"bits": format.bits, "group": format.group_in(size), "activations": format.activations}
-    return QArray(values, scale, zeros, activation_scale, axis=axis, size=size, **static)
+    scale = scale.astype(format.scale_dtype or _own_dtype(scale))
+    return QArray(values, scale, zeros, activation_scale, axis=axis, size=size, dtype=str(w.dtype), **static)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def as_stored(scale: jax.Array, format: Format) -> jax.Array:
+    """float32 scales rounded to the format's dtype of scales. None becomes 0 or infinite.
+
+    "": to float16, where each keeps at least 8 significant bits in it: those between 2^-17 (a weight of 1e-6 in 4 bits)
+    and 65504; otherwise all to bfloat16, whose range is that of float32.
+    """
+    if not format.scale_dtype:
+        return jnp.where(_in_float16(scale), _rounded_to(scale, "float16"), _rounded_to(scale, "bfloat16"))
+    return _rounded_to(scale, format.scale_dtype)
+
+
+def _rounded_to(scale: jax.Array, dtype: str) -> jax.Array:
+    limits = jnp.finfo(dtype)
+    least = limits.smallest_subnormal if dtype == "float16" else limits.tiny  # others are flushed to 0
+    within = jnp.clip(jnp.abs(scale), float(least), float(limits.max)).astype(dtype).astype(jnp.float32)
+    return jnp.where(scale < 0, -within, within)
+
+
+def _in_float16(scale: jax.Array) -> jax.Array:
+    magnitude = jnp.abs(scale)
+    return jnp.all((magnitude >= LEAST_FLOAT16) & (magnitude <= MOST_FLOAT16))
+
+
+def _own_dtype(scale: jax.Array) -> str:
+    """The dtype of scales that `as_stored` rounded to one of its own choice."""
+    if isinstance(scale, jax.core.Tracer):
+        return "float32"
+    return "float16" if _in_float16(scale) else "bfloat16"
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def grid_of(w: jax.Array, axis: int, format: Format) -> Grid:
+def grid_of(w: jax.Array, axis: int, format: Format, importance: jax.Array | None = None) -> Grid:
     """The scales and zeros of the groups of a float matrix, each with `axis` reduced to groups (see Format).
 
-    Where the format clips, of RATIOS of each group's range the one whose rounding errors have the least sum of squares:
-    what is beyond is rounded to the end of the range, and the rest is rounded more finely.
+    The scales are as they are stored, in float32. Where the format clips, a range of each group is searched for the
+    least squared error weighted by `importance`, float32 [size of axis], of each input the sum of its squares (the
+    diagonal of X^T X); without it by the squared magnitude of the weights. Tried are parts of the range, both signs of
+    a symmetric grid, and shifted zero points, each with the scale that is best for the codes it gives (least squares).
+    The whole range stays where none has a smaller error.
     """
-    group, dtype = format.group_in(w.shape[axis]), format.scale_dtype or w.dtype
-    split = grouped(w.astype(jnp.float32), axis, group)
-    if format.symmetric:  # the entries of a group now lie along `axis`
-        top = jnp.max(jnp.abs(split), axis=axis)
-        bottom = -top
-    else:
-        bottom, top = jnp.minimum(jnp.min(split, axis), 0.0), jnp.maximum(jnp.max(split, axis), 0.0)
+    group, steps = format.group_in(w.shape[axis]), 2**format.bits - 1
+    split = grouped(w.astype(jnp.float32), axis, group)  # the entries of a group now lie along `axis`
+    bottom, top = jnp.minimum(jnp.min(split, axis), 0.0), jnp.maximum(jnp.max(split, axis), 0.0)
     if format.scales == "matrix":
         bottom, top = jnp.full_like(bottom, jnp.min(bottom)), jnp.full_like(top, jnp.max(top))
-
-    def within(ratio: jax.Array | float) -> Grid:
-        if format.symmetric:
-            return symmetric_scale(ratio * top, format.high).astype(dtype), None
-        scale = symmetric_scale(ratio * (top - bottom), format.high - format.low).astype(dtype)
-        zero = jnp.round(-ratio * bottom / scale.astype(jnp.float32)) + format.low
-        return scale, jnp.clip(zero, format.low, format.high).astype(jnp.int8)
-
+    if format.symmetric:
+        unit = jnp.where(top > -bottom, top, bottom) / format.low
+        zeros = jnp.zeros_like(unit)
+    else:
+        unit = (top - bottom) / steps
+        zeros = jnp.clip(jnp.round(-bottom / jnp.where(unit == 0, 1.0, unit)) + format.low, format.low, format.high)
+    unit = as_stored(jnp.where(unit == 0, 1.0, unit), format)
+    stored_zeros = lambda zeros: None if format.symmetric else zeros.astype(jnp.int8)
     if not format.clip:
-        return within(1.0)
+        return unit, stored_zeros(zeros)
 
-    def error(ratio: jax.Array) -> jax.Array:
-        scale, zeros = within(ratio)
-        found = _floats(_round(w, scale, zeros, axis, format), scale, zeros, axis, group)
-        squares = jnp.sum(jnp.square(grouped(w.astype(jnp.float32) - found, axis, group)), axis=axis)
-        return squares if format.scales == "output" else jnp.full_like(squares, jnp.sum(squares))
+    # From here on in units of `unit`: as numbers of steps.
+    spread = lambda per_group: jnp.expand_dims(per_group, axis)
+    split = split / spread(unit)
+    if importance is None:
+        weight = jnp.square(split)
+    else:
+        along = importance.astype(jnp.float32).reshape([-1 if i == axis % w.ndim else 1 for i in range(w.ndim)])
+        weight = grouped(along, axis, group)
 
-    def keep_better(best: tuple[jax.Array, jax.Array], ratio: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-        least, ratios = best
-        now = error(ratio)
-        return (jnp.minimum(now, least), jnp.where(now < least, ratio, ratios)), None
+    def total(each: jax.Array) -> jax.Array:
+        """The weighted sum over what shares a scale."""
+        sums = jnp.sum(weight * each, axis=axis)
+        return jnp.full_like(sums, jnp.sum(sums)) if format.scales == "matrix" else sums
 
-    start = (jnp.full(top.shape, jnp.inf), jnp.ones(top.shape))
-    (_, ratios), _ = lax.scan(keep_better, start, jnp.linspace(1.0, LEAST_RATIO, RATIOS))
-    return within(ratios)
+    def centered(step: jax.Array, zeros: jax.Array) -> jax.Array:
+        """Codes less their zero points."""
+        return jnp.clip(jnp.round(split / spread(step)) + spread(zeros), format.low, format.high) - spread(zeros)
+
+    def try_one(best: tuple[jax.Array, ...], tried: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
+        ratio, shift = tried
+        moved = jnp.clip(zeros + shift, format.low, format.high)
+        found = centered(jnp.full_like(unit, ratio), moved)
+        product, square = total(split * found), total(jnp.square(found))
+        step = jnp.where(square > 0, product / jnp.where(square > 0, square, 1.0), 0.0)
+        now = product * step, step, moved  # the error is that of zeros less the first
+        return jax.tree.map(lambda new, old: jnp.where(now[0] > best[0], new, old), now, best), None
+
+    ratios, shifts = ([RATIOS, -RATIOS], (0.0, 0.0)) if format.symmetric else ([RATIOS] * len(SHIFTS), SHIFTS)
+    tried = np.concatenate(ratios), np.repeat(np.float32(shifts), len(RATIOS))
+    start = jnp.zeros_like(unit), jnp.zeros_like(unit), zeros
+    (_, step, moved), _ = lax.scan(try_one, start, tried)
+    scale = as_stored(jnp.where(step == 0, unit, step * unit), format)
+
+    def error(scale: jax.Array, zeros: jax.Array) -> jax.Array:
+        step = scale / unit
+        return total(jnp.square(split - centered(step, zeros) * spread(step)))
+
+    better = error(scale, moved) < error(unit, zeros)
+    return as_stored(jnp.where(better, scale, unit), format), stored_zeros(jnp.where(better, moved, zeros))
 
 
 def _round(w: jax.Array, scale: jax.Array, zeros: jax.Array | None, axis: int, format: Format) -> jax.Array:
     """int8 codes, not packed."""
-
     size = w.shape[axis]
     each = lambda per_group: by_entry(per_group.astype(jnp.float32), axis, format.group_in(size), size)
     rounded = jnp.round(w.astype(jnp.float32) / each(scale)) + (0.0 if zeros is None else each(zeros))
@@ -210,6 +283,13 @@ def dequantize(w: Any) -> jax.Array:
     return _dequantize(w)
 
 
+def in_dtype(w: Any, dtype: str) -> Any:
+    """The weight with its floats in another dtype; a quantized one stands for such floats, and is stored as before."""
+    if isinstance(w, LowRank):
+        return LowRank(in_dtype(w.base, dtype), *cast((w.a, w.b), dtype))
+    return w.replace(dtype=dtype) if isinstance(w, QArray) else cast(w, dtype)
+
+
 def in_float32(w: Any) -> jax.Array:
     """The same in float32, in which all that chooses or trains weights computes."""
     return dequantize(w).astype(jnp.float32)
@@ -217,7 +297,7 @@ def in_float32(w: Any) -> jax.Array:
 
 @jax.jit
 def _dequantize(w: QArray) -> jax.Array:
-    return _floats(codes(w), w.scale, w.zeros, w.axis, w.group).astype(w.scale.dtype)
+    return _floats(codes(w), scales(w), w.zeros, w.axis, w.group).astype(w.dtype)
 
 
 def _floats(numbers: jax.Array, scale: jax.Array, zeros: jax.Array | None, axis: int, group: int) -> jax.Array:
@@ -231,8 +311,7 @@ def requantize(master: jax.Array, like: Any) -> Any:
     like = like.base if isinstance(like, LowRank) else like
     if not isinstance(like, QArray):
         return master.astype(like.dtype)
-    master = master.astype(like.scale.dtype)
-    return quantize_array(master, like.axis, like.format, activation_scale=like.activation_scale)
+    return quantize_array(master.astype(like.dtype), like.axis, like.format, activation_scale=like.activation_scale)
 
 
 def with_gradient_of(x: jax.Array, value: jax.Array) -> jax.Array:

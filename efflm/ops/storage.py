@@ -22,7 +22,8 @@ from efflm.ops.masks import Masks
 from efflm.ops.packing import pack, packed_size, unpack
 from efflm.ops.qarray import QArray, dequantize
 
-STATIC = ("bits", "axis", "group", "size", "activations")
+STATIC = ("bits", "axis", "group", "size", "activations", "dtype")
+FLOATS = ("float32", "bfloat16", "float16")
 PARTS = ("values", "scale", "zeros", "activation_scale")
 
 
@@ -50,7 +51,7 @@ def from_flat(flat: dict[str, Any], formats: dict[str, dict[str, Any]]) -> dict[
     flat = dict(flat)
     for path, format_ in formats.items():
         parts = {name: flat.pop(f"{path}/{name}") for name in PARTS if f"{path}/{name}" in flat}
-        flat[path] = QArray(**parts, **format_)
+        flat[path] = QArray(**parts, **{"dtype": str(parts["scale"].dtype)} | format_)  # once the dtype was that
     return trees.unflatten(flat)
 
 
@@ -59,8 +60,11 @@ def part_shapes(shape: tuple[int, int], format_: dict[str, Any]) -> dict[str, tu
 
     Raises InputError for a format that no such matrix has.
     """
-    require(format_.keys() == set(STATIC), f"a format has {', '.join(sorted(format_))}, but must have {STATIC}")
-    bits, axis, group, size, activations = (format_[name] for name in STATIC)
+    there = format_.keys() | {"dtype"}
+    require(there == set(STATIC), f"a format has {', '.join(sorted(format_))}, but must have {STATIC}")
+    bits, axis, group, size, activations = (format_[name] for name in STATIC[:-1])
+    dtype = format_.get("dtype", "float32")
+    require(dtype in FLOATS, f"dtype is {dtype!r:.60}, but must be one of {', '.join(FLOATS)}")
     for name in ("bits", "axis", "group", "size"):
         require(type(format_[name]) is int, f"{name} is {format_[name]!r:.60}, but must be a whole number")
     Format(bits=bits, activations=activations)  # which refuses what is unknown

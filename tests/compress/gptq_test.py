@@ -40,7 +40,7 @@ def by_reference(w, x, grid, bits, group, symmetric, order, kept=None):
     def decide(k, w, diagonal, done):
         s = scale[k // group if group else 0]
         zero = 0 if zeros is None else zeros[k // group if group else 0]
-        codes = np.clip(np.round(w[k] / s) + zero, -most if symmetric else -most - 1, most)
+        codes = np.clip(np.round(w[k] / s) + zero, -most - 1, most)
         return np.where(kept[k], (codes - zero) * s, 0)
 
     gram = x.astype(np.float64).T @ x
@@ -52,7 +52,7 @@ def by_reference(w, x, grid, bits, group, symmetric, order, kept=None):
 @given(
     seed=st.integers(0, 2**31),
     K=st.sampled_from([5, 32, 130, 150]),
-    bits=st.sampled_from([8, 4, 3]),
+    bits=st.sampled_from([8, 4, 3, 2]),
     group=st.sampled_from([0, 16]),
     symmetric=st.booleans(),
     order=st.booleans(),

@@ -139,7 +139,9 @@ def test_files_that_contradict_themselves_are_refused(tmp_path):
 
 
 @settings(max_examples=6)
-@given(st.sampled_from([8, 4, 3]), st.sampled_from([0, 16, 20]), st.booleans(), st.sampled_from([None, 0.05, 0.5, 0.9]))
+@given(
+    st.sampled_from([8, 4, 3, 2]), st.sampled_from([0, 16, 20]), st.booleans(), st.sampled_from([None, 0.05, 0.5, 0.9])
+)
 def test_every_format_comes_back_from_files_and_checkpoints_as_predicted(bits, group, symmetric, sparsity):
     """Packed or not, with zero points or not, with masks that pay for a bitmask and masks that do not."""
     model = tiny.model(dataclasses.replace(tiny.LLAMA, layers=1, kv_heads=4, mlp_dim=32))  # few shapes to compile for
@@ -164,6 +166,20 @@ def test_every_format_comes_back_from_files_and_checkpoints_as_predicted(bits, g
         where = placement.shardings(spread.params, mesh)
         assert jax.tree.map(lambda leaf: leaf.sharding, spread.params) == where
         assert any("fsdp" in each.spec for each in jax.tree.leaves(where))
+
+
+def test_files_of_before_a_dtype_was_told_stand_for_that_of_their_scales(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    file, form = tmp_path / "m.safetensors", ops.Format(scale_dtype="bfloat16")
+    model = tiny.model()
+    model.params["embedding"] = quantize_array(model.params["embedding"], -1, form).replace(dtype="bfloat16")
+    efflm_file.save(file, model, {})
+    with safe_open(file, framework="numpy") as opened:
+        manifest = json.loads(opened.metadata()["efflm"])
+    assert manifest["formats"]["embedding"].pop("dtype") == "bfloat16"
+    save_file(load_file(file), file, metadata={"efflm": json.dumps(manifest)})
+    same(efflm_file.load(file)[0], model)
 
 
 def test_a_zero_without_a_mask_comes_back_without_one(tmp_path):

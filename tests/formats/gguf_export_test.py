@@ -46,6 +46,7 @@ CONFIGS = {
 WEIGHTS = {
     "w8": {"bits": 8}, "w8g64": {"bits": 8, "group": 64}, "w4": {"bits": 4}, "w4g32": {"bits": 4, "group": 32},
     "w3": {"bits": 3}, "w3g96": {"bits": 3, "group": 96}, "w3g32z": {"bits": 3, "group": 32, "symmetric": False},
+    "w2": {"bits": 2}, "w2z": {"bits": 2, "symmetric": False}, "w2g32z": {"bits": 2, "group": 32, "symmetric": False},
     "w4z": {"bits": 4, "symmetric": False}, "w4g64z": {"bits": 4, "group": 64, "symmetric": False},
 }  # fmt: skip
 
@@ -82,7 +83,7 @@ def test_the_librarys_values_of_our_blocks_are_ours_bit_for_bit(rng, name, maske
     wanted = np.asarray(ops.dequantize(in_halves(weight)))
     wanted = wanted.T if axis == -2 else wanted
     if kind == "Q4_1":  # adds a float16
-        scale = np.asarray(weight.scale).max()
+        scale = np.abs(np.asarray(weight.scale, np.float32)).max()
         np.testing.assert_allclose(found, wanted, rtol=0, atol=15 * scale * 2**-11)
     else:
         np.testing.assert_array_equal(found, wanted)
@@ -96,9 +97,9 @@ def test_each_format_gets_the_smallest_type_that_holds_it():
         weight = ops.quantize_array(jnp.ones((inputs, 4)), -2, Format(**format))
         return gguf_blocks.kind_of(weight, True, masked)
 
-    assert [kind(512, bits=bits) for bits in (8, 4, 3)] == ["Q8_0", "Q4_0", "Q3_K"]
-    assert [kind(96, bits=bits) for bits in (8, 4, 3)] == ["Q8_0", "Q4_0", "Q4_0"]
-    assert [kind(512, bits=bits, group=32, symmetric=False) for bits in (8, 4, 3)] == [None, "Q4_1", "Q4_0"]
+    assert [kind(512, bits=bits) for bits in (8, 4, 3, 2)] == ["Q8_0", "Q4_0", "Q3_K", "Q2_K"]
+    assert [kind(96, bits=bits) for bits in (8, 4, 3, 2)] == ["Q8_0", "Q4_0", "Q4_0", "Q4_0"]
+    assert [kind(512, bits=bits, group=32, symmetric=False) for bits in (8, 4, 3, 2)] == [None, "Q4_1", "Q4_0", "Q4_0"]
     assert kind(512, bits=4, group=256, symmetric=False) == "Q4_K"
     assert kind(512, bits=4, group=32, symmetric=False, masked=True) == "Q5_0"
     assert kind(512, bits=4, group=48) is None

@@ -82,7 +82,7 @@ def test_the_compiled_weight_gradient_multiplies_bfloat16():
 FORMS = [
     {"activations": activations, "bits": bits, "group": group, "symmetric": symmetric}
     for activations in ("float", "int8", "int8_static")
-    for bits, group, symmetric in ((8, 0, True), (8, 0, False), (8, 10, False), (4, 10, True), (3, 0, False))
+    for bits, group, symmetric in ((8, 0, True), (8, 10, False), (4, 10, True), (3, 0, False), (2, 10, True))
 ]
 
 

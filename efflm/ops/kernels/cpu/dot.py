@@ -1,7 +1,7 @@
 """Matmuls with weights laid out for the native kernels: the layouts, and the calls.
 
 Dense weights are used as they are. Of quantized ones 32 outputs lie side by side: a panel holds for every 4 inputs (8
-bits) or 8 inputs (4 bits) one word of 4 bytes for each output (see src/dot.h). Codes of 3 bits are laid out as 4.
+bits) or 8 inputs (4 bits) one word of 4 bytes for each output (see src/dot.h). Codes of 3 and 2 bits are laid out as 4.
 """
 
 import math
@@ -15,7 +15,7 @@ import numpy as np
 
 from efflm.ops.kernels.cpu import build
 from efflm.ops.norm import Normed, normalize
-from efflm.ops.qarray import QArray, codes
+from efflm.ops.qarray import QArray, codes, scales
 
 PANEL, UNIT = 32, 8
 ACTIVATIONS = ("silu", "gelu_tanh")  # of a gate, as numbered in src/feedforward.h
@@ -91,7 +91,7 @@ def panels(w: QArray, form: str) -> Panels:
     of_groups = lambda x, dtype: jnp.asarray(fill(by_output(x), 0).T.astype(dtype))
     return Panels(
         jnp.asarray(np.ascontiguousarray(words)),
-        of_groups(w.scale, np.float32),
+        of_groups(scales(w), np.float32),
         None if w.zeros is None else of_groups(w.zeros, np.int8),
         w.activation_scale,
         bits=held,
@@ -100,24 +100,24 @@ def panels(w: QArray, form: str) -> Panels:
         size=size,
         outputs=outputs,
         activations=w.activations,
-        dtype=str(w.scale.dtype),
+        dtype=w.dtype,
         form=form,
     )
 
 
 def rows(table: Panels, indices: jax.Array) -> jax.Array:
-    """Rows [..., D] of a table [V, D] in panels, as floats in the dtype of its scales."""
+    """Rows [..., D] of a table [V, D] in panels, as floats of its dtype."""
     return outputs(table, indices) if table.axis == -1 else unpacked(table)[indices]
 
 
 def unpacked(w: Panels) -> jax.Array:
-    """The whole matrix as floats in the dtype of its scales."""
+    """The whole matrix as floats of its dtype."""
     by_output = outputs(w, jnp.arange(w.outputs))
     return by_output if w.axis == -1 else by_output.T
 
 
 def outputs(table: Panels, indices: jax.Array) -> jax.Array:
-    """The weights [..., size] of some outputs, as floats in the dtype of the scales."""
+    """The weights [..., size] of some outputs, as floats of its dtype."""
     words = table.values[indices // PANEL, :, indices % PANEL].astype(jnp.int16)
     if table.bits == 4:
         words = jnp.stack([words & 15, words >> 4], axis=-2)
