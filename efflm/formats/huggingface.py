@@ -15,11 +15,12 @@ from efflm import trees
 from efflm.cli.run_directory import whole, write_json
 from efflm.config import InputError, require
 from efflm.formats import card, packed_config, tensors, transformers_check
-from efflm.formats.tensors import FLOATING, Tensors
+from efflm.formats.tensors import Tensors
 from efflm.formats.translate import describe, main_dtype, precision_of, read_weights, schemes, to_model, to_tensors
 from efflm.model import LanguageModel
 from efflm.model_files import inside, read_object
-from efflm.ops.qarray import dequantize, in_dtype
+from efflm.ops.lowrank import LowRank
+from efflm.ops.qarray import QArray, dequantize, in_dtype
 from efflm.parallel import meshes
 from efflm.text import tokenizer
 from efflm.text.tokenizer import Tokenizer
@@ -84,7 +85,7 @@ def save(folder: Path, model: LanguageModel, tokens: Tokenizer, check: bool = Fa
     check: transformers computes with it, where it is installed. Returns what is to be said of it. Raises InputError if
     the folder holds something already, no family has such a model, or what was written is not the model.
     """
-    compressed = [path for path, leaf in trees.flatten(model.params) if getattr(leaf, "dtype", None) not in FLOATING]
+    compressed = [path for path, leaf in trees.flatten(model.params) if isinstance(leaf, QArray | LowRank)]
     said = [f"{len(compressed)} compressed weights are written as float32"] if compressed else []
     said += [ACTIVATIONS] * any(map(rounds, (leaf for _, leaf in trees.flatten(model.params))))
     params = trees.map_with_path(lambda _, leaf: AsFloats(leaf), model.params) if compressed else model.params
@@ -129,7 +130,7 @@ def _require_as_written(folder: Path, model: LanguageModel) -> None:
     wanted = dict(trees.flatten(model.params))
     _, found = read_weights(read_object(folder, "config.json"), _tensors(folder), None, meshes.make_mesh())
     for path, leaf in found:
-        one, other = (np.asarray(w if hasattr(w, "dtype") else AsFloats(w)) for w in (leaf, wanted[path]))
+        one, other = (np.asarray(AsFloats(w) if isinstance(w, QArray) else w) for w in (leaf, wanted[path]))
         rounding = [(rounds(w), getattr(w, "activation_scale", None)) for w in (leaf, wanted[path])]
         same = np.array_equal(one, other, equal_nan=True) and rounding[0] == rounding[1]
         require(same, f"{path} is not read back as it was written, so nothing is left of it: try another disk")

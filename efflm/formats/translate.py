@@ -22,6 +22,7 @@ from efflm.formats.packed_config import Quantized, Scheme
 from efflm.formats.tensors import FLOATING, Named, Tensors, place, require_dtype
 from efflm.model import LanguageModel, params, placement
 from efflm.ops.qarray import QArray
+from efflm.ops.storage import FLOATS
 from efflm.parallel import meshes
 
 ROWS = 1024  # of two matrices that are compared at a time
@@ -37,7 +38,8 @@ def to_model(
 ) -> LanguageModel:
     """The model that `description`, what a config.json holds, and the tensors make, laid on the mesh.
 
-    dtype: of all floats; None keeps each as it is stored. blocks: the layers, where they differ from each other, which
+    dtype: of all floats; None keeps each as it is stored, and a quantized matrix stands for what the description names.
+    Scales stay as they are stored. blocks: the layers, where they differ from each other, which
     no config.json says. Quantized matrices are QArrays with the codes of the file. One tensor is in the process's
     memory at a time, beside the model. Raises InputError, before any weight is placed, for a family or setting that is
     not supported and for tensors that are missing, of another shape, or unknown. An output layer of its own counts,
@@ -63,6 +65,8 @@ def read_weights(
     require_dtype(dtype)
     family = _family(description)
     settings = dict(description)
+    named = str(description.get("torch_dtype") or description.get("dtype") or "").removeprefix("torch.")
+    named = named if named in FLOATS else ""
     quantized = packed_config.read(settings.pop("quantization_config", None))
     config = hf_config.read(family.config, settings, layers_at_most=max(1, len(source.shapes)))
     config = _with_own_head(family, dataclasses.replace(config, blocks=blocks or config.blocks), source)
@@ -82,7 +86,7 @@ def read_weights(
             arrays = {part: laid(f"{path}/{part}", of_each(part, array), None, name) for part, array in parts.items()}
             matrix = matrices[path]
             static = {"bits": matrix.scheme.bits, "group": matrix.group, "activations": matrix.scheme.activations}
-            static["dtype"] = dtype or str(arrays["scale"].dtype)
+            static["dtype"] = dtype or named or str(arrays["scale"].dtype)
             return QArray(**arrays, axis=-2, size=matrix.inputs, **static)
         tensor = source.read(name)
         require(

@@ -197,8 +197,10 @@ def grid_of(w: jax.Array, axis: int, format: Format, importance: jax.Array | Non
 
     The scales are as they are stored, in float32. Where the format clips, a range of each group is searched for the
     least squared error weighted by `importance`, float32 [size of axis], of each input the sum of its squares (the
-    diagonal of X^T X); without it by the squared magnitude of the weights. Tried are parts of the range, both signs of
-    a symmetric grid, and shifted zero points, each with the scale that is best for the codes it gives (least squares).
+    diagonal of X^T X). Without it the weight is the magnitude plus the root mean square of the group, as in llama.cpp's
+    K-quants: on stories15M in 4, 3 and 2 bits better than squared magnitudes, than none and than no search. Tried are
+    parts of the range, both signs of a symmetric grid, and shifted zero points, each with the scale that is best for
+    the codes it gives (least squares).
     The whole range stays where none has a smaller error.
     """
     group, steps = format.group_in(w.shape[axis]), 2**format.bits - 1
@@ -221,7 +223,7 @@ def grid_of(w: jax.Array, axis: int, format: Format, importance: jax.Array | Non
     spread = lambda per_group: jnp.expand_dims(per_group, axis)
     split = split / spread(unit)
     if importance is None:
-        weight = jnp.square(split)
+        weight = jnp.abs(split) + jnp.sqrt(jnp.mean(jnp.square(split), axis=axis, keepdims=True))
     else:
         along = importance.astype(jnp.float32).reshape([-1 if i == axis % w.ndim else 1 for i in range(w.ndim)])
         weight = grouped(along, axis, group)

@@ -50,7 +50,7 @@ def by_reference(w, V, alpha, beta, bits, symmetric, group, residuals=None):
             else:
                 ends = beta[start, n] * min(part.min(), 0), alpha[start, n] * max(part.max(), 0)
                 span, steps = ends[1] - ends[0], 2**bits - 1
-            s, zero = span / steps if span != 0 else 1.0, 0.0
+            s, zero = span / steps if span != 0 else (alpha[start, n] if symmetric else 1.0), 0.0
             if not symmetric:
                 zero = -ends[0] / s
                 added[1, at, n] = np.round(zero) - zero
@@ -79,8 +79,8 @@ def test_it_rounds_as_the_equations_say(seed, bits, group, symmetric, K):
     form = ops.Format(bits=bits, group=group, symmetric=symmetric)
     found = stored(jnp.asarray(w, jnp.float32), None, learned_of(V, ends, group, symmetric), form)
     assert (found.bits, found.group, found.shape) == (bits, group, w.shape)
-    sure = (np.abs(added) < 0.499).all(axis=0)  # float32 may round a half to the other side
-    np.testing.assert_allclose(np.where(sure, ops.dequantize(found), wanted), wanted, rtol=1e-4, atol=1e-6)
+    sure = (np.abs(added) < 0.49).all(axis=0)  # scales of float16 may round a half to the other side
+    np.testing.assert_allclose(np.where(sure, ops.dequantize(found), wanted), wanted, rtol=1e-3, atol=1e-6)
     np.testing.assert_array_equal(np.where(sure, qarray.codes(found), np.round(codes)), np.round(codes))
 
 

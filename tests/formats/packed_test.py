@@ -133,7 +133,11 @@ def group(targets=("Linear",), inputs=None, **weights) -> dict:
     [
         ("gptq4", {"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes', but only compressed-tensors, gptq"),
         ("gptq4", {"quant_method": None}, "the quant_method None, but only"),
-        ("gptq4", {"bits": 2}, "bits in the quantization_config is 2, but only 8 or 4 or 3 is supported: give the"),
+        (
+            "gptq4",
+            {"bits": 5},
+            "bits in the quantization_config is 5, but only 8 or 4 or 3 or 2 is supported:",
+        ),
         ("gptq4", {"bits": True}, "bits in the quantization_config is True"),
         (
             "gptq4",
