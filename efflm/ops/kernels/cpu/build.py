@@ -32,10 +32,10 @@ HANDLERS = ("efflm_dots", "efflm_feedforward", "efflm_decode", "efflm_attention"
 # form -> (options of the compiler, what the processor must have, as Linux names it)
 FORMS = {
     "avx512": (
-        ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma"),
-        {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx2", "fma"},
+        ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma", "-mf16c"),
+        {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx2", "fma", "f16c"},
     ),
-    "avx2": (("-mavx2", "-mfma"), {"avx2", "fma"}),
+    "avx2": (("-mavx2", "-mfma", "-mf16c"), {"avx2", "fma", "f16c"}),
     "portable": ((), set()),
 }
 COMPILERS = ("c++", "g++", "clang++")

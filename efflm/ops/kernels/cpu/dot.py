@@ -1,7 +1,8 @@
 """Matmuls with weights laid out for the native kernels: the layouts, and the calls.
 
 Dense weights are used as they are. Of quantized ones 32 outputs lie side by side: a panel holds for every 4 inputs (8
-bits) or 8 inputs (4 bits) one word of 4 bytes for each output (see src/dot.h). Codes of 3 and 2 bits are laid out as 4.
+bits), 8 (4 bits) or 16 (2 bits) one word of 4 bytes for each output, and for 3 bits as much as for 2 and for 1 bit. See
+src/codes.h.
 """
 
 import math
@@ -15,9 +16,14 @@ import numpy as np
 
 from efflm.ops.kernels.cpu import build
 from efflm.ops.norm import Normed, normalize
-from efflm.ops.qarray import QArray, codes, scales
+from efflm.ops.qarray import QArray, codes
 
-PANEL, UNIT = 32, 8
+PANEL = 32
+UNITS = {8: 8, 4: 8, 3: 16, 2: 16}  # of groups: how many inputs they are multiples of, and are filled up to
+# Where in a byte the codes of every next four inputs lie; of 3 bits the lower two, and the upper one of the first 16
+# outputs of a panel: that of the others lies two bits further on.
+PLACES = {8: (0,), 4: (0, 4), 3: (0, 4, 2, 6), 2: (0, 2, 4, 6)}
+UPPER = (0, 4, 1, 5)
 ACTIVATIONS = ("silu", "gelu_tanh")  # of a gate, as numbered in src/feedforward.h
 MOST_WEIGHTS = 8  # of one call, as in src/kernels.cc
 MOST_INPUTS = 65_000  # beyond which sums of products of 8-bit codes may not fit into 32 bits
@@ -29,8 +35,9 @@ FEW_ROWS = {"float32": 12, "bfloat16": 16}
 class Panels:
     """A quantized matrix in panels. Only for computing on this machine: made by ops.prepare, never saved.
 
-    values: uint8 [panels, steps, 32, 4]; scale: float32 [groups, 32 * panels]; zeros: int8 like scale, or None. The
-    other fields are the QArray's; `outputs` is the size of the axis that is not contracted.
+    values: uint8 [panels, steps, 32, 4]; for 3 bits [panels, steps, 32 + 16, 4]. scale: [groups, 32 * panels],
+    in the dtype of the QArray's; zeros: int8 like scale, or None. The other fields are the QArray's; `outputs` is the
+    size of the axis that is not contracted.
     """
 
     values: jax.Array
@@ -73,28 +80,28 @@ class Dense:
 
 def takes(w: QArray) -> bool:
     """Whether a quantized matrix can be laid out in panels."""
-    return w.ndim == 2 and w.size <= MOST_INPUTS and w.group % UNIT == 0
+    return w.ndim == 2 and w.size <= MOST_INPUTS and w.group % UNITS[w.bits] == 0
 
 
 def panels(w: QArray, form: str) -> Panels:
     """A quantized matrix laid out in panels, by numpy on the host."""
     by_output = (lambda x: np.asarray(x)) if w.axis == -1 else (lambda x: np.asarray(x).T)
-    held = 8 if w.bits == 8 else 4
     numbers = by_output(codes(w.replace(values=np.asarray(w.values))))
     outputs, size = numbers.shape
     fill = lambda x, inputs: np.pad(x, ((0, -outputs % PANEL), (0, inputs)))
-    biased = (fill(numbers, -size % UNIT).astype(np.int16) + 2 ** (held - 1)).astype(np.uint8)
-    if held == 4:
-        halves = biased.reshape(len(biased), -1, 2, 4)
-        biased = halves[:, :, 0] | halves[:, :, 1] << 4
-    words = biased.reshape(len(biased) // PANEL, PANEL, -1, 4).swapaxes(1, 2)
-    of_groups = lambda x, dtype: jnp.asarray(fill(by_output(x), 0).T.astype(dtype))
+    biased = (fill(numbers, -size % UNITS[w.bits]).astype(np.int16) + 2 ** (w.bits - 1)).astype(np.uint8)
+    fours = biased.reshape(len(biased) // PANEL, PANEL, -1, len(PLACES[w.bits]), 4).swapaxes(1, 2)
+    words = _merged(fours & 3 if w.bits == 3 else fours, PLACES[w.bits])
+    if w.bits == 3:
+        first, second = (_merged(half, UPPER) for half in np.split(fours >> 2, 2, axis=2))
+        words = np.concatenate([words, first | second << 2], axis=2)
+    of_groups = lambda x: jnp.asarray(fill(by_output(x), 0).T)
     return Panels(
-        jnp.asarray(np.ascontiguousarray(words)),
-        of_groups(scales(w), np.float32),
-        None if w.zeros is None else of_groups(w.zeros, np.int8),
+        jnp.asarray(words),
+        of_groups(w.scale),
+        None if w.zeros is None else of_groups(w.zeros),
         w.activation_scale,
-        bits=held,
+        bits=w.bits,
         axis=w.axis,
         group=w.group,
         size=size,
@@ -103,6 +110,11 @@ def panels(w: QArray, form: str) -> Panels:
         dtype=w.dtype,
         form=form,
     )
+
+
+def _merged(fours: np.ndarray, places: Sequence[int]) -> np.ndarray:
+    """uint8 [..., fours, 4] -> [..., 4]: those of every four inputs at their places in the bytes of a word."""
+    return np.bitwise_or.reduce(fours << np.array(places, np.uint8)[:, None], axis=-2)
 
 
 def rows(table: Panels, indices: jax.Array) -> jax.Array:
@@ -118,15 +130,18 @@ def unpacked(w: Panels) -> jax.Array:
 
 def outputs(table: Panels, indices: jax.Array) -> jax.Array:
     """The weights [..., size] of some outputs, as floats of its dtype."""
-    words = table.values[indices // PANEL, :, indices % PANEL].astype(jnp.int16)
-    if table.bits == 4:
-        words = jnp.stack([words & 15, words >> 4], axis=-2)
-    numbers = words.reshape(*indices.shape, -1)[..., : table.size] - 2 ** (table.bits - 1)
+    panel, output = indices // PANEL, indices % PANEL
+    fours = lambda words, places: jnp.stack([words >> place for place in places], axis=-2)
+    biased = fours(table.values[panel, :, output], PLACES[table.bits]) & (3 if table.bits == 3 else 2**table.bits - 1)
+    if table.bits == 3:
+        second, output = jnp.divmod(output, PANEL // 2)
+        upper = table.values[panel, :, PANEL + output] >> (2 * second[..., None, None]).astype(jnp.uint8)
+        biased |= (fours(upper, UPPER) & 1) << 2
+    numbers = biased.reshape(*indices.shape, -1)[..., : table.size].astype(jnp.float32) - 2 ** (table.bits - 1)
     spread = lambda part: jnp.repeat(part.T[indices], table.group or table.size, axis=-1)[..., : table.size]
-    centered = numbers.astype(jnp.float32)
     if table.zeros is not None:
-        centered = centered - spread(table.zeros).astype(jnp.float32)
-    return (centered * spread(table.scale)).astype(table.dtype)
+        numbers = numbers - spread(table.zeros).astype(jnp.float32)
+    return (numbers * spread(table.scale).astype(jnp.float32)).astype(table.dtype)
 
 
 def _fits(x: Any, w: Any, rows: int, transposed: bool = False) -> bool:
@@ -167,10 +182,10 @@ def _call(name: str, x: Any, weights: Sequence[Any], residual: Any, transposed: 
         if isinstance(w, Panels):
             scale = w.activation_scale if w.activations == "int8_static" else None
             arrays += [w.values, w.scale, array(w.zeros, jnp.int8), array(scale)]
-            described += [2 if w.bits == 8 else 3, 0, int(w.activations != "float"), w.group]
+            described += [w.bits, 0, int(w.activations != "float"), w.group]
         else:
             arrays += [w.value, array(None), array(None, jnp.int8), array(None)]
-            described += [0 if w.value.dtype == jnp.float32 else 1, int(transposed), 0, 0]
+            described += [8 * w.value.dtype.itemsize, int(transposed), 0, 0]
     call = jax.ffi.ffi_call(build.target(name, weights[0].form), outs, vmap_method="sequential")
     return call(
         rows, array(norm[0]), array(norm[1]), array(residual), *arrays,

@@ -72,10 +72,25 @@ DrawnRows draw_rows(Random& random, int64_t M, int64_t K) {
 struct DrawnWeight {
   Weight weight;
   std::vector<double> codes, scales, zeros;  // [outputs, inputs]; the others by group: [groups, outputs]
-  Block<uint8_t> bytes{0};
-  Block<float> scale{0}, x_scale{0};
+  Block<uint8_t> bytes{0}, scale{0};
+  Block<float> x_scale{0};
   Block<int8_t> zero{0};
 };
+
+// A scale of either sign, of float16 any up to 4, most of them small; what it stands for.
+double draw_scale(Random& random, ScaleType type, uint8_t* to) {
+  const int sign = random.coin() ? -1 : 1;
+  const float value = sign * (0.01f + std::fabs(random.normal()));
+  uint16_t bits = to_bfloat16(value);
+  double found = type == ScaleType::kFloat32 ? value : from_bfloat16(bits);
+  if (type == ScaleType::kFloat16) {
+    const int exponent = random.from(0, 16), mantissa = random.from(0, 1023);
+    bits = (sign < 0) << 15 | exponent << 10 | mantissa;
+    found = sign * std::ldexp(exponent ? 1024 + mantissa : 2 * mantissa, exponent - 25);
+  }
+  type == ScaleType::kFloat32 ? std::memcpy(to, &value, 4) : std::memcpy(to, &bits, 2);
+  return found;
+}
 
 DrawnWeight draw_weight(Random& random, Weight like) {
   DrawnWeight d;
@@ -96,16 +111,18 @@ DrawnWeight draw_weight(Random& random, Weight like) {
     d.weight.values = d.bytes.get();
     return d;
   }
-  const int bits = like.bits(), half = 1 << (bits - 1), step = bits == 8 ? 4 : 8;
+  const int bits = like.bits(), half = 1 << (bits - 1), step = bits == 8 ? 4 : bits == 4 ? 8 : 16;
   const int64_t padded = like.panels() * kPanel, steps = like.filled() / step;
-  d.bytes = Block<uint8_t>(padded * steps * 4);
-  d.scale = Block<float>(groups * padded);
+  const int scale_size = like.scale_type == ScaleType::kFloat32 ? 4 : 2;
+  d.bytes = Block<uint8_t>(padded * steps * step * bits / 8);
+  d.scale = Block<uint8_t>(scale_size * groups * padded);
   if (like.zeros) d.zero = Block<int8_t>(groups * padded);
   d.scales.resize(groups * N);
   d.zeros.resize(groups * N);
   for (int64_t g = 0; g < groups; ++g)
     for (int64_t n = 0; n < N; ++n) {
-      d.scales[g * N + n] = d.scale[g * padded + n] = 0.01f + std::fabs(random.normal());
+      uint8_t* scale = d.scale.get() + scale_size * (g * padded + n);
+      d.scales[g * N + n] = draw_scale(random, like.scale_type, scale);
       if (like.zeros) d.zeros[g * N + n] = d.zero[g * padded + n] = random.from(-half, half - 1);
     }
   const bool extreme = random.from(0, 3) == 0;
@@ -114,9 +131,16 @@ DrawnWeight draw_weight(Random& random, Weight like) {
       const bool inside = n < N && k < K;
       const int code = !inside ? 0 : extreme ? random.of({-half, half - 1}) : random.from(-half, half - 1);
       if (inside) d.codes[n * K + k] = code;
-      uint8_t* word = d.bytes.get() + ((n / kPanel * steps + k / step) * kPanel + n % kPanel) * 4;
-      const int i = k % step;
-      word[i % 4] |= uint8_t(code + half) << (i < 4 ? 0 : 4);
+      uint8_t* panel = d.bytes.get() + (n / kPanel * steps + k / step) * (step * kPanel * bits / 8);
+      const int byte = k % 4, four = k % step / 4, value = code + half;
+      uint8_t& in_word = panel[n % kPanel * 4 + byte];
+      if (bits != 3) {
+        in_word |= value << bits * four;
+      } else {
+        const int v = four / 2, f = four % 2, second = n % kPanel / 16;
+        in_word |= (value & 3) << (2 * v + 4 * f);
+        panel[4 * kPanel + n % 16 * 4 + byte] |= value >> 2 << (2 * second + v + 4 * f);
+      }
     }
   d.x_scale = Block<float>(like.x_scale ? 1 : 0);
   if (like.x_scale) d.x_scale[0] = 0.02f;
@@ -133,21 +157,23 @@ Weight draw_kind(Random& random, int64_t inputs, int64_t outputs) {
   static const int8_t some_zero = 0;
   Weight w;
   w.format =
-      random.of({Format::kFloat32, Format::kBfloat16, Format::kInt8, Format::kInt8, Format::kInt4, Format::kInt4});
+      random.of({Format::kFloat32, Format::kBfloat16, Format::kInt8, Format::kInt4, Format::kInt3, Format::kInt2});
+  w.scale_type = random.of({ScaleType::kFloat32, ScaleType::kFloat16, ScaleType::kBfloat16});
   w.transposed = !w.quantized() && random.coin();
   w.round_x = w.quantized() && random.coin();
   w.x_scale = w.round_x && random.coin() ? &some_scale : nullptr;
   w.zeros = w.quantized() && random.coin() ? &some_zero : nullptr;
   w.inputs = inputs;
   w.outputs = outputs;
-  w.group = w.quantized() && random.coin() ? random.of<int64_t>({8, 24, 32}) : 0;
+  w.group = w.quantized() && random.coin() ? w.unit() * random.from(1, 4) : 0;
   if (w.group >= inputs) w.group = 0;
   return w;
 }
 
 std::string words(const Weight& w, const Rows& x) {
   return "format " + std::to_string(int(w.format)) + ", transposed " + std::to_string(w.transposed) + ", round_x " +
-         std::to_string(w.round_x) + ", zeros " + std::to_string(w.zeros != nullptr) + ", group " +
+         std::to_string(w.round_x) + ", zeros " + std::to_string(w.zeros != nullptr) + ", scales " +
+         std::to_string(int(w.scale_type)) + ", group " +
          std::to_string(w.group) + ", bfloat16 x " + std::to_string(x.is_bfloat16) + ", norm " +
          std::to_string(x.norm_scale != nullptr) + ", rows, inputs, outputs " + std::to_string(x.rows) + " " +
          std::to_string(w.inputs) + " " + std::to_string(w.outputs);
@@ -169,7 +195,7 @@ void require_product(const DrawnRows& x, const DrawnWeight& w, const float* resi
         if (rounds) left = double(step) * std::min(127.0f, std::max(-127.0f, std::nearbyint(row[k] / step)));
         if (w.weight.quantized()) {
           const int64_t at = (w.weight.group ? k / w.weight.group : 0) * N + n;
-          size = (size + std::fabs(w.zeros[at])) * w.scales[at];
+          size = (size + std::fabs(w.zeros[at])) * std::fabs(w.scales[at]);
           right = (right - w.zeros[at]) * w.scales[at];
         }
         total += left * right;

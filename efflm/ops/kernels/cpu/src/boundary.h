@@ -96,9 +96,9 @@ const Attributes* attributes_of(ffi::Span<const int64_t> numbers, const ffi::Rem
 // A weight from its four arrays: values, scale, zeros, scale of the activations.
 Weight weight_of(const Attributes& given, ffi::RemainingArgs& arrays, int first, int64_t inputs, int64_t outputs) {
   auto array = [&](int i) { return *arrays.get<ffi::AnyBuffer>(first + i); };
-  require(given.format >= 0 && given.format <= int64_t(Format::kInt4), "a weight of an unknown format");
+  const auto known = {Format::kInt2, Format::kInt3, Format::kInt4, Format::kInt8, Format::kBfloat16, Format::kFloat32};
+  require(std::count(known.begin(), known.end(), Format(given.format)) == 1, "a weight of an unknown format");
   require(inputs > 0 && outputs > 0, "a weight without inputs or outputs");
-  require(given.group >= 0 && given.group % kUnit == 0, "groups that are no multiple of 8");
   Weight w;
   w.format = Format(given.format);
   w.transposed = given.transposed;
@@ -107,13 +107,19 @@ Weight weight_of(const Attributes& given, ffi::RemainingArgs& arrays, int first,
   w.inputs = inputs;
   w.outputs = outputs;
   w.values = array(0).untyped_data();
-  w.scale = some<float>(array(1));
+  w.scale = array(1).untyped_data();
+  const DataType scales = array(1).element_type();
+  w.scale_type = scales == DataType::F16    ? ScaleType::kFloat16
+                 : scales == DataType::BF16 ? ScaleType::kBfloat16
+                                            : ScaleType::kFloat32;
   w.zeros = some<int8_t>(array(2));
   w.x_scale = some<float>(array(3));
   if (w.quantized()) {
     const int64_t outputs_held = w.panels() * kPanel;
+    require(w.group >= 0 && w.group % w.unit() == 0, "groups that are no multiple of 8, or of 16 below 4 bits");
     require(has(array(0), outputs_held * w.filled() * w.bits() / 8, DataType::U8), "codes of a weight", array(0));
-    require(has(array(1), w.groups() * outputs_held, DataType::F32), "scales of a weight", array(1));
+    require(is_float(array(1)) || scales == DataType::F16, "scales of a weight", array(1));
+    require(has(array(1), w.groups() * outputs_held, scales), "scales of a weight", array(1));
     require(may_have(array(2), w.groups() * outputs_held, DataType::S8), "zeros of a weight", array(2));
     require(may_have(array(3), 1, DataType::F32), "a scale of the activations", array(3));
   } else {

@@ -54,11 +54,11 @@ void times_panel(const Weight& w, const Read& x, int64_t p, int64_t row, int64_t
   alignas(64) float tile[kTileMost * kPanel];
   const int64_t filled = w.filled(), groups = w.groups();
   if (w.round_x) {
-    const int64_t most = groups > 1 ? kGroupedRows : kRoundedRows;
+    const int64_t most = most_rounded_rows(Bits, groups > 1);
     for (; row < end; row += most) {
       const int64_t rows = least(most, end - row);
-      rounded_rows<Bits, kRoundedRows>(rows, w, p, x.rounded + row * filled, x.row_scales + row, x.sums + row * groups,
-                                       tile);
+      rounded_rows<Bits, most_rounded_rows(Bits, false)>(rows, w, p, x.rounded + row * filled, x.row_scales + row,
+                                                         x.sums + row * groups, tile);
       done(row, rows, tile);
     }
   } else if (end - row >= kUnpacked) {
@@ -110,6 +110,10 @@ void quantized_products(const Rows& x, const Product* all, int count, const Pool
   });
 }
 
+void quantized_products(const Rows& x, const Product* all, int count, const Pool& pool) {
+  with_bits(all[0].weight, [&](auto bits) { quantized_products<bits>(x, all, count, pool); });
+}
+
 void product(const Rows& x, const Product& d, const Pool& pool) {
   const bool across = d.weight.transposed;
   switch (d.weight.format) {
@@ -117,10 +121,8 @@ void product(const Rows& x, const Product& d, const Pool& pool) {
       return across ? transposed_product<float>(x, d, pool) : straight_product<float>(x, d, pool);
     case Format::kBfloat16:
       return across ? transposed_product<uint16_t>(x, d, pool) : straight_product<uint16_t>(x, d, pool);
-    case Format::kInt8:
-      return quantized_products<8>(x, &d, 1, pool);
-    case Format::kInt4:
-      return quantized_products<4>(x, &d, 1, pool);
+    default:
+      return quantized_products(x, &d, 1, pool);
   }
 }
 
@@ -129,10 +131,7 @@ void products(const Rows& x, const Product* all, int count, const Pool& pool) {
   if (x.rows == 0) return;
   bool together = true;
   for (int i = 1; i < count; ++i) together = together && alike(all[0].weight, all[i].weight);
-  if (together && all[0].weight.quantized()) {
-    if (all[0].weight.format == Format::kInt8) return quantized_products<8>(x, all, count, pool);
-    return quantized_products<4>(x, all, count, pool);
-  }
+  if (together && all[0].weight.quantized()) return quantized_products(x, all, count, pool);
   for (int i = 0; i < count; ++i) product(x, all[i], pool);
 }
 

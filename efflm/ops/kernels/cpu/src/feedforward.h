@@ -55,7 +55,7 @@ void feedforward(const FeedForward& f, const Pool& pool) {
   if (M == 0) return;
   float* h = scratch<float, For::kHidden>(M * F);
   if (alike(f.gate, f.up)) {
-    f.gate.format == Format::kInt8 ? gated_panels<8>(f, h, pool) : gated_panels<4>(f, h, pool);
+    with_bits(f.gate, [&](auto bits) { gated_panels<bits>(f, h, pool); });
   } else {
     float* up = scratch<float, For::kUp>(M * F);
     product(f.x, {f.gate, h, nullptr}, pool);

@@ -22,6 +22,9 @@ constexpr int kFloatRows = 2;
 constexpr int kFloatRows = 1;
 #endif
 
+// Rows of a tile. With groups a tile has two sums of each output; and few weights have 2 or 3 bits without groups.
+constexpr int most_rounded_rows(int bits, bool grouped) { return grouped || bits < 4 ? kGroupedRows : kRoundedRows; }
+
 // x as the products with a weight read it.
 struct Read {
   const float* floats = nullptr;  // [rows, filled]
@@ -45,7 +48,7 @@ Read read(const Rows& x, const Weight& w, const Pool& pool) {
   float* row_scales = w.round_x ? scratch<float, For::kScales>(M) : nullptr;
   int32_t* integer_sums = w.round_x ? scratch<int32_t, For::kSums>(M * groups) : nullptr;
   float* float_sums = sums ? scratch<float, For::kSums>(M * groups) : nullptr;
-  const Tiles tiles = {M, groups > 1 ? kGroupedRows : kRoundedRows, filled};
+  const Tiles tiles = {M, most_rounded_rows(w.bits(), groups > 1), filled};
   const int64_t part = ceiling(M, M > 16 ? 4 * pool.threads : 1);
   Team::run(pool, ceiling(M, part), [&](int64_t i) {
     for (int64_t m = i * part; m < least((i + 1) * part, M); ++m) {

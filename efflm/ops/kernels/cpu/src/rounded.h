@@ -98,8 +98,9 @@ void round_row(const Weight& w, const float* x, const Tiles& tiles, int64_t row,
 // out [R, a panel] of a tile of R rounded rows.
 template <int Bits, int R>
 void rounded_tile(const Weight& w, int64_t p, const Rounded* x, const float* row_scales, const int32_t* sums, float* out) {
-  constexpr int kStep = Bits == 8 ? 4 : 8, kBias = Bits == 8 ? 128 : 8, kChains = chains(R * kVectors);
-  const int64_t groups = w.groups(), filled = w.filled(), padded = w.panels() * kPanel;
+  using Step = Codes<Bits>;
+  constexpr int kChains = chains(R * kVectors), kSteps = kChains > Step::kFours ? kChains / Step::kFours : 1;
+  const int64_t groups = w.groups(), filled = w.filled();
   const int64_t group = groups > 1 ? w.group : filled;
   const uint8_t* panel = w.panel(p);
   Floats total[R][kVectors] = {};
@@ -107,33 +108,28 @@ void rounded_tile(const Weight& w, int64_t p, const Rounded* x, const float* row
     Ints part[kChains][R][kVectors] = {};
     const int64_t end = g + 1 < groups ? (g + 1) * group : filled;
     int64_t k = g * group;
-    const uint8_t* bytes = panel + k / kStep * (4 * kPanel);
+    const uint8_t* bytes = panel + k / Step::kInputs * Step::kBytes;
     auto step = [&](int chain) {
-      for (int line = 0; line < 4 * kPanel; line += 64) ask_for(bytes + kReadAhead + line);
+      for (int line = 0; line < Step::kBytes; line += 64) ask_for(bytes + kReadAhead + line);
       for (int c = 0; c < kVectors; ++c) {
-        const Ints words = load<Ints>(bytes + c * 4 * kWidth);
-        for (int r = 0; r < R; ++r) {
-          Ints& sum = part[chain][r][c];
-          if constexpr (Bits == 8) {
-            sum = multiply_bytes(sum, words, x + k * R + 4 * r);
-          } else {
-            sum = multiply_bytes(sum, words & 0x0f0f0f0f, x + k * R + 4 * r);
-            sum = multiply_bytes(sum, words >> 4 & 0x0f0f0f0f, x + (k + 4) * R + 4 * r);
+        const Step codes(bytes, c);
+        for (int i = 0; i < Step::kFours; ++i)
+          for (int r = 0; r < R; ++r) {
+            Ints& sum = part[(chain + i) % kChains][r][c];
+            sum = multiply_bytes(sum, codes.four(i), x + (k + 4 * i) * R + 4 * r);
           }
-        }
       }
-      k += kStep;
-      bytes += 4 * kPanel;
+      k += Step::kInputs;
+      bytes += Step::kBytes;
     };
-    while (k + kChains * kStep <= end)
-      for (int chain = 0; chain < kChains; ++chain) step(chain);
+    if constexpr (kSteps > 1)
+      while (k + kSteps * Step::kInputs <= end)
+        for (int i = 0; i < kSteps; ++i) step(i * Step::kFours);
     while (k < end) step(0);
     for (int c = 0; c < kVectors; ++c) {
-      const int64_t at = g * padded + p * kPanel + c * kWidth;
-      const Floats scale = load_floats(w.scale + at);
-      Ints zero = splat(kBias);
-      if (w.zeros)
-        for (int i = 0; i < kWidth; ++i) zero[i] += w.zeros[at + i];
+      const int64_t at = w.at(g, p) + c * kWidth;
+      const Floats scale = w.scales(at);
+      const Ints zero = w.zeros_from(at) + Step::kHalf;
       for (int r = 0; r < R; ++r) {
         Ints sum = part[0][r][c];
         for (int chain = 1; chain < kChains; ++chain) sum += part[chain][r][c];

@@ -101,6 +101,21 @@ EFFLM_INLINE Floats load_floats(const uint16_t* p) {
   return (Floats)wide;
 }
 
+EFFLM_INLINE Floats load_float16(const uint16_t* p) {
+  const Halves halves = load<Halves>(p);
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps((__m256i)halves);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_cvtph_ps((__m128i)halves);
+#else
+  const Words bits = __builtin_convertvector(halves, Words), size = bits & 0x7fff;
+  const Words normal = (size << 13) + (112 << 23), broken = size << 13 | 0x7f800000;  // broken: infinite or NaN
+  const Words tiny = (Words)(to_floats((Ints)size) * 0x1p-24f);
+  const Words found = size < 0x400 ? tiny : size < 0x7c00 ? normal : broken;
+  return (Floats)(found | (bits & 0x8000) << 16);
+#endif
+}
+
 EFFLM_INLINE float load_float(const float* p) { return *p; }
 EFFLM_INLINE float load_float(const uint16_t* p) { return from_bfloat16(*p); }
 

@@ -2,18 +2,17 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
+#include "codes.h"
 #include "gemm.h"
 #include "team.h"
 
 namespace efflm {
 namespace {
 
-
-constexpr int kPanel = 32;  // outputs that lie side by side in a quantized weight
-constexpr int kUnit = 8;    // the contracted axis of a quantized weight is filled up to a multiple of this
-
-enum class Format : int { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
+enum class ScaleType : int { kFloat32, kFloat16, kBfloat16 };
+enum class Format : int { kInt2 = 2, kInt3 = 3, kInt4 = 4, kInt8 = 8, kBfloat16 = 16, kFloat32 = 32 };  // bits
 
 // Rows [rows, inputs] that a weight is multiplied with: float32 or bfloat16, perhaps to be normalized first (RMSNorm;
 // LayerNorm with a bias) and then rounded to bfloat16.
@@ -30,9 +29,8 @@ struct Rows {
 // A weight of `outputs` outputs.
 //
 // Dense weights (kFloat32, kBfloat16) are [inputs, outputs], or [outputs, inputs] where `transposed`. Quantized ones are
-// panels of 32 outputs, padded with zero codes: for every 4 (8 bits) or 8 (4 bits) inputs 32 words of 4 bytes, one word
-// an output. The bytes of a word are codes + 128 of inputs 0 to 3; or code + 8 of input i in the low half of byte i, of
-// input i + 4 in the high half. scale and zeros (or null) are [groups, outputs filled up to panels].
+// panels of 32 outputs (see codes.h), padded with zero codes. scale and zeros (or null) are
+// [groups, outputs filled up to panels].
 struct Weight {
   Format format;
   bool transposed = false;
@@ -40,18 +38,47 @@ struct Weight {
   const float* x_scale = nullptr;
   int64_t inputs, outputs, group;  // group: inputs that share a scale; 0: all
   const void* values;
-  const float* scale = nullptr;
+  const void* scale = nullptr;
+  ScaleType scale_type = ScaleType::kFloat32;
   const int8_t* zeros = nullptr;
 
+  int bits() const { return int(format); }
+  bool quantized() const { return bits() <= 8; }
+  int64_t unit() const { return bits() < 4 ? 16 : 8; }  // groups are of a multiple of this many inputs
   int64_t groups() const { return group ? ceiling(inputs, group) : 1; }
-  int64_t filled() const { return ceiling(inputs, kUnit) * kUnit; }
+  int64_t filled() const { return ceiling(inputs, unit()) * unit(); }
   int64_t panels() const { return ceiling(outputs, kPanel); }
-  int bits() const { return format == Format::kInt8 ? 8 : 4; }
-  bool quantized() const { return format == Format::kInt8 || format == Format::kInt4; }
   const uint8_t* panel(int64_t p) const {
     return static_cast<const uint8_t*>(values) + p * filled() * kPanel * bits() / 8;
   }
+  // Of kWidth outputs of a panel in a group.
+  Floats scales(int64_t at) const {
+    if (scale_type == ScaleType::kFloat32) return load_floats(static_cast<const float*>(scale) + at);
+    const uint16_t* halves = static_cast<const uint16_t*>(scale) + at;
+    return scale_type == ScaleType::kFloat16 ? load_float16(halves) : load_floats(halves);
+  }
+  Ints zeros_from(int64_t at) const {
+    Ints zero = {};
+    for (int i = 0; zeros && i < kWidth; ++i) zero[i] = zeros[at + i];
+    return zero;
+  }
+  int64_t at(int64_t group, int64_t panel) const { return (group * panels() + panel) * kPanel; }
 };
+
+// run(an integral constant) with the bits of a quantized weight.
+template <typename Run>
+void with_bits(const Weight& w, const Run& run) {
+  switch (w.format) {
+    case Format::kInt2:
+      return run(std::integral_constant<int, 2>());
+    case Format::kInt3:
+      return run(std::integral_constant<int, 3>());
+    case Format::kInt4:
+      return run(std::integral_constant<int, 4>());
+    default:
+      return run(std::integral_constant<int, 8>());
+  }
+}
 
 // out [rows, outputs] = x times a weight, plus `residual` of the same shape unless that is null.
 struct Product {
@@ -59,8 +86,6 @@ struct Product {
   float* out;
   const float* residual = nullptr;
 };
-
-constexpr int kVectors = kPanel / kWidth;  // of one panel
 
 // How many sums of its own an output gets, so that a processor need not wait for one to be added to the next.
 constexpr int chains(int tile_vectors) { return tile_vectors >= 8 ? 1 : 8 / tile_vectors; }
