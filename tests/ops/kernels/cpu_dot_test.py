@@ -17,14 +17,9 @@ from efflm.ops.packing import pack
 from efflm.ops.qarray import QArray
 
 FORMS = [form for form in build.FORMS if form in build.supported()]
-KINDS = {
-    "bits": (8, 4, 3, 2),
-    "activations": ("float", "int8", "int8_static"),
-    "symmetric": (True, False),
-    "group": (0, 32, 64),
-    "dtype": ("float16", "float32", "bfloat16"),  # of the scales
-}
-FORMATS = [dict(zip(KINDS, one)) for one in itertools.product(*KINDS.values()) if one[-1] == "float16" or one[3] == 32]
+ALL = (8, 4, 3, 2), ("float", "int8", "int8_static"), (True, False), (0, 32, 64)
+FORMATS = [dict(zip(("bits", "activations", "symmetric", "group"), one)) for one in itertools.product(*ALL)]
+SCALES = "float16", "float32", "bfloat16", "float16", "float16"  # dtypes of the scales of the formats, in turn
 SIZES = st.integers(1, 150)
 # What a row of x is multiplied with, and what stands in the middle of it.
 ROWS = {
@@ -50,7 +45,7 @@ def drawn_rows(rng, kinds, K, dtype):
         row *= size
         if other is not None:
             row[K // 2] = other
-    return jnp.asarray(x, dtype)
+    return x.astype(dtype)
 
 
 def drawn_weight(rng, K, N, transposed, bits=8, group=0, symmetric=True, activations="float", dtype="float16"):
@@ -60,16 +55,16 @@ def drawn_weight(rng, K, N, transposed, bits=8, group=0, symmetric=True, activat
     group = 0 if group >= K else group
     numbers = rng.choice([low, most], (K, N)) if rng.random() < 0.3 else rng.integers(low, most + 1, (K, N))
     groups = -(-K // group) if group else 1
-    scale = np.asarray(jnp.asarray(rng.uniform(0.01, 2, (groups, N)) * rng.choice([-1, 1], (groups, N)), dtype))
+    scale = (rng.uniform(0.01, 2, (groups, N)) * rng.choice([-1, 1], (groups, N))).astype(jnp.dtype(dtype))
     zeros = np.zeros((groups, N), np.int8) if symmetric else rng.integers(low, most + 1, (groups, N)).astype(np.int8)
     each = lambda part: np.repeat(part.astype(np.float64), group or K, axis=0)[:K]
-    turned = (lambda part: jnp.asarray(part.T)) if transposed else jnp.asarray
+    turned = lambda part: jax.device_put(part.T if transposed else part)  # jnp.asarray would compile for each shape
     axis = -1 if transposed else -2
     w = QArray(
         turned(pack(numbers.astype(np.int8), bits, axis=0)),
         turned(scale),
         None if symmetric else turned(zeros),
-        jnp.full((1, 1), 0.02, jnp.float32) if activations == "int8_static" else None,
+        jax.device_put(np.full((1, 1), 0.02, np.float32)) if activations == "int8_static" else None,
         bits=bits,
         axis=axis,
         group=group,
@@ -106,25 +101,20 @@ def product(x, w, transposed):
 
 
 def test_quantized_weights_of_every_format_against_float64(rng):
-    """With so many rows that every loop is taken; in one program."""
-    inputs, weights, wanted = [], [], []
-    for i, format in enumerate(FORMATS):
-        K, N, transposed = rng.integers(1, 150), rng.integers(1, 80), i % 2 == 1
-        x = drawn_rows(rng, rng.choice(list(ROWS), 100, p=[0.75, *[0.05] * 5]), K, rng.choice([jnp.float32, jnp.bfloat16]))
-        w, *matrices = drawn_weight(rng, K, N, transposed, **format)
-        inputs, weights, wanted = [*inputs, x], [*weights, w], [*wanted, matrices]
-    prepared = ops.prepare(weights, "cpu")
-    assert all(isinstance(laid, cpu.Panels) and laid.shape == w.shape for laid, w in zip(prepared, weights, strict=True))
-
-    @jax.jit
-    def products(inputs, weights):
-        some = [(x[:m], w) for x, w in zip(inputs, weights) for m in (1, 2, 5, 17, 100)]
-        return [product(x, w, w.axis == -1) for x, w in some]
-
-    found = iter(products(inputs, prepared))
-    for x, w, matrices in zip(inputs, weights, wanted, strict=True):
-        for m in (1, 2, 5, 17, 100):
-            require_close(next(found), x[:m], w, *matrices)
+    """In one program. The numbers of rows are such that each kind of loop is taken, with and without a rest."""
+    drawn, inputs = [], []
+    for i, (format, dtype) in enumerate(zip(FORMATS, itertools.cycle(SCALES))):
+        K, N = rng.integers(1, 150), rng.integers(1, 80)
+        drawn.append(drawn_weight(rng, K, N, i % 2 == 1, **format, dtype=dtype))
+        kinds = rng.choice(list(ROWS), [100, 17, 5][i % 3], p=[0.75, *[0.05] * 5])
+        inputs.append(drawn_rows(rng, kinds, K, [jnp.float32, jnp.bfloat16][i % 4 // 2]))
+    prepared = ops.prepare([w for w, *_ in drawn], "cpu")
+    assert all(isinstance(panels, cpu.Panels) and panels.shape == w.shape for panels, (w, *_) in zip(prepared, drawn))
+    multiply = lambda x, w: [product(some, w, w.axis == -1) for some in (x, x[:2], x[:1])]
+    found = jax.jit(lambda inputs, weights: list(map(multiply, inputs, weights)))(inputs, prepared)
+    for outs, x, (w, *wanted) in zip(found, inputs, drawn, strict=True):
+        for out in outs:
+            require_close(out, x[: len(out)], w, *wanted)
 
 
 @settings(max_examples=20)
@@ -136,7 +126,7 @@ def test_quantized_weights_of_every_format_against_float64(rng):
 def test_dense_weights_against_float64(kinds, K, N, transposed, dtypes, seed):
     rng = np.random.default_rng(seed)
     x = drawn_rows(rng, kinds, K, dtypes[0])
-    w = jnp.asarray(rng.standard_normal((N, K) if transposed else (K, N)), dtypes[1])
+    w = jax.device_put(rng.standard_normal((N, K) if transposed else (K, N)).astype(dtypes[1]))
     prepared = ops.prepare({"w": w}, "cpu")["w"]
     matrix = np.float64(w).T if transposed else np.float64(w)
     few = len(kinds) <= cpu.FEW_ROWS[str(w.dtype)]

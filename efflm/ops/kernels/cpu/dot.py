@@ -95,9 +95,9 @@ def panels(w: QArray, form: str) -> Panels:
     if w.bits == 3:
         first, second = (_merged(half, UPPER) for half in np.split(fours >> 2, 2, axis=2))
         words = np.concatenate([words, first | second << 2], axis=2)
-    of_groups = lambda x: jnp.asarray(fill(by_output(x), 0).T)
+    of_groups = lambda x: jax.device_put(fill(by_output(x), 0).T)
     return Panels(
-        jnp.asarray(words),
+        jax.device_put(words),
         of_groups(w.scale),
         None if w.zeros is None else of_groups(w.zeros),
         w.activation_scale,
