@@ -29,10 +29,9 @@ from efflm.plan import work
 from efflm.precision import policy_for
 
 QUANTIZED = {
-    "w8a16": Format(),
-    "w8a8": Format(activations="int8"),
-    "w4a16": Format(bits=4, group=32),
-    "w4a8": Format(bits=4, group=32, activations="int8"),
+    f"w{bits}a{size}": Format(bits=bits, group=0 if bits == 8 else 32, activations=activations)
+    for bits in (8, 4, 3, 2)
+    for size, activations in ((16, "float"), (8, "int8"))
 }
 PRECISIONS = ("float32", "bfloat16", *QUANTIZED)
 LEAST = 0.5  # seconds for which what is quick is run again in a turn

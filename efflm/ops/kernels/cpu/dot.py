@@ -1,8 +1,7 @@
 """Matmuls with weights laid out for the native kernels: the layouts, and the calls.
 
 Dense weights are used as they are. Of quantized ones 32 outputs lie side by side: a panel holds for every 4 inputs (8
-bits), 8 (4 bits) or 16 (2 bits) one word of 4 bytes for each output, and for 3 bits as much as for 2 and for 1 bit. See
-src/codes.h.
+bits), 8 (4 bits) or 16 (2 bits) one word of 4 bytes for each output, for 3 bits one and a half for 16. See src/codes.h.
 """
 
 import math
@@ -35,9 +34,9 @@ FEW_ROWS = {"float32": 12, "bfloat16": 16}
 class Panels:
     """A quantized matrix in panels. Only for computing on this machine: made by ops.prepare, never saved.
 
-    values: uint8 [panels, steps, 32, 4]; for 3 bits [panels, steps, 32 + 16, 4]. scale: [groups, 32 * panels],
-    in the dtype of the QArray's; zeros: int8 like scale, or None. The other fields are the QArray's; `outputs` is the
-    size of the axis that is not contracted.
+    values: uint8 [panels, steps, 32, 4], for 3 bits [panels, steps, 32 + 16, 4]; scale: [groups, 32 * panels], of the
+    QArray's dtype; zeros: int8 like scale, or None. The other fields are the QArray's; `outputs` is the size of the
+    axis that is not contracted.
     """
 
     values: jax.Array
