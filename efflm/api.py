@@ -128,6 +128,7 @@ def measure(
     task_folder: SOURCE = "tasks",
     speed: bool = True,
     strict: bool = False,
+    format: str = "efflm",
 ) -> Measured:
     """Quality on text, size and speed on this machine: what experiments.evaluate measures, for one model or for several
     by name, the first of which the others are compared with. Print it for the table (a notebook
@@ -138,8 +139,10 @@ def measure(
     (4 KiB) while no model has read text in a step. documents, tokens: how many documents, and tokens of
     each; 0: all. window, stride: as experiments.evaluate has them. tasks: files of items to answer
     (see efflm.evaluate.task_files), each a path, or its name in task_folder; task_items: of each, its first; 0: all.
-    speed: time prefill and decode too. Bytes are those of the file that `save` writes, to 1%.
+    speed: time prefill and decode too. Bytes are those of the file that `save` writes in this format, "efflm" or
+    "coded", to 1%.
     """
+    require(format in ("efflm", "coded"), f"format is {arguments.shown(format)}: choose efflm or coded")
     named = arguments.named(models)
     for model in named.values():
         arguments.require_tokenizer(tokenizer, model, "measuring needs")
@@ -160,7 +163,8 @@ def measure(
         min(model.config.max_length for model in named.values()), first.about.get("train.length", 0), scored.unbroken
     )
     here = {name: sharding.on_one_device(model) for name, model in named.items()}
-    sizes = {name: ops.stored_nbytes(model.params, model.masks) for name, model in named.items()}
+    size = lambda model: ops.stored_nbytes(model.params, model.masks, coded=format == "coded")
+    sizes = {name: size(model) for name, model in named.items()}
     notes = {name: rows.note(grammar.of_lineage(lineages[name]), model) for name, model in named.items()}
     found = scoring.side_by_side(here, scored, tokenizer, score, speed, asked)
     cautions = rows.cautions(next(iter(named)), first.about, scored.known)
@@ -284,7 +288,8 @@ def save(
 
     format: "efflm": weights in their own form, compressed or not, and what is known of the model. path: a folder, in
     which model.safetensors is written, or a name that ends in .safetensors, with tokenizer.json beside it; an earlier
-    save there is replaced, other things are not. path of all others: a folder that holds nothing yet. "huggingface":
+    save there is replaced, other things are not. "coded": the same file, entropy-coded, which is smaller on disk and
+    the same model when it is loaded. path of all others: a folder that holds nothing yet. "huggingface":
     floats, which transformers and other programs load unchanged; float32 where the model is compressed.
     "compressed-tensors": quantized matrices as transformers and vLLM read them. "gguf": a file for llama.cpp, with the
     codes of compressed weights as they are; path: a name that ends in .gguf, not there yet. What such a format cannot
@@ -309,12 +314,12 @@ def save(
         ) from None
 
 
-def _save_own(file: Path, model: LanguageModel, tokenizer: Tokenizer, **_: Any) -> Path:
+def _save_own(file: Path, model: LanguageModel, tokenizer: Tokenizer, coded: bool = False, **_: Any) -> Path:
     if file.suffix != ".safetensors":
         require(not (file / "checkpoint").exists(), f"{file} holds another model (checkpoint): give another path")
         file = file / sources.OWN
     saved.require_free(file.parent, [file.name], tokenizer, "give another path")
-    saved.save(file.parent, {file.name: saved.Saved(model, model.about)}, tokenizer)
+    saved.save(file.parent, {file.name: saved.Saved(model, model.about, coded=coded)}, tokenizer)
     return file
 
 
@@ -340,6 +345,7 @@ def _told(lines: Sequence[str], file: Path, name: Path) -> Path:
 # Each writes a model and its tokenizer to a path, as `kind` and `check` say, and returns the path of the weights.
 FORMATS = {
     "efflm": _save_own,
+    "coded": functools.partial(_save_own, coded=True),
     "huggingface": _save_huggingface,
     compressed_tensors.FORMAT: _save_compressed_tensors,
     "gguf": _save_gguf,

@@ -16,7 +16,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
@@ -27,7 +27,7 @@ from efflm.cli.flags import command_line, launch
 from efflm.cli.subject import Subject
 from efflm.compress import grammar, recipe
 from efflm.compress.step import Calibration, Record, reads_text
-from efflm.config import InputError, flag, require, require_positive, require_seed
+from efflm.config import InputError, flag, require, require_choices, require_positive, require_seed
 from efflm.data import dataset
 from efflm.evaluate import machine, quality, scoring, task_files, tasks, throughput
 from efflm.evaluate.task_files import TaskFiles
@@ -60,6 +60,9 @@ class Run(Subject):
         "change it in the chains that have one",
     )
     run_dir: str = flag(str(run_directory.ROOT / "compress"), "where everything is written", path=True)
+    format: Literal["efflm", "coded"] = flag(
+        "efflm", "of the compressed models' files; coded: entropy-coded, smaller on disk and the same in memory"
+    )
     batch: int = flag(8, "sequences in a batch, where a step trains")
     length: int = flag(256, "tokens in a sequence, where a step trains")
     seed: int = flag(0, "seed of the random numbers of steps")
@@ -67,6 +70,7 @@ class Run(Subject):
     sample: int = flag(32, "tokens of that continuation")
 
     def __post_init__(self):
+        require_choices(self)
         require_seed(self.seed)
         require(bool(grammar.chains(self.recipe)), f"recipe is {self.recipe!r}: give at least one step")
         require_positive(self, "batch", "length", "sample")
@@ -122,7 +126,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles, li
         answers |= answering(models) if asked else {}
         for each, figures in found.items():
             say(f"{each}: {quality.words(quality.bits_per_byte(figures))} bits per byte")
-        models_of = {name + KIND: Saved(after, about | {"recipe": name}, records[name])}
+        models_of = {name + KIND: Saved(after, about | {"recipe": name}, records[name], run.format == "coded")}
         if not measured:  # only now: if a step or the text fails, no model is left behind
             models_of[BEFORE], before = Saved(dense, about), found[first]
         sizes |= saved.save(run_dir, models_of, tokens)
@@ -151,7 +155,8 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles, li
         *of_tasks,
         f"Speed: {protocol}; each model in turn with the first, whose rounds beside the second are shown: compare the "
         f"ratios, which are those of the same rounds. In brackets the quartiles.{machine.most(loads)}",
-        f"Size: an uncompressed safetensors file; the source itself takes {numbers.megabytes(loaded.nbytes)} MB. "
+        f"Size: a safetensors file, {'entropy-coded but the first' if run.format == 'coded' else 'uncompressed'}; the "
+        f"source itself takes {numbers.megabytes(loaded.nbytes)} MB. "
         f"{rows.BITS}",
         f"Chains (recipe.toml): {'; '.join(listed)}.",
         *rows.cautions(run.model, about, text.known),

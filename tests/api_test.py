@@ -272,6 +272,9 @@ def test_what_is_saved_is_loaded_again(loaded, tmp_path):
     assert sources.load(tmp_path / "new" / "small").about == again.about
     file = efflm.save(tmp_path / "file.safetensors", again, its_tokenizer)
     assert efflm.load(file)[0].about == again.about
+    coded = efflm.save(tmp_path / "coded", small, tokenizer, format="coded")
+    assert same(efflm.load(coded)[0], small)
+    assert coded.stat().st_size < file.stat().st_size
     efflm.save(tmp_path / "new" / "small", model, tokenizer)  # in place of the one before
     assert same(efflm.load(tmp_path / "new" / "small")[0], model)
 

@@ -2,11 +2,11 @@
 
 A quantized matrix is stored in its parts, <path>/values, <path>/scale and so on. A weight with enough zeros for it to
 pay is stored as <path>/bitmask and <path>/nonzeros, and a pruned one has its mask either there or as <path>/mask (see
-ops.storage). The config, the formats of the weights and the lineage of the model stand in the file's metadata.
+ops.storage). An entropy-coded tensor is uint8 [n], see ops.huffman. The config, the formats of the weights and the
+lineage of the model stand in the file's metadata, with the dtypes and shapes of such tensors.
 """
 
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,64 +17,46 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from efflm import ops, trees
+from efflm import ops
 from efflm.cli import run_directory
 from efflm.config import InputError, require
 from efflm.config.model import ModelConfig
 from efflm.formats import tensors
 from efflm.formats.tensors import Tensors
 from efflm.model import LanguageModel, params, placement
-from efflm.ops import lowrank, storage
+from efflm.ops import huffman, lowrank, storage
 from efflm.ops.packing import pack
 from efflm.parallel import meshes
 
-PAIR = ("lowrank_a", "lowrank_b")  # of a LowRank weight, beside its base
+DTYPES = {str(dtype): dtype for dtype in tensors.NAMES}  # of tensors before they were entropy-coded
 
 
-def save(path: Path, model: LanguageModel, about: Mapping[str, Any], records: Sequence[Any] = ()) -> int:
-    """Write the model, whole or not at all, and return the file's size in bytes.
+def save(
+    path: Path, model: LanguageModel, about: Mapping[str, Any], records: Sequence[Any] = (), coded: bool = False
+) -> int:
+    """Write the model, whole or not at all, and return the file's size in bytes. coded: its tensors entropy-coded.
 
     about: JSON, how it was made; its "lineage" is continued by `records`, those of the steps that made this model of
     the one that `about` speaks of, and the last step gets the bytes of the tensors as they were first written.
     """
-    masks, named, sparse = model.masks or {}, [], []
+    arrays = [*storage.stored(model.params, model.masks, coded)]
     bases, pairs = lowrank.split(model.params)
-    for name, weight in trees.flatten(bases):
-        kinds = storage.stored_kinds(weight, masks.get(name))
-        sparse += [name] * ("bitmask" in kinds)
-        part = _parts(weight, masks.get(name))
-        named += [(f"{name}/{key}".rstrip("/"), kind, functools.partial(part, key)) for key, kind in kinds.items()]
-    for name, pair in pairs.items():
-        for key, array in zip(PAIR, pair, strict=True):
-            kind = jax.ShapeDtypeStruct(array.shape, array.dtype)
-            named.append((f"{name}/{key}", kind, functools.partial(trees.on_host, array)))
     lineage = [*map(dict, about.get("lineage", ())), *map(dataclasses.asdict, records)]
     if lineage:
-        lineage[-1].setdefault("actual_bytes", sum(kind.size * kind.dtype.itemsize for _, kind, _ in named))
+        lineage[-1].setdefault("actual_bytes", sum(each.nbytes for each in arrays))
     manifest = {
         "config": model.config.to_dict(),
         "formats": storage.to_flat(bases)[1],
         "ranks": {name: a.shape[1] for name, (a, _) in pairs.items()},
-        "sparse": sparse,
-        "masks": sorted(masks),
+        "sparse": [each.name.removesuffix("/bitmask") for each in arrays if each.name.endswith("/bitmask")],
+        "masks": sorted(model.masks or {}),
+        "coded": {each.name: [str(each.coded.dtype), each.coded.shape, each.axis] for each in arrays if each.coded},
         "about": {**about, "lineage": lineage},
     }
     with run_directory.whole(path) as partial:
+        named = ((each.name, each.kind, each.give) for each in arrays)
         tensors.write_safetensors(partial, named, {"efflm": run_directory.to_json(manifest)})
     return path.stat().st_size
-
-
-def _parts(weight: Any, mask: Any) -> Callable[[str], np.ndarray]:
-    """A function that gives each of the arrays that a file holds of a weight once. They are fetched with the first and
-    forgotten one by one, so that one weight is on the host at a time."""
-    made: dict[str, np.ndarray] = {}
-
-    def part(name: str) -> np.ndarray:
-        if not made:
-            made.update(storage.stored_parts(weight, mask))
-        return made.pop(name)
-
-    return part
 
 
 def load(file: Path, mesh: Mesh | None = None) -> tuple[LanguageModel, dict[str, Any]]:
@@ -92,7 +74,7 @@ def load(file: Path, mesh: Mesh | None = None) -> tuple[LanguageModel, dict[str,
         manifest = json.loads(written)
         config, formats, about = ModelConfig.from_dict(manifest["config"]), manifest["formats"], dict(manifest["about"])
         table, sparse = params.table(config), set(manifest["sparse"])
-        ranks = dict(manifest.get("ranks", {}))
+        ranks, source = dict(manifest.get("ranks", {})), _decoded(source, manifest.get("coded", {}))
         _require_whole(source.shapes, table, formats, sparse, manifest["masks"], ranks)
 
         def laid(name: str, array: np.ndarray) -> jax.Array:
@@ -108,11 +90,29 @@ def load(file: Path, mesh: Mesh | None = None) -> tuple[LanguageModel, dict[str,
             shape = table[path].shape
             masks[path] = laid(path, np.unpackbits(bits, count=math.prod(shape)).astype(bool).reshape(shape))
         weights = ops.apply_masks(storage.from_flat(flat, formats), masks)
-        names = {path: [f"{path}/{part}" for part in PAIR] for path in ranks}
+        names = {path: [f"{path}/{part}" for part in storage.PAIR] for path in ranks}
         pairs = {path: tuple(laid(name, source.read(name)) for name in pair) for path, pair in names.items()}
         return LanguageModel(config, lowrank.join(weights, pairs), masks or None), about
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"{file} cannot be read as a model ({str(error)[:300]}): export it again") from error
+
+
+def _decoded(source: Tensors, coded: Mapping[str, tuple[str, Sequence[int], int | None]]) -> Tensors:
+    """The tensors as they were before some were entropy-coded. coded: {name: dtype, shape, axis}, see ops.huffman."""
+    kinds = {}
+    for name, (dtype, shape, axis) in coded.items():
+        good = name in source.shapes and dtype in DTYPES and all(type(size) is int and size >= 0 for size in shape)
+        good = good and axis in (None, -1, -2)[: 1 + len(shape)] and (axis is None or shape[axis] % 3 == 0)
+        require(good, f"{name:.80} is said to be {dtype!s:.40} of shape {shape!s:.80}, packed along {axis!s:.40}")
+        kinds[name] = DTYPES[dtype], tuple(shape), axis
+
+    def read(name: str) -> np.ndarray:
+        try:
+            return huffman.decode(source.read(name), *kinds[name]) if name in kinds else source.read(name)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+
+    return Tensors(source.shapes | {name: shape for name, (_, shape, _) in kinds.items()}, read, source.metadata)
 
 
 def _require_whole(
@@ -137,7 +137,8 @@ def _require_whole(
             parts[f"{path}/mask"] = bitmask
         if path in ranks:
             K, N = param.shape
-            parts |= dict(zip((f"{path}/{part}" for part in PAIR), ((K, ranks[path]), (ranks[path], N)), strict=True))
+            names = (f"{path}/{part}" for part in storage.PAIR)
+            parts |= dict(zip(names, ((K, ranks[path]), (ranks[path], N)), strict=True))
         wanted |= parts
     free = {path for path, shape in wanted.items() if shape is None and len(there.get(path, ())) == 1}
     differ = sorted(path for path in (wanted.keys() | there.keys()) - free if wanted.get(path) != there.get(path))

@@ -21,6 +21,7 @@ class Saved(NamedTuple):
     model: LanguageModel
     about: Mapping[str, Any]
     records: Sequence[Any] = ()
+    coded: bool = False
 
 
 def save(folder: Path, models: Mapping[str, Saved], tokens: Tokenizer) -> dict[str, int]:
@@ -29,7 +30,8 @@ def save(folder: Path, models: Mapping[str, Saved], tokens: Tokenizer) -> dict[s
     sizes = {}
 
     def write(path: Path, name: str, saved: Saved) -> None:
-        sizes[name] = efflm_file.save(path, saved.model, {**saved.about, "tokenizer": tokens.digest}, saved.records)
+        about = {**saved.about, "tokenizer": tokens.digest}
+        sizes[name] = efflm_file.save(path, saved.model, about, saved.records, saved.coded)
 
     writers = {name: functools.partial(write, name=name, saved=saved) for name, saved in models.items()}
     write_together(folder, writers | tokens.files())

@@ -2,11 +2,14 @@
 
 A weight that is pruned, or has enough zeros for it to pay, is stored as a bitmask (a bit for each weight, row by row,
 the first in the highest bit) and the values under the set bits, packed where they have fewer than 8 bits. Where a mask
-does not pay it is stored beside the dense values. `stored_nbytes` predicts the bytes from counts alone.
+does not pay it is stored beside the dense values. `stored_nbytes` predicts the bytes, from counts alone where arrays
+are not entropy-coded (ops.huffman).
 """
 
+import dataclasses
+import functools
 import math
-from collections.abc import Container
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import jax
@@ -15,6 +18,7 @@ import numpy as np
 
 from efflm import trees
 from efflm.config import require
+from efflm.ops import huffman, lowrank
 from efflm.ops.format import Format
 from efflm.ops.kernels.cpu.dot import Dense, Panels
 from efflm.ops.lowrank import LowRank
@@ -25,6 +29,7 @@ from efflm.ops.qarray import QArray, dequantize
 STATIC = ("bits", "axis", "group", "size", "activations", "dtype")
 FLOATS = ("float32", "bfloat16", "float16")
 PARTS = ("values", "scale", "zeros", "activation_scale")
+PAIR = ("lowrank_a", "lowrank_b")  # of a LowRank weight, beside its base
 
 
 def to_flat(params: Any) -> tuple[dict[str, jax.Array], dict[str, dict[str, Any]]]:
@@ -165,16 +170,65 @@ def stored_parts(weight: Any, mask: Any) -> dict[str, np.ndarray]:
     return parts | {name: trees.on_host(getattr(weight, name) if name else weight) for name in others}
 
 
-def stored_nbytes(params: Any, masks: Masks = None) -> int:
-    """Bytes of the tensors in a file that holds these weights."""
-    total = 0
-    for path, weight in trees.flatten(params):
-        if isinstance(weight, LowRank):
-            total += trees.nbytes((weight.a, weight.b))
-            weight = weight.base
-        kinds = stored_kinds(weight, (masks or {}).get(path))
-        total += sum(kind.size * kind.dtype.itemsize for kind in kinds.values())
-    return total
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """An array of a file: its name, its shape and dtype, and what gives it on the host. axis: see huffman.encode.
+    coded: shape and dtype before it was entropy-coded; None: it was not."""
+
+    name: str
+    kind: jax.ShapeDtypeStruct
+    give: Callable[[], np.ndarray]
+    axis: int | None = None
+    coded: jax.ShapeDtypeStruct | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.kind.size * self.kind.dtype.itemsize
+
+    def entropy_coded(self) -> "Stored":
+        """It entropy-coded, where that is smaller. It is coded now for its size, and again when it is given."""
+        coded = lambda: huffman.encode(self.give(), self.axis)
+        kind = jax.ShapeDtypeStruct((coded().size,), np.dtype(np.uint8))
+        return self if kind.size >= self.nbytes else dataclasses.replace(self, kind=kind, give=coded, coded=self.kind)
+
+
+def stored(params: Any, masks: Masks = None, coded: bool = False) -> Iterator[Stored]:
+    """All arrays of a file that holds these weights, each entropy-coded if it is smaller so and `coded` asks for it."""
+    for array in _stored(params, masks or {}):
+        yield array.entropy_coded() if coded else array
+
+
+def _stored(params: Any, masks: dict[str, Any]) -> Iterator[Stored]:
+    bases, pairs = lowrank.split(params)
+    for path, weight in trees.flatten(bases):
+        mask = masks.get(path)
+        give, three = _each_once(weight, mask), isinstance(weight, QArray) and weight.bits == 3
+        axes = {"values": weight.axis, "nonzeros": -1} if three else {}
+        for part, kind in stored_kinds(weight, mask).items():
+            yield Stored(f"{path}/{part}".rstrip("/"), kind, functools.partial(give, part), axes.get(part))
+    for path, pair in pairs.items():
+        for part, array in zip(PAIR, pair, strict=True):
+            kind = jax.ShapeDtypeStruct(array.shape, array.dtype)
+            yield Stored(f"{path}/{part}", kind, functools.partial(trees.on_host, array))
+
+
+def _each_once(weight: Any, mask: Any) -> Callable[[str], np.ndarray]:
+    """A function that gives each of the arrays that a file holds of a weight. They are fetched with the first and
+    forgotten one by one, so that one weight is on the host at a time."""
+    made: dict[str, np.ndarray] = {}
+
+    def part(name: str) -> np.ndarray:
+        if name not in made:
+            made.update(stored_parts(weight, mask))
+        return made.pop(name)
+
+    return part
+
+
+def stored_nbytes(params: Any, masks: Masks = None, coded: bool = False) -> int:
+    """Bytes of the tensors in a file that holds these weights. coded: entropy-coded, which takes as long as writing
+    them."""
+    return sum(each.nbytes for each in stored(params, masks, coded))
 
 
 def expanded(shape: tuple[int, ...], bits: int, bitmask: np.ndarray, nonzeros: np.ndarray) -> np.ndarray:

@@ -53,7 +53,9 @@ def write(
         found.append(Section("Training and distillation", [figure]))
     named = lambda sizes: {NAMES.get(name, name): nbytes for name, nbytes in sizes.items()}
     of_rows = {row.name: named(row.component_bytes) for row in rows}
-    sizes = page.bars("Bytes on disk, by component", of_rows, "MB", 1e6)
+    coded = any(sum(row.component_bytes.values()) > row.bytes for row in rows)
+    caption = "Bytes on disk, by component" + (", before entropy coding" if coded else "")
+    sizes = page.bars(caption, of_rows, "MB", 1e6)
     found.append(Section("Where the bytes and the time go", [sizes, *([time_bars(phases)] if phases else [])]))
     page.write(
         path,

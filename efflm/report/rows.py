@@ -161,8 +161,8 @@ def make(
     paired over documents, so its error is far below that of either alone. Of a single document there is no error. Nor
     is there a difference, divergence or agreement of the original itself. Speeds over the original's are ratios
     (see throughput.ratio) to what it did in the same rounds, perhaps at another time than those of other rows.
-    component_bytes: of the weights on disk by component. noise: KL and agreement of the first model with itself in
-    another precision, which its row has. tasks: what the function of that name gives. tied: as in `bits_a_weight`.
+    component_bytes: as the function gives them. noise: KL and agreement of the first model with itself in another
+    precision, which its row has. tasks: what the function of that name gives. tied: as in `bits_a_weight`.
     """
     other, base_rates = base or (None, None)
     none, words, speeds = (None, None), [note], {}
@@ -224,7 +224,8 @@ def bits_a_weight(model: LanguageModel, size: int, tied: bool) -> float:
 
 
 def component_bytes(model: LanguageModel) -> dict[str, int]:
-    """{component: bytes of its weights as a file holds them}, embeddings first. Bitmasks and scales are included."""
+    """{component: bytes of its weights as a file holds them that is not entropy-coded}, embeddings first. Bitmasks and
+    scales are included."""
     table, masks, found = params.table(model.config), model.masks or {}, dict.fromkeys(typing.get_args(Component), 0)
     for path, leaf in trees.flatten(model.params):
         mask = {path: masks[path]} if path in masks else None

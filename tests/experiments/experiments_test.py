@@ -273,12 +273,14 @@ def test_compress_and_evaluate_a_trained_run(trained, tmp_path, monkeypatch, cap
     (tmp_path / "nouns.jsonl").write_text("\n".join(map(json.dumps, items)))
     flags = ["--score.window=16", "--tasks=nouns", f"--task.folder={tmp_path}"]
     run(compress, f"--model={trained}", "--recipe=magnitude50,w8a8", "--magnitude.sparsity=0.25", *flags, "--sample=4",
-        f"--run_dir={out}")  # fmt: skip
+        "--format=coded", f"--run_dir={out}")  # fmt: skip
     before, after = rows_of(out)
     tokenizer = efflm.load(trained)[1]
     assert begun == [[tokenizer.separator, *tokenizer.encode("The capital of France is")]] * 2  # as the text it read
     assert written_in(out) < asked[-1] < 2.5 * written_in(out) + 4e6
     assert after["name"] == "magnitude@0.25+quantize[activations=int8]"  # another file than that of the recipe itself
+    assert "Size: a safetensors file, entropy-coded but the first" in (out / "results.json").read_text()
+    assert after["bits_a_weight"] == 8 * after["bytes"] / after["parameters"]
     layers = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48)
     assert before["nonzeros"] - after["nonzeros"] >= layers // 4
     run(evaluate, f"--model={out / after['name']}.safetensors", f"--reference={trained}", *flags,

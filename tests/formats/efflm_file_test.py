@@ -157,15 +157,52 @@ def test_every_format_comes_back_from_files_and_checkpoints_as_predicted(bits, g
         with safe_open(file, framework="numpy") as opened:
             assert sum(opened.get_tensor(name).nbytes for name in opened.keys()) == predicted < size  # noqa: SIM118
         same(efflm_file.load(file)[0], model)
+        coded = Path(folder) / "coded.safetensors"
+        efflm_file.save(coded, model, {}, coded=True)
+        predicted = ops.stored_nbytes(model.params, model.masks, coded=True)
+        with safe_open(coded, framework="numpy") as opened:
+            assert sum(opened.get_tensor(name).nbytes for name in opened.keys()) == predicted < 0.95 * size  # noqa: SIM118
+        same(efflm_file.load(coded)[0], model)
         checkpoint.save(Path(folder) / "c", 1, model, {})
         mesh = meshes.make_mesh(fsdp=2, tensor=2)
         back, _ = checkpoint.load(Path(folder) / "c", mesh)
         same(back, model)
-        spread = efflm_file.load(file, mesh)[0]
-        same(spread, model)
-        where = placement.shardings(spread.params, mesh)
-        assert jax.tree.map(lambda leaf: leaf.sharding, spread.params) == where
-        assert any("fsdp" in each.spec for each in jax.tree.leaves(where))
+        for each in (file, coded):
+            spread = efflm_file.load(each, mesh)[0]
+            same(spread, model)
+            where = placement.shardings(spread.params, mesh)
+            assert jax.tree.map(lambda leaf: leaf.sharding, spread.params) == where
+            assert any("fsdp" in each.spec for each in jax.tree.leaves(where))
+
+
+def test_what_is_wrong_with_coded_tensors_is_a_line_that_names_one(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    path, up = tmp_path / "m.safetensors", "block_0/feedforward/up/kernel/values"
+    model, records = compressed(tiny.model(), "w3a16")
+    efflm_file.save(path, model, {}, records, coded=True)
+    good, about = load_file(path), efflm_file.load(path)[1]
+    assert about["lineage"][0]["actual_bytes"] == sum(tensor.nbytes for tensor in good.values())
+    with safe_open(path, framework="numpy") as file:
+        manifest = json.loads(file.metadata()["efflm"])
+    dtype, (K, N), axis = manifest["coded"][up]
+    assert (dtype, axis, good[up].dtype) == ("uint8", -2, np.uint8)
+
+    def refused(message, value=good[up], kind=(dtype, (K, N), axis), name=up):
+        changed = manifest | {"coded": manifest["coded"] | {name: kind}}
+        save_file(good | {up: value}, path, metadata={"efflm": json.dumps(changed)})
+        with pytest.raises(InputError, match=message) as found:
+            efflm_file.load(path)
+        assert "\n" not in str(found.value)
+
+    flipped = good[up] ^ (np.arange(good[up].size) == 100)
+    for value in (good[up][:100], np.append(good[up], np.uint8(0)), flipped):
+        refused(f"{up}: its codes are damaged", value)
+    refused(f"{up}: 2 bytes cannot stand for {K * N * 4 // 3}", good[up][:2])
+    refused(rf"{up} has shape \({3 << 60}, {N}\), but the config says", kind=(dtype, (3 << 60, N), axis))
+    for kind in (("object", (K, N), axis), (dtype, (-K, -N), axis), (dtype, (K, N), 0), (dtype, (K + 1, N), axis)):
+        refused(f"{up} is said to be", kind=kind)
+    refused("mystery is said to be", name="mystery")
 
 
 def test_files_of_before_a_dtype_was_told_stand_for_that_of_their_scales(tmp_path):

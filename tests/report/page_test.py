@@ -58,6 +58,7 @@ def test_the_page_is_self_contained_and_escaped(report):
     assert text.count("{{ 7 * 7 }}") > 5
     assert text.count("&lt;img src=x onerror=") > 5
     assert "<h2>Tasks</h2>" in text
+    assert "Bytes on disk, by component, before entropy coding" in text  # of a row with fewer bytes than its components
     for figure in (
         "+20/-20",
         "(-2.5 to +2.5)",
