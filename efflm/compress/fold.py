@@ -19,15 +19,18 @@ from efflm.model.params import table
 from efflm.ops.qarray import QArray
 
 MAKERS = ("attention_norm", "attention/value", "feedforward_norm", "feedforward/up")  # of what each of SUBLAYERS reads
+LAST = ("attention/output", "attention/output", "feedforward/down", "feedforward/down")  # in the part that each is in
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where inputs can be scaled. readers: paths in the layer of the matrices that read them; maker: path of what makes
-    them, a norm or a matrix, and the name of its kind of weights."""
+    them, a norm or a matrix, and the name of its kind of weights; last: path of the matrix whose output is that of the
+    part of the layer that they are in."""
 
     readers: tuple[str, ...]
     maker: str
+    last: str
 
     @property
     def is_norm(self) -> bool:
@@ -37,11 +40,11 @@ class Place:
 def places(config: ModelConfig) -> tuple[Place, ...]:
     """Of a layer. A parallel layer has them too: each of its norms is read by one part."""
     there, found = table(config), []
-    for names, maker in zip(SUBLAYERS, MAKERS, strict=True):
+    for names, maker, last in zip(SUBLAYERS, MAKERS, LAST, strict=True):
         readers = tuple(f"{name}/kernel" for name in names if f"block_0/{name}/kernel" in there)
         # Of a mixture of experts the router, which must not change, reads the norm too: it has no readers here.
         if readers and (maker != "feedforward/up" or config.gated):
-            found.append(Place(readers, maker))
+            found.append(Place(readers, maker, f"{last}/kernel"))
     return tuple(found)
 
 
