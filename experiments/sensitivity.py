@@ -5,9 +5,9 @@
 
 Expect, after a bar with the time left, a table whose first rows cost most loss for each byte that they save: the
 increase of the mean next-token loss over calibration text when that matrix alone is rounded, the divergence of the
-outputs from the model's, and the squared error of what the matrix gives. The increase has the noise of the text; the
+outputs from the model's, and what the Fisher information predicts of it. The increase has the noise of the text; the
 divergence has far less of it. In the run directory: results.json and report.html, with the divergence layer by layer.
-The recipe mixed4 gives each matrix its bits by the same measurement.
+The step mixed gives each matrix its bits by the predicted divergence.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ class Run(Subject):
 
 
 def shown_row(row: sensitivity.Row) -> Row:
-    figures = {name: getattr(row, name) for name in ("loss", "bits", "divergence", "estimate", "saved")}
+    figures = {name: getattr(row, name) for name in ("loss", "bits", "divergence", "predicted", "saved")}
     return Row(row.name, figures | {"format": str(row.format), "per_megabyte": row.loss / row.saved * 1e6})
 
 
@@ -75,7 +75,7 @@ COLUMNS = (
     figure("loss, nats/token", "loss", six_signed),
     figure("bits/token", "bits", six_signed),
     figure("divergence", "divergence", six),
-    figure("squared error", "estimate", "{:.3g}".format),
+    figure("predicted", "predicted", six),
     figure("MB saved", "saved", lambda nbytes: numbers.fixed(nbytes / 1e6, 3)),
     figure("nats for a MB", "per_megabyte", six_signed),
 )
@@ -85,8 +85,8 @@ def by_layer(found: Sequence[sensitivity.Row], format: Format) -> page.Bars:
     """The divergence of each layer's matrices in one format, a bar a layer."""
     values: dict[str, dict[str, float]] = {}
     for row in found:
-        if row.format == format:
-            block, _, name = row.name.partition("/")
+        block, _, name = row.name.partition("/")
+        if row.format == format and block.startswith("block_"):
             values.setdefault(block.replace("_", " "), {})[name or "the layer"] = max(row.divergence, 0.0)
     caption = (
         f"Divergence from the model, each rounded alone to {format}: a bar a layer, stacked though they do not add"
@@ -108,7 +108,7 @@ def main(run: Run) -> None:
         strict=run.strict,
     )  # fmt: skip
     user_cache.use_compilation_cache()
-    how = {"rows": run.rows, "unit": run.unit}
+    how = {"rows": run.rows, "unit": run.unit, "seed": run.seed}
     found = sensitivity.sensitivity(loaded.model, context.calibration, run.step.formats, context.mesh, **how)
     ordered = sorted(found.rows, key=lambda row: row.loss / row.saved, reverse=True)
     shown = [shown_row(row) for row in ordered]
@@ -116,7 +116,7 @@ def main(run: Run) -> None:
         f"Loss of the model as it is: {found.loss:.4f} nats a token, over {found.tokens:,} tokens of the training "
         f"split ({run.rows} sequences, seed {run.seed}). Each row: one {run.unit} alone is rounded.",
         "The increase of the loss has the noise of this text; the divergence, KL(model || rounded) in nats a token, is "
-        "what it would be on text as the model expects it. Squared error: of what the matrix gives, for each token.",
+        "what it would be on text as the model expects it. Predicted: the divergence by the Fisher information.",
         *rows.cautions(run.model, loaded.about, seen=""),
     ]
     kept = [dataclasses.asdict(row) | {"bits_per_token": row.bits} for row in ordered]

@@ -1,7 +1,8 @@
 """Mixed precision: matrices that a low precision hurts most get more bits, others fewer, under a budget of bytes.
 
-What it costs to round one matrix alone is taken to add up (Cai 2020, arXiv 2001.00281, section
-3.2). Under that assumption the choice is exact: all choices that none beats in both bytes and loss are kept.
+What it costs to round one matrix alone is predicted by the Fisher information of the model (Tseng 2025, arXiv
+2505.22988) and taken to add up (Cai 2020, arXiv 2001.00281, section 3.2). Under that assumption the choice is exact:
+all choices that none beats in both bytes and loss are kept.
 """
 
 import dataclasses
@@ -9,18 +10,20 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from efflm import ops, trees
 from efflm.compress import sensitivity
-from efflm.compress.plan import OF_EMBEDDINGS, Embeddings, Plan, for_embeddings, nearest
+from efflm.compress.gptq import GPTQ
+from efflm.compress.plan import Plan
+from efflm.compress.quantize import Quantize
 from efflm.compress.sensitivity import Row, Unit
 from efflm.compress.step import Context, record
+from efflm.compress.tuned import Tuned
 from efflm.config import flag, require, require_choices
 from efflm.model import LanguageModel
-from efflm.model.params import in_layer
 from efflm.ops import Format
 
 
@@ -63,36 +66,35 @@ def _numbers(text: str, name: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, text.split(","))))
 
 
+ROUNDERS = {"gptq": GPTQ, "tuned": Tuned, "nearest": Quantize}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixed:
-    """Matrices inside the layers, each in the format that a budget of bytes gives it, rounded to the nearest unless
-    another rounder is given."""
+    """Matrices and embeddings, each in the format that a budget of bytes gives it, rounded by another step."""
 
-    bits: str = flag("8,4,3", "bits of a weight to choose from")
+    bits: str = flag("8,4,3,2", "bits of a weight to choose from")
     groups: str = flag("32,64,128", "inputs that share a scale, to choose from; 0: all of an output")
-    average_bits: float = flag(4.0, "the budget: as if all weights had so many bits, in the first of the groups")
-    budget: float = flag(0.0, "bytes of the layers' matrices as a share of what they take now; 0: by average_bits")
+    average_bits: float = flag(4.0, "the budget: bytes of the whole file, scales and norms too, as bits a weight")
+    megabytes: float = flag(0.0, "the budget as megabytes of the file; 0: by average_bits")
     unit: Unit = flag("matrix", "what has one format: a matrix, those that read the same input, or a layer")
-    cost: Literal["divergence", "scaled", "loss", "estimate"] = flag(
-        "scaled",
-        "divergence of the outputs, or increase of the loss, when a matrix alone is rounded; estimate: the squared "
-        "error of what it gives; scaled: the divergence in the coarsest format, in others in proportion to that error",
+    cost: Literal["predicted", "divergence", "loss"] = flag(
+        "predicted",
+        "divergence of the outputs, or increase of the loss, when one matrix is rounded; predicted: that divergence "
+        "by the Fisher information, which takes one backward pass",
     )
     symmetric: bool = flag(True, "codes around zero; false: a zero point for each scale")
     clip: bool = flag(True, "choose the range of each scale by the least squared error")
-    rows: int = flag(8, "sequences of the calibration text over which the loss is measured")
-    embeddings: Embeddings = flag(8, OF_EMBEDDINGS)
-    rounder: Any = flag(None, "a step with a plan, such as GPTQ(), that rounds; None: to the nearest", internal=True)
+    rows: int = flag(16, "sequences of the calibration text over which costs are measured or predicted")
+    rounder: Literal["gptq", "tuned", "nearest"] = flag("gptq", "the step that rounds, with its usual settings")
 
     at = "average_bits"
     calibrates = True
 
     def __post_init__(self):
         require_choices(self)
-        rounds = self.rounder is None or hasattr(self.rounder, "plan")
-        require(rounds, f"rounder is {self.rounder!s:.60}, but must be a step with a plan, such as GPTQ()")
         require(self.average_bits > 0, f"average_bits is {self.average_bits}, but must be positive")
-        require(0 <= self.budget <= 1, f"budget is {self.budget}, but must be a share, or 0 for average_bits")
+        require(self.megabytes >= 0, f"megabytes is {self.megabytes}, but must be positive, or 0 for average_bits")
         require(self.rows > 0, f"rows is {self.rows}, but must be positive")
         _ = self.formats  # which check themselves
 
@@ -107,58 +109,42 @@ class Mixed:
 
     def __call__(self, model: LanguageModel, context: Context):
         plan = self.plan(model, context)
-        if self.rounder is not None:
-            after, _ = dataclasses.replace(self.rounder, plan=plan)(model, context)
-        else:
-            inside = lambda path, w: ops.dequantize(w) if in_layer(path) else w
-            after = model.replace(params=nearest(trees.map_with_path(inside, model.params), plan))
+        floats = model.replace(params=trees.map_with_path(lambda _, w: ops.dequantize(w), model.params))
+        after, _ = ROUNDERS[self.rounder](plan=plan)(floats, context)
         return after, record(self, model, after, context)
 
     def plan(self, model: LanguageModel, context: Context) -> Plan:
-        """The formats with the least sum of costs within the budget."""
-        units = self.measured(model, context)
-        costs = [[getattr(row, "divergence" if self.cost == "scaled" else self.cost) for row in rows] for rows in units]
-        chosen = allocate(costs, [[row.bytes for row in rows] for rows in units], self.allowed(model, units))
+        """The formats with the least sum of costs within the budget. Raises InputError."""
+        units, weights = self.measured(model, context), _weights(model, context)
+        paths = {path for rows in units for path in rows[0].paths}
+        rest = ops.stored_nbytes({path: w for path, w in trees.flatten(model.params) if path not in paths}, model.masks)
+        nbytes, budget = [[row.bytes for row in rows] for rows in units], self.megabytes * 1e6
+        least, budget = rest + sum(map(min, nbytes)), int(budget or self.average_bits / 8 * weights)
+        require(
+            least <= budget,
+            f"the budget is {budget:,} bytes, {8 * budget / weights:.2f} bits a weight, but the least that these bits "
+            f"and groups can take is {least:,}, {8 * least / weights:.2f}: raise it, or let fewer bits be chosen",
+        )
+        chosen = allocate([[getattr(row, self.cost) for row in rows] for rows in units], nbytes, budget - rest)
         rows = [rows[option] for rows, option in zip(units, chosen)]
-        rules = [(re.escape(path), row.format) for row in rows for path in row.paths]
-        return Plan((*rules, *for_embeddings(self.embeddings, self.formats[0])))
+        return Plan(tuple((re.escape(path), row.format) for row in rows for path in row.paths))
 
     def measured(self, model: LanguageModel, context: Context) -> list[tuple[Row, ...]]:
         """The rows of each unit, a row a format, with the cost that the step asks for. They are kept with this value of
         the model: another budget for the same text measures nothing again."""
         kept = vars(model).setdefault("_sensitivities", {})
-        same = dataclasses.replace(self, average_bits=1.0, budget=0.0, embeddings=8, rounder=None)
+        same = dataclasses.replace(self, average_bits=1.0, megabytes=0.0, rounder="nearest"), context.seed
         text, found = kept.get(same, (None, None))
         if text is None or text is not context.calibration:
-            found = self._measured(model, context)
+            measure = sensitivity.predicted if self.cost == "predicted" else sensitivity.sensitivity
+            how = {"mesh": context.mesh, "rows": self.rows, "unit": self.unit, "seed": context.seed}
+            found = list(measure(model, context.calibration, self.formats, **how).units.values())
             kept[same] = context.calibration, found
         return found
 
-    def _measured(self, model: LanguageModel, context: Context) -> list[tuple[Row, ...]]:
-        given = {"batch": context.calibration, "mesh": context.mesh, "rows": self.rows, "unit": self.unit}
-        if self.cost in ("divergence", "loss"):
-            return list(sensitivity.sensitivity(model, formats=self.formats, **given).units.values())
-        units = list(sensitivity.estimated(model, formats=self.formats, **given).units.values())
-        if self.cost == "estimate":
-            return units
-        known = sensitivity.sensitivity(model, formats=[self.coarsest], **given).units
-        out = []
-        for rows in units:
-            (one,) = known[rows[0].name]
-            ratio = one.divergence / one.estimate if one.estimate > 0 else 0.0
-            out.append(tuple(dataclasses.replace(row, divergence=ratio * row.estimate) for row in rows))
-        return out
 
-    def allowed(self, model: LanguageModel, units: Sequence[Sequence[Row]]) -> int:
-        """The bytes that the matrices may take."""
-        weights = dict(trees.flatten(model.params))
-        paths = [path for rows in units for path in rows[0].paths]
-        if self.budget:
-            now = {path: weights[path] for path in paths}
-            return int(self.budget * ops.stored_nbytes(now, model.masks))
-        total = 0.0
-        for path in paths:
-            K, N = weights[path].shape
-            made = ops.quantize_array(ops.dequantize(weights[path]), -2, self.formats[0])
-            total += self.average_bits / 8 * K * N + trees.nbytes(made) - made.values.nbytes
-        return int(total)
+def _weights(model: LanguageModel, context: Context) -> int:
+    """The weights that bits are counted for, as reports do: an output layer that Rotate made of tied embeddings is none
+    of the first model's."""
+    copied = context.teacher is not None and context.teacher.config.tied and not model.config.tied
+    return trees.count({name: leaf for name, leaf in model.params.items() if not (copied and name == "unembedding")})

@@ -1,17 +1,16 @@
 """How much worse a model becomes when one matrix alone is rounded, at each format: which matrices need their bits.
 
-Measured, all other matrices as they are: the increase of the mean next-token loss, and the divergence of the outputs
-from those of the whole model (Cai 2020, arXiv 2001.00281, section 3.2). The divergence is the increase that is expected
-if the text is what the model expects; it is never negative and varies far less from text to text. Estimated, without
-running the rest of the model: the mean squared error of what the matrix gives, tr(E^T G E) / tokens, for its error E
-and G = X^T X of what it reads.
+Predicted, from one backward pass over the text: the divergence of the outputs from those of the whole model, by the
+diagonal of the Fisher information (compress.fisher). Measured, all other matrices as they are: the increase of the mean
+next-token loss, and that divergence (Cai 2020, arXiv 2001.00281, section 3.2). The divergence is the increase that is
+expected if the text is what the model expects; it is never negative and varies far less from text to text.
 """
 
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -21,11 +20,12 @@ from jax.sharding import Mesh
 
 from efflm import ops, trees
 from efflm.cli import progress
-from efflm.compress import calibrate
-from efflm.compress.calibrate import Layer, States
+from efflm.compress import calibrate, fisher
+from efflm.compress.calibrate import Layer
 from efflm.config import require
 from efflm.config.model import ModelConfig
 from efflm.model import LanguageModel, layerwise
+from efflm.model.params import find, in_layer, is_matrix
 from efflm.ops import Format, QArray
 from efflm.parallel import sharding
 from efflm.train import losses
@@ -36,16 +36,16 @@ Unit = Literal["matrix", "input", "layer"]
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One unit in one format. paths: its matrices. loss: the increase of the mean loss, and divergence: the mean KL
-    divergence of the outputs from the model's, in nats a token; None where they were not measured. estimate: the mean
-    squared error of what its matrices give, summed over outputs. bytes: what they take in the format, as a file holds
-    them; saved: how many fewer that is than they take as they are."""
+    divergence of the outputs from the model's, in nats a token; None where they were not measured. predicted: that
+    divergence by the Fisher information. bytes: what they take in the format, as a file holds them; saved: how many
+    fewer that is than they take as they are."""
 
     name: str
     paths: tuple[str, ...]
     format: Format
     loss: float | None
     divergence: float | None
-    estimate: float
+    predicted: float
     bytes: int
     saved: int
 
@@ -57,7 +57,8 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows, unit by unit and format by format. loss: of the model as it is, in nats a token, over so many tokens."""
+    """Rows, unit by unit and format by format. loss: of the model as it is, in nats a token, over so many tokens; NaN
+    where it was not measured."""
 
     loss: float
     tokens: int
@@ -70,92 +71,108 @@ class Table:
         return {name: tuple(row for row in self.rows if row.name == name) for name in names}
 
 
-def sensitivity(
+def predicted(
     model: LanguageModel, batch: Mapping[str, Any] | None, formats: Sequence[Format], mesh: Mesh, *,
-    rows: int = 16, unit: Unit = "matrix",
+    rows: int = 16, unit: Unit = "matrix", seed: int = 0,
 ) -> Table:  # fmt: skip
-    """What it costs to round one unit alone, over the first `rows` rows of a batch (data.packing).
+    """What it costs to round one unit alone, by the Fisher information over the first `rows` rows of a batch
+    (data.packing), whose targets are drawn with the seed.
 
-    unit: each matrix of the layers, those that read the same, or each layer. A layer's inputs are computed once, and
-    only what comes after them is run again. Weights that are quantized already stay as they are, but their activations
-    are not rounded. Raises InputError.
-    """
-    model, batch = _floats(model), _first(batch, rows)
-    fields = calibrate.chunks(batch, ("targets", "segments"), mesh)
-    count, outer = _tokens(batch), _outer(model.params)
-
-    def states(index: int, params: Any, x: jax.Array, *row: jax.Array) -> jax.Array:
-        """The final states for what layer `index` reads, its weights being `params`."""
-        for later in range(index, len(model.config.blocks)):
-            own = params if later == index else model.params[f"block_{later}"]
-            x = calibrate.layer_output(layerwise.block_config(model.config, later), own, x, *row)
-        return _final_states(model.config, outer, x)
-
-    whole = [states(0, model.params["block_0"], *row) for row in calibrate.inputs(model, batch, mesh)]
-
-    def means(final: Iterable[jax.Array]) -> tuple[float, float]:
-        """The mean loss, and the mean divergence."""
-        sums = [_sums(model.config, outer, *each, *own) for *each, own in zip(final, whole, fields, strict=True)]
-        return tuple(sum(float(each[i]) for each in sums) / count for i in range(2))
-
-    base, _ = means(whole)
-
-    def measure(layer: Layer, made: Mapping[str, QArray]) -> tuple[float, float]:
-        params = _with(layer.params, made)
-        loss, divergence = means(states(layer.index, params, *row) for row in layer.rows)
-        return loss - base, divergence
-
-    found = estimated(model, batch, formats, mesh, rows=rows, unit=unit, measure=measure)
-    return dataclasses.replace(found, loss=base)
-
-
-def estimated(
-    model: LanguageModel, batch: Mapping[str, Any] | None, formats: Sequence[Format], mesh: Mesh, *,
-    rows: int = 16, unit: Unit = "matrix",
-    measure: Callable[[Layer, Mapping[str, QArray]], tuple[float | None, float | None]] = lambda *given: (None, None),
-) -> Table:  # fmt: skip
-    """The same with the estimates alone: one pass over the rows. The loss of the model is not known (NaN).
-
-    measure: of a layer of which these weights are rounded, the increase of the loss and the divergence.
+    unit: each matrix, those of the layers that read the same, or each layer; embeddings and an output layer of its own
+    are units, a tied one once. Raises InputError.
     """
     require(len(formats) > 0, "there is no format to try: give one at least")
     model, batch = _floats(model), _first(batch, rows)
-    sizes, tokens = _work(model), _tokens(batch)
-    with progress.bar("sensitivity: matrices", sum(sizes)) as update:
-
-        def one(layer: Layer, read: States) -> tuple[Layer, list[Row]]:
-            found, units = [], _units(layer, read, unit)
-            tried = list(itertools.product(units.items(), formats))
-            for count, ((name, paths), format) in enumerate(tried, 1):
-                own = {path: w for path, w in trees.flatten(layer.params) if path in paths}
-                made = {path: ops.quantize_array(w, -2, format) for path, w in own.items()}
-                squared = sum(float(_squared(own[path], w, read[path]["gram"])) for path, w in made.items())
-                nbytes = ops.stored_nbytes(made, layer.masks)
-                saved = ops.stored_nbytes(own, layer.masks) - nbytes
-                whole = tuple(f"block_{layer.index}/{path}" for path in made)
-                found.append(Row(name, whole, format, *measure(layer, made), squared / tokens, nbytes, saved))
-                update(sum(sizes[: layer.index]) + sizes[layer.index] * count / len(tried))
-            return layer, found
-
-        _, found = calibrate.walk(model, batch, one, {"gram": calibrate.GRAM}, mesh=mesh, title=None)
-    return Table(math.nan, tokens, tuple(itertools.chain.from_iterable(found)))
+    tokens, information = _tokens(batch), fisher.diagonal(model, batch, mesh, seed)
+    weights, found = dict(trees.flatten(model.params)), []
+    for (name, paths), format in itertools.product(_units(model, unit).items(), formats):
+        own = {path: weights[path] for path in paths}
+        made = {path: _rounded(path, w, format) for path, w in own.items()}
+        cost = sum(float(_predicted(information[path], own[path], w)) for path, w in made.items())
+        nbytes = ops.stored_nbytes(made, model.masks)
+        saved = ops.stored_nbytes(own, model.masks) - nbytes
+        found.append(Row(name, paths, format, None, None, cost, nbytes, saved))
+    return Table(math.nan, tokens, tuple(found))
 
 
-def _units(layer: Layer, read: States, unit: Unit) -> dict[str, tuple[str, ...]]:
-    """{name: paths in the layer} of what is rounded together."""
-    together: dict[Any, list[str]] = {}
-    for path, states in sorted(read.items()):
-        together.setdefault({"matrix": path, "input": id(states["gram"]), "layer": 0}[unit], []).append(path)
-    block, short = f"block_{layer.index}", lambda path: path.removesuffix("/kernel")
-    names = [block if unit == "layer" else f"{block}/{'+'.join(map(short, paths))}" for paths in together.values()]
-    return dict(zip(names, map(tuple, together.values()), strict=True))
+def sensitivity(
+    model: LanguageModel, batch: Mapping[str, Any] | None, formats: Sequence[Format], mesh: Mesh, *,
+    rows: int = 16, unit: Unit = "matrix", seed: int = 0,
+) -> Table:  # fmt: skip
+    """The same, and measured: one unit after another is rounded, and what comes after it is run again.
+
+    Weights that are quantized already stay as they are, but their activations are not rounded. Raises InputError.
+    """
+    table = predicted(model, batch, formats, mesh, rows=rows, unit=unit, seed=seed)
+    model, batch = _floats(model), _first(batch, rows)
+    fields, count = calibrate.chunks(batch, ("targets", "segments"), mesh), len(model.config.blocks)
+
+    def final_states(params: Any, index: int, reads: Iterable[tuple[jax.Array, ...]]) -> Iterator[jax.Array]:
+        """For what layer `index` reads."""
+        for x, *row in reads:
+            for later in range(index, count):
+                x = calibrate.layer_output(
+                    layerwise.block_config(model.config, later), params[f"block_{later}"], x, *row
+                )
+            yield _final_states(model.config, _outer(params), x)
+
+    def means(params: Any, final: Iterable[jax.Array]) -> tuple[float, float]:
+        """The mean loss, and the mean divergence."""
+        outer = _outer(params), _outer(model.params)
+        sums = [_sums(model.config, *outer, *each, *own) for *each, own in zip(final, whole, fields, strict=True)]
+        return tuple(sum(float(each[i]) for each in sums) / table.tokens for i in range(2))
+
+    whole = list(final_states(model.params, 0, calibrate.inputs(model, batch, mesh)))
+    base, _ = means(model.params, whole)
+    with progress.bar("sensitivity: matrices", sum(_work(model, row) for row in table.rows)) as update:
+        done = 0.0
+
+        def measured(row: Row, index: int, reads: Iterable[tuple[jax.Array, ...]] | None) -> Row:
+            """reads: of layer `index`; None: what it reads changes too."""
+            nonlocal done
+            made = lambda path, w: ops.dequantize(_rounded(path, w, row.format)) if path in row.paths else w
+            after = model.replace(params=trees.map_with_path(made, model.params))
+            reads = calibrate.inputs(after, batch, mesh) if reads is None else reads
+            loss, divergence = means(after.params, final_states(after.params, index, reads))
+            done += _work(model, row)
+            update(done)
+            return dataclasses.replace(row, loss=loss - base, divergence=divergence)
+
+        def one(layer: Layer, _: Any) -> tuple[Layer, list[Row]]:
+            own = [row for row in table.rows if row.paths[0].startswith(layer.path(""))]
+            return layer, [measured(row, layer.index, layer.rows) for row in own]
+
+        _, found = calibrate.walk(model, batch, one, mesh=mesh, title=None)
+        found.append([measured(row, 0, None) for row in table.rows if not in_layer(row.paths[0])])
+    return Table(base, table.tokens, tuple(itertools.chain.from_iterable(found)))
+
+
+def _units(model: LanguageModel, unit: Unit) -> dict[str, tuple[str, ...]]:
+    """{name: paths} of what is rounded together: layer by layer, and then what is outside the layers."""
+    out = {}
+    for index in range(len(model.config.blocks)):
+        together: dict[Any, list[str]] = {}
+        for path, _ in trees.flatten(model.params[f"block_{index}"]):
+            if in_layer(f"block_{index}/{path}"):
+                part, _, name = path.removesuffix("/kernel").rpartition("/")
+                together.setdefault({"matrix": path, "input": (part, _READS[name]), "layer": 0}[unit], []).append(path)
+        for paths in together.values():
+            short = "+".join(path.removesuffix("/kernel") for path in paths)
+            name = f"block_{index}" if unit == "layer" else f"block_{index}/{short}"
+            out[name] = tuple(f"block_{index}/{path}" for path in paths)
+    return out | {path: (path,) for path in _outer(model.params) if is_matrix(path)}
+
+
+_READS = {path.rpartition("/")[2]: i for i, together in enumerate(calibrate.SUBLAYERS) for path in together}
+
+
+def _rounded(path: str, w: jax.Array, format: Format) -> QArray:
+    return ops.quantize_array(w, find(path)[0].contracted, format)
 
 
 @jax.jit
-def _squared(w: jax.Array, rounded: QArray, gram: jax.Array) -> jax.Array:
-    """tr(E^T G E), E the error of the rounded matrix."""
-    error = ops.in_float32(rounded) - ops.in_float32(w)
-    return jnp.sum(error * jnp.matmul(gram, error, precision="highest"))
+def _predicted(information: jax.Array, w: jax.Array, rounded: QArray) -> jax.Array:
+    return jnp.sum(information * jnp.square(ops.in_float32(rounded) - ops.in_float32(w))) / 2
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -165,20 +182,18 @@ def _final_states(config: ModelConfig, params: Any, x: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sums(config: ModelConfig, params: Any, x: jax.Array, whole: jax.Array, targets: jax.Array, segments: jax.Array):
+def _sums(
+    config: ModelConfig, params: Any, whole_params: Any, x: jax.Array, whole: jax.Array, targets: Any, segments: Any
+) -> tuple[jax.Array, jax.Array]:
     """The loss and the divergence, summed over the targets."""
     with sharding.mesh_of(x):
-        return losses.sums_against(config, params, x, whole, {"targets": targets, "segments": segments})[:2]
+        batch = {"targets": targets, "segments": segments}
+        return losses.sums_against(config, (params, x), (whole_params, whole), batch)[:2]
 
 
 def _outer(params: Any) -> dict[str, Any]:
     """The weights outside the layers."""
     return {name: leaf for name, leaf in params.items() if not name.startswith("block_")}
-
-
-def _with(params: Any, made: Mapping[str, QArray]) -> Any:
-    """The weights of a layer with these in place of their own, as floats: so every format runs the same program."""
-    return trees.map_with_path(lambda path, w: ops.dequantize(made[path]) if path in made else w, params)
 
 
 def _floats(model: LanguageModel) -> LanguageModel:
@@ -197,7 +212,8 @@ def _tokens(batch: Mapping[str, Any]) -> int:
     return count
 
 
-def _work(model: LanguageModel) -> list[float]:
-    """For each layer, the weights that run again when it changes: its own, those after it and the output layer's."""
+def _work(model: LanguageModel, row: Row) -> float:
+    """The weights that run again for a row: of its layer, of those after it and of the output layer."""
     counts = [trees.count(model.params[f"block_{index}"]) for index in range(len(model.config.blocks))]
-    return [float(sum(counts[index:]) + model.config.vocabulary * model.config.width) for index in range(len(counts))]
+    block = row.paths[0].partition("/")[0].removeprefix("block_")
+    return float(sum(counts[int(block) if block.isdigit() else 0 :]) + model.config.vocabulary * model.config.width)

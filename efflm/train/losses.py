@@ -155,15 +155,18 @@ def projection_name(layer: int) -> str:
 
 
 def sums_against(
-    config: ModelConfig, params: Any, x_BTD: jax.Array, reference_BTD: jax.Array, batch: dict[str, jax.Array]
+    config: ModelConfig,
+    model: tuple[Any, jax.Array],
+    reference: tuple[Any, jax.Array],
+    batch: dict[str, jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sums over the weighted targets, in nats: of the cross-entropy and of KL(reference || model); and of the weights.
 
-    x_BTD, reference_BTD: final states for a batch that has targets and segments. params: hold the output layer, which
-    reads both.
+    model, reference: params that hold the output layer, and the final states [B, T, D] that it reads, for a batch that
+    has targets and segments.
     """
-    weights_BT, w = target_weights(batch), _reader(params, config)
-    outputs = (x_BTD, w, config.tied), (reference_BTD, w, config.tied)
+    weights_BT = target_weights(batch)
+    outputs = [(x_BTD, _reader(params, config), config.tied) for params, x_BTD in (model, reference)]
     how = {"temperature": 1.0, "share": 1.0} | _of_logits(config, config)
     _, kl, nll = ops.distillation(*outputs, batch["targets"], weights_BT, **how)
     return nll, kl, jnp.sum(weights_BT)
