@@ -34,7 +34,7 @@ FEW_ROWS = {"float32": 12, "bfloat16": 16}
 class Panels:
     """A quantized matrix in panels. Only for computing on this machine: made by ops.prepare, never saved.
 
-    values: uint8 [panels, steps, 32, 4], for 3 bits [panels, steps, 32 + 16, 4]; scale: [groups, 32 * panels], of the
+    values: uint8 [panels, steps, 32, 4], for 3 bits [panels, steps, 32 + 16, 4]; scale: [panels, groups, 32], of the
     QArray's dtype; zeros: int8 like scale, or None. The other fields are the QArray's; `outputs` is the size of the
     axis that is not contracted.
     """
@@ -94,7 +94,7 @@ def panels(w: QArray, form: str) -> Panels:
     if w.bits == 3:
         first, second = (_merged(half, UPPER) for half in np.split(fours >> 2, 2, axis=2))
         words = np.concatenate([words, first | second << 2], axis=2)
-    of_groups = lambda x: jax.device_put(fill(by_output(x), 0).T)
+    of_groups = lambda x: jax.device_put(fill(by_output(x), 0).reshape(-1, PANEL, x.shape[w.axis]).swapaxes(1, 2))
     return Panels(
         jax.device_put(words),
         of_groups(w.scale),
@@ -130,17 +130,18 @@ def unpacked(w: Panels) -> jax.Array:
 def outputs(table: Panels, indices: jax.Array) -> jax.Array:
     """The weights [..., size] of some outputs, as floats of its dtype."""
     panel, output = indices // PANEL, indices % PANEL
+    of_groups = lambda part: part[panel, :, output].astype(jnp.float32)
+    spread = lambda part: jnp.repeat(of_groups(part), table.group or table.size, axis=-1)[..., : table.size]
     fours = lambda words, places: jnp.stack([words >> place for place in places], axis=-2)
     biased = fours(table.values[panel, :, output], PLACES[table.bits]) & (3 if table.bits == 3 else 2**table.bits - 1)
     if table.bits == 3:
-        second, output = jnp.divmod(output, PANEL // 2)
-        upper = table.values[panel, :, PANEL + output] >> (2 * second[..., None, None]).astype(jnp.uint8)
+        second, word = jnp.divmod(output, PANEL // 2)
+        upper = table.values[panel, :, PANEL + word] >> (2 * second[..., None, None]).astype(jnp.uint8)
         biased |= (fours(upper, UPPER) & 1) << 2
     numbers = biased.reshape(*indices.shape, -1)[..., : table.size].astype(jnp.float32) - 2 ** (table.bits - 1)
-    spread = lambda part: jnp.repeat(part.T[indices], table.group or table.size, axis=-1)[..., : table.size]
     if table.zeros is not None:
-        numbers = numbers - spread(table.zeros).astype(jnp.float32)
-    return (numbers * spread(table.scale).astype(jnp.float32)).astype(table.dtype)
+        numbers = numbers - spread(table.zeros)
+    return (numbers * spread(table.scale)).astype(table.dtype)
 
 
 def _fits(x: Any, w: Any, rows: int, transposed: bool = False) -> bool:
@@ -180,11 +181,11 @@ def _call(name: str, x: Any, weights: Sequence[Any], residual: Any, transposed: 
     for w in weights:
         if isinstance(w, Panels):
             scale = w.activation_scale if w.activations == "int8_static" else None
-            arrays += [w.values, w.scale, array(w.zeros, jnp.int8), array(scale)]
-            described += [w.bits, 0, int(w.activations != "float"), w.group]
+            arrays += [w.values, w.scale, array(w.zeros, jnp.int8), array(scale), array(None, jnp.int8)]
+            described += [w.bits, 0, int(w.activations != "float"), w.group, 0]
         else:
-            arrays += [w.value, array(None), array(None, jnp.int8), array(None)]
-            described += [8 * w.value.dtype.itemsize, int(transposed), 0, 0]
+            arrays += [w.value, array(None), array(None, jnp.int8), array(None), array(None, jnp.int8)]
+            described += [8 * w.value.dtype.itemsize, int(transposed), 0, 0, 0]
     call = jax.ffi.ffi_call(build.target(name, weights[0].form), outs, vmap_method="sequential")
     return call(
         rows, array(norm[0]), array(norm[1]), array(residual), *arrays,

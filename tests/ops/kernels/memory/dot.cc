@@ -74,7 +74,7 @@ struct DrawnWeight {
   std::vector<double> codes, scales, zeros;  // [outputs, inputs]; the others by group: [groups, outputs]
   Block<uint8_t> bytes{0}, scale{0};
   Block<float> x_scale{0};
-  Block<int8_t> zero{0};
+  Block<int8_t> zero{0}, scale_codes{0};
 };
 
 // A scale of either sign, of float16 any up to 4, most of them small; what it stands for.
@@ -115,15 +115,21 @@ DrawnWeight draw_weight(Random& random, Weight like) {
   const int64_t padded = like.panels() * kPanel, steps = like.filled() / step;
   const int scale_size = like.scale_type == ScaleType::kFloat32 ? 4 : 2;
   d.bytes = Block<uint8_t>(padded * steps * step * bits / 8);
-  d.scale = Block<uint8_t>(scale_size * groups * padded);
+  const int64_t rows = like.super_blocks(groups);  // of scales
+  d.scale = Block<uint8_t>(scale_size * rows * padded);
+  if (like.scale_codes) d.scale_codes = Block<int8_t>(groups * padded);
   if (like.zeros) d.zero = Block<int8_t>(groups * padded);
+  auto at = [](int64_t rows, int64_t g, int64_t n) { return (n / kPanel * rows + g) * kPanel + n % kPanel; };
+  std::vector<double> stored(rows * N);
+  for (int64_t i = 0; i < rows * N; ++i)
+    stored[i] = draw_scale(random, like.scale_type, d.scale.get() + scale_size * at(rows, i / N, i % N));
   d.scales.resize(groups * N);
   d.zeros.resize(groups * N);
   for (int64_t g = 0; g < groups; ++g)
     for (int64_t n = 0; n < N; ++n) {
-      uint8_t* scale = d.scale.get() + scale_size * (g * padded + n);
-      d.scales[g * N + n] = draw_scale(random, like.scale_type, scale);
-      if (like.zeros) d.zeros[g * N + n] = d.zero[g * padded + n] = random.from(-half, half - 1);
+      d.scales[g * N + n] = stored[(g >> like.super_shift) * N + n];
+      if (like.scale_codes) d.scales[g * N + n] *= d.scale_codes[at(groups, g, n)] = random.from(-128, 127);
+      if (like.zeros) d.zeros[g * N + n] = d.zero[at(groups, g, n)] = random.from(-half, half - 1);
     }
   const bool extreme = random.from(0, 3) == 0;
   for (int64_t n = 0; n < padded; ++n)
@@ -147,6 +153,7 @@ DrawnWeight draw_weight(Random& random, Weight like) {
   d.weight.values = d.bytes.get();
   d.weight.scale = d.scale.get();
   d.weight.zeros = like.zeros ? d.zero.get() : nullptr;
+  d.weight.scale_codes = like.scale_codes ? d.scale_codes.get() : nullptr;
   d.weight.x_scale = like.x_scale ? d.x_scale.get() : nullptr;
   return d;
 }
@@ -167,13 +174,16 @@ Weight draw_kind(Random& random, int64_t inputs, int64_t outputs) {
   w.outputs = outputs;
   w.group = w.quantized() && random.coin() ? w.unit() * random.from(1, 4) : 0;
   if (w.group >= inputs) w.group = 0;
+  w.scale_codes = w.group && random.coin() ? &some_zero : nullptr;
+  w.super_shift = w.scale_codes ? random.from(1, 2) : 0;
   return w;
 }
 
 std::string words(const Weight& w, const Rows& x) {
   return "format " + std::to_string(int(w.format)) + ", transposed " + std::to_string(w.transposed) + ", round_x " +
          std::to_string(w.round_x) + ", zeros " + std::to_string(w.zeros != nullptr) + ", scales " +
-         std::to_string(int(w.scale_type)) + ", group " +
+         std::to_string(int(w.scale_type)) + ", super-blocks " +
+         std::to_string(w.super_shift) + ", group " +
          std::to_string(w.group) + ", bfloat16 x " + std::to_string(x.is_bfloat16) + ", norm " +
          std::to_string(x.norm_scale != nullptr) + ", rows, inputs, outputs " + std::to_string(x.rows) + " " +
          std::to_string(w.inputs) + " " + std::to_string(w.outputs);
@@ -280,7 +290,7 @@ void check_feedforward(Random& random, const Pool& pool) {
     }
     for (int64_t n = 0; n < N; ++n) {
       double size = std::fabs(wanted[m * N + n]) + (rest ? 1 : 0);
-      const double each = down.weight.quantized() ? 256 * 5 : 5;  // no weight is larger
+      const double each = 5 * (down.weight.quantized() ? 256 : 1) * (down.weight.scale_codes ? 128 : 1);  // at most
       const double error = std::fabs(out[m * N + n] - wanted[m * N + n]);
       const double allowed = 1e-5 * (size + most * each * F) + 1e-38 * least * each * F;
       const bool good = m == x.bad ? !std::isfinite(out[m * N + n]) : error <= allowed;

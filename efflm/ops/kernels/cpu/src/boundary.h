@@ -81,21 +81,24 @@ Pool pool_of(ffi::ThreadPool& threads) {
   return Pool(least(threads.num_threads(), most), schedule, &threads);
 }
 
+constexpr int kArrays = 5, kAttributes = 5;  // of a weight
+
 struct Attributes {  // of one weight, as Python gives them
-  int64_t format, transposed, round_x, group;
+  int64_t format, transposed, round_x, group, super_shift;
 };
 
 // The attributes of `count` weights, behind which there may be more numbers.
 const Attributes* attributes_of(ffi::Span<const int64_t> numbers, const ffi::RemainingArgs& arrays, size_t count,
                                 size_t more) {
-  const bool fits = numbers.size() == 4 * count + more && arrays.size() == 4 * count;
+  const bool fits = numbers.size() == kAttributes * count + more && arrays.size() == kArrays * count;
   require(fits, "another number of weights than of outputs");
   return reinterpret_cast<const Attributes*>(numbers.begin());
 }
 
-// A weight from its four arrays: values, scale, zeros, scale of the activations.
-Weight weight_of(const Attributes& given, ffi::RemainingArgs& arrays, int first, int64_t inputs, int64_t outputs) {
-  auto array = [&](int i) { return *arrays.get<ffi::AnyBuffer>(first + i); };
+// Weight `index` from its arrays: values, scale, zeros, scale of the activations, codes of the scale.
+Weight weight_of(const Attributes* all, ffi::RemainingArgs& arrays, int index, int64_t inputs, int64_t outputs) {
+  const Attributes& given = all[index];
+  auto array = [&](int i) { return *arrays.get<ffi::AnyBuffer>(kArrays * index + i); };
   const auto known = {Format::kInt2, Format::kInt3, Format::kInt4, Format::kInt8, Format::kBfloat16, Format::kFloat32};
   require(std::count(known.begin(), known.end(), Format(given.format)) == 1, "a weight of an unknown format");
   require(inputs > 0 && outputs > 0, "a weight without inputs or outputs");
@@ -114,13 +117,18 @@ Weight weight_of(const Attributes& given, ffi::RemainingArgs& arrays, int first,
                                             : ScaleType::kFloat32;
   w.zeros = some<int8_t>(array(2));
   w.x_scale = some<float>(array(3));
+  w.scale_codes = some<int8_t>(array(4));
+  w.super_shift = int(given.super_shift);
   if (w.quantized()) {
-    const int64_t outputs_held = w.panels() * kPanel;
+    require(given.super_shift >= 0 && given.super_shift < 16, "super-blocks of 2^16 groups or more");
+    const int64_t outputs_held = w.panels() * kPanel, of_groups = w.groups() * outputs_held;
+    const int64_t of_scales = w.scale_codes ? w.super_blocks(w.groups()) * outputs_held : of_groups;
     require(w.group >= 0 && w.group % w.unit() == 0, "groups that are no multiple of 8, or of 16 below 4 bits");
     require(has(array(0), outputs_held * w.filled() * w.bits() / 8, DataType::U8), "codes of a weight", array(0));
     require(is_float(array(1)) || scales == DataType::F16, "scales of a weight", array(1));
-    require(has(array(1), w.groups() * outputs_held, scales), "scales of a weight", array(1));
-    require(may_have(array(2), w.groups() * outputs_held, DataType::S8), "zeros of a weight", array(2));
+    require(has(array(1), of_scales, scales), "scales of a weight", array(1));
+    require(may_have(array(2), of_groups, DataType::S8), "zeros of a weight", array(2));
+    require(may_have(array(4), of_groups, DataType::S8), "codes of scales of a weight", array(4));
     require(may_have(array(3), 1, DataType::F32), "a scale of the activations", array(3));
   } else {
     const DataType type = w.format == Format::kFloat32 ? DataType::F32 : DataType::BF16;

@@ -16,22 +16,23 @@ void float_tile(const Weight& w, int64_t p, const float* x, const float* sums, f
   const uint8_t* panel = w.panel(p);
   Floats total[R][kVectors] = {};
   for (int64_t g = 0; g < groups; ++g) {
-    Floats part[kChains][R][kVectors] = {};
+    Floats part[kChains][R][kVectors];
+    for (int chain = 0; chain < kChains; ++chain)
+      for (int r = 0; r < R; ++r)
+        for (int c = 0; c < kVectors; ++c) part[chain][r][c] = Floats{};
     const int64_t end = g + 1 < groups ? (g + 1) * group : filled;
     const uint8_t* bytes = panel + g * group / Step::kInputs * Step::kBytes;
     for (int64_t k = g * group; k < end; k += Step::kInputs, bytes += Step::kBytes) {
       for (int line = 0; line < Step::kBytes; line += 64) ask_for(bytes + kReadAhead + line);
-      for (int c = 0; c < kVectors; ++c) {
-        const Step codes(bytes, c);
-        for (int j = 0; j < Step::kInputs; ++j) {
-          const Floats code = codes.one(j);
+#pragma GCC unroll 16  // else the compiler keeps the sums in memory where a step is long
+      for (int j = 0; j < Step::kInputs; ++j)
+        for (int c = 0; c < kVectors; ++c) {
+          const Floats code = Step(bytes, c).one(j);
           for (int r = 0; r < R; ++r) part[j % kChains][r][c] += code * splat(x[r * filled + k + j]);
         }
-      }
     }
     for (int c = 0; c < kVectors; ++c) {
-      const int64_t at = w.at(g, p) + c * kWidth;
-      const Floats scale = w.scales(at), zero = to_floats(w.zeros_from(at));
+      const Floats scale = w.scales(groups, p, g, c), zero = to_floats(w.zero_points(groups, p, g, c));
       for (int r = 0; r < R; ++r) {
         Floats sum = part[0][r][c];
         for (int chain = 1; chain < kChains; ++chain) sum += part[chain][r][c];
@@ -54,8 +55,7 @@ void unpack(const Weight& w, int64_t p, float* out) {
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t end = g + 1 < groups ? (g + 1) * group : filled;
     for (int c = 0; c < kVectors; ++c) {
-      const int64_t at = w.at(g, p) + c * kWidth;
-      const Floats scale = w.scales(at), zero = to_floats(w.zeros_from(at));
+      const Floats scale = w.scales(groups, p, g, c), zero = to_floats(w.zero_points(groups, p, g, c));
       for (int64_t k = g * group; k < end; k += Step::kInputs) {
         const Step codes(panel + k / Step::kInputs * Step::kBytes, c);
         for (int j = 0; j < Step::kInputs; ++j)

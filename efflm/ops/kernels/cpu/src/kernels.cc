@@ -21,7 +21,7 @@ ffi::Error dots_handler(ffi::ThreadPool threads, float epsilon, bool to_bfloat16
     Product all[kMostWeights];
     for (size_t i = 0; i < outs.size(); ++i) {
       auto out = *outs.get<ffi::AnyBuffer>(i);
-      all[i].weight = weight_of(attributes[i], arrays, 4 * int(i), rows.inputs, outputs_of(rows, *out, residual));
+      all[i].weight = weight_of(attributes, arrays, int(i), rows.inputs, outputs_of(rows, *out, residual));
       all[i].out = static_cast<float*>(out->untyped_data());
       all[i].residual = some<float>(residual);
     }
@@ -35,16 +35,16 @@ ffi::Error feedforward_handler(ffi::ThreadPool threads, float epsilon, bool to_b
                                ffi::Result<ffi::AnyBuffer> out) {
   return guarded([&] {
     const Attributes* attributes = attributes_of(weights, arrays, 3, 2);
-    const int64_t hidden = weights[12];
-    require(weights[13] == 0 || weights[13] == 1, "an unknown activation");
+    const int64_t hidden = weights[3 * kAttributes], activation = weights[3 * kAttributes + 1];
+    require(activation == 0 || activation == 1, "an unknown activation");
     FeedForward f;
     f.x = rows_of(x, norm_scale, norm_bias, epsilon, to_bfloat16);
-    f.gate = weight_of(attributes[0], arrays, 0, f.x.inputs, hidden);
-    f.up = weight_of(attributes[1], arrays, 4, f.x.inputs, hidden);
-    f.down = weight_of(attributes[2], arrays, 8, hidden, outputs_of(f.x, *out, residual));
+    f.gate = weight_of(attributes, arrays, 0, f.x.inputs, hidden);
+    f.up = weight_of(attributes, arrays, 1, f.x.inputs, hidden);
+    f.down = weight_of(attributes, arrays, 2, hidden, outputs_of(f.x, *out, residual));
     f.out = static_cast<float*>(out->untyped_data());
     f.residual = some<float>(residual);
-    f.activation = Activation(weights[13]);
+    f.activation = Activation(activation);
     f.to_bfloat16 = to_bfloat16;
     feedforward(f, pool_of(threads));
   });

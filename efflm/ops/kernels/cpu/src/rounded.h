@@ -105,7 +105,11 @@ void rounded_tile(const Weight& w, int64_t p, const Rounded* x, const float* row
   const uint8_t* panel = w.panel(p);
   Floats total[R][kVectors] = {};
   for (int64_t g = 0; g < groups; ++g) {
-    Ints part[kChains][R][kVectors] = {};
+    Ints part[kChains][R][kVectors];
+    for (int chain = 0; chain < kChains; ++chain)
+      for (int r = 0; r < R; ++r)
+        for (int c = 0; c < kVectors; ++c)
+          part[chain][r][c] = chain ? Ints{} : splat(-Step::kHalf * sums[r * groups + g]);
     const int64_t end = g + 1 < groups ? (g + 1) * group : filled;
     int64_t k = g * group;
     const uint8_t* bytes = panel + k / Step::kInputs * Step::kBytes;
@@ -127,13 +131,13 @@ void rounded_tile(const Weight& w, int64_t p, const Rounded* x, const float* row
         for (int i = 0; i < kSteps; ++i) step(i * Step::kFours);
     while (k < end) step(0);
     for (int c = 0; c < kVectors; ++c) {
-      const int64_t at = w.at(g, p) + c * kWidth;
-      const Floats scale = w.scales(at);
-      const Ints zero = w.zeros_from(at) + Step::kHalf;
+      const Floats scale = w.scales(groups, p, g, c);
+      const Ints zero = w.zero_points(groups, p, g, c);
       for (int r = 0; r < R; ++r) {
         Ints sum = part[0][r][c];
         for (int chain = 1; chain < kChains; ++chain) sum += part[chain][r][c];
-        const Floats exact = to_floats(sum - zero * splat(sums[r * groups + g]));
+        if (w.zeros) sum -= zero * splat(sums[r * groups + g]);
+        const Floats exact = to_floats(sum);
         // In the order of the portable form, so that the two agree to the last bit or nearly.
         if (groups == 1) {
           total[r][c] = exact * splat(row_scales[r]) * scale;

@@ -48,6 +48,15 @@ EFFLM_INLINE void ask_for(const void* p) { __builtin_prefetch(p); }
 EFFLM_INLINE Floats splat(float x) { return x - Floats{}; }
 EFFLM_INLINE Ints splat(int32_t x) { return x - Ints{}; }
 
+EFFLM_INLINE Ints load_ints(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_cvtepi8_epi32(load<__m128i>(p));
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtepi8_epi32(_mm_set1_epi64x(load<int64_t>(p)));
+#else
+  return Ints{p[0], p[1], p[2], p[3]};
+#endif
+}
 EFFLM_INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 
 EFFLM_INLINE float sum(Floats v) {

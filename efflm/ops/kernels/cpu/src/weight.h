@@ -29,18 +29,19 @@ struct Rows {
 // A weight of `outputs` outputs.
 //
 // Dense weights (kFloat32, kBfloat16) are [inputs, outputs], or [outputs, inputs] where `transposed`. Quantized ones are
-// panels of 32 outputs (see codes.h), padded with zero codes. scale and zeros (or null) are
-// [groups, outputs filled up to panels].
+// panels of 32 outputs (see codes.h), padded with zero codes. scale and zeros (or null) are [panels, groups, 32]. With
+// scale_codes, which are so too, scale is [panels, super-blocks, 32], and a group has the product of the two.
 struct Weight {
   Format format;
   bool transposed = false;
   bool round_x = false;            // to int8 with one scale a row, or with *x_scale
   const float* x_scale = nullptr;
   int64_t inputs, outputs, group;  // group: inputs that share a scale; 0: all
+  int super_shift = 0;             // a super-block has 2^super_shift groups
   const void* values;
   const void* scale = nullptr;
   ScaleType scale_type = ScaleType::kFloat32;
-  const int8_t* zeros = nullptr;
+  const int8_t *zeros = nullptr, *scale_codes = nullptr;
 
   int bits() const { return int(format); }
   bool quantized() const { return bits() <= 8; }
@@ -51,18 +52,22 @@ struct Weight {
   const uint8_t* panel(int64_t p) const {
     return static_cast<const uint8_t*>(values) + p * filled() * kPanel * bits() / 8;
   }
-  // Of kWidth outputs of a panel in a group.
-  Floats scales(int64_t at) const {
+  // Of group g of a vector of outputs of a panel. groups: groups(), which takes a division.
+  EFFLM_INLINE Floats scales(int64_t groups, int64_t p, int64_t g, int c) const {
+    const int64_t at = (p * groups + g) * kPanel + c * kWidth;
+    if (!scale_codes) return stored_scales(at);
+    const int64_t row = p * super_blocks(groups) + (g >> super_shift);
+    return to_floats(load_ints(scale_codes + at)) * stored_scales(row * kPanel + c * kWidth);
+  }
+  EFFLM_INLINE Ints zero_points(int64_t groups, int64_t p, int64_t g, int c) const {
+    return zeros ? load_ints(zeros + (p * groups + g) * kPanel + c * kWidth) : Ints{};
+  }
+  int64_t super_blocks(int64_t groups) const { return (groups + (1 << super_shift) - 1) >> super_shift; }
+  EFFLM_INLINE Floats stored_scales(int64_t at) const {
     if (scale_type == ScaleType::kFloat32) return load_floats(static_cast<const float*>(scale) + at);
     const uint16_t* halves = static_cast<const uint16_t*>(scale) + at;
     return scale_type == ScaleType::kFloat16 ? load_float16(halves) : load_floats(halves);
   }
-  Ints zeros_from(int64_t at) const {
-    Ints zero = {};
-    for (int i = 0; zeros && i < kWidth; ++i) zero[i] = zeros[at + i];
-    return zero;
-  }
-  int64_t at(int64_t group, int64_t panel) const { return (group * panels() + panel) * kPanel; }
 };
 
 // run(an integral constant) with the bits of a quantized weight.
