@@ -1,12 +1,15 @@
 """Learned rounding (SignRound, Cheng 2023, arXiv 2309.05516), layer by layer (BRECQ, Li 2021, arXiv 2102.05426).
 
 The nearest code is not the best one for each weight on its own. An offset of every weight, and how much of its range
-each group keeps, are trained until the layer with rounded weights computes what the layer did.
+each group keeps, are trained until the layer with rounded weights computes what the layer did. Where offsets have no
+bounds the weights themselves are trained (Block-AP of EfficientQAT, Chen 2024, arXiv 2407.11062).
 """
 
+import contextlib
 import dataclasses
 import functools
 import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -27,69 +30,53 @@ from efflm.ops import Format, qarray
 from efflm.parallel import sharding
 from efflm.train import trainer
 from efflm.train.losses import weighted_mean
+from efflm.train.training import Training
 
-LEAST_RANGE, MOST_RANGE = 0.1, 2.0  # the least and the largest part of its range that a group has
+LEAST_RANGE, MOST_RANGE = 0.1, 1.2  # of its range, what a group keeps at least and at most
+CHECKS = 4  # how often the error over all rows is measured in the training of a layer
 
 
-# How a matrix w [K, N] is rounded, differentiably, with what is learned for it: offset V [K, N] in [-1/2, 1/2], of the
-# codes; top [groups, N], the part of a group's largest magnitude that is its least code, negative where the other sign
-# has it; where the format is not symmetric the part of its largest value that is the largest code, and bottom of its
-# smallest (equations 2 and 3).
+# What is learned of how a matrix [K, N] is rounded: offset V [K, N], of the codes, and top [groups, N], what a group
+# keeps of the range that it began with, more than 1 where it is widened; where the format is not symmetric that is of
+# the part above zero, and bottom of the part below it (equations 2 and 3).
 Learned = dict[str, jax.Array]
 
 
-def start(w: jax.Array, format: Format) -> Learned:
-    """No offset, and the range with the least squared error (see ops.qarray.grid_of) where the format clips."""
-    scale, zeros = qarray.grid_of(w, -2, format)
-    offset = {"offset": jnp.zeros(w.shape)}
-    if format.symmetric:
-        return offset | {"top": _within_range(scale / _whole(w, format))}
-    bottom, top = _ends(w, format)
-    part = lambda codes, end: _within_range(jnp.where(end > 0, codes * scale / jnp.where(end > 0, end, 1.0), 1.0))
-    return offset | {"top": part(format.high - zeros, top), "bottom": part(zeros - format.low, -bottom)}
+def start(grid: qarray.Grid, shape: tuple[int, ...]) -> Learned:
+    """The nearest codes of a grid."""
+    scale, zeros = grid
+    learned = {"offset": jnp.zeros(shape), "top": jnp.ones(scale.shape)}
+    return learned if zeros is None else learned | {"bottom": jnp.ones(scale.shape)}
 
 
-def _whole(w: jax.Array, format: Format) -> jax.Array:
-    """The scales [groups, N] of a symmetric grid for the whole range."""
-    return qarray.grid_of(w, -2, dataclasses.replace(format, clip=False))[0]
+def moved(grid: qarray.Grid, learned: Learned, format: Format) -> qarray.Grid:
+    """The grid of the learned ranges: scales as they are stored, and zeros, both float32 [groups, N]."""
+    (scale, zeros), steps = grid, format.high - format.low
+    if zeros is None:
+        scale = learned["top"] * scale
+    else:
+        below = zeros.astype(jnp.float32) - format.low
+        top, bottom = learned["top"] * (steps - below), learned["bottom"] * below  # in steps
+        scale, zero = scale * (top + bottom) / steps, steps * bottom / (top + bottom) + format.low
+        zeros = qarray.with_gradient_of(zero, jnp.round(zero))
+    return qarray.with_gradient_of(scale, qarray.as_stored(scale, format)), zeros
 
 
-def _ends(w: jax.Array, format: Format) -> tuple[jax.Array, jax.Array]:
-    """The smallest value of each group, at most 0, and the largest, at least 0: [groups, N]."""
-    split = qarray.grouped(w, -2, format.group_in(w.shape[-2]))
-    return jnp.minimum(jnp.min(split, axis=-2), 0.0), jnp.maximum(jnp.max(split, axis=-2), 0.0)
-
-
-def _within_range(part: jax.Array) -> jax.Array:
-    return jnp.sign(part) * jnp.clip(jnp.abs(part), LEAST_RANGE, MOST_RANGE)
-
-
-def grid(w: jax.Array, learned: Learned, format: Format) -> qarray.Grid:
-    """Scales and zeros [groups, N], float32."""
-    if format.symmetric:
-        return learned["top"] * _whole(w, format), None
-    bottom, top = _ends(w, format)
-    top, bottom = learned["top"] * top, learned["bottom"] * bottom
-    scale = qarray.symmetric_scale(top - bottom, format.high - format.low)
-    zero = qarray.with_gradient_of(-bottom / scale, jnp.round(-bottom / scale))
-    return scale, jnp.clip(zero + format.low, format.low, format.high)
-
-
-def rounded(w: jax.Array, learned: Learned, format: Format) -> jax.Array:
+def rounded(w: jax.Array, grid: qarray.Grid, learned: Learned, format: Format) -> jax.Array:
     """The rounded matrix, float32; the gradient goes through the rounding as if it were not there."""
     each = lambda part: qarray.by_entry(part, -2, format.group_in(w.shape[-2]), w.shape[-2])
-    scale, zeros = grid(w, learned, format)
+    scale, zeros = moved(grid, learned, format)
     scale, zero = each(scale), 0.0 if zeros is None else each(zeros)
     exact = w / scale + learned["offset"]
     codes = qarray.with_gradient_of(exact, jnp.round(exact)) + zero
     return (jnp.clip(codes, format.low, format.high) - zero) * scale
 
 
-def stored(w: jax.Array, kept: jax.Array | None, learned: Learned, format: Format) -> ops.QArray:
+def stored(w: jax.Array, grid: qarray.Grid, kept: jax.Array | None, learned: Learned, format: Format) -> ops.QArray:
     """The matrix with its codes; dropped weights are zero."""
-    scale, zeros = grid(w, learned, format)
-    found = masked(rounded(w, learned, format), kept)
-    return ops.quantize_array(found, -2, format, grid=(scale, None if zeros is None else zeros.astype(jnp.int8)))
+    scale, zeros = moved(grid, learned, format)
+    found = masked(rounded(w, grid, learned, format), kept)
+    return ops.quantize_array(found, -2, format, (scale, None if zeros is None else zeros.astype(jnp.int8)))
 
 
 def masked(w: jax.Array, kept: jax.Array | None) -> jax.Array:
@@ -100,9 +87,10 @@ def masked(w: jax.Array, kept: jax.Array | None) -> jax.Array:
 class BlockError:
     """A loss: the mean squared error of a layer's outputs, over its elements at the positions that hold text.
 
-    trainable: {"block_0": what is learned for each matrix, under its path}. frozen: {"block_0": the weights}; zero ones
-    stay zero, as |V| <= 1/2. batch: x and wanted [B, T, D], positions and segments [B, T]. Equal layers have equal
-    losses, which share a compiled step. formats: of the matrices that are rounded, by their paths in the layer.
+    trainable: {"block_0": what is learned for each matrix, under its path}. frozen: {"block_0": the weights, "grids":
+    {"block_0": the grid that each matrix began with}}. batch: x and wanted [B, T, D], positions and segments [B, T].
+    Equal layers have equal losses, which share a compiled step. formats: of the matrices that are rounded, by their
+    paths in the layer.
     """
 
     config: ModelConfig
@@ -112,7 +100,8 @@ class BlockError:
         del rng
         weights = dict(trees.flatten(frozen["block_0"]))
         for path, format in self.formats:
-            weights[path] = rounded(weights[path], _at(trainable["block_0"], path), format)
+            grid, learned = (_at(tree["block_0"], path) for tree in (frozen["grids"], trainable))
+            weights[path] = rounded(weights[path], grid, learned, format)
         params, rows = trees.unflatten(weights), (batch[name] for name in ("x", "positions", "segments"))
         lost = layerwise.apply_block(self.config, params, *rows).astype(jnp.float32) - batch["wanted"]
         counted = (batch["segments"] > 0).astype(jnp.float32)
@@ -122,19 +111,48 @@ class BlockError:
 
 
 def signed_descent(steps: int, learning_rate: float) -> optax.GradientTransformation:
-    """Steps along the sign of the gradient, by a rate that falls linearly to zero, within the bounds of `Rounding`."""
+    """Steps along the sign of the gradient, by a rate that falls linearly to zero; offsets stay within +-1/2."""
     rate = optax.linear_schedule(learning_rate, 0.0, steps)
-    return optax.chain(optax.scale_by_sign(), optax.scale_by_learning_rate(rate), optax.stateless(_within))
+    return optax.chain(optax.scale_by_sign(), optax.scale_by_learning_rate(rate), _bounded(0.5))
 
 
-def _within(updates: Any, params: Any) -> Any:
-    def one(path: str, update: jax.Array, value: jax.Array) -> jax.Array:
-        if path.endswith("/offset"):
-            return jnp.clip(value + update, -0.5, 0.5) - value
-        sign = jnp.sign(value)
-        return sign * jnp.clip(sign * (value + update), LEAST_RANGE, MOST_RANGE) - value
+def adam(steps: int, learning_rate: float) -> optax.GradientTransformation:
+    """Adam, by a rate that falls linearly to zero: of the offsets this one, which have no bounds, of the ranges a tenth
+    of it."""
+    rule = lambda rate: optax.adam(optax.linear_schedule(rate, 0.0, steps))
+    kinds = functools.partial(trees.map_with_path, lambda path, _: "offset" if path.endswith("/offset") else "range")
+    rules = {"offset": rule(learning_rate), "range": rule(learning_rate / 10)}
+    return optax.chain(optax.partition(rules, kinds), _bounded(jnp.inf))
 
-    return trees.map_with_path(one, updates, params)
+
+def _bounded(most: float) -> optax.GradientTransformation:
+    """Updates with which offsets stay within +-most, and ranges within their bounds."""
+
+    def within(path: str, update: jax.Array, value: jax.Array) -> jax.Array:
+        low, high = (-most, most) if path.endswith("/offset") else (LEAST_RANGE, MOST_RANGE)
+        return jnp.clip(value + update, low, high) - value
+
+    return optax.stateless(functools.partial(trees.map_with_path, within))
+
+
+class Best:
+    """Of what was learned, that with the least error so far. Given a Training (a train.training.Callback), it looks for
+    a better one CHECKS times, at equal distances and after the last step."""
+
+    def __init__(self, begin: Any, measure: Callable[[Any], float]):
+        self.learned, self.error, self._measure = begin, measure(begin), measure
+
+    @contextlib.contextmanager
+    def __call__(self, training: Training) -> Iterator[Callable[[], None]]:
+        every = -(-training.train.steps // CHECKS)
+
+        def after() -> None:
+            if training.step % every == 0 or training.last:
+                now = self._measure(training.state.trainable)
+                if now < self.error:  # a copy, since the next step is given these buffers
+                    self.learned, self.error = jax.tree.map(jnp.copy, training.state.trainable), now
+
+        yield after
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,28 +160,34 @@ class Tuned(Rounder):
     """Matrices inside the layers, rounded so that each layer computes what it did; embeddings to the nearest.
 
     What is wanted of a layer is its output where no layer is rounded; it reads what the rounded layers before it made.
-    So it makes up for some of their errors, as in the authors' program. What was learned is kept if its error over all
-    rows is less than that of the start: the nearest codes, with the range of the least squared error.
+    So it makes up for some of their errors, as in the authors' program. Kept is what had the least error over all rows:
+    the start (the nearest codes, with the range of the least error weighted by what inputs do), or what was learned at
+    one of CHECKS checks.
+
+    weights: offsets have no bounds, so that weights, scales and zeros are trained, by Adam in place of steps along the
+    sign of the gradient. For 2 bits, where rounding alone cannot make up for what is lost.
 
     All steps read steps * batch / rows times the calibration text: 3 times with the defaults and 128 rows. A step is a
-    forward and a backward pass of a layer, the work of 3 forward passes or more: 9 in all. Four more make the outputs
-    that are wanted, the errors before and after, and the inputs of the next layer.
+    forward and a backward pass of a layer, the work of 3 forward passes or more: 9 in all. Eight more make the outputs
+    that are wanted, the statistics, the errors at the start and at the checks, and the inputs of the next layer. The
+    authors' best setting is the recipe tuned4_best with 512 rows of 2048 tokens, which it reads 16 times: 55 passes.
     """
 
     symmetric: bool = flag(True, "codes around zero; false: a zero point for each scale")
+    weights: bool = flag(False, "train the weights too, and not their rounding alone: for 2 bits")
     steps: int = flag(96, "optimizer steps for each layer")
-    learning_rate: float = flag(0.0, "of the offsets at the start, in codes; 0: 1 / steps")
+    learning_rate: float = flag(0.0, "of the offsets at the start, in codes; 0: 1 / steps, or 0.05 with weights")
     batch: int = flag(4, "sequences in a step")
 
     calibrates = True
 
     def __post_init__(self):
         super().__post_init__()
-        require_formats(self, self._plan, activations=("float", "int8"), scales=("output",), scale_dtype=("",))
+        require_formats(self, self._plan, activations=("float", "int8"), scales=("output",))
         require(self.steps > 0, f"steps is {self.steps}, but must be positive")
         require(self.batch > 0, f"batch is {self.batch}, but must be positive")
         require(
-            self.learning_rate >= 0, f"learning_rate is {self.learning_rate}, but must be positive, or 0: 1 / steps"
+            self.learning_rate >= 0, f"learning_rate is {self.learning_rate}, but must be positive, or 0: the usual one"
         )
 
     @property
@@ -172,10 +196,11 @@ class Tuned(Rounder):
 
     def __call__(self, model: LanguageModel, context: Context):
         plan = self._plan
-        rule = signed_descent(self.steps, self.learning_rate or 1 / self.steps)
+        rate = self.learning_rate or (0.05 if self.weights else 1 / self.steps)
+        rule = (adam if self.weights else signed_descent)(self.steps, rate)
         programs: trainer.Programs = {}
 
-        def one(layer: Layer, _: calibrate.States) -> tuple[Layer, None]:
+        def one(layer: Layer, read: calibrate.States) -> tuple[Layer, None]:
             flat = dict(trees.flatten(layer.params))
             planned = {path: plan.of(layer.path(path)) for path in flat}
             formats = {path: format for path, format in planned.items() if format}
@@ -183,15 +208,18 @@ class Tuned(Rounder):
             kept = {path: layer.masks[path] for path in formats if path in layer.masks}
             for path in formats:
                 flat[path] = masked(ops.in_float32(flat[path]), kept.get(path))
-            learned = {path: start(flat[path], format) for path, format in formats.items()}
+            grids = {p: qarray.grid_of(flat[p], -2, f, read[p]["squares"]) for p, f in formats.items()}
+            learned = {path: start(grid, flat[path].shape) for path, grid in grids.items()}
             # Under the name of a layer, by which the trainer shards them.
-            begin, frozen = ({"block_0": trees.unflatten(each)} for each in (learned, flat))
-            # Where the trainer puts them: so the errors before and after come from one compiled program.
+            begin, frozen, grids = ({"block_0": trees.unflatten(each)} for each in (learned, flat, grids))
+            frozen["grids"] = grids
+            # Where the trainer puts them: so all errors come from one compiled program.
             begin, frozen = (jax.device_put(tree, placement.shardings(tree, context.mesh)) for tree in (begin, frozen))
             rows = [
                 {"x": x, "positions": positions, "segments": segments, "wanted": wanted}
                 for (x, positions, segments), wanted in zip(layer.rows, layer.wanted, strict=True)
             ]
+            best = Best(begin, functools.partial(_error, loss, frozen=frozen, rows=rows))
             task = trainer.Task(
                 train=TrainConfig(steps=self.steps),
                 loss_fn=loss,
@@ -199,17 +227,16 @@ class Tuned(Rounder):
                 batches=_batches(rows, self.batch, context.mesh.devices.size, context.seed),
                 frozen=frozen,
                 rule=rule,
+                masks=ops.mask_tree(begin, {f"block_0/{path}/offset": mask for path, mask in kept.items()}),
             )
-            found = trainer.fit(task, mesh=context.mesh, title="", programs=programs)
-            errors = [_error(loss, learned, frozen, rows) for learned in (begin, found)]
-
-            best = (found if errors[1] < errors[0] else begin)["block_0"]
+            trainer.fit(task, mesh=context.mesh, title="", programs=programs, watched=(best,))
             for path, format in formats.items():
-                flat[path] = stored(flat[path], kept.get(path), _at(best, path), format)
+                grid, learned = (_at(tree["block_0"], path) for tree in (frozen["grids"], best.learned))
+                flat[path] = stored(flat[path], grid, kept.get(path), learned, format)
             return layer.replace(params=trees.unflatten(flat)), None
 
         given = {"mesh": context.mesh, "title": "tuned rounding", "reference": True}
-        after, _ = calibrate.walk(model, context.calibration, one, **given)
+        after, _ = calibrate.walk(model, context.calibration, one, {"squares": calibrate.SQUARES}, **given)
         after = after.replace(params=nearest(after.params, plan, inside=False))
         return after, record(self, model, after, context)
 
@@ -234,7 +261,7 @@ def _batches(rows: list[dict[str, jax.Array]], batch: int, devices: int, seed: i
     return at
 
 
-def _error(loss: BlockError, learned: Any, frozen: Any, rows: list[dict[str, jax.Array]]) -> float:
+def _error(loss: BlockError, learned: Any, *, frozen: Any, rows: list[dict[str, jax.Array]]) -> float:
     """The mean error over all rows."""
     found = [_of_rows(loss, learned, frozen, part) for part in rows]
     total, weight = (sum(float(each[i]) for each in found) for i in range(2))
