@@ -9,11 +9,12 @@ from efflm import ops, trees
 from efflm.config import flag, require, require_choices
 from efflm.model.params import find, in_layer, is_matrix
 from efflm.ops import Format, QArray
-from efflm.ops.format import Bits
+from efflm.ops.format import Bits, SuperBlock
 
 LAYERS, EMBEDDINGS = "layers", "embeddings"  # matrices inside the layers; embeddings and the output layer
 Embeddings = Literal[Bits, 0]
 Rule = tuple[str, Any]
+SUPER_BLOCK = "256: scales of groups are codes of 8 bits, under one of float16 for so many inputs; 0: float16 each"
 OF_EMBEDDINGS = "bits of embeddings and the output layer: 8, a scale each; fewer, in the layers' format; 0: left alone"
 
 
@@ -41,6 +42,7 @@ class Rounder:
 
     bits: Bits = flag(4, "bits of a weight")
     group: int = flag(32, "inputs that share a scale; 0: all of an output")
+    super_block: SuperBlock = flag(0, SUPER_BLOCK)
     embeddings: Embeddings = flag(8, OF_EMBEDDINGS)
     plan: Plan | None = flag(
         None, "a compress.plan.Plan, in place of all that says how matrices are rounded", internal=True

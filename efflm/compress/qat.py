@@ -34,7 +34,8 @@ def rounded(w: jax.Array, log_scale: jax.Array, sign: jax.Array, format: ops.For
     group = format.group_in(len(w))
     share = 1 / math.sqrt((group or len(w)) * format.high)
     log_scale = log_scale * share + jax.lax.stop_gradient(log_scale * (1 - share))
-    scale = qarray.by_entry(sign * jnp.exp(log_scale), -2, group, len(w))
+    scale = sign * jnp.exp(log_scale)
+    scale = qarray.by_entry(qarray.with_gradient_of(scale, qarray.as_stored(scale, -2, format)), -2, group, len(w))
     clipped = jnp.clip(w / scale, format.low, format.high)
     return qarray.with_gradient_of(clipped, jnp.round(clipped)) * scale
 

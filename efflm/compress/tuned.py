@@ -59,7 +59,7 @@ def moved(grid: qarray.Grid, learned: Learned, format: Format) -> qarray.Grid:
         top, bottom = learned["top"] * (steps - below), learned["bottom"] * below  # in steps
         scale, zero = scale * (top + bottom) / steps, steps * bottom / (top + bottom) + format.low
         zeros = qarray.with_gradient_of(zero, jnp.round(zero))
-    return qarray.with_gradient_of(scale, qarray.as_stored(scale, format)), zeros
+    return qarray.with_gradient_of(scale, qarray.as_stored(scale, -2, format)), zeros
 
 
 def rounded(w: jax.Array, grid: qarray.Grid, learned: Learned, format: Format) -> jax.Array:

@@ -116,8 +116,7 @@ def _arrays_of(
     for path, shape in wanted.items():
         weight, _, part = path.rpartition("/")
         dtype = np.dtype(leaves[path].get("dtype", "object"))
-        bits = formats[weight]["bits"] if weight in formats else 0
-        good = dtype.kind == "b" if path.startswith("masks/") else is_dtype_of(dtype, part, bits)
+        good = dtype.kind == "b" if path.startswith("masks/") else is_dtype_of(dtype, part, formats.get(weight))
         require(good, f"{path} is stored as {dtype}, which is not what such a weight is made of")
         out[path] = shape, dtype
     return out

@@ -13,7 +13,7 @@ from efflm.model import LanguageModel
 from efflm.model.params import in_layer
 from efflm.ops.lowrank import LowRank
 from efflm.ops.packing import pack, unpack
-from efflm.ops.qarray import QArray
+from efflm.ops.qarray import QArray, in_full
 from efflm.text.tokenizer import Tokenizer
 
 FORMAT = "compressed-tensors"
@@ -61,6 +61,7 @@ def _as_written(path: str, w: Any) -> Any:
         f"{path} has {w.size} inputs in groups of {w.group}, but compressed-tensors has no shorter last group: "
         f"choose a group that divides them, or {FLOATS}",
     )
+    w = in_full(w)
     if w.bits != 3:
         return w
     codes = unpack(trees.on_host(w.values), 3, w.size, w.axis)

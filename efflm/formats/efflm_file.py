@@ -171,7 +171,7 @@ def _weight(
             array = source.read(name)
         else:
             continue
-        fits = storage.is_dtype_of(array.dtype, part, bits)
+        fits = storage.is_dtype_of(array.dtype, part, format_)
         require(fits, f"{name} is stored as {array.dtype}, which is not what such a weight is made of")
         out[name] = laid(name, array)
     return out

@@ -14,7 +14,7 @@ from efflm.formats import gguf_file
 from efflm.model import require_fits
 from efflm.ops import QArray, dequantize
 from efflm.ops.packing import unpack
-from efflm.ops.qarray import scales
+from efflm.ops.qarray import scales, zero_points
 
 ROUNDED_TO = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")  # what any matrix can be written as
 FLOATS = {jnp.dtype(jnp.float32): "F32", jnp.dtype(jnp.float16): "F16", jnp.dtype(jnp.bfloat16): "BF16"}
@@ -60,7 +60,7 @@ def blocks_of(name: str, weight: Any, kind: str, transposed: bool, exact: bool) 
 def _packed(name: str, weight: QArray, kind: str) -> np.ndarray:
     turned = lambda x: trees.on_host(x).T if weight.axis == -2 else trees.on_host(x)
     codes_NK = turned(unpack(trees.on_host(weight.values), weight.bits, weight.size, weight.axis)).astype(np.int16)
-    scale_NG, zeros_NG = turned(scales(weight)), None if weight.zeros is None else turned(weight.zeros)
+    scale_NG, zeros_NG = turned(scales(weight)), None if weight.zeros is None else turned(zero_points(weight))
     size, _ = gguf_file.SIZES[kind]
     rows, count = len(codes_NK), weight.size // size
 

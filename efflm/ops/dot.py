@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from efflm.ops.kernels.cpu import dot as cpu
 from efflm.ops.lowrank import LowRank
 from efflm.ops.norm import normalize
-from efflm.ops.qarray import QArray, codes, dequantize, grouped, operands, rounded_rows, scales
+from efflm.ops.qarray import QArray, codes, dequantize, grouped, operands, rounded_rows, scales, zero_points
 from efflm.ops.recompute import late
 
 MATMUL = "matmul"
@@ -182,7 +182,7 @@ def _scaled(total: jax.Array, x: jax.Array, w: QArray) -> jax.Array:
     """(total - sum(x) * zeros) * scale: total [..., N] was summed over x [..., K] times codes."""
     per_output = lambda part: part.astype(jnp.float32).reshape((1,) * (total.ndim - 1) + (-1,))
     if w.zeros is not None:
-        total = total - jnp.sum(x.astype(jnp.float32), axis=-1, keepdims=True) * per_output(w.zeros)
+        total = total - jnp.sum(x.astype(jnp.float32), axis=-1, keepdims=True) * per_output(zero_points(w))
     return total * per_output(scales(w))
 
 
@@ -195,6 +195,6 @@ def _grouped_int8_matmul(x: jax.Array, w: QArray) -> jax.Array:
     total_GMN = lax.dot_general(x_MGg, codes_GgN, dimensions, preferred_element_type=jnp.int32)
     if w.zeros is not None:
         sums_GM1 = jnp.sum(x_MGg.astype(jnp.int32), axis=-1).T[:, :, None]
-        total_GMN = total_GMN - sums_GM1 * to_gkn(w.zeros).astype(jnp.int32)[:, None]
+        total_GMN = total_GMN - sums_GM1 * to_gkn(zero_points(w)).astype(jnp.int32)[:, None]
     scaled_GMN = total_GMN.astype(jnp.float32) * to_gkn(scales(w))[:, None]
     return jnp.sum(scaled_GMN, axis=0).reshape(*x.shape[:-1], -1)

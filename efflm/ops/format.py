@@ -8,6 +8,7 @@ from efflm.config import require, require_choices
 Bits = Literal[8, 4, 3, 2]
 Activations = Literal["float", "int8", "int8_static"]
 ScaleDtype = Literal["", "float16", "bfloat16", "float32"]
+SuperBlock = Literal[0, 256]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,10 @@ class Format:
     gives all groups that of the widest range. scale_dtype: of the scales as they are stored, "": float16, or bfloat16
     for a matrix with a scale that float16 holds badly (ops.qarray.as_stored). activations: "float" multiplies in
     floating point (weight-only); "int8" rounds the other operand too, one scale per token, computed in the matmul;
-    "int8_static" with one scale for all, known before. Raises InputError.
+    "int8_static" with one scale for all, known before. super_block: entries whose groups have their scales as
+    codes of 8 bits times one scale of the dtype above, and zero points in as many bits as codes (the idea of
+    llama.cpp's K-quants); 0: each scale is stored in full. It has no effect where there are no groups. Raises
+    InputError.
     """
 
     bits: Bits = 8
@@ -29,6 +33,7 @@ class Format:
     clip: bool = False
     scales: Literal["output", "matrix"] = "output"
     scale_dtype: ScaleDtype = ""
+    super_block: SuperBlock = 0
     activations: Activations = "float"
 
     def __post_init__(self):
@@ -36,9 +41,14 @@ class Format:
         require(
             self.group >= 0, f"group is {self.group}, but must be positive, or 0 for one scale for each output channel"
         )
+        require(
+            not self.super_block or (0 < self.group < self.super_block and self.super_block % self.group == 0),
+            f"super_block is {self.super_block}, of groups of {self.group}: give a group that divides it, such as 32",
+        )
 
     def __str__(self) -> str:
-        return f"{self.bits} bits" + (f", groups of {self.group}" if self.group else "")
+        groups = f", groups of {self.group}" if self.group else ""
+        return f"{self.bits} bits{groups}" + (f" in super-blocks of {self.super_block}" if self.super_block else "")
 
     @property
     def high(self) -> int:
@@ -53,6 +63,15 @@ class Format:
     def group_in(self, size: int) -> int:
         """Entries that share a scale along an axis of `size`; 0: all."""
         return 0 if self.group >= size else self.group
+
+    @property
+    def groups_together(self) -> int:
+        """Groups in a super-block."""
+        return self.super_block // self.group
+
+    def super_block_in(self, size: int) -> int:
+        """Entries whose groups share a scale of their scales along an axis of `size`; 0: none do."""
+        return self.super_block if self.group_in(size) else 0
 
 
 INT8 = Format()

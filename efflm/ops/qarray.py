@@ -4,7 +4,8 @@
 
 codes are signed integers of 8, 4, 3 or 2 bits. Below 8 they are packed along the contracted axis into bytes, the first
 code in the lowest bits: two or four in a byte, or eight in three bytes. Each output channel has one scale, which may be
-negative, or one for each `group` of entries along the contracted axis; the last group may be shorter.
+negative, or one for each `group` of entries along the contracted axis; the last group may be shorter. With super-blocks
+these are codes too, times one scale of each super-block.
 """
 
 import functools
@@ -13,19 +14,13 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
 from efflm.config import require
 from efflm.ops.format import INT8, Activations, Format
+from efflm.ops.grid import Grid, as_stored, by_entry, grid_of, grouped, in_super_blocks, own_dtype, symmetric_scale  # noqa: F401
 from efflm.ops.lowrank import LowRank
 from efflm.ops.packing import pack, unpack
 from efflm.precision import cast
-
-RATIOS = np.linspace(0.4, 1.15, 16, dtype=np.float32)  # of the range of a group, tried as its range
-SHIFTS = (-1.0, 0.0, 1.0)  # of the zero point, tried with each
-LEAST_FLOAT16, MOST_FLOAT16 = 2.0**-17, 65504.0  # between them a float16 has at least the 8 bits of a bfloat16
-Grid = tuple[jax.Array, jax.Array | None]  # scales float32, zeros int8; see as_stored
 
 
 @flax.struct.dataclass
@@ -33,10 +28,12 @@ class QArray:
     """A quantized matrix, or a stack of them with leading axes that no field below counts.
 
     values: int8 codes in the shape of the matrix, or uint8 with the contracted axis packed. scale: floating, the shape
-    of the matrix with the contracted axis reduced to the number of groups; read it by `scales`. zeros: int8 like scale,
-    the code of zero; None: 0. activation_scale: float32 [..., 1, 1] with "int8_static". axis: the contracted axis,
-    counted from the end. size: its length. dtype: of what the matrix stands for. bits, group, activations: see Format;
-    group is 0 where one scale is for the whole axis.
+    of the matrix with the contracted axis reduced to the number of groups. zeros: int8 like scale, the code of zero;
+    None: 0. activation_scale: float32 [..., 1, 1] with "int8_static". super_scale: with a super_block, floating, the
+    axis reduced to the number of super-blocks; scale is then int8 codes of it, and zeros are packed along the axis.
+    So read them by `scales` and `zero_points`. axis: the contracted axis, counted from the end. size: its length.
+    dtype: of what the matrix stands for. bits, group, super_block, activations: see Format; group is 0 where one scale
+    is for the whole axis, and super_block then too.
 
     An exact zero stays one. Of an element that the codes reach |w - dequantize(w)| <= |scale| / 2. Where a symmetric
     range is not clipped all are reached but those next to the largest magnitude and of the other sign: |scale| there.
@@ -46,12 +43,14 @@ class QArray:
     scale: jax.Array
     zeros: jax.Array | None = None
     activation_scale: jax.Array | None = None
+    super_scale: jax.Array | None = None
     bits: int = flax.struct.field(pytree_node=False, default=8)
     axis: int = flax.struct.field(pytree_node=False, default=-2)
     group: int = flax.struct.field(pytree_node=False, default=0)
     size: int = flax.struct.field(pytree_node=False, default=0)
     activations: Activations = flax.struct.field(pytree_node=False, default="float")
     dtype: str = flax.struct.field(pytree_node=False, default="float32")
+    super_block: int = flax.struct.field(pytree_node=False, default=0)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,8 +65,9 @@ class QArray:
     @property
     def format(self) -> Format:
         """How it would be rounded again."""
-        kept = {name: getattr(self, name) for name in ("bits", "group", "activations")}
-        return Format(**kept, symmetric=self.zeros is None, scale_dtype=str(self.scale.dtype))
+        kept = {name: getattr(self, name) for name in ("bits", "group", "super_block", "activations")}
+        floats = self.super_scale if self.super_block else self.scale
+        return Format(**kept, symmetric=self.zeros is None, scale_dtype=str(floats.dtype))
 
 
 @flax.struct.dataclass
@@ -93,26 +93,27 @@ def codes(w: QArray) -> jax.Array:
 
 def scales(w: QArray) -> jax.Array:
     """float32 scales of the groups, however they are stored."""
-    return w.scale.astype(jnp.float32)
+    scale = w.scale.astype(jnp.float32)
+    if not w.super_block:
+        return scale
+    return scale * by_entry(w.super_scale.astype(jnp.float32), w.axis, w.super_block // w.group, scale.shape[w.axis])
+
+
+def zero_points(w: QArray) -> jax.Array | None:
+    """int8 codes of zero of the groups, however they are stored; None: all 0."""
+    if w.zeros is None or not w.super_block:
+        return w.zeros
+    return unpack(w.zeros, w.bits, w.scale.shape[w.axis], w.axis)
+
+
+def in_full(w: QArray) -> QArray:
+    """The same with each scale and zero point stored in full, as float32 and int8 where they were not."""
+    if not w.super_block:
+        return w
+    return w.replace(scale=scales(w), zeros=zero_points(w), super_scale=None, super_block=0)
 
 
 # --- rounding --------------------------------------------------------------------------------------------------------
-
-
-def grouped(x: jax.Array, axis: int, group: int) -> jax.Array:
-    """x with `axis` split into (groups, entries), the last group filled up with zeros; group 0: a single one."""
-    axis = axis % x.ndim
-    size = x.shape[axis]
-    group = min(group or size, size)
-    padded = jnp.pad(x, [(0, -size % group) if i == axis else (0, 0) for i in range(x.ndim)])
-    return padded.reshape(*x.shape[:axis], -1, group, *x.shape[axis + 1 :])
-
-
-def by_entry(per_group: jax.Array, axis: int, group: int, size: int) -> jax.Array:
-    """One value for each entry of an axis of `size`, from one for each group; broadcast where there is one group."""
-    if per_group.shape[axis] == 1:
-        return per_group
-    return lax.slice_in_dim(jnp.repeat(per_group, group, axis=axis), 0, size, axis=axis % per_group.ndim)
 
 
 def rounded_rows(x: jax.Array, activation_scale: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -126,11 +127,6 @@ def rounded_rows(x: jax.Array, activation_scale: jax.Array | None) -> tuple[jax.
     scale = symmetric_scale(absmax, 127) if activation_scale is None else activation_scale.reshape((1,) * x.ndim)
     values = jnp.clip(jnp.round(x / scale), -127, 127).astype(jnp.int8)
     return values, jnp.where(jnp.isfinite(absmax), scale, jnp.nan)
-
-
-def symmetric_scale(absmax: jax.Array, most: int) -> jax.Array:
-    """The scale with which the largest magnitude is the code `most`; 1 where all is zero."""
-    return jnp.where(absmax > 0, absmax / most, 1.0)
 
 
 def quantize_array(
@@ -153,111 +149,18 @@ def quantize_array(
     )
     axis = axis % w.ndim - w.ndim
     size = w.shape[axis]
-    scale, zeros = grid_of(w, axis, format, importance) if grid is None else (as_stored(grid[0], format), grid[1])
-    values = _packed(w, scale, zeros, axis, format)
+    scale, zeros = grid_of(w, axis, format, importance) if grid is None else (as_stored(grid[0], axis, format), grid[1])
+    values, floats, codes = _packed(w, scale, zeros, axis, format), scale, None
+    if format.super_block_in(size):
+        codes, floats = (
+            part.astype(dtype) for part, dtype in zip(in_super_blocks(scale, axis, format), ("int8", "float32"))
+        )
+        zeros = None if zeros is None else pack(zeros, format.bits, axis)
+    floats = floats.astype(format.scale_dtype or own_dtype(floats))
+    scale, super_scale = (floats, None) if codes is None else (codes, floats)
     static = {"bits": format.bits, "group": format.group_in(size), "activations": format.activations}
-    scale = scale.astype(format.scale_dtype or _own_dtype(scale))
-    return QArray(values, scale, zeros, activation_scale, axis=axis, size=size, dtype=str(w.dtype), **static)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def as_stored(scale: jax.Array, format: Format) -> jax.Array:
-    """float32 scales rounded to the format's dtype of scales. None becomes 0 or infinite.
-
-    "": to float16, where each keeps at least 8 significant bits in it: those between 2^-17 (a weight of 1e-6 in 4 bits)
-    and 65504; otherwise all to bfloat16, whose range is that of float32.
-    """
-    if not format.scale_dtype:
-        return jnp.where(_in_float16(scale), _rounded_to(scale, "float16"), _rounded_to(scale, "bfloat16"))
-    return _rounded_to(scale, format.scale_dtype)
-
-
-def _rounded_to(scale: jax.Array, dtype: str) -> jax.Array:
-    limits = jnp.finfo(dtype)
-    least = limits.smallest_subnormal if dtype == "float16" else limits.tiny  # others are flushed to 0
-    within = jnp.clip(jnp.abs(scale), float(least), float(limits.max)).astype(dtype).astype(jnp.float32)
-    return jnp.where(scale < 0, -within, within)
-
-
-def _in_float16(scale: jax.Array) -> jax.Array:
-    magnitude = jnp.abs(scale)
-    return jnp.all((magnitude >= LEAST_FLOAT16) & (magnitude <= MOST_FLOAT16))
-
-
-def _own_dtype(scale: jax.Array) -> str:
-    """The dtype of scales that `as_stored` rounded to one of its own choice."""
-    if isinstance(scale, jax.core.Tracer):
-        return "float32"
-    return "float16" if _in_float16(scale) else "bfloat16"
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def grid_of(w: jax.Array, axis: int, format: Format, importance: jax.Array | None = None) -> Grid:
-    """The scales and zeros of the groups of a float matrix, each with `axis` reduced to groups (see Format).
-
-    The scales are as they are stored, in float32. Where the format clips, a range of each group is searched for the
-    least squared error weighted by `importance`, float32 [size of axis], of each input the sum of its squares (the
-    diagonal of X^T X). Without it the weight is the magnitude plus the root mean square of the group, as in llama.cpp's
-    K-quants: on stories15M in 4, 3 and 2 bits better than squared magnitudes, than none and than no search. Tried are
-    parts of the range, both signs of a symmetric grid, and shifted zero points, each with the scale that is best for
-    the codes it gives (least squares).
-    The whole range stays where none has a smaller error.
-    """
-    group, steps = format.group_in(w.shape[axis]), 2**format.bits - 1
-    split = grouped(w.astype(jnp.float32), axis, group)  # the entries of a group now lie along `axis`
-    bottom, top = jnp.minimum(jnp.min(split, axis), 0.0), jnp.maximum(jnp.max(split, axis), 0.0)
-    if format.scales == "matrix":
-        bottom, top = jnp.full_like(bottom, jnp.min(bottom)), jnp.full_like(top, jnp.max(top))
-    if format.symmetric:
-        unit = jnp.where(top > -bottom, top, bottom) / format.low
-        zeros = jnp.zeros_like(unit)
-    else:
-        unit = (top - bottom) / steps
-        zeros = jnp.clip(jnp.round(-bottom / jnp.where(unit == 0, 1.0, unit)) + format.low, format.low, format.high)
-    unit = as_stored(jnp.where(unit == 0, 1.0, unit), format)
-    stored_zeros = lambda zeros: None if format.symmetric else zeros.astype(jnp.int8)
-    if not format.clip:
-        return unit, stored_zeros(zeros)
-
-    # From here on in units of `unit`: as numbers of steps.
-    spread = lambda per_group: jnp.expand_dims(per_group, axis)
-    split = split / spread(unit)
-    if importance is None:
-        weight = jnp.abs(split) + jnp.sqrt(jnp.mean(jnp.square(split), axis=axis, keepdims=True))
-    else:
-        along = importance.astype(jnp.float32).reshape([-1 if i == axis % w.ndim else 1 for i in range(w.ndim)])
-        weight = grouped(along, axis, group)
-
-    def total(each: jax.Array) -> jax.Array:
-        """The weighted sum over what shares a scale."""
-        sums = jnp.sum(weight * each, axis=axis)
-        return jnp.full_like(sums, jnp.sum(sums)) if format.scales == "matrix" else sums
-
-    def centered(step: jax.Array, zeros: jax.Array) -> jax.Array:
-        """Codes less their zero points."""
-        return jnp.clip(jnp.round(split / spread(step)) + spread(zeros), format.low, format.high) - spread(zeros)
-
-    def try_one(best: tuple[jax.Array, ...], tried: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
-        ratio, shift = tried
-        moved = jnp.clip(zeros + shift, format.low, format.high)
-        found = centered(jnp.full_like(unit, ratio), moved)
-        product, square = total(split * found), total(jnp.square(found))
-        step = jnp.where(square > 0, product / jnp.where(square > 0, square, 1.0), 0.0)
-        now = product * step, step, moved  # the error is that of zeros less the first
-        return jax.tree.map(lambda new, old: jnp.where(now[0] > best[0], new, old), now, best), None
-
-    ratios, shifts = ([RATIOS, -RATIOS], (0.0, 0.0)) if format.symmetric else ([RATIOS] * len(SHIFTS), SHIFTS)
-    tried = np.concatenate(ratios), np.repeat(np.float32(shifts), len(RATIOS))
-    start = jnp.zeros_like(unit), jnp.zeros_like(unit), zeros
-    (_, step, moved), _ = lax.scan(try_one, start, tried)
-    scale = as_stored(jnp.where(step == 0, unit, step * unit), format)
-
-    def error(scale: jax.Array, zeros: jax.Array) -> jax.Array:
-        step = scale / unit
-        return total(jnp.square(split - centered(step, zeros) * spread(step)))
-
-    better = error(scale, moved) < error(unit, zeros)
-    return as_stored(jnp.where(better, scale, unit), format), stored_zeros(jnp.where(better, moved, zeros))
+    static |= {"super_block": format.super_block_in(size), "axis": axis, "size": size, "dtype": str(w.dtype)}
+    return QArray(values, scale, zeros, activation_scale, super_scale, **static)
 
 
 def _round(w: jax.Array, scale: jax.Array, zeros: jax.Array | None, axis: int, format: Format) -> jax.Array:
@@ -299,7 +202,7 @@ def in_float32(w: Any) -> jax.Array:
 
 @jax.jit
 def _dequantize(w: QArray) -> jax.Array:
-    return _floats(codes(w), scales(w), w.zeros, w.axis, w.group).astype(w.dtype)
+    return _floats(codes(w), scales(w), zero_points(w), w.axis, w.group).astype(w.dtype)
 
 
 def _floats(numbers: jax.Array, scale: jax.Array, zeros: jax.Array | None, axis: int, group: int) -> jax.Array:
@@ -352,8 +255,8 @@ def rows(table: Any, indices: jax.Array) -> jax.Array:
     """Rows [..., D] of a table [V, D], as floats."""
     if not isinstance(table, QArray) or table.axis != -1:
         return dequantize(table)[indices]
-    zeros = None if table.zeros is None else table.zeros[indices]
-    return dequantize(table.replace(values=table.values[indices], scale=table.scale[indices], zeros=zeros))
+    # All its arrays lead with the rows but the one scale of all activations.
+    return dequantize(jax.tree.map(lambda part: part[indices], table.replace(activation_scale=None)))
 
 
 def take(w: Any, axis: int, indices: jax.Array) -> Any:
@@ -370,7 +273,7 @@ def take(w: Any, axis: int, indices: jax.Array) -> Any:
         return requantize(jnp.take(dequantize(w), indices, axis=axis), w)
     kept = jnp.take(codes(w), indices, axis=axis)
     per_channel = lambda part: part if part is None or axis == w.axis else jnp.take(part, indices, axis=axis)
-    parts = {"scale": per_channel(w.scale), "zeros": per_channel(w.zeros)}
+    parts = {name: per_channel(getattr(w, name)) for name in ("scale", "zeros", "super_scale")}
     return w.replace(values=pack(kept, w.bits, w.axis), size=kept.shape[w.axis], **parts)
 
 
@@ -380,5 +283,6 @@ def apply_mask(w: Any, mask: jax.Array) -> Any:
         return w.replace(base=apply_mask(w.base, mask))
     if not isinstance(w, QArray):
         return jnp.where(mask, w, jnp.zeros((), w.dtype))
-    zero = jnp.int8(0) if w.zeros is None else by_entry(w.zeros, w.axis, w.group, w.size)
+    zeros = zero_points(w)
+    zero = jnp.int8(0) if zeros is None else by_entry(zeros, w.axis, w.group, w.size)
     return w.replace(values=pack(jnp.where(mask, codes(w), zero), w.bits, w.axis))

@@ -26,9 +26,9 @@ from efflm.ops.masks import Masks
 from efflm.ops.packing import pack, packed_size, unpack
 from efflm.ops.qarray import QArray, dequantize
 
-STATIC = ("bits", "axis", "group", "size", "activations", "dtype")
+STATIC = ("bits", "axis", "group", "size", "activations", "dtype", "super_block")
 FLOATS = ("float32", "bfloat16", "float16")
-PARTS = ("values", "scale", "zeros", "activation_scale")
+PARTS = ("values", "scale", "zeros", "activation_scale", "super_scale")
 PAIR = ("lowrank_a", "lowrank_b")  # of a LowRank weight, beside its base
 
 
@@ -56,7 +56,7 @@ def from_flat(flat: dict[str, Any], formats: dict[str, dict[str, Any]]) -> dict[
     flat = dict(flat)
     for path, format_ in formats.items():
         parts = {name: flat.pop(f"{path}/{name}") for name in PARTS if f"{path}/{name}" in flat}
-        flat[path] = QArray(**parts, **{"dtype": str(parts["scale"].dtype)} | format_)  # once the dtype was that
+        flat[path] = QArray(**parts, **{"dtype": str(parts["scale"].dtype)} | format_)  # which old files do not say
     return trees.unflatten(flat)
 
 
@@ -65,14 +65,13 @@ def part_shapes(shape: tuple[int, int], format_: dict[str, Any]) -> dict[str, tu
 
     Raises InputError for a format that no such matrix has.
     """
-    there = format_.keys() | {"dtype"}
-    require(there == set(STATIC), f"a format has {', '.join(sorted(format_))}, but must have {STATIC}")
-    bits, axis, group, size, activations = (format_[name] for name in STATIC[:-1])
-    dtype = format_.get("dtype", "float32")
+    format_ = {"dtype": "float32", "super_block": 0} | format_  # which old files do not say
+    require(format_.keys() == set(STATIC), f"a format has {', '.join(sorted(format_))}, but must have {STATIC}")
+    bits, axis, group, size, activations, dtype, super_block = (format_[name] for name in STATIC)
     require(dtype in FLOATS, f"dtype is {dtype!r:.60}, but must be one of {', '.join(FLOATS)}")
-    for name in ("bits", "axis", "group", "size"):
+    for name in ("bits", "axis", "group", "size", "super_block"):
         require(type(format_[name]) is int, f"{name} is {format_[name]!r:.60}, but must be a whole number")
-    Format(bits=bits, activations=activations)  # which refuses what is unknown
+    Format(bits=bits, group=group, super_block=super_block, activations=activations)  # which refuses what is unknown
     require(axis in (-1, -2), f"axis is {axis}, but must be -1 or -2")
     require(size == shape[axis], f"size is {size}, but the contracted axis has {shape[axis]} entries")
     require(0 <= group < size, f"group is {group}, but must be in [0, {size})")
@@ -80,10 +79,11 @@ def part_shapes(shape: tuple[int, int], format_: dict[str, Any]) -> dict[str, tu
     def with_length(length: int) -> tuple[int, int]:
         return (shape[0], length) if axis == -1 else (length, shape[1])
 
-    scale = with_length(-(-size // group) if group else 1)
-    values = with_length(size if bits == 8 else packed_size(size, bits))
-    static = {"activation_scale": (1, 1)} if activations == "int8_static" else {}
-    return {"values": values, "scale": scale, "zeros": scale} | static
+    groups, packed = -(-size // group) if group else 1, lambda count: count if bits == 8 else packed_size(count, bits)
+    zeros = with_length(packed(groups) if super_block else groups)
+    others = {"activation_scale": (1, 1)} if activations == "int8_static" else {}
+    others |= {"super_scale": with_length(-(-size // super_block))} if super_block else {}
+    return {"values": with_length(packed(size)), "scale": with_length(groups), "zeros": zeros} | others
 
 
 def array_shapes(
@@ -96,10 +96,14 @@ def array_shapes(
     return {name: shape for name, shape in shapes.items() if name != f"{path}/zeros" or name in there}
 
 
-def is_dtype_of(dtype: Any, part: str, bits: int) -> bool:
-    """Whether this part of a weight can be of this dtype. bits: of its format, 0 for a float array."""
-    integers = {"values": np.int8 if bits == 8 else np.uint8, "zeros": np.int8}.get(part)
-    return dtype == integers if bits and integers else jnp.issubdtype(dtype, jnp.floating)
+def is_dtype_of(dtype: Any, part: str, format_: dict[str, Any] | None) -> bool:
+    """Whether this part of a weight can be of this dtype. format_: None for a float array."""
+    integers = {}
+    if format_:
+        codes = np.int8 if format_["bits"] == 8 else np.uint8
+        integers = {"values": codes, "zeros": np.int8}
+        integers |= {"scale": np.int8, "zeros": codes} if format_.get("super_block") else {}
+    return dtype == integers[part] if part in integers else jnp.issubdtype(dtype, jnp.floating)
 
 
 # --- zeros -----------------------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def test_a_step_trains_by_what_it_is_told_and_its_record_says_so():
     step = recipe.STEPS["qat"](group=16, steps=3, distill=False, policy="bfloat16_pure", optimizer="muon")
     made, record = step(tiny.model(SHAPE, seed=1), context())
     assert (record.settings["policy"], record.settings["optimizer"]) == ("bfloat16_pure", "muon")
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(made.params)} == {"float32", "uint8", "int8"}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(made.params)} == {"float32", "float16", "uint8", "int8"}
 
 
 def test_settings_are_checked_and_only_those_that_were_given_are_recorded():

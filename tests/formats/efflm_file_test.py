@@ -140,13 +140,17 @@ def test_files_that_contradict_themselves_are_refused(tmp_path):
 
 @settings(max_examples=6)
 @given(
-    st.sampled_from([8, 4, 3, 2]), st.sampled_from([0, 16, 20]), st.booleans(), st.sampled_from([None, 0.05, 0.5, 0.9])
+    st.sampled_from([8, 4, 3, 2]),
+    st.sampled_from([0, 20, 16, (16, 256)]),
+    st.booleans(),
+    st.sampled_from([None, 0.05, 0.5, 0.9]),
 )
 def test_every_format_comes_back_from_files_and_checkpoints_as_predicted(bits, group, symmetric, sparsity):
     """Packed or not, with zero points or not, with masks that pay for a bitmask and masks that do not."""
     model = tiny.model(dataclasses.replace(tiny.LLAMA, layers=1, kv_heads=4, mlp_dim=32))  # few shapes to compile for
     masks = magnitude_masks(model.params, sparsity) if sparsity else None
-    form = ops.Format(bits=bits, group=group, symmetric=symmetric)
+    group, super_block = group if isinstance(group, tuple) else (group, 0)
+    form = ops.Format(bits=bits, group=group, symmetric=symmetric, super_block=super_block)
     quantized = lambda path, w: quantize_array(w, params.find(path)[0].contracted, form) if w.ndim == 2 else w
     weights = ops.apply_masks(trees.map_with_path(quantized, model.params), masks)
     model = LanguageModel(model.config, weights, masks)
@@ -214,7 +218,10 @@ def test_files_of_before_a_dtype_was_told_stand_for_that_of_their_scales(tmp_pat
     efflm_file.save(file, model, {})
     with safe_open(file, framework="numpy") as opened:
         manifest = json.loads(opened.metadata()["efflm"])
-    assert manifest["formats"]["embedding"].pop("dtype") == "bfloat16"
+    assert (manifest["formats"]["embedding"].pop("dtype"), manifest["formats"]["embedding"].pop("super_block")) == (
+        "bfloat16",
+        0,
+    )
     save_file(load_file(file), file, metadata={"efflm": json.dumps(manifest)})
     same(efflm_file.load(file)[0], model)
 

@@ -48,6 +48,7 @@ WEIGHTS = {
     "w3": {"bits": 3}, "w3g96": {"bits": 3, "group": 96}, "w3g32z": {"bits": 3, "group": 32, "symmetric": False},
     "w2": {"bits": 2}, "w2z": {"bits": 2, "symmetric": False}, "w2g32z": {"bits": 2, "group": 32, "symmetric": False},
     "w4s": {"bits": 4, "group": 32, "scale_dtype": "float32"},
+    "w4b": {"bits": 4, "group": 32, "super_block": 256},
     "w4z": {"bits": 4, "symmetric": False}, "w4g64z": {"bits": 4, "group": 64, "symmetric": False},
 }  # fmt: skip
 
@@ -60,8 +61,8 @@ def words():
 
 def in_halves(weight):
     """The weight with the scales that a GGUF file has."""
-    halves = weight.scale.astype(jnp.float16)
-    return weight.replace(scale=halves.astype(jnp.float32))
+    weight = ops.qarray.in_full(weight)
+    return weight.replace(scale=weight.scale.astype(jnp.float16))
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------

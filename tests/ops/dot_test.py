@@ -80,9 +80,15 @@ def test_the_compiled_weight_gradient_multiplies_bfloat16():
 
 
 FORMS = [
-    {"activations": activations, "bits": bits, "group": group, "symmetric": symmetric}
+    {"activations": activations, "bits": bits, "group": group, "symmetric": symmetric, "super_block": super_block}
     for activations in ("float", "int8", "int8_static")
-    for bits, group, symmetric in ((8, 0, True), (8, 10, False), (4, 10, True), (3, 0, False), (2, 10, True))
+    for bits, group, symmetric, super_block in (
+        (8, 0, True, 0),
+        (8, 10, False, 0),
+        (4, 8, False, 256),
+        (3, 0, False, 0),
+        (2, 10, True, 0),
+    )
 ]
 
 

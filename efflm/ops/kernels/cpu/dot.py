@@ -15,7 +15,7 @@ import numpy as np
 
 from efflm.ops.kernels.cpu import build
 from efflm.ops.norm import Normed, normalize
-from efflm.ops.qarray import QArray, codes
+from efflm.ops.qarray import QArray, codes, in_full
 
 PANEL = 32
 UNITS = {8: 8, 4: 8, 3: 16, 2: 16}  # of groups: how many inputs they are multiples of, and are filled up to
@@ -83,7 +83,8 @@ def takes(w: QArray) -> bool:
 
 
 def panels(w: QArray, form: str) -> Panels:
-    """A quantized matrix laid out in panels, by numpy on the host."""
+    """A quantized matrix laid out in panels, by numpy on the host; of super-blocks each scale in full."""
+    w = in_full(w)
     by_output = (lambda x: np.asarray(x)) if w.axis == -1 else (lambda x: np.asarray(x).T)
     numbers = by_output(codes(w.replace(values=np.asarray(w.values))))
     outputs, size = numbers.shape
