@@ -21,6 +21,7 @@ from efflm.config.train import TrainSettings
 from efflm.model import LanguageModel
 from efflm.model.params import LOG_SCALE, in_layer
 from efflm.ops import qarray
+from efflm.ops.grid import own_dtype
 
 
 def rounded(w: jax.Array, log_scale: jax.Array, sign: jax.Array, format: ops.Format) -> jax.Array:
@@ -45,6 +46,8 @@ def learned_scales(model: LanguageModel, formats: Mapping[str, ops.Format]) -> t
     weights = training.full(model)
     floats = {path: ops.in_float32(w) for path, w in trees.flatten(model.params) if path in formats}
     scales = {path: qarray.grid_of(w, -2, formats[path])[0] for path, w in floats.items()}
+    dtypes = {path: format.scale_dtype or own_dtype(scales[path]) for path, format in formats.items()}
+    formats = {path: dataclasses.replace(format, scale_dtype=dtypes[path]) for path, format in formats.items()}
     signs = trees.unflatten({path: jnp.sign(scale) for path, scale in scales.items()})
 
     def start():

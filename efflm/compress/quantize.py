@@ -31,7 +31,7 @@ class Quantize(Rounder):
     bits: Bits = flag(8, "bits of a weight")
     group: int = flag(0, "inputs that share a scale; 0: all of an output")
     symmetric: bool = flag(True, "codes around zero; false: a zero point for each scale")
-    clip: bool = flag(False, "choose the range of each scale by the least squared error")
+    clip: bool = flag(True, "below 8 bits choose the range of each scale by the least weighted error")
     scales: Literal["output", "matrix"] = flag("output", "whether outputs have scales of their own, or a matrix one")
     activations: Activations = flag(
         "float", "int8 also rounds activations, one scale per token (W8A8); int8_static: one per matrix, calibrated"

@@ -53,6 +53,7 @@ RECIPES: dict[str, str] = {
     "smoothquant_w8a8_static": "smoothquant,w8a8_static",
     "w4a16": "quantize@4",
     "w3a16": "quantize@3",
+    "w4a16_superblock": "quantize@4[group=16,symmetric=false,super_block=256,embeddings=4]",
     "gptq4": "gptq@4",
     "gptq3": "gptq@3",
     "gptq3_adapted": "gptq3,adapt",

@@ -17,14 +17,13 @@ class Format:
 
     symmetric: of a group the value of the largest magnitude has the least code, -2^(bits - 1), so that scales may be
     negative and all codes are used. Otherwise the range of a group, widened to include 0, fills all codes, one of which
-    is its zero point. clip: the range is searched for the least weighted error (ops.qarray.grid_of). scales: "matrix"
-    gives all groups that of the widest range. scale_dtype: of the scales as they are stored, "": float16, or bfloat16
-    for a matrix with a scale that float16 holds badly (ops.qarray.as_stored). activations: "float" multiplies in
-    floating point (weight-only); "int8" rounds the other operand too, one scale per token, computed in the matmul;
-    "int8_static" with one scale for all, known before. super_block: entries whose groups have their scales as
-    codes of 8 bits times one scale of the dtype above, and zero points in as many bits as codes (the idea of
-    llama.cpp's K-quants); 0: each scale is stored in full. It has no effect where there are no groups. Raises
-    InputError.
+    is its zero point. clip: below 8 bits the range is searched for the least weighted error (ops.grid.grid_of).
+    scales: "matrix" gives all groups that of the widest range. scale_dtype: of the scales as they are stored, "":
+    float16, or bfloat16 for a matrix with a scale that float16 holds badly (ops.grid.as_stored). super_block: entries
+    whose groups have their scales as codes of 8 bits times one scale of that dtype, and zero points in as many bits as
+    codes (the idea of llama.cpp's K-quants); 0: each scale is stored in full. It has no effect where an axis has no
+    groups. activations: "float" multiplies in floating point (weight-only); "int8" rounds the other operand too, one
+    scale per token, computed in the matmul; "int8_static" with one scale for all, known before. Raises InputError.
     """
 
     bits: Bits = 8

@@ -12,7 +12,7 @@ from efflm.ops.format import Format
 
 RATIOS = np.linspace(0.4, 1.15, 16, dtype=np.float32)  # of the range of a group, tried as its range
 SHIFTS = (-1.0, 0.0, 1.0)  # of its zero point, tried with each
-INEXACT = 1 / 400  # of a whole number that was divided by a scale of a bfloat16's 8 bits
+EXACT = 1 - 1e-6  # times a number that a division made, and that may be a whole one
 LEAST_FLOAT16, MOST_FLOAT16 = 2.0**-17, 65504.0  # between them a float16 has at least the 8 bits of a bfloat16
 Grid = tuple[jax.Array, jax.Array | None]  # scales float32, zeros int8; see as_stored
 Rounding = Callable[[jax.Array], jax.Array]
@@ -39,23 +39,13 @@ def symmetric_scale(absmax: jax.Array, most: int) -> jax.Array:
     return jnp.where(absmax > 0, absmax / most, 1.0)
 
 
-def up(x: jax.Array) -> jax.Array:
-    """To the next whole number, but not from one that a division made inexact."""
-    return jnp.ceil(x * (1 - INEXACT))
-
-
-def down(x: jax.Array) -> jax.Array:
-    """The same, downwards."""
-    return jnp.floor(x * (1 + INEXACT))
-
-
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def as_stored(scale: jax.Array, axis: int, format: Format) -> jax.Array:
     """float32 scales of groups, which lie along `axis`, as they are stored. None becomes 0 or infinite.
 
     They are rounded to the format's dtype of scales; "": to float16, where each keeps at least 8 significant bits in
     it: those between 2^-17 (a weight of 1e-6 in 4 bits) and 65504; otherwise all to bfloat16, whose range is that of
-    float32. With super-blocks to whole numbers from -127 to 127 times a scale that is rounded like that.
+    float32. With super-blocks to whole numbers from -127 to 127 times a scale of 4 significant bits.
     """
     return _as_stored(scale, axis, format, jnp.round)
 
@@ -70,11 +60,17 @@ def _as_stored(scale: jax.Array, axis: int, format: Format, rounding: Rounding) 
 def in_super_blocks(
     scale: jax.Array, axis: int, format: Format, rounding: Rounding = jnp.round
 ) -> tuple[jax.Array, jax.Array]:
-    """Whole numbers for the scales of groups, and the scales of super-blocks, both float32. The scale of the largest
-    magnitude is 127, so that what is stored has the same numbers when it is stored again."""
+    """Whole numbers for the scales of groups, and the scales of super-blocks, both float32.
+
+    A super-block's scale is 1/127 of the largest, rounded up to 4 significant bits: so that times a whole number of 7
+    bits it is a float16. What is stored has the same numbers when it is stored again.
+    """
+    spread = lambda x: by_entry(x, axis, format.groups_together, scale.shape[axis])
     largest = jnp.max(grouped(jnp.abs(scale), axis, format.groups_together), axis=axis)
-    super_scale = _rounded_to(largest / 127, format.scale_dtype)
-    codes = rounding(jnp.abs(scale) / by_entry(super_scale, axis, format.groups_together, scale.shape[axis]))
+    part, exponent = jnp.frexp(largest / 127)
+    super_scale = _rounded_to(jnp.ldexp(jnp.ceil(part * 16 * EXACT) / 16, exponent), format.scale_dtype)
+    found = jnp.abs(scale) / spread(super_scale)
+    codes = jnp.where(jnp.abs(scale) == spread(largest), jnp.ceil(found * EXACT), rounding(found))
     return jnp.where(scale < 0, -1, 1) * jnp.clip(codes, 1, 127), super_scale
 
 
@@ -104,13 +100,13 @@ def own_dtype(scale: jax.Array) -> str:
 def grid_of(w: jax.Array, axis: int, format: Format, importance: jax.Array | None = None) -> Grid:
     """The scales and zeros of the groups of a float matrix, each with `axis` reduced to groups (see Format).
 
-    axis: counted from the end. The scales are as they are stored, in float32. Where the format clips, a range of each
-    group is searched for the least squared error weighted by `importance`, float32 [size of axis], of each input the
-    sum of its squares (the diagonal of X^T X). Without it the weight is the magnitude plus the root mean square of the
-    group, as in llama.cpp's K-quants: on stories15M in 4, 3 and 2 bits better than squared magnitudes, than none and
-    than no search. Tried are parts of the range, both signs of a symmetric grid and shifted zero points, each with the
-    scale that is best for the codes it gives (least squares). The whole range stays where none has a smaller error;
-    with super-blocks in all of their groups or in none.
+    axis: counted from the end. The scales are as they are stored, in float32. Where the format clips (below 8 bits), a
+    range of each group is searched for the least squared error weighted by `importance`, float32 [size of axis], of
+    each input the sum of its squares (the diagonal of X^T X). Without it the weight is the magnitude plus the root mean
+    square of the group, as in llama.cpp's K-quants: on stories15M in 4, 3 and 2 bits better than squared magnitudes,
+    than none and than no search. Tried are parts of the range, both signs of a symmetric grid and shifted zero points,
+    each with the scale that is best for the codes it gives (least squares). The whole range stays where none has a
+    smaller error; with super-blocks in all of their groups or in none.
     """
     group, steps = format.group_in(w.shape[axis]), 2**format.bits - 1
     split = grouped(w.astype(jnp.float32), axis, group)  # the entries of a group now lie along `axis`
@@ -137,8 +133,8 @@ def grid_of(w: jax.Array, axis: int, format: Format, importance: jax.Array | Non
         most = of_blocks(jnp.max, jnp.abs(scale))
         return jnp.where(scale == 0, jnp.where(most == 0, 1.0, most), scale)
 
-    plain, unit = unit, _as_stored(filled(unit), axis, format, up)
-    if not format.clip:
+    plain, unit = unit, _as_stored(filled(unit), axis, format, jnp.ceil)
+    if not format.clip or format.bits == 8:  # there no search makes a difference to a model that can be measured
         return unit, stored_zeros(zeros)
 
     # From here on in units of `unit`: as numbers of steps.
@@ -179,7 +175,7 @@ def grid_of(w: jax.Array, axis: int, format: Format, importance: jax.Array | Non
         return jnp.square(unit) * total(jnp.square(split - centered(step, zeros) * spread(step)))
 
     if format.super_block_in(w.shape[axis]):
-        less, more = (_as_stored(scale, axis, format, rounding) for rounding in (down, up))
+        less, more = (_as_stored(scale, axis, format, rounding) for rounding in (jnp.floor, jnp.ceil))
         scale = jnp.where(error(more, moved) < error(less, moved), more, less)
     scale = as_stored(scale, axis, format)
     better = of_blocks(jnp.sum, error(scale, moved)) < of_blocks(jnp.sum, error(unit, zeros))

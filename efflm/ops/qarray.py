@@ -107,10 +107,12 @@ def zero_points(w: QArray) -> jax.Array | None:
 
 
 def in_full(w: QArray) -> QArray:
-    """The same with each scale and zero point stored in full, as float32 and int8 where they were not."""
+    """The same with each scale and zero point stored in full: scales in the dtype of the super-blocks', float16 if that
+    can be (see ops.grid.in_super_blocks)."""
     if not w.super_block:
         return w
-    return w.replace(scale=scales(w), zeros=zero_points(w), super_scale=None, super_block=0)
+    dtype = "float16" if w.super_scale.dtype == jnp.float16 else "float32"
+    return w.replace(scale=scales(w).astype(dtype), zeros=zero_points(w), super_scale=None, super_block=0)
 
 
 # --- rounding --------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ RULES = Plan(
         (r".*/down/kernel", Format(bits=8)),
         (LAYERS, Format(bits=3, group=8)),
         (r"block_0/.*", Format(bits=4)),
-        (EMBEDDINGS, Format(bits=4, group=16)),
+        (EMBEDDINGS, Format(bits=4, group=16, super_block=256)),
     )
 )
 
@@ -64,6 +64,7 @@ def test_every_rounder_follows_a_plan(step):
     after, record = step(tiny.model(), CONTEXT)
     found = bits_of(after)
     assert found == {path: wanted(path) for path in found}
+    assert after.params["embedding"].super_block == 256
     assert record.settings["plan"]["rules"][1] == (".*/down/kernel", record.settings["plan"]["rules"][1][1])
 
 

@@ -46,7 +46,7 @@ def test_values_and_gradients_are_those_of_the_paper(seed, bits, group, K):
     log = rng.normal(np.log(1.5 / most), 0.3, (-(-K // count), 3))  # some weights are beyond the range
     sign = np.sign(rng.standard_normal(log.shape)).astype(np.float32)
     wanted, added = by_reference(w, sign * np.exp(log), bits, group)
-    form = ops.Format(bits=bits, group=group)
+    form = ops.Format(bits=bits, group=group, scale_dtype="float32")
 
     def total(w, log):
         return jnp.sum(rounded(w, log, sign, form) * toward)

@@ -93,6 +93,7 @@ def in_float64(w) -> np.ndarray:
     """(codes - zeros) * scale in numpy; at most 8 + 24 bits, which float64 holds."""
     if not isinstance(w, QArray):
         return np.asarray(w).astype(np.float64)
+    w = ops.qarray.in_full(w)
     codes = np.asarray(ops.qarray.codes(w)).astype(np.float64)
     spread = lambda part: np.repeat(np.asarray(part).astype(np.float64), w.group or w.size, axis=w.axis)[
         : codes.shape[0], : codes.shape[1]
