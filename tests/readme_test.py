@@ -123,7 +123,7 @@ def test_the_rounding_method_of_ones_own_works(tmp_path):
     assert 0 < errors[0] < 0.98 * errors[1]
     bits = {path: w.bits for path, w in trees.flatten(after.params) if is_matrix(path)}
     assert bits == {path: 3 if in_layer(path) else 8 for path in bits}
-    assert after.about["lineage"][-1]["settings"] == {"bits": 3, "group": 32, "embeddings": 8}
+    assert after.about["lineage"][-1]["settings"] == {"bits": 3, "group": 32, "super_block": 0, "embeddings": 8}
 
 
 def test_the_step_of_ones_own_works():
