@@ -21,7 +21,7 @@ FORMATS = {
     "8 bits, activations too": {"bits": 8, "activations": "int8"},
     "4 bits in groups": {"bits": 4, "group": 16},
     "3 bits with zeros": {"bits": 3, "symmetric": False},
-    "4 bits with zeros in super-blocks": {"bits": 4, "group": 16, "symmetric": False, "super_block": 256},
+    "2 bits in super-blocks": {"bits": 2, "group": 16, "super_block": 256, "symmetric": False},
     "groups that no kernel takes": {"bits": 4, "group": 10},
 }
 

@@ -19,7 +19,7 @@ from efflm.ops.qarray import QArray
 FORMS = [form for form in build.FORMS if form in build.supported()]
 ALL = (8, 4, 3, 2), ("float", "int8", "int8_static"), (True, False), (0, 32, 64)
 FORMATS = [dict(zip(("bits", "activations", "symmetric", "group"), one)) for one in itertools.product(*ALL)]
-SCALES = "float16", "float32", "bfloat16", "float16", "float16"  # dtypes of the scales of the formats, in turn
+SCALES = "float16", "int8", "float32", "bfloat16", "int8"  # of the formats, in turn; int8: in super-blocks
 SIZES = st.integers(1, 150)
 # What a row of x is multiplied with, and what stands in the middle of it.
 ROWS = {
@@ -49,29 +49,35 @@ def drawn_rows(rng, kinds, K, dtype):
 
 
 def drawn_weight(rng, K, N, transposed, bits=8, group=0, symmetric=True, activations="float", dtype="float16"):
-    """A QArray of random codes, the least and the greatest above all, and scales of both signs; what it stands for:
-    float64 [K, N]."""
+    """A QArray of random codes, the least and the greatest above all, and scales of both signs, of dtype int8 in
+    super-blocks of two groups; what it stands for: float64 [K, N]."""
     low, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     group = 0 if group >= K else group
     numbers = rng.choice([low, most], (K, N)) if rng.random() < 0.3 else rng.integers(low, most + 1, (K, N))
     groups = -(-K // group) if group else 1
-    scale = (rng.uniform(0.01, 2, (groups, N)) * rng.choice([-1, 1], (groups, N))).astype(jnp.dtype(dtype))
+    super_block = 2 * group if dtype == "int8" else 0
+    stored = "float16" if dtype == "int8" else jnp.dtype(dtype)
+    signed = lambda rows: (rng.uniform(0.01, 2, (rows, N)) * rng.choice([-1, 1], (rows, N))).astype(stored)
+    whole = signed(-(-K // super_block)) if super_block else None
+    scale = rng.integers(-127, 128, (groups, N)).astype(np.int8) if super_block else signed(groups)
     zeros = np.zeros((groups, N), np.int8) if symmetric else rng.integers(low, most + 1, (groups, N)).astype(np.int8)
-    each = lambda part: np.repeat(part.astype(np.float64), group or K, axis=0)[:K]
+    each = lambda part, group=group: np.repeat(part.astype(np.float64), group or K, axis=0)[:K]
+    scales = each(scale) * (each(whole, super_block) if super_block else 1)
     turned = lambda part: jax.device_put(part.T if transposed else part)  # jnp.asarray would compile for each shape
-    axis = -1 if transposed else -2
     w = QArray(
         turned(pack(numbers.astype(np.int8), bits, axis=0)),
         turned(scale),
-        None if symmetric else turned(zeros),
+        None if symmetric else turned(pack(zeros, bits, axis=0) if super_block else zeros),
         jax.device_put(np.full((1, 1), 0.02, np.float32)) if activations == "int8_static" else None,
+        None if whole is None else turned(whole),
         bits=bits,
-        axis=axis,
+        axis=-1 if transposed else -2,
         group=group,
         size=K,
         activations=activations,
+        super_block=super_block,
     )
-    return w, (numbers - each(zeros)) * each(scale), (np.abs(numbers) + np.abs(each(zeros))) * np.abs(each(scale))
+    return w, (numbers - each(zeros)) * scales, (np.abs(numbers) + np.abs(each(zeros))) * np.abs(scales)
 
 
 def as_multiplied(x, w):

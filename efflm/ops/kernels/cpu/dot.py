@@ -15,7 +15,7 @@ import numpy as np
 
 from efflm.ops.kernels.cpu import build
 from efflm.ops.norm import Normed, normalize
-from efflm.ops.qarray import QArray, codes, in_full
+from efflm.ops.qarray import QArray, codes, zero_points
 
 PANEL = 32
 UNITS = {8: 8, 4: 8, 3: 16, 2: 16}  # of groups: how many inputs they are multiples of, and are filled up to
@@ -35,18 +35,20 @@ class Panels:
     """A quantized matrix in panels. Only for computing on this machine: made by ops.prepare, never saved.
 
     values: uint8 [panels, steps, 32, 4], for 3 bits [panels, steps, 32 + 16, 4]; scale: [panels, groups, 32], of the
-    QArray's dtype; zeros: int8 like scale, or None. The other fields are the QArray's; `outputs` is the size of the
-    axis that is not contracted.
+    QArray's dtype; zeros: int8 like scale, or None; super_scale: [panels, super-blocks, 32], or None. The other fields
+    are the QArray's; `outputs` is the size of the axis that is not contracted.
     """
 
     values: jax.Array
     scale: jax.Array
     zeros: jax.Array | None = None
     activation_scale: jax.Array | None = None
+    super_scale: jax.Array | None = None
     bits: int = flax.struct.field(pytree_node=False, default=8)
     axis: int = flax.struct.field(pytree_node=False, default=-2)
     group: int = flax.struct.field(pytree_node=False, default=0)
     size: int = flax.struct.field(pytree_node=False, default=0)
+    super_block: int = flax.struct.field(pytree_node=False, default=0)
     outputs: int = flax.struct.field(pytree_node=False, default=0)
     activations: str = flax.struct.field(pytree_node=False, default="float")
     dtype: str = flax.struct.field(pytree_node=False, default="float32")
@@ -83,10 +85,10 @@ def takes(w: QArray) -> bool:
 
 
 def panels(w: QArray, form: str) -> Panels:
-    """A quantized matrix laid out in panels, by numpy on the host; of super-blocks each scale in full."""
-    w = in_full(w)
-    by_output = (lambda x: np.asarray(x)) if w.axis == -1 else (lambda x: np.asarray(x).T)
-    numbers = by_output(codes(w.replace(values=np.asarray(w.values))))
+    """A quantized matrix laid out in panels, by numpy on the host."""
+    here = jax.tree.map(np.asarray, w)
+    by_output = lambda x: x if w.axis == -1 else x.T
+    numbers = by_output(codes(here))
     outputs, size = numbers.shape
     fill = lambda x, inputs: np.pad(x, ((0, -outputs % PANEL), (0, inputs)))
     biased = (fill(numbers, -size % UNITS[w.bits]).astype(np.int16) + 2 ** (w.bits - 1)).astype(np.uint8)
@@ -95,15 +97,22 @@ def panels(w: QArray, form: str) -> Panels:
     if w.bits == 3:
         first, second = (_merged(half, UPPER) for half in np.split(fours >> 2, 2, axis=2))
         words = np.concatenate([words, first | second << 2], axis=2)
-    of_groups = lambda x: jax.device_put(fill(by_output(x), 0).reshape(-1, PANEL, x.shape[w.axis]).swapaxes(1, 2))
+
+    def of_groups(x: np.ndarray | None) -> jax.Array | None:
+        if x is None:
+            return None
+        return jax.device_put(fill(by_output(x), 0).reshape(-1, PANEL, x.shape[w.axis]).swapaxes(1, 2))
+
     return Panels(
         jax.device_put(words),
-        of_groups(w.scale),
-        None if w.zeros is None else of_groups(w.zeros),
+        of_groups(here.scale),
+        of_groups(zero_points(here)),
         w.activation_scale,
+        of_groups(here.super_scale),
         bits=w.bits,
         axis=w.axis,
         group=w.group,
+        super_block=w.super_block,
         size=size,
         outputs=outputs,
         activations=w.activations,
@@ -131,8 +140,13 @@ def unpacked(w: Panels) -> jax.Array:
 def outputs(table: Panels, indices: jax.Array) -> jax.Array:
     """The weights [..., size] of some outputs, as floats of its dtype."""
     panel, output = indices // PANEL, indices % PANEL
-    of_groups = lambda part: part[panel, :, output].astype(jnp.float32)
-    spread = lambda part: jnp.repeat(of_groups(part), table.group or table.size, axis=-1)[..., : table.size]
+
+    def spread(part: jax.Array, entries: int) -> jax.Array:
+        return jnp.repeat(part[panel, :, output].astype(jnp.float32), entries, axis=-1)[..., : table.size]
+
+    scale = spread(table.scale, table.group or table.size)
+    if table.super_block:
+        scale = scale * spread(table.super_scale, table.super_block)
     fours = lambda words, places: jnp.stack([words >> place for place in places], axis=-2)
     biased = fours(table.values[panel, :, output], PLACES[table.bits]) & (3 if table.bits == 3 else 2**table.bits - 1)
     if table.bits == 3:
@@ -141,8 +155,8 @@ def outputs(table: Panels, indices: jax.Array) -> jax.Array:
         biased |= (fours(upper, UPPER) & 1) << 2
     numbers = biased.reshape(*indices.shape, -1)[..., : table.size].astype(jnp.float32) - 2 ** (table.bits - 1)
     if table.zeros is not None:
-        numbers = numbers - spread(table.zeros)
-    return (numbers * spread(table.scale)).astype(table.dtype)
+        numbers = numbers - spread(table.zeros, table.group or table.size)
+    return (numbers * scale).astype(table.dtype)
 
 
 def _fits(x: Any, w: Any, rows: int, transposed: bool = False) -> bool:
@@ -181,9 +195,11 @@ def _call(name: str, x: Any, weights: Sequence[Any], residual: Any, transposed: 
     arrays, described = [], []
     for w in weights:
         if isinstance(w, Panels):
-            scale = w.activation_scale if w.activations == "int8_static" else None
-            arrays += [w.values, w.scale, array(w.zeros, jnp.int8), array(scale), array(None, jnp.int8)]
-            described += [w.bits, 0, int(w.activations != "float"), w.group, 0]
+            scale, scale_codes = (w.super_scale, w.scale) if w.super_block else (w.scale, None)
+            static = w.activation_scale if w.activations == "int8_static" else None
+            arrays += [w.values, scale, array(w.zeros, jnp.int8), array(static), array(scale_codes, jnp.int8)]
+            groups = w.super_block // w.group if w.super_block else 1  # a power of two
+            described += [w.bits, 0, int(w.activations != "float"), w.group, groups.bit_length() - 1]
         else:
             arrays += [w.value, array(None), array(None, jnp.int8), array(None), array(None, jnp.int8)]
             described += [8 * w.value.dtype.itemsize, int(transposed), 0, 0, 0]
