@@ -3,6 +3,14 @@
 import numpy as np
 
 
+def layer(seed, K, N, tokens=400):
+    """Inputs that hang together, of very different sizes, and a weight."""
+    rng = np.random.default_rng(seed)
+    mix = rng.standard_normal((K, K)) / np.sqrt(K) + np.eye(K)
+    x = rng.standard_normal((tokens, K)) @ mix * rng.lognormal(0, 1, K)
+    return x.astype(np.float32), rng.standard_normal((K, N)).astype(np.float32)
+
+
 def damped(x, damping=0.01):
     gram = x.T @ x
     dead = np.diag(gram) == 0

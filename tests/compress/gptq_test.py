@@ -12,21 +12,13 @@ from efflm.compress.step import Context
 from efflm.config import InputError
 from efflm.ops import QArray, qarray
 from efflm.parallel import meshes
-from tests import surgeon, tiny
+from tests import reference_layers, surgeon, tiny
 
 
-def layer(seed, K, N, tokens=400):
-    """Inputs that hang together, of very different sizes, and a weight."""
-    rng = np.random.default_rng(seed)
-    mix = rng.standard_normal((K, K)) / np.sqrt(K) + np.eye(K)
-    x = rng.standard_normal((tokens, K)) @ mix * rng.lognormal(0, 1, K)
-    return x.astype(np.float32), rng.standard_normal((K, N)).astype(np.float32)
-
-
-def rounded(w, x, bits, group, symmetric, order, kept=None):
+def rounded(w, x, bits, group, symmetric, order, kept=None, grid=None):
     gram = jnp.asarray(x).T @ jnp.asarray(x)
     form = ops.Format(bits=bits, group=group, symmetric=symmetric)
-    grid = qarray.grid_of(jnp.asarray(w), -2, form)
+    grid = grid or qarray.grid_of(jnp.asarray(w), -2, form)
     kept = jnp.ones(w.shape, bool) if kept is None else jnp.asarray(kept)
     found = round_matrix(jnp.asarray(w), obs.inverse(gram, 0.01, "w", order), kept, grid, form)
     return np.asarray(found), grid
@@ -58,7 +50,7 @@ def by_reference(w, x, grid, bits, group, symmetric, order, kept=None):
     order=st.booleans(),
 )
 def test_it_rounds_as_the_equations_say(seed, K, bits, group, symmetric, order):
-    x, w = layer(seed, K, 6)
+    x, w = surgeon.layer(seed, K, 6)
     found, grid = rounded(w, x, bits, group, symmetric, order)
     wanted = by_reference(w, x, grid, bits, group, symmetric, order)
     # float32 now and then rounds a half to the other side, which moves what comes after it.
@@ -66,8 +58,19 @@ def test_it_rounds_as_the_equations_say(seed, K, bits, group, symmetric, order):
     np.testing.assert_allclose(surgeon.loss(w, found, x), surgeon.loss(w, wanted, x), rtol=0.05)
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("order", ["", "weight"])
+def test_codes_are_those_of_the_reference_program(bits, order):
+    x, w = surgeon.layer(reference_layers.SEED, reference_layers.K, reference_layers.N)
+    grid = (jnp.asarray(reference_layers.scales(w, bits)), None)
+    found = rounded(w, x, bits, reference_layers.GROUP, True, bool(order), grid=grid)[0]
+    wanted = np.load(reference_layers.FILE)[f"gptq{bits}{order}"] * np.repeat(grid[0], reference_layers.GROUP, axis=0)
+    assert np.mean(np.isclose(found, wanted, rtol=1e-3)) > 0.99
+    np.testing.assert_allclose(surgeon.loss(w, found, x), surgeon.loss(w, wanted, x), rtol=0.01)
+
+
 def test_it_loses_less_than_the_nearest_code_and_dropped_weights_stay_zero():
-    x, w = layer(1, 192, 24)
+    x, w = surgeon.layer(1, 192, 24)
     kept = np.random.default_rng(0).random(w.shape) < 0.5
     for bits, group in ((4, 0), (4, 32), (3, 32)):
         nearest = ops.dequantize(ops.quantize_array(jnp.asarray(w), -2, ops.Format(bits=bits, group=group)))
@@ -82,7 +85,7 @@ def test_it_loses_less_than_the_nearest_code_and_dropped_weights_stay_zero():
 
 
 def test_inputs_that_are_always_zero_are_rounded_to_the_nearest():
-    x, w = layer(2, 40, 8)
+    x, w = surgeon.layer(2, 40, 8)
     x[:, [0, 7, 39]] = 0
     found, grid = rounded(w, x, 4, 0, True, True)
     nearest = np.asarray(ops.dequantize(ops.quantize_array(jnp.asarray(w), -2, ops.Format(bits=4), grid)))
@@ -91,7 +94,7 @@ def test_inputs_that_are_always_zero_are_rounded_to_the_nearest():
 
 
 def test_a_singular_matrix_is_damped_more():
-    x, _w = layer(3, 64, 8)
+    x, _w = surgeon.layer(3, 64, 8)
     x[:] = x[:1] * np.linspace(1, 2, len(x))[:, None]  # rank 1
     gram = jnp.asarray(x).T @ jnp.asarray(x)
     upper = obs.inverse(gram, 1e-9, "w").upper

@@ -12,8 +12,7 @@ from efflm.compress.step import Context
 from efflm.compress.wanda import mask as wanda_mask
 from efflm.config import InputError
 from efflm.parallel import meshes
-from tests import surgeon, tiny
-from tests.compress.gptq_test import layer
+from tests import reference_layers, surgeon, tiny
 
 CONTEXT = Context(mesh=meshes.make_mesh(), calibration=tiny.batch(tiny.LLAMA.config(), rows=16))
 
@@ -65,7 +64,7 @@ def ahead(x, start, end):
     pattern=st.sampled_from([None, (2, 4), (1, 4), (4, 8)]),
 )
 def test_it_prunes_as_the_equations_say(seed, K, sparsity, pattern):
-    x, w = layer(seed, K, 5)
+    x, w = surgeon.layer(seed, K, 5)
     found, kept = pruned(w, x, sparsity, pattern)
     wanted, kept_there = by_reference(w, x, sparsity, pattern)
     assert np.mean(kept != kept_there) < 0.02  # near ties
@@ -78,8 +77,20 @@ def test_it_prunes_as_the_equations_say(seed, K, sparsity, pattern):
         assert (~kept).sum() == sum(counts)
 
 
+@pytest.mark.parametrize(("name", "pattern"), [("half", None), ("2:4", (2, 4))])
+def test_masks_and_weights_are_those_of_the_reference_programs(name, pattern):
+    x, w = surgeon.layer(reference_layers.SEED, reference_layers.K, reference_layers.N)
+    there = np.load(reference_layers.FILE)
+    found, kept = pruned(w, x, 0.5, pattern)
+    wanted = there[f"sparsegpt {name}"]
+    assert np.mean(kept == (wanted != 0)) > 0.99
+    np.testing.assert_allclose(surgeon.loss(w, found, x), surgeon.loss(w, wanted, x), rtol=0.01)
+    by_wanda = wanda_mask(jnp.asarray(w), jnp.square(jnp.asarray(x)).sum(0), 0.5, pattern)
+    assert np.mean(by_wanda == there[f"wanda {name}"]) > 0.99
+
+
 def test_it_loses_less_than_wanda_and_that_less_than_magnitude():
-    x, w = layer(1, 192, 24)
+    x, w = surgeon.layer(1, 192, 24)
     found, kept = pruned(w, x, 0.5)
     wanda = np.asarray(wanda_mask(jnp.asarray(w), jnp.square(jnp.asarray(x)).sum(0), 0.5))
     smaller = np.abs(w) < np.median(np.abs(w))
@@ -89,7 +100,7 @@ def test_it_loses_less_than_wanda_and_that_less_than_magnitude():
 
 
 def test_what_is_pruned_stays_so_and_dead_inputs_go_first():
-    x, w = layer(2, 64, 8)
+    x, w = surgeon.layer(2, 64, 8)
     x[:, [3, 40]] = 0
     before = np.random.default_rng(0).random(w.shape) < 0.9
     _, kept = pruned(w, x, 0.5, kept=before)
