@@ -49,6 +49,14 @@ MAGNITUDES = Statistic(lambda K: jnp.zeros(K), lambda total, x, _: total + jnp.s
 SQUARES = Statistic(lambda K: jnp.zeros(K), lambda total, x, _: total + jnp.sum(jnp.square(x), axis=0))
 # X^T X, float32 [K, K], and how many tokens there were.
 GRAM = Statistic(lambda K: jnp.zeros((K, K)), lambda gram, x, _: gram + jnp.matmul(x.T, x, precision="highest"))
+# X^T (X0 - X), float32 [K, K]: X0 is what the model as it was reads. Tokens that it gave another expert do not count.
+SHIFT = Statistic(
+    lambda K: jnp.zeros((K, K)),
+    lambda total, x, before, _: (
+        total + jnp.matmul(x.T, jnp.where(jnp.any(before != 0, 1, keepdims=True), before - x, 0.0), precision="highest")
+    ),
+    of="pairs",
+)
 TOKENS = Statistic(lambda K: jnp.float32(0), lambda count, x, counted: count + jnp.sum(counted))
 # The diagonal of the empirical Fisher information: the sum of squared gradients, float32 [K, N].
 FISHER = Statistic(lambda _, shape: jnp.zeros(shape), lambda total, w, g: total + jnp.square(g), of="gradients")
@@ -68,7 +76,7 @@ States = dict[str, dict[str, Any]]  # {path in the layer of a weight: {name of a
 class Layer:
     """A layer and what it reads. params: without `block_i`; masks: of them, {path: bool array}, where there are any.
 
-    rows: its inputs, chunk by chunk: x float32 [n, T, D], positions and segments int32 [n, T]. wanted: where the walk
+    index: its number; None: it is the output layer, with the final norm, and config is the model's. rows: its inputs, chunk by chunk: x float32 [n, T, D], positions and segments int32 [n, T]. wanted: where the walk
     has a reference, what the layer gives in the model as it was, chunk by chunk.
     """
 
@@ -77,11 +85,11 @@ class Layer:
     rows: list[tuple[jax.Array, jax.Array, jax.Array]]
     wanted: list[jax.Array]
     config: ModelConfig = flax.struct.field(pytree_node=False)
-    index: int = flax.struct.field(pytree_node=False)
+    index: int | None = flax.struct.field(pytree_node=False)
 
     def path(self, inside: str) -> str:
         """The path in the model of a weight of the layer."""
-        return f"block_{self.index}/{inside}"
+        return inside if self.index is None else f"block_{self.index}/{inside}"
 
     def __call__(self, params: Any, *row: jax.Array) -> jax.Array:
         """The output [n, T, D] with these weights."""
@@ -98,6 +106,7 @@ def walk(
     mesh: Mesh,
     title: str | None = "calibrating",
     sublayers: bool = False,
+    output: bool = False,
     reference: bool = False,
 ) -> tuple[LanguageModel, list[Any]]:
     """The model whose layers `fn` made of its layers, each fed by those already made, and what fn found, call by call.
@@ -106,7 +115,8 @@ def walk(
     and the statistics of its linear layers; of inputs those that read the same share a state. Of the layer it changes
     params and masks, and config where they have other shapes.
     sublayers: fn is called for each of SUBLAYERS in turn, with their statistics alone, of what they read where those
-    before them are made already. reference: the model as it was runs beside (Layer.wanted), as for pairs. title: of the
+    before them are made already. output: at last it is called for the matrix that gives the logits, which may be the
+    table of embeddings [V, D], too. reference: the model as it was runs beside (Layer.wanted), as for pairs. title: of the
     bar; None: no bar. In memory are one layer's inputs, and with a reference its outputs there. Raises InputError.
     """
     require(rows is not None, f"{title or 'calibrating'} needs calibration text: give a corpus")
@@ -138,11 +148,17 @@ def walk(
         params[name], (blocks[index],) = layer.params, layer.config.blocks
         packed |= {f"{name}/{p}": (mask.shape[-1], jnp.packbits(mask, axis=-1)) for p, mask in layer.masks.items()}
         same = same and layer is before
-        if index + 1 < count:
+        if index + 1 < count or output:
             for i, row in enumerate(chunks):  # in place: of two lists only one fits beside a large model
                 x = wanted[i] if same else jax.block_until_ready(layer(layer.params, *row))
                 chunks[i] = (x, *row[1:])
         malloc.trim()
+    if output:
+        own = {name: params[name] for name in ("final_norm", "embedding" if model.config.tied else "unembedding")}
+        layer = Layer(own, {}, chunks, wanted, model.config, None)
+        layer, one = fn(layer, _gathered(layer, statistics, tuple(own)[1:], own, wanted if "pairs" in kinds else []))
+        params |= layer.params
+        found.append(one)
     del chunks, wanted, layer, before
     masks |= {p: jnp.unpackbits(mask, axis=-1, count=size).astype(bool) for p, (size, mask) in packed.items()}
     config = dataclasses.replace(model.config, blocks=tuple(blocks))
@@ -150,22 +166,22 @@ def walk(
 
 
 def _sublayers(config: ModelConfig) -> tuple[tuple[str, ...], ...]:
-    """SUBLAYERS, and in place of the feed-forward part's those of all experts beside each other."""
+    """The kernels of SUBLAYERS, in place of the feed-forward part's those of all experts beside each other."""
     (block,) = config.blocks
     own = lambda name: [name.replace("feedforward/", f"feedforward/expert_{e}/") for e in range(block.experts)]
     named = lambda name: own(name) if block.experts and name.startswith("feedforward/") else [name]
-    return tuple(tuple(each for name in names for each in named(name)) for names in SUBLAYERS)
+    return tuple(tuple(f"{each}/kernel" for name in names for each in named(name)) for names in SUBLAYERS)
 
 
 def _gathered(
-    layer: Layer, statistics: Mapping[str, Statistic], names: Sequence[str], original: Any, read_there: list[jax.Array]
+    layer: Layer, statistics: Mapping[str, Statistic], paths: tuple[str, ...], original: Any, read_there: list[jax.Array]
 ) -> States:
-    """{path: {name: state}} of these linear layers over all rows of a layer. read_there: with pairs, what the layer
+    """{path: {name: state}} of these matrices over all rows of a layer. read_there: with pairs, what the layer
     reads in the model as it was, where its weights are `original`."""
     if not statistics:
         return {}
     made = tuple((name, one) for name, one in statistics.items() if one.of != "gradients")
-    states, paths, found = None, tuple(f"{name}/kernel" for name in names), {}
+    states, found = None, {}
     for i, row in enumerate(layer.rows):
         there = (original, read_there[i]) if read_there else None
         # One program at a time: several at once, each of which waits for all devices, can wait for each other.
@@ -275,12 +291,13 @@ def _update(
     same: dict[int, list[str]] = {}
     seen: dict[tuple[str, str], tuple[jax.Array, ...]] = {}
     with sharding.mesh_of(x):
-        read = layerwise.reads(config, params, x, positions, segments)
-        read_there = layerwise.reads(config, *there, positions, segments) if there else read
+        read = _reads(config, params, x, positions, segments)
+        read_there = _reads(config, *there, positions, segments) if there else read
         for path in paths:
             if path in read:
                 same.setdefault(id(read[path]), []).append(path)
-                seen["outputs", path] = (flat(ops.dot(read[path], weights[path])),)
+                if any(one.of == "outputs" for _, one in made):
+                    seen["outputs", path] = (flat(ops.dot(read[path], weights[path])),)
     for each in same.values():
         seen["inputs", " ".join(each)] = (flat(read[each[0]]),)
         seen["pairs", " ".join(each)] = (flat(read[each[0]]), flat(read_there[each[0]]))
@@ -291,3 +308,10 @@ def _update(
                 state = states[name, together] if states else one.init(arrays[0].shape[1])
                 after[name, together] = one.update(state, *arrays, counted)
     return after
+
+
+def _reads(config: ModelConfig, params: Any, x: jax.Array, *row: jax.Array) -> dict[str, jax.Array]:
+    """{path of a matrix of a Layer: what it reads}."""
+    if "final_norm" in params:
+        return dict.fromkeys(params.keys() - {"final_norm"}, layerwise.final_states(config, params, x))
+    return layerwise.reads(config, params, x, *row)

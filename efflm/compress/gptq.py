@@ -15,6 +15,7 @@ from efflm.compress.plan import Rounder, nearest, plan_of, require_formats
 from efflm.compress.step import Context, record
 from efflm.config import flag, require
 from efflm.model import LanguageModel
+from efflm.model.params import find
 from efflm.ops import qarray
 
 
@@ -61,7 +62,7 @@ class GPTQ(Rounder):
     clip: bool = flag(True, "choose the range of each scale by the least squared error")
     order: bool = flag(True, "round the inputs with the largest activations first")
     damping: float = flag(0.01, "added to the diagonal of X^T X, as a share of its mean")
-    sublayers: bool = flag(False, "round for what matrices read once those before them in the layer are rounded")
+    correction: float = flag(0.5, "share of what earlier matrices lost that each makes up for; 0: none, and fewer passes")
 
     calibrates = True
 
@@ -69,25 +70,31 @@ class GPTQ(Rounder):
         super().__post_init__()
         require_formats(self, plan_of(self), activations=("float", "int8"))
         require(self.damping > 0, f"damping is {self.damping}, but must be positive: 0.01")
+        require(0 <= self.correction <= 1, f"correction is {self.correction}, but must be between 0 and 1: 0.5")
 
     def __call__(self, model: LanguageModel, context: Context):
         plan = plan_of(self)
+        statistics = {"gram": calibrate.GRAM} | ({"shift": calibrate.SHIFT} if self.correction else {})
 
         def one(layer: Layer, read: calibrate.States) -> tuple[Layer, None]:
             inverse = obs.inverses(layer, read, self.damping, sort=self.order)
 
             def matrix(path: str, leaf: Any) -> Any:
-                format = plan.of(layer.path(path))
+                format, axis = plan.of(layer.path(path)), find(layer.path(path))[0].contracted
                 if path not in read or format is None:
                     return leaf
-                w = ops.in_float32(leaf)
+                w, importance = ops.in_float32(leaf), jnp.diag(read[path]["gram"])
+                if axis != -2:  # rows of a table are read one at a time too: none makes up for another's errors
+                    return ops.quantize_array(w, axis, format, importance=importance)
                 kept = layer.masks.get(path, np.ones(w.shape, bool))
-                grid = qarray.grid_of(w, -2, format)
+                if self.correction:
+                    w = obs.corrected(w, inverse(path), read[path]["shift"], self.correction)
+                grid = qarray.grid_of(jnp.where(kept, w, 0.0), -2, format, importance)
                 return ops.quantize_array(round_matrix(w, inverse(path), kept, grid, format), -2, format, grid=grid)
 
             return layer.replace(params=trees.map_with_path(matrix, layer.params)), None
 
-        given = {"mesh": context.mesh, "title": "GPTQ", "sublayers": self.sublayers}
-        after, _ = calibrate.walk(model, context.calibration, one, {"gram": calibrate.GRAM}, **given)
+        given = {"mesh": context.mesh, "title": "GPTQ", "sublayers": True, "output": True}
+        after, _ = calibrate.walk(model, context.calibration, one, statistics, **given)
         after = after.replace(params=nearest(after.params, plan, inside=False))
         return after, record(self, model, after, context)

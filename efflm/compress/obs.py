@@ -80,6 +80,19 @@ def inverses(layer: Layer, read: States, damping: float, sort: bool = False) -> 
     return of
 
 
+@jax.jit
+def corrected(w: jax.Array, inverse: Inverse, shift: jax.Array, strength: float) -> jax.Array:
+    """w float32 [K, N] + strength * H^-1 shift w. shift: X^T (X0 - X), where X0 is read in the model as it was.
+
+    With strength 1 and no damping these weights give of X what is nearest to X0 w by least squares (QEP: Arai 2025,
+    arXiv 2504.09629): rounding them makes up for what was lost before.
+    """
+    toward = jnp.matmul(shift, w, precision="highest")[inverse.order]
+    for factor in (inverse.upper, inverse.upper.T):
+        toward = jnp.matmul(factor, toward, precision="highest")
+    return w + strength * jnp.zeros_like(w).at[inverse.order].set(toward)
+
+
 # parts of m inputs, their weights [m, N], the diagonal of U [m] -> which are kept, bool [m, N].
 Choose = Callable[[Any, jax.Array, jax.Array], jax.Array]
 # parts of an input, its weights [N], which are kept [N] -> the weights that it gets, [N].

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from efflm import trees
-from efflm.compress.calibrate import FISHER, GRAM, LARGEST, MAGNITUDES, SQUARES, TOKENS, Statistic, walk
+from efflm.compress.calibrate import FISHER, GRAM, LARGEST, MAGNITUDES, SHIFT, SQUARES, TOKENS, Statistic, walk
 from efflm.config import InputError
 from efflm.model import Transformer, layerwise, placement
 from efflm.parallel import meshes
@@ -188,14 +188,42 @@ def test_two_streams_are_both_models():
 def test_statistics_of_pairs_are_of_what_both_models_read(monkeypatch):
     model = tiny.model()
     batch = tiny.batch(model.config)
-    both = Statistic(lambda K: np.zeros((K, K)), lambda total, x, other, _: total + x.T @ other, of="pairs")
     halve = lambda layer, read: (halved(layer, read), read)
-    after, found = walk(model, batch, halve, {"both": both}, mesh=MESH, sublayers=True)
+    after, found = walk(model, batch, halve, {"shift": SHIFT}, mesh=MESH, sublayers=True)
     x, other = reads(after, batch, monkeypatch), reads(model, batch, monkeypatch)
     for index, read in enumerate(found):
         for path, each in read.items():
             path = f"block_{index // 4}/{path}"
-            np.testing.assert_allclose(each["both"], x[path].T @ other[path], rtol=1e-3, atol=1e-3, err_msg=path)
+            shift = x[path].T @ (other[path] - x[path])
+            np.testing.assert_allclose(each["shift"], shift, rtol=1e-3, atol=1e-3, err_msg=path)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_output_layer_reads_final_states(name):
+    model = tiny.model(tiny.CONFIGS[name])
+    batch, calls = tiny.batch(model.config, rows=11), []
+
+    def halve(layer, read):
+        calls.append((layer.index, read))
+        return halved(layer, read), None
+
+    after, _ = walk(model, batch, halve, {"gram": GRAM, "shift": SHIFT}, mesh=MESH, output=True)
+    *_, (index, read) = calls
+    (path,) = read
+    assert (index, path) == (None, "embedding" if model.config.tied else "unembedding")
+    np.testing.assert_array_equal(after.params[path], 0.5 * model.params[path])
+    whole = after.replace(params={**after.params, path: model.params[path]})  # tokens were looked up in the table as it was
+    x, other = (final_states(each, batch) for each in (whole, model))
+    np.testing.assert_allclose(read[path]["gram"], x.T @ x, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(read[path]["shift"], x.T @ (other - x), rtol=1e-3, atol=1e-3)
+
+
+def final_states(model, batch):
+    """[n, D] of the tokens that count."""
+    inputs = {"segments": batch["segments"], "positions": batch["positions"]}
+    variables, counted = {"params": model.params}, batch["segments"].reshape(-1) > 0
+    x, _ = Transformer(model.config).apply(variables, batch["inputs"], **inputs, method="final_states")
+    return np.asarray(x, np.float64).reshape(-1, x.shape[-1])[counted]
 
 
 @pytest.mark.parametrize("name", MODELS)

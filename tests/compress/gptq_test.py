@@ -114,24 +114,37 @@ def test_a_model_in_four_bits():
             assert isinstance(leaf, QArray), path
             assert leaf.bits == (8 if path == "embedding" else 4), path
     assert records[0].corpus == "some text"
-    turns, _ = recipe.apply(model, (GPTQ(bits=4, group=16, sublayers=True),), CONTEXT)
+    plain, _ = recipe.apply(model, (GPTQ(bits=4, group=16, correction=0.0),), CONTEXT)
     nearest, _ = recipe.apply(model, (Quantize(bits=4, group=16),), CONTEXT)
     batch = CONTEXT.calibration
     inputs = {"segments": batch["segments"], "positions": batch["positions"]}
-    full, *low = (tiny.logits(each, batch["inputs"], **inputs) for each in (model, after, turns, nearest))
+    full, *low = (tiny.logits(each, batch["inputs"], **inputs) for each in (model, after, plain, nearest))
     errors = [np.square(np.asarray(each - full))[batch["segments"] > 0].mean() for each in low]
-    assert 0 < max(errors[:2]) < errors[2]
-    kernels = [dict(trees.flatten(each.params, inside=True)) for each in (after, turns)]
+    assert 0 < errors[0] < errors[1] < errors[2]
+    kernels = [dict(trees.flatten(each.params, inside=True)) for each in (after, plain)]
     differs = {path for path in kernels[0] if np.any(kernels[0][path] != kernels[1][path])}
     first = {path for path in differs if path.startswith("block_0/")}
-    # In the first layer these read what is not rounded yet.
+    # In the first layer these read what the model as it was reads.
     assert not [path for path in first if path.split("/")[2] in ("query", "key", "value")]
     assert "block_0/attention/output/kernel/values" in first
+
+
+def test_corrected_weights_give_of_what_is_read_what_the_model_gave():
+    x, w = surgeon.layer(4, 40, 8)
+    before = x + np.random.default_rng(0).standard_normal(x.shape) * x.std(0)
+    shift, made = jnp.asarray(x.T @ (before - x)), obs.inverse(jnp.asarray(x.T @ x), 1e-7, "w", sort=True)
+    wanted, *_ = np.linalg.lstsq(x.astype(np.float64), before @ w)
+    for strength in (0.5, 1.0):
+        found = obs.corrected(jnp.asarray(w), made, shift, strength)
+        left = surgeon.loss(w + strength * (wanted - w), found, x)
+        assert left < 1e-5 * surgeon.loss(w, wanted, x)
 
 
 def test_settings_that_cannot_be():
     with pytest.raises(InputError, match="damping is 0"):
         GPTQ(damping=0.0)
+    with pytest.raises(InputError, match="correction is 2"):
+        GPTQ(correction=2.0)
     with pytest.raises(InputError, match="bits is 5"):
         GPTQ(bits=5)
     with pytest.raises(InputError, match="needs calibration text"):
