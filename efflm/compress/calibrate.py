@@ -76,8 +76,9 @@ States = dict[str, dict[str, Any]]  # {path in the layer of a weight: {name of a
 class Layer:
     """A layer and what it reads. params: without `block_i`; masks: of them, {path: bool array}, where there are any.
 
-    index: its number; None: it is the output layer, with the final norm, and config is the model's. rows: its inputs, chunk by chunk: x float32 [n, T, D], positions and segments int32 [n, T]. wanted: where the walk
-    has a reference, what the layer gives in the model as it was, chunk by chunk.
+    index: its number; None: it is the output layer, with the final norm, and config is the model's. rows: its inputs,
+    chunk by chunk: x float32 [n, T, D], positions and segments int32 [n, T]. wanted: where the walk has a reference,
+    what the layer gives in the model as it was, chunk by chunk; of the output layer, what it reads there.
     """
 
     params: Any
@@ -115,9 +116,9 @@ def walk(
     and the statistics of its linear layers; of inputs those that read the same share a state. Of the layer it changes
     params and masks, and config where they have other shapes.
     sublayers: fn is called for each of SUBLAYERS in turn, with their statistics alone, of what they read where those
-    before them are made already. output: at last it is called for the matrix that gives the logits, which may be the
-    table of embeddings [V, D], too. reference: the model as it was runs beside (Layer.wanted), as for pairs. title: of the
-    bar; None: no bar. In memory are one layer's inputs, and with a reference its outputs there. Raises InputError.
+    before them are made already. output: at last it is called for the matrix of the logits, or the table [V, D] that
+    gives them. reference: the model as it was runs beside (Layer.wanted), as for pairs. title: of the bar; None: no
+    bar. In memory are one layer's inputs, and with a reference its outputs there. Raises InputError.
     """
     require(rows is not None, f"{title or 'calibrating'} needs calibration text: give a corpus")
     if mesh.size > 1:
@@ -174,7 +175,11 @@ def _sublayers(config: ModelConfig) -> tuple[tuple[str, ...], ...]:
 
 
 def _gathered(
-    layer: Layer, statistics: Mapping[str, Statistic], paths: tuple[str, ...], original: Any, read_there: list[jax.Array]
+    layer: Layer,
+    statistics: Mapping[str, Statistic],
+    paths: tuple[str, ...],
+    original: Any,
+    read_there: list[jax.Array],
 ) -> States:
     """{path: {name: state}} of these matrices over all rows of a layer. read_there: with pairs, what the layer
     reads in the model as it was, where its weights are `original`."""

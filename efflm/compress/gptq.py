@@ -1,4 +1,8 @@
-"""GPTQ (Frantar 2022, arXiv 2210.17323): rounding whose errors the inputs that are not yet rounded compensate for."""
+"""GPTQ (Frantar 2022, arXiv 2210.17323): rounding whose errors the inputs that are not yet rounded compensate for.
+
+Each matrix is rounded for what it reads once those before it are rounded, and first corrected toward what it gave in
+the model as it was (QEP: Arai 2025, arXiv 2504.09629).
+"""
 
 import dataclasses
 import functools
@@ -15,7 +19,6 @@ from efflm.compress.plan import Rounder, nearest, plan_of, require_formats
 from efflm.compress.step import Context, record
 from efflm.config import flag, require
 from efflm.model import LanguageModel
-from efflm.model.params import find
 from efflm.ops import qarray
 
 
@@ -25,15 +28,16 @@ def round_matrix(
 ) -> jax.Array:
     """w float32 [K, N] rounded to the codes of a grid (ops.qarray.grid_of), as floats.
 
-    inverse: of what it reads (obs.inverse). kept: False for weights that stay zero. The scales were made before, from
-    groups of neighbours, so the order in which inputs are rounded need not be known afterwards.
+    inverse: of what it reads (obs.inverse). kept: False for weights that become zero, for which others compensate too.
+    The scales were made before, from groups of neighbours, so the order in which inputs are rounded need not be known
+    afterwards.
     """
     (scale, zeros), K = grid, w.shape[0]
     by_entry = functools.partial(qarray.by_entry, axis=0, group=format.group_in(K), size=K)
     each = lambda part: jnp.broadcast_to(by_entry(part.astype(jnp.float32)), w.shape)
     offset = jnp.zeros(w.shape) if zeros is None else each(zeros)
     after = _Round(format.low, format.high)
-    return obs.compensated(jnp.where(kept, w, 0.0), inverse, (kept, each(scale), offset), _kept, after)[0]
+    return obs.compensated(w, inverse, (kept, each(scale), offset), _kept, after)[0]
 
 
 def _kept(parts: Any, w: jax.Array, diagonal: jax.Array) -> jax.Array:
@@ -56,13 +60,17 @@ class _Round:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPTQ(Rounder):
-    """Matrices inside the layers, rounded one input after another; embeddings to the nearest."""
+    """Matrices inside the layers and of the output, rounded one input after another; embeddings to the nearest."""
 
     symmetric: bool = flag(True, "codes around zero; false: a zero point for each scale")
-    clip: bool = flag(True, "choose the range of each scale by the least squared error")
+    clip: bool = flag(
+        True, "choose the range of each scale by the least squared error of what the matrix gives, inputs apart"
+    )
     order: bool = flag(True, "round the inputs with the largest activations first")
     damping: float = flag(0.01, "added to the diagonal of X^T X, as a share of its mean")
-    correction: float = flag(0.5, "share of what earlier matrices lost that each makes up for; 0: none, and fewer passes")
+    correction: float = flag(
+        0.5, "share of what earlier matrices lost that each makes up for; 0: none, and fewer passes"
+    )
 
     calibrates = True
 
@@ -80,16 +88,17 @@ class GPTQ(Rounder):
             inverse = obs.inverses(layer, read, self.damping, sort=self.order)
 
             def matrix(path: str, leaf: Any) -> Any:
-                format, axis = plan.of(layer.path(path)), find(layer.path(path))[0].contracted
-                if path not in read or format is None:
+                format = plan.of(layer.path(path))
+                if path not in read or format is None or (layer.index is None and isinstance(leaf, ops.QArray)):
                     return leaf
                 w, importance = ops.in_float32(leaf), jnp.diag(read[path]["gram"])
-                if axis != -2:  # rows of a table are read one at a time too: none makes up for another's errors
-                    return ops.quantize_array(w, axis, format, importance=importance)
+                importance = jnp.where(jnp.any(importance > 0), importance, 1.0)  # an expert that no text reaches
+                if path == "embedding":  # tokens are looked up in it too, so none makes up for what others lose
+                    return ops.quantize_array(w, -1, format, importance=importance)
                 kept = layer.masks.get(path, np.ones(w.shape, bool))
                 if self.correction:
                     w = obs.corrected(w, inverse(path), read[path]["shift"], self.correction)
-                grid = qarray.grid_of(jnp.where(kept, w, 0.0), -2, format, importance)
+                grid = qarray.grid_of(w, -2, format, importance)
                 return ops.quantize_array(round_matrix(w, inverse(path), kept, grid, format), -2, format, grid=grid)
 
             return layer.replace(params=trees.map_with_path(matrix, layer.params)), None

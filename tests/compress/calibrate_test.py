@@ -212,7 +212,9 @@ def test_the_output_layer_reads_final_states(name):
     (path,) = read
     assert (index, path) == (None, "embedding" if model.config.tied else "unembedding")
     np.testing.assert_array_equal(after.params[path], 0.5 * model.params[path])
-    whole = after.replace(params={**after.params, path: model.params[path]})  # tokens were looked up in the table as it was
+    whole = after.replace(
+        params={**after.params, path: model.params[path]}
+    )  # tokens were looked up in the table as it was
     x, other = (final_states(each, batch) for each in (whole, model))
     np.testing.assert_allclose(read[path]["gram"], x.T @ x, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(read[path]["shift"], x.T @ (other - x), rtol=1e-3, atol=1e-3)

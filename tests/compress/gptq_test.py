@@ -20,7 +20,7 @@ def rounded(w, x, bits, group, symmetric, order, kept=None, grid=None):
     form = ops.Format(bits=bits, group=group, symmetric=symmetric)
     grid = grid or qarray.grid_of(jnp.asarray(w), -2, form)
     kept = jnp.ones(w.shape, bool) if kept is None else jnp.asarray(kept)
-    found = round_matrix(jnp.asarray(w), obs.inverse(gram, 0.01, "w", order), kept, grid, form)
+    found = round_matrix(jnp.asarray(w) * kept, obs.inverse(gram, 0.01, "w", order), kept, grid, form)
     return np.asarray(found), grid
 
 
