@@ -64,7 +64,7 @@ RECIPES: dict[str, str] = {
     "tuned4": "tuned@4",
     "tuned4_best": "tuned@4[steps=1000,batch=8]",
     "tuned3": "tuned@3",
-    "tuned2": "tuned@2[weights=true,steps=192]",
+    "tuned2": "tuned@2[steps=192]",
     "qat4": "qat@4",
     "magnitude50": "magnitude@0.5",
     "magnitude50_global": "magnitude@0.5[scope=global]",
