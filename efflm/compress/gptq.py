@@ -67,6 +67,7 @@ class GPTQ(Rounder):
         True, "choose the range of each scale by the least squared error of what the matrix gives, inputs apart"
     )
     order: bool = flag(True, "round the inputs with the largest activations first")
+    entropy: float = flag(0.0, "not 0: bits of entropy of a code, for entropy-coded files; with group 0")
     damping: float = flag(0.01, "added to the diagonal of X^T X, as a share of its mean")
     correction: float = flag(
         0.5, "share of what earlier matrices lost that each makes up for; 0: none, and fewer passes"

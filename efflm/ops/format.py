@@ -23,7 +23,9 @@ class Format:
     whose groups have their scales as codes of 8 bits times one scale of that dtype, and zero points in as many bits as
     codes (the idea of llama.cpp's K-quants); 0: each scale is stored in full. It has no effect where an axis has no
     groups. activations: "float" multiplies in floating point (weight-only); "int8" rounds the other operand too, one
-    scale per token, computed in the matmul; "int8_static" with one scale for all, known before. Raises InputError.
+    scale per token, computed in the matmul; "int8_static" with one scale for all, known before. entropy: not 0: scales
+    with which codes of normal weights have so many bits of entropy, whatever their range, for files that are
+    entropy-coded (ops.grid.grid_of). Raises InputError.
     """
 
     bits: Bits = 8
@@ -34,6 +36,7 @@ class Format:
     scale_dtype: ScaleDtype = ""
     super_block: SuperBlock = 0
     activations: Activations = "float"
+    entropy: float = 0.0
 
     def __post_init__(self):
         require_choices(self)
@@ -43,6 +46,11 @@ class Format:
         require(
             not self.super_block or (0 < self.group < self.super_block and self.super_block % self.group == 0),
             f"super_block is {self.super_block}, of groups of {self.group}: give a group that divides it, such as 32",
+        )
+        require(0 <= self.entropy <= self.bits, f"entropy is {self.entropy}, but must be from 0 to bits, {self.bits}")
+        require(
+            not self.entropy or (self.symmetric and not self.group and self.scales == "output"),
+            f"entropy is {self.entropy}, which is for symmetric codes and a scale for each output: set group to 0",
         )
 
     def __str__(self) -> str:

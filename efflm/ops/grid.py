@@ -1,6 +1,7 @@
 """The grid of a number format: which scales and zero points the groups of a float matrix get, as they are stored."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -107,7 +108,15 @@ def grid_of(w: jax.Array, axis: int, format: Format, importance: jax.Array | Non
     than none and than no search. Tried are parts of the range, both signs of a symmetric grid and shifted zero points,
     each with the scale that is best for the codes it gives (least squares). The whole range stays where none has a
     smaller error; with super-blocks in all of their groups or in none.
+
+    With an entropy of H bits the scale is that of a uniform grid on which a normal variable of the output's root mean
+    square has that entropy, sqrt(2 pi e) / 2^H of it (from 2 bits on to 4%): of one entropy, and so in one size of an
+    entropy-coded file, a uniform grid has less error than ranges of groups (Gish and Pierce 1968).
     """
+    if format.entropy:
+        deviation = jnp.sqrt(jnp.mean(jnp.square(w.astype(jnp.float32)), axis=axis, keepdims=True))
+        step = deviation * math.sqrt(2 * math.pi * math.e) / 2**format.entropy
+        return as_stored(jnp.where(step == 0, 1.0, step), axis, format), None
     group, steps = format.group_in(w.shape[axis]), 2**format.bits - 1
     split = grouped(w.astype(jnp.float32), axis, group)  # the entries of a group now lie along `axis`
     bottom, top = jnp.minimum(jnp.min(split, axis), 0.0), jnp.maximum(jnp.max(split, axis), 0.0)

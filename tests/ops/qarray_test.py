@@ -278,3 +278,22 @@ def test_a_weight_says_its_format():
     q = quantize_array(jnp.ones((8, 3)), -2, form)
     assert q.format == dataclasses.replace(form, scale_dtype="float16")
     assert quantize_array(jnp.ones((4, 3)), -2, form).format.group == 0
+
+
+@pytest.mark.parametrize(("bits", "entropy", "ranged"), [(8, 4.0, 4), (4, 3.0, 3), (4, 2.0, 2)])
+def test_scales_for_an_entropy_meet_it_and_beat_ranges_in_an_entropy_coded_file(bits, entropy, ranged):
+    """Of normal weights whose outputs differ in size."""
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((512, 256)) * np.linspace(0.1, 3, 256), jnp.float32)
+    made = [
+        quantize_array(w, -2, each)
+        for each in (Format(bits=bits, entropy=entropy), Format(bits=ranged, group=32, clip=True))
+    ]
+    shares = np.unique(qarray.codes(made[0]), return_counts=True)[1] / w.size
+    assert -np.sum(shares * np.log2(shares)) == pytest.approx(entropy, rel=0.035)
+    own, other = (ops.stored_nbytes({"w": each}, coded=True) for each in made)
+    assert own < other
+    own, other = (np.mean(np.square(ops.dequantize(each) - w)) for each in made)
+    assert own < 0.85 * other
+    assert made[0].scale.dtype == np.float16
+    zero = quantize_array(jnp.zeros((4, 2)), -2, Format(entropy=3.0))
+    np.testing.assert_array_equal(ops.dequantize(zero), 0)
