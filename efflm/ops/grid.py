@@ -11,7 +11,7 @@ from jax import lax
 
 from efflm.ops.format import Format
 
-RATIOS = np.linspace(0.4, 1.15, 16, dtype=np.float32)  # of the range of a group, tried as its range
+RATIOS = np.linspace(0.55, 1.15, 10, dtype=np.float32)  # of the range of a group, tried as its range
 SHIFTS = (-1.0, 0.0, 1.0)  # of its zero point, tried with each
 EXACT = 1 - 1e-6  # times a number that a division made, and that may be a whole one
 LEAST_FLOAT16, MOST_FLOAT16 = 2.0**-17, 65504.0  # between them a float16 has at least the 8 bits of a bfloat16
