@@ -20,6 +20,7 @@ from efflm.model import LanguageModel, layerwise
 from efflm.ops import Format, qarray
 from efflm.parallel import sharding
 
+ROWS = 16  # on so many rows of the text candidates are compared by running a part of the layer
 STATISTICS = {"magnitudes": calibrate.MAGNITUDES, "tokens": calibrate.TOKENS, "gram": calibrate.GRAM}
 
 
@@ -82,16 +83,16 @@ def best_scales(layer: Layer, place: fold.Place, formats: dict[str, Format], rea
     """
     weights, squares = dict(trees.flatten(layer.params)), jnp.diag(read["gram"])
     matrices = {path: ops.in_float32(weights[path]) for path in formats}
-    linear = place.last in formats
-    wanted = [] if linear else [part_output(layer.config, place.last, layer.params, *row) for row in layer.rows]
+    linear, rows = place.last in formats, layer.rows[: -(-ROWS // len(layer.rows[0][0]))]
+    wanted = [] if linear else [part_output(layer.config, place.last, layer.params, *row) for row in rows]
 
     def error(s: jax.Array) -> float:
         found = {path: scaled_and_rounded(w, s, squares, formats[path]) for path, w in matrices.items()}
         if linear:
             return float(gram_error(found[place.last] - matrices[place.last], read["gram"]))
         changed = trees.unflatten(weights | found)
-        rows = zip(wanted, layer.rows, strict=True)
-        return sum(float(part_error(layer.config, place.last, changed, y, *row)) for y, row in rows)
+        each = (part_error(layer.config, place.last, changed, y, *row) for y, row in zip(wanted, rows, strict=True))
+        return sum(map(float, each))
 
     w_mean = weight_means([(w, formats[path]) for path, w in matrices.items()])
     each = candidates(read["magnitudes"] / read["tokens"], w_mean, grid)
@@ -116,9 +117,9 @@ def scaled(layer: Layer, read: calibrate.States, plan: Plan, grid: int) -> tuple
 class AWQ(Rounder):
     """Scale inputs so that rounding costs the attention and the feed-forward part least, and round to the nearest.
 
-    A candidate for what the norms give takes a pass over all rows through the attention part, or through the layer:
-    1.5 x grid forward passes, 30 with the default. Those for the output and down matrices are chosen by X^T X. Two more
-    gather what is read and make the inputs of the next layer.
+    A candidate for what the norms give takes a pass of ROWS rows through the attention part, or through the layer:
+    1.5 x grid x ROWS / rows forward passes, 4 with 128 rows. Those for the output and down matrices are compared by
+    X^T X. Two more passes gather what is read and make the inputs of the next layer.
     """
 
     symmetric: bool = flag(True, "codes around zero; false: a zero point for each scale")
