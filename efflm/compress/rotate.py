@@ -8,6 +8,7 @@ out: whatever is here costs no time.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -23,20 +24,52 @@ from efflm.model.params import find
 from efflm.ops.qarray import QArray
 
 
+def conference(q: int, below: int) -> np.ndarray:
+    """The matrix of an odd prime q, float64 [q + 1, q + 1]: zeros on its diagonal, `below` in the first column, 1 in the
+    first row, and inside whether the difference of row and column is a square modulo q (1) or not (-1)."""
+    squares = {i * i % q for i in range(1, q)}
+    kinds = np.array([0] + [1 if i in squares else -1 for i in range(1, q)], np.float64)
+    inside = kinds[np.subtract.outer(np.arange(q), np.arange(q)) % q]
+    return np.block([[np.zeros((1, 1)), np.ones((1, q))], [np.full((q, 1), float(below)), inside]])
+
+
+def paley(order: int) -> np.ndarray | None:
+    """A Hadamard matrix of +-1, float64 [order, order], where the order is q + 1 for a prime q = 3 mod 4, or 2 (q + 1)
+    for a prime q = 1 mod 4 (Paley 1933); else None."""
+    if order % 4 == 0 and _is_prime(order - 1):
+        return conference(order - 1, -1) + np.eye(order)
+    if order % 8 == 4 and _is_prime(order // 2 - 1):
+        apart, own = np.array([[1, 1], [1, -1]]), np.array([[1, -1], [-1, -1]])
+        return np.kron(conference(order // 2 - 1, 1), apart) + np.kron(np.eye(order // 2), own)
+    return None
+
+
+def _is_prime(q: int) -> bool:
+    return q > 1 and all(q % i for i in range(2, math.isqrt(q) + 1))
+
+
+def hadamard(size: int) -> np.ndarray | None:
+    """A Hadamard matrix of +-1, float64 [size, size]: of half the size, doubled (Sylvester 1867), down to 1 or to an
+    order that `paley` has. None where neither leads to `size`."""
+    if size == 1:
+        return np.ones((1, 1))
+    half = None if size % 2 else hadamard(size // 2)
+    return paley(size) if half is None else np.kron([[1, 1], [1, -1]], half)
+
+
 def random_hadamard(size: int, key: jax.Array) -> np.ndarray:
-    """A random orthogonal matrix, float32 [size, size]: diag(random signs) (Hadamard_{2^k} / sqrt(2^k) kron R_m), for
-    size = 2^k m with an odd m; R_m is a random orthogonal [m, m] matrix (QR of a Gaussian), [[1]] where m is 1."""
-    power = size & -size
+    """A random orthogonal matrix, float32 [size, size]: diag(random signs) Hadamard / sqrt(size), all of whose entries
+    have the same magnitude. For a size = 2^k m that `hadamard` has not, m odd, it is that of 2^k kron R_m with a random
+    orthogonal [m, m] matrix (QR of a Gaussian)."""
     of_signs, of_gaussian = jax.random.split(key)
     signs = np.asarray(jax.random.rademacher(of_signs, (size, 1)), np.float64)
-    hadamard, rest = np.ones((1, 1)), np.ones((1, 1))
-    while len(hadamard) < power:
-        hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
-    if size > power:
-        gaussian = jax.random.normal(of_gaussian, (size // power,) * 2)
-        rest, triangle = np.linalg.qr(np.asarray(gaussian, np.float64))
-        rest = rest * np.sign(np.diag(triangle))  # without it QR's signs would not be random (Mezzadri 2007)
-    return (signs * np.kron(hadamard / np.sqrt(power), rest)).astype(np.float32)
+    flat, power = hadamard(size), size & -size
+    if flat is not None:
+        return (signs * flat / math.sqrt(size)).astype(np.float32)
+    gaussian = jax.random.normal(of_gaussian, (size // power,) * 2)
+    rest, triangle = np.linalg.qr(np.asarray(gaussian, np.float64))
+    rest = rest * np.sign(np.diag(triangle))  # without it QR's signs would not be random (Mezzadri 2007)
+    return (signs * np.kron(hadamard(power) / math.sqrt(power), rest)).astype(np.float32)
 
 
 def _outputs(w: jax.Array, matrix: np.ndarray) -> jax.Array:

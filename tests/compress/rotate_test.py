@@ -11,7 +11,7 @@ from efflm.compress.calibrate import LARGEST, SQUARES, TOKENS
 from efflm.compress.distill import Distill
 from efflm.compress.magnitude import Magnitude
 from efflm.compress.quantize import Quantize
-from efflm.compress.rotate import Rotate, random_hadamard
+from efflm.compress.rotate import Rotate, hadamard, random_hadamard
 from efflm.compress.step import Context
 from efflm.compress.structured.depth import Depth
 from efflm.config import InputError
@@ -56,20 +56,27 @@ def assert_same(found, wanted):
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
 
 
-@pytest.mark.parametrize("size", [1, 8, 12, 36, 576, 288])
-def test_it_is_the_orthogonal_matrix_of_its_docstring(size):
+@pytest.mark.parametrize("size", [1, 2, 8, 12, 20, 28, 36, 44, 60, 104, 288, 576])
+def test_every_entry_of_a_rotation_has_the_same_magnitude(size):
+    flat = hadamard(size)
+    np.testing.assert_array_equal(np.abs(flat), 1)
+    np.testing.assert_array_equal(flat @ flat.T, size * np.eye(size))
+    found = random_hadamard(size, jax.random.key(1)) * np.sqrt(size)
+    signs = found / flat
+    np.testing.assert_allclose(signs, np.broadcast_to(np.sign(signs[:, :1]), signs.shape), rtol=1e-6)
+    assert size < 8 or set(np.sign(signs[:, 0])) == {-1, 1}
+    assert size == 1 or not np.allclose(found, np.sqrt(size) * random_hadamard(size, jax.random.key(2)))
+
+
+@pytest.mark.parametrize("size", [3, 6, 9, 26, 52, 92])
+def test_where_there_is_no_such_matrix_a_rotation_is_a_random_one(size):
+    assert hadamard(size) is None
     found = random_hadamard(size, jax.random.key(1)).astype(np.float64)
     np.testing.assert_allclose(found.T @ found, np.eye(size), atol=1e-5)
     odd = size // (size & -size)
-    rest = found[:odd, :odd] * np.sqrt(size // odd)  # of the first rows: their signs are within it
-    sylvester = np.array([[(-1) ** (i & j).bit_count() for j in range(size // odd)] for i in range(size // odd)])
-    signs = found / np.where(size == odd, found, np.kron(sylvester, rest) / np.sqrt(size // odd))
-    np.testing.assert_allclose(np.abs(signs), 1, atol=1e-3)
-    np.testing.assert_allclose(signs, np.broadcast_to(signs[:, :1], signs.shape), atol=1e-3)
-    if odd == 1:
-        np.testing.assert_allclose(np.abs(found), 1 / np.sqrt(size), rtol=1e-6)
-    assert size < 8 or set(np.sign(signs[:, 0])) == {-1, 1}
-    assert size == 1 or not np.allclose(found, random_hadamard(size, jax.random.key(2)))
+    rest = found[:odd, :odd] * np.sqrt(size // odd)  # with the signs of the first rows
+    np.testing.assert_allclose(np.abs(found), np.kron(np.ones((size // odd,) * 2), np.abs(rest)) / np.sqrt(size // odd))
+    assert not np.allclose(np.abs(found), np.abs(random_hadamard(size, jax.random.key(2))))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
