@@ -5,7 +5,6 @@ arXiv 1902.08153).
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -21,52 +20,64 @@ from efflm.config.train import TrainSettings
 from efflm.model import LanguageModel
 from efflm.model.params import LOG_SCALE, in_layer
 from efflm.ops import qarray
-from efflm.ops.grid import own_dtype
+
+# Of a matrix: its path, as it is rounded at the start, its weights, all that is trained -> the grid it is rounded to.
+Grids = Callable[[str, ops.QArray, jax.Array, Any], qarray.Grid]
 
 
-def rounded(w: jax.Array, log_scale: jax.Array, sign: jax.Array, format: ops.Format) -> jax.Array:
-    """w [K, N] rounded to codes times s = sign * exp(log_scale) [groups, N], with LSQ's gradients (equations 1 to 3).
+def on_grids(model: LanguageModel, formats: Mapping[str, ops.Format], grids: Grids) -> training.Parametrization:
+    """All weights, in every forward pass and at the end rounded to these grids where they have a format here. Others
+    keep theirs."""
+    begun = model.replace(params=trees.map_with_path(lambda p, w: _begun(w, formats.get(p)), model.params))
+    weights = training.full(begun)
 
-    A code q = clip(w / s, low, high) is rounded straight-through: the gradient for w is 1 where nothing is clipped and
-    else 0, that for s is round(q) - w / s there and else low or high. The gradient for the scale is multiplied by
-    1 / sqrt(n high), n weights to a scale, so that scales and weights change in proportion (section 2.2). The scale is
-    trained by its logarithm, so that it keeps its sign.
-    """
-    group = format.group_in(len(w))
-    share = 1 / math.sqrt((group or len(w)) * format.high)
-    log_scale = log_scale * share + jax.lax.stop_gradient(log_scale * (1 - share))
-    scale = sign * jnp.exp(log_scale)
-    scale = qarray.by_entry(qarray.with_gradient_of(scale, qarray.as_stored(scale, -2, format)), -2, group, len(w))
-    clipped = jnp.clip(w / scale, format.low, format.high)
-    return qarray.with_gradient_of(clipped, jnp.round(clipped)) * scale
+    def each(rounding: Callable[..., Any], elsewhere: Callable[..., Any], trainable: Any, frozen: Any) -> Any:
+        def one(path: str, like: Any, w: jax.Array) -> Any:
+            like = frozen.get(path, like)
+            if path not in formats:
+                return elsewhere(w, like)
+            return rounding(w, like.axis, like.format, grids(path, like, w, trainable))
+
+        return training.of_weights(one, begun, trainable)
+
+    seen = lambda trainable, frozen: each(qarray.on_grid, ops.straight_through, trainable, frozen)
+    finished = lambda trained: model.replace(params=each(ops.quantize_array, ops.requantize, trained, weights.frozen))
+    return dataclasses.replace(weights, start=lambda: training.masters(model), seen=seen, finished=finished)
+
+
+def _begun(w: Any, format: ops.Format | None) -> Any:
+    """A matrix rounded to its format; one that is in it already stays."""
+    if format is None:
+        return w
+    floats = ops.in_float32(w)
+    kind = lambda f: (f.bits, f.group_in(len(floats)), f.super_block_in(len(floats)), f.symmetric)
+    same = isinstance(w, ops.QArray) and kind(w.format) == kind(format)
+    return w if same else ops.quantize_array(floats, -2, format)
+
+
+def running_scales(model: LanguageModel, formats: Mapping[str, ops.Format]) -> training.Parametrization:
+    """All weights, rounded by the scales of the weights as they are at each step."""
+    return on_grids(model, formats, lambda path, _, w, __: qarray.grid_of(jax.lax.stop_gradient(w), -2, formats[path]))
 
 
 def learned_scales(model: LanguageModel, formats: Mapping[str, ops.Format]) -> training.Parametrization:
-    """All weights, and the scales of those that have a format here, by which they are rounded. Others keep theirs."""
-    weights = training.full(model)
-    floats = {path: ops.in_float32(w) for path, w in trees.flatten(model.params) if path in formats}
-    scales = {path: qarray.grid_of(w, -2, formats[path])[0] for path, w in floats.items()}
-    dtypes = {path: format.scale_dtype or own_dtype(scales[path]) for path, format in formats.items()}
-    formats = {path: dataclasses.replace(format, scale_dtype=dtypes[path]) for path, format in formats.items()}
-    signs = trees.unflatten({path: jnp.sign(scale) for path, scale in scales.items()})
+    """All weights, and the scales they are rounded by. Zeros, and the signs of scales, stay.
 
-    def start():
-        return weights.start() | {LOG_SCALE: trees.unflatten({p: jnp.log(jnp.abs(s)) for p, s in scales.items()})}
+    A scale is that of the start times exp(t / r), with t from 0 on, and r the root mean square of the matrix. So a step
+    of t changes the scale by the share by which a step of the same size changes a weight: LSQ's balance (section 2.2),
+    which it gets by the size of gradients, and AdamW, for one, takes no notice of that.
+    """
+    flat = [(path, w) for path, w in trees.flatten(model.params) if path in formats]
+    sizes = {path: float(jnp.sqrt(jnp.mean(jnp.square(ops.in_float32(w))))) or 1.0 for path, w in flat}
 
-    def each(rounding: Callable[..., Any], elsewhere: Callable[..., Any], trainable: Any, signs: Any) -> Any:
-        logs, sign = (dict(trees.flatten(tree)) for tree in (trainable[LOG_SCALE], signs))
+    def grids(path: str, like: ops.QArray, w: jax.Array, trainable: Any) -> qarray.Grid:
+        scale = qarray.scales(like) * jnp.exp(trainable[LOG_SCALE][path] / sizes[path])
+        stored = qarray.as_stored(scale, like.axis, like.format)
+        return qarray.with_gradient_of(scale, stored), qarray.zero_points(like)
 
-        def one(path: str, like: Any, w: jax.Array) -> Any:
-            return rounding(w, logs[path], sign[path], formats[path]) if path in formats else elsewhere(w, like)
-
-        return training.of_weights(one, model, trainable)
-
-    def stored(w: jax.Array, log_scale: jax.Array, sign: jax.Array, format: ops.Format) -> ops.QArray:
-        return ops.quantize_array(w, -2, format, grid=(sign * jnp.exp(log_scale), None))
-
-    seen = lambda trainable, frozen: each(rounded, ops.straight_through, trainable, frozen[LOG_SCALE])
-    finished = lambda trained: model.replace(params=each(stored, ops.requantize, trained, signs))
-    return dataclasses.replace(weights, start=start, seen=seen, finished=finished, frozen={LOG_SCALE: signs})
+    weights = on_grids(model, formats, grids)
+    logs = lambda: {path: jnp.zeros_like(qarray.scales(weights.frozen[path])) for path in formats}
+    return dataclasses.replace(weights, start=lambda: training.masters(model) | {LOG_SCALE: logs()})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +92,7 @@ class QAT(TrainSettings, Rounder):
 
     def __post_init__(self):
         super().__post_init__()
-        require_formats(self, self._plan, activations=("float",), symmetric=(True,), scales=("output",))
+        require_formats(self, self._plan, activations=("float",), scales=("output",))
 
     @property
     def _plan(self) -> Plan:
@@ -92,11 +103,7 @@ class QAT(TrainSettings, Rounder):
         objective = training.objective(self, model, training.teacher_of(self, context, model) if self.distill else None)
         paths = [path for path, _ in trees.flatten(model.params) if in_layer(path)]
         formats = {path: format for path in paths if (format := self._plan.of(path))}
-        if self.scales == "learned":
-            weights = learned_scales(model, formats)
-        else:
-            one = lambda p, w: ops.quantize_array(ops.dequantize(w), -2, formats[p]) if p in formats else w
-            weights = training.full(model.replace(params=trees.map_with_path(one, model.params)))
+        weights = (learned_scales if self.scales == "learned" else running_scales)(model, formats)
 
         def finished(trained: Any) -> LanguageModel:
             after = weights.finished(trained)

@@ -25,8 +25,8 @@ from efflm.ops.qarray import QArray
 
 
 def conference(q: int, below: int) -> np.ndarray:
-    """The matrix of an odd prime q, float64 [q + 1, q + 1]: zeros on its diagonal, `below` in the first column, 1 in the
-    first row, and inside whether the difference of row and column is a square modulo q (1) or not (-1)."""
+    """The matrix of an odd prime q, float64 [q + 1, q + 1]: zeros on its diagonal, 1 in the first row, `below` in the
+    first column, and inside whether the difference of row and column is a square modulo q (1) or not (-1)."""
     squares = {i * i % q for i in range(1, q)}
     kinds = np.array([0] + [1 if i in squares else -1 for i in range(1, q)], np.float64)
     inside = kinds[np.subtract.outer(np.arange(q), np.arange(q)) % q]

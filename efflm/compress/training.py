@@ -48,18 +48,23 @@ def masters(model: LanguageModel) -> Any:
 
 
 def full(model: LanguageModel, beside: Mapping[str, Any] | None = None) -> Parametrization:
-    """All weights. Quantized ones are rounded straight-through in every forward pass, and for good at the end.
+    """All weights. Quantized ones are rounded straight-through in every forward pass, and for good at the end, by the
+    scales and zeros that they have.
 
     beside: trees that are trained with the weights, by their names (see params.BESIDE): in what the loss sees they are
     beside the weights; at the end they are dropped.
     """
 
-    rounded = lambda _, like, w: ops.straight_through(w, like)
+    def seen(trainable: Any, quantized: dict[str, Any]) -> Any:
+        rounded = lambda path, like, w: ops.straight_through(w, quantized.get(path, like))
+        return trainable | of_weights(rounded, model, trainable)
+
     stored = lambda _, like, w: ops.requantize(w, like)
     return Parametrization(
         start=lambda: masters(model) | jax.tree.map(jnp.copy, dict(beside or {})),
-        seen=lambda trainable, _: trainable | of_weights(rounded, model, trainable),
+        seen=seen,
         finished=lambda trained: model.replace(params=of_weights(stored, model, trained)),
+        frozen={path: w for path, w in trees.flatten(model.params) if isinstance(w, ops.QArray)},
         masks=model.masks,
     )
 

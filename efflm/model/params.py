@@ -102,7 +102,7 @@ WEIGHTS: dict[str, Param] = {
 STACK = "blocks_"  # before the number of the first layer: the name of a stack of equal layers, one after the other
 
 # What is trained beside the weights and is in no model: matrices from a student's hidden states, and from its heads, to
-# its teacher's; logarithms of the scales of weights that are rounded.
+# its teacher's; logarithms of what the scales of weights that are rounded are multiplied by.
 HIDDEN_PROJECTION = "hidden_projection"
 HEAD_MIXTURE = "head_mixture"
 LOG_SCALE = "log_scale"

@@ -8,6 +8,7 @@ negative, or one for each `group` of entries along the contracted axis; the last
 these are codes too, times one scale of each super-block.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -214,11 +215,20 @@ def _floats(numbers: jax.Array, scale: jax.Array, zeros: jax.Array | None, axis:
 
 
 def requantize(master: jax.Array, like: Any) -> Any:
-    """A float master in the format of the weight `like`; of a LowRank weight in that of its base, so that it is one."""
+    """A float master in the format of the weight `like`, by the codes of the scales and zeros that this one has; of a
+    LowRank weight in that of its base, so that it is one."""
     like = like.base if isinstance(like, LowRank) else like
     if not isinstance(like, QArray):
         return master.astype(like.dtype)
-    return quantize_array(master.astype(like.dtype), like.axis, like.format, activation_scale=like.activation_scale)
+    return like.replace(values=_packed(master, scales(like), zero_points(like), like.axis, like.format))
+
+
+def rounded_anew(w: jax.Array, like: Any) -> Any:
+    """A float matrix in the format of the weight `like`, by scales and zeros of its own, whose ranges are searched."""
+    if not isinstance(like, QArray):
+        return w.astype(like.dtype)
+    searched = dataclasses.replace(like.format, clip=True)
+    return quantize_array(w.astype(like.dtype), like.axis, searched, activation_scale=like.activation_scale)
 
 
 def with_gradient_of(x: jax.Array, value: jax.Array) -> jax.Array:
@@ -227,18 +237,32 @@ def with_gradient_of(x: jax.Array, value: jax.Array) -> jax.Array:
     return x + jax.lax.stop_gradient(value - x)
 
 
-def straight_through(master: jax.Array, like: Any) -> Any:
-    """Forward: what inference with `like` computes with. Backward: the identity.
+def on_grid(w: jax.Array, axis: int, format: Format, grid: Grid) -> jax.Array:
+    """What `quantize_array` makes of a float matrix with this grid, as floats, with the gradients of LSQ (Esser 2020,
+    arXiv 1902.08153, equations 1 to 3).
 
-    `master` rounded to the format of `like`; where that rounds activations too, marked so that `dot` does.
+    A weight w of the code q with the scale s and the zero z has the gradient 1, s the gradient (q - z) - w / s. Of one
+    that is beyond the codes, by more than the half step that rounding takes, they are 0 and q - z.
     """
+    size = w.shape[axis]
+    scale, zeros = (
+        jnp.float32(0) if part is None else by_entry(part.astype(jnp.float32), axis, format.group_in(size), size)
+        for part in grid
+    )
+    low, high, steps = format.low - zeros, format.high - zeros, w.astype(jnp.float32) / scale
+    reached = jnp.clip(steps, low - 0.5, high + 0.5)
+    return with_gradient_of(reached, jnp.clip(jnp.round(steps), low, high)) * scale
+
+
+def straight_through(master: jax.Array, like: Any) -> Any:
+    """Forward: what inference with `requantize(master, like)` computes with. Backward: `on_grid`, of floats the
+    identity. Where the format rounds activations too, marked so that `dot` does."""
     like = like.base if isinstance(like, LowRank) else like
-    if not isinstance(like, QArray) and like.dtype == master.dtype:
-        return master
-    value = with_gradient_of(master, dequantize(requantize(master, like)).astype(master.dtype))
-    if isinstance(like, QArray) and like.activations != "float":
-        return FakeQuantized(value, like.activation_scale)
-    return value
+    if not isinstance(like, QArray):
+        return master.astype(like.dtype).astype(master.dtype)
+    found = on_grid(master, like.axis, like.format, (scales(like), zero_points(like)))
+    value = found.astype(like.dtype).astype(master.dtype)
+    return value if like.activations == "float" else FakeQuantized(value, like.activation_scale)
 
 
 def operands(x: jax.Array, w: Any) -> tuple[jax.Array, jax.Array]:
@@ -263,7 +287,7 @@ def rows(table: Any, indices: jax.Array) -> jax.Array:
 
 def take(w: Any, axis: int, indices: jax.Array) -> Any:
     """The slices `indices` of a matrix along an axis, in its format. Along the contracted axis of a matrix with groups
-    these are formed anew, so values are rounded again."""
+    these are formed anew, so values are rounded again, by ranges that are searched."""
     if isinstance(w, LowRank):
         inputs = axis % w.ndim == 0
         part = {"a": jnp.take(w.a, indices, axis=0)} if inputs else {"b": jnp.take(w.b, indices, axis=1)}
@@ -272,7 +296,7 @@ def take(w: Any, axis: int, indices: jax.Array) -> Any:
         return jnp.take(w, indices, axis=axis)
     axis = axis % w.ndim - w.ndim
     if axis == w.axis and w.group:
-        return requantize(jnp.take(dequantize(w), indices, axis=axis), w)
+        return rounded_anew(jnp.take(dequantize(w), indices, axis=axis), w)  # neighbours that were none
     kept = jnp.take(codes(w), indices, axis=axis)
     per_channel = lambda part: part if part is None or axis == w.axis else jnp.take(part, indices, axis=axis)
     parts = {name: per_channel(getattr(w, name)) for name in ("scale", "zeros", "super_scale")}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efflm import ops
@@ -179,6 +179,46 @@ def test_straight_through_rounds_forward_and_passes_gradients(rng, axis):
     np.testing.assert_allclose(value, dequantize(like), rtol=1e-6)
     np.testing.assert_array_equal(pull(jnp.full_like(w, 3.0))[0], np.full(w.shape, 3.0))
     np.testing.assert_array_equal(ops.requantize(w, like).values, like.values)
+
+
+@settings(max_examples=10)
+@given(
+    seed=st.integers(0, 2**31),
+    form=st.builds(Format, bits=BITS, group=st.sampled_from([0, 4, 8]), symmetric=st.booleans()),
+    K=st.sampled_from([5, 16]),
+)
+def test_gradients_on_a_grid_are_those_of_rounding_that_adds_a_constant(seed, form, K):
+    """Esser 2020, equations 1 to 3; some weights are beyond the grid, by more than half a step."""
+    rng = np.random.default_rng(seed)
+    w, toward = rng.standard_normal((2, K, 3))
+    count = form.group_in(K) or K
+    shape = -(-K // count), 3
+    scale = rng.choice([-1, 1], shape) * np.exp(rng.normal(np.log(1.5 / form.high), 0.3, shape))
+    zeros = np.zeros(shape) if form.symmetric else rng.integers(form.low, form.high + 1, shape)
+
+    def by_reference(w, scale, added=None):
+        s, zero = (np.repeat(part, count, axis=0)[:K] for part in (scale, zeros))
+        reached = np.clip(w / s, form.low - zero - 0.5, form.high - zero + 0.5)
+        code = np.clip(np.round(w / s), form.low - zero, form.high - zero)
+        return (code if added is None else reached + added) * s, code - reached
+
+    def total(w, scale):
+        return jnp.sum(qarray.on_grid(w, -2, form, (scale, None if form.symmetric else jnp.int8(zeros))) * toward)
+
+    wanted, added = by_reference(w, scale)
+    arrays = jnp.asarray(w, jnp.float32), jnp.asarray(scale, jnp.float32)
+    found = jax.grad(total, argnums=(0, 1))(*arrays)
+    sure = np.abs(np.abs(added) - 0.5) > 1e-3
+    np.testing.assert_allclose(total(*arrays), np.sum(wanted * toward), rtol=1e-3 if np.all(sure) else 1)
+    step, surely = 1e-6, (sure, np.array([np.all(sure[i : i + count], 0) for i in range(0, K, count)]))
+    for which, grad in enumerate(found):
+        for place in zip(*np.nonzero(surely[which])):
+            ends = []
+            for sign in (1, -1):
+                moved = [w.copy(), scale.copy()]
+                moved[which][place] += sign * step
+                ends.append(np.sum(by_reference(*moved, added)[0] * toward))
+            np.testing.assert_allclose(grad[place], (ends[0] - ends[1]) / (2 * step), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("static", [False, True])

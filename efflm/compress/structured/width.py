@@ -24,6 +24,7 @@ from efflm.compress.structured.importance import Importance
 from efflm.compress.structured.target import Target
 from efflm.config import flag, require
 from efflm.model import LanguageModel
+from efflm.ops import qarray
 
 WIDTH = slicing.WIDTH
 # How near a target by bytes or by time is to be met, and by how many candidates at most.
@@ -167,7 +168,7 @@ class Width(Target):
             along = slicing.features(block, chosen)
             cut = lambda path, leaf: slicing.sliced(f"block_0/{path}", leaf, along)
             params, masks = trees.map_with_path(cut, layer.params), {p: cut(p, mask) for p, mask in layer.masks.items()}
-            made = lambda path, leaf: ops.requantize(fitted[path], leaf) if path in fitted else leaf
+            made = lambda path, leaf: qarray.rounded_anew(fitted[path], leaf) if path in fitted else leaf
             params = ops.apply_masks(trees.map_with_path(made, params), masks)
             config = dataclasses.replace(layer.config, blocks=(slicing.sliced_block(block, chosen),))
             return layer.replace(params=params, masks=masks, config=config), None
