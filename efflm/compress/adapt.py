@@ -19,15 +19,22 @@ from efflm.config import flag, require
 from efflm.config.train import TrainSettings
 from efflm.model import LanguageModel
 from efflm.model.params import in_layer
+from efflm.ops import lowrank
+from efflm.precision import cast
 
 
 def initial(model: LanguageModel, rank: int, seed: int) -> Any:
-    """{"a": matrices [K, rank], "b": [rank, N]}, each under the path of a matrix [K, N] inside the layers, float32: a
-    random with the variance 1 / K of its K inputs, b zero, so that nothing is changed yet (Hu 2021, section 4.1)."""
-    paths = [(path, leaf.shape) for path, leaf in trees.flatten(model.params) if in_layer(path)]
-    keys = jax.random.split(jax.random.key(seed), len(paths))
+    """{"a": matrices [K, rank], "b": [rank, N]}, each under the path of a matrix [K, N] inside the layers, float32:
+    those that are beside it already; else a random with the variance 1 / K of its K inputs, b zero, so that nothing is
+    changed yet (Hu 2021, section 4.1)."""
+    inside = [(path, leaf) for path, leaf in trees.flatten(model.params) if in_layer(path)]
+    keys = jax.random.split(jax.random.key(seed), len(inside))
     made = {}
-    for key, (path, (K, N)) in zip(keys, paths, strict=True):
+    for key, (path, leaf) in zip(keys, inside, strict=True):
+        if isinstance(leaf, ops.LowRank):
+            made |= {f"{name}/{path}": jnp.array(part, jnp.float32) for name, part in (("a", leaf.a), ("b", leaf.b))}
+            continue
+        K, N = leaf.shape
         require(
             rank <= min(K, N), f"rank is {rank}, but {path} has the shape {(K, N)}: give at most the smaller of the two"
         )
@@ -39,7 +46,7 @@ def initial(model: LanguageModel, rank: int, seed: int) -> Any:
 def low_rank(model: LanguageModel, rank: int, seed: int, merge: bool) -> training.Parametrization:
     """Adapters beside weights that stay. merge: the loss is of the sums, as the weights' formats round them, with zeros
     where masks drop weights."""
-    masks = model.masks or {}
+    masks, (bases, _) = model.masks or {}, lowrank.split(model.params)
 
     def finish(fn: Callable[[jax.Array, Any], Any], adapters: Any, params: Any) -> Any:
         a, b = (dict(trees.flatten(adapters[name])) for name in ("a", "b"))
@@ -51,15 +58,16 @@ def low_rank(model: LanguageModel, rank: int, seed: int, merge: bool) -> trainin
             if not merge:
                 return beside
             whole = ops.in_float32(beside)
-            return fn(jnp.where(masks[path], whole, 0.0) if path in masks else whole, beside)
+            return fn(jnp.where(masks[path], whole, 0.0) if path in masks else whole, w)
 
         return trees.map_with_path(one, params)
 
+    stored = lambda adapters: adapters if merge else cast(adapters, lowrank.STORED)
     return training.Parametrization(
         start=lambda: initial(model, rank, seed),
         seen=lambda adapters, params: finish(ops.straight_through, adapters, params),
-        finished=lambda adapters: model.replace(params=finish(ops.requantize, adapters, model.params)),
-        frozen=model.params,
+        finished=lambda adapters: model.replace(params=finish(ops.requantize, stored(adapters), bases)),
+        frozen=bases,
     )
 
 
@@ -67,7 +75,7 @@ def low_rank(model: LanguageModel, rank: int, seed: int, merge: bool) -> trainin
 class Adapt(TrainSettings):
     """Train adapters of low rank beside the weights, against the teacher and on text."""
 
-    rank: int = flag(16, "rank of each adapter")
+    rank: int = flag(16, "rank of each adapter; those that are beside weights already (correct, adapt) keep theirs")
     weight: float = flag(0.7, "share of the teacher's part in the loss, in [0, 1]; 0: text alone, and no teacher")
     merge: bool = flag(
         False,
@@ -83,8 +91,6 @@ class Adapt(TrainSettings):
         require(0 <= self.weight <= 1, f"weight is {self.weight}, but must be in [0, 1]")
 
     def __call__(self, model: LanguageModel, context: Context):
-        has = [path for path, leaf in trees.flatten(model.params) if isinstance(leaf, ops.LowRank)]
-        require(not has, f"{', '.join(has[:1])} has an adapter already: merge it first (compress.adapt.Merge)")
         require(
             self.merge or not model.masks,
             "the model is pruned, and adapters beside its weights would fill their zeros: set adapt.merge",

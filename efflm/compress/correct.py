@@ -14,6 +14,8 @@ from efflm.compress.step import Context, record
 from efflm.config import flag, require
 from efflm.model import LanguageModel, placement
 from efflm.model.params import is_matrix
+from efflm.ops import lowrank
+from efflm.precision import cast
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -65,7 +67,7 @@ class Correct:
                     f"rank is {self.rank}, but {layer.path(path)} has the shape {tuple(leaf.shape)}: give at most the "
                     "smaller of the two",
                 )
-                return ops.LowRank(leaf, *ops.lowrank.as_stored(*correction(error, inverse(path), self.rank)))
+                return ops.LowRank(leaf, *cast(correction(error, inverse(path), self.rank), lowrank.STORED))
 
             return layer.replace(params=trees.map_with_path(matrix, layer.params)), None
 

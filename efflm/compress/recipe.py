@@ -12,6 +12,7 @@ from efflm import trees
 from efflm.compress import training
 from efflm.compress.adapt import Adapt, Merge
 from efflm.compress.awq import AWQ
+from efflm.compress.correct import Correct
 from efflm.compress.distill import Distill
 from efflm.compress.finetune import Finetune
 from efflm.compress.generated import Generated
@@ -39,7 +40,7 @@ STEPS: dict[str, type] = {
     for kind in (
         Cast, Quantize, SmoothQuant, AWQ, Rotate, GPTQ, Mixed, Tuned, QAT,
         Magnitude, Gradual, Wanda, SparseGPT, Width, Depth,
-        Finetune, Distill, Generated, Adapt, Merge,
+        Finetune, Distill, Generated, Correct, Adapt, Merge,
     )
 }  # fmt: skip
 
@@ -125,10 +126,10 @@ def require_masks(model: LanguageModel) -> None:
 
 
 def require_no_adapters(model: LanguageModel, step: Step) -> None:
-    """Raise InputError where a step is to change weights that have adapters beside them."""
+    """Raise InputError where a step other than Adapt is to change weights that have adapters beside them."""
     has = [path for path, leaf in trees.flatten(model.params) if isinstance(leaf, LowRank)]
     require(
-        not has or isinstance(step, Merge),
+        not has or isinstance(step, Adapt | Merge),
         f"{', '.join(has[:1])} has an adapter beside it, which {type(step).__name__} cannot change: merge it first "
         "(compress.adapt.Merge), or set merge of Adapt (adapt.merge)",
     )

@@ -13,6 +13,8 @@ import jax
 
 from efflm import trees
 
+STORED = "float16"  # of a and b once they are made: nothing beside the errors that they correct
+
 
 @flax.struct.dataclass
 class LowRank:

@@ -185,7 +185,8 @@ def dequantize(w: Any) -> jax.Array:
         return w.value
     if isinstance(w, LowRank):
         base = dequantize(w.base)
-        return (base.astype(jnp.float32) + jnp.matmul(w.a, w.b, precision="highest")).astype(base.dtype)
+        correction = jnp.matmul(w.a.astype(jnp.float32), w.b.astype(jnp.float32), precision="highest")
+        return (base.astype(jnp.float32) + correction).astype(base.dtype)
     if not isinstance(w, QArray):
         return w
     return _dequantize(w)

@@ -8,16 +8,18 @@ import jax
 import numpy as np
 import pytest
 
+from efflm import trees
 from efflm.compress import recipe
-from efflm.compress.plan import LAYERS, Plan
+from efflm.compress.plan import EMBEDDINGS, LAYERS, Plan
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context, settings
 from efflm.config import InputError
 from efflm.config.train import TrainSettings
 from efflm.model import Transformer, autotune
-from efflm.ops import Format
+from efflm.ops import Format, QArray, qarray
 from efflm.parallel import meshes, sharding
 from efflm.train import trainer
+from efflm.train.losses import language_model_loss
 from efflm.train.optimizer import decay_mask
 from efflm.train.step import _accumulated
 from tests import tiny
@@ -98,6 +100,31 @@ def test_the_trainer_and_the_models_are_told_everything(name, fields, monkeypatc
     assert "full" in {model.remat for model in made}
     # What is decayed, and made orthogonal: the matrices in the layer, or their two adapters, and nothing beside them.
     assert sum(jax.tree.leaves(decay_mask(shapes))) == (14 if name == "adapt" else 7)
+
+
+@pytest.mark.parametrize("name", ["finetune", "distill", "generated", "adapt", "gradual"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_training_begins_and_ends_on_the_grid_that_was_given(name, symmetric, monkeypatch):
+    """Its codes are those of scales which no weights have by themselves: here twice as large."""
+    form = Format(bits=3, group=8, symmetric=symmetric)
+    model, _ = Quantize(plan=Plan(((LAYERS, form), (EMBEDDINGS, Format()))))(tiny.model(SHAPE), context())
+    twice = lambda w: w.replace(scale=2 * w.scale) if isinstance(w, QArray) else w
+    model = model.replace(params=jax.tree.map(twice, model.params, is_leaf=lambda w: isinstance(w, QArray)))
+    fields = {"merge": True} if name == "adapt" else next(iter(WAYS[name].values()))
+    task = asked(monkeypatch, recipe.STEPS[name](steps=4, **fields), model)
+    ended = task.finish(task.start())
+    kept = dict(ended.masks or {})
+    for path, leaf in trees.flatten(model.params):
+        found = dict(trees.flatten(ended.params))[path]
+        assert found.dtype == leaf.dtype
+        if isinstance(leaf, QArray):
+            np.testing.assert_array_equal(found.scale, leaf.scale)
+            same = np.asarray(kept.get(path, True))
+            np.testing.assert_array_equal(np.where(same, qarray.codes(found), 0), np.where(same, qarray.codes(leaf), 0))
+    if name == "finetune":
+        given = task.start(), task.frozen, task.batches(0), jax.random.key(0)
+        wanted, _ = language_model_loss(model.config)(model.params, {}, *given[2:])
+        np.testing.assert_allclose(task.loss_fn(*given)[0], wanted, rtol=1e-6)
 
 
 @cases
