@@ -29,7 +29,7 @@ def correction(error: jax.Array, inverse: obs.Inverse, rank: int) -> tuple[jax.A
     root = jax.lax.linalg.triangular_solve(inverse.upper, error, left_side=True, lower=False, transpose_a=True)
     left, values, right = jnp.linalg.svd(root, full_matrices=False)
     share = jnp.sqrt(values[:rank])
-    a = jnp.matmul(inverse.upper.T, left[:, :rank] * share, precision="highest")
+    a = jnp.matmul(inverse.upper.T, left[:, :rank] * share[None], precision="highest")
     return a, share[:, None] * right[:rank]
 
 
