@@ -128,8 +128,8 @@ def test_plans_that_cannot_be():
             Magnitude(plan=plan)
     with pytest.raises(InputError, match=r"plan is Plan.*, but must be a compress.plan.Plan of formats"):
         GPTQ(plan=SHARES)
-    with pytest.raises(InputError, match="symmetric is False for layers, but QAT knows True only"):
-        QAT(plan=Plan(((LAYERS, Format(symmetric=False)),)))
+    with pytest.raises(InputError, match="scales is matrix for layers, but QAT knows output only"):
+        QAT(plan=Plan(((LAYERS, Format(scales="matrix")),)))
     with pytest.raises(InputError, match="activations is int8_static for layers, but GPTQ knows float and int8 only"):
         GPTQ(plan=Plan(((LAYERS, Format(activations="int8_static")),)))
     with pytest.raises(InputError, match="embeddings is 5: choose from 8, 4, 3, 2, 0"):
