@@ -19,7 +19,7 @@ from efflm.config import flag, require
 from efflm.config.train import TrainSettings
 from efflm.model import LanguageModel
 from efflm.model.params import in_layer
-from efflm.ops import lowrank
+from efflm.ops import lowrank, qarray
 from efflm.precision import cast
 
 
@@ -103,9 +103,12 @@ class Adapt(TrainSettings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Merge:
-    """Add the adapters to the weights, which are rounded to their format again."""
+    """Add the adapters to the weights, which are rounded to their format again.
+
+    The scales are those of the sums: what is trained apart from a grid need not keep within it.
+    """
 
     def __call__(self, model: LanguageModel, context: Context):
-        one = lambda _, w: ops.requantize(ops.dequantize(w), w) if isinstance(w, ops.LowRank) else w
+        one = lambda _, w: qarray.rounded_anew(ops.dequantize(w), w.base) if isinstance(w, ops.LowRank) else w
         after = model.replace(params=ops.apply_masks(trees.map_with_path(one, model.params), model.masks))
         return after, record(self, model, after, context)
