@@ -10,7 +10,7 @@ compared with the first row of its own run alone, and it is said in what the run
 protocol.
 
 With --publish no page is made: the results are copied to experiments/results/ under the names of their run directories,
-and of what is there the tables of all .md files and the picture of README.md are made anew (efflm/report/published.py).
+and of what is there the tables and pictures of all .md files are made anew (efflm/report/published.py, picture.py).
 """
 
 import dataclasses

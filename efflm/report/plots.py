@@ -19,6 +19,7 @@ from efflm.report.colors import ACCENT, INK, LINE, MUTED, SERIES, VARIABLES
 LINEAR = 1e-3  # bits per byte; smaller differences are drawn to a linear scale
 LARGEST = 1e100  # what is beyond has no place on an axis
 MOST_NAMES = 16  # beside points: more would cover the plot
+MOST_TICKS = 12  # at settings of their own
 STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "efflm", "font.size": 9, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.color": LINE, "grid.linewidth": 0.5, "axes.axisbelow": True,
@@ -121,13 +122,13 @@ def curves(
 def sweeps(found: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], across: str, label: str, least: float) -> Any:
     """A figure of what each method reaches at each setting. found: name -> (settings, values, errors).
 
-    least: the value of the model before, drawn as a line. The vertical axis is logarithmic; values that are not finite,
-    or beyond LARGEST, are left out.
+    least: the value of the model before, drawn as a line; 0: none. The vertical axis is logarithmic; values that are
+    not finite, or beyond LARGEST, are left out.
     """
     found = _drawable(found)
     with _panel() as axis:
         axis.set_yscale("log")
-        if _drawn(least):
+        if least > 0 and _drawn(least):
             axis.axhline(least, color=MUTED, linewidth=1, linestyle=":")
         for index, (name, (xs, values, errors)) in enumerate(found.items()):
             color = SERIES[index % len(SERIES)]
@@ -139,7 +140,9 @@ def sweeps(found: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], across: 
         bottom, top = axis.get_ylim()
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if top < 10 * bottom else "")
-        axis.set_xticks(sorted({float(x) for xs, _, _ in found.values() for x in xs}))
+        settings = sorted({float(x) for xs, _, _ in found.values() for x in xs})
+        if len(settings) <= MOST_TICKS:
+            axis.set_xticks(settings)
         _name_ends(axis, {name: (xs, values) for name, (xs, values, _) in found.items()})
         return axis.figure
 
