@@ -27,6 +27,7 @@ from efflm.ops.packing import pack, packed_size, unpack
 from efflm.ops.qarray import QArray, dequantize
 
 STATIC = ("bits", "axis", "group", "size", "activations", "dtype", "super_block")
+USUAL = {"group": 0, "activations": "float", "super_block": 0}  # which are not written
 FLOATS = ("float32", "bfloat16", "float16")
 PARTS = ("values", "scale", "zeros", "activation_scale", "super_scale")
 PAIR = ("lowrank_a", "lowrank_b")  # of a LowRank weight, beside its base
@@ -35,7 +36,7 @@ PAIR = ("lowrank_a", "lowrank_b")  # of a LowRank weight, beside its base
 def to_flat(params: Any) -> tuple[dict[str, jax.Array], dict[str, dict[str, Any]]]:
     """{path: array} with compressed weights opened, and {path: format} from which `from_flat` rebuilds them."""
     formats = {
-        path: {name: getattr(leaf, name) for name in STATIC}
+        path: {name: getattr(leaf, name) for name in STATIC if getattr(leaf, name) != USUAL.get(name)}
         for path, leaf in trees.flatten(params)
         if isinstance(_unprepared(leaf), QArray)
     }
@@ -65,7 +66,7 @@ def part_shapes(shape: tuple[int, int], format_: dict[str, Any]) -> dict[str, tu
 
     Raises InputError for a format that no such matrix has.
     """
-    format_ = {"dtype": "float32", "super_block": 0} | format_  # which old files do not say
+    format_ = USUAL | {"dtype": "float32"} | format_  # the dtype is not in old files
     require(format_.keys() == set(STATIC), f"a format has {', '.join(sorted(format_))}, but must have {STATIC}")
     bits, axis, group, size, activations, dtype, super_block = (format_[name] for name in STATIC)
     require(dtype in FLOATS, f"dtype is {dtype!r:.60}, but must be one of {', '.join(FLOATS)}")

@@ -104,7 +104,7 @@ def test_training_with_rounded_activations_beats_rounding_after_training():
     inputs = {name: batch[name] for name in ("segments", "positions")}
     batch["targets"] = np.argmax(tiny.logits(model, batch["inputs"], **inputs), axis=-1).astype(np.int32)
     context = Context(mesh=meshes.make_mesh(), batches=lambda step: batch)
-    w8a8, w8a16, train = Quantize(activations="int8"), Quantize(), Finetune(steps=15, learning_rate=3e-3)
+    w8a8, w8a16, train = Quantize(activations="int8"), Quantize(), Finetune(steps=20, learning_rate=3e-3)
 
     def loss(*steps) -> float:
         log_probabilities = jax.nn.log_softmax(

@@ -32,7 +32,7 @@ def test_a_file_is_written_and_said_to_be(model, tmp_path, capsys):
     run(f"--model={model}", f"--out={tmp_path / 'new' / 'a.gguf'}", "--nocheck")
     out, err = capsys.readouterr()
     assert out == f"{tmp_path / 'new' / 'a.gguf'}\n"
-    assert "scales are float16 in GGUF files" in err
+    assert "every number of the file is that of the model" in err
     assert "llama.cpp" not in err
     again, _ = efflm.load(tmp_path / "new" / "a.gguf")
     wanted = np.asarray(efflm.ops.dequantize(efflm.load(model)[0].params["embedding"]))
@@ -43,7 +43,10 @@ def test_a_file_is_written_and_said_to_be(model, tmp_path, capsys):
     ("flags", "message"),
     [
         ([], "out is empty: give --out"),
-        (["--out=a.gguf", "--format=onnx"], "--format is 'onnx': choose efflm, huggingface, compressed-tensors, gguf"),
+        (
+            ["--out=a.gguf", "--format=onnx"],
+            "--format is 'onnx': choose efflm, coded, huggingface, compressed-tensors, gguf",
+        ),
         (["--out=a.gguf", "--kind=Q2_K"], "kind is 'Q2_K', but must be one of F32"),
         (["--out=a.gguf", "--push=me"], "'me' names no model of the hub: give org/name"),
     ],
@@ -78,7 +81,7 @@ def test_what_is_pushed_is_what_was_written(model, tmp_path, monkeypatch, capsys
     card = tmp_path / "a.gguf.md"
     assert sent[:2] == [("org/name", tmp_path / "a.gguf", "a.gguf"), ("org/name", card, "README.md")]
     assert sent[2:] == [("org/name", tmp_path / "own")]
-    for words in ("scales are float16 in GGUF files", "experiments.export", "| Quantize |"):
+    for words in ("every number of the file is that of the model", "experiments.export", "| Quantize |"):
         assert words in card.read_text()
 
 

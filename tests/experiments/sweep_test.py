@@ -49,6 +49,12 @@ def test_every_method_has_a_row_and_every_family_a_curve(folder, tmp_path, capsy
     assert grammar.parts(str(out / "recipe.toml"))["w8a16"] == ["quantize"]
 
 
+def assert_recovered(row, before):
+    """The share of what the chain before it lost, where that lost anything."""
+    lost = before["bits_per_byte_increase"]
+    assert row["recovered"] == (pytest.approx(1 - row["bits_per_byte_increase"] / lost) if lost > 0 else None)
+
+
 def test_chains_share_what_they_begin_with_and_say_what_recovers_them(
     folder, tmp_path, monkeypatch, capsys, auto_picks
 ):
@@ -61,7 +67,8 @@ def test_chains_share_what_they_begin_with_and_say_what_recovers_them(
         folder, tmp_path / "out", "--seeds=2", "--steps=4", "--length=32", "--learning_rate=3e-3",
         "--distill.weight=1.0", "--distill.entries=9", "--adapt.rank=3", "--calibration_error", "--precision=auto",
         "--chains=width@0.2 width@0.2,finetune width@0.2,distill width@0.2,finetune@seconds "
-        "width@0.2,distill[cache=top_k] depth@0.5,depth@0.001[init=random],finetune@0.5 w3a16 w3a16,adapt",
+        "width@0.2,distill[cache=top_k] depth@0.5,depth@0.001[init=random],finetune@0.5 "
+        "quantize@2[group=16] quantize@2[group=16],adapt",
         "--orders=w8a16 distill",
     )  # fmt: skip
     first, *_ = rows.values()
@@ -70,19 +77,16 @@ def test_chains_share_what_they_begin_with_and_say_what_recovers_them(
     pruned, text, distilled, longer = (rows[f"width@0.2{rest}"] for rest in rests)
     for row in (text, distilled, longer):
         assert (row["parameters"], row["seeds"]) == (pruned["parameters"], 2)
-        lost = pruned["bits_per_byte_increase"]
-        assert row["recovered"] == (pytest.approx(1 - row["bits_per_byte_increase"] / lost) if lost > 0 else None)
+        assert_recovered(row, pruned)
         assert row["bits_per_byte_increase_deviation"] > 0
         assert row["memory"] >= pruned["memory"] > 0
         assert row["passes"] > pruned["passes"]
     assert text["tokens"] == distilled["tokens"] == 4 * ROWS * 32
     assert pruned["parameters"] < 0.85 * first["parameters"]
     assert pruned["seconds"] == 0 < text["seconds"]
-    adapted, rounded = rows["w3a16,adapt"], rows["w3a16"]
+    adapted, rounded = rows["quantize@2[group=16],adapt"], rows["quantize@2[group=16]"]
     assert adapted["tokens"] == text["tokens"]
-    assert adapted["recovered"] == pytest.approx(
-        1 - adapted["bits_per_byte_increase"] / rounded["bits_per_byte_increase"]
-    )
+    assert_recovered(adapted, rounded)
     assert {steps[0].rank for steps in ran if type(steps[0]) is Adapt} == {3}
     assert all(0 < row["calibration"] < 1 for row in rows.values())
     assert rows["width@0.2,distill[cache=top_k]"]["tokens"] == text["tokens"]

@@ -218,10 +218,7 @@ def test_files_of_before_a_dtype_was_told_stand_for_that_of_their_scales(tmp_pat
     efflm_file.save(file, model, {})
     with safe_open(file, framework="numpy") as opened:
         manifest = json.loads(opened.metadata()["efflm"])
-    assert (manifest["formats"]["embedding"].pop("dtype"), manifest["formats"]["embedding"].pop("super_block")) == (
-        "bfloat16",
-        0,
-    )
+    assert manifest["formats"]["embedding"].pop("dtype") == "bfloat16"
     save_file(load_file(file), file, metadata={"efflm": json.dumps(manifest)})
     same(efflm_file.load(file)[0], model)
 
