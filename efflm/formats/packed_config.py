@@ -16,7 +16,8 @@ _HARMLESS = """
     block_name_to_quantize module_name_preceding_first_block modules_in_block_to_quantize modules_to_not_convert
     batch_size pad_token_id max_input_length cache_block_outputs lm_head meta backend use_cuda_fp16 use_exllama
     exllama_config disable_exllama offload_to_disk offload_to_disk_path pack_impl pack_dtype do_fuse
-    fuse_max_seq_len modules_to_fuse zero_point
+    fuse_max_seq_len modules_to_fuse zero_point provider autoround_version iters nsamples seqlen
+    static_attention_granularity static_kv_granularity
 """
 # Of weights and of activations in compressed-tensors, and what their absence means.
 _ARGUMENTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False} | dict.fromkeys(
@@ -74,7 +75,8 @@ def read(values: Any) -> Quantized | None:
 
 
 def _gptq(values: dict[str, Any]) -> Quantized:
-    _require_known(values, "bits", "group_size", "checkpoint_format", "format")
+    _require_known(values, "bits", "group_size", "checkpoint_format", "format", "data_type")
+    _require_one_of(values, "data_type", None, "int")  # AutoRound's
     layout = values.get("checkpoint_format") or values.get("format") or "gptq"
     _require_one_of({"checkpoint_format": layout}, "checkpoint_format", "gptq", "gptq_v2")
     scheme = Scheme(layout=layout, bits=_bits(values, "bits"), group=_group(values), symmetric=False)

@@ -129,6 +129,13 @@ def group(targets=("Linear",), inputs=None, **weights) -> dict:
     return {"config_groups": {"group_0": scheme}}
 
 
+def test_what_auto_round_says_beside_changes_nothing(folder):
+    before = huggingface.load_weights(folder)
+    said = {"autoround_version": "0.15.1", "provider": "auto-round", "data_type": "int"}
+    change(folder, **said, static_attention_granularity="tensor", static_kv_granularity="tensor")
+    require_equal(huggingface.load_weights(folder), before)
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
@@ -150,6 +157,11 @@ def group(targets=("Linear",), inputs=None, **weights) -> dict:
         ("gptq4", {"checkpoint_format": "marlin"}, "checkpoint_format .* is 'marlin', but only 'gptq' or 'gptq_v2'"),
         ("gptq4", {"is_marlin_format": True}, "is_marlin_format in the quantization_config is True, which"),
         ("gptq4", {"dynamic": {"-:.*": {}}}, "dynamic in the quantization_config is .* which is not supported: if it"),
+        (
+            "gptq4",
+            {"data_type": "mx_fp"},
+            "data_type in the quantization_config is 'mx_fp', but only 'int' is supported",
+        ),
         ("gptq4", {"rotation": "hadamard"}, "rotation in the quantization_config is 'hadamard'"),
         (
             "awq4",
