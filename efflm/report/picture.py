@@ -23,7 +23,8 @@ def renew(results: Path = published.FOLDER, folder: Path = FOLDER) -> list[Path]
     stale = [(run, draw, file) for run, draw, file in stale if not is_of(run, file)]
     for run, draw, file in stale:
         about = {"Software": None, "Description": run.machine}
-        plots.save(draw(run), file, dpi=100, bbox_inches=None, metadata=about)
+        around = "tight" if draw is _programs else None  # names stand beside its axes
+        plots.save(draw(run), file, dpi=100, bbox_inches=around, metadata=about)
     return [file for _, _, file in stale]
 
 
