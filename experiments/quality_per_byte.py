@@ -93,6 +93,7 @@ class Score(NamedTuple):
     seconds: float
 
 
+@run_directory.locked
 def main(run: Run, calibration: Calibration, score: Scoring) -> None:
     log = Journal(run.run_dir, command_line("experiments.quality_per_byte", sys.argv))
     user_cache.use_compilation_cache()

@@ -32,14 +32,14 @@ shift
 set_up >&2
 export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
 exec 3>&2
-pids=() stopped=0 told=''
+pids=() asked=0 stopped=0 told=''
 # shellcheck disable=SC2317  # a trap calls it
 stop() {
   if [ "$stopped" -ne 0 ]; then
     kill -KILL "${pids[@]}" 2>/dev/null || true
     return 0 # without it: the status of what the signal came after, which may end the script
   fi
-  stopped=$1
+  stopped=$1 asked=${#pids[@]}
   kill -TERM "${pids[@]}" 2>/dev/null || true # each then writes its part
 }
 trap 'stop 130' INT
@@ -110,6 +110,7 @@ for ((life = 0; life <= restarts; life++)); do
     if [ "$stopped" -ne 0 ] && [ -z "$told" ]; then
       echo "launch: stopping with a last checkpoint; the same again ends all at once" >&3
       told=yes # not in the trap, which misses what comes while it runs
+      kill -TERM "${pids[@]:asked}" 2>/dev/null || true # begun when the signal came, and not yet in the list
     fi
     left=()
     for index in "${running[@]}"; do

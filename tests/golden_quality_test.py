@@ -27,7 +27,7 @@ FIGURES = HERE / "golden_quality.json"
 TEXT = HERE / "golden_quality.txt"  # stories that stories15M wrote, a line each: the first half is for calibration
 ROWS, LENGTH, TOLERANCE = 16, 128, 0.01
 CHAINS = {
-    "stories15M": "original w8a8_static smoothquant_w8a8_static quantize@4 awq@4 gptq@4 tuned@4[steps=24] quantize@3 "
+    "stories15M": "original w8a8_static smoothquant_w8a8_static quantize@4 awq@4 gptq@4 quantize@3 "
     "gptq@3 magnitude@0.5 wanda@0.5 sparsegpt@0.5",
     "smollm2": "original w8a8 gptq@3 wanda@0.5",
 }

@@ -284,6 +284,17 @@ def test_a_signal_to_the_script_stops_all_once(tmp_path, number):
     assert (tmp_path / "told").read_text() == "stopped\n" * 2
 
 
+def test_a_signal_stops_processes_that_are_just_begun(tmp_path):
+    """It comes when the script has no number of them yet: while it looks for a port."""
+    environment = stand_in(tmp_path / "venv", "trap 'exit 0' TERM; while :; do /usr/bin/sleep 0.1; done")
+    python = tmp_path / "venv" / "bin" / "python"
+    python.write_text(python.read_text().replace("echo 1234", "kill -TERM $PPID; echo 1234"))
+    command = ["bash", str(LAUNCH / "local.sh"), "--", "experiments.pretrain"]
+    running = subprocess.Popen(command, env=environment, start_new_session=True)
+    GROUPS.append(running.pid)
+    assert running.wait(timeout=60) in (0, 143)  # that of a process which has no trap yet
+
+
 def test_a_second_ctrl_c_ends_all_and_nothing_starts_again(tmp_path):
     running = local(tmp_path / "venv", "trap '' TERM; echo up; while :; do /usr/bin/sleep 0.1; done")
     assert [running.stdout.readline() for _ in range(2)] == ["up\n"] * 2
