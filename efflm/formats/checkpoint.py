@@ -12,6 +12,7 @@ import contextlib
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from efflm.ops.storage import array_shapes, from_flat, is_dtype_of, to_flat
 from efflm.parallel import processes
 
 ARRAYS = "arrays"  # the folder of a step in which Orbax writes
+LOOKS, GONE = 40, 4  # at what a failed save leaves: how often at most, and how often in turn nothing is there
 
 
 def save(directory: Path, step: int, model: LanguageModel, about: dict[str, Any]) -> None:
@@ -216,7 +218,7 @@ class Writer:
         left = []
         with contextlib.suppress(OSError):  # on storage that fails this may fail too; `error` came first
             if processes.is_first():
-                manifest.remove(folder)
+                _clear(folder)
             left = [step for step in steps_in(self.directory) if manifest.exists(self.directory / str(step))]
         last = f"the last good one is that of step {left[-1]}" if left else "there is none before it"
         what = f"the checkpoint {folder} could not be written ({processes.reason(error)}); {last}"
@@ -224,6 +226,18 @@ class Writer:
         if code == processes.RETRY:
             return processes.Interrupted(f"{what}: start again when the machines and the storage work")
         return InputError(f"{what}: free some space, or give another --run_dir") if code == processes.MISTAKE else error
+
+
+def _clear(folder: Path) -> None:
+    """Delete what a failed save has left. Orbax raises the first error while TensorStore still writes other arrays,
+    which puts files, and the folders they are in, where they were deleted: so until nothing comes any more."""
+    gone = 0
+    for _ in range(LOOKS):
+        manifest.remove(folder)
+        gone = 0 if folder.exists() else gone + 1
+        if gone == GONE:
+            return
+        time.sleep(0.05)
 
 
 def steps_in(directory: Path) -> list[int]:

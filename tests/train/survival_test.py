@@ -1,5 +1,6 @@
 """A run that is killed, stopped, out of disk or fed nonsense goes on as if nothing had happened, or says why not."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -10,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,7 +24,7 @@ import pytest
 from efflm.cli import run_directory
 from efflm.config import InputError, Stopped
 from efflm.config.train import TrainConfig
-from efflm.formats import manifest
+from efflm.formats import arrays, manifest
 from efflm.parallel import meshes, processes
 from efflm.precision import LossScale
 from efflm.train import callbacks, trainer
@@ -308,6 +310,26 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, told
     assert "\n" not in str(error.value)
     assert steps_in(tmp_path) == [2]
     same(train(tmp_path, **settings), train(tmp_path / "calm", **settings))
+
+
+def test_what_is_written_after_a_save_has_failed_goes_too(tmp_path, monkeypatch):
+    """TensorStore goes on with other arrays, and makes their folder anew, when Orbax has raised the first error."""
+
+    def still_writing(folder):
+        for i in range(10):
+            with contextlib.suppress(FileNotFoundError):  # deleted in between
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / str(i)).write_bytes(b"x")
+            time.sleep(0.01)
+
+    def fail(folder, written):
+        threading.Thread(target=still_writing, args=(folder.with_name("arrays.orbax-checkpoint-tmp") / "d",)).start()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(arrays, "require_readable", fail)
+    with pytest.raises(InputError, match="/2 could not be written"):
+        train(tmp_path, steps=2)
+    assert steps_in(tmp_path) == []
 
 
 FAILURES = [
