@@ -32,7 +32,7 @@ from efflm.cli.subject import Subject
 from efflm.compress import calibrate, grammar, plan, recipe
 from efflm.compress.calibrate import Layer
 from efflm.compress.step import Calibration, Context, reads_text
-from efflm.config import flag, require, require_positive
+from efflm.config import InputError, flag, require, require_positive
 from efflm.data import dataset
 from efflm.evaluate import quality, scoring
 from efflm.evaluate.quality import Quality
@@ -133,7 +133,7 @@ def main(run: Run, calibration: Calibration, score: Scoring) -> None:
                 file.unlink(missing_ok=True)
             try:
                 made.append(kept(file, lambda each=each, seed=seed: measured(each, seed, test)))
-            except (OSError, subprocess.CalledProcessError) as error:
+            except (InputError, OSError, subprocess.CalledProcessError) as error:
                 log.say(f"{each.name} is left out: {error}")
                 break
         if made:
