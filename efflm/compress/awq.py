@@ -17,7 +17,8 @@ from efflm.compress.step import Context, record
 from efflm.config import flag, require
 from efflm.config.model import ModelConfig
 from efflm.model import LanguageModel, layerwise
-from efflm.ops import Format, qarray
+from efflm.ops import Format
+from efflm.ops.grid import by_entry, grouped
 from efflm.parallel import sharding
 
 ROWS = 16  # on so many rows of the text candidates are compared by running a part of the layer
@@ -29,8 +30,8 @@ def weight_means(matrices: list[tuple[jax.Array, Format]]) -> jax.Array:
 
     def shares(w: jax.Array, format: Format) -> jax.Array:
         group = format.group_in(w.shape[0])
-        most = jnp.max(jnp.abs(qarray.grouped(w, 0, group)), axis=1)
-        return jnp.abs(w) / jnp.maximum(qarray.by_entry(most, 0, group, w.shape[0]), 1e-12)
+        most = jnp.max(jnp.abs(grouped(w, 0, group)), axis=1)
+        return jnp.abs(w) / jnp.maximum(by_entry(most, 0, group, w.shape[0]), 1e-12)
 
     return jnp.mean(jnp.concatenate([shares(*each) for each in matrices], axis=1), axis=1)
 

@@ -19,22 +19,19 @@ from efflm.compress.plan import Rounder, nearest, plan_of, require_formats
 from efflm.compress.step import Context, record
 from efflm.config import flag, require
 from efflm.model import LanguageModel
-from efflm.ops import qarray
+from efflm.ops.grid import Grid, by_entry, grid_of
 
 
 @functools.partial(jax.jit, static_argnames="format")
-def round_matrix(
-    w: jax.Array, inverse: obs.Inverse, kept: jax.Array, grid: qarray.Grid, format: ops.Format
-) -> jax.Array:
-    """w float32 [K, N] rounded to the codes of a grid (ops.qarray.grid_of), as floats.
+def round_matrix(w: jax.Array, inverse: obs.Inverse, kept: jax.Array, grid: Grid, format: ops.Format) -> jax.Array:
+    """w float32 [K, N] rounded to the codes of a grid (ops.grid.grid_of), as floats.
 
     inverse: of what it reads (obs.inverse). kept: False for weights that become zero, for which others compensate too.
     The scales were made before, from groups of neighbours, so the order in which inputs are rounded need not be known
     afterwards.
     """
     (scale, zeros), K = grid, w.shape[0]
-    by_entry = functools.partial(qarray.by_entry, axis=0, group=format.group_in(K), size=K)
-    each = lambda part: jnp.broadcast_to(by_entry(part.astype(jnp.float32)), w.shape)
+    each = lambda part: jnp.broadcast_to(by_entry(part.astype(jnp.float32), 0, format.group_in(K), K), w.shape)
     offset = jnp.zeros(w.shape) if zeros is None else each(zeros)
     after = _Round(format.low, format.high)
     return obs.compensated(w, inverse, (kept, each(scale), offset), _kept, after)[0]
@@ -99,7 +96,7 @@ class GPTQ(Rounder):
                 kept = layer.masks.get(path, np.ones(w.shape, bool))
                 if self.correction:
                     w = obs.corrected(w, inverse(path), read[path]["shift"], self.correction)
-                grid = qarray.grid_of(w, -2, format, importance)
+                grid = grid_of(w, -2, format, importance)
                 return ops.quantize_array(round_matrix(w, inverse(path), kept, grid, format), -2, format, grid=grid)
 
             return layer.replace(params=trees.map_with_path(matrix, layer.params)), None

@@ -20,9 +20,10 @@ from efflm.config.train import TrainSettings
 from efflm.model import LanguageModel
 from efflm.model.params import LOG_SCALE, in_layer
 from efflm.ops import qarray
+from efflm.ops.grid import Grid, as_stored, grid_of
 
 # Of a matrix: its path, as it is rounded at the start, its weights, all that is trained -> the grid it is rounded to.
-Grids = Callable[[str, ops.QArray, jax.Array, Any], qarray.Grid]
+Grids = Callable[[str, ops.QArray, jax.Array, Any], Grid]
 
 
 def on_grids(model: LanguageModel, formats: Mapping[str, ops.Format], grids: Grids) -> training.Parametrization:
@@ -57,7 +58,7 @@ def _begun(w: Any, format: ops.Format | None) -> Any:
 
 def running_scales(model: LanguageModel, formats: Mapping[str, ops.Format]) -> training.Parametrization:
     """All weights, rounded by the scales of the weights as they are at each step."""
-    return on_grids(model, formats, lambda path, _, w, __: qarray.grid_of(jax.lax.stop_gradient(w), -2, formats[path]))
+    return on_grids(model, formats, lambda path, _, w, __: grid_of(jax.lax.stop_gradient(w), -2, formats[path]))
 
 
 def learned_scales(model: LanguageModel, formats: Mapping[str, ops.Format]) -> training.Parametrization:
@@ -70,9 +71,9 @@ def learned_scales(model: LanguageModel, formats: Mapping[str, ops.Format]) -> t
     flat = [(path, w) for path, w in trees.flatten(model.params) if path in formats]
     sizes = {path: float(jnp.sqrt(jnp.mean(jnp.square(ops.in_float32(w))))) or 1.0 for path, w in flat}
 
-    def grids(path: str, like: ops.QArray, w: jax.Array, trainable: Any) -> qarray.Grid:
+    def grids(path: str, like: ops.QArray, w: jax.Array, trainable: Any) -> Grid:
         scale = qarray.scales(like) * jnp.exp(trainable[LOG_SCALE][path] / sizes[path])
-        stored = qarray.as_stored(scale, like.axis, like.format)
+        stored = as_stored(scale, like.axis, like.format)
         return qarray.with_gradient_of(scale, stored), qarray.zero_points(like)
 
     weights = on_grids(model, formats, grids)

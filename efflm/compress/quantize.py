@@ -15,8 +15,8 @@ from efflm.compress.plan import Plan, Rounder, nearest, plan_of
 from efflm.compress.step import Context, record
 from efflm.config import flag
 from efflm.model import LanguageModel, in_dtype
-from efflm.ops import qarray
 from efflm.ops.format import Activations, Bits, Format
+from efflm.ops.grid import symmetric_scale
 
 
 def quantize(params: Any, activations: Activations = "float", **format: Any) -> Any:
@@ -61,7 +61,7 @@ class Quantize(Rounder):
                 if path not in read or format is None or format.activations != "int8_static":
                     return w
                 most = read[path]["largest"]
-                scale = qarray.symmetric_scale(most.max(), 127).reshape(1, 1)
+                scale = symmetric_scale(most.max(), 127).reshape(1, 1)
                 return w.replace(activations="int8_static", activation_scale=scale)
 
             return layer.replace(params=trees.map_with_path(matrix, layer.params)), None

@@ -27,6 +27,7 @@ from efflm.config.model import ModelConfig
 from efflm.config.train import TrainConfig
 from efflm.model import LanguageModel, layerwise, placement
 from efflm.ops import Format, qarray
+from efflm.ops.grid import Grid, as_stored, by_entry, grid_of
 from efflm.parallel import sharding
 from efflm.train import trainer
 from efflm.train.losses import weighted_mean
@@ -43,14 +44,14 @@ HELD_OUT = 8  # one of so many chunks of rows is held out, the first ones
 Learned = dict[str, jax.Array]
 
 
-def start(grid: qarray.Grid, shape: tuple[int, ...]) -> Learned:
+def start(grid: Grid, shape: tuple[int, ...]) -> Learned:
     """The nearest codes of a grid."""
     scale, zeros = grid
     learned = {"offset": jnp.zeros(shape), "top": jnp.ones(scale.shape)}
     return learned if zeros is None else learned | {"bottom": jnp.ones(scale.shape)}
 
 
-def moved(grid: qarray.Grid, learned: Learned, format: Format) -> qarray.Grid:
+def moved(grid: Grid, learned: Learned, format: Format) -> Grid:
     """The grid of the learned ranges: scales as they are stored, and zeros, both float32 [groups, N]."""
     (scale, zeros), steps = grid, format.high - format.low
     if zeros is None:
@@ -60,12 +61,12 @@ def moved(grid: qarray.Grid, learned: Learned, format: Format) -> qarray.Grid:
         top, bottom = learned["top"] * (steps - below), learned["bottom"] * below  # in steps
         scale, zero = scale * (top + bottom) / steps, steps * bottom / (top + bottom) + format.low
         zeros = qarray.with_gradient_of(zero, jnp.round(zero))
-    return qarray.with_gradient_of(scale, qarray.as_stored(scale, -2, format)), zeros
+    return qarray.with_gradient_of(scale, as_stored(scale, -2, format)), zeros
 
 
-def rounded(w: jax.Array, grid: qarray.Grid, learned: Learned, format: Format) -> jax.Array:
+def rounded(w: jax.Array, grid: Grid, learned: Learned, format: Format) -> jax.Array:
     """The rounded matrix, float32; the gradient goes through the rounding as if it were not there."""
-    each = lambda part: qarray.by_entry(part, -2, format.group_in(w.shape[-2]), w.shape[-2])
+    each = lambda part: by_entry(part, -2, format.group_in(w.shape[-2]), w.shape[-2])
     scale, zeros = moved(grid, learned, format)
     scale, zero = each(scale), 0.0 if zeros is None else each(zeros)
     exact = w / scale + learned["offset"]
@@ -73,7 +74,7 @@ def rounded(w: jax.Array, grid: qarray.Grid, learned: Learned, format: Format) -
     return (jnp.clip(codes, format.low, format.high) - zero) * scale
 
 
-def stored(w: jax.Array, grid: qarray.Grid, kept: jax.Array | None, learned: Learned, format: Format) -> ops.QArray:
+def stored(w: jax.Array, grid: Grid, kept: jax.Array | None, learned: Learned, format: Format) -> ops.QArray:
     """The matrix with its codes; dropped weights are zero."""
     scale, zeros = moved(grid, learned, format)
     found = masked(rounded(w, grid, learned, format), kept)
@@ -210,7 +211,7 @@ class Tuned(Rounder):
             kept = {path: layer.masks[path] for path in formats if path in layer.masks}
             for path in formats:
                 flat[path] = masked(ops.in_float32(flat[path]), kept.get(path))
-            grids = {p: qarray.grid_of(flat[p], -2, f, read[p]["squares"]) for p, f in formats.items()}
+            grids = {p: grid_of(flat[p], -2, f, read[p]["squares"]) for p, f in formats.items()}
             learned = {path: start(grid, flat[path].shape) for path, grid in grids.items()}
             # Under the name of a layer, by which the trainer shards them.
             begin, frozen, grids = ({"block_0": trees.unflatten(each)} for each in (learned, flat, grids))

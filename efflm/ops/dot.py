@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from efflm.ops.grid import grouped
 from efflm.ops.kernels.cpu import dot as cpu
 from efflm.ops.lowrank import LowRank
 from efflm.ops.norm import normalize
-from efflm.ops.qarray import QArray, codes, dequantize, grouped, operands, rounded_rows, scales, zero_points
+from efflm.ops.qarray import QArray, codes, dequantize, operands, rounded_rows, scales, zero_points
 from efflm.ops.recompute import late
 
 MATMUL = "matmul"

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from efflm.config import require
 from efflm.ops.format import INT8, Activations, Format
-from efflm.ops.grid import Grid, as_stored, by_entry, grid_of, grouped, in_super_blocks, own_dtype, symmetric_scale  # noqa: F401
+from efflm.ops.grid import Grid, as_stored, by_entry, grid_of, in_super_blocks, own_dtype, symmetric_scale
 from efflm.ops.lowrank import LowRank
 from efflm.ops.packing import pack, unpack
 from efflm.precision import cast

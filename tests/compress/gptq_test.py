@@ -10,7 +10,8 @@ from efflm.compress.gptq import GPTQ, round_matrix
 from efflm.compress.quantize import Quantize
 from efflm.compress.step import Context
 from efflm.config import InputError
-from efflm.ops import QArray, qarray
+from efflm.ops import QArray
+from efflm.ops.grid import grid_of
 from efflm.parallel import meshes
 from tests import reference_layers, surgeon, tiny
 
@@ -18,7 +19,7 @@ from tests import reference_layers, surgeon, tiny
 def rounded(w, x, bits, group, symmetric, order, kept=None, grid=None):
     gram = jnp.asarray(x).T @ jnp.asarray(x)
     form = ops.Format(bits=bits, group=group, symmetric=symmetric)
-    grid = grid or qarray.grid_of(jnp.asarray(w), -2, form)
+    grid = grid or grid_of(jnp.asarray(w), -2, form)
     kept = jnp.ones(w.shape, bool) if kept is None else jnp.asarray(kept)
     found = round_matrix(jnp.asarray(w) * kept, obs.inverse(gram, 0.01, "w", order), kept, grid, form)
     return np.asarray(found), grid

@@ -17,6 +17,7 @@ from efflm.config import InputError
 from efflm.model import placement
 from efflm.model.params import in_layer
 from efflm.ops import QArray, qarray
+from efflm.ops.grid import grid_of
 from efflm.parallel import meshes, sharding
 from tests import tiny
 
@@ -85,7 +86,7 @@ def test_it_rounds_as_the_equations_say(seed, bits, group, symmetric, K):
     group = 0 if group >= K else group
     wanted, codes, added = by_reference(w, V, *ends, bits, symmetric, group)
     form, given = a_format(bits, group, symmetric), jnp.asarray(w, jnp.float32)
-    found = stored(given, qarray.grid_of(given, -2, form), None, learned_of(V, ends, group, symmetric), form)
+    found = stored(given, grid_of(given, -2, form), None, learned_of(V, ends, group, symmetric), form)
     assert (found.bits, found.group, found.shape) == (bits, group, w.shape)
     sure = (np.abs(added) < 0.499).all(axis=0)  # float32 may round a half to the other side
     np.testing.assert_allclose(np.where(sure, ops.dequantize(found), wanted), wanted, rtol=1e-4, atol=1e-6)
@@ -97,7 +98,7 @@ def test_it_rounds_as_the_equations_say(seed, bits, group, symmetric, K):
 def test_gradients_are_those_of_rounding_that_adds_a_constant(seed, bits, group, symmetric, K):
     w, V, ends = a_matrix(seed, K)
     form, given = a_format(bits, group % K, symmetric), jnp.asarray(w, jnp.float32)
-    grid = qarray.grid_of(given, -2, form)
+    grid = grid_of(given, -2, form)
     toward = np.random.default_rng(seed).normal(size=w.shape)
     _, _, added = by_reference(w, V, *ends, bits, symmetric, group % K)
     learned = learned_of(V, ends, group % K, symmetric)
@@ -220,7 +221,7 @@ def test_a_dropped_weight_is_stored_as_zero_whatever_its_offset():
     for symmetric in (True, False):
         form, given = a_format(4, 8, symmetric), jnp.asarray(w * kept, jnp.float32)
         learned = learned_of(3 * V, ends, 8, symmetric)
-        found = stored(given, qarray.grid_of(given, -2, form), kept, learned, form)
+        found = stored(given, grid_of(given, -2, form), kept, learned, form)
         assert (np.asarray(ops.dequantize(found))[~kept] == 0).all()
 
 

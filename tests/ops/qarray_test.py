@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from efflm import ops
 from efflm.config import InputError
 from efflm.ops import Format, qarray
+from efflm.ops.grid import as_stored, by_entry, grid_of
 from efflm.ops.packing import pack, unpack
 from efflm.ops.qarray import operands, quantize_array, take
 
@@ -72,7 +73,7 @@ def test_rounding_twice_changes_nothing(w, axis, form):
     twice = ops.requantize(dequantize(once), once)
     assert jax.tree.structure(twice) == jax.tree.structure(once)
     assert jax.tree.map(lambda x: x.dtype, twice) == jax.tree.map(lambda x: x.dtype, once)
-    step = np.abs(qarray.by_entry(qarray.scales(once), axis, once.group, w.shape[axis]))
+    step = np.abs(by_entry(qarray.scales(once), axis, once.group, w.shape[axis]))
     off = 1 if once.super_block else 2.0 ** (form.bits - 8)  # scales are rounded up; in full they have 8 bits at least
     assert np.all(np.abs(dequantize(twice) - dequantize(once)) <= step * (off + 1e-4))
 
@@ -278,7 +279,7 @@ def test_a_searched_range_is_never_worse_and_is_what_is_stored(w, axis, form, me
     """By the error that was searched for, in float64; storing the grid again changes nothing."""
     importance = np.float32(np.arange(w.shape[axis]) % 4) if measured else None
     searched = dataclasses.replace(form, clip=True)
-    grid = qarray.grid_of(jnp.asarray(w), axis, searched, importance)
+    grid = grid_of(jnp.asarray(w), axis, searched, importance)
     weight = np.abs(np.float64(w)) if importance is None else np.expand_dims(np.float64(importance), -3 - axis)
     weight = weight + np.zeros(w.shape)
     if importance is None:
@@ -295,7 +296,7 @@ def test_a_searched_range_is_never_worse_and_is_what_is_stored(w, axis, form, me
     whole, found = (quantize_array(jnp.asarray(w), axis, each, importance=importance) for each in (form, searched))
     assert np.all(error(found) <= error(whole) * (1 + 1e-3) + 1e-3 * np.square(np.abs(w).max()) * 1e-3)
     np.testing.assert_array_equal(qarray.scales(found), grid[0])
-    np.testing.assert_array_equal(qarray.as_stored(grid[0], axis, form), grid[0])
+    np.testing.assert_array_equal(as_stored(grid[0], axis, form), grid[0])
     again = quantize_array(jnp.asarray(w), axis, form, grid)
     np.testing.assert_array_equal(again.values, found.values)
 
