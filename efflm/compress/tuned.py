@@ -222,6 +222,7 @@ class Tuned(Rounder):
                 {"x": x, "positions": positions, "segments": segments, "wanted": wanted}
                 for (x, positions, segments), wanted in zip(layer.rows, layer.wanted, strict=True)
             ]
+            rows = [part for part in rows if jnp.any(part["segments"] > 0)]  # the others have no error
             held = -(-len(rows) // HELD_OUT) if len(rows) > 1 else 0
             best = Best(begin, functools.partial(_error, loss, frozen=frozen, rows=rows[:held] or rows))
             task = trainer.Task(

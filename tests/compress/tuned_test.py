@@ -236,6 +236,15 @@ def test_padding_does_not_count():
         assert np.mean(np.asarray(ops.dequantize(a)) != np.asarray(ops.dequantize(b))) < 0.001, path
 
 
+def test_where_only_the_first_rows_hold_text_they_are_trained_on():
+    """A chunk of rows with text, and one with none, which leaves none to hold out."""
+    few = {name: part[:8].copy() for name, part in CONTEXT.calibration.items()}
+    for part in few.values():
+        part[4:] = 0
+    after, _ = Tuned(bits=3, group=16, steps=8)(tiny.model(), dataclasses.replace(CONTEXT, calibration=few))
+    assert errors(tiny.model(), [after], few)[0] > 0
+
+
 def test_on_a_mesh_it_is_as_good():
     model, step = tiny.model(), Tuned(bits=3, group=16, steps=8)
     mesh = meshes.make_mesh(data=2, fsdp=2)

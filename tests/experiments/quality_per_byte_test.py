@@ -51,7 +51,11 @@ def test_rows_of_all_programs_are_kept_and_made_once(folder, tmp_path, program, 
     assert 0 < rounded["kl_to_original"] < rows["w8a16"]["kl_to_original"]  # of embeddings alone
     assert rounded["ours_ratio"] == pytest.approx(rows["w8a16"]["kl_to_original"] / rounded["kl_to_original"], abs=1e-3)
     assert rows["wanda@0.3"]["kl_of_seeds"] > 0
+    broken = out / "files" / "gptqmodel_quantize-4:32-0"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
     assert run(folder, out, chains) == rows
+    assert f"GPTQModel, 4 bits, groups of 32 is left out: {broken}" in capsys.readouterr().out
     assert set(run(folder, out, "--chains=w8a16")) == set(rows) - {"wanda@0.3"}
     with pytest.raises(SystemExit):
         run(folder, out, chains, "--score.tokens=16")
