@@ -17,7 +17,7 @@ import numpy as np
 from efflm import ops, trees
 from efflm.compress import sensitivity
 from efflm.compress.gptq import GPTQ
-from efflm.compress.plan import Plan
+from efflm.compress.plan import SUPER_BLOCK, Plan
 from efflm.compress.quantize import Quantize
 from efflm.compress.sensitivity import Row, Unit
 from efflm.compress.step import Context, record
@@ -25,6 +25,7 @@ from efflm.compress.tuned import Tuned
 from efflm.config import flag, require, require_choices
 from efflm.model import LanguageModel
 from efflm.ops import Format
+from efflm.ops.format import SuperBlock
 
 
 def allocate(costs: Sequence[Sequence[float]], nbytes: Sequence[Sequence[int]], budget: int) -> list[int]:
@@ -73,8 +74,9 @@ ROUNDERS = {"gptq": GPTQ, "tuned": Tuned, "nearest": Quantize}
 class Mixed:
     """Matrices and embeddings, each in the format that a budget of bytes gives it, rounded by another step."""
 
-    bits: str = flag("8,4,3,2", "bits of a weight to choose from")
-    groups: str = flag("32,64,128", "inputs that share a scale, to choose from; 0: all of an output")
+    bits: str = flag("8,7,6,5,4,3,2", "bits of a weight to choose from")
+    groups: str = flag("32,128", "inputs that share a scale, to choose from; 0: all of an output")
+    super_block: SuperBlock = flag(256, SUPER_BLOCK)
     average_bits: float = flag(4.0, "the budget: bytes of the whole file, scales and norms too, as bits a weight")
     megabytes: float = flag(0.0, "the budget as megabytes of the file; 0: by average_bits")
     unit: Unit = flag("matrix", "what has one format: a matrix, those that read the same input, or a layer")
@@ -101,7 +103,11 @@ class Mixed:
     @property
     def formats(self) -> tuple[Format, ...]:
         every = itertools.product(_numbers(self.groups, "groups"), _numbers(self.bits, "bits"))
-        return tuple(Format(bits=bits, group=group, symmetric=self.symmetric, clip=self.clip) for group, bits in every)
+        given = {"symmetric": self.symmetric, "clip": self.clip}
+        return tuple(
+            Format(bits=bits, group=group, super_block=self.super_block if group else 0, **given)
+            for group, bits in every
+        )
 
     @property
     def coarsest(self) -> Format:

@@ -25,7 +25,7 @@ from efflm.formats import tensors
 from efflm.formats.tensors import Tensors
 from efflm.model import LanguageModel, params, placement
 from efflm.ops import huffman, lowrank, storage
-from efflm.ops.packing import pack
+from efflm.ops.packing import pack, unit
 from efflm.parallel import meshes
 
 DTYPES = {str(dtype): dtype for dtype in tensors.NAMES}  # of tensors before they were entropy-coded
@@ -50,7 +50,7 @@ def save(
         "ranks": {name: a.shape[1] for name, (a, _) in pairs.items()},
         "sparse": [each.name.removesuffix("/bitmask") for each in arrays if each.name.endswith("/bitmask")],
         "masks": sorted(model.masks or {}),
-        "coded": {each.name: [str(each.coded.dtype), each.coded.shape, each.axis] for each in arrays if each.coded},
+        "coded": {each.name: [str(each.coded.dtype), each.coded.shape, each.packed] for each in arrays if each.coded},
         "about": {**about, "lineage": lineage},
     }
     with run_directory.whole(path) as partial:
@@ -97,14 +97,16 @@ def load(file: Path, mesh: Mesh | None = None) -> tuple[LanguageModel, dict[str,
         raise InputError(f"{file} cannot be read as a model ({str(error)[:300]}): export it again") from error
 
 
-def _decoded(source: Tensors, coded: Mapping[str, tuple[str, Sequence[int], int | None]]) -> Tensors:
-    """The tensors as they were before some were entropy-coded. coded: {name: dtype, shape, axis}, see ops.huffman."""
+def _decoded(source: Tensors, coded: Mapping[str, tuple[str, Sequence[int], Sequence[int] | None]]) -> Tensors:
+    """The tensors as they were before some were entropy-coded. coded: {name: dtype, shape, packed}, see ops.huffman."""
     kinds = {}
-    for name, (dtype, shape, axis) in coded.items():
+    for name, (dtype, shape, packed) in coded.items():
         good = name in source.shapes and dtype in DTYPES and all(type(size) is int and size >= 0 for size in shape)
-        good = good and axis in (None, -1, -2)[: 1 + len(shape)] and (axis is None or shape[axis] % 3 == 0)
-        require(good, f"{name:.80} is said to be {dtype!s:.40} of shape {shape!s:.80}, packed along {axis!s:.40}")
-        kinds[name] = DTYPES[dtype], tuple(shape), axis
+        if good and packed is not None:
+            axis, bits = packed
+            good = axis in (-1, -2)[: len(shape)] and bits in (3, 5, 6, 7) and shape[axis] % unit(bits)[1] == 0
+        require(good, f"{name:.80} is said to be {dtype!s:.40} of shape {shape!s:.80}, packed as {packed!s:.40}")
+        kinds[name] = DTYPES[dtype], tuple(shape), packed
 
     def read(name: str) -> np.ndarray:
         try:

@@ -29,16 +29,15 @@ def kind_of(weight: Any, transposed: bool, masked: bool) -> str | None:
     if transposed != (weight.axis == -2) or weight.size % 32 or weight.group % 32:
         return None
     super_blocks = weight.size % 256 == 0 and weight.group % 256 == 0
-    if weight.bits == 2 and super_blocks:
-        return "Q2_K"
-    if weight.zeros is None or weight.bits < 4:  # of 3 bits, less the zero point, from -7 to 7
-        small = "Q3_K" if weight.zeros is None and super_blocks and weight.bits == 3 else "Q4_0"
-        return {8: "Q8_0", 4: "Q4_0", 3: small, 2: "Q4_0"}[weight.bits]
-    if weight.bits == 8:
+    bits, points = weight.bits, weight.zeros is not None
+    if super_blocks and (bits, points) in ((2, False), (2, True), (3, False), (4, True)):
+        return f"Q{bits}_K"
+    if points and bits in (4, 5) and not masked:
+        return f"Q{bits}_1"  # which rounds what it adds, so that no code of it need be zero
+    needed = bits + points  # for codes less their zero points
+    if needed > 8:
         return None
-    if super_blocks:
-        return "Q4_K"
-    return "Q5_0" if masked else "Q4_1"  # Q4_1 rounds what it adds, so that no code of it need be zero
+    return "Q4_0" if needed <= 4 else "Q5_0" if needed == 5 else "Q8_0"
 
 
 def blocks_of(name: str, weight: Any, kind: str, transposed: bool, exact: bool) -> np.ndarray:
@@ -96,6 +95,13 @@ def _q4_1(codes, scale, zeros):
     return scale[..., None], least.astype(np.float16)[..., None], _nibbles(codes + 8)
 
 
+def _q5_1(codes, scale, zeros):
+    least = -(zeros + 16).astype(np.float32) * scale.astype(np.float32)
+    numbers = codes + 16
+    high = np.packbits(numbers >= 16, axis=-1, bitorder="little")
+    return scale[..., None], least.astype(np.float16)[..., None], high, _nibbles(numbers & 15)
+
+
 def _q5_0(codes, scale, zeros):
     numbers = codes - zeros[..., None] + 16
     return scale[..., None], np.packbits(numbers >= 16, axis=-1, bitorder="little"), _nibbles(numbers & 15)
@@ -133,4 +139,5 @@ def _nibbles(numbers: np.ndarray) -> np.ndarray:
     return numbers[..., :16] | numbers[..., 16:] << 4
 
 
-_LAYOUTS = {"Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q4_K": _q4_k, "Q3_K": _q3_k, "Q2_K": _q2_k}
+_LAYOUTS = {"Q8_0": _q8_0, "Q5_1": _q5_1, "Q5_0": _q5_0, "Q4_1": _q4_1, "Q4_0": _q4_0}
+_LAYOUTS |= {"Q4_K": _q4_k, "Q3_K": _q3_k, "Q2_K": _q2_k}

@@ -3,11 +3,12 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from efflm.config import InputError, require
-from efflm.ops.format import Activations, Bits
+from efflm.ops.format import Activations
 
+WIDTHS = (8, 4, 3, 2)  # bits of codes that these formats store
 REMEDY = "give the model before it was quantized, or a GGUF file of it"
 # Keys that change no logits: how the codes were found, and what only writing or running elsewhere reads.
 _HARMLESS = """
@@ -232,7 +233,7 @@ def _object(values: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _bits(values: dict[str, Any], key: str) -> int:
-    _require_one_of(values, key, *get_args(Bits))
+    _require_one_of(values, key, *WIDTHS)
     return values[key]
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from efflm.config import require, require_choices
 
-Bits = Literal[8, 4, 3, 2]
+Bits = Literal[8, 7, 6, 5, 4, 3, 2]
 Activations = Literal["float", "int8", "int8_static"]
 ScaleDtype = Literal["", "float16", "bfloat16", "float32"]
 SuperBlock = Literal[0, 256]

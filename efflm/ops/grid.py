@@ -1,5 +1,6 @@
 """The grid of a number format: which scales and zero points the groups of a float matrix get, as they are stored."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -97,7 +98,6 @@ def own_dtype(scale: jax.Array) -> str:
     return "float16" if _in_float16(scale) else "bfloat16"
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
 def grid_of(w: jax.Array, axis: int, format: Format, importance: jax.Array | None = None) -> Grid:
     """The scales and zeros of the groups of a float matrix, each with `axis` reduced to groups (see Format).
 
@@ -113,21 +113,29 @@ def grid_of(w: jax.Array, axis: int, format: Format, importance: jax.Array | Non
     square has that entropy, sqrt(2 pi e) / 2^H of it (from 2 bits on to 4%): of one entropy, and so in one size of an
     entropy-coded file, a uniform grid has less error than ranges of groups (Gish and Pierce 1968).
     """
+    searched = format.clip and format.bits < 8  # at 8 no search makes a difference to a model that can be measured
+    same = dataclasses.replace(format, bits=8, clip=searched)  # so that one program is compiled for all bits
+    return _grid_of(w, axis, same, jnp.float32(format.low), importance)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _grid_of(w: jax.Array, axis: int, format: Format, low: jax.Array, importance: jax.Array | None) -> Grid:
+    """The same, of codes from `low` on, whatever the format's bits."""
     if format.entropy:
         deviation = jnp.sqrt(jnp.mean(jnp.square(w.astype(jnp.float32)), axis=axis, keepdims=True))
         step = deviation * math.sqrt(2 * math.pi * math.e) / 2**format.entropy
         return as_stored(jnp.where(step == 0, 1.0, step), axis, format), None
-    group, steps = format.group_in(w.shape[axis]), 2**format.bits - 1
+    group, steps, high = format.group_in(w.shape[axis]), -2 * low - 1, -low - 1
     split = grouped(w.astype(jnp.float32), axis, group)  # the entries of a group now lie along `axis`
     bottom, top = jnp.minimum(jnp.min(split, axis), 0.0), jnp.maximum(jnp.max(split, axis), 0.0)
     if format.scales == "matrix":
         bottom, top = jnp.full_like(bottom, jnp.min(bottom)), jnp.full_like(top, jnp.max(top))
     if format.symmetric:
-        unit = jnp.where(top > -bottom, top, bottom) / format.low
+        unit = jnp.where(top > -bottom, top, bottom) / low
         zeros = jnp.zeros_like(unit)
     else:
         unit = (top - bottom) / steps
-        zeros = jnp.clip(jnp.round(-bottom / jnp.where(unit == 0, 1.0, unit)) + format.low, format.low, format.high)
+        zeros = jnp.clip(jnp.round(-bottom / jnp.where(unit == 0, 1.0, unit)) + low, low, high)
     stored_zeros = lambda zeros: None if format.symmetric else zeros.astype(jnp.int8)
 
     def of_blocks(reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
@@ -143,7 +151,7 @@ def grid_of(w: jax.Array, axis: int, format: Format, importance: jax.Array | Non
         return jnp.where(scale == 0, jnp.where(most == 0, 1.0, most), scale)
 
     plain, unit = unit, _as_stored(filled(unit), axis, format, jnp.ceil)
-    if not format.clip or format.bits == 8:  # there no search makes a difference to a model that can be measured
+    if not format.clip:
         return unit, stored_zeros(zeros)
 
     # From here on in units of `unit`: as numbers of steps.
@@ -162,11 +170,11 @@ def grid_of(w: jax.Array, axis: int, format: Format, importance: jax.Array | Non
 
     def centered(step: jax.Array, zeros: jax.Array) -> jax.Array:
         """Codes less their zero points."""
-        return jnp.clip(jnp.round(split / spread(step)) + spread(zeros), format.low, format.high) - spread(zeros)
+        return jnp.clip(jnp.round(split / spread(step)) + spread(zeros), low, high) - spread(zeros)
 
     def try_one(best: tuple[jax.Array, ...], tried: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
         ratio, shift = tried
-        moved = jnp.clip(zeros + shift, format.low, format.high)
+        moved = jnp.clip(zeros + shift, low, high)
         found = centered(jnp.full_like(unit, ratio), moved)
         product, square = total(split * found), total(jnp.square(found))
         step = jnp.where(square > 0, product / jnp.where(square > 0, square, 1.0), 0.0)

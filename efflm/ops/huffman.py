@@ -1,8 +1,9 @@
 """Arrays entropy-coded for files: Huffman codes of their bytes, by zlib.
 
-The bytes are those that arrays are stored in, with two or four codes of fewer than 8 bits in each: a Huffman code has
-whole bits, which costs little where a byte holds several codes. Codes of 3 bits, of which bytes hold parts, are coded
-two in a byte. Of floats the first bytes of all are coded together, then the second ones, and so on.
+The bytes are those that arrays are stored in, with two or four codes of 4 or 2 bits in each: a Huffman code has whole
+bits, which costs little where a byte holds several codes. Codes of which bytes hold parts are coded with as many whole
+ones in a byte as there is room for: two of 3 bits, one of 5, 6 or 7. Of floats the first bytes of all are coded
+together, then the second ones, and so on.
 
 zlib is asked for Huffman codes alone, made anew for about every 32 KB. It could also look for repetitions; rounded
 weights have none, and what looks like them costs up to a third where the codes are few. Every byte takes a bit at
@@ -16,24 +17,29 @@ from collections.abc import Sequence
 import numpy as np
 
 from efflm.config import require
+from efflm.ops.packing import regrouped, unit
 
 MOST = 8
 
 
-def encode(array: np.ndarray, axis: int | None = None) -> np.ndarray:
-    """The coded array, uint8 [n]. axis: that of packed codes of 3 bits, None for all else."""
-    array = array if axis is None else _in_pairs(np.moveaxis(array, axis, -1))
+Packed = tuple[int, int]  # the axis of packed codes, and the bits of one
+
+
+def encode(array: np.ndarray, packed: Packed | None = None) -> np.ndarray:
+    """The coded array, uint8 [n]. packed: of codes of which bytes hold parts (`in_parts`); None for all else."""
+    array = array if packed is None else regrouped(np.moveaxis(array, packed[0], -1), 8, _whole(packed[1]))
     planes = np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(-1, array.dtype.itemsize).T
     coder = zlib.compressobj(memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
     parts = [coder.compress(np.ascontiguousarray(plane)) + coder.flush(zlib.Z_FULL_FLUSH) for plane in planes]
     return np.frombuffer(b"".join([*parts, coder.flush()]), np.uint8)
 
 
-def decode(coded: np.ndarray, dtype: np.dtype, shape: Sequence[int], axis: int | None = None) -> np.ndarray:
+def decode(coded: np.ndarray, dtype: np.dtype, shape: Sequence[int], packed: Packed | None = None) -> np.ndarray:
     """The array of this dtype and shape that was coded. Raises InputError if another one, or none, was."""
     shape = list(shape)
-    if axis is not None:
-        shape.append(shape.pop(axis) // 3 * 4)
+    if packed:
+        axis, whole = packed[0], _whole(packed[1])
+        shape.append(shape.pop(axis) * 8 // whole)
     nbytes = math.prod(shape) * dtype.itemsize
     require(nbytes <= MOST * coded.size, f"{coded.size} bytes cannot stand for {nbytes}")
     decoder = zlib.decompressobj()
@@ -46,18 +52,14 @@ def decode(coded: np.ndarray, dtype: np.dtype, shape: Sequence[int], axis: int |
     require(decoder.eof and len(data) == nbytes and not decoder.unused_data, f"its codes are damaged ({why})")
     bytes_of = np.frombuffer(data, np.uint8).reshape(dtype.itemsize, -1).T
     array = np.ascontiguousarray(bytes_of).reshape(-1).view(dtype).reshape(shape)
-    return array if axis is None else np.moveaxis(_in_threes(array), -1, axis)
+    return np.moveaxis(regrouped(array, whole, 8), -1, axis) if packed else array
 
 
-def _in_pairs(packed: np.ndarray) -> np.ndarray:
-    """Codes of 3 bits packed along the last axis, 8 in 3 bytes, with 2 in a byte."""
-    a, b, c = (packed[..., i::3] for i in range(3))
-    return np.stack([a & 63, a >> 6 | (b & 15) << 2, b >> 4 | (c & 3) << 4, c >> 2], axis=-1).reshape(
-        *packed.shape[:-1], -1
-    )
+def in_parts(bits: int) -> bool:
+    """Whether bytes hold parts of packed codes."""
+    return unit(bits)[1] > 1
 
 
-def _in_threes(pairs: np.ndarray) -> np.ndarray:
-    """The inverse of `_in_pairs`."""
-    a, b, c, d = (pairs[..., i::4] for i in range(4))
-    return np.stack([a | b << 6, b >> 2 | c << 4, c >> 4 | d << 2], axis=-1).reshape(*pairs.shape[:-1], -1)
+def _whole(bits: int) -> int:
+    """Bits of the whole codes in a byte."""
+    return 8 // bits * bits

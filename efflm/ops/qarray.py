@@ -2,10 +2,9 @@
 
     w ~ (codes - zeros) * scale
 
-codes are signed integers of 8, 4, 3 or 2 bits. Below 8 they are packed along the contracted axis into bytes, the first
-code in the lowest bits: two or four in a byte, or eight in three bytes. Each output channel has one scale, which may be
-negative, or one for each `group` of entries along the contracted axis; the last group may be shorter. With super-blocks
-these are codes too, times one scale of each super-block.
+codes are signed integers of 2 to 8 bits, packed along the contracted axis into bytes below 8 (see ops.packing). Each
+output channel has one scale, which may be negative, or one for each `group` of entries along the contracted axis; the
+last group may be shorter. With super-blocks these are codes too, times one scale of each super-block.
 """
 
 import dataclasses

@@ -177,13 +177,13 @@ def stored_parts(weight: Any, mask: Any) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """An array of a file: its name, its shape and dtype, and what gives it on the host. axis: see huffman.encode.
-    coded: shape and dtype before it was entropy-coded; None: it was not."""
+    """An array of a file: its name, its shape and dtype, and what gives it on the host. packed: see
+    huffman.encode. coded: shape and dtype before it was entropy-coded; None: it was not."""
 
     name: str
     kind: jax.ShapeDtypeStruct
     give: Callable[[], np.ndarray]
-    axis: int | None = None
+    packed: huffman.Packed | None = None
     coded: jax.ShapeDtypeStruct | None = None
 
     @property
@@ -192,7 +192,7 @@ class Stored:
 
     def entropy_coded(self) -> "Stored":
         """It entropy-coded, where that is smaller. It is coded now for its size, and again when it is given."""
-        coded = lambda: huffman.encode(self.give(), self.axis)
+        coded = lambda: huffman.encode(self.give(), self.packed)
         kind = jax.ShapeDtypeStruct((coded().size,), np.dtype(np.uint8))
         return self if kind.size >= self.nbytes else dataclasses.replace(self, kind=kind, give=coded, coded=self.kind)
 
@@ -207,10 +207,10 @@ def _stored(params: Any, masks: dict[str, Any]) -> Iterator[Stored]:
     bases, pairs = lowrank.split(params)
     for path, weight in trees.flatten(bases):
         mask = masks.get(path)
-        give, three = _each_once(weight, mask), isinstance(weight, QArray) and weight.bits == 3
-        axes = {"values": weight.axis, "nonzeros": -1} if three else {}
+        give, parts = _each_once(weight, mask), isinstance(weight, QArray) and huffman.in_parts(weight.bits)
+        packed = {"values": (weight.axis, weight.bits), "nonzeros": (-1, weight.bits)} if parts else {}
         for part, kind in stored_kinds(weight, mask).items():
-            yield Stored(f"{path}/{part}".rstrip("/"), kind, functools.partial(give, part), axes.get(part))
+            yield Stored(f"{path}/{part}".rstrip("/"), kind, functools.partial(give, part), packed.get(part))
     for path, pair in pairs.items():
         for part, array in zip(PAIR, pair, strict=True):
             kind = jax.ShapeDtypeStruct(array.shape, array.dtype)

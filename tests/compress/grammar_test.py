@@ -98,7 +98,7 @@ def test_no_recipe_has_the_name_of_a_step():
         ("quantize[bit=4]", r"quantize\[bit=4\]: quantize has no setting 'bit': did you mean bits\?"),
         ("gptq@3[plan=Plan]", "gptq has no setting 'plan': its settings are bits, group"),
         ("rotate[x=1]", "rotate has no setting 'x': its settings are none"),
-        ("quantize[bits=5]", "bits is '5', but must be one of 8, 4, 3"),
+        ("quantize[bits=9]", "bits is '9', but must be one of 8, 7, 6"),
         ("quantize[symmetric=no]", "symmetric is 'no', but must be true or false"),
         ("finetune[steps=many]", "steps is 'many', but must be a whole number"),
         ("width@much", "width@much: parameters is 'much', but must be a number"),
@@ -168,7 +168,7 @@ def test_a_file_has_chains_by_name(tmp_path):
         ("", "has no chain: write one"),
         ("a = 3", "chain.toml: 3 is no step: write a text such as"),
         ("a = 'w8a8 w8a16'", "'w8a8 w8a16' is 2 chains, but must be one"),
-        ("[[a]]\nstep = 'gptq'\nbits = 5", "bits is '5', but must be one of 8, 4, 3"),
+        ("[[a]]\nstep = 'gptq'\nbits = 9", "bits is '9', but must be one of 8, 7, 6"),
         ("b = 'w8a8'\nc = 'w8a16'", r"is 2 chains \(b, c\), but must be one: .* as in chain.toml:small"),
     ],
 )

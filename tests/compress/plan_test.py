@@ -132,8 +132,8 @@ def test_plans_that_cannot_be():
         QAT(plan=Plan(((LAYERS, Format(scales="matrix")),)))
     with pytest.raises(InputError, match="activations is int8_static for layers, but GPTQ knows float and int8 only"):
         GPTQ(plan=Plan(((LAYERS, Format(activations="int8_static")),)))
-    with pytest.raises(InputError, match="embeddings is 5: choose from 8, 4, 3, 2, 0"):
-        Quantize(embeddings=5)
+    with pytest.raises(InputError, match="embeddings is 9: choose from 8, 7, 6, 5, 4, 3, 2, 0"):
+        Quantize(embeddings=9)
     with pytest.raises(InputError, match="plan is x, but must be a"):
         Quantize(plan="x")
 

@@ -44,7 +44,8 @@ CONFIGS = {
     "uneven": dataclasses.replace(LLAMA, blocks=UNEVEN),
 }
 WEIGHTS = {
-    "w8": {"bits": 8}, "w8g64": {"bits": 8, "group": 64}, "w4": {"bits": 4}, "w4g32": {"bits": 4, "group": 32},
+    "w8": {"bits": 8}, "w8g64": {"bits": 8, "group": 64}, "w7z": {"bits": 7, "symmetric": False}, "w5": {"bits": 5},
+    "w5g32z": {"bits": 5, "group": 32, "symmetric": False}, "w4": {"bits": 4}, "w4g32": {"bits": 4, "group": 32},
     "w3": {"bits": 3}, "w3g96": {"bits": 3, "group": 96}, "w3g32z": {"bits": 3, "group": 32, "symmetric": False},
     "w2": {"bits": 2}, "w2z": {"bits": 2, "symmetric": False}, "w2g32z": {"bits": 2, "group": 32, "symmetric": False},
     "w4s": {"bits": 4, "group": 32, "scale_dtype": "float32"},
@@ -84,9 +85,9 @@ def test_the_librarys_values_of_our_blocks_are_ours_bit_for_bit(rng, name, maske
     found = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
     wanted = np.asarray(ops.dequantize(in_halves(weight)))
     wanted = wanted.T if axis == -2 else wanted
-    if kind == "Q4_1":  # adds a float16
+    if kind in ("Q4_1", "Q5_1"):  # which add a float16
         scale = np.abs(np.asarray(weight.scale, np.float32)).max()
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=15 * scale * 2**-11)
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=2**weight.bits * scale * 2**-11)
     else:
         np.testing.assert_array_equal(found, wanted)
     if masked:
@@ -99,9 +100,13 @@ def test_each_format_gets_the_smallest_type_that_holds_it():
         weight = ops.quantize_array(jnp.ones((inputs, 4)), -2, Format(**format))
         return gguf_blocks.kind_of(weight, True, masked)
 
-    assert [kind(512, bits=bits) for bits in (8, 4, 3, 2)] == ["Q8_0", "Q4_0", "Q3_K", "Q2_K"]
-    assert [kind(96, bits=bits) for bits in (8, 4, 3, 2)] == ["Q8_0", "Q4_0", "Q4_0", "Q4_0"]
-    assert [kind(512, bits=bits, group=32, symmetric=False) for bits in (8, 4, 3, 2)] == [None, "Q4_1", "Q4_0", "Q4_0"]
+    bits = range(8, 1, -1)
+    eight = ["Q8_0"] * 3
+    assert [kind(512, bits=each) for each in bits] == [*eight, "Q5_0", "Q4_0", "Q3_K", "Q2_K"]
+    assert [kind(96, bits=each) for each in bits] == [*eight, "Q5_0", "Q4_0", "Q4_0", "Q4_0"]
+    points = [kind(512, bits=each, group=32, symmetric=False) for each in bits]
+    assert points == [None, "Q8_0", "Q8_0", "Q5_1", "Q4_1", "Q4_0", "Q4_0"]
+    assert kind(512, bits=5, group=32, symmetric=False, masked=True) == "Q8_0"
     assert kind(512, bits=4, group=256, symmetric=False) == "Q4_K"
     assert kind(512, bits=4, group=32, symmetric=False, masked=True) == "Q5_0"
     assert kind(512, bits=4, group=48) is None

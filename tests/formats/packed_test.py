@@ -245,6 +245,7 @@ EXPORTS = {  # name: (config, what matrices become)
     "w8a8_asym": ("qwen3", {"activations": "int8", "symmetric": False}),
     "w8a16_experts": ("mixtral", {}),
     "w3a16": ("llama", {"bits": 3, "group": 16}),
+    "w5a16": ("llama", {"bits": 5, "group": 16}),
 }
 
 
@@ -257,6 +258,8 @@ def fields(words: np.ndarray, bits: int, size: int) -> np.ndarray:
 @pytest.mark.parametrize("name", EXPORTS)
 def test_compressed_tensors_hold_the_codes_and_come_back(name, tmp_path):
     config, how = EXPORTS[name]
+    bits = how.get("bits", 8)
+    stored = {3: 4, 5: 8}.get(bits, bits)
     golden = PACKED.parent / config
     model = tiny.model(tiny.CONFIGS[config]) if config in tiny.CONFIGS else huggingface.load_weights(golden)
     model = model.replace(params=quantize(model.params, **how))
@@ -268,7 +271,7 @@ def test_compressed_tensors_hold_the_codes_and_come_back(name, tmp_path):
     for path, w in trees.flatten(back.params):
         if in_layer(path):
             assert (w.bits, w.group, w.activations) == (
-                4 if name == "w3a16" else how.get("bits", 8),
+                stored,
                 leaves[path].group,
                 leaves[path].activations,
             )
@@ -286,10 +289,9 @@ def test_compressed_tensors_hold_the_codes_and_come_back(name, tmp_path):
     nbytes = sum(written.read(each).nbytes for each in written.shapes)
     outside = sum(np.prod(w.shape) * 4 - trees.nbytes(w) for path, w in quantized(model).items() if not in_layer(path))
     assert any(f"written as float32, {outside:,} bytes more" in line for line in said)
-    wider = (
-        sum(trees.nbytes(w.values) for path, w in quantized(model).items() if in_layer(path)) // 3 if "3" in name else 0
-    )
-    assert wider == 0 or any(f"the same codes of 4 bits, {wider:,} bytes more" in line for line in said)
+    values = sum(trees.nbytes(w.values) for path, w in quantized(model).items() if in_layer(path))
+    wider = values * (stored - bits) // bits
+    assert wider == 0 or any(f"the same codes of {stored} bits, {wider:,} bytes more" in line for line in said)
     shapes = 16 * sum(each.endswith("weight_shape") for each in written.shapes)
     signed = sum(
         w.zeros.size for path, w in quantized(model).items() if w.zeros is not None and in_layer(path) and w.bits < 8
@@ -301,7 +303,7 @@ def test_compressed_tensors_hold_the_codes_and_come_back(name, tmp_path):
     codes = np.asarray(ops.qarray.codes(w)).T.astype(int)
     np.testing.assert_array_equal(written.read(f"{module}.weight_scale"), np.asarray(w.scale).T)
     if w.activations == "float":
-        bits = max(4, w.bits)
+        bits = stored
         packed_codes = fields(written.read(f"{module}.weight_packed"), bits, w.size)
         np.testing.assert_array_equal(packed_codes - 2 ** (bits - 1), codes)
         assert written.read(f"{module}.weight_shape").tolist() == list(codes.shape)

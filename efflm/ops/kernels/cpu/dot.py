@@ -1,7 +1,8 @@
 """Matmuls with weights laid out for the native kernels: the layouts, and the calls.
 
 Dense weights are used as they are. Of quantized ones 32 outputs lie side by side: a panel holds for every 4 inputs (8
-bits), 8 (4 bits) or 16 (2 bits) one word of 4 bytes for each output, for 3 bits one and a half for 16. See src/codes.h.
+bits), 8 (4 bits) or 16 (2 bits) one word of 4 bytes for each output, for 3 bits one and a half for 16. Codes of 5, 6
+and 7 bits lie there as codes of 8. See src/codes.h.
 """
 
 import math
@@ -81,20 +82,25 @@ class Dense:
 
 def takes(w: QArray) -> bool:
     """Whether a quantized matrix can be laid out in panels."""
-    return w.ndim == 2 and w.size <= MOST_INPUTS and w.group % UNITS[w.bits] == 0
+    return w.ndim == 2 and w.size <= MOST_INPUTS and w.group % UNITS[_bits(w)] == 0
+
+
+def _bits(w: QArray) -> int:
+    """Of a code in panels."""
+    return w.bits if w.bits in UNITS else 8
 
 
 def panels(w: QArray, form: str) -> Panels:
     """A quantized matrix laid out in panels, by numpy on the host."""
     here = jax.tree.map(np.asarray, w)
     by_output = lambda x: x if w.axis == -1 else x.T
-    numbers = by_output(codes(here))
+    numbers, bits = by_output(codes(here)), _bits(w)
     outputs, size = numbers.shape
     fill = lambda x, inputs: np.pad(x, ((0, -outputs % PANEL), (0, inputs)))
-    biased = (fill(numbers, -size % UNITS[w.bits]).astype(np.int16) + 2 ** (w.bits - 1)).astype(np.uint8)
-    fours = biased.reshape(len(biased) // PANEL, PANEL, -1, len(PLACES[w.bits]), 4).swapaxes(1, 2)
-    words = _merged(fours & 3 if w.bits == 3 else fours, PLACES[w.bits])
-    if w.bits == 3:
+    biased = (fill(numbers, -size % UNITS[bits]).astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
+    fours = biased.reshape(len(biased) // PANEL, PANEL, -1, len(PLACES[bits]), 4).swapaxes(1, 2)
+    words = _merged(fours & 3 if bits == 3 else fours, PLACES[bits])
+    if bits == 3:
         first, second = (_merged(half, UPPER) for half in np.split(fours >> 2, 2, axis=2))
         words = np.concatenate([words, first | second << 2], axis=2)
 
@@ -109,7 +115,7 @@ def panels(w: QArray, form: str) -> Panels:
         of_groups(zero_points(here)),
         w.activation_scale,
         of_groups(here.super_scale),
-        bits=w.bits,
+        bits=bits,
         axis=w.axis,
         group=w.group,
         super_block=w.super_block,
