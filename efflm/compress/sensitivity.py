@@ -37,8 +37,8 @@ Unit = Literal["matrix", "input", "layer"]
 class Row:
     """One unit in one format. paths: its matrices. loss: the increase of the mean loss, and divergence: the mean KL
     divergence of the outputs from the model's, in nats a token; None where they were not measured. predicted: that
-    divergence by the Fisher information. bytes: what they take in the format, as a file holds them; saved: how many
-    fewer that is than they take as they are."""
+    divergence by the Fisher information. bytes: what they take in the format at most, as a file holds them; saved: how
+    many fewer that is than they take as they are."""
 
     name: str
     paths: tuple[str, ...]
@@ -89,7 +89,11 @@ def predicted(
         own = {path: weights[path] for path in paths}
         made = {path: _rounded(path, w, format) for path, w in own.items()}
         cost = sum(float(_predicted(information[path], own[path], w)) for path, w in made.items())
-        nbytes = ops.stored_nbytes(made, model.masks)
+        # Zeros that a search or compensation makes are not relied on: only a mask says how many there will be.
+        nbytes = sum(
+            ops.stored_nbytes({path: w}, model.masks) if path in (model.masks or {}) else trees.nbytes(w)
+            for path, w in made.items()
+        )
         saved = ops.stored_nbytes(own, model.masks) - nbytes
         found.append(Row(name, paths, format, None, None, cost, nbytes, saved))
     return Table(math.nan, tokens, tuple(found))

@@ -51,6 +51,7 @@ def test_rows_of_all_programs_are_kept_and_made_once(folder, tmp_path, program, 
     assert 0 < rounded["kl_to_original"] < rows["w8a16"]["kl_to_original"]  # of embeddings alone
     assert rounded["ours_ratio"] == pytest.approx(rows["w8a16"]["kl_to_original"] / rounded["kl_to_original"], abs=1e-3)
     assert rows["wanda@0.3"]["kl_of_seeds"] > 0
+    assert rows["wanda@0.3"]["passes"] > rows["llama.cpp Q8_0"]["passes"] >= 0
     broken = out / "files" / "gptqmodel_quantize-4:32-0"
     broken.mkdir()
     (broken / "config.json").write_text("{}")
