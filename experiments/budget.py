@@ -59,9 +59,10 @@ from experiments.making.candidates import Candidates, begun
 from experiments.making.chains import Making, prepared
 
 CHAINS = (  # to begin with, the cheapest first; those that train are tried where the minutes allow
-    "w8a16 w8a8 quantize@4[activations=int8] smoothquant_w8a8 width@0.05,w8a8 width@0.15,w8a8 depth@0.07,w8a8 gptq@4 "
-    "gptq@3 gptq@4[embeddings=4] mixed@5[rows=2] mixed@3.5[rows=2] tuned@4 tuned@3 wanda@0.2,w8a16 wanda@0.4,w8a16 "
-    "sparsegpt@0.2,w8a16 sparsegpt@0.5,w8a16 width@0.2,distill,w8a8 width@0.3,distill,w8a8"
+    "w8a16 w8a8 w5a16 quantize@4[activations=int8] smoothquant_w8a8 width@0.05,w8a8 width@0.15,w8a8 depth@0.07,w8a8 "
+    "gptq@4 gptq@3 gptq@4[super_block=256,embeddings=4] mixed@5[rows=2] mixed@3.5[rows=2] tuned@4 tuned@3 "
+    "wanda@0.2,w8a16 wanda@0.4,w8a16 sparsegpt@0.2,w8a16 sparsegpt@0.5,w8a16 width@0.2,distill,w8a8 "
+    "width@0.3,distill,w8a8"
 )
 SHARES = (0.25, 0.5, 1.0)  # of the selection text that candidates have read before each halving
 MAKING = 0.6  # of the time left, the share in which a round may make candidates
