@@ -173,8 +173,15 @@ def _round(w: jax.Array, scale: jax.Array, zeros: jax.Array | None, axis: int, f
     return jnp.clip(rounded, format.low, format.high).astype(jnp.int8)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
 def _packed(w: jax.Array, scale: jax.Array, zeros: jax.Array | None, axis: int, format: Format) -> jax.Array:
+    """The codes as they are stored, by one program for all formats that round alike."""
+    return _rounded_and_packed(w, scale, zeros, axis, Format(bits=format.bits, group=format.group_in(w.shape[axis])))
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _rounded_and_packed(
+    w: jax.Array, scale: jax.Array, zeros: jax.Array | None, axis: int, format: Format
+) -> jax.Array:
     return pack(_round(w, scale, zeros, axis, format), format.bits, axis)
 
 
