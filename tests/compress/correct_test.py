@@ -10,6 +10,7 @@ from efflm.compress.adapt import Adapt, Merge
 from efflm.compress.correct import Correct, correction
 from efflm.compress.gptq import GPTQ
 from efflm.compress.magnitude import Magnitude
+from efflm.compress.quantize import Quantize
 from efflm.compress.rotate import Rotate
 from efflm.compress.smoothquant import SmoothQuant
 from efflm.compress.step import Context
@@ -106,7 +107,7 @@ def test_what_cannot_be_corrected_is_refused(made):
     model, rounded, _, _ = made
     for between in (Rotate(), SmoothQuant()):
         with pytest.raises(InputError, match=r"is not the teacher's: .* nothing may come between"):
-            recipe.apply(model, (between, THREE, Correct()), CONTEXT)
+            recipe.apply(model, (between, Quantize(), Correct()), CONTEXT)
     with pytest.raises(InputError, match="the model is pruned"):
         recipe.apply(model, (Magnitude(sparsity=0.5), Correct()), CONTEXT)
     with pytest.raises(InputError, match="rank is 17, but block_0/attention/key/kernel has the shape"):

@@ -74,7 +74,6 @@ def test_an_expert_that_no_text_reaches_is_rounded_to_the_nearest_and_pruned_by_
 @pytest.mark.parametrize(
     "steps",
     [
-        (Quantize(),),
         (Quantize(bits=4, group=8, embeddings=0),),
         (SmoothQuant(), Quantize(activations="int8")),
         (Magnitude(sparsity=0.5), Distill(steps=2)),

@@ -147,10 +147,10 @@ def test_the_output_layer_that_a_rotation_made_counts_for_the_embeddings_it_is_m
 
 def test_pruned_weights_stay_zero_and_quantized_ones_can_be_rounded_again():
     model, _ = recipe.apply(tiny.model(), grammar.chain("magnitude50"), CONTEXT)
-    after, _ = Mixed(unit="layer", rows=4)(model, CONTEXT)
+    after, _ = Mixed(unit="layer", groups="32", rows=4)(model, CONTEXT)
     for path, mask in after.masks.items():
         assert np.all(np.asarray(ops.dequantize(dict(trees.flatten(after.params))[path]))[~np.asarray(mask)] == 0)
-    again, _ = Mixed(bits="3", rows=4)(after, CONTEXT)
+    again, _ = Mixed(bits="3", groups="32", rows=4)(after, CONTEXT)
     assert set(bits_of(again).values()) == {3}
 
 

@@ -24,7 +24,7 @@ STEPS = {
     "int4": "quantize[bits=4,group=8,embeddings=0]",
     "gptq": "gptq@3[group=8]",
     "tuned": "tuned@4[group=8,steps=1]",
-    "mixed": "mixed@4[rows=2]",
+    "mixed": "mixed@4[rows=2,groups=32]",
     "qat": "qat@4[group=8,steps=1]",
     "awq": "awq@4[group=8]",
     "smoothquant": "smoothquant",

@@ -79,7 +79,7 @@ def test_where_there_is_no_such_matrix_a_rotation_is_a_random_one(size):
     assert not np.allclose(np.abs(found), np.abs(random_hadamard(size, jax.random.key(2))))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", tiny.and_combinations(CONFIGS, ["llama", "qwen3", "offset", "biased", "gated"]))
 def test_the_model_computes_the_same(name):
     model = tiny.model(CONFIGS[name])
     after, record = Rotate()(model, CONTEXT)

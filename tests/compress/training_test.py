@@ -41,10 +41,15 @@ WAYS = {
         "teacher": {"prompt": 6, "new": 4, "temperature": 0.0, "by": "teacher"},
     },
 }
-CASES = [(name, fields) for name, ways in WAYS.items() for fields in ways.values()]
-cases = pytest.mark.parametrize(
-    ("name", "fields"), CASES, ids=[f"{name}-{way}" for name, ways in WAYS.items() for way in ways]
-)
+# Whose losses another way of the same step, or text alone, has in part or in whole.
+ALIKE = ("distill-outputs", "qat-running", "adapt-beside", "generated-teacher")
+
+
+def cases(combinations=()):
+    each = [(f"{name}-{way}", name, fields) for name, ways in WAYS.items() for way, fields in ways.items()]
+    marks = lambda id: pytest.mark.combination if id in combinations else ()
+    params = [pytest.param(*case, id=id, marks=marks(id)) for id, *case in each]
+    return pytest.mark.parametrize(("name", "fields"), params)
 
 
 def context(mesh=None):
@@ -77,7 +82,7 @@ def test_the_ways_are_those_of_all_steps_that_train():
     assert set(WAYS) == training == {name for name, kind in recipe.STEPS.items() if getattr(kind, "trains", False)}
 
 
-@cases
+@cases()
 def test_the_trainer_and_the_models_are_told_everything(name, fields, monkeypatch):
     made, own = [], Transformer.__post_init__
     monkeypatch.setattr(Transformer, "__post_init__", lambda self: made.append(self) or own(self))
@@ -127,7 +132,7 @@ def test_training_begins_and_ends_on_the_grid_that_was_given(name, symmetric, mo
         np.testing.assert_allclose(task.loss_fn(*given)[0], wanted, rtol=1e-6)
 
 
-@cases
+@cases(ALIKE)
 def test_parts_and_rematerialization_change_no_gradient(name, fields, monkeypatch):
     step = recipe.STEPS[name](steps=4, **fields)
     whole, parts = (
