@@ -5,7 +5,6 @@ the model as it was (QEP: Arai 2025, arXiv 2504.09629).
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -22,7 +21,6 @@ from efflm.model import LanguageModel
 from efflm.ops.grid import Grid, by_entry, grid_of
 
 
-@functools.partial(jax.jit, static_argnames="format")
 def round_matrix(w: jax.Array, inverse: obs.Inverse, kept: jax.Array, grid: Grid, format: ops.Format) -> jax.Array:
     """w float32 [K, N] rounded to the codes of a grid (ops.grid.grid_of), as floats.
 
@@ -33,26 +31,20 @@ def round_matrix(w: jax.Array, inverse: obs.Inverse, kept: jax.Array, grid: Grid
     (scale, zeros), K = grid, w.shape[0]
     each = lambda part: jnp.broadcast_to(by_entry(part.astype(jnp.float32), 0, format.group_in(K), K), w.shape)
     offset = jnp.zeros(w.shape) if zeros is None else each(zeros)
-    after = _Round(format.low, format.high)
-    return obs.compensated(w, inverse, (kept, each(scale), offset), _kept, after)[0]
+    low = jnp.full(K, format.low, jnp.float32)  # no constant, so that one program is compiled for all bits
+    return obs.compensated(w, inverse, (kept, each(scale), offset, low), _kept, _rounded)[0]
 
 
 def _kept(parts: Any, w: jax.Array, diagonal: jax.Array) -> jax.Array:
     return parts[0]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Round:
-    """An input's weights rounded to codes from `low` to `high`."""
-
-    low: int
-    high: int
-
-    def __call__(self, parts: Any, w: jax.Array, kept: jax.Array) -> jax.Array:
-        _, scale, offset = parts
-        scale = jnp.where(scale != 0, scale, 1.0)  # inputs that are not there
-        codes = jnp.clip(jnp.round(w / scale) + offset, self.low, self.high)
-        return jnp.where(kept, (codes - offset) * scale, 0.0)
+def _rounded(parts: Any, w: jax.Array, kept: jax.Array) -> jax.Array:
+    """An input's weights rounded to codes."""
+    _, scale, offset, low = parts
+    scale = jnp.where(scale != 0, scale, 1.0)  # inputs that are not there
+    codes = jnp.clip(jnp.round(w / scale) + offset, low, -low - 1)
+    return jnp.where(kept, (codes - offset) * scale, 0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
