@@ -149,7 +149,8 @@ def test_the_front_page_lists_every_experiment():
 def test_the_tables_of_steps_and_recipes_are_those_of_the_code():
     text = methods.README.read_text()
     assert methods.fill(text) == text, "run .venv/bin/python -m efflm.compress.methods"
-    row = "| `smoothquant@alpha` | Move the range of activations into weights. | Xiao 2022, 2211.10438 |"
+    named = "Xiao 2022, 2211.10438; Sun 2024, 2402.17762"
+    row = f"| `smoothquant@alpha` | Move the range of activations into weights. | {named} |"
     assert f"\n{row}\n" in text
     assert (
         "\n| `shrink_distill_int8` | `depth,distill,w8a16` | 1910.01108, 2403.03853, 1503.02531, 2208.07339 |\n" in text

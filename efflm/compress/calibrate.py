@@ -47,6 +47,13 @@ class Statistic(NamedTuple):
 LARGEST = Statistic(lambda K: jnp.zeros(K), lambda most, x, _: jnp.maximum(most, jnp.max(jnp.abs(x), axis=0)))
 MAGNITUDES = Statistic(lambda K: jnp.zeros(K), lambda total, x, _: total + jnp.sum(jnp.abs(x), axis=0))
 SQUARES = Statistic(lambda K: jnp.zeros(K), lambda total, x, _: total + jnp.sum(jnp.square(x), axis=0))
+# The sum of squares, each as a share of the mean square of its token's inputs: tokens count the same however large.
+SHARES = Statistic(
+    lambda K: jnp.zeros(K),
+    lambda total, x, _: (
+        total + jnp.sum(jnp.square(x) / jnp.maximum(jnp.mean(jnp.square(x), axis=1, keepdims=True), 1e-30), axis=0)
+    ),
+)
 # X^T X, float32 [K, K], and how many tokens there were.
 GRAM = Statistic(lambda K: jnp.zeros((K, K)), lambda gram, x, _: gram + jnp.matmul(x.T, x, precision="highest"))
 # X^T (X0 - X), float32 [K, K]: X0 is what the model as it was reads. Tokens that it gave another expert do not count.
