@@ -52,7 +52,7 @@ RECIPES: dict[str, str] = {
     "w8a8_static": "quantize[activations=int8_static]",
     "smoothquant_w8a8": "smoothquant,w8a8",
     "smoothquant_w8a8_static": "smoothquant,w8a8_static",
-    "w5a16": "quantize@5[super_block=256,embeddings=5]",
+    "w5a16": "quantize@5[group=64,super_block=256,embeddings=5]",
     "w4a16": "quantize@4",
     "w3a16": "quantize@3",
     "w4a16_superblock": "quantize@4[group=16,symmetric=false,super_block=256,embeddings=4]",
