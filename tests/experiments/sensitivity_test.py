@@ -54,7 +54,7 @@ def test_table_results_and_report(model, corpus, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flag", "words"), [("--bits=5", "bits is 5"), ("--groups=x", "groups is"), ("--show=-1", "show is")]
+    ("flag", "words"), [("--bits=9", "bits is 9"), ("--groups=x", "groups is"), ("--show=-1", "show is")]
 )
 def test_wrong_flags(flag, words, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -116,7 +116,7 @@ def test_a_part_that_does_not_exist_is_refused():
         ("width@0.3,best", "there is no step or recipe 'best'"),
         ("width", "width: parameters is 0.0, bytes is 0.0, latency is 0.0: set one of them"),
         ("width@2", "width@2: parameters is 2.0, but must be between 0 and 1"),
-        ("quantize@5", "quantize@5: bits is '5'"),
+        ("quantize@9", "quantize@9: bits is '9'"),
         ("wanda@half", "wanda@half: sparsity is 'half', but must be a number"),
         ("distill@2", r"distill@2: a share of its steps must be in \(0, 1\]"),
         ("width@0.3,finetune@seconds width@0.3,finetune", "from width@0.3,finetune and width@0.3,distill: list"),
