@@ -114,24 +114,32 @@ class Mixed:
         return min(self.formats, key=lambda format: (format.bits, -(format.group or math.inf)))
 
     def __call__(self, model: LanguageModel, context: Context):
-        plan = self.plan(model, context)
         floats = model.replace(params=trees.map_with_path(lambda _, w: ops.dequantize(w), model.params))
-        after, _ = ROUNDERS[self.rounder](plan=plan)(floats, context)
+        spare, over = 0, 1
+        while over > 0:  # where a rounder makes fewer zeros than it was predicted, a bitmask of them takes more bytes
+            plan = self.plan(model, context, spare)
+            after, _ = ROUNDERS[self.rounder](plan=plan)(floats, context)
+            over = ops.stored_nbytes(after.params, after.masks) - self._budget(model, context)
+            spare += over
         return after, record(self, model, after, context)
 
-    def plan(self, model: LanguageModel, context: Context) -> Plan:
-        """The formats with the least sum of costs within the budget. Raises InputError."""
-        units, weights = self.measured(model, context), _weights(model, context)
+    def _budget(self, model: LanguageModel, context: Context) -> int:
+        """In bytes."""
+        return int(self.megabytes * 1e6 or self.average_bits / 8 * _weights(model, context))
+
+    def plan(self, model: LanguageModel, context: Context, spare: int = 0) -> Plan:
+        """The formats with the least sum of costs within the budget less `spare` bytes. Raises InputError."""
+        units, weights, budget = self.measured(model, context), _weights(model, context), self._budget(model, context)
         paths = {path for rows in units for path in rows[0].paths}
         rest = ops.stored_nbytes({path: w for path, w in trees.flatten(model.params) if path not in paths}, model.masks)
-        nbytes, budget = [[row.bytes for row in rows] for rows in units], self.megabytes * 1e6
-        least, budget = rest + sum(map(min, nbytes)), int(budget or self.average_bits / 8 * weights)
+        nbytes = [[row.bytes for row in rows] for rows in units]
+        least = rest + sum(map(min, nbytes))
         require(
-            least <= budget,
+            least <= budget - spare,
             f"the budget is {budget:,} bytes, {8 * budget / weights:.2f} bits a weight, but the least that these bits "
             f"and groups can take is {least:,}, {8 * least / weights:.2f}: raise it, or let fewer bits be chosen",
         )
-        chosen = allocate([[getattr(row, self.cost) for row in rows] for rows in units], nbytes, budget - rest)
+        chosen = allocate([[getattr(row, self.cost) for row in rows] for rows in units], nbytes, budget - spare - rest)
         rows = [rows[option] for rows, option in zip(units, chosen)]
         return Plan(tuple((re.escape(path), row.format) for row in rows for path in row.paths))
 

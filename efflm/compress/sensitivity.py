@@ -39,8 +39,8 @@ SAMPLED = 4  # of so many outputs of a matrix of a layer one is rounded to predi
 class Row:
     """One unit in one format. paths: its matrices. loss: the increase of the mean loss, and divergence: the mean KL
     divergence of the outputs from the model's, in nats a token; None where they were not measured. predicted: that
-    divergence by the Fisher information. bytes: what they take in the format at most, as a file holds them; saved: how
-    many fewer that is than they take as they are."""
+    divergence by the Fisher information. bytes: what they take in the format, as a file holds them; saved: how many
+    fewer that is than they take as they are."""
 
     name: str
     paths: tuple[str, ...]
@@ -91,8 +91,8 @@ def predicted(
         own = {path: weights[path] for path in units[name]}
         before = ops.stored_nbytes(own, model.masks)
         for format in formats:
-            cost = sum(_predicted(path, information[path], w, format) for path, w in own.items())
-            nbytes = sum(_nbytes(path, w, format, model.masks or {}) for path, w in own.items())
+            each = [_predicted(path, information[path], w, format, model.masks or {}) for path, w in own.items()]
+            cost, nbytes = (sum(part) for part in zip(*each))
             found.append(Row(name, units[name], format, None, None, cost, nbytes, before - nbytes))
     return Table(math.nan, tokens, tuple(found))
 
@@ -172,25 +172,27 @@ def _rounded(path: str, w: jax.Array, format: Format) -> QArray:
     return ops.quantize_array(w, find(path)[0].contracted, format)
 
 
-def _predicted(path: str, information: jax.Array, w: jax.Array, format: Format) -> float:
-    """Of a matrix of a layer by every fourth output. From 4 bits on ranges are not searched, which makes the error a
-    tenth too large there, whatever the bits."""
-    every = SAMPLED if in_layer(path) and w.shape[-1] >= 64 * SAMPLED else 1
-    w, information = (x[..., ::every] for x in (w, information))
-    rounded = _rounded(path, w, dataclasses.replace(format, clip=format.clip and format.bits < 4))
-    return float(_divergence(information, w, rounded)) * every
+def _predicted(path: str, information: jax.Array, w: jax.Array, format: Format, masks: Masks) -> tuple[float, int]:
+    """The divergence, and the bytes.
+
+    Of a large matrix of a layer by every fourth output, whose ranges are not searched from 4 bits on: the error is then
+    a tenth larger. Its bytes are those of dense codes, unless a mask says how many are zero. Tables of tokens are
+    rounded whole: few tokens have most of the information, and the many zeros of some are stored as bits.
+    """
+    if not in_layer(path) or w.shape[-1] < 64 * SAMPLED:
+        rounded = _rounded(path, w, format)
+        return float(_divergence(information, w, rounded)), ops.stored_nbytes({path: rounded}, masks)
+    part, own = (x[..., ::SAMPLED] for x in (w, information))
+    rounded = _rounded(path, part, dataclasses.replace(format, clip=format.clip and format.bits < 4))
+    stored = dataclasses.replace(format, scale_dtype=format.scale_dtype or "float16")  # bfloat16 takes as many
+    whole = jax.eval_shape(functools.partial(_rounded, path, format=stored), w)
+    nbytes = ops.stored_nbytes({path: whole}, masks) if path in masks else trees.nbytes(whole)
+    return float(_divergence(own, part, rounded)) * SAMPLED, nbytes
 
 
 @jax.jit
 def _divergence(information: jax.Array, w: jax.Array, rounded: QArray) -> jax.Array:
     return jnp.sum(information * jnp.square(ops.in_float32(rounded) - ops.in_float32(w))) / 2
-
-
-def _nbytes(path: str, w: jax.Array, format: Format, masks: Masks) -> int:
-    """At most. Zeros that rounding makes are not relied on: only a mask says how many there will be."""
-    format = dataclasses.replace(format, scale_dtype=format.scale_dtype or "float16")  # bfloat16 takes as many
-    rounded = jax.eval_shape(functools.partial(_rounded, path, format=format), w)
-    return ops.stored_nbytes({path: rounded}, masks) if path in masks else trees.nbytes(rounded)
 
 
 @functools.partial(jax.jit, static_argnums=0)

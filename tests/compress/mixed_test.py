@@ -11,7 +11,6 @@ from efflm import ops, trees
 from efflm.compress import grammar, recipe, sensitivity
 from efflm.compress.gptq import GPTQ
 from efflm.compress.mixed import Mixed, allocate
-from efflm.compress.plan import Plan, nearest
 from efflm.compress.step import Context
 from efflm.config import InputError
 from efflm.ops import QArray
@@ -127,14 +126,17 @@ def test_budgets(cost):
         assert len(set(bits.values())) > 1 or budget == {"average_bits": 12.0}
 
 
-def test_zeros_that_rounding_makes_are_not_counted_on():
-    """Where a file holds many zeros as a bitmask and GPTQ makes fewer of them, a budget would be passed."""
-    model = tiny.model()
-    model = model.replace(params=trees.map_with_path(lambda _, w: w**5 if w.ndim == 2 else w, model.params))
-    for row in itertools.chain(*Mixed(bits="4", groups="32", rows=2).measured(model, CONTEXT)):
-        rounded = nearest(model.params, Plan(tuple((path, row.format) for path in row.paths)))
-        found = {path: w for path, w in trees.flatten(rounded) if path in row.paths}
-        assert row.bytes == trees.nbytes(found) > ops.stored_nbytes(found)
+def test_a_budget_is_kept_where_fewer_zeros_are_made_than_predicted(monkeypatch):
+    """A file holds many zeros as a bitmask, and GPTQ makes fewer of them than rounding to the nearest."""
+    model, step = tiny.model(), Mixed(bits="6,5,4,3", groups="0", rows=2, average_bits=6.0)
+    less = lambda row: dataclasses.replace(row, bytes=int(0.7 * row.bytes))
+    fewer = [tuple(map(less, rows)) for rows in step.measured(model, CONTEXT)]
+    monkeypatch.setattr(Mixed, "measured", lambda *_: fewer)
+    plans, plan = [], Mixed.plan
+    monkeypatch.setattr(Mixed, "plan", lambda *given: plans.append(plan(*given)) or plans[-1])
+    after, _ = step(model, CONTEXT)
+    assert bits_a_weight(after) <= 6
+    assert len(plans) > 1
 
 
 def test_the_output_layer_that_a_rotation_made_counts_for_the_embeddings_it_is_made_of():
