@@ -256,7 +256,7 @@ def test_on_a_mesh_it_is_as_good():
 
 
 def test_settings_that_cannot_be():
-    for wrong in ({"steps": 0}, {"batch": 0}, {"bits": 5}, {"learning_rate": -1.0}):
+    for wrong in ({"steps": 0}, {"batch": 0}, {"bits": 9}, {"learning_rate": -1.0}):
         with pytest.raises(InputError, match=next(iter(wrong))):
             Tuned(**wrong)
     with pytest.raises(InputError, match="needs calibration text"):
