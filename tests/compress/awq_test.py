@@ -2,11 +2,13 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from efflm import ops, trees
 from efflm.compress import awq, calibrate, fold
+from efflm.compress.calibrate import Layer
 from efflm.compress.quantize import Quantize
-from tests import tiny
+from tests import reference_layers, surgeon, tiny
 from tests.compress.smoothquant_test import CONTEXT, logits, with_outliers
 
 FORMAT = ops.Format(bits=3, group=16)
@@ -56,6 +58,20 @@ def test_it_takes_the_scales_with_which_a_part_of_a_layer_loses_least():
         found = awq.best_scales(layer, place, dict.fromkeys(place.readers, FORMAT), states, 4)
         np.testing.assert_array_equal(found, tried[int(np.argmin(errors))])
         assert not place.is_norm or min(errors) < 0.7 * errors[0]
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_scales_and_codes_are_those_of_the_reference_program(bits):
+    x, w = surgeon.layer(reference_layers.SEED, reference_layers.K, reference_layers.N)
+    there, format = np.load(reference_layers.FILE), ops.Format(bits=bits, group=reference_layers.GROUP, symmetric=False)
+    matrix = fold.Place(("feedforward/down/kernel",), "feedforward/up", "feedforward/down/kernel")
+    layer = Layer(trees.unflatten({matrix.last: jnp.asarray(w)}), {}, [(x[None],)], [], tiny.LLAMA, 0)
+    read = {"magnitudes": np.abs(x).sum(axis=0), "tokens": len(x), "gram": jnp.asarray(x.T @ x)}
+    s = awq.best_scales(layer, matrix, {matrix.last: format}, read, 20)
+    np.testing.assert_allclose(s, there[f"awq{bits} scales"], rtol=1e-3)  # it adds 1e-4 to the means of weights
+    found = awq.scaled_and_rounded(jnp.asarray(w), s, jnp.diag(read["gram"]), format)
+    assert np.mean(np.isclose(found, there[f"awq{bits}"], rtol=1e-2, atol=1e-4)) > 0.99
+    np.testing.assert_allclose(surgeon.loss(w, found, x), surgeon.loss(w, there[f"awq{bits}"], x), rtol=0.01)
 
 
 def test_it_loses_less_than_plain_rounding():
