@@ -75,9 +75,20 @@ def names(sources: Sequence[str]) -> list[str]:
     return [f"{name} ({count + 1})" if count else name for name, count in zip(told, again, strict=True)]
 
 
+# Steps after which the weights that stay have the values that they had, or are rounded: others move them off the grid
+# that they were dequantized from.
+ON_GRID = {"Cast", "Depth", "Magnitude", "Quantize", "Wanda", "Width"}
+
+
+def grid(about: dict[str, Any]) -> str:
+    """The format on whose grid the weights lie, or "". about: see formats.sources.Loaded."""
+    moved = {step.get("step") for step in about.get("lineage", ())} - ON_GRID
+    return "" if moved else about.get("dequantized", "")
+
+
 def label(about: dict[str, Any]) -> str:
-    """What the first of several models is called. about: see formats.sources.Loaded."""
-    return f"dequantized {about['dequantized']}" if "dequantized" in about else "before"
+    """What the first of several models is called."""
+    return f"dequantized {grid(about)}" if grid(about) else "before"
 
 
 def origin(source: str, about: dict[str, Any]) -> str:
@@ -94,9 +105,9 @@ def cautions(model: str, about: dict[str, Any], seen: str) -> list[str]:
             f"{model} was in all likelihood trained on {seen}: compare these rows with each other and not with other "
             "texts, or score a text of your own."
         )
-    if "dequantized" in about:
+    if grid(about):
         out.append(
-            f"The weights of {model} are dequantized {about['dequantized']}: they lie on that format's grid, so "
+            f"The weights of {model} are dequantized {grid(about)}: they lie on that format's grid, so "
             "nothing here says what rounding to as few bits would cost a model whose weights do not."
         )
     return out

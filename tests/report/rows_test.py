@@ -56,3 +56,11 @@ def test_bits_a_weight_are_of_all_bytes_and_of_the_weights_of_the_model_that_it_
     assert [row.bits_a_weight * count for row in made] == pytest.approx([8000, 16000, 24000, 32000])
     alone = rows.make("rotated", models["rotated"], 1000, "", measured, None, None)
     assert alone.bits_a_weight * (count + 300 * 32) == pytest.approx(8000)
+
+
+def test_weights_that_a_step_moved_lie_on_no_grid():
+    about = lambda *steps: {"dequantized": "Q4_1", "lineage": [{"step": step} for step in steps]}
+    for given, grid in ((about(), "Q4_1"), (about("Magnitude", "Quantize"), "Q4_1"), ({"dequantized": "Q8_0"}, "Q8_0"),
+                        (about("Rotate"), ""), (about("Wanda", "Finetune"), ""), ({}, "")):  # fmt: skip
+        assert rows.label(given) == (f"dequantized {grid}" if grid else "before")
+        assert [grid in line for line in rows.cautions("m", given, "")] == ([True] if grid else [])
