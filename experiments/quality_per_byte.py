@@ -118,7 +118,7 @@ def main(run: Run, calibration: Calibration, score: Scoring) -> None:
         f"Quality: {scoring.protocol(text, score, before)}; every file computed by efflm."
         f"{scoring.rounding(noise, dense.config.precision)}",
         f"Calibration: {count} x {length} tokens of the training split, the same for all programs; of {run.seeds} "
-        "samples the mean, and the standard deviation of KL.",
+        "samples, or as many as `samples` says, the mean, and the standard deviation of KL.",
         f"Bits a weight: 8 x the bytes of all tensors over {trees.count(dense.params):,} weights. AutoRound "
         f"({run.iterations} iterations a layer) and GPTQModel leave embeddings and output layer in floats, which efflm "
         "rounded to 8 bits afterwards.",
@@ -137,7 +137,8 @@ def main(run: Run, calibration: Calibration, score: Scoring) -> None:
             try:
                 made.append(kept(file, lambda each=each, seed=seed: measured(each, seed, test)))
             except (InputError, OSError, subprocess.CalledProcessError) as error:
-                log.say(f"{each.name} is left out: {error}")
+                had = f"has {len(made)} of {run.seeds} samples" if made else "is left out"
+                log.say(f"{each.name} {had}: {error}")
                 break
         if made:
             found.append(row(each, made, before, trees.count(dense.params), forward))
@@ -236,9 +237,12 @@ def candidates(
 
 def started(python: str, script: str, *arguments: Any) -> None:
     """Run one of the scripts of peers. Raises OSError and CalledProcessError."""
-    command = [python or f"Python for {script}", PEERS / f"{script}.py", *arguments]
-    Path(arguments[1]).parent.mkdir(parents=True, exist_ok=True)
-    subprocess.run([str(each) for each in command], check=True, stdout=subprocess.DEVNULL)
+    program = Path(python) if "/" in python else python or f"Python for {script}"
+    command = [program, PEERS / f"{script}.py", *arguments]
+    folder = Path(arguments[1]).parent  # where it leaves logs, if it does
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = [str(each.absolute() if isinstance(each, Path) else each) for each in command]
+    subprocess.run(whole, check=True, stdout=subprocess.DEVNULL, cwd=folder)
 
 
 def mean_squares(model: LanguageModel, context: Context) -> dict[str, np.ndarray]:
@@ -269,6 +273,7 @@ def row(candidate: Candidate, made: Sequence[Score], before: Quality, weights: i
     nbytes = float(np.mean([score.bytes for score in made]))
     own = {"program": candidate.program, "calibrated": "yes" if candidate.calibrated else "no"}
     own |= {"bytes": round(nbytes), "bits_a_weight": round(8 * nbytes / weights, 3)}
+    own |= {"samples": len(made) if candidate.calibrated else None}
     own |= {"kl_of_seeds": quality.deviation([quality.divergence(score.quality)[0] for score in made])}
     passes = round(float(np.mean([score.seconds for score in made])) / max(forward, 1e-3), 1)
     return Row(candidate.name, own | rows.of_text(mean, before) | {"passes": passes})

@@ -13,7 +13,7 @@ from efflm.formats import gguf_file
 from experiments import quality_per_byte
 
 GROUPS = {"calibration": Calibration(rows=8, length=32), "score": Scoring(documents=4, tokens=32)}
-PROGRAM = f"#!{shutil.which('sh')}\n" + 'case "$1" in *{fails}*) exit 3;; esac\ncp -r "$2" "$3"\n'
+PROGRAM = f"#!{shutil.which('sh')}\n" + 'case "$1" in *{fails}*) exit 3;; esac\ncp -r "$2" "$3" && touch log\n'
 
 
 def run(folder, out, *flags):
@@ -58,6 +58,11 @@ def test_rows_of_all_programs_are_kept_and_made_once(folder, tmp_path, program, 
     assert run(folder, out, chains) == rows
     assert f"GPTQModel, 4 bits, groups of 32 is left out: {broken}" in capsys.readouterr().out
     assert set(run(folder, out, "--chains=w8a16")) == set(rows) - {"wanda@0.3"}
+    assert (rows["wanda@0.3"]["samples"], copied["samples"]) == (2, None)
+    fewer = run(folder, out, "--chains=w8a16", "--seeds=3")["AutoRound, 4 bits, groups of 32"]  # no program for a third
+    assert fewer == rounded
+    assert "AutoRound, 4 bits, groups of 32 has 2 of 3 samples" in capsys.readouterr().out
+    assert (out / "files" / "log").exists()  # what a program writes where it runs
     with pytest.raises(SystemExit):
         run(folder, out, chains, "--score.tokens=16")
     assert "was begun with" in capsys.readouterr().err
