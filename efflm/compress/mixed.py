@@ -120,7 +120,7 @@ class Mixed:
             plan = self.plan(model, context, spare)
             after, _ = ROUNDERS[self.rounder](plan=plan)(floats, context)
             over = ops.stored_nbytes(after.params, after.masks) - self._budget(model, context)
-            spare += max(over, spare)
+            spare += over
         return after, record(self, model, after, context)
 
     def _budget(self, model: LanguageModel, context: Context) -> int:
