@@ -26,7 +26,7 @@ from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
 from efflm.cli.subject import Subject
 from efflm.compress import grammar, recipe
-from efflm.compress.step import Calibration, Record, reads_text
+from efflm.compress.step import Calibration, Record, entropy_coded, reads_text
 from efflm.config import InputError, flag, require, require_choices, require_positive, require_seed
 from efflm.data import dataset
 from efflm.evaluate import machine, quality, scoring, task_files, tasks, throughput
@@ -61,7 +61,9 @@ class Run(Subject):
     )
     run_dir: str = flag(str(run_directory.ROOT / "compress"), "where everything is written", path=True)
     format: Literal["efflm", "coded"] = flag(
-        "efflm", "of the compressed models' files; coded: entropy-coded, smaller on disk and the same in memory"
+        "efflm",
+        "of the compressed models' files; coded: entropy-coded, smaller on disk and the same in memory, as files of "
+        "chains that round for it (entropy, coded) always are",
     )
     batch: int = flag(8, "sequences in a batch, where a step trains")
     length: int = flag(256, "tokens in a sequence, where a step trains")
@@ -83,6 +85,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles, li
     changes = {kind: steps[name] for name, kind in recipe.STEPS.items()}
     chains = grammar.with_settings(grammar.chains(run.recipe), changes)
     plans = {grammar.file_name(name): steps for name, steps in chains.items()}
+    coded = [name for name, steps in plans.items() if run.format == "coded" or entropy_coded(steps)]
     shared = {name: grammar.write(steps) for name, steps in chains.items()}
     run_directory.require_writable(run_dir, needs=run_directory.SMALL_FILES)
     asked = task_files.read(run.tasks, task)
@@ -126,7 +129,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles, li
         answers |= answering(models) if asked else {}
         for each, figures in found.items():
             say(f"{each}: {quality.words(quality.bits_per_byte(figures))} bits per byte")
-        models_of = {name + KIND: Saved(after, about | {"recipe": name}, records[name], run.format == "coded")}
+        models_of = {name + KIND: Saved(after, about | {"recipe": name}, records[name], name in coded)}
         if not measured:  # only now: if a step or the text fails, no model is left behind
             models_of[BEFORE], before = Saved(dense, about), found[first]
         sizes |= saved.save(run_dir, models_of, tokens)
@@ -155,7 +158,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles, li
         *of_tasks,
         f"Speed: {protocol}; each model in turn with the first, whose rounds beside the second are shown: compare the "
         f"ratios, which are those of the same rounds. In brackets the quartiles.{machine.most(loads)}",
-        f"Size: a safetensors file, {'entropy-coded but the first' if run.format == 'coded' else 'uncompressed'}; the "
+        f"Size: a safetensors file, uncompressed{', but entropy-coded of ' * bool(coded)}{', '.join(coded)}; the "
         f"source itself takes {numbers.megabytes(loaded.nbytes)} MB. "
         f"{rows.BITS}",
         f"Chains (recipe.toml): {'; '.join(listed)}.",

@@ -31,7 +31,7 @@ from efflm.cli.flags import command_line, launch
 from efflm.cli.subject import Subject
 from efflm.compress import calibrate, grammar, plan, recipe
 from efflm.compress.calibrate import Layer
-from efflm.compress.step import Calibration, Context, reads_text
+from efflm.compress.step import Calibration, Context, entropy_coded, reads_text
 from efflm.config import InputError, flag, require, require_positive
 from efflm.data import dataset
 from efflm.evaluate import quality, scoring
@@ -119,7 +119,8 @@ def main(run: Run, calibration: Calibration, score: Scoring) -> None:
         f"{scoring.rounding(noise, dense.config.precision)}",
         f"Calibration: {count} x {length} tokens of the training split, the same for all programs; of {run.seeds} "
         "samples, or as many as `samples` says, the mean, and the standard deviation of KL.",
-        f"Bits a weight: 8 x the bytes of all tensors over {trees.count(dense.params):,} weights. AutoRound "
+        f"Bits a weight: 8 x the bytes of all tensors over {trees.count(dense.params):,} weights. Files of chains with "
+        "`entropy` or `coded` are entropy-coded, no others. AutoRound "
         f"({run.iterations} iterations a layer) and GPTQModel leave embeddings and output layer in floats, which efflm "
         "rounded to 8 bits afterwards.",
         f"Passes: the processor time that a file took to make, compiling included, over the {forward:.0f} s of a "
@@ -196,7 +197,7 @@ def candidates(
 
     def chain(steps: Sequence[Any], seed: int) -> Made:
         after, _ = recipe.apply(dense, steps, context(seed))
-        return after, ops.stored_nbytes(after.params, after.masks)
+        return after, ops.stored_nbytes(after.params, after.masks, entropy_coded(steps))
 
     def llama_cpp(kind: str, calibrated: bool, seed: int) -> Made:
         source, out = folder / "floats.gguf", folder / "files" / f"{kind}.gguf"

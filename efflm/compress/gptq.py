@@ -14,11 +14,11 @@ import numpy as np
 from efflm import ops, trees
 from efflm.compress import calibrate, obs
 from efflm.compress.calibrate import Layer
-from efflm.compress.plan import Rounder, nearest, plan_of, require_formats
+from efflm.compress.plan import ENTROPY, Rounder, counted, grid_for, nearest, plan_of, require_formats
 from efflm.compress.step import Context, record
 from efflm.config import flag, require
 from efflm.model import LanguageModel
-from efflm.ops.grid import Grid, by_entry, grid_of
+from efflm.ops.grid import Grid, by_entry
 
 
 def round_matrix(w: jax.Array, inverse: obs.Inverse, kept: jax.Array, grid: Grid, format: ops.Format) -> jax.Array:
@@ -56,7 +56,7 @@ class GPTQ(Rounder):
         True, "choose the range of each scale by the least squared error of what the matrix gives, inputs apart"
     )
     order: bool = flag(True, "round the inputs with the largest activations first")
-    entropy: float = flag(0.0, "not 0: bits of entropy of a code, for entropy-coded files; with group 0")
+    entropy: float = flag(0.0, ENTROPY)
     damping: float = flag(0.01, "added to the diagonal of X^T X, as a share of its mean")
     correction: float = flag(
         0.5, "share of what earlier matrices lost that each makes up for; 0: none, and fewer passes"
@@ -71,7 +71,7 @@ class GPTQ(Rounder):
         require(0 <= self.correction <= 1, f"correction is {self.correction}, but must be between 0 and 1: 0.5")
 
     def __call__(self, model: LanguageModel, context: Context):
-        plan = plan_of(self)
+        plan, counts = plan_of(self), counted(context.calibration, model.config.vocabulary)
         statistics = {"gram": calibrate.GRAM} | ({"shift": calibrate.SHIFT} if self.correction else {})
 
         def one(layer: Layer, read: calibrate.States) -> tuple[Layer, None]:
@@ -84,16 +84,16 @@ class GPTQ(Rounder):
                 w, importance = ops.in_float32(leaf), jnp.diag(read[path]["gram"])
                 importance = jnp.where(jnp.any(importance > 0), importance, 1.0)  # an expert that no text reaches
                 if path == "embedding":  # tokens are looked up in it too, so none makes up for what others lose
-                    return ops.quantize_array(w, -1, format, importance=importance)
+                    return ops.quantize_array(w, -1, format, grid_for(layer.path(path), w, format, counts, importance))
                 kept = layer.masks.get(path, np.ones(w.shape, bool))
                 if self.correction:
                     w = obs.corrected(w, inverse(path), read[path]["shift"], self.correction)
-                grid = grid_of(w, -2, format, importance)
+                grid = grid_for(layer.path(path), w, format, counts, importance)
                 return ops.quantize_array(round_matrix(w, inverse(path), kept, grid, format), -2, format, grid=grid)
 
             return layer.replace(params=trees.map_with_path(matrix, layer.params)), None
 
         given = {"mesh": context.mesh, "title": "GPTQ", "sublayers": True, "output": True}
         after, _ = calibrate.walk(model, context.calibration, one, statistics, **given)
-        after = after.replace(params=nearest(after.params, plan, inside=False))
+        after = after.replace(params=nearest(after.params, plan, inside=False, counts=counts))
         return after, record(self, model, after, context)

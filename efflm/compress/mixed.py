@@ -68,6 +68,8 @@ def _numbers(text: str, name: str) -> tuple[int, ...]:
 
 
 ROUNDERS = {"gptq": GPTQ, "tuned": Tuned, "nearest": Quantize}
+ENTROPIES = (*np.arange(1, 4, 0.25), *np.arange(4, 6.6, 0.5))  # bits of a code, to choose from where files are coded
+SMALL_UNITS = 2**14  # of an entropy-coded file's budget; the sizes of choices are counted in them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,11 @@ class Mixed:
         "divergence of the outputs, or increase of the loss, when one matrix is rounded; predicted: that divergence "
         "by the Fisher information, which takes one backward pass",
     )
+    coded: bool = flag(
+        False,
+        "the budget is of an entropy-coded file, as --format=coded writes it: scales that suit such files, one for "
+        "each output, are chosen from too",
+    )
     symmetric: bool = flag(True, "codes around zero; false: a zero point for each scale")
     clip: bool = flag(True, "choose the range of each scale by the least squared error")
     rows: int = flag(16, "sequences of the calibration text over which costs are measured or predicted")
@@ -98,16 +105,23 @@ class Mixed:
         require(self.average_bits > 0, f"average_bits is {self.average_bits}, but must be positive")
         require(self.megabytes >= 0, f"megabytes is {self.megabytes}, but must be positive, or 0 for average_bits")
         require(self.rows > 0, f"rows is {self.rows}, but must be positive")
+        require(
+            not self.coded or self.rounder == "gptq",
+            f"rounder is {self.rounder}, but for entropy-coded files (coded) it must be gptq",
+        )
         _ = self.formats  # which check themselves
 
     @property
     def formats(self) -> tuple[Format, ...]:
         every = itertools.product(_numbers(self.groups, "groups"), _numbers(self.bits, "bits"))
         given = {"symmetric": self.symmetric, "clip": self.clip}
-        return tuple(
+        grouped = tuple(
             Format(bits=bits, group=group, super_block=self.super_block if group else 0, **given)
             for group, bits in every
         )
+        if not self.coded:
+            return grouped
+        return grouped + tuple(Format(entropy=float(entropy)) for entropy in ENTROPIES)
 
     @property
     def coarsest(self) -> Format:
@@ -115,43 +129,51 @@ class Mixed:
 
     def __call__(self, model: LanguageModel, context: Context):
         floats = model.replace(params=trees.map_with_path(lambda _, w: ops.dequantize(w), model.params))
-        spare, over = 0, 1
-        while over > 0:  # where a rounder makes fewer zeros than it was predicted, a bitmask of them takes more bytes
-            plan = self.plan(model, context, spare)
+        budget, more, nbytes = self._budget(model, context), 0, math.inf
+        while nbytes > budget:
+            plan, predicted = self.planned(model, context, more)
             after, _ = ROUNDERS[self.rounder](plan=plan)(floats, context)
-            over = ops.stored_nbytes(after.params, after.masks) - self._budget(model, context)
-            spare += over
+            nbytes = ops.stored_nbytes(after.params, after.masks, self.coded)
+            more = nbytes - predicted  # of a rounder that makes fewer zeros than nearest rounding, or rarer codes
         return after, record(self, model, after, context)
 
     def _budget(self, model: LanguageModel, context: Context) -> int:
         """In bytes."""
         return int(self.megabytes * 1e6 or self.average_bits / 8 * _weights(model, context))
 
-    def plan(self, model: LanguageModel, context: Context, spare: int = 0) -> Plan:
-        """The formats with the least sum of costs within the budget less `spare` bytes. Raises InputError."""
+    def plan(self, model: LanguageModel, context: Context) -> Plan:
+        """The formats with the least sum of costs within the budget. Raises InputError."""
+        return self.planned(model, context)[0]
+
+    def planned(self, model: LanguageModel, context: Context, more: int = 0) -> tuple[Plan, int]:
+        """That plan, where files take `more` bytes than predicted, and the bytes predicted. Raises InputError."""
         units, weights, budget = self.measured(model, context), _weights(model, context), self._budget(model, context)
         paths = {path for rows in units for path in rows[0].paths}
-        rest = ops.stored_nbytes({path: w for path, w in trees.flatten(model.params) if path not in paths}, model.masks)
-        nbytes = [[row.bytes for row in rows] for rows in units]
+        others = {path: w for path, w in trees.flatten(model.params) if path not in paths}
+        rest = ops.stored_nbytes(others, model.masks, self.coded)
+        small = max(budget // SMALL_UNITS, 1) if self.coded else 1
+        nbytes = [[-(-row.bytes // small) * small for row in rows] for rows in units]
         least = rest + sum(map(min, nbytes))
         require(
-            least <= budget - spare,
+            least <= budget - more,
             f"the budget is {budget:,} bytes, {8 * budget / weights:.2f} bits a weight, but the least that these bits "
             f"and groups can take is {least:,}, {8 * least / weights:.2f}: raise it, or let fewer bits be chosen",
         )
-        chosen = allocate([[getattr(row, self.cost) for row in rows] for rows in units], nbytes, budget - spare - rest)
+        chosen = allocate([[getattr(row, self.cost) for row in rows] for rows in units], nbytes, budget - more - rest)
         rows = [rows[option] for rows, option in zip(units, chosen)]
-        return Plan(tuple((re.escape(path), row.format) for row in rows for path in row.paths))
+        plan = Plan(tuple((re.escape(path), row.format) for row in rows for path in row.paths))
+        return plan, rest + sum(row.bytes for row in rows)
 
     def measured(self, model: LanguageModel, context: Context) -> list[tuple[Row, ...]]:
         """The rows of each unit, a row a format, with the cost that the step asks for. They are kept with this value of
         the model: another budget for the same text measures nothing again."""
         kept = vars(model).setdefault("_sensitivities", {})
-        same = dataclasses.replace(self, average_bits=1.0, megabytes=0.0, rounder="nearest"), context.seed
+        same = dataclasses.replace(self, average_bits=1.0, megabytes=0.0, rounder="gptq"), context.seed
         text, found = kept.get(same, (None, None))
         if text is None or text is not context.calibration:
             measure = sensitivity.predicted if self.cost == "predicted" else sensitivity.sensitivity
-            how = {"mesh": context.mesh, "rows": self.rows, "unit": self.unit, "seed": context.seed}
+            told = {name: getattr(self, name) for name in ("rows", "unit", "coded")}
+            how = {"mesh": context.mesh, "seed": context.seed} | told
             found = list(measure(model, context.calibration, self.formats, **how).units.values())
             kept[same] = context.calibration, found
         return found

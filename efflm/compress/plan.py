@@ -3,19 +3,30 @@ measures sensitivity makes one."""
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from efflm import ops, trees
 from efflm.config import flag, require, require_choices
 from efflm.model.params import find, in_layer, is_matrix
 from efflm.ops import Format, QArray
 from efflm.ops.format import Bits, SuperBlock
+from efflm.ops.grid import Grid, grid_of
 
 LAYERS, EMBEDDINGS = "layers", "embeddings"  # matrices inside the layers; embeddings and the output layer
+TABLES = ("embedding", "unembedding")  # of tokens
 Embeddings = Literal[Bits, 0]
 Rule = tuple[str, Any]
 SUPER_BLOCK = "256: scales of groups are codes of 8 bits, under one of float16 for so many inputs; 0: float16 each"
-OF_EMBEDDINGS = "bits of embeddings and the output layer: 8, a scale each; fewer, in the layers' format; 0: left alone"
+OF_EMBEDDINGS = (
+    "bits of embeddings and the output layer: 8, a scale each; fewer, in the layers' format, with entropy bits of it; "
+    "0: left alone"
+)
+ENTROPY = "not 0: bits of entropy of a code, for entropy-coded files; with group 0"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +68,8 @@ class Rounder:
 
 def for_embeddings(bits: int, layers: Format) -> tuple[Rule, ...]:
     """The rule for what is outside the layers, which a low precision hurts most."""
-    format = dataclasses.replace(Format() if bits == 8 else layers, bits=bits or 8, activations=layers.activations)
+    own = {"bits": 8, "entropy": float(bits)} if layers.entropy and bits < 8 else {"bits": bits or 8}
+    format = dataclasses.replace(Format() if bits == 8 else layers, activations=layers.activations, **own)
     return ((EMBEDDINGS, format),) if bits else ()
 
 
@@ -89,10 +101,38 @@ def require_formats(step: Any, plan: Plan, **choices: tuple[Any, ...]) -> None:
             )
 
 
-def nearest(params: Any, plan: Plan, inside: bool = True) -> Any:
+def counted(rows: Mapping[str, Any] | None, vocabulary: int) -> np.ndarray | None:
+    """How often the rows of a batch (data.packing) have each token: float32 [V]."""
+    if rows is None:
+        return None
+    read = np.asarray(rows["inputs"])[np.asarray(rows["segments"]) > 0]
+    return np.bincount(read, minlength=vocabulary).astype(np.float32)
+
+
+def grid_for(
+    path: str, w: jax.Array, format: Format, counts: np.ndarray | None = None, importance: jax.Array | None = None
+) -> Grid:
+    """ops.grid.grid_of of a matrix of a model.
+
+    counts: of tokens (`counted`). Of a table whose format has an entropy they make the scales of frequent tokens finer,
+    by the root of how often they are to be expected: errors of all tokens then cost the same, and as few rows are meant
+    the table hardly grows. Tokens that the text does not have are together as likely as those that it has once, one by
+    one (Good 1953).
+    """
+    axis = find(path)[0].contracted
+    scale, zeros = grid_of(w, axis, format, importance)
+    if format.entropy and counts is not None and path in TABLES:
+        unseen = max(np.sum(counts == 1), 1) / counts.size
+        finer = scale * np.sqrt(unseen / (counts + unseen)).reshape(scale.shape)
+        scale = jnp.maximum(finer, jnp.max(jnp.abs(w), axis, keepdims=True) / format.high)
+    return scale, zeros
+
+
+def nearest(params: Any, plan: Plan, inside: bool = True, counts: np.ndarray | None = None) -> Any:
     """The tree with the matrices of a plan rounded to the nearest; of QArrays only the activations change.
 
-    inside: whether those of the layers are meant too. Scales of activations are dynamic until they are calibrated.
+    inside: whether those of the layers are meant too. counts: see `grid_for`. Scales of activations are dynamic until
+    they are calibrated.
     """
 
     def one(path: str, w: Any) -> Any:
@@ -102,6 +142,7 @@ def nearest(params: Any, plan: Plan, inside: bool = True) -> Any:
         dynamic = "float" if format.activations == "float" else "int8"
         if isinstance(w, QArray):
             return w.replace(activations=dynamic, activation_scale=None)
-        return ops.quantize_array(w, find(path)[0].contracted, dataclasses.replace(format, activations=dynamic))
+        grid = grid_for(path, w, format, counts)
+        return ops.quantize_array(w, find(path)[0].contracted, dataclasses.replace(format, activations=dynamic), grid)
 
     return trees.map_with_path(one, params)

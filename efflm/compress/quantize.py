@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from efflm import trees
 from efflm.compress import calibrate
 from efflm.compress.calibrate import Layer, Statistic
-from efflm.compress.plan import Plan, Rounder, nearest, plan_of
+from efflm.compress.plan import ENTROPY, Plan, Rounder, nearest, plan_of
 from efflm.compress.step import Context, record
 from efflm.config import flag, require
 from efflm.model import LanguageModel, in_dtype
@@ -57,6 +57,7 @@ class Quantize(Rounder):
     symmetric: bool = flag(True, "codes around zero; false: a zero point for each scale")
     clip: bool = flag(True, "below 8 bits choose the range of each scale by the least weighted error")
     scales: Literal["output", "matrix"] = flag("output", "whether outputs have scales of their own, or a matrix one")
+    entropy: float = flag(0.0, ENTROPY)
     activations: Activations = flag(
         "float", "int8 also rounds activations, one scale per token (W8A8); int8_static: one per matrix, calibrated"
     )

@@ -22,6 +22,7 @@ from efflm import ops, trees
 from efflm.cli import progress
 from efflm.compress import calibrate, fisher
 from efflm.compress.calibrate import Layer
+from efflm.compress.plan import counted, grid_for
 from efflm.config import require
 from efflm.config.model import ModelConfig
 from efflm.model import LanguageModel, layerwise
@@ -75,23 +76,24 @@ class Table:
 
 def predicted(
     model: LanguageModel, batch: Mapping[str, Any] | None, formats: Sequence[Format], mesh: Mesh, *,
-    rows: int = 16, unit: Unit = "matrix", seed: int = 0,
+    rows: int = 16, unit: Unit = "matrix", seed: int = 0, coded: bool = False,
 ) -> Table:  # fmt: skip
     """What it costs to round one unit alone, by the Fisher information over the first `rows` rows of a batch
     (data.packing), whose targets are drawn with the seed.
 
     unit: each matrix, those of the layers that read the same, or each layer; embeddings and an output layer of its own
-    are units, a tied one once. Raises InputError.
+    are units, a tied one once. coded: bytes are those of an entropy-coded file. Raises InputError.
     """
     require(len(formats) > 0, "there is no format to try: give one at least")
-    model, batch = _floats(model), _first(batch, rows)
+    model, batch, counts = _floats(model), *_first(batch, rows, model.config)
     tokens, information = _tokens(batch), fisher.diagonal(model, batch, mesh, seed)
     weights, found, units = dict(trees.flatten(model.params)), [], _units(model, unit)
     for name in progress.shown(units, "rounding: matrices", len(units)):
         own = {path: weights[path] for path in units[name]}
-        before = ops.stored_nbytes(own, model.masks)
+        before = ops.stored_nbytes(own, model.masks, coded)
         for format in formats:
-            each = [_predicted(path, information[path], w, format, model.masks or {}) for path, w in own.items()]
+            how = format, model.masks or {}, coded, counts
+            each = [_predicted(path, information[path], w, *how) for path, w in own.items()]
             cost, nbytes = (sum(part) for part in zip(*each))
             found.append(Row(name, units[name], format, None, None, cost, nbytes, before - nbytes))
     return Table(math.nan, tokens, tuple(found))
@@ -99,14 +101,14 @@ def predicted(
 
 def sensitivity(
     model: LanguageModel, batch: Mapping[str, Any] | None, formats: Sequence[Format], mesh: Mesh, *,
-    rows: int = 16, unit: Unit = "matrix", seed: int = 0,
+    rows: int = 16, unit: Unit = "matrix", seed: int = 0, coded: bool = False,
 ) -> Table:  # fmt: skip
     """The same, and measured: one unit after another is rounded, and what comes after it is run again.
 
     Weights that are quantized already stay as they are, but their activations are not rounded. Raises InputError.
     """
-    table = predicted(model, batch, formats, mesh, rows=rows, unit=unit, seed=seed)
-    model, batch = _floats(model), _first(batch, rows)
+    table = predicted(model, batch, formats, mesh, rows=rows, unit=unit, seed=seed, coded=coded)
+    model, batch, tokens = _floats(model), *_first(batch, rows, model.config)
     fields, count = calibrate.chunks(batch, ("targets", "segments"), mesh), len(model.config.blocks)
 
     def final_states(params: Any, index: int, reads: Iterable[tuple[jax.Array, ...]]) -> Iterator[jax.Array]:
@@ -132,8 +134,9 @@ def sensitivity(
         def measured(row: Row, index: int, reads: Iterable[tuple[jax.Array, ...]] | None) -> Row:
             """reads: of layer `index`; None: what it reads changes too."""
             nonlocal done
-            made = lambda path, w: ops.dequantize(_rounded(path, w, row.format)) if path in row.paths else w
-            after = model.replace(params=trees.map_with_path(made, model.params))
+            rounded = lambda path, w: ops.dequantize(_rounded(path, w, row.format, tokens))
+            made = {path: rounded(path, w) for path, w in trees.flatten(model.params) if path in row.paths}
+            after = model.replace(params=trees.map_with_path(lambda path, w: made.get(path, w), model.params))
             reads = calibrate.inputs(after, batch, mesh) if reads is None else reads
             loss, divergence = means(after.params, final_states(after.params, index, reads))
             done += _work(model, row)
@@ -168,22 +171,33 @@ def _units(model: LanguageModel, unit: Unit) -> dict[str, tuple[str, ...]]:
 _READS = {path.rpartition("/")[2]: i for i, together in enumerate(calibrate.SUBLAYERS) for path in together}
 
 
-def _rounded(path: str, w: jax.Array, format: Format) -> QArray:
-    return ops.quantize_array(w, find(path)[0].contracted, format)
+def _rounded(path: str, w: jax.Array, format: Format, counts: np.ndarray | None = None) -> QArray:
+    return ops.quantize_array(w, find(path)[0].contracted, format, grid_for(path, w, format, counts))
 
 
-def _predicted(path: str, information: jax.Array, w: jax.Array, format: Format, masks: Masks) -> tuple[float, int]:
-    """The divergence, and the bytes.
+def _predicted(
+    path: str,
+    information: jax.Array,
+    w: jax.Array,
+    format: Format,
+    masks: Masks,
+    coded: bool,
+    counts: np.ndarray | None,
+) -> tuple[float, int]:
+    """The divergence, and the bytes. counts: of tokens.
 
     Of a large matrix of a layer by every fourth output, whose ranges are not searched from 4 bits on: the error is then
     a tenth larger. Its bytes are those of dense codes, unless a mask says how many are zero. Tables of tokens are
     rounded whole: few tokens have most of the information, and the many zeros of some are stored as bits.
     """
     if not in_layer(path) or w.shape[-1] < 64 * SAMPLED:
-        rounded = _rounded(path, w, format)
-        return float(_divergence(information, w, rounded)), ops.stored_nbytes({path: rounded}, masks)
+        rounded = _rounded(path, w, format, counts)
+        return float(_divergence(information, w, rounded)), ops.stored_nbytes({path: rounded}, masks, coded)
     part, own = (x[..., ::SAMPLED] for x in (w, information))
     rounded = _rounded(path, part, dataclasses.replace(format, clip=format.clip and format.bits < 4))
+    if coded:
+        nbytes = SAMPLED * ops.stored_nbytes({path: rounded}, coded=True)
+        return float(_divergence(own, part, rounded)) * SAMPLED, nbytes
     stored = dataclasses.replace(format, scale_dtype=format.scale_dtype or "float16")  # bfloat16 takes as many
     whole = jax.eval_shape(functools.partial(_rounded, path, format=stored), w)
     nbytes = ops.stored_nbytes({path: whole}, masks) if path in masks else trees.nbytes(whole)
@@ -220,10 +234,11 @@ def _floats(model: LanguageModel) -> LanguageModel:
     return model.replace(params=jax.tree.map(ops.dequantize, model.params, is_leaf=trees.is_leaf))
 
 
-def _first(batch: Mapping[str, Any] | None, rows: int) -> dict[str, Any]:
+def _first(batch: Mapping[str, Any] | None, rows: int, config: ModelConfig) -> tuple[dict[str, Any], np.ndarray]:
+    """The first rows, and how often all of them have each token."""
     require(batch is not None, "sensitivity needs calibration text: give a corpus")
     require(rows > 0, f"rows is {rows}, but must be positive")
-    return {name: field[:rows] for name, field in batch.items()}
+    return {name: field[:rows] for name, field in batch.items()}, counted(batch, config.vocabulary)
 
 
 def _tokens(batch: Mapping[str, Any]) -> int:

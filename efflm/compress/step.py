@@ -99,6 +99,11 @@ def reads_text(steps: Sequence[Step]) -> bool:
     return trains(steps) or calibrates(steps)
 
 
+def entropy_coded(steps: Sequence[Step]) -> bool:
+    """Whether a step of the chain rounds for entropy-coded files."""
+    return any(getattr(step, "coded", False) or getattr(step, "entropy", 0.0) for step in steps)
+
+
 def record(
     step: Step,
     before: LanguageModel,

@@ -126,17 +126,28 @@ def test_budgets(cost):
         assert len(set(bits.values())) > 1 or budget == {"average_bits": 12.0}
 
 
+def test_a_budget_of_an_entropy_coded_file_buys_more():
+    model = tiny.model(dataclasses.replace(tiny.LLAMA, layers=1, width=128, mlp_dim=256))
+    size = lambda model, coded: 8 * ops.stored_nbytes(model.params, coded=coded) / trees.count(model.params)
+    few = Mixed(average_bits=3.5, bits="4,3,2", groups="32", rows=4)
+    coded, _ = dataclasses.replace(few, coded=True)(model, CONTEXT)
+    plain, _ = few(model, CONTEXT)
+    assert 3.3 < size(coded, True) <= 3.5 < size(coded, False)  # in 8 bits each before they are coded
+    assert size(plain, True) > 3.2  # what was chosen for a plain file gains little by coding
+    assert divergence(coded, model) < 0.7 * divergence(plain, model)
+
+
 def test_a_budget_is_kept_where_fewer_zeros_are_made_than_predicted(monkeypatch):
     """A file holds many zeros as a bitmask, and GPTQ makes fewer of them than rounding to the nearest."""
     model, step = tiny.model(), Mixed(bits="6,5,4,3", groups="0", rows=2, average_bits=6.0)
     less = lambda row: dataclasses.replace(row, bytes=int(0.7 * row.bytes))
     fewer = [tuple(map(less, rows)) for rows in step.measured(model, CONTEXT)]
     monkeypatch.setattr(Mixed, "measured", lambda *_: fewer)
-    plans, plan = [], Mixed.plan
-    monkeypatch.setattr(Mixed, "plan", lambda *given: plans.append(plan(*given)) or plans[-1])
+    plans, planned = [], Mixed.planned
+    monkeypatch.setattr(Mixed, "planned", lambda *given: plans.append(planned(*given)) or plans[-1])
     after, _ = step(model, CONTEXT)
     assert bits_a_weight(after) <= 6
-    assert len(plans) > 1
+    assert len(plans) == 2  # the second one knows by how much the first was wrong
 
 
 def test_the_output_layer_that_a_rotation_made_counts_for_the_embeddings_it_is_made_of():
@@ -176,6 +187,8 @@ def test_settings_that_cannot_be():
         Mixed(megabytes=-1.0)
     with pytest.raises(InputError, match="rounder is 'x': choose from gptq"):
         Mixed(rounder="x")
+    with pytest.raises(InputError, match=r"rounder is tuned, but .* must be gptq"):
+        Mixed(rounder="tuned", coded=True)
     with pytest.raises(
         InputError, match=r"2.00 bits a weight, but the least that .* can take is [\d,]+, 4\.\d\d: raise"
     ):

@@ -1,3 +1,4 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -7,7 +8,7 @@ from efflm.compress.awq import AWQ
 from efflm.compress.gptq import GPTQ
 from efflm.compress.magnitude import Magnitude
 from efflm.compress.mixed import Mixed
-from efflm.compress.plan import EMBEDDINGS, LAYERS, Plan, plan_of
+from efflm.compress.plan import EMBEDDINGS, LAYERS, Plan, counted, grid_for, nearest, plan_of
 from efflm.compress.qat import QAT
 from efflm.compress.quantize import Quantize
 from efflm.compress.sparsegpt import SparseGPT
@@ -75,6 +76,33 @@ def test_the_fields_of_a_step_make_a_plan():
     assert plan.of("block_0/attention_norm/scale") is None
     assert plan_of(GPTQ(embeddings=4)).of("embedding") == plan_of(GPTQ()).of("block_0/feedforward/up/kernel")
     assert plan_of(Quantize(embeddings=0)).of("embedding") is None
+
+
+def test_bits_of_embeddings_are_bits_of_entropy_beside_layers_that_have_some():
+    assert plan_of(GPTQ(bits=4, group=0, entropy=2.5, embeddings=5)).of("embedding") == Format(entropy=5.0, clip=True)
+    assert plan_of(Quantize(entropy=4.5)).of("unembedding") == Format()
+
+
+def test_frequent_tokens_have_finer_scales_in_a_format_with_an_entropy(rng):
+    batch = {"inputs": np.array([[7, 7, 7, 2], [7, 2, 5, 9]]), "segments": np.array([[1, 1, 1, 1], [1, 1, 2, 0]])}
+    counts = counted(batch, 10)
+    np.testing.assert_array_equal(counts, [0, 0, 2, 0, 0, 1, 0, 4, 0, 0])
+    w, format = jnp.asarray(rng.normal(size=(10, 64)), jnp.float32), Format(entropy=3.0)
+    plain, _ = grid_for("embedding", w, format)
+    for path, table, of in (("embedding", w, lambda x: x), ("unembedding", w.T, jnp.transpose)):
+        finer, _ = grid_for(path, table, format, counts)
+        ratio = np.ravel(plain / of(finer))
+        # One of ten tokens is there once, so a tenth is added to each.
+        np.testing.assert_allclose(ratio, np.sqrt((counts + 0.1) / 0.1), rtol=1e-6)
+    most = 1000 * counts
+    capped, _ = grid_for("embedding", w, format, most)
+    np.testing.assert_allclose(capped[7, 0], jnp.max(jnp.abs(w[7])) / 127, rtol=1e-6)
+    for path, other in (("embedding", Format(bits=4, group=32)), ("block_0/feedforward/down/kernel", format)):
+        for ours, theirs in zip(grid_for(path, w, other, counts), grid_for(path, w, other)):
+            np.testing.assert_array_equal(ours, theirs)
+    params = nearest({"embedding": w}, Plan(((EMBEDDINGS, format),)), counts=counts)
+    errors = np.mean(np.square(ops.dequantize(params["embedding"]) - w), axis=1)
+    assert errors[7] < 0.1 * errors[0]
 
 
 @pytest.mark.parametrize(("name", "kind"), [("nearest", Quantize), ("gptq", GPTQ), ("tuned", Tuned)])
