@@ -151,8 +151,10 @@ class Mixed:
         paths = {path for rows in units for path in rows[0].paths}
         others = {path: w for path, w in trees.flatten(model.params) if path not in paths}
         rest = ops.stored_nbytes(others, model.masks, self.coded)
-        small = max(budget // SMALL_UNITS, 1) if self.coded else 1
-        nbytes = [[-(-row.bytes // small) * small for row in rows] for rows in units]
+        # GPTQ's codes take more than those of rounding to the nearest: 0.7% on SmolLM2-135M in 2.5 bits. Rounding each
+        # size up to a unit makes up for more than half of it.
+        more_each, small = (1.003, max(budget // SMALL_UNITS, 1)) if self.coded else (1, 1)
+        nbytes = [[-(-int(row.bytes * more_each) // small) * small for row in rows] for rows in units]
         least = rest + sum(map(min, nbytes))
         require(
             least <= budget - more,

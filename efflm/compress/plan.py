@@ -109,6 +109,12 @@ def counted(rows: Mapping[str, Any] | None, vocabulary: int) -> np.ndarray | Non
     return np.bincount(read, minlength=vocabulary).astype(np.float32)
 
 
+def unseen(counts: np.ndarray) -> float:
+    """How often a token that was not seen is to be expected in a text of this length: all of them together as often as
+    there are tokens that were seen once (Good 1953), where most were not seen."""
+    return float(max(np.sum(counts == 1), 1) / counts.size)
+
+
 def grid_for(
     path: str, w: jax.Array, format: Format, counts: np.ndarray | None = None, importance: jax.Array | None = None
 ) -> Grid:
@@ -116,14 +122,12 @@ def grid_for(
 
     counts: of tokens (`counted`). Of a table whose format has an entropy they make the scales of frequent tokens finer,
     by the root of how often they are to be expected: errors of all tokens then cost the same, and as few rows are meant
-    the table hardly grows. Tokens that the text does not have are together as likely as those that it has once, one by
-    one (Good 1953).
+    the table hardly grows.
     """
     axis = find(path)[0].contracted
     scale, zeros = grid_of(w, axis, format, importance)
     if format.entropy and counts is not None and path in TABLES:
-        unseen = max(np.sum(counts == 1), 1) / counts.size
-        finer = scale * np.sqrt(unseen / (counts + unseen)).reshape(scale.shape)
+        finer = scale * np.sqrt(unseen(counts) / (counts + unseen(counts))).reshape(scale.shape)
         scale = jnp.maximum(finer, jnp.max(jnp.abs(w), axis, keepdims=True) / format.high)
     return scale, zeros
 

@@ -22,7 +22,7 @@ from efflm import ops, trees
 from efflm.cli import progress
 from efflm.compress import calibrate, fisher
 from efflm.compress.calibrate import Layer
-from efflm.compress.plan import counted, grid_for
+from efflm.compress.plan import TABLES, counted, grid_for, unseen
 from efflm.config import require
 from efflm.config.model import ModelConfig
 from efflm.model import LanguageModel, layerwise
@@ -87,6 +87,10 @@ def predicted(
     require(len(formats) > 0, "there is no format to try: give one at least")
     model, batch, counts = _floats(model), *_first(batch, rows, model.config)
     tokens, information = _tokens(batch), fisher.diagonal(model, batch, mesh, seed)
+    for path in information.keys() & set(TABLES):
+        axis = 0 if path == "embedding" else 1
+        each = jnp.sum(information[path], axis, keepdims=True) / max(np.sum(counts), 1)  # time a token is there
+        information[path] += unseen(counts) * each
     weights, found, units = dict(trees.flatten(model.params)), [], _units(model, unit)
     for name in progress.shown(units, "rounding: matrices", len(units)):
         own = {path: weights[path] for path in units[name]}
