@@ -19,6 +19,7 @@ from efflm.ops.grid import Grid, grid_of
 
 LAYERS, EMBEDDINGS = "layers", "embeddings"  # matrices inside the layers; embeddings and the output layer
 TABLES = ("embedding", "unembedding")  # of tokens
+FINER = 0.2
 Embeddings = Literal[Bits, 0]
 Rule = tuple[str, Any]
 SUPER_BLOCK = "256: scales of groups are codes of 8 bits, under one of float16 for so many inputs; 0: float16 each"
@@ -121,13 +122,15 @@ def grid_for(
     """ops.grid.grid_of of a matrix of a model.
 
     counts: of tokens (`counted`). Of a table whose format has an entropy they make the scales of frequent tokens finer,
-    by the root of how often they are to be expected: errors of all tokens then cost the same, and as few rows are meant
-    the table hardly grows.
+    by a power of how often they are to be expected; as few rows are meant, the table hardly grows. The power 1/2, by
+    which errors of all tokens would cost the same, is too much: frequent tokens bear more error. On SmolLM2-135M the
+    output layer in 2.5 bits has a KL of 0.26, with the powers 0.15, 0.25 and 0.5 of 0.160, 0.165 and 0.234; the table
+    of embeddings behaves alike.
     """
     axis = find(path)[0].contracted
     scale, zeros = grid_of(w, axis, format, importance)
     if format.entropy and counts is not None and path in TABLES:
-        finer = scale * np.sqrt(unseen(counts) / (counts + unseen(counts))).reshape(scale.shape)
+        finer = scale * ((unseen(counts) / (counts + unseen(counts))) ** FINER).reshape(scale.shape)
         scale = jnp.maximum(finer, jnp.max(jnp.abs(w), axis, keepdims=True) / format.high)
     return scale, zeros
 

@@ -87,10 +87,12 @@ def predicted(
     require(len(formats) > 0, "there is no format to try: give one at least")
     model, batch, counts = _floats(model), *_first(batch, rows, model.config)
     tokens, information = _tokens(batch), fisher.diagonal(model, batch, mesh, seed)
+    # A token that these rows do not have costs what those cost that they have once, where it is there.
+    once, often = counted(batch, model.config.vocabulary) == 1, unseen(counts) / max(np.sum(counts), 1)
     for path in information.keys() & set(TABLES):
         axis = 0 if path == "embedding" else 1
-        each = jnp.sum(information[path], axis, keepdims=True) / max(np.sum(counts), 1)  # time a token is there
-        information[path] += unseen(counts) * each
+        there = jnp.mean(jnp.compress(once, information[path], axis), axis, keepdims=True) if once.any() else 0.0
+        information[path] += often * tokens * there
     weights, found, units = dict(trees.flatten(model.params)), [], _units(model, unit)
     for name in progress.shown(units, "rounding: matrices", len(units)):
         own = {path: weights[path] for path in units[name]}

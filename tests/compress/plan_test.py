@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from efflm import ops, trees
-from efflm.compress import recipe
+from efflm.compress import grammar, recipe
 from efflm.compress.awq import AWQ
 from efflm.compress.gptq import GPTQ
 from efflm.compress.magnitude import Magnitude
@@ -12,7 +12,7 @@ from efflm.compress.plan import EMBEDDINGS, LAYERS, Plan, counted, grid_for, nea
 from efflm.compress.qat import QAT
 from efflm.compress.quantize import Quantize
 from efflm.compress.sparsegpt import SparseGPT
-from efflm.compress.step import Context
+from efflm.compress.step import Context, entropy_coded
 from efflm.compress.tuned import Tuned
 from efflm.compress.wanda import Wanda
 from efflm.config import InputError
@@ -93,8 +93,8 @@ def test_frequent_tokens_have_finer_scales_in_a_format_with_an_entropy(rng):
         finer, _ = grid_for(path, table, format, counts)
         ratio = np.ravel(plain / of(finer))
         # One of ten tokens is there once, so a tenth is added to each.
-        np.testing.assert_allclose(ratio, np.sqrt((counts + 0.1) / 0.1), rtol=1e-6)
-    most = 1000 * counts
+        np.testing.assert_allclose(ratio, ((counts + 0.1) / 0.1) ** 0.2, rtol=1e-6)
+    most = 1e9 * counts
     capped, _ = grid_for("embedding", w, format, most)
     np.testing.assert_allclose(capped[7, 0], jnp.max(jnp.abs(w[7])) / 127, rtol=1e-6)
     for path, other in (("embedding", Format(bits=4, group=32)), ("block_0/feedforward/down/kernel", format)):
@@ -102,7 +102,7 @@ def test_frequent_tokens_have_finer_scales_in_a_format_with_an_entropy(rng):
             np.testing.assert_array_equal(ours, theirs)
     params = nearest({"embedding": w}, Plan(((EMBEDDINGS, format),)), counts=counts)
     errors = np.mean(np.square(ops.dequantize(params["embedding"]) - w), axis=1)
-    assert errors[7] < 0.1 * errors[0]
+    assert errors[7] < 0.5 * errors[0]
 
 
 @pytest.mark.parametrize(("name", "kind"), [("nearest", Quantize), ("gptq", GPTQ), ("tuned", Tuned)])
@@ -174,3 +174,9 @@ def test_static_scales_are_for_the_matrices_that_have_them_in_the_plan():
     for path, w in trees.flatten(after.params):
         if isinstance(w, ops.QArray):
             assert w.activations == ("int8_static" if path.endswith("up/kernel") else "float")
+
+
+def test_chains_that_round_for_entropy_coded_files_are_known():
+    for chain in ("mixed@3[coded=true],distill", "gptq@8[entropy=3.5,group=0]", "quantize[entropy=4.5,embeddings=6]"):
+        assert entropy_coded(grammar.chain(chain))
+    assert not entropy_coded(grammar.chain("mixed@3,wanda@0.5"))
