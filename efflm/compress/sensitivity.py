@@ -88,7 +88,8 @@ def predicted(
     model, batch, counts = _floats(model), *_first(batch, rows, model.config)
     tokens, information = _tokens(batch), fisher.diagonal(model, batch, mesh, seed)
     # A token that these rows do not have costs what those cost that they have once, where it is there.
-    once, often = counted(batch, model.config.vocabulary) == 1, unseen(counts) / max(np.sum(counts), 1)
+    read = counted(batch, model.config.vocabulary)
+    once, often = read == 1, unseen(read) / tokens
     for path in information.keys() & set(TABLES):
         axis = 0 if path == "embedding" else 1
         there = jnp.mean(jnp.compress(once, information[path], axis), axis, keepdims=True) if once.any() else 0.0
