@@ -89,11 +89,10 @@ def predicted(
     tokens, information = _tokens(batch), fisher.diagonal(model, batch, mesh, seed)
     # A token that these rows do not have costs what those cost that they have once, where it is there.
     read = counted(batch, model.config.vocabulary)
-    once, often = read == 1, unseen(read) / tokens
-    for path in information.keys() & set(TABLES):
+    for path in information.keys() & set(TABLES) if np.any(read == 1) else ():
         axis = 0 if path == "embedding" else 1
-        there = jnp.mean(jnp.compress(once, information[path], axis), axis, keepdims=True) if once.any() else 0.0
-        information[path] += often * tokens * there
+        once = jnp.compress(read == 1, information[path], axis)
+        information[path] += unseen(read) * jnp.mean(once, axis, keepdims=True)
     weights, found, units = dict(trees.flatten(model.params)), [], _units(model, unit)
     for name in progress.shown(units, "rounding: matrices", len(units)):
         own = {path: weights[path] for path in units[name]}

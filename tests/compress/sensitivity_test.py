@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from efflm import ops, trees
-from efflm.compress import sensitivity
+from efflm.compress import fisher, sensitivity
 from efflm.compress.sensitivity import predicted
 from efflm.config import InputError
 from efflm.model import placement
@@ -123,6 +123,20 @@ def test_units():
         *(f"block_{i}/{name}" for i in range(2) for name in (*inputs, "feedforward/gate+feedforward/up")),
     }
     assert names["layer"] == {"block_0", "block_1", "embedding"}
+
+
+def test_tokens_that_the_text_does_not_have_cost_what_those_cost_that_it_has_once():
+    model, mesh, form = tiny.model(), meshes.make_mesh(), Format(bits=3, group=16)
+    batch = batch_of(model)
+    (row,) = predicted(model, batch, (form,), mesh, rows=11).units["embedding"]
+    read = np.bincount(batch["inputs"][batch["segments"] > 0], minlength=300)
+    assert np.sum(read == 0) > 0 < np.sum(read == 1)
+    information = np.asarray(fisher.diagonal(model, batch, mesh)["embedding"], np.float64)
+    expected = information + np.mean(read == 1) * information[read == 1].mean(0)
+    w = model.params["embedding"]
+    errors = np.square(ops.dequantize(ops.quantize_array(w, -1, form)) - w)
+    assert row.predicted == pytest.approx(np.sum(expected * errors) / 2, rel=1e-4)
+    assert row.predicted > 1.01 * np.sum(information * errors) / 2
 
 
 def test_what_cannot_be_measured():
