@@ -135,6 +135,7 @@ def test_a_budget_of_an_entropy_coded_file_buys_more():
     assert 3.3 < size(coded, True) <= 3.5 < size(coded, False)  # in 8 bits each before they are coded
     assert size(plain, True) > 3.2  # what was chosen for a plain file gains little by coding
     assert divergence(coded, model) < 0.7 * divergence(plain, model)
+    assert any(w.bits == 8 for _, w in trees.flatten(coded.params) if isinstance(w, QArray))  # has an entropy
 
 
 def test_a_budget_is_kept_where_fewer_zeros_are_made_than_predicted(monkeypatch):
