@@ -90,7 +90,7 @@ class Mixed:
     coded: bool = flag(
         False,
         "the budget is of an entropy-coded file, as --format=coded writes it: scales that suit such files, one for "
-        "each output, are chosen from too",
+        "each output, are chosen from too; in memory such codes take 8 bits",
     )
     symmetric: bool = flag(True, "codes around zero; false: a zero point for each scale")
     clip: bool = flag(True, "choose the range of each scale by the least squared error")

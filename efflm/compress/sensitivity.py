@@ -114,7 +114,7 @@ def sensitivity(
     Weights that are quantized already stay as they are, but their activations are not rounded. Raises InputError.
     """
     table = predicted(model, batch, formats, mesh, rows=rows, unit=unit, seed=seed, coded=coded)
-    model, batch, tokens = _floats(model), *_first(batch, rows, model.config)
+    model, batch, counts = _floats(model), *_first(batch, rows, model.config)
     fields, count = calibrate.chunks(batch, ("targets", "segments"), mesh), len(model.config.blocks)
 
     def final_states(params: Any, index: int, reads: Iterable[tuple[jax.Array, ...]]) -> Iterator[jax.Array]:
@@ -140,7 +140,7 @@ def sensitivity(
         def measured(row: Row, index: int, reads: Iterable[tuple[jax.Array, ...]] | None) -> Row:
             """reads: of layer `index`; None: what it reads changes too."""
             nonlocal done
-            rounded = lambda path, w: ops.dequantize(_rounded(path, w, row.format, tokens))
+            rounded = lambda path, w: ops.dequantize(_rounded(path, w, row.format, counts))
             made = {path: rounded(path, w) for path, w in trees.flatten(model.params) if path in row.paths}
             after = model.replace(params=trees.map_with_path(lambda path, w: made.get(path, w), model.params))
             reads = calibrate.inputs(after, batch, mesh) if reads is None else reads
