@@ -68,7 +68,10 @@ def _numbers(text: str, name: str) -> tuple[int, ...]:
 
 
 ROUNDERS = {"gptq": GPTQ, "tuned": Tuned, "nearest": Quantize}
-ENTROPIES = (*np.arange(1, 4, 0.25), *np.arange(4, 6.6, 0.5))  # bits of a code, to choose from where files are coded
+ENTROPIES = (
+    *np.arange(1, 4, 0.25).tolist(),
+    *np.arange(4, 6.6, 0.5).tolist(),
+)  # bits of a code, to choose from where files are coded
 SMALL_UNITS = 2**14  # of an entropy-coded file's budget; the sizes of choices are counted in them
 
 
@@ -119,9 +122,7 @@ class Mixed:
             Format(bits=bits, group=group, super_block=self.super_block if group else 0, **given)
             for group, bits in every
         )
-        if not self.coded:
-            return grouped
-        return grouped + tuple(Format(entropy=float(entropy)) for entropy in ENTROPIES)
+        return grouped + tuple(Format(entropy=entropy) for entropy in ENTROPIES if self.coded)
 
     @property
     def coarsest(self) -> Format:
@@ -155,13 +156,13 @@ class Mixed:
         # size up to a unit makes up for more than half of it.
         more_each, small = (1.003, max(budget // SMALL_UNITS, 1)) if self.coded else (1, 1)
         nbytes = [[-(-int(row.bytes * more_each) // small) * small for row in rows] for rows in units]
-        least = rest + sum(map(min, nbytes))
+        least = rest + more + sum(map(min, nbytes))
         require(
-            least <= budget - more,
+            least <= budget,
             f"the budget is {budget:,} bytes, {8 * budget / weights:.2f} bits a weight, but the least that these bits "
             f"and groups can take is {least:,}, {8 * least / weights:.2f}: raise it, or let fewer bits be chosen",
         )
-        chosen = allocate([[getattr(row, self.cost) for row in rows] for rows in units], nbytes, budget - more - rest)
+        chosen = allocate([[getattr(row, self.cost) for row in rows] for rows in units], nbytes, budget - rest - more)
         rows = [rows[option] for rows, option in zip(units, chosen)]
         plan = Plan(tuple((re.escape(path), row.format) for row in rows for path in row.paths))
         return plan, rest + sum(row.bytes for row in rows)

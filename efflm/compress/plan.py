@@ -24,8 +24,8 @@ Embeddings = Literal[Bits, 0]
 Rule = tuple[str, Any]
 SUPER_BLOCK = "256: scales of groups are codes of 8 bits, under one of float16 for so many inputs; 0: float16 each"
 OF_EMBEDDINGS = (
-    "bits of embeddings and the output layer: 8, a scale each; fewer, in the layers' format, with entropy bits of it; "
-    "0: left alone"
+    "bits of embeddings and the output layer: 8, a scale each; fewer, in the layers' format, and where that has an "
+    "entropy bits of it; 0: left alone"
 )
 ENTROPY = "not 0: bits of entropy of a code, for entropy-coded files; with group 0"
 

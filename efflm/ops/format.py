@@ -54,6 +54,8 @@ class Format:
         )
 
     def __str__(self) -> str:
+        if self.entropy:
+            return f"{self.entropy:g} bits of entropy"
         groups = f", groups of {self.group}" if self.group else ""
         return f"{self.bits} bits{groups}" + (f" in super-blocks of {self.super_block}" if self.super_block else "")
 

@@ -81,6 +81,7 @@ def test_the_fields_of_a_step_make_a_plan():
 def test_bits_of_embeddings_are_bits_of_entropy_beside_layers_that_have_some():
     assert plan_of(GPTQ(bits=4, group=0, entropy=2.5, embeddings=5)).of("embedding") == Format(entropy=5.0, clip=True)
     assert plan_of(Quantize(entropy=4.5)).of("unembedding") == Format()
+    assert f"{Format(entropy=2.5)}, {Format()}" == "2.5 bits of entropy, 8 bits"
 
 
 def test_frequent_tokens_have_finer_scales_in_a_format_with_an_entropy(rng):
