@@ -163,7 +163,7 @@ def measure(
         min(model.config.max_length for model in named.values()), first.about.get("train.length", 0), scored.unbroken
     )
     here = {name: sharding.on_one_device(model) for name, model in named.items()}
-    size = lambda model: ops.stored_nbytes(model.params, model.masks, coded=format == "coded")
+    size = lambda model: ops.stored_nbytes(model.params, model.masks, coded=format == "coded" or None)
     sizes = {name: size(model) for name, model in named.items()}
     notes = {name: rows.note(grammar.of_lineage(lineages[name]), model) for name, model in named.items()}
     found = scoring.side_by_side(here, scored, tokenizer, score, speed, asked)
@@ -289,8 +289,9 @@ def save(
     format: "efflm": weights in their own form, compressed or not, and what is known of the model. path: a folder, in
     which model.safetensors is written, or a name that ends in .safetensors, with tokenizer.json beside it; an earlier
     save there is replaced, other things are not. "coded": the same file, entropy-coded, which is smaller on disk and
-    the same model when it is loaded. path of all others: a folder that holds nothing yet. "huggingface":
-    floats, which transformers and other programs load unchanged; float32 where the model is compressed.
+    the same model when it is loaded; one that was rounded for such files always is. path of all others: a folder that
+    holds nothing yet. "huggingface": floats, which transformers and other programs load unchanged; float32 where the
+    model is compressed.
     "compressed-tensors": quantized matrices as transformers and vLLM read them. "gguf": a file for llama.cpp, with the
     codes of compressed weights as they are; path: a name that ends in .gguf, not there yet. What such a format cannot
     hold as it is is told on stderr, with its bytes.

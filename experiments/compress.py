@@ -26,7 +26,7 @@ from efflm.cli import run_directory
 from efflm.cli.flags import command_line, launch
 from efflm.cli.subject import Subject
 from efflm.compress import grammar, recipe
-from efflm.compress.step import Calibration, Record, entropy_coded, reads_text
+from efflm.compress.step import Calibration, Record, reads_text
 from efflm.config import InputError, flag, require, require_choices, require_positive, require_seed
 from efflm.data import dataset
 from efflm.evaluate import machine, quality, scoring, task_files, tasks, throughput
@@ -85,7 +85,6 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles, li
     changes = {kind: steps[name] for name, kind in recipe.STEPS.items()}
     chains = grammar.with_settings(grammar.chains(run.recipe), changes)
     plans = {grammar.file_name(name): steps for name, steps in chains.items()}
-    coded = [name for name, steps in plans.items() if run.format == "coded" or entropy_coded(steps)]
     shared = {name: grammar.write(steps) for name, steps in chains.items()}
     run_directory.require_writable(run_dir, needs=run_directory.SMALL_FILES)
     asked = task_files.read(run.tasks, task)
@@ -108,7 +107,7 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles, li
         batch=run.batch, length=run.length, calibration=calibration, seed=run.seed, lower=api.FLAGS, strict=run.strict,
     )  # fmt: skip
     user_cache.use_compilation_cache()
-    protocol, kept, qualities, timed, loads = throughput.protocol_for(dense), {}, {}, {}, []
+    protocol, kept, qualities, timed, loads, coded = throughput.protocol_for(dense), {}, {}, {}, [], []
     platform, records, sizes, written, measured, phases = jax.default_backend(), {}, {}, {}, [], []
     noise = None  # what float rounding alone does to the first model
     prompt = prompt_ids(tokens, run.prompt, about)
@@ -129,7 +128,8 @@ def main(run: Run, calibration: Calibration, score: Scoring, task: TaskFiles, li
         answers |= answering(models) if asked else {}
         for each, figures in found.items():
             say(f"{each}: {quality.words(quality.bits_per_byte(figures))} bits per byte")
-        models_of = {name + KIND: Saved(after, about | {"recipe": name}, records[name], name in coded)}
+        models_of = {name + KIND: Saved(after, about | {"recipe": name}, records[name], run.format == "coded")}
+        coded += [name] * (run.format == "coded" or ops.is_coded(after.params))
         if not measured:  # only now: if a step or the text fails, no model is left behind
             models_of[BEFORE], before = Saved(dense, about), found[first]
         sizes |= saved.save(run_dir, models_of, tokens)

@@ -31,7 +31,7 @@ from efflm.cli.flags import command_line, launch
 from efflm.cli.subject import Subject
 from efflm.compress import calibrate, grammar, plan, recipe
 from efflm.compress.calibrate import Layer
-from efflm.compress.step import Calibration, Context, entropy_coded, reads_text
+from efflm.compress.step import Calibration, Context, reads_text
 from efflm.config import InputError, flag, require, require_positive
 from efflm.data import dataset
 from efflm.evaluate import quality, scoring
@@ -197,7 +197,7 @@ def candidates(
 
     def chain(steps: Sequence[Any], seed: int) -> Made:
         after, _ = recipe.apply(dense, steps, context(seed))
-        return after, ops.stored_nbytes(after.params, after.masks, entropy_coded(steps))
+        return after, ops.stored_nbytes(after.params, after.masks)
 
     def llama_cpp(kind: str, calibrated: bool, seed: int) -> Made:
         source, out = folder / "floats.gguf", folder / "files" / f"{kind}.gguf"

@@ -117,7 +117,7 @@ class Mixed:
     @property
     def formats(self) -> tuple[Format, ...]:
         every = itertools.product(_numbers(self.groups, "groups"), _numbers(self.bits, "bits"))
-        given = {"symmetric": self.symmetric, "clip": self.clip}
+        given = {"symmetric": self.symmetric, "clip": self.clip, "coded": self.coded}
         grouped = tuple(
             Format(bits=bits, group=group, super_block=self.super_block if group else 0, **given)
             for group, bits in every
@@ -134,7 +134,7 @@ class Mixed:
         while nbytes > budget:
             plan, predicted = self.planned(model, context, more)
             after, _ = ROUNDERS[self.rounder](plan=plan)(floats, context)
-            nbytes = ops.stored_nbytes(after.params, after.masks, self.coded)
+            nbytes = ops.stored_nbytes(after.params, after.masks)
             more = nbytes - predicted  # of a rounder that makes fewer zeros than nearest rounding, or rarer codes
         return after, record(self, model, after, context)
 
@@ -175,7 +175,7 @@ class Mixed:
         text, found = kept.get(same, (None, None))
         if text is None or text is not context.calibration:
             measure = sensitivity.predicted if self.cost == "predicted" else sensitivity.sensitivity
-            told = {name: getattr(self, name) for name in ("rows", "unit", "coded")}
+            told = {name: getattr(self, name) for name in ("rows", "unit")}
             how = {"mesh": context.mesh, "seed": context.seed} | told
             found = list(measure(model, context.calibration, self.formats, **how).units.values())
             kept[same] = context.calibration, found

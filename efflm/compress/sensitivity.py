@@ -76,13 +76,13 @@ class Table:
 
 def predicted(
     model: LanguageModel, batch: Mapping[str, Any] | None, formats: Sequence[Format], mesh: Mesh, *,
-    rows: int = 16, unit: Unit = "matrix", seed: int = 0, coded: bool = False,
+    rows: int = 16, unit: Unit = "matrix", seed: int = 0,
 ) -> Table:  # fmt: skip
     """What it costs to round one unit alone, by the Fisher information over the first `rows` rows of a batch
     (data.packing), whose targets are drawn with the seed.
 
     unit: each matrix, those of the layers that read the same, or each layer; embeddings and an output layer of its own
-    are units, a tied one once. coded: bytes are those of an entropy-coded file. Raises InputError.
+    are units, a tied one once. Raises InputError.
     """
     require(len(formats) > 0, "there is no format to try: give one at least")
     model, batch, counts = _floats(model), *_first(batch, rows, model.config)
@@ -96,9 +96,9 @@ def predicted(
     weights, found, units = dict(trees.flatten(model.params)), [], _units(model, unit)
     for name in progress.shown(units, "rounding: matrices", len(units)):
         own = {path: weights[path] for path in units[name]}
-        before = ops.stored_nbytes(own, model.masks, coded)
+        before = ops.stored_nbytes(own, model.masks, any(format.is_coded for format in formats))
         for format in formats:
-            how = format, model.masks or {}, coded, counts
+            how = format, model.masks or {}, counts
             each = [_predicted(path, information[path], w, *how) for path, w in own.items()]
             cost, nbytes = (sum(part) for part in zip(*each))
             found.append(Row(name, units[name], format, None, None, cost, nbytes, before - nbytes))
@@ -107,13 +107,13 @@ def predicted(
 
 def sensitivity(
     model: LanguageModel, batch: Mapping[str, Any] | None, formats: Sequence[Format], mesh: Mesh, *,
-    rows: int = 16, unit: Unit = "matrix", seed: int = 0, coded: bool = False,
+    rows: int = 16, unit: Unit = "matrix", seed: int = 0,
 ) -> Table:  # fmt: skip
     """The same, and measured: one unit after another is rounded, and what comes after it is run again.
 
     Weights that are quantized already stay as they are, but their activations are not rounded. Raises InputError.
     """
-    table = predicted(model, batch, formats, mesh, rows=rows, unit=unit, seed=seed, coded=coded)
+    table = predicted(model, batch, formats, mesh, rows=rows, unit=unit, seed=seed)
     model, batch, counts = _floats(model), *_first(batch, rows, model.config)
     fields, count = calibrate.chunks(batch, ("targets", "segments"), mesh), len(model.config.blocks)
 
@@ -187,7 +187,6 @@ def _predicted(
     w: jax.Array,
     format: Format,
     masks: Masks,
-    coded: bool,
     counts: np.ndarray | None,
 ) -> tuple[float, int]:
     """The divergence, and the bytes. counts: of tokens.
@@ -198,11 +197,11 @@ def _predicted(
     """
     if not in_layer(path) or w.shape[-1] < 64 * SAMPLED:
         rounded = _rounded(path, w, format, counts)
-        return float(_divergence(information, w, rounded)), ops.stored_nbytes({path: rounded}, masks, coded)
+        return float(_divergence(information, w, rounded)), ops.stored_nbytes({path: rounded}, masks)
     part, own = (x[..., ::SAMPLED] for x in (w, information))
     rounded = _rounded(path, part, dataclasses.replace(format, clip=format.clip and format.bits < 4))
-    if coded:
-        nbytes = SAMPLED * ops.stored_nbytes({path: rounded}, coded=True)
+    if format.is_coded:
+        nbytes = SAMPLED * ops.stored_nbytes({path: rounded})
         return float(_divergence(own, part, rounded)) * SAMPLED, nbytes
     stored = dataclasses.replace(format, scale_dtype=format.scale_dtype or "float16")  # bfloat16 takes as many
     whole = jax.eval_shape(functools.partial(_rounded, path, format=stored), w)

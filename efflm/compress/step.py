@@ -60,8 +60,8 @@ class Record:
 
     step: its name; settings: as `settings` gives them, and under "removed" what a search for a target found. leaves:
     the weights it changed. seed: of the context. corpus, tokenizer: digests of the text it used, "" where it used none.
-    predicted_bytes: of the tensors of the model it made, as a file holds them that is not entropy-coded. parent: the
-    digest of the model it was applied to.
+    predicted_bytes: of the tensors of the model it made, as a file holds them. parent: the digest of the model it was
+    applied to.
     """
 
     step: str
@@ -97,11 +97,6 @@ def calibrates(steps: Sequence[Step]) -> bool:
 
 def reads_text(steps: Sequence[Step]) -> bool:
     return trains(steps) or calibrates(steps)
-
-
-def entropy_coded(steps: Sequence[Step]) -> bool:
-    """Whether a step of the chain rounds for entropy-coded files."""
-    return any(getattr(step, "coded", False) or getattr(step, "entropy", 0.0) for step in steps)
 
 
 def record(

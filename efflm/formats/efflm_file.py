@@ -34,12 +34,13 @@ DTYPES = {str(dtype): dtype for dtype in tensors.NAMES}  # of tensors before the
 def save(
     path: Path, model: LanguageModel, about: Mapping[str, Any], records: Sequence[Any] = (), coded: bool = False
 ) -> int:
-    """Write the model, whole or not at all, and return the file's size in bytes. coded: its tensors entropy-coded.
+    """Write the model, whole or not at all, and return the file's size in bytes. coded: its tensors entropy-coded, as
+    they always are where the format of a weight asks for it.
 
     about: JSON, how it was made; its "lineage" is continued by `records`, those of the steps that made this model of
     the one that `about` speaks of, and the last step gets the bytes of the tensors as they were first written.
     """
-    arrays = [*storage.stored(model.params, model.masks, coded)]
+    arrays = [*storage.stored(model.params, model.masks, coded or None)]
     bases, pairs = lowrank.split(model.params)
     lineage = [*map(dict, about.get("lineage", ())), *map(dataclasses.asdict, records)]
     if lineage:

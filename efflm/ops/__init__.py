@@ -18,4 +18,4 @@ from efflm.ops.probabilities import attention_probabilities
 from efflm.ops.qarray import QArray, dequantize, in_float32, quantize_array, requantize, straight_through, take
 from efflm.ops.rotary import rotate
 from efflm.ops.soft_cap import soft_cap
-from efflm.ops.storage import nonzeros, stored_nbytes
+from efflm.ops.storage import is_coded, nonzeros, stored_nbytes

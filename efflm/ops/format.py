@@ -23,9 +23,9 @@ class Format:
     whose groups have their scales as codes of 8 bits times one scale of that dtype, and zero points in as many bits as
     codes (the idea of llama.cpp's K-quants); 0: each scale is stored in full. It has no effect where an axis has no
     groups. activations: "float" multiplies in floating point (weight-only); "int8" rounds the other operand too, one
-    scale per token, computed in the matmul; "int8_static" with one scale for all, known before. entropy: not 0: scales
-    with which codes of normal weights have so many bits of entropy, whatever their range, for files that are
-    entropy-coded (ops.grid.grid_of). Raises InputError.
+    scale per token, computed in the matmul; "int8_static" with one scale for all, known before. coded: for
+    entropy-coded files, as a model with such a weight is saved. entropy: not 0: so too, by scales with which codes of
+    normal weights have so many bits of entropy, whatever their range (ops.grid.grid_of). Raises InputError.
     """
 
     bits: Bits = 8
@@ -37,6 +37,7 @@ class Format:
     super_block: SuperBlock = 0
     activations: Activations = "float"
     entropy: float = 0.0
+    coded: bool = False
 
     def __post_init__(self):
         require_choices(self)
@@ -58,6 +59,11 @@ class Format:
             return f"{self.entropy:g} bits of entropy"
         groups = f", groups of {self.group}" if self.group else ""
         return f"{self.bits} bits{groups}" + (f" in super-blocks of {self.super_block}" if self.super_block else "")
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether it is for entropy-coded files."""
+        return self.coded or self.entropy > 0
 
     @property
     def high(self) -> int:

@@ -116,7 +116,7 @@ def grid_of(w: jax.Array, axis: int, format: Format, importance: jax.Array | Non
     searched = format.clip and format.bits < 8  # at 8 no search makes a difference to a model that can be measured
     # One program is compiled for all bits, and for all that have no effect on the grid.
     own = {"group": format.group_in(w.shape[axis]), "super_block": format.super_block_in(w.shape[axis])}
-    same = dataclasses.replace(format, bits=8, clip=searched, activations="float", **own)
+    same = dataclasses.replace(format, bits=8, clip=searched, activations="float", coded=False, **own)
     return _grid_of(w, axis, same, jnp.float32(format.low), importance if searched else None)
 
 

@@ -32,8 +32,8 @@ class QArray:
     None: 0. activation_scale: float32 [..., 1, 1] with "int8_static". super_scale: with a super_block, floating, the
     axis reduced to the number of super-blocks; scale is then int8 codes of it, and zeros are packed along the axis.
     So read them by `scales` and `zero_points`. axis: the contracted axis, counted from the end. size: its length.
-    dtype: of what the matrix stands for. bits, group, super_block, activations: see Format; group is 0 where one scale
-    is for the whole axis, and super_block then too.
+    dtype: of what the matrix stands for. bits, group, super_block, activations, coded: see Format; group is 0 where one
+    scale is for the whole axis, and super_block then too.
 
     An exact zero stays one. Of an element that the codes reach |w - dequantize(w)| <= |scale| / 2. Where a symmetric
     range is not clipped all are reached but those next to the largest magnitude and of the other sign: |scale| there.
@@ -51,6 +51,7 @@ class QArray:
     activations: Activations = flax.struct.field(pytree_node=False, default="float")
     dtype: str = flax.struct.field(pytree_node=False, default="float32")
     super_block: int = flax.struct.field(pytree_node=False, default=0)
+    coded: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,7 +66,7 @@ class QArray:
     @property
     def format(self) -> Format:
         """How it would be rounded again."""
-        kept = {name: getattr(self, name) for name in ("bits", "group", "super_block", "activations")}
+        kept = {name: getattr(self, name) for name in ("bits", "group", "super_block", "activations", "coded")}
         floats = self.super_scale if self.super_block else self.scale
         return Format(**kept, symmetric=self.zeros is None, scale_dtype=str(floats.dtype))
 
@@ -162,6 +163,7 @@ def quantize_array(
     scale, super_scale = (floats, None) if codes is None else (codes, floats)
     static = {"bits": format.bits, "group": format.group_in(size), "activations": format.activations}
     static |= {"super_block": format.super_block_in(size), "axis": axis, "size": size, "dtype": str(w.dtype)}
+    static |= {"coded": format.is_coded}
     return QArray(values, scale, zeros, activation_scale, super_scale, **static)
 
 

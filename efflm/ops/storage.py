@@ -26,8 +26,8 @@ from efflm.ops.masks import Masks
 from efflm.ops.packing import pack, packed_size, unpack
 from efflm.ops.qarray import QArray, dequantize
 
-STATIC = ("bits", "axis", "group", "size", "activations", "dtype", "super_block")
-USUAL = {"group": 0, "activations": "float", "super_block": 0}  # which are not written
+STATIC = ("bits", "axis", "group", "size", "activations", "dtype", "super_block", "coded")
+USUAL = {"group": 0, "activations": "float", "super_block": 0, "coded": False}  # which are not written
 FLOATS = ("float32", "bfloat16", "float16")
 PARTS = ("values", "scale", "zeros", "activation_scale", "super_scale")
 PAIR = ("lowrank_a", "lowrank_b")  # of a LowRank weight, beside its base
@@ -68,10 +68,11 @@ def part_shapes(shape: tuple[int, int], format_: dict[str, Any]) -> dict[str, tu
     """
     format_ = USUAL | {"dtype": "float32"} | format_  # the dtype is not in old files
     require(format_.keys() == set(STATIC), f"a format has {', '.join(sorted(format_))}, but must have {STATIC}")
-    bits, axis, group, size, activations, dtype, super_block = (format_[name] for name in STATIC)
+    bits, axis, group, size, activations, dtype, super_block, coded = (format_[name] for name in STATIC)
     require(dtype in FLOATS, f"dtype is {dtype!r:.60}, but must be one of {', '.join(FLOATS)}")
     for name in ("bits", "axis", "group", "size", "super_block"):
         require(type(format_[name]) is int, f"{name} is {format_[name]!r:.60}, but must be a whole number")
+    require(type(coded) is bool, f"coded is {coded!r:.60}, but must be true or false")
     Format(bits=bits, group=group, super_block=super_block, activations=activations)  # which refuses what is unknown
     require(axis in (-1, -2), f"axis is {axis}, but must be -1 or -2")
     require(size == shape[axis], f"size is {size}, but the contracted axis has {shape[axis]} entries")
@@ -197,10 +198,17 @@ class Stored:
         return self if kind.size >= self.nbytes else dataclasses.replace(self, kind=kind, give=coded, coded=self.kind)
 
 
-def stored(params: Any, masks: Masks = None, coded: bool = False) -> Iterator[Stored]:
-    """All arrays of a file that holds these weights, each entropy-coded if it is smaller so and `coded` asks for it."""
+def stored(params: Any, masks: Masks = None, coded: bool | None = None) -> Iterator[Stored]:
+    """All arrays of a file that holds these weights, each entropy-coded if it is smaller so and `coded` asks for it;
+    None: if the format of a weight does (Format.coded)."""
+    coded = is_coded(params) if coded is None else coded
     for array in _stored(params, masks or {}):
         yield array.entropy_coded() if coded else array
+
+
+def is_coded(params: Any) -> bool:
+    """Whether one of the weights is for entropy-coded files."""
+    return any(isinstance(leaf, QArray) and leaf.coded for _, leaf in trees.flatten(lowrank.split(params)[0]))
 
 
 def _stored(params: Any, masks: dict[str, Any]) -> Iterator[Stored]:
@@ -230,9 +238,9 @@ def _each_once(weight: Any, mask: Any) -> Callable[[str], np.ndarray]:
     return part
 
 
-def stored_nbytes(params: Any, masks: Masks = None, coded: bool = False) -> int:
-    """Bytes of the tensors in a file that holds these weights. coded: entropy-coded, which takes as long as writing
-    them."""
+def stored_nbytes(params: Any, masks: Masks = None, coded: bool | None = None) -> int:
+    """Bytes of the tensors in a file that holds these weights, see `stored`. Where they are entropy-coded it takes as
+    long as writing them."""
     return sum(each.nbytes for each in stored(params, masks, coded))
 
 

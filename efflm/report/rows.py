@@ -240,5 +240,5 @@ def component_bytes(model: LanguageModel) -> dict[str, int]:
     table, masks, found = params.table(model.config), model.masks or {}, dict.fromkeys(typing.get_args(Component), 0)
     for path, leaf in trees.flatten(model.params):
         mask = {path: masks[path]} if path in masks else None
-        found[table[path].component] += ops.stored_nbytes({path: leaf}, mask)
+        found[table[path].component] += ops.stored_nbytes({path: leaf}, mask, coded=False)
     return {name: nbytes for name, nbytes in found.items() if nbytes}

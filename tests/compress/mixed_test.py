@@ -128,11 +128,12 @@ def test_budgets(cost):
 
 def test_a_budget_of_an_entropy_coded_file_buys_more():
     model = tiny.model(dataclasses.replace(tiny.LLAMA, layers=1, width=128, mlp_dim=256))
-    size = lambda model, coded: 8 * ops.stored_nbytes(model.params, coded=coded) / trees.count(model.params)
+    size = lambda model, coded=None: 8 * ops.stored_nbytes(model.params, coded=coded) / trees.count(model.params)
     few = Mixed(average_bits=3.5, bits="4,3,2", groups="32", rows=4)
     coded, _ = dataclasses.replace(few, coded=True)(model, CONTEXT)
     plain, _ = few(model, CONTEXT)
-    assert 3.3 < size(coded, True) <= 3.5 < size(coded, False)  # in 8 bits each before they are coded
+    assert 3.3 < size(coded) == size(coded, True) <= 3.5 < size(coded, False)  # in 8 bits each before they are coded
+    assert size(plain) == size(plain, False)
     assert size(plain, True) > 3.2  # what was chosen for a plain file gains little by coding
     assert divergence(coded, model) < 0.7 * divergence(plain, model)
     assert any(w.bits == 8 for _, w in trees.flatten(coded.params) if isinstance(w, QArray))  # has an entropy

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from efflm import ops, trees
-from efflm.compress import grammar, recipe
+from efflm.compress import recipe
 from efflm.compress.awq import AWQ
 from efflm.compress.gptq import GPTQ
 from efflm.compress.magnitude import Magnitude
@@ -12,7 +12,7 @@ from efflm.compress.plan import EMBEDDINGS, LAYERS, Plan, counted, grid_for, nea
 from efflm.compress.qat import QAT
 from efflm.compress.quantize import Quantize
 from efflm.compress.sparsegpt import SparseGPT
-from efflm.compress.step import Context, entropy_coded
+from efflm.compress.step import Context
 from efflm.compress.tuned import Tuned
 from efflm.compress.wanda import Wanda
 from efflm.config import InputError
@@ -175,9 +175,3 @@ def test_static_scales_are_for_the_matrices_that_have_them_in_the_plan():
     for path, w in trees.flatten(after.params):
         if isinstance(w, ops.QArray):
             assert w.activations == ("int8_static" if path.endswith("up/kernel") else "float")
-
-
-def test_chains_that_round_for_entropy_coded_files_are_known():
-    for chain in ("mixed@3[coded=true],distill", "gptq@8[entropy=3.5,group=0]", "quantize[entropy=4.5,embeddings=6]"):
-        assert entropy_coded(grammar.chain(chain))
-    assert not entropy_coded(grammar.chain("mixed@3,wanda@0.5"))

@@ -18,7 +18,7 @@ from efflm.config import InputError
 from efflm.config.model import ModelShape
 from efflm.formats import checkpoint, efflm_file
 from efflm.model import LanguageModel, init_params, params, placement
-from efflm.ops import quantize_array
+from efflm.ops import lowrank, quantize_array
 from efflm.parallel import meshes
 from tests import tiny
 
@@ -177,6 +177,24 @@ def test_every_format_comes_back_from_files_and_checkpoints_as_predicted(bits, g
             where = placement.shardings(spread.params, mesh)
             assert jax.tree.map(lambda leaf: leaf.sharding, spread.params) == where
             assert any("fsdp" in each.spec for each in jax.tree.leaves(where))
+
+
+def test_a_model_rounded_for_entropy_coded_files_is_saved_so_wherever_it_comes_from(tmp_path):
+    path, up = tmp_path / "m.safetensors", "block_0/feedforward/up/kernel"
+    model, records = compressed(tiny.model(), "quantize[entropy=3,embeddings=4]")
+    pair = {up: (np.ones((tiny.LLAMA.width, 2), np.float32), np.ones((2, tiny.LLAMA.mlp_dim), np.float32))}
+    corrected = model.replace(params=lowrank.join(model.params, pair))
+    cases = [(model, records), compressed(model, "magnitude@0.3"), (corrected, ())]
+    for model, records in cases:
+        for _ in range(2):  # the second time as it was read
+            efflm_file.save(path, model, {}, records)
+            with safe_open(path, framework="numpy") as file:
+                size = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+            assert size == ops.stored_nbytes(model.params, model.masks)
+            assert not records or size == records[-1].predicted_bytes
+            assert size < 0.9 * ops.stored_nbytes(model.params, model.masks, coded=False)
+            model, _ = efflm_file.load(path)
+    assert not ops.is_coded(compressed(tiny.model(), "w8a16")[0].params)
 
 
 def test_what_is_wrong_with_coded_tensors_is_a_line_that_names_one(tmp_path):
