@@ -80,7 +80,9 @@ class Mixed:
     """Matrices and embeddings, each in the format that a budget of bytes gives it, rounded by another step."""
 
     bits: str = flag("8,7,6,5,4,3,2", "bits of a weight to choose from")
-    groups: str = flag("32,128", "inputs that share a scale, to choose from; 0: all of an output")
+    groups: str = flag(
+        "", "inputs that share a scale, to choose from; 0: all of an output; default: 32 and 128, and of 8 bits also 16"
+    )
     super_block: SuperBlock = flag(256, SUPER_BLOCK)
     average_bits: float = flag(4.0, "the budget: bytes of the whole file, scales and norms too, as bits a weight")
     megabytes: float = flag(0.0, "the budget as megabytes of the file; 0: by average_bits")
@@ -116,7 +118,9 @@ class Mixed:
 
     @property
     def formats(self) -> tuple[Format, ...]:
-        every = itertools.product(_numbers(self.groups, "groups"), _numbers(self.bits, "bits"))
+        groups, bits = self.groups or "32,128", _numbers(self.bits, "bits")
+        every = [*itertools.product(_numbers(groups, "groups"), bits)]
+        every += [(16, 8)] * (not self.groups and 8 in bits)  # for budgets that are larger than all others can use
         given = {"symmetric": self.symmetric, "clip": self.clip, "coded": self.coded}
         grouped = tuple(
             Format(bits=bits, group=group, super_block=self.super_block if group else 0, **given)

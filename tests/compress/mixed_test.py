@@ -177,6 +177,13 @@ def test_the_same_text_is_read_once(monkeypatch):
     assert dataclasses.replace(step, average_bits=5.0, rounder="tuned").measured(model, CONTEXT) is units
 
 
+def test_by_default_8_bits_are_in_groups_of_16_too():
+    sizes = lambda step: sorted({(format.bits, format.group) for format in step.formats if not format.entropy})
+    assert sizes(Mixed(bits="8,4")) == [(4, 32), (4, 128), (8, 16), (8, 32), (8, 128)]
+    assert sizes(Mixed(bits="4", coded=True)) == [(4, 32), (4, 128)]
+    assert sizes(Mixed(bits="8", groups="32")) == [(8, 32)]
+
+
 def test_settings_that_cannot_be():
     with pytest.raises(InputError, match="groups is"):
         Mixed(groups="-1")
