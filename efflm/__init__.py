@@ -6,7 +6,7 @@ load, compress, measure, generate, stream, save
 
 What it consists of:
 
-api         these six functions
+api         these functions
 config      frozen dataclasses: what a run is told
 trees       paths, selection, counting and bytes of trees of weights
 precision   which dtype weights, matmuls and results have

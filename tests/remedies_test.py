@@ -29,7 +29,7 @@ OF_COMMANDS = {
     "train/checkpointing.py",
     "train/metrics.py",
     "data/dataset.py",
-    "api.py",
+    "api/compression.py",
 }
 COMMANDS = {
     "compress": (

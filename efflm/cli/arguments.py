@@ -11,6 +11,7 @@ from efflm.data import corpora, enwik8
 from efflm.model import LanguageModel
 from efflm.text.tokenizer import Tokenizer
 
+SOURCE = str | os.PathLike
 TEXT = f"a file or folder of UTF-8 text, {corpora.DEFAULT!r} or {enwik8.NAME!r}"
 
 
