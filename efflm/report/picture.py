@@ -59,5 +59,6 @@ def _programs(run: Run) -> Any:
         series = found.setdefault(row.program + ", calibrated" * (row.calibrated == "yes"), [])
         if not series or row.kl_to_original < series[-1][1]:
             series.append((row.bits_a_weight, row.kl_to_original, row.kl_to_original_stderr))
-    columns = {name: tuple(np.array(values).T) for name, values in found.items()}
+    # In this order those that are in all pictures come first, and have the same colours in each.
+    columns = {name: tuple(np.array(values).T) for name, values in sorted(found.items(), reverse=True)}
     return plots.sweeps(columns, "bits a weight, all in", "KL to the floats, nats a token", run.more.get("noise", 0.0))
