@@ -28,7 +28,8 @@ TEXT = HERE / "golden_quality.txt"  # stories that stories15M wrote, a line each
 ROWS, LENGTH, TOLERANCE = 16, 128, 0.01
 CHAINS = {
     "stories15M": "original w8a8_static smoothquant_w8a8_static quantize@4 awq@4 gptq@4 quantize@3 "
-    "gptq@3 magnitude@0.5 wanda@0.5 sparsegpt@0.5",
+    "gptq@3 magnitude@0.5 wanda@0.5 sparsegpt@0.5 quantize[entropy=4.5,embeddings=6] "
+    "gptq@8[entropy=3,group=0,embeddings=4]",
     "smollm2": "original w8a8 gptq@3 wanda@0.5",
 }
 # Each is better than the one after it, which it claims to beat.

@@ -35,7 +35,12 @@ def test_programs_are_compared_by_the_files_that_none_of_their_own_beats(tmp_pat
         "name": name, "program": program, "calibrated": "no", "bits_a_weight": bits,
         "kl_to_original": kl, "kl_to_original_stderr": kl / 50,
     }  # fmt: skip
-    rows = [of("a", "efflm", 4.5, 0.1), of("b", "efflm", 5.0, 0.2), of("c", "efflm", 8.0, 0.01), of("d", "another", 4, 0.4)]
+    rows = [
+        of("a", "efflm", 4.5, 0.1),
+        of("b", "efflm", 5.0, 0.2),
+        of("c", "efflm", 8.0, 0.01),
+        of("d", "another", 4, 0.4),
+    ]
     found = {"rows": rows, "protocol": [], "command": "python it", "versions": VERSIONS}
     (tmp_path / "bytes.json").write_text(json.dumps(found))
     seen = []
