@@ -114,18 +114,23 @@ def grid_of(w: jax.Array, axis: int, format: Format, importance: jax.Array | Non
     entropy-coded file, a uniform grid has less error than ranges of groups (Gish and Pierce 1968).
     """
     searched = format.clip and format.bits < 8  # at 8 no search makes a difference to a model that can be measured
-    # One program is compiled for all bits, and for all that have no effect on the grid.
+    # One program is compiled for all bits, for all entropies, and for all that have no effect on the grid.
     own = {"group": format.group_in(w.shape[axis]), "super_block": format.super_block_in(w.shape[axis])}
+    own |= {"entropy": 1.0 if format.entropy else 0.0}
     same = dataclasses.replace(format, bits=8, clip=searched, activations="float", coded=False, **own)
-    return _grid_of(w, axis, same, jnp.float32(format.low), importance if searched else None)
+    low, deviations = jnp.float32(format.low), jnp.float32(math.sqrt(2 * math.pi * math.e) / 2**format.entropy)
+    return _grid_of(w, axis, same, low, deviations, importance if searched else None)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _grid_of(w: jax.Array, axis: int, format: Format, low: jax.Array, importance: jax.Array | None) -> Grid:
-    """The same, of codes from `low` on, whatever the format's bits."""
+def _grid_of(
+    w: jax.Array, axis: int, format: Format, low: jax.Array, deviations: jax.Array, importance: jax.Array | None
+) -> Grid:
+    """The same, of codes from `low` on, whatever the format's bits. deviations: in a step, where there is an entropy,
+    whatever that of the format."""
     if format.entropy:
         deviation = jnp.sqrt(jnp.mean(jnp.square(w.astype(jnp.float32)), axis=axis, keepdims=True))
-        step = deviation * math.sqrt(2 * math.pi * math.e) / 2**format.entropy
+        step = deviation * deviations
         return as_stored(jnp.where(step == 0, 1.0, step), axis, format), None
     group, steps, high = format.group_in(w.shape[axis]), -2 * low - 1, -low - 1
     split = grouped(w.astype(jnp.float32), axis, group)  # the entries of a group now lie along `axis`
