@@ -30,12 +30,28 @@ def trim() -> None:
 
 
 @contextlib.contextmanager
-def least() -> Iterator[None]:
-    """While it lasts, what is freed is kept for later only in small blocks. After it, as much as the environment asks
-    for (GLIBC_TUNABLES, as launch/setup.sh sets it), or else as glibc keeps in a program that has run for a while."""
-    _set(MMAP_THRESHOLD, LEAST)
+def older_left() -> Iterator[None]:
+    """While it lasts, collections look only at objects that are made meanwhile. Compiled programs and text are many:
+    a collection of all objects takes tenths of a second, and seconds in a long-running program."""
+    gc.collect()
+    left = gc.get_freeze_count() > 0  # what was frozen before stays frozen
+    gc.freeze()
     try:
         yield
+    finally:
+        if not left:
+            gc.unfreeze()
+
+
+@contextlib.contextmanager
+def least() -> Iterator[None]:
+    """While it lasts, what is freed is kept for later only in small blocks, and older objects are left alone. After it,
+    as much is kept as the environment asks for (GLIBC_TUNABLES, as launch/setup.sh sets it), or else as glibc keeps in
+    a program that has run for a while."""
+    _set(MMAP_THRESHOLD, LEAST)
+    try:
+        with older_left():
+            yield
     finally:
         trim()
         for number, name in ((MMAP_THRESHOLD, "mmap_threshold"), (TRIM_THRESHOLD, "trim_threshold")):

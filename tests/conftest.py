@@ -8,13 +8,11 @@ is kept for later runs (tests/compiled.py); what programs that tests start compi
 
 # ruff: noqa: E402
 import atexit
-import functools
 import gc
 import os
 import shutil
 import sys
 import tempfile
-import types
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,7 +33,6 @@ import jax
 import numpy as np
 import pytest
 
-from efflm import malloc
 from efflm.config import InputError
 from efflm.data import dataset
 from efflm.ops.kernels.cpu import build
@@ -60,14 +57,6 @@ def left_to_later_collections():
     """What earlier tests left is not looked through again for garbage: compiled programs are many objects, and the code
     under test that collects took most of its time for that."""
     gc.freeze()
-
-
-@pytest.fixture(autouse=True, scope="session")
-def young_garbage_alone():
-    """Nor is all that a test has made, after each layer of a walk: that was a tenth of the time of such tests."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(malloc, "gc", types.SimpleNamespace(collect=functools.partial(gc.collect, 0)))
-        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

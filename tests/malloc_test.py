@@ -1,9 +1,11 @@
 import ctypes
+import gc
 import os
 import re
 import resource
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,29 @@ def given_back_at_once():
         del made
         assert held() - before < 3 * BLOCK
     del last
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen before"])
+def test_collections_leave_older_objects_alone_while_it_lasts(frozen):
+    gc.unfreeze()
+    if frozen:
+        gc.freeze()
+    older = len(gc.get_objects())
+    with malloc.least():
+        assert len(gc.get_objects()) < older / 2 + 1000  # which are not frozen
+        found = weakref.ref(Node())
+        assert found() is not None
+        malloc.trim()
+        assert found() is None
+    assert (gc.get_freeze_count() > 0) == frozen
+    gc.freeze()  # as tests have it
+
+
+class Node:
+    """Garbage that only a collection finds."""
+
+    def __init__(self):
+        self.itself = self
 
 
 def test_trimming_gives_back_what_was_kept():

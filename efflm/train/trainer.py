@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import gc
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from efflm import malloc
 from efflm.cli import signals
 from efflm.config import require
 from efflm.config.model import ModelConfig
@@ -166,10 +166,7 @@ def fit(
             state, metrics = step_fn(state, frozen, place(task.batches(step), mesh))
             training.add(state, metrics)
             if step == first and programs is None:  # what lives until the end is not looked through again and again
-                if not gc.get_freeze_count():  # else what was frozen before stays frozen
-                    stack.callback(gc.unfreeze)
-                gc.collect()
-                gc.freeze()
+                stack.enter_context(malloc.older_left())
             for after in after_step:
                 after()
         training.fetch()
