@@ -11,11 +11,15 @@ import atexit
 import gc
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+# A shell that starts this in the background has it ignore Ctrl-C, and tests of that would wait for ever.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 if not os.environ.get("EFFLM_TEST_OPTIMIZED"):
     flags += ["--xla_backend_optimization_level=0"]
