@@ -157,8 +157,8 @@ def test_a_fourth_of_the_outputs_says_what_all_cost(rng, bits):
     w, information = (jnp.asarray(rng.normal(size=(64, 1024)), jnp.float32) for _ in range(2))
     path, form = "block_0/feedforward/up/kernel", Format(bits=bits, group=32, clip=True)
     lost = jnp.square(information) * jnp.square(ops.dequantize(ops.quantize_array(w, -2, form)) - w)
-    found, nbytes = sensitivity._predicted(path, jnp.square(information), w, form, {}, False, None)
+    found, nbytes = sensitivity._predicted(path, jnp.square(information), w, form, {}, None)
     assert nbytes == trees.nbytes(ops.quantize_array(w, -2, form))
     assert found == pytest.approx(float(jnp.sum(lost)) / 2, rel=0.12)  # in 5 bits ranges are not searched for it
-    whole, _ = sensitivity._predicted("unembedding", jnp.square(information), w, form, {}, False, None)
+    whole, _ = sensitivity._predicted("unembedding", jnp.square(information), w, form, {}, None)
     assert whole == pytest.approx(float(jnp.sum(lost)) / 2, rel=1e-5)  # outside the layers every output counts

@@ -194,6 +194,7 @@ def test_a_model_rounded_for_entropy_coded_files_is_saved_so_wherever_it_comes_f
             assert not records or size == records[-1].predicted_bytes
             assert size < 0.9 * ops.stored_nbytes(model.params, model.masks, coded=False)
             model, _ = efflm_file.load(path)
+    assert ops.is_coded(lowrank.join({"w": dict(trees.flatten(corrected.params))[up].base}, {"w": pair[up]}))
     assert not ops.is_coded(compressed(tiny.model(), "w8a16")[0].params)
 
 
