@@ -68,10 +68,8 @@ def _numbers(text: str, name: str) -> tuple[int, ...]:
 
 
 ROUNDERS = {"gptq": GPTQ, "tuned": Tuned, "nearest": Quantize}
-ENTROPIES = (
-    *np.arange(1, 4, 0.25).tolist(),
-    *np.arange(4, 6.6, 0.5).tolist(),
-)  # bits of a code, to choose from where files are coded
+# Bits of a code, to choose from where files are coded.
+ENTROPIES = (*np.arange(1, 4, 0.25).tolist(), *np.arange(4, 6.6, 0.5).tolist())
 SMALL_UNITS = 2**14  # of an entropy-coded file's budget; the sizes of choices are counted in them
 
 

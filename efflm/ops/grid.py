@@ -118,19 +118,18 @@ def grid_of(w: jax.Array, axis: int, format: Format, importance: jax.Array | Non
     own = {"group": format.group_in(w.shape[axis]), "super_block": format.super_block_in(w.shape[axis])}
     own |= {"entropy": 1.0 if format.entropy else 0.0}
     same = dataclasses.replace(format, bits=8, clip=searched, activations="float", coded=False, **own)
-    low, deviations = jnp.float32(format.low), jnp.float32(math.sqrt(2 * math.pi * math.e) / 2**format.entropy)
-    return _grid_of(w, axis, same, low, deviations, importance if searched else None)
+    low, width = jnp.float32(format.low), jnp.float32(math.sqrt(2 * math.pi * math.e) / 2**format.entropy)
+    return _grid_of(w, axis, same, low, width, importance if searched else None)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _grid_of(
-    w: jax.Array, axis: int, format: Format, low: jax.Array, deviations: jax.Array, importance: jax.Array | None
+    w: jax.Array, axis: int, format: Format, low: jax.Array, width: jax.Array, importance: jax.Array | None
 ) -> Grid:
-    """The same, of codes from `low` on, whatever the format's bits. deviations: in a step, where there is an entropy,
-    whatever that of the format."""
+    """The same, of codes from `low` on, whatever the format's bits, and where there is an entropy with steps of
+    `width` root mean squares of the output, whatever the format's entropy."""
     if format.entropy:
-        deviation = jnp.sqrt(jnp.mean(jnp.square(w.astype(jnp.float32)), axis=axis, keepdims=True))
-        step = deviation * deviations
+        step = width * jnp.sqrt(jnp.mean(jnp.square(w.astype(jnp.float32)), axis=axis, keepdims=True))
         return as_stored(jnp.where(step == 0, 1.0, step), axis, format), None
     group, steps, high = format.group_in(w.shape[axis]), -2 * low - 1, -low - 1
     split = grouped(w.astype(jnp.float32), axis, group)  # the entries of a group now lie along `axis`
