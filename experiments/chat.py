@@ -12,7 +12,7 @@ which is told. A model without a chat template is refused: experiments.generate 
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ def note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def lines(terminal: bool) -> Iterator[str]:
+def lines(terminal: bool, attempt: Callable[[Callable[[], str]], str | None]) -> Iterator[str]:
     """What the user writes, line by line. Raises InputError for what is not UTF-8."""
     require(sys.stdin is not None, "stdin is closed: write turns on it, one a line")
     if not terminal:
@@ -52,11 +52,13 @@ def lines(terminal: bool) -> Iterator[str]:
         import readline  # noqa: F401 (input edits lines and has a history with it)
     while True:
         try:
-            yield input("> ")
+            line = attempt(lambda: input("> "))
         except EOFError:
             return note("")
-        except KeyboardInterrupt:
+        if line is None:
             note("\n/quit or Ctrl-D ends the chat")
+        else:
+            yield line
 
 
 def fitting(tokenizer: Any, system: Messages, turns: Messages, room: int) -> tuple[Messages, list[int]]:
@@ -83,29 +85,31 @@ def main(run: Run) -> None:
     jax.block_until_ready([each and ops.prepared(each, jax.default_backend()) for each in (model, draft)])
     system = [{"role": "system", "content": run.system}] if run.system else []
     terminal = sys.stdin is not None and sys.stdin.isatty()
-    interrupts = (KeyboardInterrupt,) if terminal else ()  # else Ctrl-C ends this command, as it does any other
     if terminal:
         note(f"{run.model}: /reset forgets what was said, /quit or Ctrl-D ends, Ctrl-C stops an answer")
 
-    def answer(turns: Messages) -> Messages:
+    def answer(turns: Messages, attempt: Callable[[Callable[[], None]], None]) -> Messages:
         """The turns and one more, the model's: what it wrote until it ended or Ctrl-C came."""
-        kept, ids = fitting(tokenizer, system, turns, longest - run.max_tokens)
-        if len(kept) < len(turns):
-            note(f"left out the oldest turns, {(len(turns) - len(kept)) // 2}: the model's max_length is {longest}")
-        how = {"stops": [run.stop], "seed": run.seed, "draft": draft, "ahead": run.ahead}
-        written = ""
-        try:
+        kept, written = turns, ""
+
+        def write() -> None:
+            nonlocal kept, written
+            kept, ids = fitting(tokenizer, system, turns, longest - run.max_tokens)
+            if len(kept) < len(turns):
+                note(f"left out the oldest turns, {(len(turns) - len(kept)) // 2}: the model's max_length is {longest}")
+            how = {"stops": [run.stop], "seed": run.seed, "draft": draft, "ahead": run.ahead}
             for piece in streaming.pieces(model, tokenizer, ids, run.max_tokens, run.sampling(), **how):
                 written += piece.text
                 print(piece.text, end="", flush=True)
-        except interrupts:
-            pass
+
+        attempt(write)
         print(flush=True)
         return [*kept, {"role": "assistant", "content": written}] if written else kept[:-1]
 
     turns: Messages = []
-    with signals.interrupts_are_handled() if terminal else contextlib.nullcontext():
-        for line in lines(terminal):
+    # where lines are piped in, Ctrl-C ends this command, as it does any other
+    with signals.interrupts_are_handled() if terminal else contextlib.nullcontext(lambda work: work()) as attempt:
+        for line in lines(terminal, attempt):
             if line.strip() == "/quit":
                 break
             if line.strip() == "/reset":
@@ -113,13 +117,11 @@ def main(run: Run) -> None:
                 note("all turns are forgotten")
             elif line.strip():
                 try:
-                    turns = answer([*turns, {"role": "user", "content": line}])
+                    turns = answer([*turns, {"role": "user", "content": line}], attempt)
                 except InputError as error:
                     note(f"error: {error}")
                 except BrokenPipeError:  # the reader of stdout has closed it
                     return stdio.drop(sys.stdout)
-                except interrupts:
-                    note("")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import jax
 from jax.experimental import multihost_utils
 
 from efflm.parallel import processes
 
+T = TypeVar("T")
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
@@ -46,13 +48,35 @@ def second_interrupt_ends() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def interrupts_are_handled() -> Iterator[None]:
-    """Each Ctrl-C is a KeyboardInterrupt in here, a second one too: the caller handles them and goes on."""
-    other = signal.set_wakeup_fd(-1)
+def interrupts_are_handled() -> Iterator[Callable[[Callable[[], T]], T | None]]:
+    """Gives attempt(work): what work() gives, or None where Ctrl-C ended it. It ends nothing else in here, a second one
+    neither: an `except KeyboardInterrupt` alone would leave moments, as that of entering it, in which it does.
+    """
+    if not _listens():
+        yield lambda work: work()
+        return
+    attempted = False
+
+    def told(*_) -> None:
+        if attempted:
+            raise KeyboardInterrupt
+
+    def attempt(work: Callable[[], T]) -> T | None:
+        nonlocal attempted
+        try:
+            attempted = True
+            return work()
+        except KeyboardInterrupt:
+            return None
+        finally:
+            attempted = False  # no call comes before it: Python handles signals at calls
+
+    handler, other = signal.signal(signal.SIGINT, told), signal.set_wakeup_fd(-1)
     try:
-        yield
+        yield attempt
     finally:
         signal.set_wakeup_fd(other)
+        signal.signal(signal.SIGINT, handler)
 
 
 @contextlib.contextmanager

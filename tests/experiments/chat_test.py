@@ -89,6 +89,35 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(folder, talk, monkeypatch, caps
     assert seen == ["ucat\na", "ucat\nathe \nudog\na"]
 
 
+def test_in_a_terminal_ctrl_c_between_answers_and_prompts_ends_nothing(folder, talk, monkeypatch):
+    typed, came = iter(["the cat", "/reset", "the dog", "/quit"]), []
+
+    def called(frame, *_):
+        between = frame.f_code.co_name in ("main", "lines", "answer") and frame.f_code.co_filename == chat.__file__
+        return line if between else None
+
+    def line(_, event, __):
+        if prompted and event == "line":
+            came.append(signal.raise_signal(signal.SIGINT))
+        return line
+
+    def prompt(_):
+        prompted.append(True)
+        return next(typed)
+
+    prompted = []
+    monkeypatch.setattr(Stdin, "isatty", lambda _: True)
+    monkeypatch.setattr("builtins.input", prompt)
+    before = sys.gettrace()
+    sys.settrace(called)
+    try:
+        out = talk("").out
+    finally:
+        sys.settrace(before)
+    assert out == f"{said(folder, 'the cat')}\n{said(folder, 'the dog')}\n"
+    assert len(came) > 20
+
+
 @pytest.mark.slow
 def test_in_a_terminal_every_ctrl_c_stops_one_answer(folder):
     ours, theirs = pty.openpty()
