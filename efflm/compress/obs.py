@@ -16,7 +16,8 @@ from jax import lax
 from efflm.compress.calibrate import Layer, States
 from efflm.config import require
 
-BLOCK = 128  # inputs whose errors reach the later ones together
+BLOCK = 128  # inputs whose errors reach those after all of them together
+PART = 16  # of these, inputs whose errors reach the others of the block together
 MOST_DAMPING = 1.0
 
 
@@ -111,6 +112,7 @@ def compensated(
     """
     (K, N), (w, parts) = w.shape, jax.tree.map(lambda array: array[inverse.order], (w, parts))
     block = max(BLOCK // together, 1) * together
+    part = together if together % PART else PART
     padded = -(-K // block) * block
     fill = lambda array: jnp.pad(array, ((0, padded - K), *((0, 0),) * (array.ndim - 1)))
     w, parts = fill(w), jax.tree.map(fill, parts)
@@ -118,31 +120,44 @@ def compensated(
     take = lambda array, start, size=together: lax.dynamic_slice_in_dim(array, start, size)
     at_once = lambda tree, start: jax.tree.map(lambda array: take(array, start), tree)
 
+    def passed_on(reach: jax.Array, start: jax.Array, errors: jax.Array) -> jax.Array:
+        """What these errors take off the inputs from start on."""
+        later = jnp.where(jnp.arange(reach.shape[1]) >= start, reach, 0.0)
+        return jnp.matmul(later.T, errors, precision="highest")
+
     def one_block(b: jax.Array, held: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         (w, kept), start = held, b * block
         reach = take(factor, start, block)  # [block, padded]: how much each later input compensates
         own = lax.dynamic_slice_in_dim(reach, start, block, axis=1)
-        diagonal = jnp.diag(own)
 
         def one_group(g: jax.Array, held: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            (rows, errors, kept), at = held, g * together
-            here = at_once(parts, start + at)
-            chosen = choose(here, take(rows, at), take(diagonal, at))
+            (rows, errors, kept), first = held, g * together
+            here = at_once(parts, start + first)
+            chosen = choose(here, take(rows, first), take(jnp.diag(own), first))
 
-            def one_input(i: jax.Array, held: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-                (rows, errors), k = held, at + i
-                new = after(jax.tree.map(lambda part: part[i], here), rows[k], chosen[i])
-                error = (rows[k] - new) / diagonal[k]
-                rows = rows - own[k][:, None] * error[None]
-                return rows.at[k].set(new), errors.at[k].set(error)
+            def one_part(p: jax.Array, held: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                (rows, errors), at = held, first + p * part
+                reach = take(own, at, part)
+                inside = lax.dynamic_slice_in_dim(reach, at, part, axis=1)
 
-            rows, errors = lax.fori_loop(0, together, one_input, (rows, errors))
-            return rows, errors, lax.dynamic_update_slice_in_dim(kept, chosen, start + at, axis=0)
+                def one_input(i: jax.Array, held: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                    (rows, errors), k = held, p * part + i
+                    new = after(jax.tree.map(lambda array: array[k], here), rows[i], chosen[k])
+                    error = (rows[i] - new) / inside[i, i]
+                    rows = rows - inside[i][:, None] * error[None]
+                    return rows.at[i].set(new), errors.at[i].set(error)
+
+                mine, found = lax.fori_loop(0, part, one_input, (take(rows, at, part), jnp.zeros((part, N))))
+                rows = rows - passed_on(reach, at + part, found)
+                put = lambda array, new: lax.dynamic_update_slice_in_dim(array, new, at, axis=0)
+                return put(rows, mine), put(errors, found)
+
+            rows, errors = lax.fori_loop(0, together // part, one_part, (rows, errors))
+            return rows, errors, lax.dynamic_update_slice_in_dim(kept, chosen, start + first, axis=0)
 
         done = (take(w, start, block), jnp.zeros((block, N)), kept)
         rows, errors, kept = lax.fori_loop(0, block // together, one_group, done)
-        later = jnp.where(jnp.arange(padded)[None] >= start + block, reach, 0.0)
-        w = w - jnp.matmul(later.T, errors, precision="highest")
+        w = w - passed_on(reach, start + block, errors)
         return lax.dynamic_update_slice_in_dim(w, rows, start, axis=0), kept
 
     made = lax.fori_loop(0, padded // block, one_block, (w, jnp.ones((padded, N), bool)))
