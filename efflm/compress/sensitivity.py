@@ -28,6 +28,7 @@ from efflm.config.model import ModelConfig
 from efflm.model import LanguageModel, layerwise
 from efflm.model.params import find, in_layer, is_matrix
 from efflm.ops import Format, QArray
+from efflm.ops.grid import Grid, by_entry
 from efflm.ops.masks import Masks
 from efflm.parallel import sharding
 from efflm.train import losses
@@ -192,21 +193,38 @@ def _predicted(
     """The divergence, and the bytes. counts: of tokens.
 
     Of a large matrix of a layer by every fourth output, whose ranges are not searched from 4 bits on: the error is then
-    a tenth larger. Its bytes are those of dense codes, unless a mask says how many are zero. Tables of tokens are
-    rounded whole: few tokens have most of the information, and the many zeros of some are stored as bits.
+    a tenth larger. Its bytes are those of dense codes, unless a mask says how many are zero, or of entropy-coded ones.
+    Tables of tokens are rounded whole: few tokens have most of the information, and the many zeros of some are stored
+    as bits.
     """
-    if not in_layer(path) or w.shape[-1] < 64 * SAMPLED:
-        rounded = _rounded(path, w, format, counts)
-        return float(_divergence(information, w, rounded)), ops.stored_nbytes({path: rounded}, masks)
-    part, own = (x[..., ::SAMPLED] for x in (w, information))
-    rounded = _rounded(path, part, dataclasses.replace(format, clip=format.clip and format.bits < 4))
-    if format.is_coded:
-        nbytes = SAMPLED * ops.stored_nbytes({path: rounded})
-        return float(_divergence(own, part, rounded)) * SAMPLED, nbytes
-    stored = dataclasses.replace(format, scale_dtype=format.scale_dtype or "float16")  # bfloat16 takes as many
-    whole = jax.eval_shape(functools.partial(_rounded, path, format=stored), w)
-    nbytes = ops.stored_nbytes({path: whole}, masks) if path in masks else trees.nbytes(whole)
-    return float(_divergence(own, part, rounded)) * SAMPLED, nbytes
+    axis, step = find(path)[0].contracted, SAMPLED if in_layer(path) and w.shape[-1] >= 64 * SAMPLED else 1
+    part, own = (x[..., ::step] for x in (w, information))
+    tried = dataclasses.replace(format, clip=format.clip and (step == 1 or format.bits < 4))
+    grid = grid_for(path, part, tried, counts)
+    if in_layer(path) and not format.is_coded:
+        cost = _cost(own, part, grid, jnp.float32(format.low), axis, format.group_in(w.shape[axis]))
+        stored = _shapes(w.shape, str(w.dtype), axis, format)
+        return step * float(cost), ops.stored_nbytes({path: stored}, masks) if path in masks else trees.nbytes(stored)
+    rounded = ops.quantize_array(part, axis, format, grid)
+    return step * float(_divergence(own, part, rounded)), step * ops.stored_nbytes({path: rounded}, masks)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _cost(information: jax.Array, w: jax.Array, grid: Grid, low: jax.Array, axis: int, group: int) -> jax.Array:
+    """The divergence where w has codes from `low` on of a grid: one program for all bits."""
+    scale, zeros = (
+        0.0 if part is None else by_entry(part.astype(jnp.float32), axis, group, w.shape[axis]) for part in grid
+    )
+    codes = jnp.clip(jnp.round(w / scale) + zeros, low, -low - 1)
+    return jnp.sum(information * jnp.square((codes - zeros) * scale - w)) / 2
+
+
+@functools.cache
+def _shapes(shape: tuple[int, ...], dtype: str, axis: int, format: Format) -> Any:
+    """A matrix in a format, without its numbers."""
+    stored = dataclasses.replace(format, scale_dtype=format.scale_dtype or "float16")  # bfloat16 takes as many bytes
+    rounded = functools.partial(ops.quantize_array, axis=axis, format=stored)
+    return jax.eval_shape(rounded, jax.ShapeDtypeStruct(shape, dtype))
 
 
 @jax.jit

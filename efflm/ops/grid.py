@@ -41,7 +41,12 @@ def symmetric_scale(absmax: jax.Array, most: int) -> jax.Array:
     return jnp.where(absmax > 0, absmax / most, 1.0)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+def _of_scales(format: Format) -> Format:
+    """What of a format says how scales are stored: formats that store them alike share the programs for it."""
+    blocks = {"group": format.group, "super_block": format.super_block} if format.super_block else {}
+    return Format(scale_dtype=format.scale_dtype, **blocks)
+
+
 def as_stored(scale: jax.Array, axis: int, format: Format) -> jax.Array:
     """float32 scales of groups, which lie along `axis`, as they are stored. None becomes 0 or infinite.
 
@@ -49,24 +54,28 @@ def as_stored(scale: jax.Array, axis: int, format: Format) -> jax.Array:
     it: those between 2^-17 (a weight of 1e-6 in 4 bits) and 65504; otherwise all to bfloat16, whose range is that of
     float32. With super-blocks to whole numbers from -127 to 127 times a scale of 4 significant bits.
     """
-    return _as_stored(scale, axis, format, jnp.round)
+    return _as_stored(scale, axis, _of_scales(format), jnp.round)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _as_stored(scale: jax.Array, axis: int, format: Format, rounding: Rounding) -> jax.Array:
     if not format.super_block or scale.shape[axis] == 1:
         return _rounded_to(scale, format.scale_dtype)
-    codes, super_scale = in_super_blocks(scale, axis, format, rounding)
+    codes, super_scale = _in_super_blocks(scale, axis, format, rounding)
     return codes * by_entry(super_scale, axis, format.groups_together, scale.shape[axis])
 
 
-def in_super_blocks(
-    scale: jax.Array, axis: int, format: Format, rounding: Rounding = jnp.round
-) -> tuple[jax.Array, jax.Array]:
+def in_super_blocks(scale: jax.Array, axis: int, format: Format) -> tuple[jax.Array, jax.Array]:
     """Whole numbers for the scales of groups, and the scales of super-blocks, both float32.
 
     A super-block's scale is 1/127 of the largest, rounded up to 4 significant bits: so that times a whole number of 7
     bits it is a float16. What is stored has the same numbers when it is stored again.
     """
+    return _in_super_blocks(scale, axis, _of_scales(format), jnp.round)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _in_super_blocks(scale: jax.Array, axis: int, format: Format, rounding: Rounding) -> tuple[jax.Array, jax.Array]:
     spread = lambda x: by_entry(x, axis, format.groups_together, scale.shape[axis])
     largest = jnp.max(grouped(jnp.abs(scale), axis, format.groups_together), axis=axis)
     part, exponent = jnp.frexp(largest / 127)
@@ -86,6 +95,7 @@ def _rounded_to(scale: jax.Array, dtype: str) -> jax.Array:
     return jnp.where(scale < 0, -within, within)
 
 
+@jax.jit
 def _in_float16(scale: jax.Array) -> jax.Array:
     magnitude = jnp.abs(scale)
     return jnp.all((magnitude >= LEAST_FLOAT16) & (magnitude <= MOST_FLOAT16))
