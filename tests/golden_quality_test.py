@@ -1,5 +1,8 @@
 """Bits per byte after chains of steps on real models, to 1%: what a change costs or gains in quality is seen here.
 
+The order of sums alone, as other compiler options change it, moves GPTQ's figures by up to 0.6%: those stored for
+stories15M are means of two or three runs with different ones.
+
 .venv/bin/python -m tests.golden_quality_test      # writes golden_quality.json anew, where a change is meant
 """
 
@@ -29,7 +32,7 @@ ROWS, LENGTH, TOLERANCE = 16, 128, 0.01
 CHAINS = {
     "stories15M": "original w8a8_static smoothquant_w8a8_static quantize@4 awq@4 gptq@4 quantize@3 "
     "gptq@3 magnitude@0.5 wanda@0.5 sparsegpt@0.5 quantize[entropy=4.5,embeddings=6] "
-    "gptq@8[entropy=3,group=0,embeddings=4]",
+    "gptq@8[entropy=3.5,group=0,embeddings=4]",
     "smollm2": "original w8a8 gptq@3 wanda@0.5",
 }
 # Each is better than the one after it, which it claims to beat.
