@@ -205,8 +205,9 @@ def _predicted(
         cost = _cost(own, part, grid, jnp.float32(format.low), axis, format.group_in(w.shape[axis]))
         stored = _shapes(w.shape, str(w.dtype), axis, format)
         return step * float(cost), ops.stored_nbytes({path: stored}, masks) if path in masks else trees.nbytes(stored)
+    kept = {path: masks[path][..., ::step]} if path in masks else {}
     rounded = ops.quantize_array(part, axis, format, grid)
-    return step * float(_divergence(own, part, rounded)), step * ops.stored_nbytes({path: rounded}, masks)
+    return step * float(_divergence(own, part, rounded)), step * ops.stored_nbytes({path: rounded}, kept)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))

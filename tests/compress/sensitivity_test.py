@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,6 +106,23 @@ def test_bytes_are_those_of_a_file():
         assert row.saved == ops.stored_nbytes({path: w}, pruned.masks) - row.bytes
     (small,) = (row for row in table.rows if row.name == "block_1/feedforward/down" and row.format.bits == 8)
     assert small.bytes < 48 * 32
+
+
+@pytest.mark.parametrize("format", [Format(entropy=3.0), Format(bits=4, group=16)], ids=str)
+def test_of_every_fourth_output_the_bytes_and_the_divergence_are_nearly_those_of_all(format):
+    model = tiny.model(dataclasses.replace(tiny.LLAMA, layers=1, mlp_dim=64 * sensitivity.SAMPLED))
+    path = "block_0/feedforward/up/kernel"
+    mask = np.random.default_rng(0).random((32, 64 * sensitivity.SAMPLED)) < 0.3
+    pruned = model.replace(masks={path: mask}, params=ops.apply_masks(model.params, {path: mask}))
+    for whole, masks in ((model, {}), (pruned, {path: mask})):
+        found = predicted(whole, batch_of(model), [format], meshes.make_mesh()).rows
+        (row,) = (row for row in found if path in row.paths)
+        w = dict(trees.flatten(whole.params))[path]
+        made = ops.quantize_array(w, find(path)[0].contracted, format)
+        assert row.bytes == pytest.approx(ops.stored_nbytes({path: made}, masks), rel=0.15 if format.is_coded else 0)
+        information = fisher.diagonal(whole, batch_of(model), meshes.make_mesh(), 0)[path]
+        lost = float(np.sum(information * np.square(ops.dequantize(made) - w)) / 2)
+        assert row.predicted == pytest.approx(lost, rel=0.3)
 
 
 def test_units():
