@@ -108,7 +108,7 @@ def test_frequent_tokens_have_finer_scales_in_a_format_with_an_entropy(rng):
 
 @pytest.mark.parametrize(("name", "kind"), [("nearest", Quantize), ("gptq", GPTQ), ("tuned", Tuned)])
 def test_mixed_precision_makes_a_plan_that_its_rounder_follows(name, kind):
-    model, mixed = tiny.model(), Mixed(average_bits=4.5, groups="16", rows=2, rounder=name)
+    model, mixed = tiny.model(), Mixed(bits="6,4,3", average_bits=4.5, groups="16", rows=2, rounder=name)
     after, _ = recipe.apply(model, (mixed,), CONTEXT)
     by_hand, _ = kind(plan=mixed.plan(model, CONTEXT))(model, CONTEXT)
     assert len(set(bits_of(after).values())) > 1

@@ -24,6 +24,7 @@ def home(monkeypatch, tmp_path):
     if COMPILER is None or sys.platform != "linux":
         pytest.skip("no C++ compiler, or not Linux")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     sources = tmp_path / "src"
     sources.mkdir()
     (sources / "kernels.cc").write_text(QUICK)
