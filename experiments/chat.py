@@ -108,7 +108,7 @@ def main(run: Run) -> None:
 
     turns: Messages = []
     # where lines are piped in, Ctrl-C ends this command, as it does any other
-    with signals.interrupts_are_handled() if terminal else contextlib.nullcontext(lambda work: work()) as attempt:
+    with signals.interrupts_are_handled(wanted=terminal) as attempt:
         for line in lines(terminal, attempt):
             if line.strip() == "/quit":
                 break

@@ -48,11 +48,12 @@ def second_interrupt_ends() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def interrupts_are_handled() -> Iterator[Callable[[Callable[[], T]], T | None]]:
+def interrupts_are_handled(wanted: bool) -> Iterator[Callable[[Callable[[], T]], T | None]]:
     """Gives attempt(work): what work() gives, or None where Ctrl-C ended it. It ends nothing else in here, a second one
-    neither: an `except KeyboardInterrupt` alone would leave moments, as that of entering it, in which it does.
+    neither: an `except KeyboardInterrupt` alone would leave moments, as that of entering it, in which it does. Not
+    wanted: attempt(work) is work(), and Ctrl-C what it was.
     """
-    if not _listens():
+    if not (wanted and _listens()):
         yield lambda work: work()
         return
     attempted = False

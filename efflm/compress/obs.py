@@ -129,11 +129,12 @@ def compensated(
         (w, kept), start = held, b * block
         reach = take(factor, start, block)  # [block, padded]: how much each later input compensates
         own = lax.dynamic_slice_in_dim(reach, start, block, axis=1)
+        diagonal = jnp.diag(own)
 
         def one_group(g: jax.Array, held: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             (rows, errors, kept), first = held, g * together
             here = at_once(parts, start + first)
-            chosen = choose(here, take(rows, first), take(jnp.diag(own), first))
+            chosen = choose(here, take(rows, first), take(diagonal, first))
 
             def one_part(p: jax.Array, held: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
                 (rows, errors), at = held, first + p * part

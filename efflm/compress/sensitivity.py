@@ -27,8 +27,8 @@ from efflm.config import require
 from efflm.config.model import ModelConfig
 from efflm.model import LanguageModel, layerwise
 from efflm.model.params import find, in_layer, is_matrix
-from efflm.ops import Format, QArray
-from efflm.ops.grid import Grid, by_entry
+from efflm.ops import Format, QArray, qarray
+from efflm.ops.grid import Grid
 from efflm.ops.masks import Masks
 from efflm.parallel import sharding
 from efflm.train import losses
@@ -141,8 +141,11 @@ def sensitivity(
         def measured(row: Row, index: int, reads: Iterable[tuple[jax.Array, ...]] | None) -> Row:
             """reads: of layer `index`; None: what it reads changes too."""
             nonlocal done
-            rounded = lambda path, w: ops.dequantize(_rounded(path, w, row.format, counts))
-            made = {path: rounded(path, w) for path, w in trees.flatten(model.params) if path in row.paths}
+            grid = lambda path, w: grid_for(path, w, row.format, counts)
+            rounded = lambda path, w: ops.quantize_array(w, find(path)[0].contracted, row.format, grid(path, w))
+            made = {
+                path: ops.dequantize(rounded(path, w)) for path, w in trees.flatten(model.params) if path in row.paths
+            }
             after = model.replace(params=trees.map_with_path(lambda path, w: made.get(path, w), model.params))
             reads = calibrate.inputs(after, batch, mesh) if reads is None else reads
             loss, divergence = means(after.params, final_states(after.params, index, reads))
@@ -178,10 +181,6 @@ def _units(model: LanguageModel, unit: Unit) -> dict[str, tuple[str, ...]]:
 _READS = {path.rpartition("/")[2]: i for i, together in enumerate(calibrate.SUBLAYERS) for path in together}
 
 
-def _rounded(path: str, w: jax.Array, format: Format, counts: np.ndarray | None = None) -> QArray:
-    return ops.quantize_array(w, find(path)[0].contracted, format, grid_for(path, w, format, counts))
-
-
 def _predicted(
     path: str,
     information: jax.Array,
@@ -213,11 +212,8 @@ def _predicted(
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def _cost(information: jax.Array, w: jax.Array, grid: Grid, low: jax.Array, axis: int, group: int) -> jax.Array:
     """The divergence where w has codes from `low` on of a grid: one program for all bits."""
-    scale, zeros = (
-        0.0 if part is None else by_entry(part.astype(jnp.float32), axis, group, w.shape[axis]) for part in grid
-    )
-    codes = jnp.clip(jnp.round(w / scale) + zeros, low, -low - 1)
-    return jnp.sum(information * jnp.square((codes - zeros) * scale - w)) / 2
+    lost = qarray.nearest_on_grid(w, grid, axis, group, low) - w
+    return jnp.sum(information * jnp.square(lost)) / 2
 
 
 @functools.cache

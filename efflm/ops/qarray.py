@@ -169,10 +169,21 @@ def quantize_array(
 
 def _round(w: jax.Array, scale: jax.Array, zeros: jax.Array | None, axis: int, format: Format) -> jax.Array:
     """int8 codes, not packed."""
-    size = w.shape[axis]
-    each = lambda per_group: by_entry(per_group.astype(jnp.float32), axis, format.group_in(size), size)
+    return _nearest(w, (scale, zeros), axis, format.group_in(w.shape[axis]), format.low).astype(jnp.int8)
+
+
+def _nearest(w: jax.Array, grid: Grid, axis: int, group: int, low: int | jax.Array) -> jax.Array:
+    """The same as whole float32 numbers, from `low` to -low - 1."""
+    scale, zeros = grid
+    each = lambda per_group: by_entry(per_group.astype(jnp.float32), axis, group, w.shape[axis])
     rounded = jnp.round(w.astype(jnp.float32) / each(scale)) + (0.0 if zeros is None else each(zeros))
-    return jnp.clip(rounded, format.low, format.high).astype(jnp.int8)
+    return jnp.clip(rounded, low, -low - 1)
+
+
+def nearest_on_grid(w: jax.Array, grid: Grid, axis: int, group: int, low: int | jax.Array) -> jax.Array:
+    """float32: what `quantize_array` makes of a float matrix with a grid whose codes go from `low` to -low - 1. `low`
+    may be traced, so that one program serves all bits."""
+    return _floats(_nearest(w, grid, axis, group, low), *grid, axis, group)
 
 
 def _packed(w: jax.Array, scale: jax.Array, zeros: jax.Array | None, axis: int, format: Format) -> jax.Array:
